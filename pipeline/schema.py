@@ -1,0 +1,32 @@
+"""The names and Arrow types of the columns that every step can count on.
+
+Names follow img2dataset where it has one. A step adds further columns by declaring them in `adds`.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+# Where a row lives: unit number and position in the unit. Together they name a row for good, even if the pool's
+# own uids repeat. Every batch carries both; no step may change them.
+POSITION = pa.schema([("unit", pa.int32()), ("row", pa.int32())])
+
+# What ingest gives every row. `uid` is 32 hex digits: the pool's own, or the first 128 bits of
+# sha256(url NUL caption), so that the same pair has the same name in every run.
+SAMPLE = pa.schema([("uid", pa.string()), ("url", pa.string()), ("caption", pa.string())])
+
+# One row per dropped row, as steps hand it to the ledger. `detail` is free text for people; `reason` is from a
+# closed list per step and safe to count.
+DROP = pa.schema([*POSITION, ("step", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+
+RESERVED = (*POSITION.names, *SAMPLE.names, "key", "drop_reason", "drop_detail")
+
+
+def is_heavy(dtype: pa.DataType) -> bool:
+    """True for pixels and vectors: columns kept apart from the measurements, so that a scan of scores reads no image."""
+    return bool(
+        pa.types.is_binary(dtype)
+        or pa.types.is_large_binary(dtype)
+        or pa.types.is_fixed_size_list(dtype)
+        or pa.types.is_list(dtype)
+    )

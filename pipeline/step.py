@@ -1,0 +1,171 @@
+"""The one abstraction: a step maps an Arrow table to an Arrow table.
+
+A *stage* measures and adds columns. A *filter* decides and drops rows. Both are small dataclasses whose fields are
+the keys of their recipe line. Nothing here knows about Ray: a step can be tried on a table in a notebook with `apply`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.schema import DROP
+
+if TYPE_CHECKING:
+    import dask.dataframe as dd
+
+Scope = Literal["row", "unit", "run"]
+
+
+@dataclass(kw_only=True)
+class Step:
+    """A line of a recipe. Subclasses are dataclasses: each field is a YAML key with a type and a default.
+
+    `needs` and `adds` may depend on the options: then `__post_init__` sets them on the instance.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Columns read; checked before anything starts."""
+    adds: ClassVar[dict[str, pa.DataType]] = {}
+    """Columns written, with their types."""
+    version: ClassVar[int] = 1
+    """Bump it when the same inputs would give other outputs: stored results of the old version are then not reused."""
+    commits: ClassVar[bool] = False
+    """True where a result is dear (bytes from the web, hours of GPU): the pass ends here, so that a change to any
+    later step reuses what is stored, and a recipe that would orphan it is refused."""
+
+    @classmethod
+    def name(cls) -> str:
+        """The YAML name: `AspectRatio` is `aspect_ratio`, in `aspect_ratio.py`."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+
+    @property
+    def label(self) -> str:
+        """The name of this line in ledgers and funnels; the recipe numbers repeated steps (`exact_dedup.2`)."""
+        return self.__dict__.get("_label") or self.name()
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields `(key, problem)` for every unusable option, before anything starts."""
+        yield from ()
+
+    def fingerprint(self) -> object:
+        """What besides the options determines the output (the contents of a file named by one, say); JSON-able."""
+        return None
+
+    def setup(self) -> None:
+        """Runs once per worker before the first batch: the place to load a model. Steps that override it run in actors."""
+
+
+class Stage(Step):
+    """Measures: gives back the same rows with more columns.
+
+    A row that cannot be measured is dropped by filling the columns `drop_reason` (null: keep) and, if there is more to
+    say, `drop_detail`.
+    """
+
+    def process(self, batch: pa.Table) -> pa.Table:
+        raise TypeError(f"{type(self).__name__} must define process() or stream()")
+
+    def stream(self, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """Maps a stream of batches; override it to overlap work across batches (fetching, batching for a GPU).
+
+        Rows may be regrouped and reordered, across units too: `unit` and `row` say which they are.
+        """
+        for batch in batches:
+            yield self.process(batch)
+
+
+class Filter(Step):
+    """Decides: rows for which `keep` is false are dropped and counted.
+
+    `scope` says what a decision looks at: one row; the other rows of its unit (rows with one URL always share a unit);
+    or the whole run, which makes the step a barrier: every unit must have come this far before it can decide.
+    """
+
+    scope: Scope = "row"
+
+    def keep(self, batch: pa.Table) -> pa.BooleanArray:
+        """True keeps. With scope "unit", `batch` is a whole unit. A null counts as false."""
+        raise TypeError(f"{type(self).__name__} must define keep()")
+
+    def reason(self, dropped: pa.Table) -> pa.StringArray:
+        """Why each of these dropped rows went; the step's name unless there is more to tell."""
+        return pa.array([self.name()] * len(dropped), pa.string())
+
+    def detail(self, dropped: pa.Table) -> pa.StringArray:
+        """Free text about each dropped row (the number that fell short, say), null where there is none."""
+        return pa.nulls(len(dropped), pa.string())
+
+    def decide(self, frame: dd.DataFrame) -> dd.DataFrame:
+        """For scope "run": the drops (`unit, row, reason, detail`) among all rows of the run.
+
+        `frame` is a lazy Dask frame with `unit, row, uid` and the needed columns. Only small aggregates may be computed
+        here on the driver; whatever grows with the pool stays in the graph.
+        """
+        raise TypeError(f"{type(self).__name__} must define decide() for scope 'run'")
+
+
+class KeyedFilter(Filter):
+    """A filter that decides within groups of rows that share a key: rows meet by hash, and `keep` sees whole groups."""
+
+    def key(self, batch: pa.Table) -> np.ndarray:
+        """The group of each row, as uint64."""
+        raise TypeError(f"{type(self).__name__} must define key()")
+
+    def decide(self, frame: dd.DataFrame) -> dd.DataFrame:
+        def with_key(part):  # type: ignore[no-untyped-def]
+            table = pa.Table.from_pandas(part, preserve_index=False)
+            return part.assign(_key=self.key(table))
+
+        keyed = frame.map_partitions(with_key, meta=with_key(frame._meta))
+        if keyed.npartitions > 1:
+            keyed = keyed.shuffle(on="_key")
+        return keyed.map_partitions(self._drops, meta=drops_frame())
+
+    def _drops(self, part):  # type: ignore[no-untyped-def]
+        # In the order of positions, so that no trace of the shuffle's order can reach a decision.
+        part = part.sort_values(["unit", "row"])
+        table = pa.Table.from_pandas(part.drop(columns="_key"), preserve_index=False)
+        _, drops = apply(self, table)
+        return drops_frame(drops)
+
+
+def drops_frame(drops: pa.Table | None = None):  # type: ignore[no-untyped-def]
+    """`unit, row, reason, detail` as pandas: what `decide` hands back; empty without an argument."""
+    table = DROP.empty_table() if drops is None else drops
+    return table.select(["unit", "row", "reason", "detail"]).to_pandas()
+
+
+def apply(step: Stage | Filter, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Runs one step over one batch: the rows that go on, and the drops (`schema.DROP`)."""
+    if isinstance(step, Stage):
+        return split_marked(step, step.process(batch))
+    mask = pc.fill_null(step.keep(batch), False)
+    if pc.all(mask, min_count=0).as_py():
+        return batch, DROP.empty_table()
+    dropped = batch.filter(pc.invert(mask))
+    return batch.filter(mask), _drops_table(step, dropped, step.reason(dropped), step.detail(dropped))
+
+
+def split_marked(step: Stage, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Takes the rows that a stage marked out of its output: the rows that go on, and the drops."""
+    if "drop_reason" not in batch.column_names:
+        return batch, DROP.empty_table()
+    marked = pc.is_valid(batch["drop_reason"])
+    dropped = batch.filter(marked)
+    has_detail = "drop_detail" in batch.column_names
+    detail = dropped["drop_detail"] if has_detail else pa.nulls(len(dropped), pa.string())
+    drops = _drops_table(step, dropped, dropped["drop_reason"], detail)
+    kept = batch.filter(pc.invert(marked)).drop_columns(["drop_reason", *(["drop_detail"] if has_detail else [])])
+    return kept, drops
+
+
+def _drops_table(step: Step, dropped: pa.Table, reason: pa.Array, detail: pa.Array) -> pa.Table:
+    columns = [dropped["unit"], dropped["row"], pa.array([step.label] * len(dropped), pa.string()), reason, detail]
+    return pa.table(columns, schema=DROP)
