@@ -23,7 +23,7 @@ RESERVED = (*POSITION.names, *SAMPLE.names, "key", "drop_reason", "drop_detail")
 
 
 def is_heavy(dtype: pa.DataType) -> bool:
-    """True for pixels and vectors: columns kept apart from the measurements, so that a scan of scores reads no image."""
+    """True for pixels and vectors: kept apart from the measurements, so that a scan of scores reads no image."""
     return bool(
         pa.types.is_binary(dtype)
         or pa.types.is_large_binary(dtype)

@@ -59,7 +59,7 @@ class Step:
         return None
 
     def setup(self) -> None:
-        """Runs once per worker before the first batch: the place to load a model. Steps that override it run in actors."""
+        """Runs once per worker, before the first batch: the place to load a model."""
 
 
 class Stage(Step):

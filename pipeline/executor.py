@@ -1,0 +1,509 @@
+"""Runs the passes of a recipe on Ray.
+
+Ray Data streams unit handles, never rows: its executor gives scheduling, actor pools, retries and back-pressure, and
+neighbouring passes overlap. What a worker does with a unit is `passes.run_pass`; what was done is in the unit's commit
+record, so a driver or a worker may die at any moment and the next attempt goes on from the records.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from pipeline import ingest, isolation, pool
+from pipeline.ledger import BooksError, Funnel
+from pipeline.passes import Pass, alive, read_unit, run_pass, unit_drops
+from pipeline.progress import Progress
+from pipeline.recipe import Recipe
+from pipeline.schema import DROP, POSITION
+from pipeline.stages.write_shards import WriteShards
+from pipeline.step import Filter, Step
+from pipeline.storage import Store
+
+GROUP_ROWS = 1_000_000
+"""Rows of a table that one task of a barrier reads, and of a file of drops."""
+
+
+@dataclass
+class Outcome:
+    """What a run came to."""
+
+    funnel: Funnel
+    reused: list[str]
+    """The labels of the passes that were found complete, in order."""
+
+
+def start_ray(workers: int | None) -> None:
+    """Joins the cluster that RAY_ADDRESS names (as under `ray job submit`), or starts Ray on this machine."""
+    address = os.environ.get("RAY_ADDRESS")
+    # What Ray Data tells about its internals is not for the people who curate data; its errors are.
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": bool(os.environ.get("WINNOW_DEBUG"))}
+    if address:
+        ray.init(address, **options)
+    else:
+        store_bytes = 1 << 30  # only unit handles and columns of barriers go through it, and it spills
+        cpus = max(workers or os.cpu_count() or 1, 1)
+        ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=store_bytes, **options)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def stop_ray() -> None:
+    """Leaves the cluster; ends the Ray that `start_ray` started."""
+    ray.shutdown()
+
+
+def execute(recipe: Recipe, passes: list[Pass], types: dict[str, pa.DataType], progress: Progress) -> Outcome:
+    """Runs what is not done yet; afterwards every pass of the recipe is complete and the books of the run balance."""
+    funnel = Funnel()
+    reused: list[str] = []
+    units = _ingest(recipe, passes[0], types, progress, reused)
+    index = 1
+    funnel.add(_funnel(passes[0]))
+    while index < len(passes):
+        p = passes[index]
+        if p.complete() is not None and (p.kind != "write" or _owns_shards(recipe, p)):
+            reused.append(p.label)
+            funnel.add(_funnel(p))
+            index += 1
+            continue
+        if p.kind == "barrier":
+            _barrier(passes, index, units, funnel.kept, progress)
+            chain = [index]
+        elif p.kind == "write":
+            _write(recipe, passes, index, units, progress)
+            chain = [index]
+        else:
+            end = index
+            while end < len(passes) and passes[end].kind == "map" and passes[end].complete() is None:
+                end += 1
+            chain = list(range(index, end))
+            _map(recipe, passes, chain, units, progress)
+        for i in chain:
+            funnel.add(_funnel(passes[i]))
+        index = chain[-1] + 1
+    funnel.balance()
+    return Outcome(funnel, reused)
+
+
+def write_books(recipe: Recipe, passes: list[Pass], outcome: Outcome, units: int) -> int:
+    """Writes `drops/*.parquet` and `funnel.json`; returns the rows in the drops. BooksError if rows are missing."""
+    store = Store(recipe.run)
+    group = _units_per_group(recipe)
+    groups = list(range(-(-units // group)))
+
+    def export(numbers: list[int]) -> Iterator[dict[str, Any]]:
+        for number in numbers:
+            yield _export_drops(store, passes, number, range(number * group, min(units, (number + 1) * group)))
+
+    rows = sum(record["rows"] for record in _over(groups, export))
+    keep = {f"{number:05d}.parquet" for number in groups}
+    for name in store.names("drops"):
+        if name not in keep:
+            store.remove(f"drops/{name}")
+    funnel = outcome.funnel
+    if funnel.rows_in != funnel.kept + rows:
+        raise BooksError(f"{funnel.rows_in:,} rows in, but {funnel.kept:,} kept and {rows:,} in the ledger of drops")
+    books = {"name": recipe.name, "rows_in": funnel.rows_in, "kept": funnel.kept, "steps": funnel.to_json()}
+    store.write("funnel.json", json.dumps(books, indent=1).encode())
+    return rows
+
+
+def unit_total(passes: Sequence[Pass]) -> int:
+    """The number of units of a run whose pool was ingested."""
+    complete = passes[0].complete()
+    assert complete is not None
+    return int(complete["units"])
+
+
+def _funnel(p: Pass) -> Funnel:
+    complete = p.complete()
+    assert complete is not None, p.root
+    return Funnel.from_json(complete["funnel"])
+
+
+def _finish(p: Pass, funnel: Funnel, **more: Any) -> None:
+    p.store.create("complete.json", json.dumps({"pass": p.label, "funnel": funnel.to_json(), **more}).encode())
+
+
+def _empty_funnel(p: Pass) -> Funnel:
+    return Funnel.of(p.labels, 0, [], {})
+
+
+# --- The pool ---------------------------------------------------------------------------------------------------------
+
+
+def _ingest(recipe: Recipe, p: Pass, types: dict[str, pa.DataType], progress: Progress, reused: list[str]) -> int:
+    if p.complete() is not None:
+        reused.append(p.label)
+        return unit_total([p])
+    spec, splits = recipe.pool, pool.splits(recipe.pool)
+    numbers = list(range(len(splits)))
+    data = p.store.read_if_there("plan.json")
+    if data is None:
+
+        def count(batch: list[int]) -> Iterator[dict[str, Any]]:
+            for i in batch:
+                yield {"rows": pool.count(splits[i])}
+
+        rows = sum(record["rows"] for record in _over(numbers, count))
+        units = ingest.unit_count(rows, recipe.unit_rows)
+        plan = {"rows": rows, "units": units, "parts": ingest.partition_count(rows, units)}
+        p.store.create("plan.json", json.dumps(plan).encode())
+        data = p.store.read("plan.json")
+    plan = json.loads(data)
+    units, parts = plan["units"], plan["parts"]
+    progress.begin([(p.label, plan["rows"])])
+
+    def scatter(batch: list[int]) -> Iterator[dict[str, Any]]:
+        for i in batch:
+            ingest.scatter(p, i, splits[i], spec, types, units, parts)
+            yield {}
+
+    def gather(batch: list[int]) -> Iterator[dict[str, Any]]:
+        for part in batch:
+            yield from ingest.gather(p, part, len(splits), types, units, parts)
+
+    started = time.perf_counter()
+    for _ in _over(numbers, scatter):
+        pass
+    funnel = _empty_funnel(p)
+    for record in _over(list(range(parts)), gather):
+        unit_funnel = Funnel.from_json(record["funnel"])
+        funnel.add(unit_funnel)
+        progress.add(p.label, record["rows_in"], record["kept"], unit_funnel.lines[p.label].dropped)
+    if funnel.rows_in != plan["rows"]:
+        raise BooksError(f"the pool has {plan['rows']:,} rows, but its units hold {funnel.rows_in:,}")
+    funnel.lines[p.label].seconds = time.perf_counter() - started
+    _finish(p, funnel, units=units)
+    for name in p.store.names("spool"):
+        p.store.remove(f"spool/{name}")
+    return units
+
+
+# --- Passes over units ------------------------------------------------------------------------------------------------
+
+
+class _Worker:
+    """A worker of an actor pool: the steps of its pass are set up once."""
+
+    def __init__(self, passes: list[Pass], index: int, progress: Any) -> None:
+        self._passes, self._index, self._progress = passes, index, progress
+        for step in passes[index].steps:
+            step.setup()
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, list[Any]]]:
+        yield from _work(batch, self._passes, self._index, self._progress)
+
+
+def _work(
+    batch: dict[str, np.ndarray], passes: list[Pass], index: int, progress: Any
+) -> Iterator[dict[str, list[Any]]]:
+    """Runs one pass over a block of units; a row out per unit, as it is committed, with the records so far."""
+    p = passes[index]
+    earlier = dict(zip(batch["unit"].tolist(), batch["records"].tolist()))
+    report = _Reporter(progress, p.label)
+
+    def out(record: dict[str, Any]) -> dict[str, list[Any]]:
+        return {"unit": [record["unit"]], "records": [earlier[record["unit"]] + json.dumps(record) + "\n"]}
+
+    todo = []
+    for unit in earlier:
+        record = p.record(unit)
+        if record is None:
+            todo.append(unit)
+            continue
+        report(record["rows_in"], record["kept"], _reasons(record))
+        yield out(record)
+    hopeless = [unit for unit in todo if isolation.attempt(p, unit) > isolation.ATTEMPTS]
+    for record in run_pass(passes, index, [unit for unit in todo if unit not in hopeless], report):
+        yield out(record)
+    for unit in hopeless:
+        record = isolation.run_isolated(passes, index, unit)
+        report(record["rows_in"], record["kept"], _reasons(record))
+        yield out(record)
+    report.flush()
+
+
+def _map(recipe: Recipe, passes: list[Pass], chain: list[int], units: int, progress: Progress) -> None:
+    """Streams all units through neighbouring passes: while one downloads, the one before it is scored."""
+    rows = _funnel(passes[chain[0] - 1]).kept
+    progress.begin([(passes[i].label, rows if i == chain[0] else None) for i in chain])
+    cpus, gpus = ray.cluster_resources().get("CPU", 1.0), ray.cluster_resources().get("GPU", 0.0)
+    width = min(recipe.workers or int(cpus), int(cpus)) or 1
+    actors = [i for i in chain if _has_setup(passes[i])]
+    # Every pool must be able to hold one actor at the same time.
+    share = min(1.0, cpus / max(1, len(actors)))
+    blocks = min(units, max(width * 4, units // 8))
+    data = ray.data.range(units, override_num_blocks=blocks).map_batches(
+        lambda batch: {"unit": batch["id"], "records": [""] * len(batch["id"])}, batch_size=None, num_cpus=0.1
+    )
+    for i in chain:
+        gpu = gpus > 0 and any(getattr(step, "gpu", False) for step in passes[i].steps)
+        most = max(1, min(int(gpus), recipe.workers or int(gpus)) if gpu else width)
+        if i in actors:
+            data = data.map_batches(
+                _Worker,
+                fn_constructor_args=(passes, i, progress.remote),
+                batch_size=None,
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
+                num_cpus=0 if gpu else share,
+                num_gpus=1 if gpu else 0,
+            )
+        else:
+            data = data.map_batches(
+                _work,
+                fn_args=(passes, i, progress.remote),
+                batch_size=None,
+                compute=ray.data.TaskPoolStrategy(size=most),
+                num_cpus=min(share, 0.5),
+            )
+    funnels = {i: _empty_funnel(passes[i]) for i in chain}
+    for batch in data.iter_batches(batch_size=None, prefetch_batches=1):
+        for lines in batch["records"].tolist():
+            for i, line in zip(chain, lines.splitlines(), strict=True):
+                funnels[i].add(Funnel.from_json(json.loads(line)["funnel"]))
+    for i in chain:
+        if funnels[i].rows_in != (rows if i == chain[0] else funnels[i - 1].kept):
+            raise BooksError(f"{passes[i].label}: {rows:,} rows were due, {funnels[i].rows_in:,} came")
+        _finish(passes[i], funnels[i])
+
+
+def _has_setup(p: Pass) -> bool:
+    return any(type(step).setup is not Step.setup for step in p.steps)
+
+
+def _reasons(record: dict[str, Any]) -> dict[str, int]:
+    total = Funnel.from_json(record["funnel"])
+    return {reason: n for line in total.lines.values() for reason, n in line.dropped.items()}
+
+
+class _Reporter:
+    """Passes progress on from a worker, a few times a second at most."""
+
+    def __init__(self, progress: Any, label: str) -> None:
+        self._progress, self._label = progress, label
+        self._rows = self._kept = 0
+        self._reasons: dict[str, int] = {}
+        self._sent = time.monotonic()
+
+    def __call__(self, rows: int, kept: int, reasons: dict[str, int]) -> None:
+        self._rows += rows
+        self._kept += kept
+        for reason, n in reasons.items():
+            self._reasons[reason] = self._reasons.get(reason, 0) + n
+        if time.monotonic() - self._sent > 0.5:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._progress is not None:
+            self._progress.add.remote(self._label, self._rows, self._kept, self._reasons)
+        self._rows = self._kept = 0
+        self._reasons = {}
+        self._sent = time.monotonic()
+
+
+# --- Barriers ---------------------------------------------------------------------------------------------------------
+
+
+def _units_per_group(recipe: Recipe) -> int:
+    return max(1, GROUP_ROWS // recipe.unit_rows)
+
+
+def _barrier(passes: list[Pass], index: int, units: int, rows: int, progress: Progress) -> None:
+    """Lets a whole-run filter decide on the column tables of all units, as a Dask graph that Ray computes."""
+    import dask
+    import dask.dataframe as dd
+    import pandas as pd
+    from ray.util.dask import ray_dask_get
+
+    p, before = passes[index], passes[:index]
+    step = p.steps[0]
+    assert isinstance(step, Filter)
+    progress.begin([(p.label, rows)])
+    started = time.perf_counter()
+    types = {k: v for q in before for k, v in q.adds.items()}
+    columns = dict.fromkeys(["uid", *(c for c in step.needs if c not in POSITION.names)])
+    schema = pa.schema([*POSITION, *((c, types[c]) for c in columns)])
+    per_file = max(1, GROUP_ROWS * units // max(rows, 1)) if rows else units
+    groups = [range(low, min(units, low + per_file)) for low in range(0, units, per_file)]
+
+    def frame_of(group: range) -> pd.DataFrame:
+        tables = [t for unit in group for t in read_unit(before, unit, schema.names[2:])]
+        return _to_pandas(pa.concat_tables([schema.empty_table(), *tables]))
+
+    attempt = secrets.token_hex(4)
+
+    def store_part(part: pd.DataFrame) -> pd.DataFrame:
+        written = []
+        for number, drops in part.sort_values(["unit", "row"]).groupby("_file"):
+            name = f"drops/{number:06d}-{attempt}.parquet"
+            table = pa.table(
+                {**{c: drops[c].to_numpy() for c in POSITION.names}, "step": [p.label] * len(drops),
+                 **{c: pa.array(drops[c], pa.string(), from_pandas=True) for c in ("reason", "detail")}}
+            ).cast(DROP)  # fmt: skip
+            with p.store.output(name) as file:
+                pq.write_table(table, file, compression="zstd")
+            counts = json.dumps({str(k): int(v) for k, v in drops["reason"].value_counts().items()})
+            written.append((int(number), name, counts))
+        return pd.DataFrame(written, columns=["file", "name", "counts"]).astype(object)
+
+    with dask.config.set({"scheduler": ray_dask_get, "dataframe.shuffle.method": "tasks"}):
+        frame = dd.from_map(frame_of, groups, meta=_to_pandas(schema.empty_table()))
+        drops = step.decide(frame)
+        drops = drops.assign(_file=drops["unit"] // per_file)
+        if drops.npartitions > 1:
+            drops = drops.shuffle(on="_file")
+        meta = pd.DataFrame({c: pd.Series([], dtype=object) for c in ("file", "name", "counts")})
+        written = drops.map_partitions(store_part, meta=meta).compute()
+    line = {"step": p.label, "rows_in": rows, "kept": 0, "dropped": {}, "seconds": 0.0}
+    funnel = Funnel.from_json([line])
+    for counts in written["counts"]:
+        for reason, n in json.loads(counts).items():
+            funnel.lines[p.label].dropped[reason] = funnel.lines[p.label].dropped.get(reason, 0) + n
+    funnel.lines[p.label].seconds = time.perf_counter() - started
+    files = {str(number): name for number, name in zip(written["file"], written["name"])}
+    progress.add(p.label, rows, funnel.kept, funnel.lines[p.label].dropped)
+    _finish(p, funnel, files=files, units_per_file=per_file)
+
+
+def _to_pandas(table: pa.Table) -> Any:
+    import pandas as pd
+
+    texts = pd.StringDtype("pyarrow")
+    return table.to_pandas(types_mapper=lambda t: texts if pa.types.is_string(t) else None)
+
+
+# --- Shards -----------------------------------------------------------------------------------------------------------
+
+
+def _owns_shards(recipe: Recipe, p: Pass) -> bool:
+    return Store(recipe.run).read_if_there("shards/OWNER") == p.key.encode()
+
+
+def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress: Progress) -> None:
+    """Writes the shards: each is a range of the run's rows in the order of units, whoever writes it and when."""
+    p, before = passes[index], passes[:index]
+    step = p.steps[0]
+    assert isinstance(step, WriteShards)
+    store = Store(recipe.run)
+    if not _owns_shards(recipe, p):
+        # Shards of an earlier variant of the recipe stand here: they are no longer whole from this moment on.
+        store.remove("shards/_SUCCESS")
+        for name in p.store.names("commits"):
+            p.store.remove(f"commits/{name}")
+        p.store.remove("complete.json")
+        store.write("shards/OWNER", p.key.encode())
+
+    def count(batch: list[int]) -> Iterator[dict[str, Any]]:
+        for unit in batch:
+            yield {"unit": unit, "rows": len(alive(before, unit))}
+
+    sizes = np.zeros(units, np.int64)
+    for record in _over(list(range(units)), count, at_once=64):
+        sizes[record["unit"]] = record["rows"]
+    ends = np.cumsum(sizes)
+    total = int(ends[-1]) if units else 0
+    n = step.samples_per_shard
+    shards = total // n if step.drop_last else -(-total // n)
+    progress.begin([(p.label, total)])
+    types = {k: v for q in before for k, v in q.adds.items()}
+
+    def write(batch: list[int]) -> Iterator[dict[str, Any]]:
+        for shard in batch:
+            record = p.record(shard)
+            if record is None:
+                rows = _rows_of(before, ends, shard * n, min(total, (shard + 1) * n), list(types))
+                record = step.write(store.folder("shards"), shard, rows, types)
+                p.store.create(f"commits/{shard:07d}.json", json.dumps(record).encode())
+            yield record
+
+    started = time.perf_counter()
+    records: list[dict[str, Any]] = []
+    for record in _over(list(range(shards)), write):
+        records.append(record)
+        progress.add(p.label, record["samples"], record["samples"], {})
+    kept = sum(record["samples"] for record in records)
+    files, tail = {}, total - kept
+    if tail:
+        left = pa.concat_tables(_rows_of(before, ends, kept, total, []))
+        columns = [left["unit"], left["row"], [p.label] * tail, ["last_shard_short"] * tail, [None] * tail]
+        drops = pa.table(
+            [pa.array(c, f.type) if isinstance(c, list) else c for c, f in zip(columns, DROP)], schema=DROP
+        )
+        name = f"drops/{secrets.token_hex(4)}.parquet"
+        with p.store.output(name) as file:
+            pq.write_table(drops, file)
+        files = {"0": name}
+    dropped = {"last_shard_short": tail} if tail else {}
+    line = {"step": p.label, "rows_in": total, "dropped": dropped, "seconds": time.perf_counter() - started}
+    records.sort(key=lambda record: record["name"])
+    ray.get(ray.remote(WriteShards.finish).remote(step, store.folder("shards"), recipe.name, records))
+    _finish(p, Funnel.from_json([line]), files=files, units_per_file=max(1, units))
+
+
+def _rows_of(before: Sequence[Pass], ends: np.ndarray, low: int, high: int, columns: list[str]) -> Iterator[pa.Table]:
+    """The living rows low … high−1 of the run, in the order of units."""
+    unit = int(np.searchsorted(ends, low, side="right"))
+    while low < high:
+        start = int(ends[unit - 1]) if unit else 0
+        take = min(high, int(ends[unit])) - low
+        if take:
+            rows = alive(before, unit)[low - start : low - start + take]
+            yield from read_unit(before, unit, columns, rows)
+        low += take
+        unit += 1
+
+
+def _export_drops(store: Store, passes: list[Pass], number: int, units: range) -> dict[str, Any]:
+    """Joins the drops of a group of units with their urls and captions into one file for people and tools."""
+    types = {"uid": pa.string(), "url": pa.string(), "caption": pa.string()}
+    schema = pa.schema([*types.items(), *(f for f in DROP if f.name not in POSITION.names)])
+    name, rows = f"drops/{number:05d}.parquet", 0
+    with store.output(name) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for unit in units:
+            drops = pa.concat_tables([unit_drops(p, unit).select(["row", "step", "reason", "detail"]) for p in passes])
+            if not len(drops):
+                continue
+            drops = drops.sort_by("row")
+            (texts,) = read_unit(passes[:1], unit, types, drops["row"].to_numpy())
+            table = pa.table(
+                [*(texts[c] for c in types), *(drops[c] for c in ("step", "reason", "detail"))], schema=schema
+            )
+            writer.write_table(table)
+            rows += len(table)
+    return {"rows": rows}
+
+
+# --- Ray --------------------------------------------------------------------------------------------------------------
+
+
+def _over(
+    items: list[int], work: Callable[[list[int]], Iterator[dict[str, Any]]], at_once: int = 1
+) -> Iterator[dict[str, Any]]:
+    """Streams numbers through `work` on the cluster; yields the records that come back, in any order."""
+    if not items:
+        return
+    blocks = -(-len(items) // at_once)
+
+    def task(batch: dict[str, np.ndarray]) -> Iterator[dict[str, list[str]]]:
+        for record in work([items[i] for i in batch["id"].tolist()]):
+            yield {"record": [json.dumps(record)]}
+
+    data = ray.data.range(len(items), override_num_blocks=blocks).map_batches(task, batch_size=None, num_cpus=1)
+    for batch in data.iter_batches(batch_size=None):
+        yield from map(json.loads, batch["record"].tolist())

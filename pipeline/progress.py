@@ -1,0 +1,189 @@
+"""The live picture of a run: a line per pass on a terminal, plain lines elsewhere, and the funnel at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from pipeline.ledger import Funnel
+
+PLAIN_EVERY = 10.0
+"""Seconds between plain lines where there is no terminal."""
+
+
+@dataclass
+class _Bar:
+    label: str
+    total: int | None
+    rows: int = 0
+    kept: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+    changed: float = field(default_factory=time.monotonic)
+
+    @property
+    def rate(self) -> float:
+        return self.rows / max(1e-3, self.changed - self.started)
+
+    @property
+    def eta(self) -> str:
+        if not self.total or not self.rows or self.rows >= self.total:
+            return ""
+        seconds = int((self.total - self.rows) / self.rate)
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+@ray.remote(num_cpus=0)
+class _Board:
+    """Where workers report; the driver looks from time to time."""
+
+    def __init__(self) -> None:
+        self._events: dict[str, list[Any]] = {}
+
+    def add(self, label: str, rows: int, kept: int, reasons: dict[str, int]) -> None:
+        event = self._events.setdefault(label, [0, 0, {}])
+        event[0] += rows
+        event[1] += kept
+        for reason, n in reasons.items():
+            event[2][reason] = event[2].get(reason, 0) + n
+
+    def take(self) -> dict[str, list[Any]]:
+        events, self._events = self._events, {}
+        return events
+
+
+class Progress:
+    """Shows rows, rows a second, kept and dropped by reason for the passes under way."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: dict[str, _Bar] = {}
+        self._live: Live | None = None
+        self._told = time.monotonic()
+        self._lock = threading.RLock()
+        self._closed = threading.Event()
+        self.remote: Any = None
+        """The actor that workers report to; set by `connect` once Ray is up."""
+
+    def connect(self) -> None:
+        """Starts to listen to the workers, twice a second."""
+        self.remote = _Board.remote()  # type: ignore[attr-defined]
+
+        def listen() -> None:
+            while not self._closed.wait(0.5):
+                with contextlib.suppress(Exception):  # Ray going down under us is not ours to report
+                    self._take()
+
+        threading.Thread(target=listen, daemon=True).start()
+
+    def begin(self, passes: list[tuple[str, int | None]]) -> None:
+        """The passes that start now, with the rows they will see where that is known."""
+        self.end()
+        self._bars = {label: _Bar(label, total) for label, total in passes}
+        if self._console.is_terminal:
+            table = self._table
+            self._live = Live(get_renderable=table, console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+        else:
+            self._console.print(f"{' → '.join(self._bars)} …")
+
+    def add(self, label: str, rows: int, kept: int, reasons: dict[str, int]) -> None:
+        with self._lock:
+            bar = self._bars.get(label)
+            if bar is None:
+                return
+            bar.rows += rows
+            bar.kept += kept
+            bar.changed = time.monotonic()
+            for reason, n in reasons.items():
+                bar.reasons[reason] = bar.reasons.get(reason, 0) + n
+            if self._live is None and time.monotonic() - self._told > PLAIN_EVERY:
+                self._told = time.monotonic()
+                for bar in self._bars.values():
+                    self._console.print(_line(bar), highlight=False)
+
+    def end(self) -> None:
+        """The passes under way are done: leaves a plain line for each."""
+        self._take()
+        with self._lock:
+            if self._live is not None:
+                self._live.stop()
+                self._live = None
+            for bar in self._bars.values():
+                self._console.print(_line(bar), highlight=False)
+            self._bars = {}
+
+    def close(self) -> None:
+        """Stops listening; before Ray goes down, since asking would start it again."""
+        self.end()
+        with self._lock:
+            self._closed.set()
+
+    def _take(self) -> None:
+        with self._lock:
+            if self.remote is not None and not self._closed.is_set():
+                for label, event in ray.get(self.remote.take.remote()).items():
+                    self.add(label, *event)
+
+    def _table(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        for bar in self._bars.values():
+            done = bar.rows / bar.total if bar.total else 0.0
+            filled = "━" * round(24 * min(1.0, done))
+            table.add_row(
+                bar.label,
+                f"[green]{filled}[/][dim]{'━' * (24 - len(filled))}[/]",
+                f"{bar.rows:,}/{bar.total:,}" if bar.total else f"{bar.rows:,}",
+                f"{bar.rate:,.0f} rows/s",
+                f"kept {bar.kept:,}",
+                _top(bar.reasons),
+                f"eta {bar.eta}" if bar.eta else "",
+            )
+        return table
+
+
+def _line(bar: _Bar) -> str:
+    total = f"/{bar.total:,}" if bar.total is not None else ""
+    parts = [f"{bar.label}: {bar.rows:,}{total} rows", f"{bar.rate:,.0f}/s", f"kept {bar.kept:,}"]
+    if bar.reasons:
+        parts.append(f"dropped {_top(bar.reasons)}")
+    if bar.eta:
+        parts.append(f"eta {bar.eta}")
+    return ", ".join(parts)
+
+
+def _top(reasons: dict[str, int], most: int = 4) -> str:
+    ranked = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    shown = " ".join(f"{reason} {n:,}" for reason, n in ranked[:most])
+    return shown + (" …" if len(ranked) > most else "")
+
+
+def print_funnel(console: Console, funnel: Funnel) -> None:
+    """The table at the end: for each step the rows that came, those that went on, and why the others did not."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("step", "rows in", "kept", "share", "seconds"):
+        table.add_column(title, justify="left" if title == "step" else "right", no_wrap=True)
+    table.add_column("dropped")
+    for label, line in funnel.lines.items():
+        share = line.kept / line.rows_in if line.rows_in else 0.0
+        reasons = sorted(line.dropped.items(), key=lambda item: (-item[1], item[0]))
+        table.add_row(
+            label,
+            f"{line.rows_in:,}",
+            f"{line.kept:,}",
+            f"{share:.1%}",
+            f"{line.seconds:.1f}",
+            ", ".join(f"{reason} {n:,}" for reason, n in reasons),
+        )
+    console.print(table)
+    console.print(
+        f"{funnel.rows_in:,} rows in = {funnel.kept:,} kept + {funnel.rows_in - funnel.kept:,} dropped", highlight=False
+    )

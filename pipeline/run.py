@@ -1,0 +1,238 @@
+"""`python -m pipeline.run RECIPE.yaml [key=value …]`: from a table of URLs and captions to shards."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from pipeline import pool, recipe
+from pipeline.ledger import BooksError
+from pipeline.passes import Pass, make_passes
+from pipeline.recipe import Recipe, RecipeError
+from pipeline.storage import Store
+
+EPILOG = """\
+examples:
+  python -m pipeline.run conf/demo.yaml
+  python -m pipeline.run conf/demo.yaml workers=1 steps.threshold.top_fraction=0.2
+  python -m pipeline.run conf/400m.yaml --plan
+  ray job submit --working-dir . -- python -m pipeline.run conf/400m.yaml
+
+A run that was interrupted goes on where it was: give the same command again. A changed filter or threshold is decided
+anew from what is stored; a change that would throw away downloads or scores is refused.
+
+exit status: 0 done and the books balance; 2 the recipe or the command line is wrong, nothing was started; 1 otherwise
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.run",
+        description="Curates a pool of image URLs and captions into WebDataset shards, as a recipe says.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="the recipe, a YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to it, as in steps.download.timeout=5"
+    )
+    parser.add_argument("--plan", action="store_true", help="print what would run and what it would cost; run nothing")
+    args = parser.parse_args(argv)
+    console, errors = Console(), Console(stderr=True)
+    if not console.is_terminal:
+        console.width = 140  # a log has no margin
+    try:
+        if args.plan:
+            from pipeline.plan import print_plan
+
+            print_plan(console, recipe.load(args.recipe, args.overrides, _columns_if_near))
+            return 0
+        checked = recipe.load(args.recipe, args.overrides, pool.columns)
+    except RecipeError as error:
+        for problem in error.problems:
+            errors.print(f"error: {problem}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    try:
+        return _run(console, checked)
+    except RefusedError as error:
+        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        errors.print("interrupted; the same command goes on from here", markup=False)
+        return 1
+    except Exception as error:
+        errors.print(f"error: {_explain(error, checked)}", markup=False, highlight=False, soft_wrap=True)
+        if os.environ.get("WINNOW_DEBUG"):
+            raise
+        return 1
+
+
+class RefusedError(Exception):
+    """The run directory belongs to something else."""
+
+
+def _run(console: Console, checked: Recipe) -> int:
+    if Store(checked.run).local:
+        # Workers have working directories of their own.
+        checked.run = Store(checked.run).root
+    extras = pool.columns(checked.pool)
+    types = pool.extra_types(checked.pool, extras)
+    passes = make_passes(checked, _pool_key(checked), types)
+    _claim(checked, passes)
+    _adopt(checked, passes)
+
+    from pipeline import executor
+    from pipeline.progress import Progress, print_funnel
+
+    started = time.monotonic()
+    executor.start_ray(checked.workers)
+    progress = Progress(console)
+    progress.connect()
+    try:
+        outcome = executor.execute(checked, passes, types, progress)
+        dropped = executor.write_books(checked, passes, outcome, executor.unit_total(passes))
+    finally:
+        progress.close()
+        executor.stop_ray()
+    shards = passes[-1].kind == "write"
+    if shards:
+        Store(checked.run).write("shards/_SUCCESS", b"")
+    if outcome.reused:
+        again = {label for p in passes if p.label in outcome.reused for label in p.labels}
+        quiet = [what for step, what in (("download", "downloaded"), ("clip_score", "scored")) if step in again]
+        said = f": nothing was {' or '.join(quiet)} again" if quiet else ""
+        console.print(f"reused {', '.join(outcome.reused)}{said}", highlight=False)
+    print_funnel(console, outcome.funnel)
+    if not outcome.funnel.kept:
+        console.print(
+            "No row was kept: the dataset is valid and empty. The funnel shows which step took the last rows."
+        )
+    where = f"shards in {checked.run}/shards, " if shards else ""
+    seconds = time.monotonic() - started
+    console.print(
+        f"{where}{dropped:,} drops with their reasons in {checked.run}/drops ({seconds:.0f} s)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _columns_if_near(spec: recipe.PoolSpec) -> list[str]:
+    """The columns of a pool that can be looked at without a network; a plan can do without the others."""
+    paths = [spec.path] if isinstance(spec.path, str) else spec.path
+    if any("://" in path for path in paths):
+        return list(spec.columns or [])
+    return pool.columns(spec)
+
+
+def _pool_key(checked: Recipe) -> dict[str, Any]:
+    spec = dataclasses.asdict(checked.pool)
+    del spec["rows"], spec["path"]
+    return {"version": 1, "files": pool.stamp(checked.pool), "unit_rows": checked.unit_rows, **spec}
+
+
+def _claim(checked: Recipe, passes: list[Pass]) -> None:
+    """Takes the run directory for this recipe, or refuses where that would orphan what was dear to get.
+
+    A changed filter or threshold is welcome: its passes get new keys and the old downloads and scores stay in use.
+    """
+    store = Store(checked.run)
+    source = {**checked.source, "workers": None, "reuse": None}
+    claim = {
+        "name": checked.name,
+        "recipe": source,
+        "passes": [{"root": os.path.basename(p.root), "dear": _is_dear(p)} for p in passes],
+    }
+    data = json.dumps(claim, indent=1, default=str).encode()
+    if store.create("run.json", data):
+        return
+    try:
+        old = json.loads(store.read("run.json"))
+        kept = {p["root"] for p in claim["passes"]}
+        orphans = [
+            p["root"]
+            for p in old["passes"]
+            if p["dear"] and p["root"] not in kept and store.names(f"passes/{p['root']}/commits")
+        ]
+        same_pool = old["passes"][0]["root"] == claim["passes"][0]["root"]
+        differences = _differences(old["recipe"], source)
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise RefusedError(f"{checked.run}/run.json is not a run of Winnow; choose another `run`") from None
+    if old["name"] == claim["name"] and same_pool and not orphans:
+        store.write("run.json", data)
+        return
+    if not differences:
+        differences = ["the files of the pool, or of a step, have changed since"]
+    cost = f"; {', '.join(orphans)} would have to be done again" if orphans else ""
+    lines = "\n".join(f"  {line}" for line in differences)
+    raise RefusedError(
+        f"{checked.run} holds the run of another recipe{cost}. Nothing was changed. The difference:\n{lines}\n"
+        "Give the old recipe to go on with it, or another `run` (with `reuse: OLD_RUN` to share what is the same)."
+    )
+
+
+def _is_dear(p: Pass) -> bool:
+    return any(step.commits for step in p.steps)
+
+
+def _adopt(checked: Recipe, passes: list[Pass]) -> None:
+    """Points passes at the run named by `reuse` where it has them complete: same key, same bytes."""
+    if not checked.reuse:
+        return
+    theirs = Store(checked.reuse).root
+    for p in passes:
+        root = f"{theirs}/passes/{os.path.basename(p.root)}"
+        if p.kind != "write" and p.complete() is None and dataclasses.replace(p, root=root).complete() is not None:
+            p.root = root
+
+
+def _differences(old: Any, new: Any) -> list[str]:
+    """The keys of two recipes that differ, as `steps.download.timeout: 10 → 5`."""
+    before, after = dict(_flat(old)), dict(_flat(new))
+    lines = []
+    for key in dict.fromkeys([*before, *after]):
+        if before.get(key) != after.get(key):
+            lines.append(f"{key}: {before.get(key, '(not there)')} → {after.get(key, '(not there)')}")
+    return lines
+
+
+def _flat(data: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(data, dict) and data:
+        return [pair for k, v in data.items() for pair in _flat(v, f"{prefix}.{k}" if prefix else str(k))]
+    if isinstance(data, list) and data and isinstance(data[0], dict | str) and prefix == "steps":
+        lines = [next(iter(s.items())) if isinstance(s, dict) else (s, None) for s in data]
+        names = [str(name) for name, _ in lines]
+        labels = [n if names[:i].count(n) == 0 else f"{n}.{names[:i].count(n) + 1}" for i, n in enumerate(names)]
+        return [pair for label, (_, o) in zip(labels, lines) for pair in _flat(o or {}, f"steps.{label}")]
+    return [(prefix, data)]
+
+
+def _explain(error: BaseException, checked: Recipe) -> str:
+    """One line for a person: the root of a chain of wrapped exceptions, and a cure where there is one."""
+    cause: BaseException = error
+    while True:
+        deeper = getattr(cause, "cause", None) or cause.__cause__
+        if not isinstance(deeper, BaseException) or deeper is cause:
+            break
+        cause = deeper
+    text = str(cause).strip().splitlines()
+    last = text[-1] if text else type(cause).__name__
+    if getattr(cause, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        return f"the disk of {checked.run} is full; what was committed stays. Make room and give the same command again"
+    if isinstance(cause, BooksError):
+        return f"the books do not balance: {cause}"
+    return f"{type(cause).__name__}: {last} (WINNOW_DEBUG=1 shows the traceback)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
