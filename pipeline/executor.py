@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+import ray.data
 
 from pipeline import ingest, isolation, pool
 from pipeline.ledger import BooksError, Funnel
@@ -47,10 +48,8 @@ class Outcome:
 def start_ray(workers: int | None) -> None:
     """Joins the cluster that RAY_ADDRESS names (as under `ray job submit`), or starts Ray on this machine."""
     address = os.environ.get("RAY_ADDRESS")
-    # What Ray Data tells about its internals is not for the people who curate data; its errors are.
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": bool(os.environ.get("WINNOW_DEBUG"))}
+    debug = bool(os.environ.get("WINNOW_DEBUG"))
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": debug}
     if address:
         ray.init(address, **options)
     else:
@@ -60,6 +59,11 @@ def start_ray(workers: int | None) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # What Ray Data tells about its internals is not for the people who curate data; an error reaches them by its cause.
+    # Only now: importing ray.data sets its loggers up.
+    for handler in logging.getLogger("ray.data").handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.INFO if debug else logging.CRITICAL)
 
 
 def stop_ray() -> None:

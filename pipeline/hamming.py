@@ -10,7 +10,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 _ALL_BITS = (1 << 64) - 1
-# Above so many members it is cheaper to divide a bucket once more than to compare all its pairs.
+# With more comparisons than those of so many hashes, each with each, it is cheaper to divide a bucket once more.
 _LARGEST_BUCKET = 1024
 # Found pairs are joined when there are so many, which bounds memory by the number of hashes, not of pairs.
 _MOST_PENDING = 1 << 20
@@ -37,24 +37,27 @@ def clusters(
     of the hashes to compare)`; by default all hashes under each of `masks(max_hamming)`.
 
     Linear in practice: hashes are compared only within buckets that are equal under a mask; a crowded bucket is divided
-    again, by the same pigeonhole, on the bits outside the mask; and one whose members are known to be connected is not
-    looked into at all.
+    again, by the same pigeonhole, on the bits that vary in it; and members already known to be connected are not
+    compared with each other.
     """
     if probes is None:
         probes = [(mask, np.arange(len(hashes))) for mask in masks(max_hamming)]
     forest = Forest(len(hashes))
-    # So many distinct hashes cannot be equal in all but max_hamming + 2 bits: what is divided has a bit for each block.
+    # So many distinct hashes differ in more than max_hamming + 2 bits: a bucket to divide has bits for every block.
     largest = max(_LARGEST_BUCKET, 1 << max_hamming + 2)
     todo = list(probes)
     while todo:
         mask, members = todo.pop()
-        members, starts, ends = _buckets(hashes, members, mask, forest)
-        crowded = ends - starts > largest
-        _join_close(hashes, members, starts[~crowded], ends[~crowded], max_hamming, forest)
+        members, sizes, minors = _buckets(hashes, members, mask, forest)
+        crowded = sizes * minors > largest**2
+        compare = np.repeat(~crowded, sizes)
+        _join_close(hashes, members[compare], sizes[~crowded], minors[~crowded], max_hamming, forest)
         if crowded.any():
-            # Hashes of several buckets still differ under `mask`, so under the finer masks they do not meet either.
-            again = np.concatenate([members[start:end] for start, end in zip(starts[crowded], ends[crowded])])
-            todo += [(mask | finer, again) for finer in masks(max_hamming, _ALL_BITS & ~mask)]
+            # Hashes of different buckets differ under `mask`, so under the finer masks they do not meet either.
+            members, sizes = members[~compare], sizes[crowded]
+            first = np.repeat(members[np.cumsum(sizes) - sizes], sizes)
+            varying = int(np.bitwise_or.reduce(hashes[members] ^ hashes[first]))
+            todo += [(mask | finer, members) for finer in masks(max_hamming, varying)]
     return forest.roots(np.arange(len(hashes)))
 
 
@@ -87,41 +90,55 @@ class Forest:
 def _buckets(
     hashes: np.ndarray, members: np.ndarray, mask: int, forest: Forest
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The members, those equal under the mask side by side, and where each bucket that is worth a look starts and ends."""
+    """Those members that meet another set's under the mask, bucket by bucket: members, size and minors of each bucket.
+
+    Of the sets in a bucket, the one of the lowest name is mostly by far the largest (a giant component soon gets a low
+    name). It comes last; the members of the others, the minors, come first. Each close pair has a minor in it.
+    """
     key = hashes[members] & np.uint64(mask)
-    order = np.argsort(key, kind="stable")
+    order = np.argsort(key)
     members, key = members[order], key[order]
-    starts = np.flatnonzero(np.append(True, key[1:] != key[:-1])[: len(key)])
-    ends = np.append(starts[1:], len(key))
-    starts, ends = starts[ends - starts > 1], ends[ends - starts > 1]
-    if len(starts):
-        roots = forest.roots(members)
-        bounds = np.column_stack([starts, ends]).ravel()
-        bounds = bounds[:-1] if bounds[-1] == len(members) else bounds
-        connected = (np.minimum.reduceat(roots, bounds) == np.maximum.reduceat(roots, bounds))[::2]
-        starts, ends = starts[~connected], ends[~connected]
-    return members, starts, ends
+    bucket = np.cumsum(np.append(False, key[1:] != key[:-1])[: len(key)])
+    shared = np.bincount(bucket)[bucket] > 1 if len(key) else np.zeros(0, bool)
+    members, bucket = members[shared], bucket[shared]
+    if not len(members):
+        return members, members, members
+    starts = np.flatnonzero(np.append(True, bucket[1:] != bucket[:-1]))
+    sizes = np.diff(np.append(starts, len(members)))
+    roots = forest.roots(members)
+    minor = roots != np.repeat(np.minimum.reduceat(roots, starts), sizes)
+    minors = np.add.reduceat(minor.astype(np.int64), starts)
+    open_ = np.repeat(minors > 0, sizes)
+    order = np.argsort(bucket[open_] * 2 + ~minor[open_])
+    return members[open_][order], sizes[minors > 0], minors[minors > 0]
 
 
 def _join_close(
-    hashes: np.ndarray, members: np.ndarray, starts: np.ndarray, ends: np.ndarray, max_hamming: int, forest: Forest
+    hashes: np.ndarray, members: np.ndarray, sizes: np.ndarray, minors: np.ndarray, max_hamming: int, forest: Forest
 ) -> None:
-    """Joins all close pairs within each bucket."""
+    """Joins all close pairs within each bucket, as `_buckets` gives them."""
     values, roots = hashes[members], forest.roots(members)
-    end = np.repeat(ends, ends - starts)
-    place = np.arange(len(end)) + np.repeat(ends - np.cumsum(ends - starts), ends - starts)
+    right = np.arange(len(members))
+    left = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    last = left + np.repeat(minors, sizes)
     pending: list[tuple[np.ndarray, np.ndarray]] = []
     step = count = 0
-    # Every member against the next one, then against the second next, and so on to the end of its bucket.
-    while len(place):
+    # The first minor of each bucket against all others of the bucket, then the second, and so on.
+    while len(right):
+        near = np.flatnonzero(np.bitwise_count(values[left + step] ^ values[right]) <= max_hamming)
+        near = near[roots[left[near] + step] != roots[right[near]]]
+        if len(near):
+            pending.append((members[left[near] + step], members[right[near]]))
+            count += len(near)
         step += 1
-        inside = place + step < end
-        place, end = place[inside], end[inside]
-        left = place[np.bitwise_count(values[place] ^ values[place + step]) <= max_hamming]
-        left = left[roots[left] != roots[left + step]]
-        if len(left):
-            pending.append((members[left], members[left + step]))
-            count += len(left)
-        if count > _MOST_PENDING or (count and not len(place)):
+        # Only now and then, as it costs as much as a step. Until then some minors meet hashes again, or those of the next
+        # bucket: a waste, but no error, as every pair is verified.
+        if step & (step - 1) == 0 or len(right) < 1000:
+            active = (left + step < last) & (left + step < right)
+            left, right, last = left[active], right[active], last[active]
+        elif len(left) and left[-1] + step >= len(values):
+            active = left + step < last
+            left, right, last = left[active], right[active], last[active]
+        if count > _MOST_PENDING or (count and not len(right)):
             forest.join(*(np.concatenate(side) for side in zip(*pending)))
             roots, pending, count = forest.roots(members), [], 0

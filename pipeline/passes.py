@@ -184,7 +184,7 @@ def _barrier_file(root: str, name: str) -> pa.Table:
 
 def unit_drops(p: Pass, unit: int) -> pa.Table:
     """The drops of one pass over one unit, whatever its kind: `row, step, reason, detail`."""
-    return barrier_drops(p, unit) if p.kind == "barrier" else _drops(p, _must(p, unit))
+    return barrier_drops(p, unit) if p.kind in ("barrier", "write") else _drops(p, _must(p, unit))
 
 
 def run_pass(

@@ -5,6 +5,7 @@ Whatever a file holds, each of its rows comes out exactly once: clean, or with t
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
 import gzip
@@ -186,7 +187,7 @@ def _clean(batch: pa.Table, types: dict[str, pa.DataType]) -> pa.Table:
     for name, limit in (("url", MAX_URL_BYTES), ("caption", MAX_CAPTION_BYTES)):
         text, bad_type, bad_utf8 = _as_text(batch[name])
         sizes = pc.fill_null(pc.binary_length(text), 0).to_numpy(zero_copy_only=False)
-        blank = pc.is_null(text).to_numpy(zero_copy_only=False)
+        blank = sizes == 0  # an empty field is how csv spells null
         for mask, why in (
             (bad_type, "not_text"),
             (bad_utf8, "invalid_utf8"),
@@ -296,14 +297,16 @@ def _parquet_batches(split: Split, wanted: dict[str, str], types: dict[str, pa.D
         yield pa.table({**{ours: batch[theirs] for ours, theirs in wanted.items()}, **{n: batch[n] for n in here}})
 
 
-def _open_text(path: str) -> io.TextIOBase:
+@contextlib.contextmanager
+def _open_text(path: str) -> Iterator[io.TextIOBase]:
     """A text file, decompressed; bytes that are not UTF-8 come through as lone surrogates, to be found later."""
-    file: Any = fsspec.open(path, "rb").open() if "://" in path else open(path, "rb")
-    if path.lower().endswith(".gz"):
-        file = gzip.open(file)
-    elif path.lower().endswith(".zst"):
-        file = pa.CompressedInputStream(pa.PythonFile(file), "zstd")
-    return io.TextIOWrapper(io.BufferedReader(_Raw(file), 1 << 20), "utf-8-sig", "surrogateescape", newline="")
+    with contextlib.ExitStack() as stack:
+        file: Any = stack.enter_context(fsspec.open(path, "rb"))
+        if path.lower().endswith(".gz"):
+            file = stack.enter_context(gzip.open(file))
+        elif path.lower().endswith(".zst"):
+            file = pa.CompressedInputStream(pa.PythonFile(file), "zstd")
+        yield io.TextIOWrapper(io.BufferedReader(_Raw(file), 1 << 20), "utf-8-sig", "surrogateescape", newline="")
 
 
 class _Raw(io.RawIOBase):
@@ -319,10 +322,6 @@ class _Raw(io.RawIOBase):
         data = self._file.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def _column_names(path: str) -> list[str]:

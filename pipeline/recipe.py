@@ -201,14 +201,14 @@ class _Document:
         label, _, option = name.removeprefix("steps.").rpartition(".")
         steps = self.data.get("steps")
         steps = steps if isinstance(steps, list) else []
-        labels = _labels([_split(line)[0] for line in steps])
-        if label not in labels:
+        known = labels([split_line(line)[0] for line in steps])
+        if label not in known:
             self.problems.append(
-                f"{word!r}: the recipe has no step {label or option!r}{_nearest(label or option, labels)}"
+                f"{word!r}: the recipe has no step {label or option!r}{_nearest(label or option, known)}"
             )
             return
-        i = labels.index(label)
-        step_name, options = _split(steps[i])
+        i = known.index(label)
+        step_name, options = split_line(steps[i])
         steps[i] = {step_name: {**(options if isinstance(options, dict) else {}), option: value}}
 
 
@@ -232,7 +232,7 @@ class _Checker:
         steps = [
             step for i, line in enumerate(step_lines) if (step := self._step(i, line, top.get("seed", 0))) is not None
         ]
-        for step, label in zip(steps, _labels([s.name() for s in steps]), strict=True):
+        for step, label in zip(steps, labels([s.name() for s in steps]), strict=True):
             step.__dict__["_label"] = label
         columns: list[str] | None = []
         if pool is not None and pool_columns is not None:
@@ -284,7 +284,7 @@ class _Checker:
         return PoolSpec(**options) if len(self.problems) == before else None
 
     def _step(self, i: int, line: Any, seed: int) -> Step | None:
-        name, options = _split(line)
+        name, options = split_line(line)
         key: tuple[Any, ...] = ("steps", i)
         if name is None:
             self._note(
@@ -388,7 +388,7 @@ def _providers(column: str) -> str:
     return f"; {' and '.join(found)} would" if found else ""
 
 
-def _split(line: Any) -> tuple[str | None, Any]:
+def split_line(line: Any) -> tuple[str | None, Any]:
     """A line of `steps` as name and options: `- download` or `- download: {timeout: 5}`."""
     if isinstance(line, str):
         return line, None
@@ -397,15 +397,15 @@ def _split(line: Any) -> tuple[str | None, Any]:
     return None, None
 
 
-def _labels(names: list[str | None]) -> list[str]:
+def labels(names: list[str | None]) -> list[str]:
     """`exact_dedup` a second time is `exact_dedup.2`."""
     seen: dict[str, int] = {}
-    labels = []
+    numbered = []
     for full in names:
         name = str(full).rsplit(".", 1)[-1]
         seen[name] = seen.get(name, 0) + 1
-        labels.append(name if seen[name] == 1 else f"{name}.{seen[name]}")
-    return labels
+        numbered.append(name if seen[name] == 1 else f"{name}.{seen[name]}")
+    return numbered
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -207,13 +207,13 @@ def _differences(old: Any, new: Any) -> list[str]:
 
 
 def _flat(data: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if prefix == "steps" and isinstance(data, list):
+        lines = [recipe.split_line(line) for line in data]
+        labels = recipe.labels([name for name, _ in lines])
+        options = [pair for label, (_, o) in zip(labels, lines) for pair in _flat(o or {}, f"steps.{label}") if o]
+        return [("steps", ", ".join(labels)), *options]
     if isinstance(data, dict) and data:
         return [pair for k, v in data.items() for pair in _flat(v, f"{prefix}.{k}" if prefix else str(k))]
-    if isinstance(data, list) and data and isinstance(data[0], dict | str) and prefix == "steps":
-        lines = [next(iter(s.items())) if isinstance(s, dict) else (s, None) for s in data]
-        names = [str(name) for name, _ in lines]
-        labels = [n if names[:i].count(n) == 0 else f"{n}.{names[:i].count(n) + 1}" for i, n in enumerate(names)]
-        return [pair for label, (_, o) in zip(labels, lines) for pair in _flat(o or {}, f"steps.{label}")]
     return [(prefix, data)]
 
 
@@ -225,13 +225,13 @@ def _explain(error: BaseException, checked: Recipe) -> str:
         if not isinstance(deeper, BaseException) or deeper is cause:
             break
         cause = deeper
-    text = str(cause).strip().splitlines()
-    last = text[-1] if text else type(cause).__name__
+    # Ray Data appends advice on its own retries to the message.
+    said = str(cause).replace("\\n", "\n").split("\nFailed to apply UDF")[0].strip() or type(cause).__name__
     if getattr(cause, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
         return f"the disk of {checked.run} is full; what was committed stays. Make room and give the same command again"
     if isinstance(cause, BooksError):
         return f"the books do not balance: {cause}"
-    return f"{type(cause).__name__}: {last} (WINNOW_DEBUG=1 shows the traceback)"
+    return f"{type(cause).__name__}: {said} (WINNOW_DEBUG=1 shows the traceback)"
 
 
 if __name__ == "__main__":

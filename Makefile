@@ -1,0 +1,34 @@
+# `make demo` and `make test` each work alone on a fresh machine: they set up .venv first, and again only when what it
+# was made from has changed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check lint types clean
+
+demo: .venv/ready
+	$(BIN)/python -m pipeline.demo.run
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+check: lint types test
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready
+	$(BIN)/mypy
+
+# torch comes first and pinned: where pip is offered a CPU build of this version it takes that one.
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 13) else \
+		f"Winnow needs Python 3.10 to 3.12, and $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch torchvision
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,38 @@
+"""Fixtures that more than one part of the suite needs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """A Ray of two cores for the whole session: joining it takes a second, starting one takes five."""
+    import ray
+
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture
+def run(ray_address: str, tmp_path: Path) -> Command:
+    """`run("recipe.yaml", "key=value", …)`: the main command as a user gives it, in `tmp_path`, on the session Ray."""
+
+    def command(*args: str, ray: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", **environment}
+        if ray:
+            env["RAY_ADDRESS"] = ray_address
+        argv = [sys.executable, "-m", "pipeline.run", *args]
+        return subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False)
+
+    return command

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import pool, recipe
+from pipeline.recipe import RecipeError
+
+GOOD = """
+name: test
+seed: 3
+pool: {path: pool.csv, url: url, caption: caption}
+run: out
+steps:
+  - caption_length: {min_chars: 6}
+  - exact_dedup: {by: [url]}
+  - exact_dedup: {by: [url, caption]}
+  - sample: {fraction: 1e-1}
+"""
+
+
+@pytest.fixture(autouse=True)
+def pool_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pool.csv").write_text("url,caption\nhttp://a/b,hello there world\n")
+
+
+def load(text: str, *overrides: str) -> recipe.Recipe:
+    Path("r.yaml").write_text(text)
+    return recipe.load("r.yaml", list(overrides), pool.columns)
+
+
+def problems(text: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load(text, *overrides)
+    return "\n".join(caught.value.problems)
+
+
+def test_a_good_recipe_with_overrides() -> None:
+    checked = load(
+        GOOD, "steps.caption_length.min_words=2", "steps.exact_dedup.2.by=[caption]", "run=elsewhere", "workers=1"
+    )
+    assert [s.label for s in checked.steps] == ["caption_length", "exact_dedup", "exact_dedup.2", "sample"]
+    assert checked.steps[0].min_words == 2  # type: ignore[attr-defined]
+    assert checked.steps[2].by == ["caption"]  # type: ignore[attr-defined]
+    assert checked.steps[3].fraction == 0.1, "1e-1 is a number, not text"  # type: ignore[attr-defined]
+    assert checked.steps[3].seed == 3, "a step takes the recipe's seed"  # type: ignore[attr-defined]
+    assert (checked.run, checked.workers) == ("elsewhere", 1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "min_chars: 6",
+            "min_char: 6",
+            "r.yaml:7: steps.caption_length.min_char: unknown key; did you mean min_chars?",
+        ),
+        (
+            "min_chars: 6",
+            "min_chars: six",
+            "r.yaml:7: steps.caption_length.min_chars: expected a whole number, found 'six'",
+        ),
+        ("min_chars: 6", "min_chars: true", "expected a whole number, found True"),
+        ("min_chars: 6", "min_chars: 6.5", "expected a whole number, found 6.5"),
+        (
+            "min_chars: 6",
+            "min_chars: 6, min_chars: 7",
+            "steps.0.caption_length.min_chars: there twice (also on line 7)",
+        ),
+        (
+            "caption_length:",
+            "caption_lenght:",
+            "r.yaml:7: steps.caption_lenght: unknown step; did you mean caption_length?",
+        ),
+        ("seed: 3", "sed: 3", "r.yaml:3: sed: unknown key; did you mean seed?"),
+        ("seed: 3", "seed: 3\nworkers: 0", "workers: must be at least 1, not 0"),
+        ("name: test", "", "name: is missing"),
+        ("path: pool.csv", "path: pol.csv", "pool: path: pol.csv does not exist"),
+        ("caption: caption}", "caption: text}", "pool.csv has no column 'text'; it has url, caption"),
+        ("url: url", "url: 7", "r.yaml:4: pool.url: expected text, found 7"),
+        ("[url, caption]", "[phash]", "needs the column 'phash'; nothing above it adds that; download would"),
+        (
+            "- sample: {fraction: 1e-1}",
+            "- write_shards\n  - sample: {fraction: 0.5}",
+            "write_shards: must be the last step",
+        ),
+        (
+            "- sample: {fraction: 1e-1}",
+            "- nowhere.my_step",
+            "nowhere.my_step: no such module; is its folder on PYTHONPATH?",
+        ),
+        ("- sample: {fraction: 1e-1}", "- {sample: {}, language: {}}", "steps[3]: expected one step"),
+        ("  - sample: {fraction: 1e-1}", " - [", "not valid YAML"),
+    ],
+)
+def test_what_is_wrong_is_said_with_file_line_key_and_cure(old: str, new: str, said: str) -> None:
+    assert old in GOOD
+    assert said in problems(GOOD.replace(old, new))
+
+
+def test_all_problems_are_reported_together() -> None:
+    text = (
+        GOOD.replace("min_chars: 6", "min_char: 6")
+        .replace("seed: 3", "sed: 3")
+        .replace("path: pool.csv", "path: x.csv")
+    )
+    assert problems(text).count("r.yaml:") == 3
+
+
+def test_norwegian_is_a_language_and_not_a_falsehood() -> None:
+    checked = load(GOOD.replace("- sample: {fraction: 1e-1}", "- language: {keep: [no, de]}"))
+    assert checked.steps[-1].keep == ["no", "de"]  # type: ignore[attr-defined]
+
+
+def test_steps_in_an_impossible_order() -> None:
+    text = GOOD.replace("  - sample: {fraction: 1e-1}", "  - near_dedup\n  - download")
+    assert "steps.near_dedup: needs the column 'phash'; put it below download, which adds it" in problems(text)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("steps.nearest.x=1", "the recipe has no step 'nearest'"),
+        ("steps.caption_lenght.min_chars=1", "did you mean caption_length?"),
+        ("min_chars", "an override is key=value"),
+        ("run=[", "the value is not valid YAML"),
+        ("steps.caption_length.min_chars=few", "expected a whole number, found 'few'"),
+    ],
+)
+def test_wrong_overrides(override: str, said: str) -> None:
+    assert said in problems(GOOD, override)
+
+
+def test_a_file_that_is_not_there_or_not_yaml() -> None:
+    with pytest.raises(RecipeError, match="No such file"):
+        recipe.load("missing.yaml")
+    assert "expected a mapping" in problems("- just\n- a list\n")
+    Path("binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="UTF-8"):
+        recipe.load("binary.yaml")
+
+
+def test_speed_options_do_not_change_what_a_step_is() -> None:
+    first, second = load(GOOD), load(GOOD, "workers=7")
+    assert [recipe.identity(s) for s in first.steps] == [recipe.identity(s) for s in second.steps]
+    third = load(GOOD, "steps.caption_length.min_chars=7")
+    assert recipe.identity(first.steps[0]) != recipe.identity(third.steps[0])

@@ -1,0 +1,257 @@
+"""The main command, end to end on Ray, with steps of the user's own in place of the network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import ROOT, Command
+
+STEPS = '''
+import errno, io, os, signal, time
+from dataclasses import dataclass
+from PIL import Image
+import pyarrow as pa
+import pyarrow.compute as pc
+from pipeline.step import Filter, Stage
+
+
+@dataclass(kw_only=True)
+class Paint(Stage):
+    """Stands in for a download: a small picture whose colour is a function of the caption."""
+    needs = ("caption",)
+    adds = {"image": pa.binary(), "shade": pa.float32()}
+    commits = True
+    slow: float = 0.0
+    size: int = 8
+
+    def setup(self):
+        self.done = 0
+
+    def process(self, batch):
+        images, shades = [], []
+        for caption in batch["caption"].to_pylist():
+            if "segfault" in caption:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            if "diskfull" in caption:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            with open(os.environ.get("PAINT_LOG", os.devnull), "a") as log:
+                log.write(caption + "\\n")
+            n = int(caption.split()[-1])
+            out = io.BytesIO()
+            Image.new("RGB", (self.size, self.size), (n % 256, n // 256 % 256, 90)).save(out, "JPEG")
+            images.append(out.getvalue())
+            shades.append(round(n * 7 % 100 / 100, 2))
+            time.sleep(self.slow)
+        return batch.append_column("image", pa.array(images, pa.binary())).append_column("shade", pa.array(shades, pa.float32()))
+'''
+EIGHT_LINES = """
+from dataclasses import dataclass
+import pyarrow.compute as pc
+from pipeline.step import Filter
+
+@dataclass(kw_only=True)
+class NoShouting(Filter):
+    needs = ("caption",)
+    def keep(self, batch):
+        return pc.invert(pc.utf8_is_upper(batch["caption"]))
+"""
+RECIPE = """
+name: painted
+pool: {path: pool.csv}
+run: out
+unit_rows: 100
+steps:
+  - no_shouting.no_shouting
+  - exact_dedup: {by: [url]}
+  - steps_of_mine.paint
+  - threshold: {column: shade, top_fraction: 0.5}
+  - write_shards: {samples_per_shard: 100}
+"""
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path) -> Path:
+    """A user's own folder: a recipe, a pool and two modules that Winnow has never heard of."""
+    (tmp_path / "mine").mkdir()
+    for package in ("steps_of_mine", "no_shouting"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("")
+    (tmp_path / "steps_of_mine" / "paint.py").write_text(STEPS)
+    (tmp_path / "no_shouting" / "no_shouting.py").write_text(EIGHT_LINES)
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    pool(tmp_path, 700)
+    return tmp_path
+
+
+def pool(folder: Path, n: int, words: dict[int, str] | None = None) -> None:
+    lines = [f"http://h/{i},{(words or {}).get(i, 'a calm picture')} {i}" for i in range(n)]
+    lines += [f"http://h/{i},the same url again {i}" for i in range(20)] + ["http://h/loud,PLEASE LOOK AT THIS"]
+    (folder / "pool.csv").write_text("url,caption\n" + "\n".join(lines) + "\n")
+
+
+def shards(run: Path) -> dict[str, str]:
+    files = [p for p in (run / "shards").iterdir() if p.name != "OWNER"]
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(files)}
+
+
+def books_balance(run: Path, rows: int) -> None:
+    funnel = json.loads((run / "funnel.json").read_text())
+    manifest = json.loads((run / "shards" / "manifest.json").read_text())
+    drops = [u for f in (run / "drops").glob("*.parquet") for u in pq.read_table(f)["uid"].to_pylist()]
+    kept = [u for f in (run / "shards").glob("*.parquet") for u in pq.read_table(f)["uid"].to_pylist()]
+    assert funnel["rows_in"] == rows == len(drops) + len(kept)
+    assert funnel["kept"] == manifest["samples"] == len(kept)
+    assert len({*drops, *kept}) == rows, "every row of the pool is in exactly one of the two"
+    for before, after in zip(funnel["steps"], funnel["steps"][1:]):
+        assert before["kept"] == after["rows_in"]
+        assert before["rows_in"] == before["kept"] + sum(before["dropped"].values())
+
+
+def test_a_run_its_outputs_and_what_may_change_afterwards(run: Command, project: Path) -> None:
+    done = run("r.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "721 rows in = 350 kept + 371 dropped" in done.stdout
+    books_balance(project / "out", 721)
+    drops = {
+        r["caption"]: (r["step"], r["reason"])
+        for f in (project / "out/drops").iterdir()
+        for r in pq.read_table(f).to_pylist()
+    }
+    assert drops["PLEASE LOOK AT THIS"] == ("no_shouting", "no_shouting"), "a filter defined outside the package"
+    assert sum(step == "exact_dedup" for step, _ in drops.values()) == 20
+
+    import webdataset as wds
+
+    tars = sorted(str(p) for p in (project / "out/shards").glob("*.tar"))
+    manifest = json.loads((project / "out/shards/manifest.json").read_text())
+    assert [s["samples"] for s in manifest["shards"]] == [100, 100, 100, 50]
+    samples = list(wds.WebDataset(tars, shardshuffle=False).decode("pil").to_tuple("jpg", "txt", "json"))
+    assert len(samples) == manifest["samples"]
+    for image, text, sample in samples:
+        assert text == sample["caption"]
+        assert abs(image.getpixel((4, 4))[0] - int(text.split()[-1]) % 256) < 6, "the picture belongs to the caption"
+
+    first = shards(project / "out")
+    (project / "painted.log").touch()
+    again = run("r.yaml", "workers=1", PAINT_LOG=str(project / "painted.log"))
+    assert again.returncode == 0
+    assert "reused pool, paint, threshold, write_shards" in again.stdout
+    assert shards(project / "out") == first
+
+    fewer = run("r.yaml", "steps.threshold.top_fraction=0.2", PAINT_LOG=str(project / "painted.log"))
+    assert fewer.returncode == 0, fewer.stderr
+    assert "reused pool, paint" in fewer.stdout
+    assert (project / "painted.log").read_text() == "", "a changed threshold measures nothing again"
+    books_balance(project / "out", 721)
+    assert len(list((project / "out/shards").glob("*.tar"))) == 2, "shards of the larger set are gone"
+
+    other = run("r.yaml", "steps.paint.size=9", PAINT_LOG=str(project / "painted.log"))
+    assert other.returncode == 2
+    assert "steps.paint.size: (not there) → 9" in other.stderr
+    assert (project / "painted.log").read_text() == ""
+    assert run("r.yaml", "name=another").returncode == 2
+
+    arm = run("r.yaml", "run=arm", "reuse=out", PAINT_LOG=str(project / "painted.log"))
+    assert arm.returncode == 0, arm.stderr
+    assert (project / "painted.log").read_text() == "", "another run on the same committed results"
+    assert shards(project / "arm") == first
+
+
+def test_the_same_bytes_with_other_workers_and_after_a_kill(run: Command, ray_address: str, project: Path) -> None:
+    undisturbed = run("r.yaml", "steps.paint.slow=0.005")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    assert run("r.yaml", "run=one", "workers=1", "steps.paint.slow=0.005").returncode == 0
+    assert shards(project / "one") == shards(project / "out")
+
+    env = {**os.environ, "PYTHONPATH": f"{project}{os.pathsep}{ROOT}", "RAY_ADDRESS": ray_address}
+    argv = [sys.executable, "-m", "pipeline.run", "r.yaml", "run=killed", "steps.paint.slow=0.005"]
+    driver = subprocess.Popen(argv, cwd=project, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list((project / "killed").glob("passes/01-paint-*/commits/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    committed = len(list((project / "killed").glob("passes/01-paint-*/commits/*.json")))
+    assert 0 < committed < 8, "the kill came in the middle"
+    assert not (project / "killed/shards/_SUCCESS").exists()
+    resumed = run("r.yaml", "run=killed", "steps.paint.slow=0.005")
+    assert resumed.returncode == 0, resumed.stderr
+    books_balance(project / "killed", 721)
+    assert shards(project / "killed") == shards(project / "out")
+
+
+def test_a_row_that_kills_workers_costs_only_itself(run: Command, project: Path) -> None:
+    pool(project, 120, {60: "segfault picture"})
+    done = run("r.yaml", "unit_rows=50")
+    assert done.returncode == 0, done.stderr
+    books_balance(project / "out", 141)
+    assert "decoder_crash 1" in done.stdout
+
+
+def test_a_full_disk_is_said_and_nothing_is_half_committed(run: Command, project: Path) -> None:
+    pool(project, 200, {60: "diskfull picture"})
+    full = run("r.yaml")
+    assert full.returncode == 1
+    assert "the disk of" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert not (project / "out/shards/_SUCCESS").exists()
+    for record in (project / "out").glob("passes/*/commits/*.json"):
+        for name in ("light", "heavy", "drops"):
+            file = json.loads(record.read_text()).get(name)
+            assert file is None or (record.parent.parent / file).exists()
+
+
+def test_everything_dropped_is_an_empty_but_valid_dataset(run: Command, project: Path) -> None:
+    (project / "pool.csv").write_text("url,caption\nhttp://h/1,LOUD\nhttp://h/2,LOUDER\n,\n")
+    done = run("r.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "No row was kept" in done.stdout
+    assert json.loads((project / "out/shards/manifest.json").read_text())["samples"] == 0
+    assert (project / "out/shards/_SUCCESS").exists()
+    books_balance(project / "out", 3)
+
+
+def test_an_empty_pool_and_a_short_last_shard(run: Command, project: Path) -> None:
+    (project / "pool.csv").write_text("url,caption\n")
+    assert run("r.yaml", "run=empty").returncode == 0
+    pool(project, 250)
+    done = run("r.yaml", "steps.write_shards.drop_last=true")
+    assert done.returncode == 0, done.stderr
+    assert "last_shard_short 25" in done.stdout
+    books_balance(project / "out", 271)
+
+
+def test_a_wrong_recipe_starts_nothing(run: Command, project: Path) -> None:
+    (project / "r.yaml").write_text(RECIPE.replace("top_fraction", "top_fractoin").replace("pool.csv", "nowhere.csv"))
+    started = time.monotonic()
+    wrong = run("r.yaml", ray=False, RAY_ADDRESS="127.0.0.1:1")
+    assert wrong.returncode == 2
+    assert "did you mean top_fraction?" in wrong.stderr
+    assert "nowhere.csv does not exist" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    assert not (project / "out").exists()
+    assert time.monotonic() - started < 30
+
+
+def test_a_plan_runs_nothing(run: Command, project: Path) -> None:
+    plan = run("r.yaml", "--plan", ray=False, RAY_ADDRESS="127.0.0.1:1")
+    assert plan.returncode == 0, plan.stderr
+    for said in (
+        "721 rows (counted)",
+        "no_shouting + exact_dedup + paint",
+        "all at once",
+        "core-hours",
+        "a step of your own",
+    ):
+        assert said in plan.stdout
+    assert not (project / "out").exists()
