@@ -49,6 +49,8 @@ def start_ray(workers: int | None) -> None:
     """Joins the cluster that RAY_ADDRESS names (as under `ray job submit`), or starts Ray on this machine."""
     address = os.environ.get("RAY_ADDRESS")
     debug = bool(os.environ.get("WINNOW_DEBUG"))
+    if not debug:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": debug}
     if address:
         ray.init(address, **options)

@@ -11,7 +11,10 @@ from scipy.sparse.csgraph import connected_components
 
 _ALL_BITS = (1 << 64) - 1
 # With more comparisons than those of so many hashes, each with each, it is cheaper to divide a bucket once more.
-_LARGEST_BUCKET = 1024
+_LARGEST_BUCKET = 256
+# So many members of a bucket are compared with the rest of it first. Where hashes are crowded, that connects most of them
+# and makes the remaining comparisons needless.
+_PIVOTS = 8
 # Found pairs are joined when there are so many, which bounds memory by the number of hashes, not of pairs.
 _MOST_PENDING = 1 << 20
 
@@ -45,19 +48,21 @@ def clusters(
     forest = Forest(len(hashes))
     # So many distinct hashes differ in more than max_hamming + 2 bits: a bucket to divide has bits for every block.
     largest = max(_LARGEST_BUCKET, 1 << max_hamming + 2)
-    todo = list(probes)
+    todo = [(mask, members, _PIVOTS) for mask, members in probes]
     while todo:
-        mask, members = todo.pop()
+        mask, members, most = todo.pop()
         members, sizes, minors = _buckets(hashes, members, mask, forest)
-        crowded = sizes * minors > largest**2
+        crowded = (sizes * minors > largest**2) & (most > _PIVOTS)
         compare = np.repeat(~crowded, sizes)
-        _join_close(hashes, members[compare], sizes[~crowded], minors[~crowded], max_hamming, forest)
+        _join_close(hashes, members[compare], sizes[~crowded], np.minimum(minors, most)[~crowded], max_hamming, forest)
+        if (unfinished := minors > most).any():
+            todo.append((mask, members[np.repeat(unfinished, sizes)], len(hashes)))
         if crowded.any():
             # Hashes of different buckets differ under `mask`, so under the finer masks they do not meet either.
             members, sizes = members[~compare], sizes[crowded]
             first = np.repeat(members[np.cumsum(sizes) - sizes], sizes)
             varying = int(np.bitwise_or.reduce(hashes[members] ^ hashes[first]))
-            todo += [(mask | finer, members) for finer in masks(max_hamming, varying)]
+            todo += [(mask | finer, members, _PIVOTS) for finer in masks(max_hamming, varying)]
     return forest.roots(np.arange(len(hashes)))
 
 
@@ -90,55 +95,62 @@ class Forest:
 def _buckets(
     hashes: np.ndarray, members: np.ndarray, mask: int, forest: Forest
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Those members that meet another set's under the mask, bucket by bucket: members, size and minors of each bucket.
+    """The buckets in which unconnected members meet: all their members, end to end, and each one's size and minors.
 
-    Of the sets in a bucket, the one of the lowest name is mostly by far the largest (a giant component soon gets a low
-    name). It comes last; the members of the others, the minors, come first. Each close pair has a minor in it.
+    Minors are the members outside the bucket's largest connected set. They come first in it, since every pair that is
+    still to be compared has a minor in it.
     """
     key = hashes[members] & np.uint64(mask)
     order = np.argsort(key)
     members, key = members[order], key[order]
-    bucket = np.cumsum(np.append(False, key[1:] != key[:-1])[: len(key)])
-    shared = np.bincount(bucket)[bucket] > 1 if len(key) else np.zeros(0, bool)
+    bucket = np.cumsum(_begins(key)) - 1
+    shared = np.bincount(bucket, minlength=1)[bucket] > 1
     members, bucket = members[shared], bucket[shared]
     if not len(members):
         return members, members, members
-    starts = np.flatnonzero(np.append(True, bucket[1:] != bucket[:-1]))
-    sizes = np.diff(np.append(starts, len(members)))
     roots = forest.roots(members)
-    minor = roots != np.repeat(np.minimum.reduceat(roots, starts), sizes)
-    minors = np.add.reduceat(minor.astype(np.int64), starts)
-    open_ = np.repeat(minors > 0, sizes)
-    order = np.argsort(bucket[open_] * 2 + ~minor[open_])
-    return members[open_][order], sizes[minors > 0], minors[minors > 0]
+    order = np.argsort(bucket * len(hashes) + roots)
+    members, bucket, roots = members[order], bucket[order], roots[order]
+    starts = np.flatnonzero(_begins(bucket))
+    runs = np.flatnonzero(_begins(bucket) | _begins(roots))
+    lengths = np.diff(runs, append=len(members))
+    rank = lengths * len(runs) + np.arange(len(runs))  # the index makes them distinct
+    longest = np.maximum.reduceat(rank, np.flatnonzero(_begins(bucket[runs])))
+    major = np.repeat(np.isin(rank, longest), lengths)
+    sizes = np.diff(starts, append=len(members))
+    minors = np.add.reduceat((~major).astype(np.int64), starts)
+    unsettled = np.repeat(minors > 0, sizes)
+    order = np.argsort(bucket[unsettled] * 2 + major[unsettled])
+    return members[unsettled][order], sizes[minors > 0], minors[minors > 0]
 
 
 def _join_close(
     hashes: np.ndarray, members: np.ndarray, sizes: np.ndarray, minors: np.ndarray, max_hamming: int, forest: Forest
 ) -> None:
-    """Joins all close pairs within each bucket, as `_buckets` gives them."""
+    """Joins every close pair of one of the first `minors` members of a bucket and any other member."""
     values, roots = hashes[members], forest.roots(members)
     right = np.arange(len(members))
     left = np.repeat(np.cumsum(sizes) - sizes, sizes)
     last = left + np.repeat(minors, sizes)
     pending: list[tuple[np.ndarray, np.ndarray]] = []
-    step = count = 0
-    # The first minor of each bucket against all others of the bucket, then the second, and so on.
+    count = 0
+    # The first of each bucket against all others of the bucket, then the second, and so on.
     while len(right):
-        near = np.flatnonzero(np.bitwise_count(values[left + step] ^ values[right]) <= max_hamming)
-        near = near[roots[left[near] + step] != roots[right[near]]]
+        near = np.flatnonzero(np.bitwise_count(values[left] ^ values[right]) <= max_hamming)
+        near = near[roots[left[near]] != roots[right[near]]]
         if len(near):
-            pending.append((members[left[near] + step], members[right[near]]))
+            pending.append((members[left[near]], members[right[near]]))
             count += len(near)
-        step += 1
-        # Only now and then, as it costs as much as a step. Until then some minors meet hashes again, or those of the next
-        # bucket: a waste, but no error, as every pair is verified.
-        if step & (step - 1) == 0 or len(right) < 1000:
-            active = (left + step < last) & (left + step < right)
-            left, right, last = left[active], right[active], last[active]
-        elif len(left) and left[-1] + step >= len(values):
-            active = left + step < last
+        left += 1
+        active = (left < last) & (left < right)
+        # Compressing costs as much as comparing, so it waits for an eighth to be done with.
+        if np.count_nonzero(active) < 0.875 * len(active) or left[-1] >= len(values):
             left, right, last = left[active], right[active], last[active]
         if count > _MOST_PENDING or (count and not len(right)):
             forest.join(*(np.concatenate(side) for side in zip(*pending)))
             roots, pending, count = forest.roots(members), [], 0
+
+
+def _begins(values: np.ndarray) -> np.ndarray:
+    """True where a value differs from the one before it."""
+    return np.append(True, values[1:] != values[:-1])[: len(values)]

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+# Before anything imports torch: the models of the tests are tiny, and threads that wait for each other would take most
+# of the time on a busy machine. Processes that a test starts inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).parent.parent
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.step import Filter
+
+
+@dataclass(kw_only=True)
+class ByteSize(Filter):
+    """Drops pictures that were published in fewer than `min` bytes: icons, spacers, placeholders (reason `too_small`).
+
+    A row whose size is unknown is dropped too. Source: LAION-400M (2021), which left out pictures under 5 KB.
+    """
+
+    min: int = 5000
+    """Bytes of the body as fetched, before any re-encoding."""
+
+    needs = ("original_bytes",)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if self.min < 1:
+            yield "min", f"{self.min} keeps everything; expected a number of bytes from 1"
+
+    def keep(self, batch: pa.Table) -> pa.BooleanArray:
+        return pc.greater_equal(batch["original_bytes"], self.min)
+
+    def reason(self, dropped: pa.Table) -> pa.StringArray:
+        return pa.array(["too_small"] * len(dropped), pa.string())
+
+    def detail(self, dropped: pa.Table) -> pa.StringArray:
+        return pc.fill_null(dropped["original_bytes"].cast(pa.string()), "unknown")

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.step import Filter
+
+
+@dataclass(kw_only=True)
+class ImageSize(Filter):
+    """Drops pictures whose shorter side, as published, is under `min_side` pixels (reason `too_small`).
+
+    A row whose size is unknown is dropped too. Source: DataComp's basic filter (2023), shorter side ≥ 200.
+    """
+
+    min_side: int = 200
+    """Pixels of the shorter side, before any resizing."""
+
+    needs = ("original_width", "original_height")
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if self.min_side < 1:
+            yield "min_side", f"{self.min_side} keeps everything; expected a number of pixels from 1"
+
+    def keep(self, batch: pa.Table) -> pa.BooleanArray:
+        shorter = pc.min_element_wise(batch["original_width"], batch["original_height"], skip_nulls=False)
+        return pc.greater_equal(shorter, self.min_side)
+
+    def reason(self, dropped: pa.Table) -> pa.StringArray:
+        return pa.array(["too_small"] * len(dropped), pa.string())
+
+    def detail(self, dropped: pa.Table) -> pa.StringArray:
+        width, height = (dropped[name].cast(pa.string()) for name in self.needs)
+        return pc.fill_null(pc.binary_join_element_wise(width, height, "x"), "unknown")

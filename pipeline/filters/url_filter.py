@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+from yarl import URL
+
+from pipeline.step import Filter
+
+# RFC 3986 in one expression. The second branch lets "data:…" still show its scheme. A backslash before the path makes
+# browsers and libraries disagree on the host, so it is no part of a valid one.
+_URL = (
+    r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*):"
+    r"(?://(?:[^/?#\\]*@)?(?P<host>\[[0-9A-Fa-f:.]+\]|[^/?#@:\\\[\]]+)(?::(?P<port>[0-9]{0,5}))?"
+    r"(?P<path>/[^?#]*)?(?:[?#].*)?|.*)$"
+)
+_CONTROL = r"[\x00-\x1f\x7f]"
+# Looser than RFC 1123 where real hosts are: underscores, hyphens at the end of a label.
+_HOST = r"^(?:\[.*\]|[a-z0-9_\-]{1,63}(?:\.[a-z0-9_\-]{1,63})*)$"
+_MAX_HOST = 253  # RFC 1035, without the trailing dot
+
+
+@dataclass(kw_only=True)
+class UrlFilter(Filter):
+    """Drops rows by their URL alone: `bad_url`, `scheme`, `blocked_host`, `not_allowed_host`, `extension`, `too_long`.
+
+    A host in a list covers its subdomains (`example.org` covers `img.example.org`, not `badexample.org`), in whatever
+    case and in Unicode or Punycode. If a host is on both lists, it is blocked: narrowing by one list never widens the
+    other. Whether an address may be dialled is not decided here but by the fetcher, on every hop.
+    """
+
+    schemes: list[str] = field(default_factory=lambda: ["http", "https"])
+    block_hosts: list[str] | str = field(default_factory=list)
+    """Hosts to drop: a list, or the path of a file with one host a line (`#` starts a comment)."""
+    allow_hosts: list[str] | str = field(default_factory=list)
+    """If given, the only hosts to keep: a list or a file, as above."""
+    # What no decoder of photographs reads. Not `php` or `html`: many a picture is served under such a name.
+    block_extensions: list[str] = field(default_factory=lambda: ["svg", "svgz", "ico", "pdf", "swf", "mp4", "webm"])
+    """File name endings to drop, without the dot, in any case."""
+    max_length: int = 2000
+    """Characters; longer URLs are mostly inlined data and session state, and many servers refuse them."""
+
+    needs = ("url",)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if not self.schemes:
+            yield "schemes", "is empty, which drops every row; expected [http, https]"
+        for extension in self.block_extensions:
+            if extension.startswith("."):
+                yield "block_extensions", f"{extension!r} has a dot; expected {extension.lstrip('.')!r}"
+        if self.max_length < 1:
+            yield "max_length", f"{self.max_length} drops every row; expected a number of characters from 1"
+        for key in ("block_hosts", "allow_hosts"):
+            try:
+                entries = list(_entries(getattr(self, key)))
+            except Exception as e:  # object stores have exceptions of their own
+                yield key, f"cannot read the list of hosts {getattr(self, key)!r}: {e}"
+                continue
+            wrong = [entry for entry in entries if not _is_host(_canonical(entry))]
+            if wrong:
+                yield key, f"{wrong[0]!r} is not a host name; expected one like 'example.org', without scheme or path"
+            if not entries and isinstance(getattr(self, key), str):
+                yield key, f"{getattr(self, key)!r} lists no host"
+
+    def fingerprint(self) -> object:
+        return [sorted(_entries(hosts)) for hosts in (self.block_hosts, self.allow_hosts) if isinstance(hosts, str)]
+
+    def setup(self) -> None:
+        self._blocked = {_canonical(entry) for entry in _entries(self.block_hosts)}
+        self._allowed = {_canonical(entry) for entry in _entries(self.allow_hosts)}
+
+    def keep(self, batch: pa.Table) -> pa.BooleanArray:
+        return pc.is_null(self.reason(batch))
+
+    def reason(self, dropped: pa.Table) -> pa.StringArray:
+        """Null for a row that passes."""
+        url = pc.utf8_trim_whitespace(pc.fill_null(dropped["url"], "")).combine_chunks()
+        part = pc.extract_regex(url, _URL)
+        scheme, host, port, path = (
+            pc.fill_null(pc.struct_field(part, name), "") for name in ("scheme", "host", "port", "path")
+        )
+        hosts = host.dictionary_encode()
+        canonical = [_canonical(name) for name in hosts.dictionary.to_pylist()]
+
+        def of_host(verdicts: list[bool]) -> pa.BooleanArray:
+            return pa.array(verdicts, pa.bool_()).take(hosts.indices)
+
+        bad_port = pc.greater(pc.if_else(pc.equal(port, ""), "0", port).cast(pa.int32()), 65535)
+        bad_host = pc.or_(of_host([not _is_host(name) for name in canonical]), bad_port)
+        wanted_scheme = pc.is_in(pc.utf8_lower(scheme), pa.array([s.lower() for s in self.schemes], pa.string()))
+        endings = pa.array([e.lower() for e in self.block_extensions], pa.string())
+        ending = pc.utf8_lower(pc.struct_field(pc.extract_regex(path, r"\.(?P<ending>[^./]+)$"), "ending"))
+        # The first that holds is the reason.
+        verdicts = [
+            ("bad_url", pc.or_(pc.equal(scheme, ""), pc.match_substring_regex(url, _CONTROL))),
+            ("scheme", pc.invert(wanted_scheme)),
+            ("bad_url", bad_host),
+            ("blocked_host", of_host([_covered(name, self._blocked) for name in canonical])),
+            (
+                "not_allowed_host",
+                of_host([bool(self._allowed) and not _covered(name, self._allowed) for name in canonical]),
+            ),
+            ("extension", pc.is_in(ending, endings)),
+            ("too_long", pc.greater(pc.utf8_length(url), self.max_length)),
+        ]
+        return pc.case_when(pc.make_struct(*(holds for _, holds in verdicts)), *(pa.scalar(r) for r, _ in verdicts))
+
+    def detail(self, dropped: pa.Table) -> pa.StringArray:
+        url = pc.utf8_trim_whitespace(pc.fill_null(dropped["url"], ""))
+        host = pc.struct_field(pc.extract_regex(url, _URL), "host")
+        return pc.if_else(pc.equal(host, ""), pa.scalar(None, pa.string()), host)
+
+
+def _entries(hosts: list[str] | str) -> Iterable[str]:
+    if not isinstance(hosts, str):
+        return hosts
+    with fsspec.open(hosts, "rt", encoding="utf-8") as lines:
+        entries = [line.partition("#")[0].strip() for line in lines]
+    return [entry for entry in entries if entry]
+
+
+def _canonical(host: str) -> str:
+    """Lower case, Punycode, no trailing dot: as the fetcher will spell it; "" for what cannot be a host."""
+    if len(host) > _MAX_HOST + 1:
+        return ""
+    host = host.lower()
+    if not host.isascii():
+        try:
+            host = URL.build(scheme="http", host=host).raw_host or ""
+        except ValueError:
+            return ""
+    return host.removesuffix(".")
+
+
+def _is_host(host: str) -> bool:
+    return len(host) <= _MAX_HOST and re.match(_HOST, host) is not None
+
+
+def _covered(host: str, listed: set[str]) -> bool:
+    """True if the host or a domain above it is listed."""
+    while host and host not in listed:
+        host = host.partition(".")[2]
+    return bool(host)

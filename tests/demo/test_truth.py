@@ -1,0 +1,63 @@
+import pytest
+
+from pipeline.demo.truth import judge
+
+
+def rows(*entries):
+    """(name, kind, good, picture) to rows of the truth; a row's url is its name."""
+    return [{"url": n, "caption": "c", "kind": k, "good": g, "picture": p} for n, k, g, p in entries]
+
+
+def run(truth, drops):
+    drops = {(name, "c"): drop for name, drop in drops.items()}
+    kept = {(row["url"], "c") for row in truth} - set(drops)
+    score = judge(truth, kept, drops)
+    return score, {kind.kind: kind for kind in score.kinds}
+
+
+def test_precision_and_recall_by_kind():
+    truth = rows(
+        ("a", "clean", True, 0), ("b", "clean", True, 1), ("c", "clean", True, 2), ("d", "clean", True, 3),
+        ("x", "mismatched", False, 4), ("y", "mismatched", False, 5),
+        ("z", "dead", False, 6),
+    )  # fmt: skip
+    cut = ("threshold", "threshold")
+    score, kinds = run(truth, {"x": cut, "d": cut, "c": ("balance", "balance"), "z": ("download", "http_404")})
+    assert (kinds["mismatched"].recall, kinds["mismatched"].precision) == (0.5, 0.5)
+    assert kinds["mismatched"].caught_by == cut
+    assert (kinds["dead"].recall, kinds["dead"].precision) == (1.0, 1.0)
+    # c was thinned by balancing, so it was not lost: two of three were kept.
+    assert (kinds["clean"].kept, kinds["clean"].thinned) == (2, 1)
+    assert kinds["clean"].recall == pytest.approx(2 / 3)
+    assert (score.precision, score.recall) == pytest.approx((2 / 3, 2 / 3))
+
+
+def test_a_copy_may_stand_for_its_original():
+    truth = rows(("a", "clean", True, 0), ("copy", "near_copy", False, 0), ("b", "clean", True, 1))
+    score, kinds = run(truth, {"a": ("near_dedup", "near_dedup")})
+    assert kinds["clean"].recall == 1.0
+    assert kinds["near_copy"].recall == 1.0
+    assert score.precision == 1.0
+
+
+def test_two_rows_of_one_picture_are_one_too_many():
+    truth = rows(("a", "clean", True, 0), ("copy", "exact_copy", False, 0))
+    score, kinds = run(truth, {})
+    assert kinds["exact_copy"].recall == 0.0
+    assert kinds["exact_copy"].caught_by is None
+    assert score.precision == 0.5
+
+
+def test_a_copy_that_was_kept_and_then_cut_is_what_became_of_the_picture():
+    truth = rows(("a", "clean", True, 0), ("copy", "exact_copy", False, 0))
+    _, kinds = run(truth, {"a": ("exact_dedup.2", "exact_dedup"), "copy": ("threshold", "threshold")})
+    assert kinds["clean"].recall == 0.0
+    assert kinds["exact_copy"].caught_by == ("exact_dedup.2", "exact_dedup")
+
+
+def test_books_that_do_not_balance_are_refused():
+    truth = rows(("a", "clean", True, 0))
+    with pytest.raises(ValueError, match="neither kept nor dropped"):
+        judge(truth, set(), {})
+    with pytest.raises(ValueError, match="both kept and dropped"):
+        judge(truth, {("a", "c")}, {("a", "c"): ("threshold", "threshold")})

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.stages.language import Language
+from tests.tables import check_filter, make_batch, run_step
+
+ENGLISH = [
+    "A brown dog runs across a field of grass with a stick in its mouth.",
+    "Two children are playing on the beach next to the water",
+    "TWO MEN IN HARD HATS ARE STANDING NEXT TO A TRUCK",
+    "an old man sits on a bench reading a newspaper",
+]
+OTHER = {
+    "de": "Ein brauner Hund rennt mit einem Stock im Maul über eine Wiese.",
+    "fr": "Deux enfants jouent sur la plage au bord de l'eau",
+    "cs": "Dva muži s přilbami stojí vedle nákladního auta.",
+    "zh": "一只棕色的狗叼着一根棍子跑过草地",
+    "ru": "Коричневая собака бежит по траве с палкой в зубах",
+}
+
+
+def test_only_the_wanted_languages_stay() -> None:
+    rows = [{"caption": caption} for caption in [*ENGLISH, *OTHER.values()]]
+    check_filter(Language(), rows, [None] * len(ENGLISH) + ["language"] * len(OTHER))
+    expected = ["language"] * len(ENGLISH) + [None if code in ("fr", "zh") else "language" for code in OTHER]
+    check_filter(Language(keep=["fr", "zh"]), rows, expected)
+
+
+def test_language_and_score_are_measured() -> None:
+    batch = make_batch([{"caption": caption} for caption in OTHER.values()])
+    kept, drops = run_step(Language(keep=None), batch)
+    assert len(drops) == 0
+    assert kept["language"].to_pylist() == list(OTHER)
+    assert kept.schema.field("language_score").type == pa.float32()
+    assert all(0.5 < score <= 1 for score in kept["language_score"].to_pylist())
+
+
+def test_uncertain_rows_say_how_uncertain() -> None:
+    rows = [{"caption": "12345 ★★★"}, {"caption": None}, {"caption": " "}]
+    check_filter(Language(), rows, ["low_score"] * 3)
+    _, drops = run_step(Language(keep=["en"], min_score=1.0), make_batch([{"caption": "Patent Drawing no. 5"}]))
+    assert drops["reason"].to_pylist() == ["low_score"]
+    assert drops["detail"].to_pylist()[0].startswith("en 0.")
+
+
+def test_hostile_captions_are_measured_like_any_other() -> None:
+    text = "a brown dog runs across a field of grass"
+    rows = [{"caption": text.replace(" ", white)} for white in ("\n", "\r\n", "\0", "\t", "\u2028", "\v")]
+    rows += [{"caption": text * 2000}]
+    check_filter(Language(), rows, [None] * len(rows))
+
+
+def test_invalid_utf8_does_not_fail_the_batch() -> None:
+    batch = make_batch([{}, {}])
+    raw = pa.array([b"a brown dog runs across a field of gr\xff\xed\xa0\x80ss", b"\xff\xfe"], pa.binary())
+    invalid = pa.StringArray.from_buffers(len(raw), *raw.buffers()[1:])
+    batch = batch.set_column(batch.column_names.index("caption"), "caption", invalid)
+    step = Language()
+    step.setup()
+    assert step.process(batch)["drop_reason"].to_pylist() == [None, "low_score"]
+
+
+def test_a_caption_is_measured_the_same_in_any_company() -> None:
+    alone, _ = run_step(Language(keep=None), make_batch([{"caption": ENGLISH[0]}]))
+    among, _ = run_step(Language(keep=None), make_batch([{"caption": c} for c in [*OTHER.values(), ENGLISH[0]]]))
+    assert alone["language_score"].to_pylist()[0] == among["language_score"].to_pylist()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "hint"),
+    [
+        ({"keep": [False]}, "keep", "'no'"),
+        ({"keep": ["english"]}, "keep", "did you mean 'en'"),
+        ({"keep": ["EN"]}, "keep", "did you mean 'en'"),
+        ({"keep": ["xx"]}, "keep", "ISO 639"),
+        ({"keep": []}, "keep", "null"),
+        ({"min_score": 30.0}, "min_score", "0 to 1"),
+        ({"min_score": float("nan")}, "min_score", "0 to 1"),
+        ({"model": "no/such.bin"}, "model", "no such file"),
+    ],
+)
+def test_unusable_options_are_named(options: dict, key: str, hint: str) -> None:
+    [(found, problem)] = Language(**options).check()
+    assert found == key
+    assert hint in problem
+
+
+def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "lid.bin"
+    path.write_bytes(b"not a model")
+    assert [key for key, _ in Language(model=str(path)).check()] == ["model"]
