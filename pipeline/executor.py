@@ -7,10 +7,12 @@ record, so a driver or a worker may die at any moment and the next attempt goes 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,15 +51,20 @@ def start_ray(workers: int | None) -> None:
     """Joins the cluster that RAY_ADDRESS names (as under `ray job submit`), or starts Ray on this machine."""
     address = os.environ.get("RAY_ADDRESS")
     debug = bool(os.environ.get("WINNOW_DEBUG"))
-    if not debug:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": debug}
     if address:
-        ray.init(address, **options)
+        options["address"] = address
     else:
         store_bytes = 1 << 30  # only unit handles and columns of barriers go through it, and it spills
         cpus = max(workers or os.cpu_count() or 1, 1)
-        ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=store_bytes, **options)
+        options |= {
+            "address": "local",
+            "num_cpus": cpus,
+            "include_dashboard": False,
+            "object_store_memory": store_bytes,
+        }
+    with contextlib.nullcontext() if debug else _quiet_core():
+        ray.init(**options)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -66,6 +73,24 @@ def start_ray(workers: int | None) -> None:
     for handler in logging.getLogger("ray.data").handlers:
         if not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.INFO if debug else logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def _quiet_core() -> Iterator[None]:
+    """Ray's core warns about each actor pool of Ray Data, and announces the level that would silence it: neither helps.
+
+    A failure to start is raised, not only logged, so nothing is lost.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def stop_ray() -> None:

@@ -1,0 +1,153 @@
+"""Which addresses may be dialled: public unicast only, whatever name or notation led there.
+
+The check is made on the address that the socket is about to connect to, on every hop, so that neither a redirect, nor a
+name that resolves to a private address, nor one that changes between check and use (DNS rebinding) gets past it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable
+
+from yarl import URL
+
+from pipeline.fetch.reasons import FetchError
+
+MAX_URL = 4096
+
+# IANA IPv4 Special-Purpose Address Registry, plus multicast and reserved space. `ipaddress.is_global` is not enough: it
+# lets 192.0.0.8 and 224.0.0.1 pass.
+_DENIED_V4 = [
+    ipaddress.IPv4Network(net)
+    for net in (
+        "0.0.0.0/8",
+        "10.0.0.0/8",
+        "100.64.0.0/10",
+        "127.0.0.0/8",
+        "168.63.129.16/32",  # Azure's WireServer: a public number that answers only inside a virtual machine
+        "169.254.0.0/16",
+        "172.16.0.0/12",
+        "192.0.0.0/24",
+        "192.0.2.0/24",
+        "192.88.99.0/24",
+        "192.168.0.0/16",
+        "198.18.0.0/15",
+        "198.51.100.0/24",
+        "203.0.113.0/24",
+        "224.0.0.0/4",
+        "240.0.0.0/4",
+    )
+]
+# All of public unicast IPv6 lies in 2000::/3 (RFC 4291 and IANA's allocations), so mapped, compatible, NAT64,
+# unique-local, site-local, link-local and multicast addresses fall outside without being named.
+_GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")
+_DENIED_V6 = [
+    ipaddress.IPv6Network(net)
+    for net in (
+        "2001::/23",  # Teredo (2001::/32), benchmarking, ORCHID
+        "2001:db8::/32",
+        "2002::/16",  # 6to4 carries an IPv4 address, a private one if the sender likes
+        "3fff::/20",
+    )
+]
+_ISATAP = (0x0000_5EFE, 0x0200_5EFE)  # RFC 5214: the interface identifier of an embedded IPv4 address
+
+# The ports that browsers refuse, because a request line sent there speaks another protocol (WHATWG Fetch, "bad port").
+_BAD_PORTS = frozenset(
+    [0, 1, 7, 9, 11, 13, 15, 17, 19, 20, 21, 22, 23, 25, 37, 42, 43, 53, 69, 77, 79, 87, 95, 101, 102, 103, 104, 109]
+    + [110, 111, 113, 115, 117, 119, 123, 135, 137, 139, 143, 161, 179, 389, 427, 465, 512, 513, 514, 515, 526, 530]
+    + [531, 532, 540, 548, 554, 556, 563, 587, 601, 636, 989, 990, 993, 995, 1719, 1720, 1723, 2049, 3659, 4045, 4190]
+    + [5060, 5061, 6000, 6566, 6665, 6666, 6667, 6668, 6669, 6679, 6697, 10080]
+)
+
+
+def is_public(address: str) -> bool:
+    """True for a public unicast IPv4 or IPv6 address in numbers; False for anything else, a scope id included."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv4Address):
+        return not any(ip in net for net in _DENIED_V4)
+    if ip.scope_id is not None or ip not in _GLOBAL_V6 or any(ip in net for net in _DENIED_V6):
+        return False
+    return (int(ip) >> 32) & 0xFFFF_FFFF not in _ISATAP
+
+
+class Guard:
+    """Decides about each address and port; `allow_addrs` ("127.0.0.1:8765", "[::1]:80") opens exactly those pairs."""
+
+    def __init__(self, allow_addrs: Iterable[str] = ()):
+        self._allowed = {parse_addr(text) for text in allow_addrs}
+
+    def check(self, address: str, port: int) -> None:
+        """Raises FetchError("addr_denied") unless this address may be dialled on this port."""
+        if self._allowed and (_canonical(address), port) in self._allowed:
+            return
+        if not is_public(address):
+            raise FetchError("addr_denied", f"{address} is not a public unicast address")
+        if port in _BAD_PORTS:
+            raise FetchError("addr_denied", f"port {port} belongs to another protocol than HTTP")
+
+
+def parse_addr(text: str) -> tuple[str, int]:
+    """`"ip:port"` or `"[ip]:port"` as (canonical ip, port). Raises ValueError that says what was expected."""
+    host, _, port = text.rpartition(":")
+    try:
+        if not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError
+        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        if ":" in bare and bare == host:
+            raise ValueError
+        return str(ipaddress.ip_address(bare)), int(port)
+    except ValueError:
+        raise ValueError(f'{text!r} is not an address and port like "127.0.0.1:8765" or "[::1]:8765"') from None
+
+
+def _canonical(address: str) -> str:
+    try:
+        return str(ipaddress.ip_address(address))
+    except ValueError:
+        return address
+
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_LABEL = re.compile(r"[A-Za-z0-9_-]{1,63}")
+
+
+def parse_url(text: str | None, base: URL | None = None) -> URL:
+    """The http(s) URL that `text` means (relative to `base` for a redirect), without fragment.
+
+    Raises FetchError with `bad_url` or `bad_scheme`. Says nothing about the address behind the host: see `Guard`.
+    """
+    text = (text or "").strip()
+    if not text:
+        raise FetchError("bad_url", "empty")
+    if len(text) > MAX_URL:
+        raise FetchError("bad_url", f"{len(text)} characters, at most {MAX_URL}")
+    if any(c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in text):
+        raise FetchError("bad_url", "control characters or broken Unicode")
+    scheme = _SCHEME.match(text)
+    # `example.com:80/a.jpg` reads as the scheme "example.com"; without a base there is no other reading to offer.
+    if scheme and scheme[1].lower() not in ("http", "https"):
+        raise FetchError("bad_scheme", scheme[1])
+    if not scheme and base is None:
+        raise FetchError("bad_scheme", "no scheme")
+    try:
+        url = URL(text) if base is None else base.join(URL(text))
+        url = url.with_fragment(None)
+        host, port, user = url.raw_host, url.port, url.user or url.password
+    except (ValueError, TypeError) as error:  # yarl's and idna's refusals
+        raise FetchError("bad_url", str(error)) from None
+    if user is not None:
+        # Credentials in a table of image urls are a leak or a trick (http://good.example@evil.example/).
+        raise FetchError("bad_url", "carries a user name")
+    if not host or not port:
+        raise FetchError("bad_url", "no host" if not host else "port 0")
+    if ":" in host:
+        if "%" in host:
+            raise FetchError("bad_url", "scoped IPv6 address")
+    elif len(host) > 253 or not all(_LABEL.fullmatch(label) for label in host.removesuffix(".").split(".")):
+        raise FetchError("bad_url", f"not a host name: {host}")
+    return url

@@ -1,0 +1,201 @@
+"""Runs an asynchronous function over the rows of a stream of tables, with many rows in flight across tables.
+
+The event loop lives in one background thread. The caller's thread pulls tables, only when there is room for their rows,
+and hands out finished rows as they come: a table's slow rows run out while the next tables are already at work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import pyarrow as pa
+
+T = TypeVar("T")
+Begin = Callable[[], Awaitable[None]]
+Work = Callable[[str | None, Begin], Awaitable[T]]
+Finished = tuple[pa.Table, int, T]
+"""A row (its table and position there) and what became of it."""
+
+IDLE_SECONDS = 0.5
+
+
+class Overlap(Generic[T]):
+    """`work(value, begin)` is called for each row, within `open_work()`, and must not raise.
+
+    `admitted` rows are known to the event loop, most of them waiting; a row costs memory from when it has awaited
+    `begin` until its result is handed out, and there are at most `concurrency` of those.
+    """
+
+    def __init__(
+        self,
+        open_work: Callable[[], AbstractAsyncContextManager[Work[T]]],
+        *,
+        column: str,
+        concurrency: int,
+        admitted: int,
+        group: int,
+    ):
+        self._open_work = open_work
+        self._column = column
+        self._concurrency = concurrency
+        self._admitted = admitted
+        self._group = group
+
+    def __call__(self, tables: Iterable[pa.Table]) -> Iterator[list[Finished[T]]]:
+        """Every row of every table once, in order of completion, in lists of at most `group`.
+
+        Closing the generator early, or an error in `tables`, cancels what is in flight and ends the thread.
+        """
+        run = _Run(self._open_work, self._column, self._concurrency, self._admitted)
+        source = iter(tables)
+        ready: list[Finished[T]] = []
+        try:
+            while True:
+                try:
+                    event = run.events.get(timeout=IDLE_SECONDS if ready else None)
+                except queue.Empty:
+                    # The rest may take as long as the slowest host: what is finished need not wait for it.
+                    event = None
+                if isinstance(event, _Row):
+                    ready.append((event.table, event.row, event.result))
+                    run.taken(event)
+                elif isinstance(event, _Room):
+                    if ready:
+                        yield ready
+                        ready = []
+                    run.feed(next(source, None))
+                elif isinstance(event, _End):
+                    if event.error is not None:
+                        raise event.error
+                    break
+                if ready and (event is None or len(ready) == self._group):
+                    yield ready
+                    ready = []
+            if ready:
+                yield ready
+        finally:
+            run.stop()
+
+
+@dataclass
+class _Row(Generic[T]):
+    table: pa.Table
+    row: int
+    result: T
+    begun: bool
+
+
+class _Room:
+    """All rows handed in so far are admitted: time for the next table."""
+
+
+@dataclass
+class _End:
+    error: BaseException | None
+
+
+class _Run(Generic[T]):
+    """One stream's event loop. `feed`, `taken` and `stop` are called from the consumer's thread."""
+
+    def __init__(
+        self,
+        open_work: Callable[[], AbstractAsyncContextManager[Work[T]]],
+        column: str,
+        concurrency: int,
+        admitted: int,
+    ):
+        # Unbounded as a queue, bounded by what may be admitted.
+        self.events: queue.SimpleQueue[_Row[T] | _Room | _End] = queue.SimpleQueue()
+        self._open_work = open_work
+        self._column = column
+        self._inbox: asyncio.Queue[pa.Table | None] = asyncio.Queue()
+        self._places = asyncio.Semaphore(concurrency)
+        self._admissions = asyncio.Semaphore(admitted)
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._main, name="overlap", daemon=True)
+        self._thread.start()
+
+    def feed(self, table: pa.Table | None) -> None:
+        """The next table; None: there are no more."""
+        self._in_loop(self._inbox.put_nowait, table)
+
+    def taken(self, row: _Row[T]) -> None:
+        self._in_loop(self._release, row.begun)
+
+    def stop(self) -> None:
+        self._started.wait()
+        self._in_loop(self._task.cancel)
+        self._thread.join()
+
+    def _in_loop(self, function: Callable[..., object], *args: object) -> None:
+        # A closed loop has nothing left to be told.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *args)
+
+    def _release(self, begun: bool) -> None:
+        self._admissions.release()
+        if begun:
+            self._places.release()
+
+    def _main(self) -> None:
+        error: BaseException | None = None
+        try:
+            asyncio.run(self._all())
+        except asyncio.CancelledError:
+            pass
+        except BaseException as caught:  # raised again in the consumer's thread
+            error = caught
+        self.events.put(_End(error))
+
+    async def _all(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.ensure_future(self._serve())
+        self._started.set()
+        await self._task
+
+    async def _serve(self) -> None:
+        rows: set[asyncio.Task[None]] = set()
+        async with self._open_work() as work:
+            try:
+                self.events.put(_Room())
+                while (table := await self._inbox.get()) is not None:
+                    for row, value in enumerate(_texts(table[self._column])):
+                        await self._admissions.acquire()
+                        task = asyncio.create_task(self._one(work, table, row, value))
+                        rows.add(task)
+                        task.add_done_callback(rows.discard)
+                    self.events.put(_Room())
+                await asyncio.gather(*rows)
+            finally:
+                for task in rows:
+                    task.cancel()
+                await asyncio.gather(*rows, return_exceptions=True)
+
+    async def _one(self, work: Work[T], table: pa.Table, row: int, value: str | None) -> None:
+        begun = False
+
+        async def begin() -> None:
+            nonlocal begun
+            await self._places.acquire()
+            begun = True
+
+        try:
+            result = await work(value, begin)
+        except Exception as error:
+            self.events.put(_End(error))
+        else:
+            self.events.put(_Row(table, row, result, begun))
+
+
+def _texts(column: pa.ChunkedArray) -> Iterator[str | None]:
+    """The values of a text column; bytes that are not UTF-8, which Arrow lets pass, become surrogates."""
+    for value in column.cast(pa.large_binary()):
+        raw = value.as_py()
+        yield None if raw is None else raw.decode("utf-8", "surrogateescape")

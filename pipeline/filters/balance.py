@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import ahocorasick_rs
+import fsspec
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.hashing import uniform
+from pipeline.step import Filter, drops_frame
+
+if TYPE_CHECKING:
+    import dask.dataframe as dd
+
+_CAP = 20_000
+# Matches come back as Python tuples; so many captions at a time bound their memory.
+_CAPTIONS_AT_A_TIME = 10_000
+
+
+@dataclass(kw_only=True)
+class Balance(Filter):
+    """Evens out the concepts of a run: what everyone photographs is thinned, what few do is kept.
+
+    The concepts are entries: words and phrases. A caption matches an entry that occurs in it on word boundaries, in any
+    case and with any punctuation between the words. An entry e that count_e captions match keeps each of them with
+    probability min(1, t / count_e); a row is kept if any of its entries keeps it, so if u < 1 − Π(1 − min(1, t / count_e))
+    with u in [0, 1) a hash of seed and uid. No row is repeated. Rows that match nothing are dropped as `no_entry`, the
+    others as `balance`. Follows CLIP (Radford et al., 2021) and MetaCLIP (Xu et al., "Demystifying CLIP data", ICLR
+    2024), from the paper.
+
+    Scripts that put no space between words match only where an entry stands by itself.
+    """
+
+    needs = ("caption",)
+    scope = "run"
+
+    entries: str | None = None
+    """A JSON list of strings, or a text file with an entry on each line. None: the words and pairs of neighbouring words
+    found in at least `min_count` captions of this run."""
+    max_per_entry: int | None = None
+    """The cap t: about so many captions at least of each entry stay. 20,000, as in CLIP, if `tail_mass` is not given."""
+    tail_mass: float | None = None
+    """Instead of t, the share of all matches, between 0 and 1, that entries too rare to be capped hold: t is the count
+    at which the counts, added up from the rarest entry on, reach this share (MetaCLIP 2, Chuang et al. 2025: 0.06)."""
+    min_count: int = 100
+    """Without `entries`: captions that a word or pair must occur in (CLIP: 100 times in the English Wikipedia)."""
+    max_entries: int = 500_000
+    """Without `entries`: only so many of the most frequent are taken (CLIP and MetaCLIP have 500,000)."""
+    keep_unmatched: bool = False
+    """Keep the rows that match no entry."""
+    seed: int = 0
+    """Another seed keeps other rows of the capped entries."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if self.max_per_entry is not None and self.tail_mass is not None:
+            yield "tail_mass", "at most one of `max_per_entry` and `tail_mass` may be given, found both"
+        if self.max_per_entry is not None and self.max_per_entry < 1:
+            yield "max_per_entry", f"must be at least 1, found {self.max_per_entry}"
+        if self.tail_mass is not None and not 0 < self.tail_mass < 1:
+            yield "tail_mass", f"must be between 0 and 1, found {self.tail_mass}"
+        for key in ("min_count", "max_entries"):
+            if getattr(self, key) < 1:
+                yield key, f"must be at least 1, found {getattr(self, key)}"
+        if self.entries is not None:
+            try:
+                if not _read_entries(self.entries):
+                    yield "entries", f"{self.entries!r} has no entry with a letter or digit in it"
+            except (OSError, ValueError) as error:
+                yield "entries", f"cannot read {self.entries!r}: {error}"
+
+    def fingerprint(self) -> object:
+        if self.entries is None:
+            return None
+        with fsspec.open(self.entries, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
+
+    def decide(self, frame: dd.DataFrame) -> dd.DataFrame:
+        counts = self._vocabulary(frame) if self.entries is None else self._count(frame, _read_entries(self.entries))
+        return frame.map_partitions(self._unlucky, counts, meta=drops_frame(), align_dataframes=False)
+
+    def _count(self, frame: dd.DataFrame, entries: list[str]) -> dd.DataFrame:
+        """The captions that match each entry, for entries that any does; one partition."""
+        import dask.dataframe as dd
+
+        listed = dd.from_pandas(pd.DataFrame({"entry": pd.Series(entries, dtype="string[pyarrow]")}), npartitions=1)
+        tallies = frame.map_partitions(_tally, listed, meta=_COUNTS, align_dataframes=False)
+        return tallies.reduction(chunk=_total, combine=_total, aggregate=_total, meta=_COUNTS, split_every=8)
+
+    def _vocabulary(self, frame: dd.DataFrame) -> dd.DataFrame:
+        """The most frequent words and pairs of words, with the captions that hold each; one partition."""
+        most = self.max_entries
+
+        def frequent(grams: pd.DataFrame, min_count: int) -> pd.DataFrame:
+            grams = _total(grams)
+            return grams[grams["count"] >= min_count]
+
+        def top(grams: pd.DataFrame) -> pd.DataFrame:
+            return grams.sort_values(["count", "entry"], ascending=[False, True]).head(most).reset_index(drop=True)
+
+        grams = frame.map_partitions(_grams, meta=_COUNTS).shuffle(on="entry", shuffle_method="tasks")
+        grams = grams.map_partitions(frequent, self.min_count, meta=_COUNTS)
+        return grams.reduction(chunk=top, combine=top, aggregate=top, meta=_COUNTS, split_every=8)
+
+    def _unlucky(self, part: pd.DataFrame, counts: pd.DataFrame) -> pd.DataFrame:
+        table = pa.Table.from_pandas(part, preserve_index=False)
+        entries, count = tuple(counts["entry"]), counts["count"].to_numpy(dtype=np.int64)
+        row, entry = _matches(_normalised(table["caption"]), entries)
+        first = np.flatnonzero(np.append(True, row[1:] != row[:-1])[: len(row)])
+        matched = row[first]
+        missed = np.ones(len(table))
+        rarest = np.full(len(table), -1)
+        if len(row):
+            missed[matched] = np.multiply.reduceat(1 - np.minimum(1, self._cap(count) / count[entry]), first)
+            rarest[matched] = np.minimum.reduceat(count[entry] * len(entries) + entry, first) % len(entries)
+        u = uniform(table["uid"], seed=self.seed, purpose=self.name())
+        unmatched = rarest < 0
+        drop = np.where(unmatched, not self.keep_unmatched, u >= 1 - missed)
+        dropped = table.filter(pa.array(drop))
+        details = [
+            None if e < 0 else f"kept with probability {1 - m:.3g}; rarest entry {entries[e]!r} in {count[e]} captions"
+            for e, m in zip(rarest[drop].tolist(), missed[drop].tolist())
+        ]
+        reasons = pc.if_else(pa.array(unmatched[drop], pa.bool_()), "no_entry", self.name())
+        return drops_frame(
+            pa.table(
+                {
+                    "unit": dropped["unit"],
+                    "row": dropped["row"],
+                    "reason": reasons,
+                    "detail": pa.array(details, pa.string()),
+                }
+            )
+        )
+
+    def _cap(self, count: np.ndarray) -> int:
+        """t, in captions."""
+        if self.tail_mass is None:
+            return self.max_per_entry or _CAP
+        ascending = np.sort(count)
+        mass = np.cumsum(ascending)
+        return int(ascending[np.searchsorted(mass, self.tail_mass * mass[-1])])
+
+
+_COUNTS = pd.DataFrame({"entry": pd.Series([], dtype="string[pyarrow]"), "count": pd.Series([], dtype="int64")})
+
+
+def _read_entries(path: str) -> list[str]:
+    """The entries of a file, normalised, each once. OSError or ValueError if it is not there or not such a list."""
+    with fsspec.open(path, "rt", encoding="utf-8") as file:
+        text = file.read()
+    if path.endswith(".json"):
+        entries = json.loads(text)
+        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+            raise ValueError("expected a JSON list of strings")
+    else:
+        entries = text.splitlines()
+    return [entry for entry in dict.fromkeys(_normalised(pa.array(entries, pa.string())).to_pylist()) if entry]
+
+
+def _normalised(texts: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Lower-case words (letters, marks and digits) with one space between them; "" for null."""
+    texts = pc.utf8_lower(pc.utf8_normalize(pc.fill_null(texts.cast(pa.string()), ""), "NFKC"))
+    return pc.utf8_trim(pc.replace_substring_regex(texts, r"[^\pL\pM\pN]+", " "), " ")
+
+
+@lru_cache(maxsize=2)
+def _automaton(entries: tuple[str, ...]) -> ahocorasick_rs.AhoCorasick:
+    # Spaces on both sides: a word's boundaries are part of what is searched for.
+    return ahocorasick_rs.AhoCorasick([f" {entry} " for entry in entries], store_patterns=False)
+
+
+def _matches(captions: pa.ChunkedArray, entries: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Row and entry (indices) of every match, once each, by row and entry. 330,000 captions/s on one core."""
+    pairs = [np.empty(0, np.int64)]
+    for low in range(0, len(captions), _CAPTIONS_AT_A_TIME):
+        # One long text is searched faster than many short ones; no match crosses the line feed.
+        lines = [f" {caption} \n" for caption in captions.slice(low, _CAPTIONS_AT_A_TIME).to_pylist()]
+        found = _automaton(entries).find_matches_as_indexes("".join(lines), overlapping=True)
+        entry, start, _ = np.fromiter(chain.from_iterable(found), np.int64, 3 * len(found)).reshape(-1, 3).T
+        ends = np.cumsum([len(line) for line in lines])
+        row = low + np.searchsorted(ends, start, side="right")
+        pairs.append(np.unique(row * len(entries) + entry))
+    row, entry = np.divmod(np.concatenate(pairs), max(1, len(entries)))
+    return row, entry
+
+
+def _tally(part: pd.DataFrame, listed: pd.DataFrame) -> pd.DataFrame:
+    """How many captions of this part match each entry."""
+    entries = tuple(listed["entry"])
+    captions = _normalised(pa.Table.from_pandas(part[["caption"]], preserve_index=False)["caption"])
+    found, count = np.unique(_matches(captions, entries)[1], return_counts=True)
+    return pd.DataFrame({"entry": [entries[i] for i in found], "count": count}).astype(_COUNTS.dtypes)
+
+
+def _grams(part: pd.DataFrame) -> pd.DataFrame:
+    """How many captions of this part hold each word and each pair of neighbouring words."""
+    captions = _normalised(pa.Table.from_pandas(part[["caption"]], preserve_index=False)["caption"]).combine_chunks()
+    split = pc.split_pattern(captions, " ")
+    words, row = pc.list_flatten(split), pc.list_parent_indices(split).to_numpy()
+    neighbours = row[1:] == row[:-1]
+    pairs = pc.binary_join_element_wise(words[:-1], words[1:], " ").filter(pa.array(neighbours))
+    grams = pa.concat_arrays([words, pairs]).dictionary_encode()
+    row = np.concatenate([row, row[1:][neighbours]])
+    texts = grams.dictionary
+    gram = np.unique(row * max(1, len(texts)) + grams.indices.to_numpy()) % max(1, len(texts))
+    tally = pd.DataFrame({"entry": texts.to_pandas(), "count": np.bincount(gram, minlength=len(texts))})
+    return tally[tally["entry"] != ""].astype(_COUNTS.dtypes)
+
+
+def _total(counts: pd.DataFrame) -> pd.DataFrame:
+    return counts.groupby("entry", as_index=False, sort=True)["count"].sum()
