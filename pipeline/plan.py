@@ -49,10 +49,11 @@ ESTIMATES = {
     "byte_size": Estimate(0.97, 1e6, "keep assumed"),
     "clip_score": Estimate(1.0, 1500, "rate assumed: ViT-B/32 on one GPU, bound by decoding", stored=8),
     "threshold": Estimate(0.5, 500_000, "min: keep assumed; top_fraction: as given"),
-    "balance": Estimate(0.25, 50_000, "MetaCLIP (2023): 400 of 1,600 million at 20,000 per entry"),
+    "balance": Estimate(0.25, 50_000, "MetaCLIP (2023): 400 of 1,600 million for a cap of 20,000; √(cap/rows) assumed"),
     "sample": Estimate(0.5, 500_000, "as given"),
     "write_shards": Estimate(1.0, 3_000, "rate assumed", stored=26_000),
 }  # fmt: skip
+COLUMNS = ("pass", "steps", "tasks", "runs on", "rows in", "rows out", "fetched", "stored", "core-h", "GPU-h")
 _UNKNOWN = Estimate(1.0, 10_000, "a step of your own: nothing known")
 
 
@@ -72,16 +73,10 @@ def print_plan(console: Console, recipe: Recipe) -> None:
         raise RecipeError(["pool.rows: the pool cannot be counted from here; say how many rows to plan for"])
     units = ingest.unit_count(rows, recipe.unit_rows)
     passes = make_passes(recipe, {"files": pool.stamp(recipe.pool)} if near else {}, types)
-    table = Table(
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-        title=f"{recipe.name}: {rows:,} rows ({counted})",
-        title_justify="left",
-    )
-    for title, justify in (("pass", "right"), ("steps", "left"), ("tasks", "right"), ("runs on", "left"), ("rows in", "right"),
-                           ("rows out", "right"), ("fetched", "right"), ("stored", "right"), ("core-h", "right"), ("GPU-h", "right")):  # fmt: skip
-        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    console.print(f"{recipe.name}: {rows:,} rows ({counted})\n", highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in COLUMNS:
+        table.add_column(title, justify="left" if title in ("steps", "runs on") else "right")
     alive = float(rows)
     totals = {"core": 0.0, "gpu": 0.0, "fetched": 0.0, "stored": 0.0}
     used: dict[str, str] = {}
@@ -92,24 +87,22 @@ def print_plan(console: Console, recipe: Recipe) -> None:
             used.setdefault(name, estimate.basis)
             cost["gpu" if step is not None and getattr(step, "gpu", False) else "core"] += alive / estimate.rate / 3600
             cost["fetched"] += alive * estimate.fetched
-            alive *= _keep(step, estimate)
+            alive *= _keep(step, estimate, alive)
             cost["stored"] += alive * estimate.stored
         for key in totals:
             totals[key] += cost[key]
         tasks = {"barrier": "all at once", "write": f"{_shards(p, alive)} shards"}.get(p.kind, f"{units:,} units")
-        table.add_row(
-            str(i), " + ".join(p.labels), tasks, _runs_on(p), f"{before:,.0f}", f"{alive:,.0f}",
-            _bytes(cost["fetched"]), _bytes(cost["stored"]), f"{cost['core']:,.1f}", f"{cost['gpu']:,.1f}" if cost["gpu"] else "",
-        )  # fmt: skip
+        rows_in_out = f"{before:,.0f}", f"{alive:,.0f}"
+        hours = [f"{cost[kind]:,.1f}" if cost[kind] else "" for kind in ("core", "gpu")]
+        sizes = [_bytes(cost[kind]) for kind in ("fetched", "stored")]
+        table.add_row(str(i), " + ".join(p.labels), tasks, _runs_on(p), *rows_in_out, *sizes, *hours)
     console.print(table)
+    fetched, stored = _bytes(totals["fetched"]) or "nothing", _bytes(totals["stored"])
+    hours = f"{totals['core']:,.1f} core-hours" + (f" and {totals['gpu']:,.1f} GPU-hours" if totals["gpu"] else "")
     cores = os.cpu_count() or 1
-    gpu = f" and {totals['gpu']:,.1f} GPU-hours" if totals["gpu"] else ""
-    console.print(
-        f"\nabout {alive:,.0f} samples; {_bytes(totals['fetched'])} fetched, {_bytes(totals['stored'])} stored; "
-        f"{totals['core']:,.1f} core-hours{gpu}: {totals['core'] / cores:,.1f} hours of the {cores} cores here, "
-        f"{totals['core'] / 1600:,.1f} hours of 100 nodes with 16",
-        highlight=False,
-    )
+    console.print(f"\nabout {alive:,.0f} samples; {fetched} fetched, {stored} stored; {hours}", highlight=False)
+    here, there = totals["core"] / cores, totals["core"] / 1600
+    console.print(f"on CPUs: {here:,.1f} hours here ({cores} cores), {there:,.1f} on 100 nodes of 16", highlight=False)
     console.print("\nwhere the estimates come from (share kept, rows/s on one core or GPU):", highlight=False)
     for name, basis in used.items():
         estimate = ESTIMATES.get(name, _UNKNOWN)
@@ -118,11 +111,14 @@ def print_plan(console: Console, recipe: Recipe) -> None:
         )
 
 
-def _keep(step: Step | None, estimate: Estimate) -> float:
+def _keep(step: Step | None, estimate: Estimate, rows: float) -> float:
     for option in ("top_fraction", "fraction"):
         value = getattr(step, option, None)
         if isinstance(value, int | float):
             return float(value)
+    if step is not None and step.name() == "balance" and rows:
+        cap = getattr(step, "max_per_entry", None) or 20_000
+        return min(1.0, estimate.keep * ((cap / rows) / (20_000 / 1.6e9)) ** 0.5)
     # A language filter that keeps everything only measures.
     return 1.0 if step is not None and step.name() == "language" and not getattr(step, "keep", True) else estimate.keep
 

@@ -238,7 +238,7 @@ class _Checker:
         if pool is not None and pool_columns is not None:
             try:
                 columns = pool_columns(pool)
-            except ValueError as error:
+            except (ValueError, OSError, ImportError) as error:
                 columns = None
                 self._note(("pool",), "pool", str(error))
         if len(steps) == len(step_lines):
@@ -309,7 +309,7 @@ class _Checker:
             step = cls(**good)
             for option, problem in step.check():
                 self._note((*key, name, option), f"steps.{name}.{option}", problem)
-        except ValueError as error:
+        except (ValueError, ImportError) as error:  # an import that only a remote path needs, s3fs say
             self._note(key, f"steps.{name}", str(error))
         return step if len(self.problems) == before else None
 

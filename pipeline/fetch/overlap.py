@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ Work = Callable[[str | None, Begin], Awaitable[T]]
 Finished = tuple[pa.Table, int, T]
 """A row (its table and position there) and what became of it."""
 
-IDLE_SECONDS = 0.5
+# A finished row is handed out after this time at the latest, in however small a group.
+HOLD_SECONDS = 0.5
 
 
 class Overlap(Generic[T]):
@@ -56,28 +58,29 @@ class Overlap(Generic[T]):
         run = _Run(self._open_work, self._column, self._concurrency, self._admitted)
         source = iter(tables)
         ready: list[Finished[T]] = []
+        due = 0.0
         try:
             while True:
                 try:
-                    event = run.events.get(timeout=IDLE_SECONDS if ready else None)
+                    event = run.events.get(timeout=max(0.0, due - time.monotonic()) if ready else None)
                 except queue.Empty:
-                    # The rest may take as long as the slowest host: what is finished need not wait for it.
                     event = None
                 if isinstance(event, _Row):
+                    if not ready:
+                        due = time.monotonic() + HOLD_SECONDS
                     ready.append((event.table, event.row, event.result))
                     run.taken(event)
-                elif isinstance(event, _Room):
-                    if ready:
-                        yield ready
-                        ready = []
-                    run.feed(next(source, None))
                 elif isinstance(event, _End):
                     if event.error is not None:
                         raise event.error
                     break
-                if ready and (event is None or len(ready) == self._group):
+                # The next table may be long in coming, and the rest of this one takes as long as its slowest host.
+                full = len(ready) == self._group or isinstance(event, _Room)
+                if ready and (full or time.monotonic() >= due):
                     yield ready
                     ready = []
+                if isinstance(event, _Room):
+                    run.feed(next(source, None))
             if ready:
                 yield ready
         finally:

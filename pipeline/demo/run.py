@@ -1,0 +1,118 @@
+"""The demo, as `make demo` runs it: a small web is built and served, curated, trained on, and all of it is judged.
+
+    python -m pipeline.demo.run
+
+Everything happens on this machine. The commands it prints are those that a user would give; the web is left in
+`runs/demo-web/`, the run in `runs/demo/`, the model in `runs/demo/model/`. A former demo in those folders is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.demo import truth, web
+from pipeline.demo.scenes import COLOURS, SHAPES, class_scene
+
+WEB, RUN, HELDOUT = Path("runs/demo-web"), Path("runs/demo"), Path("runs/demo-heldout")
+RECIPE, TRAINING = "conf/demo.yaml", "conf/train_demo.yaml"
+PICTURES, SEED, PORT = 1400, 0, 8765
+# By task the words of a scene that name its class, and the prompts: what is not asked for is averaged out.
+TASKS = {
+    "colour": (("colour",), [f"this is a picture of a {{c}} {shape}" for shape in SHAPES]),
+    "shape": (("shape",), [f"this is a picture of a {colour} {{c}}" for colour in COLOURS]),
+    "colour and shape": (("colour", "shape"), ["this is a picture of a {c}"]),
+}
+PER_CONCEPT = 4
+
+
+def draw_heldout(folder: Path, seed: int) -> dict[str, Path]:
+    """Scenes that neither the web nor the scorer has shown, equally many of every colour and shape.
+
+    For each task a folder with one folder of pictures per class, named by the words of the class, and beside it a file
+    of prompts.
+    """
+    rng = random.Random(seed)
+    scenes = [class_scene(colour, shape, rng) for colour in COLOURS for shape in SHAPES for _ in range(PER_CONCEPT)]
+    with ProcessPoolExecutor() as pool:
+        bodies = list(pool.map(web.drawn, scenes, chunksize=32))
+    tasks = {task: folder / task.replace(" ", "_") for task in TASKS}
+    for task, (words, prompts) in TASKS.items():
+        for number, (scene, body) in enumerate(zip(scenes, bodies)):
+            label = " ".join(getattr(scene, word) for word in words)
+            place = tasks[task] / label
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{number:04d}.jpg").write_bytes(body)
+        tasks[task].with_suffix(".txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    return tasks
+
+
+def main() -> int:
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    started = time.monotonic()
+
+    def command(*words: str) -> None:
+        console.print(f"\n[bold]$ python -m {shlex.join(words)}[/bold]", highlight=False, soft_wrap=True)
+        subprocess.run([sys.executable, "-m", *words], check=True)
+
+    for folder in (WEB, RUN, HELDOUT):
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with web.open_port(PORT) as server:
+            rows = web.build(WEB, PICTURES, SEED, server.server_port)
+            console.print(f"A web of {rows} captioned pictures, good and bad: http://127.0.0.1:{server.server_port}")
+            with web.serving(server, WEB):
+                allow = f'steps.download.allow_addrs=["127.0.0.1:{server.server_port}"]'
+                command("pipeline.run", RECIPE, *([allow] if server.server_port != PORT else []))
+        truth.show(truth.judge(*truth.read(RUN, WEB)), console)
+
+        command("trainer.train", TRAINING)
+        tasks = draw_heldout(HELDOUT, seed=SEED + 1)
+        results = {task: zero_shot(folder) for task, folder in tasks.items()}
+    except subprocess.CalledProcessError as error:
+        console.print(
+            f"error: `{shlex.join(error.cmd[1:])}` ended with status {error.returncode}; see above", markup=False
+        )
+        return 1
+    _show_accuracy(console, results, tasks)
+    report = "" if not (RUN / "report" / "index.html").exists() else f", report in {RUN}/report/index.html"
+    console.print(
+        f"\nrun in {RUN}/{report}, model in {RUN}/model/ (open_clip: local-dir:{RUN}/model), web and truth in {WEB}/\n"
+        f"{time.monotonic() - started:.0f} s in all",
+        highlight=False,
+    )
+    return 0
+
+
+def zero_shot(data: Path) -> float:
+    """Top-1 accuracy of the trained model on a folder of classes."""
+    words = ["--model", str(RUN / "model"), "--data", str(data), "--templates", str(data.with_suffix(".txt"))]
+    command = [sys.executable, "-m", "trainer.evaluate", "zeroshot", *words]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return float(json.loads(done.stdout)["metrics"]["acc1"])
+
+
+def _show_accuracy(console: Console, results: dict[str, float], tasks: dict[str, Path]) -> None:
+    table = Table(title="\nZero-shot accuracy of the trained model on held-out scenes", title_justify="left")
+    for name in ("task", "classes", "accuracy", "chance", "times chance"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for task, accuracy in results.items():
+        classes = sum(1 for _ in tasks[task].iterdir())
+        table.add_row(task, str(classes), f"{accuracy:.3f}", f"{1 / classes:.3f}", f"{accuracy * classes:.1f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Judges a curation against the truth of the demo web: what it caught of each kind of noise, and what that cost.
+
+    python -m pipeline.demo.truth RUN WEB
+
+compares `RUN/shards` and `RUN/drops` with `WEB/truth/truth.parquet`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.demo.web import KINDS
+
+Pair = tuple[str, str]
+Drop = tuple[str, str]
+"""(step, reason)."""
+DEDUPLICATION = ("exact_dedup", "near_dedup")
+# What balancing takes out is sound and merely too much of one thing: neither caught nor lost.
+THINNING = ("balance",)
+
+
+@dataclass(frozen=True)
+class KindScore:
+    """How one kind of row fared. For noise, `recall` is the share dropped; for good rows, the share kept.
+
+    `caught_by` is the step and reason that took most of a noise out, and `precision` the share of noise, of whatever
+    kind, among all rows that were dropped so. None where nothing was dropped, and for good rows.
+    """
+
+    kind: str
+    good: bool
+    rows: int
+    kept: int
+    thinned: int
+    recall: float
+    caught_by: Drop | None
+    precision: float | None
+
+
+@dataclass(frozen=True)
+class Score:
+    kinds: list[KindScore]
+    precision: float
+    """Share of good rows among those kept."""
+    recall: float
+    """Share of the good rows that were kept, those that balancing took out left aside."""
+
+
+def judge(truth: list[dict[str, Any]], kept: set[Pair], drops: dict[Pair, Drop]) -> Score:
+    """Compares outcomes with the truth: rows of `url, caption, kind, good, picture`.
+
+    Of rows that show one picture any may stand for it: where a copy outlived its original, the two change places
+    before anything is counted. Raises ValueError if a row of the truth is neither kept nor dropped, or both.
+    """
+    for row in truth:
+        pair = (row["url"], row["caption"])
+        if (pair in kept) == (pair in drops):
+            raise ValueError(
+                f"the row {pair} is {'both kept and dropped' if pair in kept else 'neither kept nor dropped'}"
+            )
+    outcomes = _outcomes(truth, kept, drops)
+
+    by_drop: Counter[Drop] = Counter(drop for drop in outcomes if drop)
+    noise_by_drop: Counter[Drop] = Counter(drop for row, drop in zip(truth, outcomes) if drop and not row["good"])
+    kinds = []
+    for kind in dict.fromkeys(row["kind"] for row in truth):
+        of_kind = [drop for row, drop in zip(truth, outcomes) if row["kind"] == kind]
+        good = next(row["good"] for row in truth if row["kind"] == kind)
+        stayed = of_kind.count(None)
+        thinned = sum(drop is not None and _step(drop) in THINNING for drop in of_kind)
+        if good:
+            most, precision, recall = None, None, _share(stayed, len(of_kind) - thinned)
+        else:
+            most = Counter(drop for drop in of_kind if drop).most_common(1)[0][0] if stayed < len(of_kind) else None
+            precision = _share(noise_by_drop[most], by_drop[most]) if most else None
+            recall = _share(len(of_kind) - stayed, len(of_kind))
+        kinds.append(KindScore(kind, good, len(of_kind), stayed, thinned, recall, most, precision))
+    good_kinds = [score for score in kinds if score.good]
+    good_kept = sum(score.kept for score in good_kinds)
+    return Score(
+        kinds,
+        precision=_share(good_kept, sum(score.kept for score in kinds)),
+        recall=_share(good_kept, sum(score.rows - score.thinned for score in good_kinds)),
+    )
+
+
+def _outcomes(truth: list[dict[str, Any]], kept: set[Pair], drops: dict[Pair, Drop]) -> list[Drop | None]:
+    """What became of each row, None for kept, with every original in the place of the copy that stood for it."""
+    outcomes = [drops.get((row["url"], row["caption"])) for row in truth]
+    rows_of: defaultdict[int, list[int]] = defaultdict(list)
+    for position, row in enumerate(truth):
+        rows_of[row["picture"]].append(position)
+
+    def distance(position: int) -> int:
+        drop = outcomes[position]
+        return 2 if drop is None else int(_step(drop) not in DEDUPLICATION)
+
+    for positions in rows_of.values():
+        original = next((p for p in positions if truth[p]["good"]), None)
+        if original is not None:
+            furthest = max(positions, key=lambda p: (distance(p), p == original))
+            outcomes[original], outcomes[furthest] = outcomes[furthest], outcomes[original]
+    return outcomes
+
+
+def _step(drop: Drop) -> str:
+    return drop[0].partition(".")[0]  # recipes number repeated steps: exact_dedup.2
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 1.0
+
+
+def read(run: Path, web: Path) -> tuple[list[dict[str, Any]], set[Pair], dict[Pair, Drop]]:
+    """The arguments of `judge` for a finished run over the demo web in `web`, the kinds in the order of `KINDS`."""
+    truth = pq.read_table(web / "truth" / "truth.parquet").to_pylist()
+    truth.sort(key=lambda row: list(KINDS).index(row["kind"]))
+    kept = {
+        (row["url"], row["caption"])
+        for file in sorted((run / "shards").glob("*.parquet"))
+        for row in pq.read_table(file, columns=["url", "caption"]).to_pylist()
+    }
+    drops = {
+        (row["url"], row["caption"]): (row["step"], row["reason"])
+        for file in sorted((run / "drops").glob("*.parquet"))
+        for row in pq.read_table(file, columns=["url", "caption", "step", "reason"]).to_pylist()
+    }
+    return truth, kept, drops
+
+
+def show(score: Score, console: Console) -> None:
+    table = Table(title="The curation against the truth", title_justify="left", caption_justify="left")
+    for name in ("kind of row", "rows", "kept", "recall", "caught by", "precision"):
+        table.add_column(name, justify="left" if name in ("kind of row", "caught by") else "right", no_wrap=True)
+    for good, heading in ((True, "good: should be kept"), (False, "noise: should be dropped")):
+        table.add_row(f"[bold]{heading}[/bold]")
+        for kind in score.kinds:
+            if kind.good == good:
+                caught = ": ".join(kind.caught_by) if kind.caught_by else ""
+                precision = "" if kind.precision is None else f"{kind.precision:.3f}"
+                cells = (str(kind.rows), str(kind.kept), f"{kind.recall:.3f}", caught, precision)
+                table.add_row(f"  {kind.kind}", *cells)
+        table.add_section()
+    console.print(table)
+    console.print(
+        "recall: share of good rows kept (balancing aside), of noise dropped; precision: share of noise in what that\n"
+        "step dropped for that reason. Where a copy outlived its original, it counts as the original."
+    )
+    console.print(f"kept set: precision [bold]{score.precision:.3f}[/bold], recall [bold]{score.recall:.3f}[/bold]")
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    show(judge(*read(Path(sys.argv[1]), Path(sys.argv[2]))), Console())
+
+
+if __name__ == "__main__":
+    main()

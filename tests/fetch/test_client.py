@@ -1,0 +1,318 @@
+"""Each misbehaviour of a server, and the reason that the row must end with."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
+
+import pytest
+
+from pipeline.fetch import client as client_module
+from pipeline.fetch.client import ByteBudget, Client, Lease, Limits, user_agent
+from pipeline.fetch.reasons import FetchError
+from tests.fetch.server import (
+    JPEG,
+    Answer,
+    Server,
+    answer,
+    flood,
+    in_turn,
+    raw,
+    redirect,
+    reset,
+    serving,
+    silence,
+)
+
+OK = answer(body=JPEG)
+HEAD = b"HTTP/1.1 200 OK\r\n"
+LENGTH = f"Content-Length: {len(JPEG)}\r\n".encode()
+LATER = format_datetime(datetime.now(timezone.utc) + timedelta(hours=2), usegmt=True)
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def noai(value: str) -> Answer:
+    return answer(body=JPEG, X_Robots_Tag=value)
+
+
+# name -> (behaviour, expected reason or None for a body, requests that it takes)
+TABLE: dict[str, tuple[Answer, str | None, int]] = {
+    "plain": (OK, None, 1),
+    "http10": (raw(b"HTTP/1.0 200 OK\r\n\r\n" + JPEG), None, 1),
+    "no_length": (raw(HEAD + b"\r\n" + JPEG), None, 1),
+    "chunked": (raw(CHUNKED + f"{len(JPEG):x}\r\n".encode() + JPEG + b"\r\n0\r\n\r\n"), None, 1),
+    "identity": (answer(body=JPEG, Content_Encoding="identity"), None, 1),
+    "404": (answer("404 Not Found", b"gone"), "http_404", 1),
+    "410": (answer("410 Gone"), "http_410", 1),
+    "999": (answer("999 Denied"), "http_999", 1),
+    "204": (answer("204 No Content", length=""), "http_204", 1),
+    "206": (answer("206 Partial Content", JPEG), "http_206", 1),
+    "304": (answer("304 Not Modified", length=""), "http_304", 1),
+    "500": (answer("500 Oops", b"sorry"), "http_500", 3),
+    "408_then_fine": (in_turn(answer("408 Timeout"), OK), None, 2),
+    "503_then_fine": (in_turn(answer("503 Busy"), OK), None, 2),
+    "429_then_fine": (in_turn(answer("429 Slow Down", Retry_After="1"), OK), None, 2),
+    "429_nonsense": (in_turn(answer("429 Slow Down", Retry_After="soon"), OK), None, 2),
+    "429_negative": (in_turn(answer("429 Slow Down", Retry_After="-5"), OK), None, 2),
+    "reset": (reset, "reset", 3),
+    "reset_then_fine": (in_turn(reset, OK), None, 2),
+    "reset_in_headers": (raw(HEAD + b"Content-Le"), "reset", 3),
+    "truncated": (answer(body=JPEG[:-50], length=str(len(JPEG)), close=True), "body_truncated", 3),
+    "truncated_once": (in_turn(answer(body=JPEG[:-50], length=str(len(JPEG)), close=True), OK), None, 2),
+    "chunked_cut": (raw(CHUNKED + b"fff\r\nabc"), "body_truncated", 3),
+    "chunked_garbage": (raw(CHUNKED + b"zz\r\nabc\r\n"), "bad_response", 1),
+    "length_negative": (answer(body=JPEG, length="-5"), "bad_response", 1),
+    "length_words": (answer(body=JPEG, length="many"), "bad_response", 1),
+    "length_twice": (raw(HEAD + LENGTH + b"Content-Length: 7\r\n\r\n" + JPEG), "bad_response", 1),
+    "not_http": (raw(b"SSH-2.0-OpenSSH_9.6\r\n"), "bad_response", 1),
+    "silent": (silence, "deadline", 1),
+    "stalled": (flood(HEAD + LENGTH + b"\r\n", b"x", pause=0.2), "too_slow", 1),
+    "stalls_at_once": (flood(HEAD + LENGTH + b"\r\n", b"", pause=0.2), "too_slow", 1),
+    "endless": (flood(HEAD + b"\r\n", b"\xff" * 65536), "body_too_large", 1),
+    "endless_headers": (flood(HEAD, b"X-A: b\r\n" * 100), "bad_response", 1),
+    "long_header": (raw(HEAD + b"X-A: " + b"b" * 100_000 + b"\r\n\r\n"), "bad_response", 1),
+    "announced_large": (answer(body=b"x", length="9999999999999", close=True), "body_too_large", 1),
+    "empty": (answer(), "empty_body", 1),
+    "gzip": (answer(body=b"\x1f\x8b\x08" + bytes(100), Content_Encoding="gzip"), "content_encoding", 1),
+    "brotli": (answer(body=bytes(100), Content_Encoding="br"), "content_encoding", 1),
+    "moved": (redirect("/plain", "301 Moved Permanently"), None, 1),
+    "moved_absolute": (redirect("{server.url}/plain", "308 Permanent Redirect"), None, 1),
+    "moved_to_404": (redirect("/404"), "http_404", 1),
+    "moved_nowhere": (answer("302 Found"), "bad_response", 1),
+    "moved_to_file": (redirect("file:///etc/passwd"), "bad_scheme", 1),
+    "moved_to_ftp": (redirect("ftp://example.com/a.jpg"), "bad_scheme", 1),
+    "moved_to_data": (redirect("data:image/png;base64,iVBORw0KGgo="), "bad_scheme", 1),
+    "moved_to_canary": (redirect("http://127.0.0.1:{server.canary}/"), "addr_denied", 1),
+    "moved_to_private": (redirect("http://10.0.0.1/a.jpg"), "addr_denied", 1),
+    "moved_to_metadata": (redirect("//169.254.169.254/latest/meta-data/"), "addr_denied", 1),
+    "moved_to_mapped": (redirect("http://[::ffff:127.0.0.1]:{server.canary}/"), "addr_denied", 1),
+    "moved_to_name": (redirect("http://inside.example:{server.canary}/"), "addr_denied", 1),
+    "moved_to_password": (redirect("http://user:secret@127.0.0.1:{server.port}/plain"), "bad_url", 1),
+    "loop": (redirect("/loop"), "redirect_loop", 1),
+    "loop_of_two": (redirect("/loop_back"), "redirect_loop", 1),
+    "loop_back": (redirect("/loop_of_two"), "redirect_loop", 1),
+    **{f"hop{n}": (redirect(f"/hop{n + 1}"), "too_many_redirects" if n <= 1 else None, 1) for n in range(7)},
+    "hop7": (OK, None, 1),
+    "noai": (noai("noai"), "opted_out", 1),
+    "noai_upper": (noai(" NoAI , other"), "opted_out", 1),
+    "noindex_after_date": (noai("unavailable_after: 25 Jun 2030 15:00:00 PST, noindex"), "opted_out", 1),
+    "none": (noai("none"), "opted_out", 1),
+    "noai_for_us": (noai("winnow: noai"), "opted_out", 1),
+    "noai_for_all": (noai("*: noai"), "opted_out", 1),
+    "noai_for_other": (noai("otherbot: noai, noindex"), None, 1),
+    "noai_for_both": (noai("otherbot: nofollow, winnow: noimageai"), "opted_out", 1),
+    "nofollow": (noai("nofollow, max-image-preview: large"), None, 1),
+    "noai_on_redirect": (redirect("/plain", X_Robots_Tag="noai"), "opted_out", 1),
+    "cookie": (in_turn(answer("503 Busy", Set_Cookie="id=1"), OK), None, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    answers = {name: behaviour for name, (behaviour, _, _) in TABLE.items()}
+    with serving(answers) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "RATE_WINDOW", 0.5)
+    monkeypatch.setattr(client_module, "BACKOFF", 0.02)
+
+
+NAMES = {
+    "inside.example": ["10.1.2.3", "127.0.0.1"],
+    "site.example": ["127.0.0.1"],
+    "dead.example": [],
+}
+
+
+def limits(server: Server, **options: object) -> Limits:
+    return Limits(**{"timeout": 2.5, "max_bytes": 1_000_000, "allow_addrs": (server.addr,), **options})  # type: ignore[arg-type]
+
+
+def fetch_all(limits: Limits, urls: list[str | None]) -> list[bytes | FetchError]:
+    async def begin() -> None:
+        pass
+
+    async def one(client: Client, url: str | None) -> bytes | FetchError:
+        try:
+            async with client.fetch(url, begin) as body:
+                return body
+        except FetchError as failure:
+            return failure
+
+    async def all_of_them() -> list[bytes | FetchError]:
+        async with Client(limits, lookup=lambda host: NAMES[host]) as client:
+            return await asyncio.gather(*(one(client, url) for url in urls))
+
+    return asyncio.run(all_of_them())
+
+
+def fetch(server: Server, path: str, **options: object) -> bytes | FetchError:
+    return fetch_all(limits(server, **options), [f"{server.url}/{path}"])[0]
+
+
+def test_every_behaviour_has_its_reason(server: Server) -> None:
+    # One client each, so that one behaviour's Retry-After is not heard by the others.
+    started = time.monotonic()
+    wrong = {}
+    slow = {"silent", "stalled", "stalls_at_once", "429_then_fine"}
+    for name in TABLE.keys() - slow:
+        result = fetch(server, name)
+        if (result.reason if isinstance(result, FetchError) else None) != TABLE[name][1]:
+            wrong[name] = result
+    together = fetch_all(limits(server, per_host=50), [f"{server.url}/{name}" for name in sorted(slow)])
+    for name, result in zip(sorted(slow), together):
+        if (result.reason if isinstance(result, FetchError) else None) != TABLE[name][1]:
+            wrong[name] = result
+    assert wrong == {}
+    assert server.canary_hits == 0
+    assert server.cookies == []
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("name", ["404", "500", "503_then_fine", "chunked_garbage", "noai", "truncated"])
+def test_only_transient_failures_are_asked_again(server: Server, name: str) -> None:
+    behaviour, _, requests = TABLE[name]
+    with serving({name: in_turn(answer("503 Busy"), OK) if name == "503_then_fine" else behaviour}) as fresh:
+        fetch(fresh, name)
+        assert fresh.hits[name] == requests
+    with serving({name: behaviour}) as fresh:
+        fetch(fresh, name, retries=0)
+        assert fresh.hits[name] == 1
+
+
+def test_the_body_arrives_as_sent() -> None:
+    with serving({"a": OK}) as server:
+        assert fetch(server, "a?x=1") == JPEG
+        headers = server.requests["a"]
+        assert headers["accept-encoding"] == "identity"
+        assert "winnow" in headers["user-agent"]
+        assert headers["host"] == server.addr
+
+
+def test_user_agent_names_us_and_a_contact() -> None:
+    assert (
+        user_agent("winnow", "https://example.org/bot") == "Mozilla/5.0 (compatible; winnow; +https://example.org/bot)"
+    )
+
+
+def test_names_are_resolved_once_and_guarded() -> None:
+    asked: list[str] = []
+
+    def lookup(host: str) -> list[str]:
+        asked.append(host)
+        time.sleep(0.05)
+        return NAMES[host]
+
+    with serving({"a": OK}) as server:
+
+        async def go() -> list[bytes | FetchError]:
+            async def begin() -> None:
+                pass
+
+            async def one(client: Client, url: str) -> bytes | FetchError:
+                try:
+                    async with client.fetch(url, begin) as body:
+                        return body
+                except FetchError as failure:
+                    return failure
+
+            async with Client(limits(server), lookup) as client:
+                site = [one(client, f"http://site.example:{server.port}/a") for _ in range(20)]
+                inside = [one(client, "http://INSIDE.example./a") for _ in range(20)]
+                dead = [one(client, "http://dead.example/a") for _ in range(20)]
+                return await asyncio.gather(*site, *inside, *dead)
+
+        results = asyncio.run(go())
+    assert results[:20] == [JPEG] * 20
+    assert {r.reason for r in results[20:40] if isinstance(r, FetchError)} == {"addr_denied"}
+    assert {r.reason for r in results[40:] if isinstance(r, FetchError)} == {"dns"}
+    assert sorted(asked) == ["dead.example", "inside.example", "site.example"]
+
+
+def test_retry_after_beyond_the_deadline_speaks_for_the_whole_host() -> None:
+    for path in ("forever", "until_date"):
+        header = "3600" if path == "forever" else LATER
+        with serving({path: answer("503 Busy", Retry_After=header)}) as server:
+            started = time.monotonic()
+            results = fetch_all(limits(server, per_host=2), [f"{server.url}/{path}"] * 30)
+            assert {r.reason for r in results if isinstance(r, FetchError)} == {"http_503"}
+            assert server.hits[path] <= 2
+            assert time.monotonic() - started < 1
+
+
+def test_refused_connection_and_bad_certificate() -> None:
+    with serving({}) as server:
+        port = server.port
+        results = fetch_all(limits(server, timeout=2), [f"https://{server.addr}/a"])
+        assert [r.reason for r in results if isinstance(r, FetchError)] == ["tls"]
+    results = fetch_all(limits(server), [f"http://127.0.0.1:{port}/a"])
+    assert [r.reason for r in results if isinstance(r, FetchError)] == ["connect"]
+
+
+def test_the_deadline_covers_redirects_and_retries_together() -> None:
+    async def slow(server: Server, writer: asyncio.StreamWriter, _: dict[str, str]) -> None:
+        await asyncio.sleep(0.4)
+        writer.write(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n")
+
+    async def slow_move(server: Server, writer: asyncio.StreamWriter, _: dict[str, str]) -> None:
+        await asyncio.sleep(0.4)
+        writer.write(b"HTTP/1.1 302 Found\r\nLocation: /slow\r\nContent-Length: 0\r\n\r\n")
+
+    with serving({"move": slow_move, "slow": slow}) as server:
+        started = time.monotonic()
+        result = fetch(server, "move", timeout=1.0, retries=10)
+        assert isinstance(result, FetchError)
+        assert result.reason == "deadline"
+        assert time.monotonic() - started < 1.4
+
+
+def test_waiting_for_a_busy_host_is_not_the_rows_own_time() -> None:
+    async def half_a_second(server: Server, writer: asyncio.StreamWriter, headers: dict[str, str]) -> None:
+        await asyncio.sleep(0.3)
+        await OK(server, writer, headers)
+
+    with serving({"a": half_a_second}) as server:
+        results = fetch_all(limits(server, timeout=0.8, per_host=2), [f"{server.url}/a"] * 10)
+        assert results == [JPEG] * 10
+        assert server.most_open["a"] == 2
+
+
+def test_large_bodies_share_a_budget_without_lockup() -> None:
+    big = b"\xff\xd8\xff" + bytes(600_000)
+    with serving({"known": answer(body=big), "unknown": raw(HEAD + b"\r\n" + big)}) as server:
+        urls = [f"{server.url}/{name}" for name in ("known", "unknown")] * 8
+        results = fetch_all(limits(server, bytes_in_flight=1_000_000, per_host=16, timeout=10), urls)
+        assert results == [big] * 16
+
+
+def test_byte_budget_serves_in_order_and_survives_cancelled_waiters() -> None:
+    async def go() -> list[str]:
+        order = []
+        budget = ByteBudget(10)
+        first, done = Lease(budget), Lease(budget)
+        await first.take(10)
+
+        async def take(name: str, size: int) -> None:
+            lease = Lease(budget)
+            await lease.take(size)
+            order.append(name)
+            lease.give_back()
+
+        tasks = [asyncio.create_task(take(name, size)) for name, size in (("a", 8), ("b", 99), ("c", 1))]
+        await asyncio.sleep(0)
+        tasks[0].cancel()
+        first.keep(1)
+        await asyncio.sleep(0)
+        assert order == []  # b wants all of it and is first in line
+        first.give_back()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await done.take(10)
+        return order
+
+    assert asyncio.run(asyncio.wait_for(go(), 5)) == ["b", "c"]

@@ -1,0 +1,348 @@
+"""One golden test for each rule of the decoder, and no way for broken bytes to escape its reasons."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import random
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import imagehash
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from pipeline.fetch.decoder import Rules, decode, header_size, plan_resize, sniff
+from pipeline.fetch.reasons import REASONS, FetchError
+
+NO = Rules(resize_mode="no", encode_format="png", encode_quality=1)
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def scene(width: int = 320, height: int = 200, mode: str = "RGB") -> Image.Image:
+    """Smooth, and different in every corner."""
+    coarse = np.random.default_rng(7).integers(0, 255, (5, 7, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def pixels(body: bytes, rules: Rules = NO) -> np.ndarray:
+    """What comes out, as (height, width, 3) RGB."""
+    image = Image.open(io.BytesIO(decode(body, rules).image))
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+def reason(body: bytes, rules: Rules = NO) -> str | None:
+    try:
+        decode(body, rules)
+    except FetchError as failure:
+        return failure.reason
+    return None
+
+
+def close(found: np.ndarray, expected: Image.Image | tuple[int, ...], tolerance: float = 3) -> bool:
+    return bool(np.abs(found - np.asarray(expected).astype(int)).mean() <= tolerance)
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes, **chunks: bytes) -> bytes:
+    """A PNG of the given raw rows (without filter bytes), with what Pillow cannot write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    stride = len(rows) // height
+    raw = b"".join(b"\0" + rows[i * stride : (i + 1) * stride] for i in range(height))
+    extra = b"".join(chunk(name.encode(), data) for name, data in chunks.items())
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+FORMATS: dict[str, Callable[[], bytes]] = {
+    "jpeg": lambda: encoded(scene(), "JPEG", quality=95),
+    "jpeg_progressive": lambda: encoded(scene(), "JPEG", quality=95, progressive=True),
+    "jpeg_444": lambda: encoded(scene(), "JPEG", quality=95, subsampling=0),
+    "jpeg_cmyk": lambda: encoded(scene(mode="CMYK"), "JPEG", quality=95),
+    "png": lambda: encoded(scene(), "PNG"),
+    "webp": lambda: encoded(scene(), "WEBP", quality=95),
+    "webp_lossless": lambda: encoded(scene(), "WEBP", lossless=True),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_colour_formats_give_the_same_picture(name: str) -> None:
+    assert close(pixels(FORMATS[name]()), scene())
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "L"), ("PNG", "L"), ("PNG", "1"), ("PNG", "P"), ("GIF", "P")])
+def test_grey_and_palette_become_rgb(kind: str, mode: str) -> None:
+    image = scene().convert(mode)
+    assert close(pixels(encoded(image, kind)), image.convert("RGB"))
+
+
+def test_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (40, 30), colour) for colour in (RED, GREEN, BLUE)]
+    for kind in ("GIF", "WEBP", "PNG"):
+        assert close(pixels(encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50)), RED)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_orientation_is_applied_and_sizes_are_upright(orientation: int, kind: str) -> None:
+    upright = scene()
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transpose methods that lead there
+    stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    body = encoded(stored, kind, exif=exif.tobytes(), quality=95)
+    picture = decode(body, NO)
+    assert (picture.original_width, picture.original_height) == (320, 200)
+    assert close(pixels(body), upright, 4)
+    small = decode(body, Rules(image_size=64))
+    assert (small.width, small.height) == (64, 40)
+    assert "exif" not in Image.open(io.BytesIO(small.image)).info
+
+
+def test_transparency_is_laid_on_white() -> None:
+    half = Image.new("RGBA", (20, 10), (255, 0, 0, 128))
+    for kind in ("PNG", "WEBP"):
+        assert close(pixels(encoded(half, kind, lossless=True)), (255, 127, 127), 1)
+    assert close(pixels(encoded(Image.new("LA", (20, 10), (0, 0)), "PNG")), WHITE)
+    palette = Image.new("P", (20, 10), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    for kind in ("PNG", "GIF"):
+        assert close(pixels(encoded(palette, kind, transparency=1)), WHITE)
+        assert close(pixels(encoded(palette, kind, transparency=0)), RED)
+    assert close(pixels(encoded(Image.new("RGB", (20, 10), RED), "PNG", transparency=RED)), WHITE)
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    values = np.array([[0, 128, 257, 32896, 65407, 65535]], ">u2")
+    assert pixels(png(6, 1, 16, 0, values.tobytes()))[0, :, 0].tolist() == [0, 0, 1, 128, 255, 255]
+    colour = np.array([[0, 32896, 65535]], ">u2")
+    assert pixels(png(1, 1, 16, 2, colour.tobytes()))[0, 0].tolist() == [0, 128, 255]
+    clear = png(6, 1, 16, 0, values.tobytes(), tRNS=struct.pack(">H", 257))
+    assert pixels(clear)[0, :, 0].tolist() == [0, 0, 255, 128, 255, 255]
+
+
+def test_profiles_are_converted_to_srgb() -> None:
+    image = scene()
+    lab = ImageCms.createProfile("LAB")
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert close(pixels(encoded(image, "PNG", icc_profile=srgb)), image, 0)
+    # Broken, or meant for another kind of image: the picture counts, not the profile.
+    assert close(pixels(encoded(image, "PNG", icc_profile=b"nonsense")), image, 0)
+    assert close(pixels(encoded(image, "PNG", icc_profile=ImageCms.ImageCmsProfile(lab).tobytes())), image, 0)
+    swapped = swapped_primaries(srgb)
+    assert close(pixels(encoded(Image.new("RGB", (8, 8), RED), "PNG", icc_profile=swapped)), GREEN, 12)
+    assert close(pixels(encoded(Image.new("RGB", (8, 8), RED), "JPEG", icc_profile=swapped, quality=95)), GREEN, 12)
+
+
+def swapped_primaries(profile: bytes) -> bytes:
+    """An ICC profile in which red means green: its tag table with two signatures exchanged, and no name of its own."""
+    table = bytearray(profile)
+    for entry in range(struct.unpack(">I", table[128:132])[0]):
+        at = 132 + 12 * entry
+        signature = bytes(table[at : at + 4])
+        table[at : at + 4] = {b"rXYZ": b"gXYZ", b"gXYZ": b"rXYZ"}.get(signature, signature)
+    return bytes(table).replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
+
+
+OFF_THE_LIST = [
+    b"", b"<html>", b"<svg/>", b"%!PS-Adobe-3.0 EPSF", b"%PDF-1.7", b"II*\0" + bytes(50), b"BM" + bytes(60),
+    b"\0\0\x01\0", b"RIFF\0\0\0\0WAVE", b"\0\0\0\x18ftypmp42", b"\0\0\0\x1cftypavif", b"qoif", b"\xff\xd8",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", OFF_THE_LIST)
+def test_formats_off_the_list_are_not_opened(body: bytes) -> None:
+    assert sniff(body) is None
+    assert reason(body) == "not_an_image"
+
+
+def test_the_name_of_a_format_is_its_first_bytes() -> None:
+    assert decode(encoded(scene(), "PNG") + b"<script>alert(1)</script>", NO).original_format == "png"
+    assert {k: decode(encoded(scene(), k), NO).original_format for k in ("JPEG", "GIF", "WEBP")} == {
+        "JPEG": "jpeg",
+        "GIF": "gif",
+        "WEBP": "webp",
+    }
+
+
+def claims(kind: str, width: int, height: int) -> bytes:
+    """A small file whose header claims any size."""
+    if kind == "PNG":
+        return png(width, height, 8, 2, bytes(3 * height) if height < 1000 else bytes(height))
+    if kind == "GIF":
+        body = bytearray(encoded(scene(8, 8), "GIF"))
+        body[6:10] = struct.pack("<HH", width, height)
+        return bytes(body)
+    if kind == "WEBP":
+        size = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+        return b"RIFF\x26\0\0\0WEBPVP8X\x0a\0\0\0\x10\0\0\0" + size + b"VP8L\x0d\0\0\0\x2f" + bytes(13)
+    body = bytearray(encoded(scene(8, 8), "JPEG"))
+    at = body.index(b"\xff\xc0") + 5
+    body[at : at + 4] = struct.pack(">HH", height, width)
+    return bytes(body)
+
+
+@pytest.mark.parametrize(("kind", "side"), [("PNG", 100_000), ("GIF", 65_535), ("WEBP", 16_384), ("JPEG", 65_500)])
+def test_a_pixel_bomb_is_known_by_its_header(kind: str, side: int) -> None:
+    assert reason(claims(kind, side, side)) == "too_large"
+    assert reason(claims(kind, side, side), Rules(max_image_area=float("inf"))) in ("too_large", "decode_error")
+
+
+def test_header_sizes() -> None:
+    for kind, options in [
+        ("PNG", {}),
+        ("GIF", {}),
+        ("WEBP", {}),
+        ("WEBP", {"lossless": True}),
+        ("WEBP", {"exif": b"E"}),
+    ]:
+        assert header_size(encoded(scene(321, 123), kind, **options), kind) == (321, 123)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "expected"),
+    [
+        ((100, 50), {"min_image_size": 51}, "too_small"),
+        ((100, 50), {"min_image_size": 50}, None),
+        ((100, 50), {"max_image_area": 4999}, "too_large"),
+        ((100, 50), {"max_image_area": 5000}, None),
+        ((100, 50), {"max_aspect_ratio": 1.9}, "aspect_ratio"),
+        ((50, 100), {"max_aspect_ratio": 2.0}, None),
+        ((3000, 1), {"resize_mode": "keep_ratio", "resize_only_if_bigger": False}, "too_large"),
+        ((3000, 1), {}, None),
+    ],
+)
+def test_limits_on_sizes(size: tuple[int, int], options: dict[str, Any], expected: str | None) -> None:
+    assert reason(encoded(scene(*size), "PNG"), Rules(**options)) == expected
+
+
+SIZES = [(320, 200), (200, 320), (100, 60), (256, 256), (257, 256), (255, 256), (641, 3), (3, 641), (1000, 999), (1, 1)]
+MODES = ["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sizes_and_pixels_are_those_of_img2dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole table against img2dataset's own Resizer: sizes for all, pixels for lossless input."""
+    monkeypatch.setenv("NO_ALBUMENTATIONS_UPDATE", "1")  # its import asks the network otherwise
+    from img2dataset.resizer import Resizer
+
+    compared = 0
+    for mode in MODES:
+        for only_if_bigger in (True, False):
+            rules = Rules(resize_mode=mode, resize_only_if_bigger=only_if_bigger, encode_format="png", encode_quality=1)  # type: ignore[arg-type]
+            peer = Resizer(256, mode, only_if_bigger, encode_quality=1, encode_format="png")
+            for size in SIZES:
+                if not only_if_bigger and mode in ("keep_ratio", "center_crop") and max(size) / min(size) > 100:
+                    continue  # refused by ours: see test_limits_on_sizes
+                body = encoded(scene(*size), "PNG")
+                theirs, width, height, original_width, original_height, error = peer(io.BytesIO(body))
+                assert error is None
+                ours = decode(body, rules)
+                case = (mode, only_if_bigger, size)
+                assert (ours.width, ours.height) == (width, height), case
+                assert (ours.original_width, ours.original_height) == (original_width, original_height), case
+                plan = plan_resize(*size, rules)
+                assert plan.final == (width, height), case
+                expected = np.asarray(Image.open(io.BytesIO(theirs))).astype(int)
+                assert np.abs(pixels(body, rules) - expected).mean() < 0.01, case
+                compared += 1
+    assert compared == 96
+
+
+@pytest.mark.parametrize(("width", "height"), [(2000, 1500), (1100, 800), (700, 500), (401, 900)])
+def test_a_reduced_decoding_is_close_to_the_full_one(width: int, height: int) -> None:
+    image = scene(width, height)
+    body = encoded(image, "JPEG", quality=95)
+    full = cv2.resize(
+        np.asarray(Image.open(io.BytesIO(body))), plan_resize(width, height, Rules()).scaled, interpolation=3
+    )
+    ours = pixels(body, Rules(encode_format="png", encode_quality=1))
+    assert ((ours - full.astype(int)) ** 2).mean() < 255**2 / 10**3.8  # a PSNR of 38 dB
+
+
+def test_encodings() -> None:
+    body = encoded(scene(), "PNG")
+    for encode_format, kind in (("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")):
+        quality = 6 if encode_format == "png" else 95
+        picture = decode(body, Rules(encode_format=encode_format, encode_quality=quality))  # type: ignore[arg-type]
+        assert Image.open(io.BytesIO(picture.image)).format == kind
+        assert picture == decode(body, Rules(encode_format=encode_format, encode_quality=quality))  # type: ignore[arg-type]
+    small, large = (len(decode(body, Rules(encode_quality=q)).image) for q in (40, 95))
+    assert small < large
+
+
+def test_measurements() -> None:
+    body = encoded(scene(), "PNG")
+    picture = decode(body, Rules())
+    assert picture.original_bytes == len(body)
+    assert picture.sha256 == hashlib.sha256(body).hexdigest()
+    assert f"{picture.phash:016x}" == str(imagehash.phash(scene()))
+    flat = decode(encoded(Image.new("RGB", (64, 64), WHITE), "PNG"), Rules())
+    assert f"{flat.phash:016x}" == str(imagehash.phash(Image.new("RGB", (64, 64), WHITE)))
+    assert pickle.loads(pickle.dumps(picture)) == picture
+
+
+def test_exif_is_the_json_of_img2dataset() -> None:
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0110] = "Maker", "Model"
+    body = encoded(scene(), "JPEG", exif=exif.tobytes())
+    stored = json.loads(decode(body, Rules()).exif or "")
+    assert stored["Image Make"] == "Maker"
+    assert decode(encoded(scene(), "JPEG"), Rules()).exif == "{}"
+    assert decode(body, Rules(extract_exif=False)).exif is None
+
+
+def test_failures_cross_process_borders() -> None:
+    failure = pickle.loads(pickle.dumps(FetchError("decode_error", "because")))
+    assert (failure.reason, failure.detail, failure.transient) == ("decode_error", "because", False)
+
+
+def mutants(count: int, seed: int) -> list[bytes]:
+    rng = random.Random(seed)
+    image = scene(90, 60)
+    originals = [
+        encoded(image, "JPEG"),
+        encoded(image, "JPEG", progressive=True),
+        encoded(image.convert("CMYK"), "JPEG"),
+        encoded(image, "PNG"),
+        encoded(image.convert("P"), "PNG", transparency=3),
+        encoded(image, "GIF", save_all=True, append_images=[image.rotate(5)]),
+        encoded(image, "WEBP"),
+        encoded(image, "WEBP", lossless=True),
+    ]
+    cases = []
+    for _ in range(count):
+        body = bytearray(rng.choice(originals))
+        match rng.randrange(3):
+            case 0:
+                for _ in range(rng.choice((1, 4, 32))):
+                    body[rng.randrange(len(body))] ^= 1 << rng.randrange(8)
+            case 1:
+                del body[rng.randrange(len(body)) :]
+            case _:
+                other = rng.choice(originals)
+                body[rng.randrange(len(body)) :] = other[rng.randrange(len(other)) :]
+        cases.append(bytes(body))
+    return cases
+
+
+@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_mutants_end_in_a_picture_or_a_reason(count: int) -> None:
+    for body in mutants(count, seed=1):
+        assert (reason(body, Rules()) or "decode_error") in REASONS

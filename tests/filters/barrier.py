@@ -1,0 +1,48 @@
+"""Tables for filters that look at the whole run: the verdicts must depend neither on partitions nor on their order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import dask
+import dask.dataframe as dd
+import pandas as pd
+import pyarrow as pa
+
+from pipeline.step import Filter
+from tests.tables import make_batch
+
+TEXT = pd.StringDtype("pyarrow")
+
+
+def decide(step: Filter, batch: pa.Table) -> list[tuple[str, str | None] | None]:
+    """Per row of `batch`: None where it was kept, else reason and detail. Only what the step `needs` is given to it."""
+    problems = list(step.check())
+    assert not problems, problems
+    assert step.scope == "run"
+    columns = dict.fromkeys(["unit", "row", "uid", *step.needs])
+    frame = batch.select(list(columns)).to_pandas(types_mapper={pa.string(): TEXT}.get)
+    outcomes = []
+    for partitions, shuffle in [(1, None), (3, 0), (8, 1)]:
+        rows = frame if shuffle is None else frame.sample(frac=1, random_state=shuffle)
+        with dask.config.set(scheduler="synchronous"):
+            drops = step.decide(
+                dd.from_pandas(rows.reset_index(drop=True), npartitions=partitions, sort=False)
+            ).compute()
+        assert list(drops.columns) == ["unit", "row", "reason", "detail"]
+        assert not drops.duplicated(["unit", "row"]).any(), "no row may be dropped twice"
+        details = [None if pd.isna(detail) else detail for detail in drops["detail"]]
+        found = dict(zip(zip(drops["unit"], drops["row"]), zip(drops["reason"], details)))
+        places = list(zip(batch["unit"].to_pylist(), batch["row"].to_pylist()))
+        assert set(found) <= set(places)
+        outcomes.append([found.get(place) for place in places])
+    assert outcomes[0] == outcomes[1] == outcomes[2], "partitions or the order of rows changed a verdict"
+    return outcomes[0]
+
+
+def check_barrier(step: Filter, rows: Sequence[Mapping[str, Any]], expected: Sequence[str | None]) -> None:
+    """`expected[i]` is None if row i is to be kept, else the reason of its drop."""
+    found = [drop and drop[0] for drop in decide(step, make_batch(rows))]
+    wrong = [f"{row}: expected {e}, found {f}" for row, e, f in zip(rows, expected, found, strict=True) if e != f]
+    assert not wrong, "\n".join(wrong)

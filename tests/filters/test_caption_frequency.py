@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from pipeline.filters.caption_frequency import CaptionFrequency
+from tests.filters.barrier import check_barrier, decide
+from tests.tables import make_batch
+
+CUT = "caption_frequency"
+
+
+def test_all_rows_of_a_caption_go_once_too_many_share_it() -> None:
+    captions = ["logo", "a cat", "logo", "a dog", "logo", "a cat", "Logo", "logo "]
+    check_barrier(
+        CaptionFrequency(max_count=2),
+        [{"caption": caption} for caption in captions],
+        [CUT, None, CUT, None, CUT, None, None, None],
+    )
+
+
+def test_rows_without_a_caption_share_none() -> None:
+    check_barrier(
+        CaptionFrequency(max_count=1),
+        [{"caption": caption} for caption in (None, None, "", "", "x")],
+        [None, None, CUT, CUT, None],
+    )
+
+
+def test_the_limit_is_the_largest_count_kept_over_all_units() -> None:
+    rows = [{"caption": caption, "unit": i % 5} for i, caption in enumerate(["ten"] * 10 + ["eleven"] * 11)]
+    check_barrier(CaptionFrequency(), rows, [None] * 10 + [CUT] * 11)
+
+
+def test_the_drop_says_how_many_share_it() -> None:
+    assert decide(CaptionFrequency(max_count=1), make_batch([{"caption": "x"}] * 3)) == [(CUT, "shared by 3 rows")] * 3
+
+
+def test_unusable_options_are_named() -> None:
+    assert [key for key, _ in CaptionFrequency(max_count=0).check()] == ["max_count"]

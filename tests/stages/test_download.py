@@ -1,0 +1,280 @@
+"""The stage as the executor drives it: every row comes out once, no host holds up another, nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import io
+import pickle
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pipeline.fetch import client as client_module
+from pipeline.fetch import overlap as overlap_module
+from pipeline.fetch.client import Client, Limits
+from pipeline.fetch.decoder import Rules
+from pipeline.fetch.reasons import FetchError
+from pipeline.stages import download as download_module
+from pipeline.stages.download import Download, picture
+from pipeline.step import apply
+from tests.fetch.server import JPEG, Server, answer, jpeg, redirect, reset, serving, silence
+
+
+async def quick(server: Server, writer: asyncio.StreamWriter, headers: dict[str, str]) -> None:
+    await asyncio.sleep(0.02)
+    await answer(body=JPEG)(server, writer, headers)
+
+
+ANSWERS = {
+    "ok": answer(body=JPEG),
+    "large": answer(body=jpeg(900, 700)),
+    "quick": quick,
+    "moved": redirect("/ok"),
+    "private": redirect("http://127.0.0.1:{server.canary}/"),
+    "html": answer(body=b"<!doctype html><title>gone</title>"),
+    "half": answer(body=JPEG[: len(JPEG) // 2]),
+    "noai": answer(body=JPEG, X_Robots_Tag="noai"),
+    "reset": reset,
+    "silent": silence,
+}
+EXPECTED = {"ok": None, "large": None, "moved": None, "private": "addr_denied", "html": "not_an_image",
+            "half": "decode_error", "noai": "opted_out", "reset": "reset", "missing": "http_404"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving(ANSWERS) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "BACKOFF", 0.02)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    for _ in range(100):
+        left = [t.name for t in set(threading.enumerate()) - before if t.name.startswith(("overlap", "decode", "dns"))]
+        if not left:
+            return
+        time.sleep(0.02)
+    raise AssertionError(left)
+
+
+def step(server: Server, **options: Any) -> Download:
+    options = {"allow_addrs": [server.addr], "timeout": 5.0, "per_host": 32, "decode_threads": 2, **options}
+    step = Download(**options)
+    assert list(step.check()) == []
+    step.setup()
+    return step
+
+
+def unit(urls: list[str | None], number: int = 0, **columns: list[Any]) -> pa.Table:
+    rows = range(len(urls))
+    return pa.table(
+        {
+            "unit": pa.array([number] * len(urls), pa.int32()),
+            "row": pa.array(rows, pa.int32()),
+            "uid": pa.array([f"{number * 10**6 + row:032x}" for row in rows]),
+            "url": pa.array(urls, pa.string()),
+            "caption": pa.array(["a caption"] * len(urls)),
+            **columns,
+        }
+    )
+
+
+def positions(table: pa.Table) -> list[tuple[int, int]]:
+    return list(zip(table["unit"].to_pylist(), table["row"].to_pylist()))
+
+
+def test_every_row_ends_in_an_image_or_a_reason(server: Server) -> None:
+    names = list(EXPECTED) * 30
+    units = [
+        unit([f"{server.url}/{n}" for n in names[i : i + 90]], i // 90, extra=list(range(90)))
+        for i in range(0, 270, 90)
+    ]
+    tables = list(step(server).stream(iter(units)))
+    out = pa.concat_tables(tables)
+    assert all(len(table) <= 256 for table in tables)
+    assert sorted(positions(out)) == [(u, row) for u in range(3) for row in range(90)]
+    for u, row, extra, reason, url in zip(
+        *(out[c].to_pylist() for c in ("unit", "row", "extra", "drop_reason", "url"))
+    ):
+        assert (extra, reason) == (row, EXPECTED[names[90 * u + row]]), url
+    assert server.canary_hits == 0
+    assert out.schema.names == [*units[0].column_names, *Download.adds, "drop_reason", "drop_detail"]
+    assert [out.schema.field(n).type for n in Download.adds] == list(Download.adds.values())
+
+
+def test_process_keeps_the_order_and_marks_the_dropped(server: Server) -> None:
+    batch = unit([f"{server.url}/large", None, "ftp://h/a", f"{server.url}/missing", f"{server.url}/ok"])
+    kept, drops = apply(step(server, image_size=64), batch)
+    assert kept["row"].to_pylist() == [0, 4]
+    assert kept["width"].to_pylist() == [64, 64]
+    assert kept["original_width"].to_pylist() == [900, 120]
+    assert Image.open(io.BytesIO(kept["image"][0].as_py())).size == (64, 50)
+    assert drops["row"].to_pylist() == [1, 2, 3]
+    assert drops["reason"].to_pylist() == ["bad_url", "bad_scheme", "http_404"]
+    assert set(drops["step"].to_pylist()) == {"download"}
+
+
+def test_empty_tables_and_no_tables(server: Server) -> None:
+    assert list(step(server).stream([])) == []
+    assert list(step(server).stream([unit([]), unit([])])) == []
+    assert step(server).process(unit([])).schema.names[-2:] == ["drop_reason", "drop_detail"]
+
+
+def test_equal_bytes_give_equal_rows(server: Server) -> None:
+    batch = unit([f"{server.url}/{name}" for name in EXPECTED] * 5)
+    assert step(server).process(batch).equals(step(server, decode_threads=1, concurrency=3).process(batch))
+
+
+def test_columns_of_the_pool_give_way_to_measured_ones(server: Server) -> None:
+    out = step(server).process(unit([f"{server.url}/ok"], width=[7], sha256=["claimed"]))
+    assert out["width"].to_pylist() == [120]
+    assert out["sha256"].to_pylist() != ["claimed"]
+
+
+def test_urls_that_are_not_utf8_are_rows_like_others(server: Server) -> None:
+    raw = pa.array([b"http://h/\xff\xfe", f"{server.url}/ok".encode()], pa.binary())
+    url = pa.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2])
+    batch = unit([None, None]).set_column(3, "url", url)
+    assert step(server).process(batch)["drop_reason"].to_pylist() == ["bad_url", None]
+
+
+def test_slow_hosts_overlap_with_the_units_that_follow(server: Server) -> None:
+    """Five units, each with silent rows: the whole takes one deadline, not five, and the quick rows do not wait."""
+    urls = [f"{server.url}/silent"] * 3 + [f"{server.url}/quick"] * 40
+    started = time.monotonic()
+    first_of_last = None
+    out = []
+    for table in step(server, timeout=1.5).stream(unit(urls, n) for n in range(5)):
+        out.append(table)
+        if first_of_last is None and 4 in table["unit"].to_pylist():
+            first_of_last = time.monotonic() - started
+    assert time.monotonic() - started < 2.8
+    assert first_of_last is not None
+    assert first_of_last < 1.4
+    counts = Counter(pa.concat_tables(out)["drop_reason"].to_pylist())
+    assert counts == {"deadline": 15, None: 200}
+
+
+def test_a_busy_host_does_not_hold_up_the_others() -> None:
+    """Hundreds of rows of one slow host first, two at a time; a row of another host after them is served at once."""
+    with serving({"quick": quick}) as slow:
+        # The other host is one that may not be dialled: its refusal is the answer to wait for.
+        urls = [f"{slow.url}/quick"] * 300 + ["http://127.0.0.2/ok"]
+        started = time.monotonic()
+        stream = step(slow, per_host=2, concurrency=8).stream([unit(urls)])
+        assert 300 in next(stream)["row"].to_pylist()
+        assert time.monotonic() - started < 1.5
+        stream.close()  # type: ignore[attr-defined]
+        assert slow.most_open["quick"] == 2
+
+
+def test_input_is_pulled_only_when_there_is_room(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download_module, "ADMITTED_ROWS", 40)
+    pulled = []
+
+    def units() -> Iterator[pa.Table]:
+        for number in range(50):
+            pulled.append(number)
+            yield unit([f"{server.url}/ok"] * 20, number)
+
+    monkeypatch.setattr(overlap_module, "HOLD_SECONDS", 0.05)
+    stream = step(server, concurrency=4).stream(units())
+    assert len(next(stream)) > 0
+    time.sleep(0.5)
+    # What has been handed out, what may be admitted, and one table on its way.
+    assert len(pulled) <= 16 + 2 + 2
+    rest = sum(len(table) for table in stream)
+    assert len(pulled) == 50
+    assert 0 < rest < 1000
+
+
+def test_a_consumer_that_stops_leaves_nothing_behind(server: Server) -> None:
+    stream = step(server, timeout=60).stream([unit([f"{server.url}/{n}" for n in ("ok", "silent") * 50])])
+    next(stream)
+    started = time.monotonic()
+    stream.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - started < 2
+
+
+def test_an_error_of_the_input_reaches_the_consumer(server: Server) -> None:
+    def units() -> Iterator[pa.Table]:
+        yield unit([f"{server.url}/silent"])
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(step(server, timeout=60).stream(units()))
+
+
+def test_a_fault_of_our_own_costs_its_row_alone(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = download_module.decode
+
+    def faulty(body: bytes, rules: Rules) -> Any:
+        if body == JPEG:
+            raise RuntimeError("a bug")
+        return real(body, rules)
+
+    monkeypatch.setattr(download_module, "decode", faulty)
+    out = step(server).process(unit([f"{server.url}/{n}" for n in ("ok", "large")]))
+    assert out["drop_reason"].to_pylist() == ["unexpected", None]
+    assert out["drop_detail"].to_pylist() == ["RuntimeError: a bug", None]
+
+
+def test_a_decoder_that_dies_costs_its_row_alone(server: Server) -> None:
+    class Dying(Executor):
+        def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_exception(BrokenProcessPool("terminated abruptly"))
+            return future
+
+    async def go() -> Any:
+        async def begin() -> None:
+            pass
+
+        async with Client(Limits(allow_addrs=(server.addr,))) as client:
+            return await picture(client, Dying(), Rules(), f"{server.url}/ok", begin)
+
+    result = asyncio.run(go())
+    assert isinstance(result, FetchError)
+    assert result.reason == "decoder_crash"
+
+
+def test_the_stage_travels_to_its_worker(server: Server) -> None:
+    fresh = Download(allow_addrs=[server.addr])
+    there = pickle.loads(pickle.dumps(copy.deepcopy(fresh)))
+    assert there == fresh
+    assert there.process(unit([f"{server.url}/ok"]))["drop_reason"].to_pylist() == [None]
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"image_size": 0}, "image_size"),
+        ({"timeout": 0}, "timeout"),
+        ({"retries": -1}, "retries"),
+        ({"max_aspect_ratio": 0.5}, "max_aspect_ratio"),
+        ({"encode_quality": 101}, "encode_quality"),
+        ({"encode_format": "png"}, "encode_quality"),
+        ({"user_agent_token": "my bot\r\n"}, "user_agent_token"),
+        ({"user_agent_contact": "a\nb"}, "user_agent_contact"),
+        ({"allow_addrs": ["127.0.0.1"]}, "allow_addrs"),
+        ({"allow_addrs": ["localhost:80"]}, "allow_addrs"),
+    ],
+)
+def test_unusable_options_are_named(options: dict[str, Any], key: str) -> None:
+    assert [found for found, _ in Download(**options).check()] == [key]

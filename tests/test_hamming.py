@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.sparse.csgraph import connected_components
+
+from pipeline import hamming
+from pipeline.hamming import clusters, masks
+
+
+def by_comparing_all(hashes: np.ndarray, max_hamming: int) -> np.ndarray:
+    _, label = connected_components(np.bitwise_count(hashes[:, None] ^ hashes) <= max_hamming, directed=False)
+    _, first = np.unique(label, return_index=True)
+    return first[label]
+
+
+def flipped(hashes: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+    """Each hash with up to `most` random bits changed."""
+    for _ in range(most):
+        hashes = hashes ^ (np.uint64(1) << rng.integers(0, 64, len(hashes), np.uint64)) * (
+            rng.random(len(hashes)) < 0.7
+        )
+    return hashes
+
+
+@pytest.fixture(params=["as shipped", "every bucket divided"])
+def _bucket_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "every bucket divided":
+        monkeypatch.setattr(hamming, "_LARGEST_BUCKET", 4)
+
+
+@pytest.mark.usefixtures("_bucket_size")
+@pytest.mark.parametrize("max_hamming", [0, 1, 2, 4, 7, 10])
+@pytest.mark.parametrize(
+    "crowd", ["random", "copies", "one centre", "equal but for a few bits", "counting", "all sorts"]
+)
+def test_the_clusters_are_those_of_comparing_all_pairs(crowd: str, max_hamming: int) -> None:
+    rng = np.random.default_rng(max_hamming)
+    random = rng.integers(0, 2**64, 300, np.uint64)
+    kinds = {
+        "random": random,
+        "copies": flipped(np.repeat(random[:60], 6), max_hamming + 1, rng),
+        "one centre": flipped(np.repeat(random[:1], 900), 9, rng),
+        "equal but for a few bits": random[0] & ~np.uint64(0x3FFF000) | rng.integers(0, 2**14, 700, np.uint64) << 12,
+        "counting": np.arange(700, dtype=np.uint64) << np.uint64(30),
+    }
+    kinds["all sorts"] = np.concatenate(list(kinds.values()))
+    hashes = rng.permutation(np.unique(kinds[crowd]))
+    np.testing.assert_array_equal(clusters(hashes, max_hamming), by_comparing_all(hashes, max_hamming))
+
+
+@pytest.mark.parametrize("max_hamming", range(11))
+def test_any_two_close_hashes_are_equal_under_a_mask(max_hamming: int) -> None:
+    rng = np.random.default_rng(0)
+    differences = flipped(np.zeros(2000, np.uint64), max_hamming, rng)
+    met = np.any([differences & np.uint64(mask) == 0 for mask in masks(max_hamming)], axis=0)
+    assert met.all()
+
+
+def test_a_crowd_of_hashes_is_not_compared_pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = 0
+
+    class Counting:
+        def __getattr__(self, name: str) -> object:
+            return getattr(np, name)
+
+        def bitwise_count(self, values: np.ndarray) -> np.ndarray:
+            nonlocal compared
+            compared += len(values)
+            return np.bitwise_count(values)
+
+    monkeypatch.setattr(hamming, "np", Counting())
+    # All numbers of 16 bits: no two blocks of the upper 48 tell any of them apart.
+    hashes = np.arange(1 << 16, dtype=np.uint64)
+    assert not clusters(hashes, 4).any()
+    assert compared < len(hashes) ** 2 / 100
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_few_hashes(n: int) -> None:
+    assert clusters(np.arange(n, dtype=np.uint64), 4).tolist() == [0] * n

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trainer.config import ConfigError, load_config
+
+GOOD = "shards: a\noutput: b\nmodel: tiny-64\nlr: 1e-3\n"
+
+
+def read(tmp_path: Path, text: str, *overrides: str):  # type: ignore[no-untyped-def]
+    (tmp_path / "c.yaml").write_text(text)
+    return load_config(tmp_path / "c.yaml", overrides)
+
+
+def test_values_defaults_and_overrides(tmp_path: Path) -> None:
+    config = read(tmp_path, GOOD, "batch_size=64", "lr=5e-4", "precision=fp32", "beta2=null")
+    assert (config.lr, config.batch_size, config.epochs, config.precision, config.beta2) == (5e-4, 64, 32, "fp32", None)
+
+
+def test_yaml_numbers_are_numbers_and_no_is_text(tmp_path: Path) -> None:
+    assert read(tmp_path, GOOD).lr == 0.001
+    assert read(tmp_path, GOOD.replace("tiny-64", "no")).model == "no"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (GOOD + "lr: 2", "line 5: the key lr is already given in line 4"),
+        (GOOD + "bacth_size: 3", "bacth_size: no such key; did you mean batch_size?"),
+        (GOOD + "export: no", "export: found 'no', expected true or false"),
+        (GOOD + "epochs: 1.5", "epochs: found 1.5, expected a whole number"),
+        (GOOD + "epochs: true", "epochs: found True, expected a whole number"),
+        (GOOD + "warmup: -1", "warmup: found -1"),
+        (GOOD + "precision: fp8", "precision: found 'fp8', expected fp32 or bf16"),
+        ("shards: a", "model: missing"),
+        ("- a", "expected lines of `key: value`"),
+        ("a: [", "c.yaml"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read(tmp_path, text)
+    assert said in str(error.value)
+
+
+def test_all_mistakes_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        read(tmp_path, "lrr: 1\nepochs: many\nshards: a\noutput: b\n", "nonsense")
+    assert len(str(error.value).splitlines()) == 5
+
+
+def test_the_shipped_configurations_are_valid() -> None:
+    for path in Path(__file__).parents[2].glob("conf/train_*.yaml"):
+        load_config(path)

@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.trainer.shards import COLOURS, picture, samples, write_shards
+from trainer import checkpoint, export, train
+from trainer.evaluate.__main__ import main as evaluate
+from trainer.model import create, load, open_clip
+
+BASE = {"model": "scorer-64", "batch_size": 8, "epochs": 3, "lr": 0.001, "warmup": 4, "workers": 0, "precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("data") / "shards", samples(36))
+
+
+def words(shards: Path, output: Path, **changes: object) -> list[str]:
+    """The command line: a configuration beside the output, then everything as overrides."""
+    conf = output.with_suffix(".yaml")
+    conf.parent.mkdir(parents=True, exist_ok=True)
+    conf.write_text("".join(f"{key}: {value}\n" for key, value in BASE.items()))
+    values = {"shards": shards, "output": output, **changes}
+    return [str(conf), *(f"{key}={value}" for key, value in values.items())]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    path = checkpoint.latest(output)
+    assert path is not None
+    state = checkpoint.load(path)
+    return {**state["model"], "step": torch.tensor(state["step"])}
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.fixture(scope="module")
+def reference(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("reference") / "out"
+    assert train.main(words(shards, output)) == 0
+    return output
+
+
+def metrics(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_same_configuration_same_weights_whatever_the_workers(shards: Path, reference: Path, tmp_path: Path) -> None:
+    assert train.main(words(shards, tmp_path / "again", workers=2)) == 0
+    assert_equal(weights(tmp_path / "again"), weights(reference))
+
+
+def test_other_seed_other_weights(shards: Path, reference: Path, tmp_path: Path) -> None:
+    assert train.main(words(shards, tmp_path / "other", seed=1, export="false")) == 0
+    assert not torch.equal(weights(tmp_path / "other")["visual.proj"], weights(reference)["visual.proj"])
+
+
+def test_killed_and_resumed_gives_the_same_weights(shards: Path, reference: Path, tmp_path: Path) -> None:
+    line = words(shards, tmp_path / "out", checkpoint_every=1, log_every=1, keep_checkpoints=1)
+    process = subprocess.Popen([sys.executable, "-m", "trainer.train", *line], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while checkpoint.latest(tmp_path / "out") is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    killed = checkpoint.latest(tmp_path / "out")
+    assert killed is not None
+    assert checkpoint.load(killed)["step"] < 12
+    assert train.main(line) == 0
+    assert_equal(weights(tmp_path / "out"), weights(reference))
+    assert [record["step"] for record in metrics(tmp_path / "out")] == list(range(1, 13))
+    # Run again after the end, it does nothing, successfully.
+    assert train.main(line) == 0
+    assert_equal(weights(tmp_path / "out"), weights(reference))
+
+
+def test_a_half_written_checkpoint_is_never_seen(tmp_path: Path) -> None:
+    (tmp_path / "step-00000007.partial").write_bytes(b"cut")
+    assert checkpoint.latest(tmp_path) is None
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"step": step}, keep=2)
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["step-00000002.pt", "step-00000003.pt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lr": 0.002}, "lr: 0.001 in the checkpoint, 0.002 now"),
+        ({"batch_size": 4}, "batch_size"),
+        ({"seed": 5}, "seed"),
+    ],
+)
+def test_a_resumed_run_must_be_the_same_run(
+    shards: Path, reference: Path, capsys: pytest.CaptureFixture[str], change: dict[str, object], said: str
+) -> None:
+    assert train.main(words(shards, reference, **change)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_not_resumed_on_other_data_nor_overwritten(
+    shards: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_shards(tmp_path / "shards", samples(40))
+    assert train.main(words(other, reference)) == 2
+    assert "not the data" in capsys.readouterr().err
+    assert train.main(words(shards, reference, resume="none")) == 2
+    assert "resume=latest" in capsys.readouterr().err
+
+
+def test_learning_rate_warms_up_in_a_line_and_falls_in_a_cosine(reference: Path, shards: Path) -> None:
+    config = train.load_config(words(shards, reference)[0], words(shards, reference)[1:])
+    rates = [train.learning_rate(step, 12, config) for step in range(12)]
+    assert rates[:4] == pytest.approx([0.00025, 0.0005, 0.00075, 0.001])
+    assert rates[4] == 0.001
+    assert rates[8] == pytest.approx(0.0005)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0 < rates[11] < 0.00005
+
+
+def test_gains_biases_and_temperature_are_not_decayed(shards: Path, tmp_path: Path) -> None:
+    config = train.load_config(words(shards, tmp_path / "o")[0], words(shards, tmp_path / "o")[1:])
+    model, _, _ = create("scorer-64")
+    decayed, free = train.make_optimizer(model, config).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)].rpartition(".")[2] for p in free["params"]} <= {
+        *("bias", "in_proj_bias", "weight", "logit_scale", "class_embedding"),
+    }
+    assert "logit_scale" in {names[id(p)] for p in free["params"]}
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.2, 0.0)
+    assert (decayed["betas"], decayed["eps"]) == ((0.9, 0.98), 1e-6)
+
+
+def test_corrupt_samples_are_named_counted_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = samples(32)
+    pairs[19] = (b"<html>not a picture</html>", "a red herring")
+    shards = write_shards(tmp_path / "shards", pairs)
+    assert train.main(words(shards, tmp_path / "out", epochs=2, log_every=1)) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("corrupt sample 00001.tar:000000019: UnidentifiedImageError") == 2
+    assert metrics(tmp_path / "out")[-1]["corrupt"] == 2
+    assert metrics(tmp_path / "out")[-1]["samples"] == 62
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode = train.encode_text
+    calls = []
+
+    def broken(model: object, tokens: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        calls.append(1)
+        features = encode(model, tokens, normalize)
+        return (
+            features * torch.where(torch.arange(len(features)) == 2, torch.nan, 1.0)[:, None]
+            if len(calls) == 3
+            else features
+        )
+
+    monkeypatch.setattr(train, "encode_text", broken)
+    line = words(shards, tmp_path / "out", checkpoint_every=1)
+    assert train.main(line) == 1
+    said = capsys.readouterr().err
+    assert "step 3: loss nan" in said
+    assert said.count(".tar:0000000") == 1
+    assert all(value.isfinite().all() for value in weights(tmp_path / "out").values())
+
+
+def test_plan_writes_nothing(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*words(shards, tmp_path / "out"), "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "3.7 M parameters" in said
+    assert "12 of 8 samples" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_command_ends_with_2_and_says_why(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(words(shards, tmp_path / "out", model="ViT-B-23")) == 2
+    assert "ViT-B-32" in capsys.readouterr().err
+    assert train.main(words(shards, tmp_path / "out", batch_size=64)) == 2
+    assert "only 36 samples" in capsys.readouterr().err
+    assert train.main(words(tmp_path / "nowhere", tmp_path / "out")) == 2
+    assert "not a folder" in capsys.readouterr().err
+
+
+def test_what_was_trained_loads_in_open_clip_bit_for_bit(reference: Path) -> None:
+    trained = weights(reference)
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{reference / 'model'}")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, trained[name]), name
+    # Our preprocessing, in batches, is open_clip's, and so is the tokenizer.
+    ours, batch, tokenizer = load(str(reference / "model"))
+    images = [picture("red", 1, size) for size in ((90, 70), (64, 64), (30, 200))]
+    assert torch.allclose(batch(images), torch.stack([preprocess(image) for image in images]), atol=1e-6)
+    caption = ["two red squares"]
+    assert torch.equal(tokenizer(caption), open_clip.get_tokenizer(f"local-dir:{reference / 'model'}")(caption))
+    assert not ours.training
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_rounded_export_holds_the_rounded_weights_and_is_small(
+    reference: Path, tmp_path: Path, precision: str
+) -> None:
+    assert export.main([str(reference), str(tmp_path / "model"), "--precision", precision]) == 0
+    assert (tmp_path / "model" / "open_clip_model.safetensors").stat().st_size <= 7_500_000
+    model = open_clip.create_model(f"local-dir:{tmp_path / 'model'}")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    trained = weights(reference)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, trained[name].to(dtype).float()), name
+
+
+def test_export_does_not_replace_a_stranger(reference: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert export.main([str(reference), str(tmp_path)]) == 2
+    assert export.main([str(tmp_path), str(tmp_path / "out")]) == 2
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_a_trained_model_recognises_what_it_saw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = write_shards(tmp_path / "shards", samples(64))
+    line = words(shards, tmp_path / "out", batch_size=4, epochs=4, precision="bf16", log_every=1)
+    assert train.main(line) == 0
+    temperatures = [record["temperature"] for record in metrics(tmp_path / "out")]
+    assert temperatures[0] == pytest.approx(0.07, rel=0.02)
+    for label in COLOURS:
+        (tmp_path / "test" / label).mkdir(parents=True)
+        for i in range(4):
+            picture(label, 1000 + i).save(tmp_path / "test" / label / f"{i}.png")
+    (tmp_path / "templates").write_text("a {c} picture\n")
+    capsys.readouterr()
+    model = ["--model", str(tmp_path / "out" / "model")]
+    assert (
+        evaluate(["zeroshot", *model, "--data", str(tmp_path / "test"), "--templates", str(tmp_path / "templates")])
+        == 0
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert result["task"] == "zeroshot_classification"
+    assert result["metrics"]["acc1"] >= 0.9
+    assert result["metrics"]["acc5"] is None
+    assert evaluate(["retrieval", *model, "--data", str(shards)]) == 0
+    assert set(json.loads(capsys.readouterr().out)["metrics"]) == {
+        f"{kind}_retrieval_recall@{k}" for kind in ("image", "text") for k in (1, 5, 10)
+    }
+
+
+def test_the_checkpoint_is_read_without_running_code(tmp_path: Path) -> None:
+    path = tmp_path / "step-00000001.pt"
+    torch.save({"model": Path, "model_config": {}, "step": 1}, path)
+    with pytest.raises(checkpoint.CheckpointError, match="not a checkpoint"):
+        checkpoint.load(path)
+
+
+def test_preprocessing_takes_any_mode() -> None:
+    _, preprocess, _ = create("scorer-64")
+    for mode in ("L", "RGBA", "P", "CMYK"):
+        assert preprocess([Image.new(mode, (70, 90))]).shape == (1, 3, 64, 64)

@@ -1,0 +1,175 @@
+"""A training configuration: YAML plus `key=value`, checked in full before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a configuration, one line each."""
+
+    def __init__(self, source: str, problems: list[str]) -> None:
+        super().__init__("\n".join(f"{source}: {problem}" for problem in problems))
+
+
+def option(doc: str, default: Any = dataclasses.MISSING) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The keys of `conf/train_*.yaml`. Values without a default must be given.
+
+    Defaults are those of CLIP (Radford et al. 2021, appendix F) wherever the paper has one.
+    """
+
+    shards: str = option("folder of shards, or the run folder around it")
+    output: str = option("folder for checkpoints/, metrics.jsonl and model/")
+    model: str = option("architecture: a name of open_clip's or of trainer/configs/")
+    lr: float = option("peak learning rate")
+    batch_size: int = option("samples per step", 32768)
+    epochs: int = option("passes over the shards; the last, incomplete batch of each is left out", 32)
+    warmup: int = option("steps of linear warm-up; then the cosine falls to 0 at the last step", 2000)
+    weight_decay: float = option("AdamW's decay; gains, biases and the temperature are never decayed", 0.2)
+    beta1: float = option("AdamW's β1", 0.9)
+    beta2: float | None = option("AdamW's β2; by default 0.98 for a ViT and 0.999 for a ResNet", None)
+    eps: float | None = option("AdamW's ε; by default 1e-6 for a ViT and 1e-8 for a ResNet", None)
+    seed: int = option("of the first weights, the order of samples and the crops", 0)
+    precision: str = option("fp32, or bf16 for autocast over fp32 weights", "bf16")
+    grad_checkpointing: bool = option("recompute activations in the backward pass: slower, far less memory", False)
+    device: str = option("cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", "auto")
+    workers: int = option("processes that read and decode; 0 decodes in the training process", 2)
+    checkpoint_every: int = option("steps between checkpoints; the last step always writes one", 1000)
+    keep_checkpoints: int = option("newest checkpoints kept", 2)
+    log_every: int = option("steps between lines of metrics.jsonl", 10)
+    resume: str = option("latest (or start if there is none), none, or the path of a checkpoint", "latest")
+    export: bool = option("write output/model for open_clip at the end", True)
+
+    def problems(self) -> Iterator[str]:
+        for key in ("batch_size", "epochs", "checkpoint_every", "keep_checkpoints", "log_every"):
+            if getattr(self, key) < 1:
+                yield f"{key}: found {getattr(self, key)}, expected at least 1"
+        for key in ("warmup", "weight_decay", "workers", "seed"):
+            if getattr(self, key) < 0:
+                yield f"{key}: found {getattr(self, key)}, expected 0 or more"
+        for key in ("lr", "eps"):
+            if (value := getattr(self, key)) is not None and not 0 < value < math.inf:
+                yield f"{key}: found {value}, expected a number above 0"
+        for key in ("beta1", "beta2"):
+            if (value := getattr(self, key)) is not None and not 0 <= value < 1:
+                yield f"{key}: found {value}, expected a number from 0 to below 1"
+        if self.precision not in ("fp32", "bf16"):
+            yield f"precision: found {self.precision!r}, expected fp32 or bf16"
+
+
+# What may differ between a checkpoint and the run that resumes it: nothing that reaches the weights.
+FREE_ON_RESUME = {
+    *("shards", "output", "device", "workers", "checkpoint_every", "keep_checkpoints", "log_every", "resume"),
+    *("export", "grad_checkpointing"),
+}
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
+    """Reads a YAML file and applies `key=value` pairs over it. Raises ConfigError with every problem at once."""
+    source, problems = str(path), []
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
+    except OSError as error:
+        raise ConfigError(source, [f"cannot be read: {error.strerror}"]) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(source, [" ".join(str(error).split())]) from error
+    if not isinstance(values, dict):
+        raise ConfigError(source, [f"expected lines of `key: value`, found a {type(values).__name__}"])
+
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            problems.append(f"{override!r}: expected key=value")
+            continue
+        try:
+            values[key] = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            problems.append(f"{override!r}: {' '.join(str(error).split())}")
+
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    accepted = {}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            problems.append(f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else ""))
+        else:
+            try:
+                accepted[key] = _coerce(value, str(fields[key].type))
+            except ValueError as error:
+                problems.append(f"{key}: {error}")
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING and name not in values:
+            problems.append(f"{name}: missing ({field.metadata['doc']})")
+    if not problems:
+        config = TrainConfig(**accepted)
+        problems.extend(config.problems())
+    if problems:
+        raise ConfigError(source, problems)
+    return config
+
+
+def describe() -> str:
+    """The keys with their defaults and meaning, for `--help`."""
+    lines = []
+    for field in dataclasses.fields(TrainConfig):
+        required = field.default is dataclasses.MISSING
+        default = "required" if required else "null" if field.default is None else str(field.default).lower()
+        lines.append(f"  {field.name:<20} {default:<9} {field.metadata['doc']}")
+    return "\n".join(lines)
+
+
+def _coerce(value: Any, kind: str) -> Any:
+    expected = kind.removesuffix(" | None")
+    if value is None and expected != kind:
+        return None
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if expected == "str" and isinstance(value, str):
+        return value
+    if expected == "bool" and isinstance(value, bool):
+        return value
+    if expected == "float" and number:
+        return float(value)
+    if expected == "int" and number and value == int(value):
+        return int(value)
+    words = {"str": "text", "bool": "true or false", "int": "a whole number", "float": "a number"}
+    raise ValueError(f"found {value!r}, expected {words[expected]}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 where 1.1 has traps: `no` and `on` are text, `1e-3` is a number, a repeated key is an error."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [pair for pair in pairs if pair[0] not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"line {line}: the key {key} is already given in line {seen[key]}")
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|false", re.IGNORECASE), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"),
+    list("-+.0123456789"),
+)

@@ -1,0 +1,90 @@
+"""Writes a checkpoint as the folder that open_clip loads.
+
+    python -m trainer.export CHECKPOINT OUT [--precision fp32|fp16|bf16]
+
+CHECKPOINT is a file `step-*.pt`, or the output folder of a training (then its latest). Afterwards
+
+    open_clip.create_model_and_transforms("local-dir:OUT")
+    open_clip.get_tokenizer("local-dir:OUT")
+
+give the same weights (rounded to the precision), preprocessing and tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from trainer import checkpoint
+from trainer.model import CONFIG_FILE, DTYPES, WEIGHTS_FILE, Tokenizer, open_clip
+
+
+def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer: Tokenizer | None = None) -> None:
+    """Writes `open_clip_config.json` and `open_clip_model.safetensors` of a checkpoint's state; replaces `out`.
+
+    A Hugging Face `tokenizer` is saved beside them, where open_clip looks for it.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        partial.chmod(0o755)
+        dtype = DTYPES[precision]
+        # A compiled model puts a prefix before every name, which open_clip would not recognise.
+        weights = {
+            name.removeprefix("_orig_mod."): (value.to(dtype) if value.is_floating_point() else value).contiguous()
+            for name, value in state["model"].items()
+        }
+        save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        config = {"model_cfg": state["model_config"], "preprocess_cfg": state["preprocess_config"]}
+        (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if (save_tokenizer := getattr(tokenizer, "save_pretrained", None)) is not None:
+            save_tokenizer(partial)
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="step-*.pt, or the output folder of a training")
+    parser.add_argument("out", type=Path, help="folder to write; an earlier export there is replaced")
+    parser.add_argument("--precision", choices=DTYPES, default="fp32", help="of the stored weights (default fp32)")
+    args = parser.parse_args(argv)
+    path = args.checkpoint
+    if path.is_dir():
+        path = checkpoint.latest(path)
+        if path is None:
+            print(f"error: {args.checkpoint} has no checkpoints/step-*.pt", file=sys.stderr)
+            return 2
+    if (
+        args.out.exists()
+        and not (args.out / CONFIG_FILE).exists()
+        and (not args.out.is_dir() or any(args.out.iterdir()))
+    ):
+        print(f"error: {args.out} exists and is not an earlier export; name another folder", file=sys.stderr)
+        return 2
+    try:
+        state = checkpoint.load(path)
+    except checkpoint.CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    export(state, args.out, args.precision, open_clip.get_tokenizer(state["config"]["model"]))
+    parameters = sum(value.numel() for value in state["model"].values() if torch.is_tensor(value))
+    print(f"{args.out}: step {state['step']}, {parameters:,} values in {args.precision}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""Models by name: open_clip's, our own small ones in `trainer/configs/`, or a folder that `trainer.export` wrote.
+
+`load` gives trained weights or an error, never random ones; `create` gives fresh weights for training.
+This is the only module of the project that imports open_clip.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CONFIGS = Path(__file__).with_name("configs")
+CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Clip = Any
+"""open_clip's model: an nn.Module with `visual`, `encode_image`, `encode_text`, `logit_scale` (the log of it)."""
+Tokenizer = Callable[[list[str]], Tensor]
+"""Captions to int64 token ids of shape (captions, context_length), zero-padded."""
+
+
+class ModelError(ValueError):
+    """A model that does not exist, or whose weights cannot be had; the message names the nearest that can."""
+
+
+_kept_alive: list[torch.library.Library] = []
+
+
+def _import_open_clip() -> ModuleType:
+    if "torchvision" not in sys.modules:
+        _declare_missing_torchvision_operators()
+    module = importlib.import_module("open_clip")
+    module.add_model_config(CONFIGS)
+    return module
+
+
+def _declare_missing_torchvision_operators() -> None:
+    # PyPI's torchvision is built against CUDA. Beside a CPU build of torch its extension cannot load, and then
+    # `import torchvision` fails on two operators that nobody here calls. Declaring them is enough.
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return
+    try:
+        for extension in Path(spec.origin).parent.glob("_C.*"):
+            torch.ops.load_library(str(extension))
+    except OSError:
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _kept_alive.append(library)  # the declarations go when this object goes
+
+
+open_clip = _import_open_clip()
+
+
+class Preprocess:
+    """The model's own image preprocessing, in two halves: geometry per image, normalisation per batch.
+
+    `size` is the side of the square in pixels, `mean` and `std` are per channel on the 0..1 scale, and
+    `preprocess(images)` is ready for `encode_image`.
+    """
+
+    def __init__(self, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+        size = config["size"]
+        options = {key: config[key] for key in ("mean", "std", "interpolation", "resize_mode", "fill_color")}
+        transform = open_clip.image_transform(size, is_train=False, **options)
+        *self._geometry, _, normalize = transform.transforms
+        self.config = config
+        self.size: int = size if isinstance(size, int) else size[0]
+        self.mean, self.std = torch.tensor(normalize.mean), torch.tensor(normalize.std)
+        self.device, self.dtype = device, dtype
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """Images of any size to a normalised (B, 3, size, size) batch on the model's device, in its dtype.
+
+        Equal to open_clip's own `preprocess` on each image.
+        """
+        return self.normalize(torch.stack([self.pixels(image) for image in images]))
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """One image, resized and cropped at the centre, as uint8 of shape (3, size, size)."""
+        image = image.convert("RGB")
+        for transform in self._geometry:
+            image = transform(image)
+        return to_tensor(image)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) to the numbers that the image tower takes, on the model's device."""
+        pixels = pixels.to(self.device, non_blocking=True).float().div_(255)
+        mean, std = (v.to(pixels.device)[:, None, None] for v in (self.mean, self.std))
+        return pixels.sub_(mean).div_(std).to(self.dtype)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 of shape (3, height, width)."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
+
+
+def available_models() -> list[str]:
+    """Every architecture that `create` knows by name: open_clip's and those of `trainer/configs/`."""
+    return list(open_clip.list_models())
+
+
+def load(
+    model: str, pretrained: str | None = None, device: str | torch.device = "cpu", precision: str = "fp32"
+) -> tuple[Clip, Preprocess, Tokenizer]:
+    """A trained dual encoder in evaluation mode, its preprocessing and its tokenizer.
+
+    `model` is a folder with `open_clip_config.json` and `open_clip_model.safetensors` (and then `pretrained` is left
+    out), `hf-hub:owner/name`, or the name of an architecture; then `pretrained` is one of its tags or a checkpoint
+    file. `precision` is the dtype of the weights: `fp32`, `bf16` or `fp16`.
+    Raises ModelError wherever the alternative were random or wrong weights.
+
+        model, preprocess, tokenizer = load("ViT-B-32", "openai", precision="bf16")
+        image = model.encode_image(preprocess(pictures), normalize=True)            # (B, embed_dim)
+        text = encode_text(model, tokenizer(captions).to(device), normalize=True)   # (B, embed_dim)
+    """
+    if precision not in DTYPES:
+        raise ModelError(f"precision {precision!r}: expected one of {', '.join(DTYPES)}")
+    name, options = _resolve(model, pretrained)
+    try:
+        net = open_clip.create_model(name, precision=precision, device=device, require_pretrained=True, **options)
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        weights = f" ({pretrained})" if pretrained else ""
+        raise ModelError(
+            f"cannot load the weights of {model}{weights}: {error}\n"
+            f"  Without a network, name a local folder with {CONFIG_FILE} and {WEIGHTS_FILE}."
+        ) from error
+    net.eval()
+    preprocess = Preprocess(net.visual.preprocess_cfg, torch.device(device), DTYPES[precision])
+    return net, preprocess, open_clip.get_tokenizer(name)
+
+
+def create(model: str, device: str | torch.device = "cpu") -> tuple[Clip, Preprocess, Tokenizer]:
+    """A dual encoder with fresh fp32 weights from torch's global generator, in training mode. Raises ModelError."""
+    name = architecture(model)
+    with _silent():  # open_clip warns that the weights are random, which is what is asked for here
+        net = open_clip.create_model(name, device=device, pretrained_text=False)
+    net.train()
+    preprocess = Preprocess(net.visual.preprocess_cfg, torch.device(device), torch.float32)
+    return net, preprocess, open_clip.get_tokenizer(name)
+
+
+def architecture(model: str) -> str:
+    """The canonical name of an architecture (`ViT-B/32` is `ViT-B-32`). Raises ModelError with the nearest name."""
+    name = model.replace("/", "-")
+    if name in available_models():
+        return name
+    lower = {known.lower(): known for known in available_models()}
+    near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
+    hint = f"the nearest are {', '.join(lower[n] for n in near)}" if near else "see trainer.model.available_models()"
+    raise ModelError(f"model {model!r}: no such folder and no architecture of that name; {hint}")
+
+
+def model_config(model: str) -> dict[str, Any]:
+    """The architecture as open_clip writes it down: `embed_dim`, `vision_cfg`, `text_cfg`."""
+    config: dict[str, Any] = open_clip.get_model_config(architecture(model))
+    return config
+
+
+def _resolve(model: str, pretrained: str | None) -> tuple[str, dict[str, Any]]:
+    # The name and the arguments under which open_clip finds exactly these weights.
+    path = Path(model.removeprefix("local-dir:"))
+    if path.is_dir() or model.startswith("local-dir:"):
+        if pretrained is not None:
+            raise ModelError(f"pretrained {pretrained!r}: {path} has weights of its own; leave `pretrained` out")
+        _check_folder(path)
+        return f"local-dir:{path}", {}
+    if model.startswith("hf-hub:"):
+        return model, {}
+    name = architecture(model)
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    choice = f"one of its tags ({', '.join(tags)})" if tags else "a checkpoint file (it has no published weights)"
+    if pretrained is None:
+        raise ModelError(f"model {name}: a name alone has no weights; `pretrained` must be {choice}")
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
+    if not tag and not Path(pretrained).is_file():
+        near = difflib.get_close_matches(pretrained, tags, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ModelError(f"pretrained {pretrained!r} of {name}: expected {choice}{hint}")
+    # OpenAI's and some other weights were trained with QuickGELU; under plain GELU they load without an error
+    # and score wrongly, so the activation follows the weights.
+    return name, {"pretrained": pretrained, "force_quick_gelu": bool(tag and tag.get("quick_gelu"))}
+
+
+def _check_folder(path: Path) -> None:
+    # open_clip starts from random weights where it finds none that it knows, and prefers whichever file it finds.
+    if not path.is_dir():
+        raise ModelError(f"model folder {path} does not exist")
+    found = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (path / name).is_file():
+            raise ModelError(
+                f"model folder {path} has no {name} (found: {found});"
+                f" `python -m trainer.export CHECKPOINT OUT` writes both"
+            )
+    try:
+        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        if not {"embed_dim", "vision_cfg", "text_cfg"} <= config["model_cfg"].keys():
+            raise KeyError("embed_dim, vision_cfg, text_cfg")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path / CONFIG_FILE}: not an open_clip configuration ({error})") from error
+
+
+def encode_text(model: Clip, tokens: Tensor, normalize: bool = False) -> Tensor:
+    """Token ids (B, context_length) to text features (B, embed_dim), without computing the shared padding.
+
+    Exact where the tower is causal and reads its features at the end-of-text token (CLIP): nothing there can see the
+    padding behind it. Other towers get their full input.
+    """
+    causal = getattr(model, "attn_mask", None)
+    if causal is None or getattr(model, "text_pool_type", None) != "argmax":
+        return model.encode_text(tokens, normalize=normalize)
+    length = int(tokens.argmax(dim=-1).max()) + 1  # end of text is the largest id
+    tokens = tokens[:, :length]
+    dtype = model.transformer.get_cast_dtype()
+    x = model.token_embedding(tokens).to(dtype) + model.positional_embedding[:length].to(dtype)
+    x = model.ln_final(model.transformer(x, attn_mask=causal[:length, :length]))
+    x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]
+    projection = model.text_projection
+    if projection is not None:
+        x = projection(x) if isinstance(projection, nn.Linear) else x @ projection
+    return F.normalize(x, dim=-1) if normalize else x
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
