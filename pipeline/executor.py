@@ -277,12 +277,10 @@ def _map(recipe: Recipe, passes: list[Pass], chain: list[int], units: int, progr
     cpus, gpus = ray.cluster_resources().get("CPU", 1.0), ray.cluster_resources().get("GPU", 0.0)
     width = min(recipe.workers or int(cpus), int(cpus)) or 1
     actors = [i for i in chain if _has_setup(passes[i])]
-    # Every pool must be able to hold one actor at the same time.
-    share = min(1.0, cpus / max(1, len(actors)))
-    blocks = min(units, max(width * 4, units // 8))
-    data = ray.data.range(units, override_num_blocks=blocks).map_batches(
-        lambda batch: {"unit": batch["id"], "records": [""] * len(batch["id"])}, batch_size=None, num_cpus=0.1
-    )
+    # Every actor pool must be able to hold one actor, beside a task where there are tasks: else they wait for each other.
+    share = min(1.0, cpus / max(1.0, len(actors) + 0.5 * (len(actors) < len(chain))))
+    blocks = np.array_split(np.arange(units), min(units, max(width * 4, units // 8)))
+    data = ray.data.from_arrow([pa.table({"unit": block, "records": [""] * len(block)}) for block in blocks])
     for i in chain:
         gpu = gpus > 0 and any(getattr(step, "gpu", False) for step in passes[i].steps)
         most = max(1, min(int(gpus), recipe.workers or int(gpus)) if gpu else width)
@@ -301,7 +299,7 @@ def _map(recipe: Recipe, passes: list[Pass], chain: list[int], units: int, progr
                 fn_args=(passes, i, progress.remote),
                 batch_size=None,
                 compute=ray.data.TaskPoolStrategy(size=most),
-                num_cpus=min(share, 0.5),
+                num_cpus=min(share, 1.0) / 2,
             )
     funnels = {i: _empty_funnel(passes[i]) for i in chain}
     for batch in data.iter_batches(batch_size=None, prefetch_batches=1):
@@ -366,11 +364,14 @@ def _barrier(passes: list[Pass], index: int, units: int, rows: int, progress: Pr
     step = p.steps[0]
     assert isinstance(step, Filter)
     progress.begin([(p.label, rows)])
+    if not rows:
+        _finish(p, _empty_funnel(p), files={}, units_per_file=units)
+        return
     started = time.perf_counter()
     types = {k: v for q in before for k, v in q.adds.items()}
     columns = dict.fromkeys(["uid", *(c for c in step.needs if c not in POSITION.names)])
     schema = pa.schema([*POSITION, *((c, types[c]) for c in columns)])
-    per_file = max(1, GROUP_ROWS * units // max(rows, 1)) if rows else units
+    per_file = max(1, GROUP_ROWS * units // rows)
     groups = [range(low, min(units, low + per_file)) for low in range(0, units, per_file)]
 
     def frame_of(group: range) -> pd.DataFrame:

@@ -121,6 +121,8 @@ class _Run(Generic[T]):
         self._inbox: asyncio.Queue[pa.Table | None] = asyncio.Queue()
         self._places = asyncio.Semaphore(concurrency)
         self._admissions = asyncio.Semaphore(admitted)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._main, name="overlap", daemon=True)
         self._thread.start()
@@ -134,12 +136,14 @@ class _Run(Generic[T]):
 
     def stop(self) -> None:
         self._started.wait()
-        self._in_loop(self._task.cancel)
+        if self._task is not None:
+            self._in_loop(self._task.cancel)
         self._thread.join()
 
     def _in_loop(self, function: Callable[..., object], *args: object) -> None:
         # A closed loop has nothing left to be told.
         with contextlib.suppress(RuntimeError):
+            assert self._loop is not None  # only events, which the loop sends, lead here
             self._loop.call_soon_threadsafe(function, *args)
 
     def _release(self, begun: bool) -> None:
@@ -156,10 +160,11 @@ class _Run(Generic[T]):
         except BaseException as caught:  # raised again in the consumer's thread
             error = caught
         self.events.put(_End(error))
+        self._started.set()
 
     async def _all(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._task = asyncio.ensure_future(self._serve())
+        self._task = asyncio.create_task(self._serve())
         self._started.set()
         await self._task
 

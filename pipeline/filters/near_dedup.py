@@ -144,7 +144,7 @@ def _clustered(rows: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
     """The rows that are not alone: their hash has a neighbour, or other rows have it too."""
     at = pd.Index(links["hash"]).get_indexer(rows["hash"])
     linked = at >= 0
-    cluster = rows["hash"].to_numpy(copy=True)
+    cluster = np.array(rows["hash"])  # a copy: what comes out of Ray's object store is read-only
     cluster[linked] = links["cluster"].to_numpy()[at[linked]]
     return rows.assign(cluster=cluster)[linked | rows.duplicated("hash", keep=False).to_numpy()]
 
