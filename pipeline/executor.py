@@ -277,16 +277,18 @@ def _map(recipe: Recipe, passes: list[Pass], chain: list[int], units: int, progr
     cpus, gpus = ray.cluster_resources().get("CPU", 1.0), ray.cluster_resources().get("GPU", 0.0)
     width = min(recipe.workers or int(cpus), int(cpus)) or 1
     actors = [i for i in chain if _has_setup(passes[i])]
-    # Every actor pool must be able to hold one actor, beside a task where there are tasks: else they wait for each other.
+    # Every actor pool must be able to hold an actor, beside a task where there are tasks; else they wait for ever.
     share = min(1.0, cpus / max(1.0, len(actors) + 0.5 * (len(actors) < len(chain))))
     blocks = np.array_split(np.arange(units), min(units, max(width * 4, units // 8)))
-    data = ray.data.from_arrow([pa.table({"unit": block, "records": [""] * len(block)}) for block in blocks])
+    data: ray.data.Dataset = ray.data.from_arrow(
+        [pa.table({"unit": block, "records": [""] * len(block)}) for block in blocks]
+    )
     for i in chain:
         gpu = gpus > 0 and any(getattr(step, "gpu", False) for step in passes[i].steps)
         most = max(1, min(int(gpus), recipe.workers or int(gpus)) if gpu else width)
         if i in actors:
             data = data.map_batches(
-                _Worker,
+                _Worker,  # type: ignore[arg-type]
                 fn_constructor_args=(passes, i, progress.remote),
                 batch_size=None,
                 compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
@@ -295,7 +297,7 @@ def _map(recipe: Recipe, passes: list[Pass], chain: list[int], units: int, progr
             )
         else:
             data = data.map_batches(
-                _work,
+                _work,  # type: ignore[arg-type]
                 fn_args=(passes, i, progress.remote),
                 batch_size=None,
                 compute=ray.data.TaskPoolStrategy(size=most),
@@ -536,6 +538,7 @@ def _over(
         for record in work([items[i] for i in batch["id"].tolist()]):
             yield {"record": [json.dumps(record)]}
 
-    data = ray.data.range(len(items), override_num_blocks=blocks).map_batches(task, batch_size=None, num_cpus=1)
+    numbers = ray.data.range(len(items), override_num_blocks=blocks)
+    data = numbers.map_batches(task, batch_size=None, num_cpus=1)  # type: ignore[arg-type]
     for batch in data.iter_batches(batch_size=None):
         yield from map(json.loads, batch["record"].tolist())

@@ -12,8 +12,8 @@ from scipy.sparse.csgraph import connected_components
 _ALL_BITS = (1 << 64) - 1
 # With more comparisons than those of so many hashes, each with each, it is cheaper to divide a bucket once more.
 _LARGEST_BUCKET = 256
-# So many members of a bucket are compared with the rest of it first. Where hashes are crowded, that connects most of them
-# and makes the remaining comparisons needless.
+# So many members of a bucket are compared with its rest first. Where hashes are crowded, that connects most of
+# them and makes the remaining comparisons needless.
 _PIVOTS = 8
 # Found pairs are joined when there are so many, which bounds memory by the number of hashes, not of pairs.
 _MOST_PENDING = 1 << 20

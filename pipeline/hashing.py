@@ -1,7 +1,7 @@
 """Hashes of strings that stay the same for good: on every machine, in every version of every library.
 
-Decisions "by chance" (a random tenth, a tie, the cap of a concept) are functions of a row's uid through these, so that a
-run repeated or resumed, on one worker or a thousand, decides the same.
+Decisions "by chance" (a random tenth, a tie, the cap of a concept) are functions of a row's uid through these, so
+that a run repeated or resumed, on one worker or a thousand, decides the same.
 """
 
 from __future__ import annotations

@@ -393,8 +393,11 @@ class _Heavy:
 
     def __init__(self, store: Store, name: str | None) -> None:
         self._file = store.input(name) if name else None
-        self._reader: Any = pa.ipc.open_file(self._file) if name else None
-        sizes = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)] if name else []
+        self._reader: Any = None
+        sizes: list[int] = []
+        if self._file is not None:  # None: every row of the unit was dropped
+            self._reader = pa.ipc.open_file(self._file)
+            sizes = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
     def __enter__(self) -> _Heavy:

@@ -93,9 +93,9 @@ def print_plan(console: Console, recipe: Recipe) -> None:
             totals[key] += cost[key]
         tasks = {"barrier": "all at once", "write": f"{_shards(p, alive)} shards"}.get(p.kind, f"{units:,} units")
         rows_in_out = f"{before:,.0f}", f"{alive:,.0f}"
-        hours = [f"{cost[kind]:,.1f}" if cost[kind] else "" for kind in ("core", "gpu")]
+        times = [f"{cost[kind]:,.1f}" if cost[kind] else "" for kind in ("core", "gpu")]
         sizes = [_bytes(cost[kind]) for kind in ("fetched", "stored")]
-        table.add_row(str(i), " + ".join(p.labels), tasks, _runs_on(p), *rows_in_out, *sizes, *hours)
+        table.add_row(str(i), " + ".join(p.labels), tasks, _runs_on(p), *rows_in_out, *sizes, *times)
     console.print(table)
     fetched, stored = _bytes(totals["fetched"]) or "nothing", _bytes(totals["stored"])
     hours = f"{totals['core']:,.1f} core-hours" + (f" and {totals['gpu']:,.1f} GPU-hours" if totals["gpu"] else "")

@@ -161,7 +161,7 @@ def stamp(spec: PoolSpec) -> list[list[Any]]:
 def read(spec: PoolSpec, split: Split, types: dict[str, pa.DataType]) -> Iterator[pa.Table]:
     """The rows of a split in batches with the columns `uid, url, caption, drop_reason` and the further ones of `types`.
 
-    `drop_reason` is null for a row that can be used, else one of REASONS; then url and caption hold what could be saved.
+    `drop_reason` is null for a usable row, else one of REASONS; then url and caption hold what could be saved.
     """
     wanted = {"url": spec.url, "caption": spec.caption, **({"uid": spec.uid} if spec.uid else {})}
     if split.row_groups is None:
@@ -178,7 +178,7 @@ def _clean(batch: pa.Table, types: dict[str, pa.DataType]) -> pa.Table:
     reason = np.full(n, None, dtype=object)
 
     def mark(rows: np.ndarray, why: str) -> None:
-        reason[rows & np.equal(reason, None)] = why  # the first reason found stands
+        reason[rows & (reason == np.array(None))] = why  # the first reason found stands
 
     for flag in ("bad_line", "not_text"):  # what only the reader of a text file could see
         if flag in batch.column_names:

@@ -148,7 +148,7 @@ def _claim(checked: Recipe, passes: list[Pass]) -> None:
     """
     store = Store(checked.run)
     source = {**checked.source, "workers": None, "reuse": None}
-    claim = {
+    claim: dict[str, Any] = {
         "name": checked.name,
         "recipe": source,
         "passes": [{"root": os.path.basename(p.root), "dear": _is_dear(p)} for p in passes],

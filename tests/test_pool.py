@@ -159,6 +159,6 @@ def test_an_empty_table() -> None:
 )
 def test_a_file_that_is_no_pool_is_a_clear_error(name: str, data: bytes, said: str) -> None:
     Path(name).write_bytes(data)
-    with pytest.raises(ValueError, match="path|url") as caught:
+    with pytest.raises(ValueError, match=r"path|url") as caught:
         pool.columns(PoolSpec(path=name))
     assert said in str(caught.value)

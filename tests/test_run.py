@@ -52,7 +52,8 @@ class Paint(Stage):
             images.append(out.getvalue())
             shades.append(round(n * 7 % 100 / 100, 2))
             time.sleep(self.slow)
-        return batch.append_column("image", pa.array(images, pa.binary())).append_column("shade", pa.array(shades, pa.float32()))
+        batch = batch.append_column("image", pa.array(images, pa.binary()))
+        return batch.append_column("shade", pa.array(shades, pa.float32()))
 '''
 EIGHT_LINES = """
 from dataclasses import dataclass

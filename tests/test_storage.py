@@ -41,9 +41,14 @@ def test_create_never_replaces(store: Store) -> None:
 
 def test_a_failed_output_leaves_no_file(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    with pytest.raises(OSError, match="disk full"), store.output("x/data") as file:
-        file.write(b"half")
-        raise OSError("disk full")
+
+    def write_half() -> None:
+        with store.output("x/data") as file:
+            file.write(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_half()
     assert not store.exists("x/data")
     assert store.names("x") == []
 

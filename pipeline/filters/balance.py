@@ -32,10 +32,10 @@ class Balance(Filter):
 
     The concepts are entries: words and phrases. A caption matches an entry that occurs in it on word boundaries, in any
     case and with any punctuation between the words. An entry e that count_e captions match keeps each of them with
-    probability min(1, t / count_e); a row is kept if any of its entries keeps it, so if u < 1 − Π(1 − min(1, t / count_e))
-    with u in [0, 1) a hash of seed and uid. No row is repeated. Rows that match nothing are dropped as `no_entry`, the
-    others as `balance`. Follows CLIP (Radford et al., 2021) and MetaCLIP (Xu et al., "Demystifying CLIP data", ICLR
-    2024), from the paper.
+    probability min(1, t / count_e), and a row is kept if any of its entries keeps it:
+    if u < 1 − Π(1 − min(1, t / count_e)) with u in [0, 1) a hash of seed and uid. No row is repeated. Rows that match
+    nothing are dropped as `no_entry`, the others as `balance`. Follows the papers of CLIP (Radford et al., 2021) and
+    MetaCLIP (Xu et al., ICLR 2024).
 
     Scripts that put no space between words match only where an entry stands by itself.
     """
@@ -44,13 +44,13 @@ class Balance(Filter):
     scope = "run"
 
     entries: str | None = None
-    """A JSON list of strings, or a text file with an entry on each line. None: the words and pairs of neighbouring words
-    found in at least `min_count` captions of this run."""
+    """A JSON list of strings, or a text file with an entry on each line. None: the words and the pairs of neighbouring
+    words in at least `min_count` captions of this run."""
     max_per_entry: int | None = None
-    """The cap t: about so many captions at least of each entry stay. 20,000, as in CLIP, if `tail_mass` is not given."""
+    """The cap t: of each entry's captions about so many stay, or more. 20,000, as in CLIP, if no `tail_mass` is given."""
     tail_mass: float | None = None
-    """Instead of t, the share of all matches, between 0 and 1, that entries too rare to be capped hold: t is the count
-    at which the counts, added up from the rarest entry on, reach this share (MetaCLIP 2, Chuang et al. 2025: 0.06)."""
+    """Instead of t, the share of all matches, between 0 and 1, that the entries too rare to be capped hold: t is the
+    count at which the counts, added up from the rarest on, reach this share (MetaCLIP 2, Chuang et al., 2025: 0.06)."""
     min_count: int = 100
     """Without `entries`: captions that a word or pair must occur in (CLIP: 100 times in the English Wikipedia)."""
     max_entries: int = 500_000
@@ -212,8 +212,8 @@ def _grams(part: pd.DataFrame) -> pd.DataFrame:
     row = np.concatenate([row, row[1:][neighbours]])
     texts = grams.dictionary
     gram = np.unique(row * max(1, len(texts)) + grams.indices.to_numpy()) % max(1, len(texts))
-    tally = pd.DataFrame({"entry": texts.to_pandas(), "count": np.bincount(gram, minlength=len(texts))})
-    return tally[tally["entry"] != ""].astype(_COUNTS.dtypes)
+    tally: pd.DataFrame = pd.DataFrame({"entry": texts.to_pandas(), "count": np.bincount(gram, minlength=len(texts))})
+    return tally.loc[tally["entry"] != ""].astype(_COUNTS.dtypes)
 
 
 def _total(counts: pd.DataFrame) -> pd.DataFrame:

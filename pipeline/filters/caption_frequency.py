@@ -13,7 +13,7 @@ from pipeline.step import KeyedFilter
 
 @dataclass(kw_only=True)
 class CaptionFrequency(KeyedFilter):
-    """Drops the captions of boilerplate: those that more than `max_count` rows of the run share, character for character.
+    """Drops boilerplate: captions that more than `max_count` rows of the run share, character for character.
 
     All rows of such a caption go, none stays behind to stand for them: a text found under so many pictures describes
     none of them. Follows COYO-700M (Byeon et al., 2022), which removes texts that occur more than 10 times. Rows

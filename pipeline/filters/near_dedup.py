@@ -27,7 +27,7 @@ class NearDedup(Filter):
     """
 
     max_hamming: int = 4
-    """Most bits, 0 to 10, in which the hashes of two copies of a picture differ; unrelated pictures differ in about 32."""
+    """The most bits, 0 to 10, in which two linked hashes differ; those of unrelated pictures differ in about 32."""
     keep: Literal["resolution", "caption", "uid"] = "resolution"  # type: ignore[assignment]
     """Which row stays: most pixels as published, longest caption, or lowest uid; the lowest uid also settles ties."""
     column: str = "phash"
@@ -43,9 +43,9 @@ class NearDedup(Filter):
             yield "max_hamming", f"must be from 0 to 10 of 64 bits, found {self.max_hamming}"
 
     def decide(self, frame: dd.DataFrame) -> dd.DataFrame:
-        """Rows meet three times: those of equal hash; distinct hashes that share a bucket, to be linked; those of a cluster.
+        """Rows of one hash meet, then the distinct hashes of a bucket, to be linked, and then the rows of a cluster.
 
-        Only the links grow in one place: a pair of hashes for each distinct hash that has a neighbour.
+        Only the links come together in one place: a pair of hashes for each distinct hash that has a neighbour.
         """
         n = frame.npartitions
 
@@ -150,11 +150,9 @@ def _clustered(rows: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
 
 
 def _all_but_best(rows: pd.DataFrame, reason: str) -> pd.DataFrame:
-    uids = rows["uid"].astype(object)
-    order = np.lexsort((rows["row"], rows["unit"], uids, -rows["rank"], rows["cluster"]))
-    rows, uids = rows.iloc[order], uids.to_numpy()[order]
+    rows = rows.sort_values(["cluster", "rank", "uid", "unit", "row"], ascending=[True, False, True, True, True])
     best = ~rows.duplicated("cluster").to_numpy()
-    kept = uids[np.maximum.accumulate(np.where(best, np.arange(len(rows)), 0))]
+    kept = rows["uid"].to_numpy(object)[np.maximum.accumulate(np.where(best, np.arange(len(rows)), 0))]
     return drops_frame(
         pa.table(
             {

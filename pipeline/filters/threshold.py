@@ -17,6 +17,7 @@ from pipeline.step import Filter, drops_frame
 if TYPE_CHECKING:
     import dask.dataframe as dd
 
+_WORDS = 3
 _DIGIT_BITS = 16
 _SHIFTS = (48, 32, 16, 0)
 
@@ -83,13 +84,13 @@ class Threshold(Filter):
     def _cut(self, frame: dd.DataFrame) -> list[int]:
         """The lowest key kept, as the first words of (value, hash of the uid, position); empty if no row has a value.
 
-        A radix selection from the highest digit down: each round counts the rows by their next 16 bits, among those that
-        agree with the digits found so far. Four rounds find the value, and only a tie at the cut needs more. The
+        A radix selection from the highest digit down: each round counts the rows by their next 16 bits, among those
+        that agree with the digits found so far. Four rounds find the value, and only a tie at the cut needs more. The
         counts, at most 65,536 of them, are all that reaches the driver.
         """
         cut: list[int] = []
         wanted: int | None = None
-        for word in range(3):
+        while len(cut) < _WORDS:
             prefix = 0
             for shift in _SHIFTS:
                 digits = frame.map_partitions(self._digits, cut, prefix, shift, meta=pd.Series([], dtype="int64"))
@@ -144,5 +145,5 @@ def _decoded(key: int) -> np.float64:
     return np.uint64(key & ~(1 << 63) if key >> 63 else ~key & (1 << 64) - 1).view(np.float64)
 
 
-def _compared(values: np.ndarray, cut: float) -> pa.StringArray:
+def _compared(values: np.ndarray, cut: float | None) -> pa.StringArray:
     return pa.array([None if math.isnan(v) else f"{v:.6g}, cut at {cut:.6g}" for v in values.tolist()], pa.string())

@@ -26,6 +26,7 @@ GROUP_ROWS = 256
 # Rows that the event loop knows, most of them waiting for their host: 12 MB at most, and enough to see a unit's hosts
 # far ahead of the slow ones.
 ADMITTED_ROWS = 4096
+_SPEED = {"speed": True}  # options that change how fast rows come, and nothing about them
 
 
 @dataclass(kw_only=True)
@@ -91,13 +92,13 @@ class Download(Stage):
     allow_addrs: list[str] = field(default_factory=list)
     """Addresses that may be dialled though they are not public, each with its port: "127.0.0.1:8765"."""
 
-    concurrency: int = 256
+    concurrency: int = field(default=256, metadata=_SPEED)
     """Rows at work at once, from the first request to the finished image."""
-    per_host: int = 8
+    per_host: int = field(default=8, metadata=_SPEED)
     """Requests at once to one host."""
-    bytes_in_flight: int = 128_000_000
+    bytes_in_flight: int = field(default=128_000_000, metadata=_SPEED)
     """Bytes of large bodies that may be held at once; bodies under 256 KiB are not counted."""
-    decode_threads: int = 0
+    decode_threads: int = field(default=0, metadata=_SPEED)
     """Threads that decode and encode; 0: one for each CPU that the process may use."""
 
     def check(self) -> Iterator[tuple[str, str]]:

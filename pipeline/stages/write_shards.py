@@ -267,9 +267,10 @@ def _croissant(name: str, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _card(name: str, manifest: dict[str, Any]) -> str:
+    size = f"{manifest['bytes'] / 1e9:.3f} GB"
     return f"""# {name}
 
-{manifest["samples"]:,} image–text pairs in {len(manifest["shards"])} WebDataset shards, {manifest["bytes"] / 1e9:.3f} GB.
+{manifest["samples"]:,} image–text pairs in {len(manifest["shards"])} WebDataset shards, {size}.
 
 - `NNNNN.tar`: per sample `KEY.{manifest["extension"] or "jpg"}`, `KEY.json`, `KEY.txt`
 - `NNNNN.parquet`: the same samples with every column that was measured; `key` names the sample in the tar

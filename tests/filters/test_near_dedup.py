@@ -24,17 +24,15 @@ def pictures(*hashes: int | None, **columns: list) -> list[dict]:
         ([A, A, B], [None, DUP, None]),
         ([A, A ^ 0xF, B], [None, DUP, None]),
         ([A, A ^ 0x1F, B], [None, None, None]),
-        ([A, A ^ 1 << 63 | 1, A ^ 0x8000_0001_0001_0001], [None, DUP, DUP]),
+        ([A, A ^ 0x8000_0000_0000_0001, A ^ 0x8000_0001_0001_0001], [None, DUP, DUP]),
         # A chain: the ends are 8 bits apart, the middle links them.
         ([A, A ^ 0xFF, A ^ 0xF], [None, DUP, DUP]),
         ([None, None, A, None], [None, None, None, None]),
         ([0, 2**64 - 1, 1, 2**64 - 2], [None, None, DUP, DUP]),
-        ([], []),
     ],
 )
 def test_close_hashes_leave_one(hashes: list[int | None], expected: list[str | None]) -> None:
-    rows = [row for row in pictures(*hashes) if row["phash"] is not None]
-    check_barrier(NearDedup(), rows, [e for e, h in zip(expected, hashes) if h is not None])
+    check_barrier(NearDedup(), pictures(*hashes), expected)
 
 
 def test_equal_hashes_only() -> None:
@@ -72,16 +70,15 @@ def test_many_clusters_over_many_partitions() -> None:
     of = rng.integers(0, 80, 600)
     hashes = centres[of] ^ np.uint64(1) << rng.integers(0, 64, 600, np.uint64)
     found = decide(NearDedup(keep="uid"), make_batch(pictures(*hashes.tolist())))
-    assert [i for i, drop in enumerate(found) if drop is None] == np.unique(of, return_index=True)[1][
-        np.argsort(np.unique(of, return_index=True)[1])
-    ].tolist()
+    first_of_each = {centre: i for i, centre in reversed(list(enumerate(of.tolist())))}
+    assert {i for i, drop in enumerate(found) if drop is None} == set(first_of_each.values())
 
 
 def test_a_column_of_its_own() -> None:
     rows = [{"dhash": A, "uid": "a"}, {"dhash": A, "uid": "b"}]
     step = NearDedup(column="dhash", keep="uid")
     assert step.needs == ("dhash",)
-    check_barrier(step, [{**row, "dhash": row["dhash"] % 2**62} for row in rows], [None, DUP])
+    check_barrier(step, rows, [None, DUP])
 
 
 def test_hashes_that_went_through_floats_are_refused() -> None:
