@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,9 @@ from pipeline.schema import DROP, POSITION
 from pipeline.stages.write_shards import WriteShards
 from pipeline.step import Filter, Step
 from pipeline.storage import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 GROUP_ROWS = 1_000_000
 """Rows of a table that one task of a barrier reads, and of a file of drops."""
@@ -415,11 +418,16 @@ def _barrier(passes: list[Pass], index: int, units: int, rows: int, progress: Pr
     _finish(p, funnel, files=files, units_per_file=per_file)
 
 
-def _to_pandas(table: pa.Table) -> Any:
+def _to_pandas(table: pa.Table) -> pd.DataFrame:
+    """With types that hold nulls: a null among 64-bit hashes must not turn them all into floats."""
     import pandas as pd
 
-    texts = pd.StringDtype("pyarrow")
-    return table.to_pandas(types_mapper=lambda t: texts if pa.types.is_string(t) else None)
+    def dtype(of: pa.DataType) -> Any:
+        if pa.types.is_string(of):
+            return pd.StringDtype("pyarrow")
+        return pd.ArrowDtype(of) if pa.types.is_integer(of) else None
+
+    return table.to_pandas(types_mapper=dtype)
 
 
 # --- Shards -----------------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ class KeyedFilter(Filter):
 
         keyed = frame.map_partitions(with_key, meta=with_key(frame._meta))
         if keyed.npartitions > 1:
-            keyed = keyed.shuffle(on="_key")
+            keyed = keyed.shuffle(on="_key", shuffle_method="tasks")
         return keyed.map_partitions(self._drops, meta=drops_frame())
 
     def _drops(self, part):  # type: ignore[no-untyped-def]

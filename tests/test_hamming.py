@@ -17,9 +17,8 @@ def by_comparing_all(hashes: np.ndarray, max_hamming: int) -> np.ndarray:
 def flipped(hashes: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
     """Each hash with up to `most` random bits changed."""
     for _ in range(most):
-        hashes = hashes ^ (np.uint64(1) << rng.integers(0, 64, len(hashes), np.uint64)) * (
-            rng.random(len(hashes)) < 0.7
-        )
+        flips = np.uint64(1) << rng.integers(0, 64, len(hashes), np.uint64)
+        hashes = hashes ^ np.where(rng.random(len(hashes)) < 0.7, flips, np.uint64(0))
     return hashes
 
 

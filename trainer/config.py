@@ -47,6 +47,7 @@ class TrainConfig:
     precision: str = option("fp32, or bf16 for autocast over fp32 weights", "bf16")
     grad_checkpointing: bool = option("recompute activations in the backward pass: slower, far less memory", False)
     device: str = option("cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", "auto")
+    threads: int | None = option("CPU threads of the training process; by default as many as PyTorch takes", None)
     workers: int = option("processes that read and decode; 0 decodes in the training process", 2)
     checkpoint_every: int = option("steps between checkpoints; the last step always writes one", 1000)
     keep_checkpoints: int = option("newest checkpoints kept", 2)
@@ -67,6 +68,8 @@ class TrainConfig:
         for key in ("beta1", "beta2"):
             if (value := getattr(self, key)) is not None and not 0 <= value < 1:
                 yield f"{key}: found {value}, expected a number from 0 to below 1"
+        if self.threads is not None and self.threads < 1:
+            yield f"threads: found {self.threads}, expected at least 1"
         if self.precision not in ("fp32", "bf16"):
             yield f"precision: found {self.precision!r}, expected fp32 or bf16"
 

@@ -50,6 +50,8 @@ class Run:
         self.device = find_device(config.device)
         self.shards = Shards(config.shards)
         torch.manual_seed(config.seed)
+        if config.threads:
+            torch.set_num_threads(config.threads)
         self.model: Clip
         self.preprocess: Preprocess
         self.tokenizer: Tokenizer

@@ -47,7 +47,7 @@ class Balance(Filter):
     """A JSON list of strings, or a text file with an entry on each line. None: the words and the pairs of neighbouring
     words in at least `min_count` captions of this run."""
     max_per_entry: int | None = None
-    """The cap t: of each entry's captions about so many stay, or more. 20,000, as in CLIP, if no `tail_mass` is given."""
+    """The cap t: about so many captions of each entry stay, or more. 20,000, as in CLIP, if there is no `tail_mass`."""
     tail_mass: float | None = None
     """Instead of t, the share of all matches, between 0 and 1, that the entries too rare to be capped hold: t is the
     count at which the counts, added up from the rarest on, reach this share (MetaCLIP 2, Chuang et al., 2025: 0.06)."""
@@ -212,9 +212,9 @@ def _grams(part: pd.DataFrame) -> pd.DataFrame:
     row = np.concatenate([row, row[1:][neighbours]])
     texts = grams.dictionary
     gram = np.unique(row * max(1, len(texts)) + grams.indices.to_numpy()) % max(1, len(texts))
-    tally: pd.DataFrame = pd.DataFrame({"entry": texts.to_pandas(), "count": np.bincount(gram, minlength=len(texts))})
+    tally = pd.DataFrame({"entry": texts.to_pandas(), "count": np.bincount(gram, minlength=len(texts))})
     return tally.loc[tally["entry"] != ""].astype(_COUNTS.dtypes)
 
 
 def _total(counts: pd.DataFrame) -> pd.DataFrame:
-    return counts.groupby("entry", as_index=False, sort=True)["count"].sum()
+    return counts.groupby("entry", sort=True)["count"].sum().reset_index()
