@@ -201,7 +201,7 @@ def _ingest(recipe: Recipe, p: Pass, types: dict[str, pa.DataType], progress: Pr
         data = p.store.read("plan.json")
     plan = json.loads(data)
     units, parts = plan["units"], plan["parts"]
-    progress.begin([(p.label, plan["rows"])])
+    progress.begin([(p.label, plan["rows"])], units)
 
     def scatter(batch: list[int]) -> Iterator[dict[str, Any]]:
         for i in batch:
@@ -219,7 +219,7 @@ def _ingest(recipe: Recipe, p: Pass, types: dict[str, pa.DataType], progress: Pr
     for record in _over(list(range(parts)), gather):
         unit_funnel = Funnel.from_json(record["funnel"])
         funnel.add(unit_funnel)
-        progress.add(p.label, record["rows_in"], record["kept"], unit_funnel.lines[p.label].dropped)
+        progress.add(p.label, record["rows_in"], record["kept"], unit_funnel.lines[p.label].dropped, units=1)
     if funnel.rows_in != plan["rows"]:
         raise BooksError(f"the pool has {plan['rows']:,} rows, but its units hold {funnel.rows_in:,}")
     funnel.lines[p.label].seconds = time.perf_counter() - started
@@ -261,14 +261,15 @@ def _work(
         if record is None:
             todo.append(unit)
             continue
-        report(record["rows_in"], record["kept"], _reasons(record))
+        report(record["rows_in"], record["kept"], _reasons(record), units=1)
         yield out(record)
     hopeless = [unit for unit in todo if isolation.attempt(p, unit) > isolation.ATTEMPTS]
     for record in run_pass(passes, index, [unit for unit in todo if unit not in hopeless], report):
+        report(0, 0, {}, units=1)
         yield out(record)
     for unit in hopeless:
         record = isolation.run_isolated(passes, index, unit)
-        report(record["rows_in"], record["kept"], _reasons(record))
+        report(record["rows_in"], record["kept"], _reasons(record), units=1)
         yield out(record)
     report.flush()
 
@@ -276,7 +277,7 @@ def _work(
 def _map(recipe: Recipe, passes: list[Pass], chain: list[int], units: int, progress: Progress) -> None:
     """Streams all units through neighbouring passes: while one downloads, the one before it is scored."""
     rows = _funnel(passes[chain[0] - 1]).kept
-    progress.begin([(passes[i].label, rows if i == chain[0] else None) for i in chain])
+    progress.begin([(passes[i].label, rows if i == chain[0] else None) for i in chain], units)
     cpus, gpus = ray.cluster_resources().get("CPU", 1.0), ray.cluster_resources().get("GPU", 0.0)
     width = min(recipe.workers or int(cpus), int(cpus)) or 1
     actors = [i for i in chain if _has_setup(passes[i])]
@@ -331,13 +332,14 @@ class _Reporter:
 
     def __init__(self, progress: Any, label: str) -> None:
         self._progress, self._label = progress, label
-        self._rows = self._kept = 0
+        self._rows = self._kept = self._units = 0
         self._reasons: dict[str, int] = {}
         self._sent = time.monotonic()
 
-    def __call__(self, rows: int, kept: int, reasons: dict[str, int]) -> None:
+    def __call__(self, rows: int, kept: int, reasons: dict[str, int], units: int = 0) -> None:
         self._rows += rows
         self._kept += kept
+        self._units += units
         for reason, n in reasons.items():
             self._reasons[reason] = self._reasons.get(reason, 0) + n
         if time.monotonic() - self._sent > 0.5:
@@ -345,8 +347,8 @@ class _Reporter:
 
     def flush(self) -> None:
         if self._progress is not None:
-            self._progress.add.remote(self._label, self._rows, self._kept, self._reasons)
-        self._rows = self._kept = 0
+            self._progress.add.remote(self._label, self._rows, self._kept, self._reasons, self._units)
+        self._rows = self._kept = self._units = 0
         self._reasons = {}
         self._sent = time.monotonic()
 

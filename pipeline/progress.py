@@ -23,6 +23,8 @@ PLAIN_EVERY = 10.0
 class _Bar:
     label: str
     total: int | None
+    units: int | None
+    units_done: int = 0
     rows: int = 0
     kept: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
@@ -48,10 +50,11 @@ class _Board:
     def __init__(self) -> None:
         self._events: dict[str, list[Any]] = {}
 
-    def add(self, label: str, rows: int, kept: int, reasons: dict[str, int]) -> None:
-        event = self._events.setdefault(label, [0, 0, {}])
+    def add(self, label: str, rows: int, kept: int, reasons: dict[str, int], units: int = 0) -> None:
+        event = self._events.setdefault(label, [0, 0, {}, 0])
         event[0] += rows
         event[1] += kept
+        event[3] += units
         for reason, n in reasons.items():
             event[2][reason] = event[2].get(reason, 0) + n
 
@@ -84,10 +87,10 @@ class Progress:
 
         threading.Thread(target=listen, daemon=True).start()
 
-    def begin(self, passes: list[tuple[str, int | None]]) -> None:
-        """The passes that start now, with the rows they will see where that is known."""
+    def begin(self, passes: list[tuple[str, int | None]], units: int | None = None) -> None:
+        """The passes that start now, with the rows they will see where that is known, over so many units."""
         self.end()
-        self._bars = {label: _Bar(label, total) for label, total in passes}
+        self._bars = {label: _Bar(label, total, units) for label, total in passes}
         if self._console.is_terminal:
             table = self._table
             self._live = Live(get_renderable=table, console=self._console, refresh_per_second=4, transient=True)
@@ -95,20 +98,22 @@ class Progress:
         else:
             self._console.print(f"{' → '.join(self._bars)} …")
 
-    def add(self, label: str, rows: int, kept: int, reasons: dict[str, int]) -> None:
+    def add(self, label: str, rows: int, kept: int, reasons: dict[str, int], units: int = 0) -> None:
         with self._lock:
             bar = self._bars.get(label)
             if bar is None:
                 return
             bar.rows += rows
             bar.kept += kept
+            bar.units_done += units
             bar.changed = time.monotonic()
             for reason, n in reasons.items():
                 bar.reasons[reason] = bar.reasons.get(reason, 0) + n
             if self._live is None and time.monotonic() - self._told > PLAIN_EVERY:
                 self._told = time.monotonic()
-                for bar in self._bars.values():
-                    self._console.print(_line(bar), highlight=False)
+                for under_way in self._bars.values():
+                    if under_way.rows and under_way.rows != under_way.total:
+                        self._console.print(_line(under_way), highlight=False)
 
     def end(self) -> None:
         """The passes under way are done: leaves a plain line for each."""
@@ -142,6 +147,7 @@ class Progress:
                 bar.label,
                 f"[green]{filled}[/][dim]{'━' * (24 - len(filled))}[/]",
                 f"{bar.rows:,}/{bar.total:,}" if bar.total else f"{bar.rows:,}",
+                f"{bar.units_done:,}/{bar.units:,} units" if bar.units else "",
                 f"{bar.rate:,.0f} rows/s",
                 f"kept {bar.kept:,}",
                 _top(bar.reasons),
@@ -152,7 +158,8 @@ class Progress:
 
 def _line(bar: _Bar) -> str:
     total = f"/{bar.total:,}" if bar.total is not None else ""
-    parts = [f"{bar.label}: {bar.rows:,}{total} rows", f"{bar.rate:,.0f}/s", f"kept {bar.kept:,}"]
+    units = [f"{bar.units_done:,}/{bar.units:,} units"] if bar.units else []
+    parts = [f"{bar.label}: {bar.rows:,}{total} rows", *units, f"{bar.rate:,.0f}/s", f"kept {bar.kept:,}"]
     if bar.reasons:
         parts.append(f"dropped {_top(bar.reasons)}")
     if bar.eta:

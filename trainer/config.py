@@ -70,6 +70,8 @@ class TrainConfig:
                 yield f"{key}: found {value}, expected a number from 0 to below 1"
         if self.threads is not None and self.threads < 1:
             yield f"threads: found {self.threads}, expected at least 1"
+        if self.threads is not None and self.threads < 1:
+            yield f"threads: found {self.threads}, expected at least 1, or null"
         if self.precision not in ("fp32", "bf16"):
             yield f"precision: found {self.precision!r}, expected fp32 or bf16"
 

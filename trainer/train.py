@@ -6,7 +6,7 @@
 The output folder gets `checkpoints/step-*.pt`, `metrics.jsonl` (a line every `log_every` steps) and, at the end,
 `model/`, which `open_clip.create_model_and_transforms("local-dir:OUTPUT/model")` loads.
 The same configuration on the same shards gives the same weights, whatever `workers` is and however often the run
-was killed and resumed: bit for bit on a CPU.
+was killed and resumed: bit for bit on a CPU with the same number of threads.
 """
 
 from __future__ import annotations

@@ -28,8 +28,11 @@ class CaptionLength(Filter):
     """
 
     min_chars: int = 6
+    """Least characters, surrounding white space aside."""
     min_words: int = 3
+    """Least words."""
     max_chars: int = 1000
+    """Most characters."""
 
     needs = ("caption",)
 

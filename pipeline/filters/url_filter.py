@@ -34,6 +34,7 @@ class UrlFilter(Filter):
     """
 
     schemes: list[str] = field(default_factory=lambda: ["http", "https"])
+    """Schemes to keep."""
     block_hosts: list[str] | str = field(default_factory=list)
     """Hosts to drop: a list, or the path of a file with one host a line (`#` starts a comment)."""
     allow_hosts: list[str] | str = field(default_factory=list)

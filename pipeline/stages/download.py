@@ -62,6 +62,7 @@ class Download(Stage):
     resize_only_if_bigger: bool = True
     """Leave smaller images as they are (neither cropped nor padded)."""
     encode_format: EncodeFormat = "jpg"
+    """jpg, png or webp."""
     encode_quality: int = 95
     """0 to 100 for jpg and webp; the compression level, 0 to 9, for png."""
     min_image_size: int = 0

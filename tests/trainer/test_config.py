@@ -33,6 +33,7 @@ def test_yaml_numbers_are_numbers_and_no_is_text(tmp_path: Path) -> None:
         (GOOD + "epochs: 1.5", "epochs: found 1.5, expected a whole number"),
         (GOOD + "epochs: true", "epochs: found True, expected a whole number"),
         (GOOD + "warmup: -1", "warmup: found -1"),
+        (GOOD + "threads: 0", "threads: found 0, expected at least 1"),
         (GOOD + "precision: fp8", "precision: found 'fp8', expected fp32 or bf16"),
         ("shards: a", "model: missing"),
         ("- a", "expected lines of `key: value`"),
