@@ -15,6 +15,8 @@ from rich.table import Table
 
 from pipeline.ledger import Funnel
 
+WIDTH = 12
+"""Characters of a bar."""
 PLAIN_EVERY = 10.0
 """Seconds between plain lines where there is no terminal."""
 
@@ -140,18 +142,21 @@ class Progress:
 
     def _table(self) -> Table:
         table = Table.grid(padding=(0, 2))
+        for _ in range(7):
+            table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
         for bar in self._bars.values():
             done = bar.rows / bar.total if bar.total else 0.0
-            filled = "━" * round(24 * min(1.0, done))
+            filled = "━" * round(WIDTH * min(1.0, done))
             table.add_row(
                 bar.label,
-                f"[green]{filled}[/][dim]{'━' * (24 - len(filled))}[/]",
+                f"[green]{filled}[/][dim]{'━' * (WIDTH - len(filled))}[/]",
                 f"{bar.rows:,}/{bar.total:,}" if bar.total else f"{bar.rows:,}",
                 f"{bar.units_done:,}/{bar.units:,} units" if bar.units else "",
-                f"{bar.rate:,.0f} rows/s",
+                f"{bar.rate:,.0f}/s",
+                f"eta {bar.eta}" if bar.eta else "",
                 f"kept {bar.kept:,}",
                 _top(bar.reasons),
-                f"eta {bar.eta}" if bar.eta else "",
             )
         return table
 
