@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.ledger import Funnel
 
@@ -94,8 +95,7 @@ class Progress:
         self.end()
         self._bars = {label: _Bar(label, total, units) for label, total in passes}
         if self._console.is_terminal:
-            table = self._table
-            self._live = Live(get_renderable=table, console=self._console, refresh_per_second=4, transient=True)
+            self._live = Live(get_renderable=self._lines, console=self._console, refresh_per_second=4, transient=True)
             self._live.start()
         else:
             self._console.print(f"{' → '.join(self._bars)} …")
@@ -140,35 +140,25 @@ class Progress:
                 for label, event in ray.get(self.remote.take.remote()).items():
                     self.add(label, *event)
 
-    def _table(self) -> Table:
-        table = Table.grid(padding=(0, 2))
-        for _ in range(7):
-            table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+    def _lines(self) -> Group:
+        """A line per pass under way; what does not fit, the rarer reasons, is cut off."""
+        name = max((len(label) for label in self._bars), default=0)
+        lines = []
         for bar in self._bars.values():
-            done = bar.rows / bar.total if bar.total else 0.0
-            filled = "━" * round(WIDTH * min(1.0, done))
-            table.add_row(
-                bar.label,
-                f"[green]{filled}[/][dim]{'━' * (WIDTH - len(filled))}[/]",
-                f"{bar.rows:,}/{bar.total:,}" if bar.total else f"{bar.rows:,}",
-                f"{bar.units_done:,}/{bar.units:,} units" if bar.units else "",
-                f"{bar.rate:,.0f}/s",
-                f"eta {bar.eta}" if bar.eta else "",
-                f"kept {bar.kept:,}",
-                _top(bar.reasons),
-            )
-        return table
+            done = round(WIDTH * min(1.0, bar.rows / bar.total)) if bar.total else 0
+            line = Text(f"{bar.label:<{name}}  ", no_wrap=True, overflow="ellipsis")
+            line.append("━" * done, "green").append("━" * (WIDTH - done), "dim")
+            lines.append(line.append("  " + _line(bar).removeprefix(f"{bar.label}: ")))
+        return Group(*lines)
 
 
 def _line(bar: _Bar) -> str:
     total = f"/{bar.total:,}" if bar.total is not None else ""
     units = [f"{bar.units_done:,}/{bar.units:,} units"] if bar.units else []
-    parts = [f"{bar.label}: {bar.rows:,}{total} rows", *units, f"{bar.rate:,.0f}/s", f"kept {bar.kept:,}"]
-    if bar.reasons:
-        parts.append(f"dropped {_top(bar.reasons)}")
-    if bar.eta:
-        parts.append(f"eta {bar.eta}")
+    parts = [f"{bar.label}: {bar.rows:,}{total} rows", *units, f"{bar.rate:,.0f}/s"]
+    parts += [f"eta {bar.eta}"] if bar.eta else []
+    parts.append(f"kept {bar.kept:,}")
+    parts += [f"dropped {_top(bar.reasons)}"] if bar.reasons else []
     return ", ".join(parts)
 
 
