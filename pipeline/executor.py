@@ -25,7 +25,7 @@ import ray
 import ray.data
 
 from pipeline import ingest, isolation, pool
-from pipeline.ledger import BooksError, Funnel
+from pipeline.ledger import BooksError, Funnel, Line
 from pipeline.passes import Pass, alive, read_unit, run_pass, unit_drops
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
@@ -409,15 +409,14 @@ def _barrier(passes: list[Pass], index: int, units: int, rows: int, progress: Pr
             drops = drops.shuffle(on="_file")
         meta = pd.DataFrame({c: pd.Series([], dtype=object) for c in ("file", "name", "counts")})
         written = drops.map_partitions(store_part, meta=meta).compute()
-    line = {"step": p.label, "rows_in": rows, "kept": 0, "dropped": {}, "seconds": 0.0}
-    funnel = Funnel.from_json([line])
+    line = Line(rows)
     for counts in written["counts"]:
         for reason, n in json.loads(counts).items():
-            funnel.lines[p.label].dropped[reason] = funnel.lines[p.label].dropped.get(reason, 0) + n
-    funnel.lines[p.label].seconds = time.perf_counter() - started
+            line.dropped[reason] = line.dropped.get(reason, 0) + n
+    line.seconds = time.perf_counter() - started
     files = {str(number): name for number, name in zip(written["file"], written["name"])}
-    progress.add(p.label, rows, funnel.kept, funnel.lines[p.label].dropped)
-    _finish(p, funnel, files=files, units_per_file=per_file)
+    progress.add(p.label, rows, line.kept, line.dropped)
+    _finish(p, Funnel({p.label: line}), files=files, units_per_file=per_file)
 
 
 def _to_pandas(table: pa.Table) -> pd.DataFrame:
@@ -493,11 +492,10 @@ def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress:
         with p.store.output(name) as file:
             pq.write_table(drops, file)
         files = {"0": name}
-    dropped = {"last_shard_short": tail} if tail else {}
-    line = {"step": p.label, "rows_in": total, "dropped": dropped, "seconds": time.perf_counter() - started}
+    line = Line(total, {"last_shard_short": tail} if tail else {}, time.perf_counter() - started)
     records.sort(key=lambda record: record["name"])
     ray.get(ray.remote(WriteShards.finish).remote(step, store.folder("shards"), recipe.name, records))
-    _finish(p, Funnel.from_json([line]), files=files, units_per_file=max(1, units))
+    _finish(p, Funnel({p.label: line}), files=files, units_per_file=max(1, units))
 
 
 def _rows_of(before: Sequence[Pass], ends: np.ndarray, low: int, high: int, columns: list[str]) -> Iterator[pa.Table]:
