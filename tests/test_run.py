@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import verify
 from tests.conftest import ROOT, Command
 
 STEPS = '''
@@ -83,7 +86,21 @@ steps:
 @pytest.fixture(autouse=True)
 def project(tmp_path: Path) -> Path:
     """A user's own folder: a recipe, a pool and two modules that Winnow has never heard of."""
-    (tmp_path / "mine").mkdir()
+    return furnish(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, to be looked at and not touched."""
+    folder = furnish(tmp_path_factory.mktemp("finished"))
+    env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "RAY_ADDRESS": ray_address}
+    subprocess.run(
+        [sys.executable, "-m", "pipeline.run", "r.yaml"], cwd=folder, env=env, check=True, capture_output=True
+    )
+    return folder / "out"
+
+
+def furnish(tmp_path: Path) -> Path:
     for package in ("steps_of_mine", "no_shouting"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("")
@@ -166,6 +183,44 @@ def test_a_run_its_outputs_and_what_may_change_afterwards(run: Command, project:
     assert arm.returncode == 0, arm.stderr
     assert (project / "painted.log").read_text() == "", "another run on the same committed results"
     assert shards(project / "arm") == first
+
+
+def spoil_a_byte(run: Path) -> None:
+    tar = run / "shards/00001.tar"
+    data = bytearray(tar.read_bytes())
+    data[len(data) // 2] ^= 1
+    tar.write_bytes(data)
+
+
+def lose_a_drop(run: Path) -> None:
+    (file,) = (run / "drops").iterdir()
+    pq.write_table(pq.read_table(file).slice(1), file)
+
+
+def lose_a_sample(run: Path) -> None:
+    table = run / "shards/00000.parquet"
+    pq.write_table(pq.read_table(table).slice(1), table)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (spoil_a_byte, "shards/00001.tar: size or sha256 differs"),
+        (lose_a_drop, "the ledger holds"),
+        (lose_a_sample, "shards/00000.tar: 300 members for 99 rows of 00000.parquet"),
+        (lambda run: (run / "shards/00002.tar").unlink(), "shards/00002.tar is missing"),
+        (lambda run: (run / "shards/_SUCCESS").unlink(), "_SUCCESS is missing"),
+        (lambda run: (run / "funnel.json").unlink(), "funnel.json is missing"),
+    ],
+)
+def test_verify_finds_what_is_not_as_the_books_say(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], said: str
+) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+    assert verify.main([str(tmp_path / "copy")]) == 0
+    damage(tmp_path / "copy")
+    assert verify.main([str(tmp_path / "copy")]) == 1
+    assert said in capsys.readouterr().err
 
 
 def test_the_same_bytes_with_other_workers_and_after_a_kill(run: Command, ray_address: str, project: Path) -> None:
