@@ -1,0 +1,76 @@
+"""How cost and the driver's memory grow with the rows of a pool: they should grow linearly, and not at all.
+
+    python benchmarks/scaling.py [ROWS …]            default: 50000 200000 800000
+
+For each size, makes a pool of made-up URLs and captions and runs the steps that need no network (text filters, exact
+deduplication, two barriers) with `python -m pipeline.run`, start of Ray included. Memory is the peak of the driver's
+process alone.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+RECIPE = """
+name: scaling
+pool: {path: pool.parquet}
+run: run
+steps:
+  - url_filter
+  - caption_length
+  - caption_pattern
+  - language: {keep: [en]}
+  - exact_dedup: {by: [url]}
+  - caption_frequency: {max_count: 10}
+  - balance: {min_count: 20, max_per_entry: 200}
+"""
+WORDS = """a the of in on with and small large red green blue old new dog cat house tree river mountain street woman man
+child boat bridge garden window table chair bird horse market morning evening light shadow under over beside behind
+running sitting standing looking holding wearing playing crossing""".split()
+
+
+def main(sizes: list[int]) -> None:
+    figures = []
+    for rows in sizes:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "r.yaml").write_text(RECIPE)
+            rng = random.Random(0)
+            urls = [f"https://host{rng.randrange(5000)}.example.org/{rng.getrandbits(40):x}.jpg" for _ in range(rows)]
+            captions = [" ".join(rng.choices(WORDS, k=rng.randint(4, 14))) for _ in range(rows)]
+            pq.write_table(pa.table({"url": urls, "caption": captions}), folder / "pool.parquet")
+            figures.append((rows, *run(folder)))
+    print(f"{'rows':>10} {'seconds':>9} {'rows/s':>9} {'driver MB':>10}")
+    for rows, seconds, peak in figures:
+        print(f"{rows:>10,} {seconds:>9.1f} {rows / seconds:>9,.0f} {peak:>10,.0f}")
+    (few, quick, small), (many, slow, large) = figures[0], figures[-1]
+    print(f"RESULT rows_ratio={many / few:.1f} time_ratio={slow / quick:.2f} driver_memory_ratio={large / small:.2f}")
+
+
+def run(folder: Path) -> tuple[float, float]:
+    """Seconds of the whole command, and the peak of its own memory in MB."""
+    started, peak = time.perf_counter(), 0.0
+    command = [sys.executable, "-m", "pipeline.run", "r.yaml"]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            break
+        peak = max([peak, *(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))])
+        time.sleep(0.2)
+    if process.wait():
+        raise SystemExit(f"pipeline.run ended with status {process.returncode}")
+    return time.perf_counter() - started, peak
+
+
+if __name__ == "__main__":
+    main([int(word) for word in sys.argv[1:]] or [50_000, 200_000, 800_000])
