@@ -20,7 +20,7 @@ steps:
   - caption_pattern: {}
   - language: {keep: [en]}
   - exact_dedup: {by: [url]}
-  - download: {image_size: 96, timeout: 6, allow_addrs: ["127.0.0.1:@PORT@"]}
+  - download: {image_size: 96, timeout: 10, allow_addrs: ["127.0.0.1:@PORT@"]}
   - image_size: {min_side: 32}
   - aspect_ratio: {max: 3.0}
   - exact_dedup: {by: [sha256]}
