@@ -154,6 +154,9 @@ def _claim(checked: Recipe, passes: list[Pass]) -> None:
         "passes": [{"root": os.path.basename(p.root), "dear": _is_dear(p)} for p in passes],
     }
     data = json.dumps(claim, indent=1, default=str).encode()
+    if not store.exists("run.json") and (taken := [name for name in ("shards", "drops") if store.names(name)]):
+        # Files there that no manifest names would be taken for leftovers and removed.
+        raise RefusedError(f"{checked.run}/{taken[0]} holds files that are not of a run; choose another `run`")
     if store.create("run.json", data):
         return
     try:

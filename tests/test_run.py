@@ -287,6 +287,15 @@ def test_an_empty_pool_and_a_short_last_shard(run: Command, project: Path) -> No
     books_balance(project / "out", 271)
 
 
+def test_a_folder_with_files_of_others_is_left_alone(run: Command, project: Path) -> None:
+    (project / "out/shards").mkdir(parents=True)
+    (project / "out/shards/00000.tar").write_bytes(b"somebody's work")
+    refused = run("r.yaml", ray=False, RAY_ADDRESS="127.0.0.1:1")
+    assert refused.returncode == 2
+    assert "out/shards holds files that are not of a run" in refused.stderr
+    assert [p.name for p in (project / "out").iterdir()] == ["shards"]
+
+
 def test_a_wrong_recipe_starts_nothing(run: Command, project: Path) -> None:
     (project / "r.yaml").write_text(RECIPE.replace("top_fraction", "top_fractoin").replace("pool.csv", "nowhere.csv"))
     started = time.monotonic()
