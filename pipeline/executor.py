@@ -31,7 +31,7 @@ from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.schema import DROP, POSITION
 from pipeline.stages.write_shards import WriteShards
-from pipeline.step import Filter, Step
+from pipeline.step import Filter, Step, drops_table
 from pipeline.storage import Store
 
 if TYPE_CHECKING:
@@ -305,7 +305,7 @@ def _map(recipe: Recipe, passes: list[Pass], chain: list[int], units: int, progr
                 fn_args=(passes, i, progress.remote),
                 batch_size=None,
                 compute=ray.data.TaskPoolStrategy(size=most),
-                num_cpus=min(share, 1.0) / 2,
+                num_cpus=share / 2,
             )
     funnels = {i: _empty_funnel(passes[i]) for i in chain}
     for batch in data.iter_batches(batch_size=None, prefetch_batches=1):
@@ -395,8 +395,7 @@ def _barrier(passes: list[Pass], index: int, units: int, rows: int, progress: Pr
                 {**{c: drops[c].to_numpy() for c in POSITION.names}, "step": [p.label] * len(drops),
                  **{c: pa.array(drops[c], pa.string(), from_pandas=True) for c in ("reason", "detail")}}
             ).cast(DROP)  # fmt: skip
-            with p.store.output(name) as file:
-                pq.write_table(table, file, compression="zstd")
+            p.store.write_table(name, table)
             counts = json.dumps({str(k): int(v) for k, v in drops["reason"].value_counts().items()})
             written.append((int(number), name, counts))
         return pd.DataFrame(written, columns=["file", "name", "counts"]).astype(object)
@@ -484,13 +483,8 @@ def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress:
     files, tail = {}, total - kept
     if tail:
         left = pa.concat_tables(_rows_of(before, ends, kept, total, []))
-        columns = [left["unit"], left["row"], [p.label] * tail, ["last_shard_short"] * tail, [None] * tail]
-        drops = pa.table(
-            [pa.array(c, f.type) if isinstance(c, list) else c for c, f in zip(columns, DROP)], schema=DROP
-        )
         name = f"drops/{secrets.token_hex(4)}.parquet"
-        with p.store.output(name) as file:
-            pq.write_table(drops, file)
+        p.store.write_table(name, drops_table(left, p.label, "last_shard_short"))
         files = {"0": name}
     line = Line(total, {"last_shard_short": tail} if tail else {}, time.perf_counter() - started)
     records.sort(key=lambda record: record["name"])

@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.hashing import hash64
-from pipeline.ledger import Funnel
-from pipeline.passes import Pass, commit
+from pipeline.passes import Pass, commit, new_attempt
 from pipeline.pool import Split, read
 from pipeline.recipe import PoolSpec
-from pipeline.schema import DROP, SAMPLE
+from pipeline.schema import SAMPLE
+from pipeline.step import drops_table
 from pipeline.url import canonical
 
 SPOOL_ROWS = 1_000_000
@@ -118,26 +118,11 @@ def _commit_unit(p: Pass, unit: int, table: pa.Table) -> dict[str, Any]:
         elif good:
             seen.add(uid)
     rows = np.arange(len(table), dtype=np.int32)
-    gone = np.array([r is not None for r in reason], bool)
-    n = int(gone.sum())
-    columns = [np.full(n, unit, np.int32), rows[gone], [p.label] * n, reason[gone], [None] * n]
-    drops = pa.table([pa.array(c, f.type) for c, f in zip(columns, DROP)], schema=DROP)
-    attempt = f"units/{unit:07d}-{secrets.token_hex(4)}"
     stored = table.drop_columns(["drop_reason", "place"]).add_column(0, "row", pa.array(rows))
-    for name, part in ((f"{attempt}.parquet", stored), (f"{attempt}.drops.parquet", drops.drop_columns("unit"))):
-        if len(part) or part is stored:
-            with p.store.output(name) as file:
-                pq.write_table(part, file, compression="zstd")
-    record = {
-        "unit": unit,
-        "rows_in": len(table),
-        "kept": len(table) - n,
-        "light": f"{attempt}.parquet",
-        "heavy": None,
-        "drops": f"{attempt}.drops.parquet" if n else None,
-        "funnel": Funnel.of([p.label], len(table), [drops], {}).to_json(),
-    }
-    return commit(p, unit, record)
+    gone = pa.array([r is not None for r in reason], pa.bool_())
+    dropped = stored.filter(gone).append_column("unit", pa.array(np.full(len(table), unit, np.int32)).filter(gone))
+    drops = drops_table(dropped, p.label, pa.array(reason, pa.string()).filter(gone))
+    return commit(p, unit, new_attempt(unit), len(table), stored, None, drops, {})
 
 
 def _scale(place: np.ndarray, n: int) -> np.ndarray:

@@ -20,12 +20,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.ledger import Funnel
 from pipeline.recipe import Recipe, identity
 from pipeline.schema import DROP, POSITION, SAMPLE, is_heavy
-from pipeline.step import Filter, Stage, Step, apply, split_marked
+from pipeline.step import Filter, Stage, Step, apply, drops_table, split_marked
 from pipeline.storage import Store
 
 HEAVY_ROWS = 256
@@ -179,7 +178,7 @@ def barrier_drops(p: Pass, unit: int) -> pa.Table:
 
 @lru_cache(maxsize=2)
 def _barrier_file(root: str, name: str) -> pa.Table:
-    return _read_parquet(Store(root), name)
+    return Store(root).read_table(name)
 
 
 def unit_drops(p: Pass, unit: int) -> pa.Table:
@@ -211,7 +210,9 @@ def run_pass(
             living = alive(before, unit) if rows is None else rows
             writers[unit] = UnitWriter(p, unit, living)
             if crashers is not None:
-                writers[unit].drop(_crash_drops(p, unit, crashers))
+                dead = pa.table({"unit": np.full(len(crashers), unit, np.int32), "row": crashers.astype(np.int32)})
+                # The last step of a pass is the one that handles the bytes.
+                writers[unit].drop(drops_table(dead, p.labels[-1], "decoder_crash"))
                 living = np.setdiff1d(living, crashers)
             for batch in read_unit(before, unit, columns, living):
                 if len(batch):
@@ -260,7 +261,7 @@ class UnitWriter:
     def __init__(self, p: Pass, unit: int, rows: np.ndarray) -> None:
         self.p, self.unit, self.rows_in = p, unit, len(rows)
         self._store = p.store
-        self._attempt = f"units/{unit:07d}-{secrets.token_hex(4)}"
+        self._attempt = new_attempt(unit)
         self._light_schema = pa.schema([("row", pa.int32())] + [(k, v) for k, v in p.adds.items() if not is_heavy(v)])
         self._heavy_schema = pa.schema([(k, v) for k, v in p.adds.items() if is_heavy(v)])
         self._open = set(rows.tolist())
@@ -303,20 +304,8 @@ class UnitWriter:
         self._stack.close()
         kept = pa.concat_tables(self._kept) if self._kept else self._empty()
         drops = pa.concat_tables(self._dropped).sort_by("row") if self._dropped else DROP.empty_table()
-        _write_parquet(self._store, f"{self._attempt}.parquet", kept.sort_by("row"))
-        if len(drops):
-            _write_parquet(self._store, f"{self._attempt}.drops.parquet", drops.drop_columns("unit"))
-        funnel = Funnel.of(self.p.labels, self.rows_in, [drops], seconds)
-        record = {
-            "unit": self.unit,
-            "rows_in": self.rows_in,
-            "kept": len(kept),
-            "light": f"{self._attempt}.parquet",
-            "heavy": f"{self._attempt}.arrow" if self._ipc is not None else None,
-            "drops": f"{self._attempt}.drops.parquet" if len(drops) else None,
-            "funnel": funnel.to_json(),
-        }
-        return commit(self.p, self.unit, record)
+        heavy = f"{self._attempt}.arrow" if self._ipc is not None else None
+        return commit(self.p, self.unit, self._attempt, self.rows_in, kept.sort_by("row"), heavy, drops, seconds)
 
     def abort(self) -> None:
         """Gives up: nothing of this attempt stays."""
@@ -339,13 +328,42 @@ class UnitWriter:
             raise RuntimeError(f"{' + '.join(self.p.labels)} gave rows of unit {self.unit} twice, or made some up")
 
 
-def commit(p: Pass, unit: int, record: dict[str, Any]) -> dict[str, Any]:
-    """Creates the record of a unit. Of two attempts one wins; the files of the other are removed."""
+def new_attempt(unit: int) -> str:
+    """A name for the files of one attempt at a unit, which no other attempt has."""
+    return f"units/{unit:07d}-{secrets.token_hex(4)}"
+
+
+def commit(
+    p: Pass,
+    unit: int,
+    attempt: str,
+    rows_in: int,
+    light: pa.Table,
+    heavy: str | None,
+    drops: pa.Table,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Writes the tables of an attempt and creates the record of the unit; returns the record that counts.
+
+    Of two attempts one wins; the files of the other are removed.
+    """
+    record = {
+        "unit": unit,
+        "rows_in": rows_in,
+        "kept": rows_in - len(drops),
+        "light": f"{attempt}.parquet",
+        "heavy": heavy,
+        "drops": f"{attempt}.drops.parquet" if len(drops) else None,
+        "funnel": Funnel.of(p.labels, rows_in, [drops], seconds).to_json(),
+    }
+    p.store.write_table(f"{attempt}.parquet", light)
+    if len(drops):
+        p.store.write_table(f"{attempt}.drops.parquet", drops.drop_columns("unit"))
     if p.store.create(_record_name(unit), json.dumps(record).encode()):
         return record
     for part in ("light", "heavy", "drops"):
         if record[part]:
-            p.store.remove(record[part])
+            p.store.remove(str(record[part]))
     return _must(p, unit)
 
 
@@ -381,13 +399,6 @@ def _self_times(clock: dict[str, float], labels: list[str]) -> dict[str, float]:
     return {label: max(0.0, now - fed) for label, now, fed in zip(labels, times[1:], times)}
 
 
-def _crash_drops(p: Pass, unit: int, rows: np.ndarray) -> pa.Table:
-    """Rows that kill the process that works on them; the last step of the pass is the one that handles their bytes."""
-    n = len(rows)
-    columns = [np.full(n, unit, np.int32), rows.astype(np.int32), [p.labels[-1]] * n, ["decoder_crash"] * n, [None] * n]
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, DROP)], schema=DROP)
-
-
 class _Heavy:
     """The pixels and vectors of a unit, a few rows at a time."""
 
@@ -421,21 +432,11 @@ class _Heavy:
 
 
 def _light(p: Pass, record: dict[str, Any], columns: list[str]) -> pa.Table:
-    return _read_parquet(p.store, record["light"], columns)
+    return p.store.read_table(record["light"], columns)
 
 
 def _drops(p: Pass, record: dict[str, Any]) -> pa.Table:
-    return _read_parquet(p.store, record["drops"]) if record["drops"] else DROP.empty_table().drop_columns("unit")
-
-
-def _read_parquet(store: Store, name: str, columns: list[str] | None = None) -> pa.Table:
-    with store.input(name) as file:
-        return pq.ParquetFile(file).read(columns)
-
-
-def _write_parquet(store: Store, name: str, table: pa.Table) -> None:
-    with store.output(name) as file:
-        pq.write_table(table, file, compression="zstd")
+    return p.store.read_table(record["drops"]) if record["drops"] else DROP.empty_table().drop_columns("unit")
 
 
 def _must(p: Pass, unit: int) -> dict[str, Any]:

@@ -19,8 +19,6 @@ SAMPLE = pa.schema([("uid", pa.string()), ("url", pa.string()), ("caption", pa.s
 # closed list per step and safe to count.
 DROP = pa.schema([*POSITION, ("step", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
-RESERVED = (*POSITION.names, *SAMPLE.names, "key", "drop_reason", "drop_detail")
-
 
 def is_heavy(dtype: pa.DataType) -> bool:
     """True for pixels and vectors: kept apart from the measurements, so that a scan of scores reads no image."""

@@ -150,7 +150,7 @@ def apply(step: Stage | Filter, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
     if pc.all(mask, min_count=0).as_py():
         return batch, DROP.empty_table()
     dropped = batch.filter(pc.invert(mask))
-    return batch.filter(mask), _drops_table(step, dropped, step.reason(dropped), step.detail(dropped))
+    return batch.filter(mask), drops_table(dropped, step.label, step.reason(dropped), step.detail(dropped))
 
 
 def split_marked(step: Stage, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -160,12 +160,16 @@ def split_marked(step: Stage, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
     marked = pc.is_valid(batch["drop_reason"])
     dropped = batch.filter(marked)
     has_detail = "drop_detail" in batch.column_names
-    detail = dropped["drop_detail"] if has_detail else pa.nulls(len(dropped), pa.string())
-    drops = _drops_table(step, dropped, dropped["drop_reason"], detail)
+    detail = dropped["drop_detail"] if has_detail else None
+    drops = drops_table(dropped, step.label, dropped["drop_reason"], detail)
     kept = batch.filter(pc.invert(marked)).drop_columns(["drop_reason", *(["drop_detail"] if has_detail else [])])
     return kept, drops
 
 
-def _drops_table(step: Step, dropped: pa.Table, reason: pa.Array, detail: pa.Array) -> pa.Table:
-    columns = [dropped["unit"], dropped["row"], pa.array([step.label] * len(dropped), pa.string()), reason, detail]
+def drops_table(rows: pa.Table, label: str, reason: pa.Array | str, detail: pa.Array | None = None) -> pa.Table:
+    """The drops (`schema.DROP`) of the rows of a table with `unit, row`, for one reason or for a reason each."""
+    n = len(rows)
+    reasons = pa.array([reason] * n, pa.string()) if isinstance(reason, str) else reason
+    details = pa.nulls(n, pa.string()) if detail is None else detail
+    columns = [rows["unit"], rows["row"], pa.array([label] * n, pa.string()), reasons, details]
     return pa.table(columns, schema=DROP)

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 
 class Store:
@@ -120,6 +121,16 @@ class Store:
         if self.local:
             return pa.memory_map(self.path(name))
         return pa.PythonFile(self.fs.open(self.path(name), "rb"), mode="r")
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """A parquet file, or some columns of it."""
+        with self.input(name) as file:
+            return pq.ParquetFile(file).read(columns)
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """A table as parquet, in one atomic step."""
+        with self.output(name) as file:
+            pq.write_table(table, file, compression="zstd")
 
     def exists(self, name: str) -> bool:
         return os.path.exists(self.path(name)) if self.local else bool(self.fs.exists(self.path(name)))

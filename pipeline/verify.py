@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
@@ -37,7 +36,7 @@ def problems(store: Store, console: Console) -> Iterator[str]:
         yield f"funnel.json: {error}"
     dropped: Counter[tuple[str, str]] = Counter()
     for name in store.names("drops"):
-        table = _table(store, f"drops/{name}", ["step", "reason"])
+        table = store.read_table(f"drops/{name}", ["step", "reason"])
         dropped.update(zip(table["step"].to_pylist(), table["reason"].to_pylist()))
     claimed = {(step, why): n for step, line in funnel.lines.items() for why, n in line.dropped.items()}
     for step, why in sorted(claimed.keys() | dropped.keys()):
@@ -72,7 +71,7 @@ def _shards(store: Store, kept: int, console: Console) -> Iterator[str]:
 
 def _members(store: Store, shard: dict[str, Any]) -> Iterator[str]:
     """The tar, its table and its index tell of the same samples, in the same order."""
-    keys = _table(store, shard["parquet"], ["key"])["key"].to_pylist()
+    keys = store.read_table(shard["parquet"], ["key"])["key"].to_pylist()
     index = np.load(io.BytesIO(store.read(shard["index"])))
     with store.input(shard["name"]) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         members = tar.getmembers()
@@ -83,11 +82,6 @@ def _members(store: Store, shard: dict[str, Any]) -> Iterator[str]:
         yield f"shards/{shard['name']}: {len(members)} members for {len(keys):,} rows of {shard['parquet']}"
     elif [[m.offset_data, m.size] for m in members] != index.reshape(-1, 2).tolist():
         yield f"shards/{shard['index']}: the byte ranges are not those of the tar"
-
-
-def _table(store: Store, name: str, columns: list[str]) -> Any:
-    with store.input(name) as file:
-        return pq.ParquetFile(file).read(columns)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

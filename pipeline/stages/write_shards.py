@@ -18,7 +18,6 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.schema import POSITION, is_heavy
 from pipeline.step import Stage
@@ -90,8 +89,7 @@ class WriteShards(Stage):
                     )
             tar.close()
         empty = pa.schema([("key", pa.string()), *((c, types[c]) for c in columns)]).empty_table()
-        with store.output(f"{name}.parquet") as file:
-            pq.write_table(pa.concat_tables(rest) if rest else empty, file, compression="zstd")
+        store.write_table(f"{name}.parquet", pa.concat_tables(rest) if rest else empty)
         with store.output(f"{name}.index.npy") as file:
             np.save(file, np.array(index, np.int64).reshape(-1, len(INDEX_COLUMNS)))
         return {
@@ -192,8 +190,7 @@ def _plain_values(column: pa.ChunkedArray) -> list[Any]:
 def _subset(store: Store, names: list[str]) -> np.ndarray:
     pairs = []
     for name in names:
-        with store.input(name) as file:
-            uids = pq.ParquetFile(file).read(["uid"])["uid"].to_pylist()
+        uids = store.read_table(name, ["uid"])["uid"].to_pylist()
         pairs.append(np.array([(int(u[:16], 16), int(u[16:32], 16)) for u in uids], np.dtype("u8,u8")))
     return np.sort(np.concatenate(pairs)) if pairs else np.empty(0, np.dtype("u8,u8"))
 
