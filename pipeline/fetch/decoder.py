@@ -1,21 +1,22 @@
 """Bytes from the web to a clean, small image: 8-bit sRGB, upright, opaque, without metadata.
 
-`decode` is a pure function from bytes and options to a picture, with arguments and results that pickle: it runs on any
-`concurrent.futures.Executor`. On threads (Pillow and OpenCV release the GIL) a decoder that dies takes the worker with
-it; on a process pool the same call costs its row alone.
+`decode` is a pure function from bytes and options to a picture, with arguments and results that pickle. It reads what
+anyone sent: run it in a process that can be lost (`pipeline.fetch.sandbox`).
 
 The rules, one per case:
 
-- The format is what the first bytes say, and one of JPEG, PNG, WebP, GIF; no name or header is believed.
+- The format is what the first bytes say, and one of JPEG, PNG, WebP, GIF, AVIF; no name or header is believed.
 - The size in the file's header is checked before anything is decoded.
-- Of an animation, the first frame.
+- Of an animation, the first frame; `animated` says so.
 - EXIF orientation is applied; sizes are those of the upright image.
 - An ICC profile is converted to sRGB (relative colorimetric); a broken one is ignored. CMYK without a profile is
   converted by Pillow's formula.
 - Transparency is laid on white.
 - 16 bits a channel are scaled to 8 (x / 257, rounded, for grey; the high byte for colour), never clipped.
-- A JPEG is decoded at the smallest DCT scale that leaves at least 1.5 times the target in both directions.
-- Everything is resized with area averaging when it shrinks and Lanczos when it grows, as img2dataset does.
+- A JPEG is decoded at a reduced DCT scale that still covers the target, as `Rules.decode` says.
+- Everything is resized with area averaging when it shrinks and Lanczos when it grows, as img2dataset does; after a
+  reduced decoding, which has averaged the fine detail already, with linear interpolation as long as that misses no
+  pixel (under half the size).
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import hashlib
 import io
 import json
 import logging
-import threading
+import math
 import warnings
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,26 +36,30 @@ import cv2
 import exifread
 import imagehash
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+import simplejpeg
+from PIL import AvifImagePlugin, Image, ImageCms, UnidentifiedImageError, features
 
 from pipeline.fetch.reasons import FetchError
 
 ResizeMode = Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"]
 EncodeFormat = Literal["jpg", "png", "webp"]
+DecodeMode = Literal["scaled", "fast", "exact"]
+Box = Sequence[float]
+"""x_min, y_min, x_max, y_max of the upright image, from 0 to 1."""
 
 # The longest side that the encoded format can express.
 MAX_SIDE = {"jpg": 65_500, "png": 65_500, "webp": 16_383}
 
-_COVER = 1.5
-_LARGE_PIXELS = 4_000_000
-# A 36-megapixel progressive JPEG takes 200 MB to decode, whatever the scale. One such at a time bounds the memory of a
-# worker without a limit that would lose honest photographs.
-_one_large_image = threading.Lock()
+# How many times the target's size a reduced decoding has at least, in both directions.
+_COVER = {"scaled": 1.5, "fast": 1.0}
+_SAME_FORMAT = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 # Broken metadata is everyday on the web, and said of no image in particular it is noise.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 logging.getLogger("exifread").setLevel(logging.CRITICAL)
+# One image, one thread: the images are what runs in parallel.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,8 @@ class Rules:
     max_image_area: float = 36_000_000
     max_aspect_ratio: float = float("inf")
     extract_exif: bool = True
+    skip_reencode: bool = False
+    decode: DecodeMode = "scaled"
 
 
 @dataclass(frozen=True)
@@ -81,16 +88,21 @@ class Picture:
     original_height: int
     original_bytes: int
     original_format: str
+    animated: bool
     sha256: str
     phash: int
+    """imagehash.phash (64 bits, the first bit of its hex string highest) of the picture as it was encoded."""
     exif: str | None
 
 
-def decode(body: bytes, rules: Rules) -> Picture:
-    """The picture in `body` by `rules`. Raises FetchError, and only that, for whatever is wrong with the bytes."""
+def decode(body: bytes, rules: Rules, blur: Sequence[Box] = ()) -> Picture:
+    """The picture in `body` by `rules`, with the parts in `blur` made unrecognisable.
+
+    Raises FetchError, and only that, for whatever is wrong with the bytes.
+    """
     try:
-        return _decode(body, rules)
-    except FetchError:
+        return _decode(body, rules, blur)
+    except (FetchError, MemoryError):
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise FetchError("too_large", str(error)) from None
@@ -100,7 +112,7 @@ def decode(body: bytes, rules: Rules) -> Picture:
         raise FetchError("decode_error", f"{type(error).__name__}: {error}") from None
 
 
-def _decode(body: bytes, rules: Rules) -> Picture:
+def _decode(body: bytes, rules: Rules, blur: Sequence[Box]) -> Picture:
     kind = sniff(body)
     if kind is None:
         raise FetchError("not_an_image", f"starts with {body[:16]!r}")
@@ -115,29 +127,64 @@ def _decode(body: bytes, rules: Rules) -> Picture:
         orientation = _orientation(source)
         upright = source.size if orientation < 5 else source.size[::-1]
         plan = plan_resize(upright[0], upright[1], rules)
-        with _one_large_image if source.width * source.height > _LARGE_PIXELS else nullcontext():
-            if kind == "JPEG" and not plan.enlarges:
-                scaled = plan.scaled if orientation < 5 else plan.scaled[::-1]
-                # The mode is kept: draft to RGB would make a lie of a CMYK or grey profile.
-                source.draft(source.mode, (int(scaled[0] * _COVER) + 1, int(scaled[1] * _COVER) + 1))
-            source.load()
-            image = _to_rgb(source)
-            if orientation > 1:
-                image = image.transpose(_UPRIGHT[orientation])
-            pixels = _resize(np.asarray(image), plan)
-            phash = np.packbits(imagehash.phash(image).hash).tobytes()
+        pixels, reduced, clean = _pixels(source, body, plan.scaled if orientation < 5 else plan.scaled[::-1], rules)
+        if orientation > 1:
+            pixels = _turn(pixels, orientation)
+        pixels = _resize(pixels, plan, reduced, blur)
+        exif = _exif(source, body) if rules.extract_exif else None
+        animated = _is_animated(source)
+    as_it_came = kind == _SAME_FORMAT[rules.encode_format] and clean and not plan.resizes and orientation == 1
+    keep_bytes = rules.skip_reencode and as_it_came and not animated and not blur
     return Picture(
-        image=_encode(pixels, rules),
+        image=body if keep_bytes else _encode(pixels, rules),
         width=pixels.shape[1],
         height=pixels.shape[0],
         original_width=upright[0],
         original_height=upright[1],
         original_bytes=len(body),
         original_format=kind.lower(),
+        animated=animated,
         sha256=hashlib.sha256(body).hexdigest(),
-        phash=int.from_bytes(phash, "big"),
-        exif=_exif(body, kind) if rules.extract_exif else None,
+        phash=phash(pixels),
+        exif=exif,
     )
+
+
+def phash(pixels: np.ndarray) -> int:
+    """imagehash.phash of (height, width, 3) uint8 RGB as an unsigned 64-bit number."""
+    bits = imagehash.phash(Image.fromarray(pixels)).hash
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Rules) -> tuple[np.ndarray, bool, bool]:
+    """The picture as (height, width, 3) RGB, not yet turned upright; whether it is a reduced decoding; and whether
+    these are the plain samples of the file, neither converted from another colour space nor laid on white.
+
+    `target` is the (width, height) that it will be resized to.
+    """
+    cover = _COVER.get(rules.decode)
+    reduces = source.format == "JPEG" and cover is not None and target[0] < source.width
+    wanted = tuple(math.ceil(side * cover) for side in target) if reduces and cover else (0, 0)
+    if source.format == "JPEG" and (source.mode == "RGB" or (source.mode == "L" and "icc_profile" not in source.info)):
+        try:
+            # libjpeg mends what it can and only warns: such a file is left to Pillow, which knows a truncated one.
+            pixels = simplejpeg.decode_jpeg(body, "RGB", min_width=wanted[0], min_height=wanted[1], strict=True)
+        except ValueError:
+            pass
+        else:
+            transform = _srgb_transform(icc, "RGB") if (icc := source.info.get("icc_profile")) else None
+            if transform:
+                pixels = np.asarray(transform.apply(Image.fromarray(pixels)))
+            return pixels, pixels.shape[1] < source.width, transform is None
+    before = source.size
+    if reduces:
+        # The mode is kept: draft to RGB would make a lie of a CMYK or grey profile.
+        source.draft(source.mode, wanted)
+    source.load()
+    clean = source.mode in ("RGB", "L") and not source.has_transparency_data and "icc_profile" not in source.info
+    if source.format == "PNG" and body[24] > 8:  # bits a channel, which Pillow reads as 8
+        clean = False
+    return np.asarray(_to_rgb(source)), source.size != before, clean
 
 
 def sniff(body: bytes) -> str | None:
@@ -150,11 +197,13 @@ def sniff(body: bytes) -> str | None:
         return "GIF"
     if body[:4] == b"RIFF" and body[8:12] == b"WEBP":
         return "WEBP"
+    if body[4:12] in (b"ftypavif", b"ftypavis") and features.check("avif"):
+        return "AVIF"
     return None
 
 
 def header_size(body: bytes, kind: str) -> tuple[int, int] | None:
-    """(width, height) that the header claims, read without a decoder; None for JPEG, whose opening decodes nothing.
+    """(width, height) that the header claims, read without a decoder; None where opening decodes nothing (JPEG, AVIF).
 
     Opening a WebP makes the decoder allocate its canvas: the claim must be known before.
     """
@@ -213,11 +262,19 @@ def plan_resize(width: int, height: int, rules: Rules) -> Plan:
     return Plan(scaled, final, resizes=scaled != (width, height) or final != scaled, enlarges=scaled[0] > width)
 
 
-def _resize(pixels: np.ndarray, plan: Plan) -> np.ndarray:
-    """`pixels` is (height, width, 3) uint8, as is the result. The input may be a reduced decoding of the original."""
+def _resize(pixels: np.ndarray, plan: Plan, reduced: bool, blur: Sequence[Box]) -> np.ndarray:
+    """`pixels` is (height, width, 3) uint8, as is the result; `reduced`: it is a reduced decoding of the original."""
     width, height = plan.scaled
     if pixels.shape[1::-1] != plan.scaled:
-        pixels = cv2.resize(pixels, plan.scaled, interpolation=cv2.INTER_LANCZOS4 if plan.enlarges else cv2.INTER_AREA)
+        if plan.enlarges:
+            how = cv2.INTER_LANCZOS4
+        elif reduced and pixels.shape[1] < 2 * width and pixels.shape[0] < 2 * height:
+            how = cv2.INTER_LINEAR
+        else:
+            how = cv2.INTER_AREA
+        pixels = cv2.resize(pixels, plan.scaled, interpolation=how)
+    if blur:
+        pixels = _blur(pixels, blur)
     if plan.final != plan.scaled:
         dx, dy = plan.final[0] - width, plan.final[1] - height
         if dx <= 0 and dy <= 0:
@@ -230,6 +287,27 @@ def _resize(pixels: np.ndarray, plan: Plan) -> np.ndarray:
     return pixels
 
 
+def _blur(pixels: np.ndarray, boxes: Sequence[Box]) -> np.ndarray:
+    """Blurs the boxes, each widened by a tenth of its longer side, with soft edges (Yang et al. 2022, "A Study of Face
+    Obfuscation in ImageNet", as img2dataset does it): σ is a tenth of the longest side of any box."""
+    height, width = pixels.shape[:2]
+    mask = np.zeros((height, width, 1), np.float32)
+    longest = 0.0
+    for x_min, y_min, x_max, y_max in boxes:
+        left, top, right, bottom = x_min * width, y_min * height, x_max * width, y_max * height
+        side = max(right - left, bottom - top)
+        longest = max(longest, side)
+        margin = 0.1 * side
+        rows = slice(max(0, int(top - margin)), max(0, math.ceil(bottom + margin)))
+        mask[rows, max(0, int(left - margin)) : max(0, math.ceil(right + margin))] = 1
+    sigma = 0.1 * longest
+    if not mask.any() or sigma <= 0:
+        return pixels
+    soft = cv2.GaussianBlur(mask, (0, 0), sigma)[..., None]
+    blurred = cv2.GaussianBlur(pixels, (0, 0), sigma)
+    return np.rint(pixels * (1 - soft) + blurred * soft).astype(np.uint8)
+
+
 def _encode(pixels: np.ndarray, rules: Rules) -> bytes:
     flag = {"jpg": cv2.IMWRITE_JPEG_QUALITY, "png": cv2.IMWRITE_PNG_COMPRESSION, "webp": cv2.IMWRITE_WEBP_QUALITY}
     bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
@@ -239,16 +317,18 @@ def _encode(pixels: np.ndarray, rules: Rules) -> bytes:
     return encoded.tobytes()
 
 
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _ORIENTATION_TAG = 0x0112
+
+
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Upright pixels from those that EXIF calls turned and mirrored (2 to 8)."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -259,7 +339,14 @@ def _orientation(image: Image.Image) -> int:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # broken metadata does not make a broken image
         return 1
-    return value if value in _UPRIGHT else 1
+    return value if value in range(1, 9) else 1
+
+
+def _is_animated(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # a broken second frame does not make the first one broken
+        return False
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -313,15 +400,10 @@ def _srgb_transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return None
 
 
-_EXIF_MARK = {"JPEG": b"Exif\0\0", "PNG": b"eXIf", "WEBP": b"EXIF"}
-
-
-def _exif(body: bytes, kind: str) -> str | None:
+def _exif(source: Image.Image, body: bytes) -> str | None:
     """The EXIF tags as a JSON object of strings, `{}` without any, as img2dataset stores them."""
-    mark = _EXIF_MARK.get(kind)
-    # Most images have none, and the pure-Python reader would hold the GIL to find that out.
-    if mark is None or mark not in body:
-        return "{}"
+    if "exif" not in source.info:
+        return "{}"  # most images: the pure-Python reader would take longer to find that out
     try:
         tags = exifread.process_file(io.BytesIO(body), details=False)
         return json.dumps({name: str(value).strip() for name, value in tags.items() if value is not None})
