@@ -26,5 +26,4 @@ def is_heavy(dtype: pa.DataType) -> bool:
         pa.types.is_binary(dtype)
         or pa.types.is_large_binary(dtype)
         or pa.types.is_fixed_size_list(dtype)
-        or pa.types.is_list(dtype)
     )

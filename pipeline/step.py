@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.hashing import hash64
 from pipeline.schema import DROP
 
 if TYPE_CHECKING:
@@ -134,6 +135,37 @@ class KeyedFilter(Filter):
         table = pa.Table.from_pandas(part.drop(columns="_key"), preserve_index=False)
         _, drops = apply(self, table)
         return drops_frame(drops)
+
+
+class FrequencyFilter(KeyedFilter):
+    """Drops what too many rows of the run share: all rows of such a value, none stays behind to stand for them.
+
+    A null is shared by none.
+    """
+
+    scope = "run"
+    column: str
+    max_count: int
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if self.max_count < 1:
+            yield "max_count", f"must be at least 1, found {self.max_count}"
+
+    def key(self, batch: pa.Table) -> np.ndarray:
+        return hash64(pc.fill_null(batch[self.column].cast(pa.string()), "").to_pylist())
+
+    def keep(self, batch: pa.Table) -> pa.BooleanArray:
+        return pa.array(self._rows_sharing(batch) <= self.max_count)
+
+    def detail(self, dropped: pa.Table) -> pa.StringArray:
+        # Rows that share a value are dropped together, so they are all here to be counted.
+        return pa.array([f"shared by {n} rows" for n in self._rows_sharing(dropped).tolist()], pa.string())
+
+    def _rows_sharing(self, batch: pa.Table) -> np.ndarray:
+        codes = pc.dictionary_encode(batch[self.column].combine_chunks())
+        counts = np.bincount(codes.indices.drop_null().to_numpy(), minlength=len(codes.dictionary) or 1)
+        shared = counts[pc.fill_null(codes.indices, 0).to_numpy(zero_copy_only=False)]
+        return np.where(codes.indices.is_valid(), shared, 0)
 
 
 def drops_frame(drops: pa.Table | None = None):  # type: ignore[no-untyped-def]

@@ -39,11 +39,13 @@ import numpy as np
 import simplejpeg
 from PIL import AvifImagePlugin, Image, ImageCms, UnidentifiedImageError, features
 
+from pipeline.fetch.deny import DenyList
 from pipeline.fetch.reasons import FetchError
 
 ResizeMode = Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"]
 EncodeFormat = Literal["jpg", "png", "webp"]
 DecodeMode = Literal["scaled", "fast", "exact"]
+HashType = Literal["md5", "sha1", "sha256", "sha512"]
 Box = Sequence[float]
 """x_min, y_min, x_max, y_max of the upright image, from 0 to 1."""
 
@@ -77,6 +79,10 @@ class Rules:
     extract_exif: bool = True
     skip_reencode: bool = False
     decode: DecodeMode = "scaled"
+    compute_hash: HashType | None = None
+    verify_hash: HashType | None = None
+    hash_mismatch: Literal["reject", "flag"] = "reject"
+    deny_hashes: DenyList | None = None
 
 
 @dataclass(frozen=True)
@@ -93,15 +99,20 @@ class Picture:
     phash: int
     """imagehash.phash (64 bits, the first bit of its hex string highest) of the picture as it was encoded."""
     exif: str | None
+    hash: str | None = None
+    """The digest that `Rules.compute_hash` asks for."""
+    hash_matches: bool | None = None
+    """Whether the body is the one that was claimed; None where nothing was."""
 
 
-def decode(body: bytes, rules: Rules, blur: Sequence[Box] = ()) -> Picture:
+def decode(body: bytes, rules: Rules, claim: str | None = None, blur: Sequence[Box] = ()) -> Picture:
     """The picture in `body` by `rules`, with the parts in `blur` made unrecognisable.
 
+    `claim` is the digest, in hex, that the body should have, where `rules.verify_hash` names its kind.
     Raises FetchError, and only that, for whatever is wrong with the bytes.
     """
     try:
-        return _decode(body, rules, blur)
+        return _decode(body, rules, claim, blur)
     except (FetchError, MemoryError):
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -112,7 +123,19 @@ def decode(body: bytes, rules: Rules, blur: Sequence[Box] = ()) -> Picture:
         raise FetchError("decode_error", f"{type(error).__name__}: {error}") from None
 
 
-def _decode(body: bytes, rules: Rules, blur: Sequence[Box]) -> Picture:
+def decode_by(rules: Rules, body: bytes, claim: str | None = None, blur: Sequence[Box] = ()) -> Picture:
+    """`decode` with the rules first, to be bound once and sent to other processes."""
+    return decode(body, rules, claim, blur)
+
+
+def _decode(body: bytes, rules: Rules, claim: str | None, blur: Sequence[Box]) -> Picture:
+    if rules.deny_hashes is not None and (denied := rules.deny_hashes.find(body)):
+        raise FetchError("denied_hash", denied)
+    matches = None
+    if rules.verify_hash and claim is not None:
+        matches = hashlib.new(rules.verify_hash, body).hexdigest() == claim.strip().lower()
+        if not matches and rules.hash_mismatch == "reject":
+            raise FetchError("hash_mismatch", f"{rules.verify_hash} is not {claim}")
     kind = sniff(body)
     if kind is None:
         raise FetchError("not_an_image", f"starts with {body[:16]!r}")
@@ -147,6 +170,8 @@ def _decode(body: bytes, rules: Rules, blur: Sequence[Box]) -> Picture:
         sha256=hashlib.sha256(body).hexdigest(),
         phash=phash(pixels),
         exif=exif,
+        hash=hashlib.new(rules.compute_hash, body).hexdigest() if rules.compute_hash else None,
+        hash_matches=matches,
     )
 
 
@@ -164,7 +189,7 @@ def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Ru
     """
     cover = _COVER.get(rules.decode)
     reduces = source.format == "JPEG" and cover is not None and target[0] < source.width
-    wanted = tuple(math.ceil(side * cover) for side in target) if reduces and cover else (0, 0)
+    wanted = (math.ceil(target[0] * cover), math.ceil(target[1] * cover)) if reduces and cover else (0, 0)
     if source.format == "JPEG" and (source.mode == "RGB" or (source.mode == "L" and "icc_profile" not in source.info)):
         try:
             # libjpeg mends what it can and only warns: such a file is left to Pillow, which knows a truncated one.

@@ -11,16 +11,16 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 
 T = TypeVar("T")
 Begin = Callable[[], Awaitable[None]]
-Work = Callable[[str | None, Begin], Awaitable[T]]
+Work = Callable[[tuple[Any, ...], Begin], Awaitable[T]]
 Finished = tuple[pa.Table, int, T]
 """A row (its table and position there) and what became of it."""
 
@@ -29,7 +29,9 @@ HOLD_SECONDS = 0.5
 
 
 class Overlap(Generic[T]):
-    """`work(value, begin)` is called for each row, within `open_work()`, and must not raise.
+    """`work(values, begin)` is called for each row with its values in `columns`, within `open_work()`.
+
+    What it raises ends the whole stream.
 
     `admitted` rows are known to the event loop, most of them waiting; a row costs memory from when it has awaited
     `begin` until its result is handed out, and there are at most `concurrency` of those.
@@ -39,13 +41,13 @@ class Overlap(Generic[T]):
         self,
         open_work: Callable[[], AbstractAsyncContextManager[Work[T]]],
         *,
-        column: str,
+        columns: Sequence[str],
         concurrency: int,
         admitted: int,
         group: int,
     ):
         self._open_work = open_work
-        self._column = column
+        self._columns = columns
         self._concurrency = concurrency
         self._admitted = admitted
         self._group = group
@@ -55,7 +57,7 @@ class Overlap(Generic[T]):
 
         Closing the generator early, or an error in `tables`, cancels what is in flight and ends the thread.
         """
-        run = _Run(self._open_work, self._column, self._concurrency, self._admitted)
+        run = _Run(self._open_work, self._columns, self._concurrency, self._admitted)
         source = iter(tables)
         ready: list[Finished[T]] = []
         due = 0.0
@@ -110,14 +112,14 @@ class _Run(Generic[T]):
     def __init__(
         self,
         open_work: Callable[[], AbstractAsyncContextManager[Work[T]]],
-        column: str,
+        columns: Sequence[str],
         concurrency: int,
         admitted: int,
     ):
         # Unbounded as a queue, bounded by what may be admitted.
         self.events: queue.SimpleQueue[_Row[T] | _Room | _End] = queue.SimpleQueue()
         self._open_work = open_work
-        self._column = column
+        self._columns = columns
         self._inbox: asyncio.Queue[pa.Table | None] = asyncio.Queue()
         self._places = asyncio.Semaphore(concurrency)
         self._admissions = asyncio.Semaphore(admitted)
@@ -174,9 +176,9 @@ class _Run(Generic[T]):
             try:
                 self.events.put(_Room())
                 while (table := await self._inbox.get()) is not None:
-                    for row, value in enumerate(_texts(table[self._column])):
+                    for row, values in enumerate(zip(*(_values(table[name]) for name in self._columns))):
                         await self._admissions.acquire()
-                        task = asyncio.create_task(self._one(work, table, row, value))
+                        task = asyncio.create_task(self._one(work, table, row, values))
                         rows.add(task)
                         task.add_done_callback(rows.discard)
                     self.events.put(_Room())
@@ -186,7 +188,7 @@ class _Run(Generic[T]):
                     task.cancel()
                 await asyncio.gather(*rows, return_exceptions=True)
 
-    async def _one(self, work: Work[T], table: pa.Table, row: int, value: str | None) -> None:
+    async def _one(self, work: Work[T], table: pa.Table, row: int, values: tuple[Any, ...]) -> None:
         begun = False
 
         async def begin() -> None:
@@ -195,15 +197,16 @@ class _Run(Generic[T]):
             begun = True
 
         try:
-            result = await work(value, begin)
+            result = await work(values, begin)
         except Exception as error:
             self.events.put(_End(error))
         else:
             self.events.put(_Row(table, row, result, begun))
 
 
-def _texts(column: pa.ChunkedArray) -> Iterator[str | None]:
-    """The values of a text column; bytes that are not UTF-8, which Arrow lets pass, become surrogates."""
-    for value in column.cast(pa.large_binary()):
-        raw = value.as_py()
-        yield None if raw is None else raw.decode("utf-8", "surrogateescape")
+def _values(column: pa.ChunkedArray) -> Iterator[Any]:
+    """Python values; in a text, bytes that are not UTF-8, which Arrow lets pass, become surrogates."""
+    if not pa.types.is_string(column.type):
+        return iter(column.to_pylist())
+    raw = (value.as_py() for value in column.cast(pa.large_binary()))
+    return (None if value is None else value.decode("utf-8", "surrogateescape") for value in raw)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
+import hashlib
 import re
-from collections.abc import AsyncIterator, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
 
-import cv2
 import pyarrow as pa
 
 from pipeline.fetch.client import Client, Limits, tls_context
-from pipeline.fetch.decoder import EncodeFormat, Picture, ResizeMode, Rules, decode
+from pipeline.fetch.decoder import DecodeMode, EncodeFormat, HashType, Picture, ResizeMode, Rules, decode_by
+from pipeline.fetch.deny import DenyList
 from pipeline.fetch.guard import parse_addr
 from pipeline.fetch.overlap import Begin, Finished, Overlap, Work
 from pipeline.fetch.reasons import FetchError
+from pipeline.fetch.sandbox import Sandbox
 from pipeline.step import Stage
 
 GROUP_ROWS = 256
@@ -34,9 +34,9 @@ class Download(Stage):
     """Fetches each url, checks, decodes, resizes and re-encodes the image; names and meanings are img2dataset's.
 
     Adds the encoded `image` and its measurements. `original_width` and `original_height` are those of the upright
-    image; `sha256` is of the bytes as fetched; `phash` is imagehash.phash, 64 bits with the first bit of its hex string
-    highest, of the picture as decoded (JPEGs at a reduced scale). A row without an image is dropped for one of the
-    reasons of `pipeline.fetch.reasons`.
+    image; `animated` tells that more frames follow the one that was taken; `sha256` is of the bytes as fetched;
+    `phash` is imagehash.phash, 64 bits with the first bit of its hex string highest, of the picture as it was encoded.
+    A row without an image is dropped for one of the reasons of `pipeline.fetch.reasons`.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("url",)
@@ -48,6 +48,7 @@ class Download(Stage):
         "original_height": pa.int32(),
         "original_bytes": pa.int64(),
         "original_format": pa.string(),
+        "animated": pa.bool_(),
         "sha256": pa.string(),
         "phash": pa.uint64(),
         "exif": pa.string(),
@@ -65,6 +66,13 @@ class Download(Stage):
     """jpg, png or webp."""
     encode_quality: int = 95
     """0 to 100 for jpg and webp; the compression level, 0 to 9, for png."""
+    skip_reencode: bool = False
+    """Keep the bytes as they came where nothing had to change: metadata, and whatever hides behind the picture, too."""
+    decode: DecodeMode = "scaled"
+    """How a JPEG that shrinks is decoded: `exact` in full; `scaled` at the smallest scale that leaves 1.5 times the
+    target or more; `fast` at the smallest that covers it. What each costs and saves: docs/fetching.md."""
+    bbox_col: str | None = None
+    """A column of boxes to blur, faces say: lists of [x_min, y_min, x_max, y_max] from 0 to 1 of the upright image."""
     min_image_size: int = 0
     """Pixels of the shorter side."""
     max_image_area: float = 36_000_000
@@ -73,6 +81,16 @@ class Download(Stage):
     """Longer side / shorter side."""
     extract_exif: bool = True
     """Fill `exif` with the tags as a JSON object of strings."""
+    compute_hash: HashType | None = None
+    """A further hash of the bytes as fetched, in a column of its name; `sha256` is always there."""
+    verify_hash: list[str] | None = None
+    """`[column, md5 | sha1 | sha256 | sha512]`: the column holds the hash, in hex, that the bytes should have; a row
+    with a null there is not checked."""
+    hash_mismatch: Literal["reject", "flag"] = "reject"
+    """Of other bytes than expected: drop the row, or keep it and say so in the column `hash_matches`."""
+    deny_hashes: str | None = None
+    """A file of md5, sha1 or sha256 digests in hex, one a line: bodies with one of them are dropped before anything of
+    them is decoded or stored."""
 
     timeout: float = 10.0
     """Seconds for a row in all: redirects, retries and back-off; waiting for a place at a busy host is not counted."""
@@ -99,14 +117,28 @@ class Download(Stage):
     """Requests at once to one host."""
     bytes_in_flight: int = field(default=128_000_000, metadata=_SPEED)
     """Bytes of large bodies that may be held at once; bodies under 256 KiB are not counted."""
-    decode_threads: int = field(default=0, metadata=_SPEED)
-    """Threads that decode and encode; 0: one for each CPU that the process may use."""
+    decode_processes: int = field(default=1, metadata=_SPEED)
+    """Processes of each worker that decode and encode; the executor starts a worker for each CPU."""
+    decode_timeout: float = 20.0
+    """Seconds of CPU time that one image may take to decode and encode."""
+    decode_memory: int = 1_000_000_000
+    """Bytes of memory that one image may take to decode and encode."""
+
+    def __post_init__(self) -> None:
+        further = ([self.bbox_col] if self.bbox_col else []) + (self.verify_hash or [])[:1]
+        self.needs = ("url", *further)  # type: ignore[misc]
+        self.adds = dict(type(self).adds)  # type: ignore[misc]
+        if self.compute_hash:
+            self.adds[self.compute_hash] = pa.string()
+        if self.verify_hash and self.hash_mismatch == "flag":
+            self.adds["hash_matches"] = pa.bool_()
 
     def check(self) -> Iterator[tuple[str, str]]:
-        for key in ("image_size", "max_bytes", "concurrency", "per_host", "bytes_in_flight", "timeout"):
+        for key in ("image_size", "max_bytes", "concurrency", "per_host", "bytes_in_flight", "timeout",
+                    "decode_processes", "decode_timeout", "decode_memory"):  # fmt: skip
             if getattr(self, key) <= 0:
                 yield key, f"{getattr(self, key)} must be above 0"
-        for key in ("retries", "min_rate", "min_image_size", "decode_threads"):
+        for key in ("retries", "min_rate", "min_image_size"):
             if getattr(self, key) < 0:
                 yield key, f"{getattr(self, key)} must be 0 or more"
         if self.max_aspect_ratio < 1:
@@ -120,16 +152,26 @@ class Download(Stage):
             yield "user_agent_token", f"{self.user_agent_token!r} must be letters, digits, - and _"
         if not self.user_agent_contact.isprintable() or not self.user_agent_contact.isascii():
             yield "user_agent_contact", f"{self.user_agent_contact!r} must be printable ASCII"
+        if self.verify_hash is not None and (
+            len(self.verify_hash) != 2 or self.verify_hash[1] not in get_args(HashType)
+        ):
+            yield "verify_hash", f"{self.verify_hash} must be [column, {' | '.join(get_args(HashType))}]"
+        if self.deny_hashes:
+            try:
+                DenyList(self.deny_hashes)
+            except (OSError, ValueError) as error:
+                yield "deny_hashes", str(error)
         for addr in self.allow_addrs:
             try:
                 parse_addr(addr)
             except ValueError as error:
                 yield "allow_addrs", str(error)
 
+    def fingerprint(self) -> object:
+        return hashlib.sha256(Path(self.deny_hashes).read_bytes()).hexdigest() if self.deny_hashes else None
+
     def setup(self) -> None:
         tls_context()
-        # One image, one thread: the images are what runs in parallel.
-        cv2.setNumThreads(1)
 
     def process(self, batch: pa.Table) -> pa.Table:
         done = [*self.stream([batch]), self._finish(batch.slice(0, 0), [])]
@@ -139,7 +181,7 @@ class Download(Stage):
         """Finished rows in order of completion, at most 256 a table, dropped ones marked; requests overlap batches."""
         overlap = Overlap(
             self._open,
-            column="url",
+            columns=["url", self.verify_hash[0] if self.verify_hash else "url", self.bbox_col or "url"],
             concurrency=self.concurrency,
             admitted=max(ADMITTED_ROWS, 2 * self.concurrency),
             group=GROUP_ROWS,
@@ -152,14 +194,24 @@ class Download(Stage):
         options = {f.name: getattr(self, f.name) for f in fields(self)}
         options["disallowed_header_directives"] = tuple(d.strip().lower() for d in self.disallowed_header_directives)
         options["allow_addrs"] = tuple(self.allow_addrs)
+        options["verify_hash"] = self.verify_hash[1] if self.verify_hash else None
+        options["deny_hashes"] = DenyList(self.deny_hashes) if self.deny_hashes else None
         limits = Limits(**{f.name: options[f.name] for f in fields(Limits)})
         rules = Rules(**{f.name: options[f.name] for f in fields(Rules)})
-        decoders = ThreadPoolExecutor(self.decode_threads or usable_cpus(), thread_name_prefix="decode")
-        try:
-            async with Client(limits) as client:
-                yield partial(picture, client, decoders, rules)
-        finally:
-            decoders.shutdown(cancel_futures=True)
+        decoders = Sandbox(
+            partial(decode_by, rules),
+            processes=self.decode_processes,
+            seconds=self.decode_timeout,
+            memory=self.decode_memory,
+        )
+        async with decoders, Client(limits) as client:
+
+            async def work(values: tuple[Any, ...], begin: Begin) -> Picture | FetchError:
+                url, claim, boxes = values
+                extra = (claim if self.verify_hash else None, boxes or () if self.bbox_col else ())
+                return await picture(client, decoders, url, begin, *extra)
+
+            yield work
 
     def _table(self, finished: list[Finished[Picture | FetchError]]) -> pa.Table:
         """Rows in order within each source table, the tables one after the other."""
@@ -177,6 +229,8 @@ class Download(Stage):
         names = [*self.adds, "drop_reason", "drop_detail"]
         table = source.drop_columns([name for name in names if name in source.column_names])
         measured = [vars(r) if isinstance(r, Picture) else {} for r in results]
+        if self.compute_hash and self.compute_hash != "sha256":
+            measured = [{**m, self.compute_hash: m.get("hash")} for m in measured]
         for name, dtype in self.adds.items():
             table = table.append_column(name, pa.array([m.get(name) for m in measured], dtype))
         failures = [r if isinstance(r, FetchError) else None for r in results]
@@ -185,20 +239,11 @@ class Download(Stage):
 
 
 async def picture(
-    client: Client, decoders: Executor, rules: Rules, url: str | None, begin: Begin
+    client: Client, decode: Callable[..., Awaitable[Picture]], url: str | None, begin: Begin, *extra: Any
 ) -> Picture | FetchError:
-    """One row, from url to picture. Whatever happens to it ends in a reason."""
+    """One row, from url to picture; `extra` goes to `decode` behind the body. What befalls the row ends in a reason."""
     try:
         async with client.fetch(url, begin) as body:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(decoders, decode, body, rules)
+            return await decode(body, *extra)
     except FetchError as failure:
         return failure
-    except BrokenExecutor as error:
-        return FetchError("decoder_crash", str(error))
-    except Exception as error:
-        return FetchError("unexpected", f"{type(error).__name__}: {error}")
-
-
-def usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -327,21 +327,21 @@ def test_bytes_are_kept_only_where_nothing_has_to_change() -> None:
     animated = encoded(small, "PNG", save_all=True, append_images=[scene(80, 60).rotate(90)])
     for changed in (encoded(small.convert("RGBA"), "PNG"), deep, animated):
         assert decode(changed, png_rules).image != changed
-    assert decode(jpeg, Rules(skip_reencode=True, image_size=320), [(0, 0, 0.5, 0.5)]).image != jpeg
+    assert decode(jpeg, Rules(skip_reencode=True, image_size=320), blur=[(0, 0, 0.5, 0.5)]).image != jpeg
 
 
 def test_boxes_are_blurred_and_the_rest_is_not() -> None:
     rng = np.random.default_rng(5)
     body = encoded(Image.fromarray(rng.integers(0, 255, (400, 600, 3), np.uint8)), "PNG")
     plain, blurred = (
-        np.asarray(Image.open(io.BytesIO(decode(body, Rules(encode_format="png", encode_quality=1), boxes).image)))
+        np.asarray(Image.open(io.BytesIO(decode(body, Rules(encode_format="png", encode_quality=1), blur=boxes).image)))
         for boxes in ([], [(0.5, 0.25, 0.75, 0.5)])
     )
     height, width = plain.shape[:2]
     inside = (slice(int(0.3 * height), int(0.45 * height)), slice(int(0.55 * width), int(0.7 * width)))
     assert blurred[inside].std() < 0.35 * plain[inside].std()
     assert (blurred[:, : int(0.25 * width)] == plain[:, : int(0.25 * width)]).all()
-    assert decode(body, Rules(), [(0.2, 0.2, 0.2, 0.2)]).image == decode(body, Rules()).image  # nothing in it
+    assert decode(body, Rules(), blur=[(0.2, 0.2, 0.2, 0.2)]).image == decode(body, Rules()).image  # nothing in it
 
 
 def test_encodings() -> None:

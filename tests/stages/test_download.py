@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
 import io
+import os
 import pickle
+import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future
-from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -20,11 +22,10 @@ from PIL import Image
 
 from pipeline.fetch import client as client_module
 from pipeline.fetch import overlap as overlap_module
-from pipeline.fetch.client import Client, Limits
-from pipeline.fetch.decoder import Rules
-from pipeline.fetch.reasons import FetchError
+from pipeline.fetch.client import Client
+from pipeline.fetch.decoder import Picture, Rules, decode_by
 from pipeline.stages import download as download_module
-from pipeline.stages.download import Download, picture
+from pipeline.stages.download import Download
 from pipeline.step import apply
 from tests.fetch.server import JPEG, Server, answer, jpeg, redirect, reset, serving, silence
 
@@ -45,6 +46,7 @@ ANSWERS = {
     "noai": answer(body=JPEG, X_Robots_Tag="noai"),
     "reset": reset,
     "silent": silence,
+    **{name: answer(body=f"{name} {'x' * 100}".encode()) for name in ("kill", "hang", "eat")},
 }
 EXPECTED = {"ok": None, "large": None, "moved": None, "private": "addr_denied", "html": "not_an_image",
             "half": "decode_error", "noai": "opted_out", "reset": "reset", "missing": "http_404"}  # fmt: skip
@@ -74,7 +76,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 def step(server: Server, **options: Any) -> Download:
-    options = {"allow_addrs": [server.addr], "timeout": 5.0, "per_host": 32, "decode_threads": 2, **options}
+    options = {"allow_addrs": [server.addr], "timeout": 5.0, "per_host": 32, **options}
     step = Download(**options)
     assert list(step.check()) == []
     step.setup()
@@ -138,7 +140,7 @@ def test_empty_tables_and_no_tables(server: Server) -> None:
 
 def test_equal_bytes_give_equal_rows(server: Server) -> None:
     batch = unit([f"{server.url}/{name}" for name in EXPECTED] * 5)
-    assert step(server).process(batch).equals(step(server, decode_threads=1, concurrency=3).process(batch))
+    assert step(server).process(batch).equals(step(server, decode_processes=2, concurrency=3).process(batch))
 
 
 def test_columns_of_the_pool_give_way_to_measured_ones(server: Server) -> None:
@@ -222,36 +224,69 @@ def test_an_error_of_the_input_reaches_the_consumer(server: Server) -> None:
 
 
 def test_a_fault_of_our_own_costs_its_row_alone(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = download_module.decode
+    real = Client.fetch
 
-    def faulty(body: bytes, rules: Rules) -> Any:
-        if body == JPEG:
+    def faulty(self: Client, url: str | None, begin: Any) -> Any:
+        if url and url.endswith("/ok"):
             raise RuntimeError("a bug")
-        return real(body, rules)
+        return real(self, url, begin)
 
-    monkeypatch.setattr(download_module, "decode", faulty)
+    monkeypatch.setattr(Client, "fetch", faulty)
     out = step(server).process(unit([f"{server.url}/{n}" for n in ("ok", "large")]))
     assert out["drop_reason"].to_pylist() == ["unexpected", None]
     assert out["drop_detail"].to_pylist() == ["RuntimeError: a bug", None]
 
 
-def test_a_decoder_that_dies_costs_its_row_alone(server: Server) -> None:
-    class Dying(Executor):
-        def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-            future: Future[Any] = Future()
-            future.set_exception(BrokenProcessPool("terminated abruptly"))
-            return future
+def test_a_decoder_that_is_lost_costs_its_row_alone(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder that dies, hangs, or eats memory on some bodies, among many good ones."""
+    monkeypatch.setattr(download_module, "decode_by", treacherous)
+    names = ["ok", "kill", "ok", "hang", "ok", "eat", "ok"] + ["large"] * 60
+    out = step(server, decode_timeout=1.0).process(unit([f"{server.url}/{n}" for n in names]))
+    reasons = out["drop_reason"].to_pylist()
+    assert reasons[:7] == [None, "decoder_crash", None, "decoder_timeout", None, "decoder_memory", None]
+    assert set(reasons[7:]) == {None}
 
-    async def go() -> Any:
-        async def begin() -> None:
-            pass
 
-        async with Client(Limits(allow_addrs=(server.addr,))) as client:
-            return await picture(client, Dying(), Rules(), f"{server.url}/ok", begin)
+def treacherous(rules: Rules, body: bytes, *extra: Any) -> Picture:
+    match body[:4]:
+        case b"kill":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case b"hang":
+            while True:
+                pass
+        case b"eat ":
+            held = []
+            while True:
+                held.append(bytearray(50_000_000))
+    return decode_by(rules, body, *extra)
 
-    result = asyncio.run(go())
-    assert isinstance(result, FetchError)
-    assert result.reason == "decoder_crash"
+
+def test_hashes_are_computed_verified_and_denied(server: Server, tmp_path: Path) -> None:
+    md5 = hashlib.md5(JPEG).hexdigest()
+    claims = [md5.upper(), "0" * 32, None]
+    batch = unit([f"{server.url}/ok"] * 3, md5=claims)
+    options = {"compute_hash": "sha512", "verify_hash": ["md5", "md5"]}
+    out = step(server, **options).process(batch)
+    assert out["drop_reason"].to_pylist() == [None, "hash_mismatch", None]
+    assert out["sha512"].to_pylist() == [hashlib.sha512(JPEG).hexdigest(), None, hashlib.sha512(JPEG).hexdigest()]
+    out = step(server, **options, hash_mismatch="flag").process(batch)
+    assert out["hash_matches"].to_pylist() == [True, False, None]
+    assert out["drop_reason"].null_count == 3
+    deny = tmp_path / "deny.txt"
+    deny.write_text(md5)
+    strict = step(server, deny_hashes=str(deny))
+    assert strict.process(batch)["drop_reason"].to_pylist() == ["denied_hash"] * 3
+    before = strict.fingerprint()
+    deny.write_text("0" * 32)
+    assert strict.fingerprint() != before
+
+
+def test_boxes_of_a_column_are_blurred(server: Server) -> None:
+    boxes = [[[0.0, 0.0, 1.0, 1.0]], [], None]
+    out = step(server, bbox_col="faces").process(unit([f"{server.url}/large"] * 3, faces=boxes))
+    blurred, plain, none = out["image"].to_pylist()
+    assert plain == none
+    assert len(blurred) < len(plain)
 
 
 def test_the_stage_travels_to_its_worker(server: Server) -> None:
@@ -274,6 +309,10 @@ def test_the_stage_travels_to_its_worker(server: Server) -> None:
         ({"user_agent_contact": "a\nb"}, "user_agent_contact"),
         ({"allow_addrs": ["127.0.0.1"]}, "allow_addrs"),
         ({"allow_addrs": ["localhost:80"]}, "allow_addrs"),
+        ({"verify_hash": ["md5"]}, "verify_hash"),
+        ({"verify_hash": ["column", "crc32"]}, "verify_hash"),
+        ({"deny_hashes": "/nowhere"}, "deny_hashes"),
+        ({"decode_timeout": 0}, "decode_timeout"),
     ],
 )
 def test_unusable_options_are_named(options: dict[str, Any], key: str) -> None:

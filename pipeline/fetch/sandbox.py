@@ -1,0 +1,404 @@
+"""Calls a function in processes that can be lost: what kills, hangs or fills one costs the call it had in hand alone.
+
+    async with Sandbox(partial(decode, rules=rules), processes=2, seconds=20, memory=512_000_000) as sandbox:
+        picture = await sandbox(body)
+
+The processes are fresh interpreters, never forks: the parent may have threads. Each works on one call at a time, with
+the next already in its socket, so that it need not wait for a busy event loop. A call is one write and one read for the
+parent; slots of shared memory save a third of that, 1% of decoding an image, and would have to fit every size of body.
+
+This is for accidents, not a wall against attackers: a child has the rights of its parent, and its answers are
+unpickled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import mmap
+import os
+import pickle
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import cloudpickle
+
+from pipeline.fetch.reasons import FetchError
+
+T = TypeVar("T")
+
+# A deadlock takes no CPU time; a machine with some times more work than cores is merely busy.
+WALL_FACTOR = 5
+# Processes in a row that die before they begin a call. One may be bad luck (a kill for memory), this many are not.
+STARTS = 3
+# Calls that a child has at once: the one it works on and the next.
+DEPTH = 2
+
+_SOCKET_BYTES = 1 << 20  # most bodies as a whole, if the system grants it
+_ANSWER_BYTES = 1 << 16  # most answers in one read
+_REQUEST = struct.Struct("=QQ")  # bytes of the pickled arguments, bytes of the body
+_SIZE = struct.Struct("=Q")
+_PR_SET_PDEATHSIG = 1
+# The children are what runs in parallel; a pool of threads in each would only cost memory.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
+
+# Kinds of answers.
+_READY, _UNUSABLE, _RESULT, _FAILURE, _EXHAUSTED = range(5)
+
+
+class Sandbox(Generic[T]):
+    """`await sandbox(body, *args)` is `target(body, *args)`, in one of `processes` children.
+
+    A call may take `seconds` of CPU time or WALL_FACTOR times as much wall time, from when its child begins with it,
+    and `memory` bytes beyond what the child holds with `target` loaded, modules imported later included (on Linux;
+    elsewhere memory is not limited). `target` and `args` are pickled, `body` goes as it is.
+
+    Belongs to the event loop, and on Linux to the thread, that entered it: the children end with that thread.
+    """
+
+    def __init__(self, target: Callable[..., T], *, processes: int, seconds: float, memory: int):
+        self._setup = _request(cloudpickle.dumps(target), (seconds, memory))
+        self._processes = processes
+        self._seconds = seconds
+        self._children: list[_Child] = []
+        self._queue: deque[_Call] = deque()
+        self._failed_starts = 0
+        self._closed: str | None = "the sandbox is not open"
+
+    async def __aenter__(self) -> Sandbox[T]:
+        self._loop = asyncio.get_running_loop()
+        self._closed = None
+        try:
+            for _ in range(self._processes):
+                self._start()
+        except BaseException:
+            self._end_all()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._close("the sandbox is closed")
+        self._end_all()
+
+    async def __call__(self, body: bytes, *args: Any) -> T:
+        """Raises FetchError: the target's own; `decoder_crash`, `decoder_timeout` or `decoder_memory` for the call that
+        a process was lost with; `unexpected` for any other exception. Raises RuntimeError if no process will start.
+        """
+        if self._closed is not None:
+            raise RuntimeError(self._closed)
+        call = _Call(_request(body, args), self._loop.create_future())
+        self._queue.append(call)
+        self._feed()
+        return await call.answer
+
+    def _start(self) -> None:
+        child = _Child()
+        self._children.append(child)
+        self._loop.add_reader(child.socket, self._read, child)
+        self._send(child, self._setup)
+
+    def _feed(self) -> None:
+        while self._queue:
+            free = [child for child in self._children if child.ready and len(child.calls) < DEPTH]
+            if not free:
+                return
+            call = self._queue.popleft()
+            if not call.answer.done():  # else cancelled while it waited
+                child = min(free, key=lambda child: len(child.calls))
+                child.calls.append(call)
+                self._send(child, call.request)
+
+    def _send(self, child: _Child, request: list[bytes]) -> None:
+        waiting = bool(child.unsent)
+        child.unsent += map(memoryview, request)
+        if not waiting and not child.flush():
+            self._loop.add_writer(child.socket, self._send_more, child)
+
+    def _send_more(self, child: _Child) -> None:
+        if child.flush():
+            self._loop.remove_writer(child.socket)
+
+    def _read(self, child: _Child) -> None:
+        try:
+            for kind, value in child.answers():
+                self._take(child, kind, value)
+        except Exception as error:  # whatever a process with a damaged memory may write
+            self._lost(child, f"an answer that cannot be read, {type(error).__name__}: {error}")
+        else:
+            if child.ended:
+                self._lost(child)
+        self._feed()
+
+    def _take(self, child: _Child, kind: int, value: Any) -> None:
+        if kind == _READY:
+            child.ready = True
+            return
+        if kind == _UNUSABLE:
+            self._close(value)
+            return
+        call = child.calls.popleft()
+        child.answered += 1
+        call.end(value, failed=kind != _RESULT)
+        if kind == _EXHAUSTED:
+            child.ended = True
+
+    def _lost(self, child: _Child, cause: str | None = None) -> None:
+        """Blames the call that the child had begun, if any; the one behind it comes first in another child."""
+        begun = child.begun
+        status = self._end(child)
+        if begun > child.answered and child.calls:
+            child.calls.popleft().end(self._verdict(status, cause), failed=True)
+        self._queue.extendleft(reversed(child.calls))
+        self._failed_starts = 0 if begun else self._failed_starts + 1
+        if self._failed_starts == STARTS:
+            self._close(f"{STARTS} processes in a row died before they began a call, the last of {_ending(status)}")
+        if self._closed is None:
+            try:
+                self._start()
+            except OSError as error:
+                self._close(f"cannot start a process: {error}")
+
+    def _verdict(self, status: int, cause: str | None) -> FetchError:
+        if status == -signal.SIGPROF:
+            return FetchError("decoder_timeout", f"over {self._seconds:g} s of CPU time")
+        if status == -signal.SIGALRM:
+            return FetchError("decoder_timeout", f"over {self._seconds * WALL_FACTOR:g} s")
+        return FetchError("decoder_crash", cause or _ending(status))
+
+    def _close(self, why: str) -> None:
+        """Ends every call, now and later, with a RuntimeError."""
+        if self._closed is None:
+            self._closed = why
+        for call in [*self._queue, *(call for child in self._children for call in child.calls)]:
+            call.end(RuntimeError(self._closed), failed=True)
+        self._queue.clear()
+
+    def _end(self, child: _Child) -> int:
+        self._loop.remove_reader(child.socket)
+        self._loop.remove_writer(child.socket)
+        self._children.remove(child)
+        return child.end()
+
+    def _end_all(self) -> None:
+        # Without an await, so that no cancellation comes between: a killed process takes milliseconds to end.
+        for child in self._children:
+            child.process.kill()
+        for child in list(self._children):
+            self._end(child)
+
+
+@dataclass
+class _Call:
+    request: list[bytes]
+    answer: asyncio.Future[Any]
+
+    def end(self, value: Any, *, failed: bool) -> None:
+        self.request = []
+        if self.answer.done():  # cancelled
+            return
+        if failed:
+            self.answer.set_exception(value)
+        else:
+            self.answer.set_result(value)
+
+
+class _Child:
+    """The parent's side of one process."""
+
+    def __init__(self) -> None:
+        self.ready = False
+        self.ended = False
+        self.calls: deque[_Call] = deque()
+        self.unsent: list[memoryview] = []
+        self.answered = 0
+        self._buffer = bytearray(_ANSWER_BYTES)
+        self._filled = 0
+        self.socket, theirs = socket.socketpair()
+        # The child counts the calls that it begins where this can be read after its death, at no cost for a call.
+        with theirs, tempfile.TemporaryFile() as counter:
+            counter.write(bytes(_SIZE.size))  # no hole, which a full disk could not fill later
+            counter.flush()
+            self._begun = mmap.mmap(counter.fileno(), _SIZE.size)
+            self.socket.setblocking(False)
+            for end in (self.socket, theirs):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+            fds = (theirs.fileno(), counter.fileno())
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "pipeline.fetch.sandbox", *map(str, fds)],
+                    pass_fds=fds,
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+                    start_new_session=True,  # Ctrl-C is for the parent to answer
+                )
+            except BaseException:
+                self._begun.close()
+                self.socket.close()
+                raise
+
+    @property
+    def begun(self) -> int:
+        return int(_SIZE.unpack_from(self._begun)[0])
+
+    def flush(self) -> bool:
+        """Sends what goes without waiting; True if nothing is left."""
+        try:
+            sent = self.socket.sendmsg(self.unsent)
+        except BlockingIOError:
+            return False
+        except OSError:  # it is dead, as reading will tell
+            self.unsent.clear()
+            return True
+        while self.unsent and sent >= len(self.unsent[0]):
+            sent -= len(self.unsent.pop(0))
+        if self.unsent:
+            self.unsent[0] = self.unsent[0][sent:]
+        return not self.unsent
+
+    def answers(self) -> Iterator[tuple[int, Any]]:
+        """The answers that have come in; sets `ended` at the end of the stream."""
+        try:
+            read = self.socket.recv_into(memoryview(self._buffer)[self._filled :])
+        except BlockingIOError:
+            return
+        except ConnectionResetError:  # it died with a request unread
+            read = 0
+        self.ended = not read
+        self._filled += read
+        while self._filled >= _SIZE.size:
+            end = _SIZE.size + _SIZE.unpack_from(self._buffer)[0]
+            if end > self._filled:
+                if end > len(self._buffer):
+                    self._buffer = self._buffer[: self._filled] + bytearray(end - self._filled)
+                return
+            answer = pickle.loads(memoryview(self._buffer)[_SIZE.size : end])
+            rest = self._buffer[end : self._filled]
+            self._filled = len(rest)
+            if len(self._buffer) > _ANSWER_BYTES:
+                self._buffer = bytearray(max(_ANSWER_BYTES, len(rest)))
+            self._buffer[: len(rest)] = rest
+            yield answer
+
+    def end(self) -> int:
+        """Kills the process if it lives, leaves nothing of it; its status as subprocess has it."""
+        self.process.kill()
+        status = self.process.wait()
+        self.socket.close()
+        self._begun.close()
+        return status
+
+
+def _ending(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"signal {signal.Signals(-status).name}"
+    except ValueError:  # a real-time signal
+        return f"signal {-status}"
+
+
+def _request(body: bytes, args: tuple[Any, ...]) -> list[bytes]:
+    pickled = pickle.dumps(args, pickle.HIGHEST_PROTOCOL)
+    return [_REQUEST.pack(len(pickled), len(body)) + pickled, body]
+
+
+def _answer(kind: int, value: Any) -> bytes:
+    pickled = pickle.dumps((kind, value), pickle.HIGHEST_PROTOCOL)
+    return _SIZE.pack(len(pickled)) + pickled
+
+
+def _read(channel: socket.socket, size: int) -> bytes:
+    """Raises EOFError when the parent is gone."""
+    data = channel.recv(size, socket.MSG_WAITALL) if size else b""
+    if len(data) < size:
+        raise EOFError
+    return data
+
+
+def _main() -> None:
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    begun = mmap.mmap(int(sys.argv[2]), _SIZE.size)
+    _prepare()
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        args_size, target_size = _REQUEST.unpack(_read(channel, _REQUEST.size))
+        seconds, memory = pickle.loads(_read(channel, args_size))
+        try:
+            target = pickle.loads(_read(channel, target_size))
+        except Exception:
+            channel.sendall(_answer(_UNUSABLE, f"a process cannot load its target:\n{traceback.format_exc()}"))
+            return
+        _limit_memory(memory)
+        # Prepared, since there will be no memory to make it with.
+        exhausted = _answer(_EXHAUSTED, FetchError("decoder_memory", f"over {memory} bytes"))
+        channel.sendall(_answer(_READY, None))
+        number = 0
+        while True:
+            args_size, body_size = _REQUEST.unpack(_read(channel, _REQUEST.size))
+            number += 1
+            _SIZE.pack_into(begun, 0, number)
+            try:
+                args = pickle.loads(_read(channel, args_size))
+                body = _read(channel, body_size)
+                # The system ends a process at the limit, wherever it hangs and whether or not the parent has time.
+                signal.setitimer(signal.ITIMER_PROF, seconds)
+                signal.setitimer(signal.ITIMER_REAL, seconds * WALL_FACTOR)
+                answer = _work(target, body, args)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
+            except MemoryError:
+                answer = exhausted
+            channel.sendall(answer)
+            if answer is exhausted:  # what it left is not worth cleaning up
+                return
+            del args, body, answer
+
+
+def _work(target: Callable[..., Any], body: bytes, args: tuple[Any, ...]) -> bytes:
+    try:
+        return _answer(_RESULT, target(body, *args))
+    except MemoryError:
+        raise
+    except FetchError as error:
+        return _answer(_FAILURE, error)
+    except BaseException as error:  # SystemExit is one more way to fail
+        return _answer(_FAILURE, FetchError("unexpected", f"{type(error).__name__}: {error}"))
+
+
+def _prepare() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for timer in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(timer, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        # Everywhere else the end of the stream tells, once the call in hand is over.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        with contextlib.suppress(OSError):  # where memory is short, better a child than the worker
+            Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _limit_memory(memory: int) -> None:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:  # not Linux, and elsewhere the limit is ignored or cannot be set below what is mapped
+        return
+    limit = pages * resource.getpagesize() + memory
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,47 @@
+"""Listed files are found, and only those; a list that is not one is refused with its line."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import pytest
+
+from pipeline.fetch.decoder import Rules, decode
+from pipeline.fetch.deny import DenyList
+from pipeline.fetch.reasons import FetchError
+from tests.fetch.server import JPEG, jpeg
+
+
+def test_bodies_are_found_by_any_kind_of_hash(tmp_path: Path) -> None:
+    bodies = [f"body {i}".encode() for i in range(3000)]
+    # Among so many there are digests that end in a zero byte, and one that begins with it.
+    assert any(hashlib.sha256(b).digest().endswith(b"\0") for b in bodies[:1500])
+    path = tmp_path / "deny.txt"
+    lines = [hashlib.sha256(b).hexdigest().upper() for b in bodies[:1500]]
+    lines += ["# abuse", "", hashlib.md5(b"by md5").hexdigest() + "  # a comment", hashlib.sha1(b"by sha1").hexdigest()]
+    path.write_text("\n".join(lines))
+    deny = pickle.loads(pickle.dumps(DenyList(path)))
+    assert len(deny) == 1502
+    assert all(deny.find(b) == f"sha256 {hashlib.sha256(b).hexdigest()}" for b in bodies[:1500])
+    assert not any(deny.find(b) for b in bodies[1500:])
+    assert (deny.find(b"by md5") or "").startswith("md5 ")
+    assert (deny.find(b"by sha1") or "").startswith("sha1 ")
+
+
+def test_a_listed_file_is_not_even_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "deny.txt"
+    path.write_text(hashlib.sha256(JPEG).hexdigest() + "\n" + hashlib.md5(b"no picture").hexdigest())
+    rules = Rules(deny_hashes=DenyList(path))
+    for body in (JPEG, b"no picture"):
+        with pytest.raises(FetchError, match="denied_hash"):
+            decode(body, rules)
+    assert decode(jpeg(seed=1), rules).width == 120
+
+
+def test_a_bad_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "deny.txt"
+    path.write_text("# ok\n" + "a" * 64 + "\nxyz\n")
+    with pytest.raises(ValueError, match=r"deny\.txt:3: 'xyz' is not an md5"):
+        DenyList(path)
