@@ -54,6 +54,8 @@ MAX_SIDE = {"jpg": 65_500, "png": 65_500, "webp": 16_383}
 
 # How many times the target's size a reduced decoding has at least, in both directions.
 _COVER = {"scaled": 1.5, "fast": 1.0}
+# Formats without a reduced decoding are averaged down in steps from this size on, unless `exact`.
+_LARGE_PIXELS = 4_000_000
 _SAME_FORMAT = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -115,6 +117,10 @@ def decode(body: bytes, rules: Rules, claim: str | None = None, blur: Sequence[B
         return _decode(body, rules, claim, blur)
     except (FetchError, MemoryError):
         raise
+    except cv2.error as error:
+        if error.code == cv2.Error.StsNoMem:
+            raise MemoryError(str(error)) from None
+        raise FetchError("decode_error", str(error)) from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise FetchError("too_large", str(error)) from None
     except UnidentifiedImageError:  # its message holds a memory address, and equal runs have equal ledgers
@@ -209,7 +215,11 @@ def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Ru
     clean = source.mode in ("RGB", "L") and not source.has_transparency_data and "icc_profile" not in source.info
     if source.format == "PNG" and body[24] > 8:  # bits a channel, which Pillow reads as 8
         clean = False
-    return np.asarray(_to_rgb(source)), source.size != before, clean
+    image = _to_rgb(source)
+    if cover and image.width * image.height > _LARGE_PIXELS:
+        # Before there is a second copy of it: what Pillow holds takes four bytes a pixel already.
+        image = image.reduce(max(1, int(min(image.width / target[0], image.height / target[1]) / cover)))
+    return np.asarray(image), image.size != before, clean
 
 
 def sniff(body: bytes) -> str | None:
@@ -380,7 +390,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = _grey_from_16_bit(image)
     alpha = None
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        if image.mode != "RGBA":
+            image = image.convert("RGBA")
         alpha = image.getchannel("A")
         image = image.convert("RGB")
     elif image.mode not in ("RGB", "L", "CMYK"):

@@ -58,6 +58,10 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OPENCV_FOR_
 _READY, _UNUSABLE, _RESULT, _FAILURE, _EXHAUSTED = range(5)
 
 
+class SandboxError(RuntimeError):
+    """There is no process to work in: a fault of ours or of the machine, not of what was to be worked on."""
+
+
 class Sandbox(Generic[T]):
     """`await sandbox(body, *args)` is `target(body, *args)`, in one of `processes` children.
 
@@ -94,10 +98,10 @@ class Sandbox(Generic[T]):
 
     async def __call__(self, body: bytes, *args: Any) -> T:
         """Raises FetchError: the target's own; `decoder_crash`, `decoder_timeout` or `decoder_memory` for the call that
-        a process was lost with; `unexpected` for any other exception. Raises RuntimeError if no process will start.
+        a process was lost with; `unexpected` for any other exception. Raises SandboxError if no process will start.
         """
         if self._closed is not None:
-            raise RuntimeError(self._closed)
+            raise SandboxError(self._closed)
         call = _Call(_request(body, args), self._loop.create_future())
         self._queue.append(call)
         self._feed()
@@ -178,11 +182,11 @@ class Sandbox(Generic[T]):
         return FetchError("decoder_crash", cause or _ending(status))
 
     def _close(self, why: str) -> None:
-        """Ends every call, now and later, with a RuntimeError."""
+        """Ends every call, now and later, with a SandboxError."""
         if self._closed is None:
             self._closed = why
         for call in [*self._queue, *(call for child in self._children for call in child.calls)]:
-            call.end(RuntimeError(self._closed), failed=True)
+            call.end(SandboxError(self._closed), failed=True)
         self._queue.clear()
 
     def _end(self, child: _Child) -> int:

@@ -17,9 +17,10 @@ from pipeline.fetch.client import Client, Limits, tls_context
 from pipeline.fetch.decoder import DecodeMode, EncodeFormat, HashType, Picture, ResizeMode, Rules, decode_by
 from pipeline.fetch.deny import DenyList
 from pipeline.fetch.guard import parse_addr
+from pipeline.fetch.outage import OutageError
 from pipeline.fetch.overlap import Begin, Finished, Overlap, Work
 from pipeline.fetch.reasons import FetchError
-from pipeline.fetch.sandbox import Sandbox
+from pipeline.fetch.sandbox import Sandbox, SandboxError
 from pipeline.step import Stage
 
 GROUP_ROWS = 256
@@ -115,13 +116,13 @@ class Download(Stage):
     """Rows at work at once, from the first request to the finished image."""
     per_host: int = field(default=8, metadata=_SPEED)
     """Requests at once to one host."""
-    bytes_in_flight: int = field(default=128_000_000, metadata=_SPEED)
+    bytes_in_flight: int = field(default=64_000_000, metadata=_SPEED)
     """Bytes of large bodies that may be held at once; bodies under 256 KiB are not counted."""
     decode_processes: int = field(default=1, metadata=_SPEED)
     """Processes of each worker that decode and encode; the executor starts a worker for each CPU."""
     decode_timeout: float = 20.0
     """Seconds of CPU time that one image may take to decode and encode."""
-    decode_memory: int = 1_000_000_000
+    decode_memory: int = 256_000_000
     """Bytes of memory that one image may take to decode and encode."""
 
     def __post_init__(self) -> None:
@@ -247,3 +248,7 @@ async def picture(
             return await decode(body, *extra)
     except FetchError as failure:
         return failure
+    except (OutageError, SandboxError):  # no verdict on the row
+        raise
+    except Exception as error:
+        return FetchError("unexpected", f"{type(error).__name__}: {error}")

@@ -162,13 +162,13 @@ def test_slow_hosts_overlap_with_the_units_that_follow(server: Server) -> None:
     started = time.monotonic()
     first_of_last = None
     out = []
-    for table in step(server, timeout=1.5).stream(unit(urls, n) for n in range(5)):
+    for table in step(server, timeout=5).stream(unit(urls, n) for n in range(5)):
         out.append(table)
         if first_of_last is None and 4 in table["unit"].to_pylist():
             first_of_last = time.monotonic() - started
-    assert time.monotonic() - started < 2.8
+    assert time.monotonic() - started < 12  # and not 25
     assert first_of_last is not None
-    assert first_of_last < 1.4
+    assert first_of_last < 5
     counts = Counter(pa.concat_tables(out)["drop_reason"].to_pylist())
     assert counts == {"deadline": 15, None: 200}
 

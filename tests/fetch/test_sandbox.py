@@ -1,0 +1,296 @@
+"""What the sandbox contains, whom it blames, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.fetch.decoder import Rules, decode
+from pipeline.fetch.reasons import FetchError
+from pipeline.fetch.sandbox import STARTS, Sandbox, SandboxError
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="what only Linux offers")
+
+
+def hostile() -> Callable[..., Any]:
+    """A target that does as its body says. Made in a function, it is pickled as it is and the children start fast."""
+
+    def act(body: bytes, directory: str = "") -> Any:
+        import ctypes
+        import os
+        import signal
+        import sys
+        import time
+        from pathlib import Path
+
+        from pipeline.fetch.reasons import FetchError
+
+        name = body[:20].decode("ascii", "replace")
+        if directory:
+            with (Path(directory) / "calls").open("a") as calls:
+                calls.write(f"{name} {os.getpid()}\n")
+        if name.startswith("wait"):
+            while not (Path(directory) / "go").exists():
+                time.sleep(0.005)
+        elif name == "sleep":
+            signal.pause()
+        elif name == "spin":
+            while True:
+                pass
+        elif name == "segfault":
+            ctypes.string_at(0)
+        elif name == "abort":
+            os.abort()
+        elif name == "exit":
+            os._exit(7)
+        elif name == "quit":
+            raise SystemExit(5)
+        elif name == "garble":
+            os.write(int(sys.argv[1]), bytes(8))
+        elif name == "eat":
+            eaten = []
+            while True:
+                eaten.append(bytearray(1 << 20))
+        elif name == "raise":
+            raise ZeroDivisionError("a bug")
+        elif name == "refuse":
+            raise FetchError("too_small", "1 x 1")
+        elif name == "generator":
+            return (x for x in [1])
+        elif name == "process":
+            return os.getpid(), os.getsid(0), len(os.listdir("/dev/fd"))
+        return body[::-1]
+
+    return act
+
+
+async def outcome(call: Awaitable[Any]) -> Any:
+    try:
+        return await call
+    except FetchError as failure:
+        return failure.reason, failure.detail
+
+
+def sandbox(target: Callable[..., Any] | None = None, **options: Any) -> Sandbox[Any]:
+    return Sandbox(target or hostile(), **{"processes": 2, "seconds": 20, "memory": 100 << 20, **options})
+
+
+async def started(directory: Path, count: int) -> list[tuple[str, int]]:
+    """(name, process) of the calls in order of their begin, as soon as there are `count`."""
+    while True:
+        lines = (directory / "calls").read_text().splitlines() if (directory / "calls").exists() else []
+        if len(lines) >= count:
+            return [(name, int(process)) for name, process in map(str.split, lines)]
+        await asyncio.sleep(0.005)
+
+
+LOSSES = {
+    "segfault": ("decoder_crash", "signal SIGSEGV"),
+    "abort": ("decoder_crash", "signal SIGABRT"),
+    "exit": ("decoder_crash", "exit status 7"),
+    "quit": ("unexpected", "SystemExit: 5"),
+    "spin": ("decoder_timeout", "over 0.6 s of CPU time"),
+    "sleep": ("decoder_timeout", "over 3 s"),
+    "garble": ("decoder_crash", "an answer that cannot be read, EOFError: Ran out of input"),
+    "raise": ("unexpected", "ZeroDivisionError: a bug"),
+    "refuse": ("too_small", "1 x 1"),
+    "eat": ("decoder_memory", f"over {100 << 20} bytes"),
+}
+if sys.platform != "linux":
+    del LOSSES["eat"]
+
+
+def test_a_loss_costs_its_row_and_no_other() -> None:
+    bodies = [f"harmless {i}".encode() for i in range(200)]
+    for i, name in enumerate(LOSSES):
+        bodies[3 + 19 * i] = name.encode()
+
+    async def run() -> list[Any]:
+        async with sandbox(seconds=0.6) as box:
+            return await asyncio.gather(*(outcome(box(body)) for body in bodies))
+
+    assert asyncio.run(run()) == [LOSSES.get(body.decode(), body[::-1]) for body in bodies]
+
+
+def test_the_row_behind_a_crash_is_not_blamed() -> None:
+    async def run() -> list[Any]:
+        async with sandbox(processes=1) as box:
+            return await asyncio.gather(*(outcome(box(b"exit" if i % 2 else b"%d" % i)) for i in range(10)))
+
+    assert asyncio.run(run()) == [LOSSES["exit"] if i % 2 else b"%d" % i for i in range(10)]
+
+
+def test_nobody_is_blamed_for_a_process_that_dies_between_calls() -> None:
+    async def run() -> None:
+        async with sandbox(processes=1) as box:
+            process, _, _ = await box(b"process")
+            os.kill(process, signal.SIGKILL)
+            assert await box(b"next") == b"txen"
+
+    asyncio.run(run())
+
+
+def test_what_cannot_be_pickled_is_a_fault_of_ours_and_the_process_goes_on() -> None:
+    async def run() -> None:
+        async with sandbox(processes=1) as box:
+            before = await box(b"process")
+            with pytest.raises(FetchError, match="unexpected: TypeError: cannot pickle 'generator'"):
+                await box(b"generator")
+            assert await box(b"process") == before
+
+    asyncio.run(run())
+
+
+def test_a_row_cancelled_in_the_queue_is_never_begun(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with sandbox(processes=1) as box:
+            calls = [asyncio.create_task(box(b"wait%d" % i, str(tmp_path))) for i in range(5)]
+            await started(tmp_path, 1)
+            calls[0].cancel()  # begun: its answer is discarded
+            calls[3].cancel()  # queued
+            (tmp_path / "go").touch()
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+            assert [a if isinstance(a, bytes) else type(a) for a in answers] == [
+                asyncio.CancelledError, b"1tiaw", b"2tiaw", asyncio.CancelledError, b"4tiaw",
+            ]  # fmt: skip
+            assert [name for name, _ in await started(tmp_path, 4)] == ["wait0", "wait1", "wait2", "wait4"]
+
+    asyncio.run(run())
+
+
+def test_bodies_and_answers_of_20_megabytes() -> None:
+    bodies = [np.random.default_rng(i).bytes(20_000_000 + i) for i in range(4)]
+
+    async def run() -> None:
+        async with sandbox() as box:
+            answers = await asyncio.gather(*(box(body) for body in bodies), box(b"small"))
+        assert answers == [body[::-1] for body in bodies] + [b"llams"]
+
+    asyncio.run(run())
+
+
+def test_closing_amid_work_leaves_no_process_and_no_file(tmp_path: Path) -> None:
+    async def run() -> list[int]:
+        before = set(os.listdir("/dev/fd"))
+        with contextlib.suppress(ZeroDivisionError):
+            async with sandbox() as box:
+                calls = [asyncio.create_task(box(b"spin", str(tmp_path))) for _ in range(6)]
+                processes = [process for _, process in await started(tmp_path, 2)]
+                raise ZeroDivisionError
+        ends = await asyncio.gather(*calls, box(b"too late"), return_exceptions=True)
+        assert [str(end) for end in ends] == ["the sandbox is closed"] * 7
+        assert set(os.listdir("/dev/fd")) == before
+        return processes
+
+    for process in set(asyncio.run(run())):
+        with pytest.raises(ProcessLookupError):  # a zombie would still be found
+            os.kill(process, 0)
+
+
+PARENT = """
+import asyncio
+from pipeline.fetch.sandbox import Sandbox
+
+def hang(body):
+    print("begun", flush=True)
+    while True:
+        pass
+
+async def main():
+    async with Sandbox(hang, processes=1, seconds=1000, memory=1 << 30) as sandbox:
+        await sandbox(b"")
+
+asyncio.run(main())
+"""
+
+
+@linux
+def test_a_killed_parent_leaves_no_process() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == b"begun\n"
+    parent.kill()
+    # The child shares this pipe: it ends when both are gone.
+    assert parent.communicate(timeout=60) == (b"", None)
+
+
+def test_a_child_is_out_of_the_terminals_reach_and_has_no_file_of_its_parents() -> None:
+    async def files() -> int:
+        async with sandbox(processes=1) as box:
+            _, session, count = await box(b"process")
+            assert session != os.getsid(0)
+            return count
+
+    ours = os.open("/dev/null", os.O_RDONLY)
+    before = asyncio.run(files())
+    os.set_inheritable(ours, True)
+    assert asyncio.run(files()) == before
+    os.close(ours)
+
+
+class Unloadable:
+    """Pickles here; loading it there does as told."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any):
+        self.reduced = function, args
+
+    def __call__(self, body: bytes) -> None: ...
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.reduced
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (Unloadable(exec, "import no_such_module"), "No module named 'no_such_module'"),
+        (
+            Unloadable(os._exit, 3),
+            f"{STARTS} processes in a row died before they began a call, the last of exit status 3",
+        ),
+    ],
+)
+def test_a_target_that_cannot_be_loaded_is_said_to_every_caller(target: Unloadable, said: str) -> None:
+    async def run() -> list[Any]:
+        async with sandbox(target) as box:
+            waiting = await asyncio.gather(*(box(b"") for _ in range(5)), return_exceptions=True)
+            return [*waiting, *await asyncio.gather(box(b""), return_exceptions=True)]
+
+    failures = asyncio.run(run())
+    assert [type(failure) for failure in failures] == [SandboxError] * 6
+    assert all(said in str(failure) for failure in failures)
+
+
+def test_decode_gives_the_same_as_in_this_process() -> None:
+    pixels = Image.fromarray(np.random.default_rng(7).integers(0, 255, (90, 120, 3), np.uint8))
+    bodies = []
+    for kind in ("JPEG", "PNG", "WEBP", "GIF"):
+        out = io.BytesIO()
+        pixels.save(out, kind)
+        bodies += [out.getvalue(), out.getvalue()[: out.tell() // 2]]
+    bodies += [b"", b"<svg/>"]
+    rules = Rules(image_size=64)
+
+    async def here(body: bytes) -> Any:
+        return decode(body, rules)
+
+    async def run() -> None:
+        async with sandbox(partial(decode, rules=rules), memory=1 << 30) as box:
+            found = await asyncio.gather(*(outcome(box(body)) for body in bodies))
+        assert found == [await outcome(here(body)) for body in bodies]
+        assert {type(one) for one in found} == {tuple, type(decode(bodies[0], rules))}
+
+    asyncio.run(run())
