@@ -25,11 +25,14 @@ import ray
 import ray.data
 
 from pipeline import ingest, isolation, pool
+from pipeline.fetch.hosts import Ask, Board, Grant
+from pipeline.fetch.outage import OutageError
 from pipeline.ledger import BooksError, Funnel, Line
 from pipeline.passes import Pass, alive, read_unit, run_pass, unit_drops
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.schema import DROP, POSITION
+from pipeline.stages.download import Download
 from pipeline.stages.write_shards import WriteShards
 from pipeline.step import Filter, Step, drops_table
 from pipeline.storage import Store
@@ -232,12 +235,25 @@ def _ingest(recipe: Recipe, p: Pass, types: dict[str, pa.DataType], progress: Pr
 # --- Passes over units ------------------------------------------------------------------------------------------------
 
 
+class _RemoteBoard:
+    """The pass's one board of hosts, which lives in an actor, as the client of a worker sees it."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    async def exchange(self, worker: str, asks: dict[str, Ask]) -> dict[str, Grant]:
+        grants: dict[str, Grant] = await self._actor.exchange.remote(worker, asks)
+        return grants
+
+
 class _Worker:
     """A worker of an actor pool: the steps of its pass are set up once."""
 
-    def __init__(self, passes: list[Pass], index: int, progress: Any) -> None:
+    def __init__(self, passes: list[Pass], index: int, progress: Any, boards: dict[int, Any]) -> None:
         self._passes, self._index, self._progress = passes, index, progress
-        for step in passes[index].steps:
+        for number, step in enumerate(passes[index].steps):
+            if isinstance(step, Download) and number in boards:
+                step.board = _RemoteBoard(boards[number])  # type: ignore[misc]
             step.setup()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, list[Any]]]:
@@ -264,9 +280,14 @@ def _work(
         report(record["rows_in"], record["kept"], _reasons(record), units=1)
         yield out(record)
     hopeless = [unit for unit in todo if isolation.attempt(p, unit) > isolation.ATTEMPTS]
-    for record in run_pass(passes, index, [unit for unit in todo if unit not in hopeless], report):
-        report(0, 0, {}, units=1)
-        yield out(record)
+    fresh = [unit for unit in todo if unit not in hopeless]
+    try:
+        for record in run_pass(passes, index, fresh, report):
+            report(0, 0, {}, units=1)
+            yield out(record)
+    except OutageError:
+        isolation.forgive(p, fresh)
+        raise
     for unit in hopeless:
         record = isolation.run_isolated(passes, index, unit)
         report(record["rows_in"], record["kept"], _reasons(record), units=1)
@@ -287,13 +308,16 @@ def _map(recipe: Recipe, passes: list[Pass], chain: list[int], units: int, progr
     data: ray.data.Dataset = ray.data.from_arrow(
         [pa.table({"unit": block, "records": [""] * len(block)}) for block in blocks]
     )
+    held = []  # an actor lives as long as someone here knows it
     for i in chain:
         gpu = gpus > 0 and any(getattr(step, "gpu", False) for step in passes[i].steps)
         most = max(1, min(int(gpus), recipe.workers or int(gpus)) if gpu else width)
         if i in actors:
+            boards = _boards(passes[i]) if most > 1 else {}
+            held.append(boards)
             data = data.map_batches(
                 _Worker,  # type: ignore[arg-type]
-                fn_constructor_args=(passes, i, progress.remote),
+                fn_constructor_args=(passes, i, progress.remote, boards),
                 batch_size=None,
                 compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
                 num_cpus=0 if gpu else share,
@@ -316,6 +340,12 @@ def _map(recipe: Recipe, passes: list[Pass], chain: list[int], units: int, progr
         if funnels[i].rows_in != (rows if i == chain[0] else funnels[i - 1].kept):
             raise BooksError(f"{passes[i].label}: {rows:,} rows were due, {funnels[i].rows_in:,} came")
         _finish(passes[i], funnels[i])
+
+
+def _boards(p: Pass) -> dict[int, Any]:
+    """An actor for each step whose workers must agree about hosts, by the step's number."""
+    actor = ray.remote(num_cpus=0, max_restarts=-1)(Board)
+    return {n: actor.remote(step.per_host) for n, step in enumerate(p.steps) if isinstance(step, Download)}
 
 
 def _has_setup(p: Pass) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import cloudpickle
@@ -31,6 +31,13 @@ def attempt(p: Pass, unit: int) -> int:
         if p.store.create(f"attempts/{unit:07d}.{number}", b""):
             return number
     return ATTEMPTS + 1
+
+
+def forgive(p: Pass, units: Iterable[int]) -> None:
+    """Forgets the attempts at units that failed through no fault of their own."""
+    for unit in units:
+        for number in range(1, ATTEMPTS + 1):
+            p.store.remove(f"attempts/{unit:07d}.{number}")
 
 
 def run_isolated(passes: Sequence[Pass], index: int, unit: int) -> dict[str, Any]:

@@ -46,6 +46,7 @@ ESTIMATES = {
     ),
     "image_size": Estimate(0.80, 1e6, "keep assumed"),
     "aspect_ratio": Estimate(0.98, 1e6, "keep assumed"),
+    "read_shards": Estimate(1.0, 300, "rate assumed", stored=26_000),
     "placeholder": Estimate(0.98, 50_000, "keep assumed"),
     "byte_size": Estimate(0.97, 1e6, "keep assumed"),
     "clip_score": Estimate(1.0, 1500, "rate assumed: ViT-B/32 on one GPU, bound by decoding", stored=8),

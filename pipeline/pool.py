@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import glob
 import gzip
 import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +25,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.fetch.reasons import find
 from pipeline.recipe import PoolSpec
+from pipeline.storage import Store
 
 FORMATS = ("parquet", "csv", "tsv", "jsonl")
 COMPRESSIONS = ("gz", "zst")
@@ -44,17 +48,25 @@ REASONS = {
 }
 
 
+_FETCHING = re.compile(r"(download|read_shards)(\.\d+)?")
+"""The labels of the steps whose drops may be the web's fault."""
+
+
 @dataclass(frozen=True)
 class Split:
     """A piece of the pool that one task reads: some row groups of a parquet file, or a whole text file."""
 
     path: str
     row_groups: tuple[int, ...] | None = None
+    retry: bool = False
+    """The file is a ledger of drops, and only its transient failures are rows of the pool."""
 
 
 def find_files(spec: PoolSpec) -> list[str]:
     """The files of a pool in a fixed order; ValueError says what was not found."""
     files: list[str] = []
+    if spec.retry is not None:
+        _check_retry(spec.retry)
     for path in [spec.path] if isinstance(spec.path, str) else spec.path:
         if "://" in path:
             fs, root = fsspec.core.url_to_fs(path)
@@ -75,6 +87,33 @@ def find_files(spec: PoolSpec) -> list[str]:
             raise ValueError(f"path: {path} is not one of {kinds}" if explicit else f"path: {path} holds no {kinds}")
         files += sorted(n if "://" in n else os.path.abspath(n) for n in usable)
     return list(dict.fromkeys(files))
+
+
+def _check_retry(run: str) -> None:
+    """ValueError unless `run` is a finished run with something to try again."""
+    store = Store(run)
+    if not store.exists("run.json"):
+        raise ValueError(f"retry: {run} is not the folder of a run")
+    books = store.read_if_there("funnel.json")
+    if books is None:
+        raise ValueError(f"retry: {run} is not finished: there is no funnel.json; give its own command again first")
+    try:
+        steps = {line["step"]: line["dropped"] for line in json.loads(books)["steps"]}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"retry: {run}/funnel.json is not the funnel of a run") from None
+    fetching = [step for step in steps if _FETCHING.fullmatch(step)]
+    if not fetching:
+        raise ValueError(f"retry: {run} has no step download; its steps are {', '.join(steps)}")
+    if not any(_is_transient(step, reason) for step in fetching for reason in steps[step]):
+        raise ValueError(f"retry: {run} dropped no row for a reason that may pass; see {run}/funnel.json")
+
+
+@functools.lru_cache(maxsize=1000)
+def _is_transient(step: str, reason: str) -> bool:
+    try:
+        return bool(_FETCHING.fullmatch(step)) and find(reason).transient
+    except KeyError:  # a reason of the step's own
+        return False
 
 
 def columns(spec: PoolSpec) -> list[str]:
@@ -118,6 +157,7 @@ def extra_types(spec: PoolSpec, extras: list[str]) -> dict[str, pa.DataType]:
 def splits(spec: PoolSpec, rows: int = 1_000_000) -> list[Split]:
     """The pieces to read in parallel, of about `rows` rows where the format allows it; the same on every machine."""
     pieces: list[Split] = []
+    retry = spec.retry is not None
     for path in find_files(spec):
         if _format(path) != "parquet":
             pieces.append(Split(path))
@@ -129,15 +169,17 @@ def splits(spec: PoolSpec, rows: int = 1_000_000) -> list[Split]:
             groups.append(i)
             held += metadata.row_group(i).num_rows
             if held >= rows:
-                pieces.append(Split(path, tuple(groups)))
+                pieces.append(Split(path, tuple(groups), retry))
                 groups, held = [], 0
         if groups or not metadata.num_row_groups:
-            pieces.append(Split(path, tuple(groups)))
+            pieces.append(Split(path, tuple(groups), retry))
     return pieces
 
 
 def count(split: Split) -> int:
     """How many rows `read` will give for a split."""
+    if split.retry:
+        return sum(len(batch) for batch in _parquet_batches(split, {}, {}))
     if split.row_groups is not None:
         metadata = _open_parquet(split.path).metadata
         return sum(metadata.row_group(i).num_rows for i in split.row_groups)
@@ -291,10 +333,15 @@ def _open_parquet(path: str) -> pq.ParquetFile:
 def _parquet_batches(split: Split, wanted: dict[str, str], types: dict[str, pa.DataType]) -> Iterator[pa.Table]:
     file = _open_parquet(split.path)
     here = [name for name in types if name in file.schema_arrow.names]
+    why = ["step", "reason"] if split.retry else []
     for batch in file.iter_batches(
-        BATCH_ROWS, row_groups=list(split.row_groups or ()), columns=[*wanted.values(), *here]
+        BATCH_ROWS, row_groups=list(split.row_groups or ()), columns=[*wanted.values(), *here, *why]
     ):
-        yield pa.table({**{ours: batch[theirs] for ours, theirs in wanted.items()}, **{n: batch[n] for n in here}})
+        if split.retry:
+            whys = zip(batch["step"].to_pylist(), batch["reason"].to_pylist())
+            batch = batch.filter(pa.array([_is_transient(step, reason) for step, reason in whys], pa.bool_()))
+        columns = {**{ours: batch[theirs] for ours, theirs in wanted.items()}, **{name: batch[name] for name in here}}
+        yield pa.table(columns or {"step": batch["step"]})
 
 
 @contextlib.contextmanager

@@ -36,8 +36,10 @@ class RecipeError(Exception):
 class PoolSpec:
     """Where the candidates come from."""
 
-    path: str | list[str]
+    path: str | list[str] = ""
     """A file, a glob, a folder, or a list of these: parquet, csv, tsv or jsonl, also `.gz` and `.zst`."""
+    retry: str | None = None
+    """Instead of all else: a finished run, whose rows that the web failed for the moment are the pool."""
     url: str = "url"
     """The column that holds the URL."""
     caption: str = "caption"
@@ -48,6 +50,18 @@ class PoolSpec:
     """Further columns to carry along; none named: all."""
     rows: int | None = None
     """How many rows to expect; only `--plan` reads it, for a pool that cannot be counted from here."""
+
+    def __post_init__(self) -> None:
+        if self.retry is None:
+            if not self.path:
+                raise ValueError("path: is missing")
+            return
+        own = (f for f in dataclasses.fields(self) if f.name not in ("retry", "rows"))
+        given = [f.name for f in own if getattr(self, f.name) != f.default]
+        if given:
+            raise ValueError(f"retry: leaves no room for {', '.join(given)}: the rows are those of {self.retry}/drops")
+        # What a ledger of drops holds.
+        self.path, self.uid, self.columns = f"{self.retry.rstrip('/')}/drops/*.parquet", "uid", []
 
 
 @dataclass(kw_only=True)
@@ -281,7 +295,11 @@ class _Checker:
             return None
         before = len(self.problems)
         options = self._options(PoolSpec, data, ("pool",))
-        return PoolSpec(**options) if len(self.problems) == before else None
+        try:
+            return PoolSpec(**options) if len(self.problems) == before else None
+        except ValueError as error:
+            self._note(("pool",), "pool", str(error))
+            return None
 
     def _step(self, i: int, line: Any, seed: int) -> Step | None:
         name, options = split_line(line)

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline import pool, recipe
+from pipeline.fetch.outage import OutageError
 from pipeline.ledger import BooksError
 from pipeline.passes import Pass, make_passes
 from pipeline.recipe import Recipe, RecipeError
@@ -138,6 +139,7 @@ def _columns_if_near(spec: recipe.PoolSpec) -> list[str]:
 def _pool_key(checked: Recipe) -> dict[str, Any]:
     spec = dataclasses.asdict(checked.pool)
     del spec["rows"], spec["path"]
+    spec |= {"retry": True} if spec.pop("retry") else {}
     return {"version": 1, "files": pool.stamp(checked.pool), "unit_rows": checked.unit_rows, **spec}
 
 
@@ -234,6 +236,8 @@ def _explain(error: BaseException, checked: Recipe) -> str:
         return f"the disk of {checked.run} is full; what was committed stays. Make room and give the same command again"
     if isinstance(cause, BooksError):
         return f"the books do not balance: {cause}"
+    if isinstance(cause, OutageError):
+        return said
     return f"{type(cause).__name__}: {said} (WINNOW_DEBUG=1 shows the traceback)"
 
 

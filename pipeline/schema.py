@@ -22,8 +22,4 @@ DROP = pa.schema([*POSITION, ("step", pa.string()), ("reason", pa.string()), ("d
 
 def is_heavy(dtype: pa.DataType) -> bool:
     """True for pixels and vectors: kept apart from the measurements, so that a scan of scores reads no image."""
-    return bool(
-        pa.types.is_binary(dtype)
-        or pa.types.is_large_binary(dtype)
-        or pa.types.is_fixed_size_list(dtype)
-    )
+    return bool(pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype) or pa.types.is_fixed_size_list(dtype))

@@ -55,7 +55,8 @@ def run_step(step: Stage | Filter, batch: pa.Table) -> tuple[pa.Table, pa.Table]
     step.setup()
     if isinstance(step, Stage):
         outputs = [split_marked(step, out) for out in step.stream([batch])]
-        kept, drops = (pa.concat_tables(part) for part in zip(*outputs))
+        order = [("unit", "ascending"), ("row", "ascending")]  # rows may come out in another
+        kept, drops = (pa.concat_tables(part).sort_by(order) for part in zip(*outputs))
         return kept, drops
     return apply(step, batch)
 

@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import pool
-from pipeline.recipe import PoolSpec
+from pipeline.recipe import PoolSpec, RecipeError, load
+from tests.conftest import Command
+from tests.fetch.server import JPEG, answer, first_then, serving, silence
 
 ROWS = [
     ("http://a/1.jpg", "a first caption", "x"),
@@ -162,3 +164,122 @@ def test_a_file_that_is_no_pool_is_a_clear_error(name: str, data: bytes, said: s
     with pytest.raises(ValueError, match=r"path|url") as caught:
         pool.columns(PoolSpec(path=name))
     assert said in str(caught.value)
+
+
+def drops(run: str, rows: list[tuple[str, str]], finished: bool = True) -> list[str]:
+    """A run's ledger: a drop for each step and reason; their uids."""
+    Path(run, "drops").mkdir(parents=True)
+    Path(run, "run.json").write_text("{}")
+    uids = [f"{n:032x}" for n in range(len(rows))]
+    table = pa.table(
+        {
+            "uid": uids,
+            "url": [f"http://a/{n}" for n in range(len(rows))],
+            "caption": [f"caption {n}" for n in range(len(rows))],
+            "step": [step for step, _ in rows],
+            "reason": [reason for _, reason in rows],
+            "detail": [None] * len(rows),
+        }
+    )
+    half = len(rows) // 2
+    for number, part in enumerate((table.slice(0, half), table.slice(half))):
+        pq.write_table(part, f"{run}/drops/{number:05d}.parquet", row_group_size=2)
+    if finished:
+        books: dict[str, dict[str, int]] = {"pool": {}}
+        for step, reason in rows:
+            counts = books.setdefault(step, {})
+            counts[reason] = counts.get(reason, 0) + 1
+        steps = [{"step": step, "dropped": counts} for step, counts in books.items()]
+        Path(run, "funnel.json").write_text(json.dumps({"steps": steps}))
+    return uids
+
+
+LEDGER = [
+    ("download", "deadline"),
+    ("download", "http_404"),
+    ("download.2", "http_503"),
+    ("download", "not_an_image"),
+    ("read_shards", "http_429"),
+    ("image_size", "too_small"),
+    ("my_check", "deadline"),
+    ("download", "no_word_of_ours"),
+]
+
+
+def test_retry_takes_what_may_pass_and_keeps_its_uid() -> None:
+    uids = drops("old", LEDGER)
+    rows = read(retry="old")
+    assert [row["uid"] for row in rows] == [uids[0], uids[2], uids[4]]
+    assert rows[0] == {"uid": uids[0], "url": "http://a/0", "caption": "caption 0", "drop_reason": None}
+
+
+def test_a_run_that_cannot_be_retried_is_a_clear_error() -> None:
+    drops("unfinished", LEDGER, finished=False)
+    drops("steady", [("download", "http_404"), ("my_check", "deadline")])
+    drops("texts", [("caption_length", "too_short")])
+    for run, said in (
+        ("nowhere", "nowhere is not the folder of a run"),
+        ("unfinished", "unfinished is not finished: there is no funnel.json"),
+        ("steady", "steady dropped no row for a reason that may pass"),
+        ("texts", "texts has no step download; its steps are pool, caption_length"),
+    ):
+        with pytest.raises(ValueError, match=f"^retry: {said}"):
+            pool.columns(PoolSpec(retry=run))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ("retry: old, path: p.csv, uid: id", "pool: retry: leaves no room for path, uid"),
+        ("url: u", "pool: path: is missing"),
+        ("retri: old", "pool.retri: unknown key; did you mean retry?"),
+    ],
+)
+def test_retry_in_a_recipe(keys: str, said: str) -> None:
+    Path("r.yaml").write_text(f"name: again\npool: {{{keys}}}\nrun: new\nsteps:\n  - caption_length\n")
+    with pytest.raises(RecipeError) as caught:
+        load("r.yaml", pool_columns=pool.columns)
+    assert f"r.yaml:2: {said}" in str(caught.value)
+
+
+RETRY = """
+name: flaky
+pool: {pool}
+run: {run}
+steps:
+  - download: {{timeout: {timeout}, retries: 0, allow_addrs: ["{addr}"]}}
+  - write_shards
+"""
+
+
+def test_a_retry_run_gets_what_the_first_one_missed(run: Command, tmp_path: Path) -> None:
+    ok = answer(body=JPEG)
+    answers = {
+        "ok": ok,
+        "busy": first_then(answer("503 Service Unavailable"), ok),
+        "slow": first_then(silence, ok),
+        "down": answer("500 Internal Server Error"),
+        "gone": answer("404 Not Found"),
+    }
+    names = [f"{name}?{n}" for name in answers for n in range(2)]
+    with serving(answers) as server:
+        write("p.csv", [(f"{server.url}/{name}", f"the caption of {name}", name) for name in names])
+        for name, source, timeout in (("old", "{path: p.csv}", 2), ("new", "{retry: old}", 8)):
+            text = RETRY.format(pool=source, run=name, timeout=timeout, addr=server.addr)
+            (tmp_path / f"{name}.yaml").write_text(text)
+            done = run(f"{name}.yaml")
+            assert done.returncode == 0, done.stderr
+        assert server.hits["gone"] == 2
+
+    def uids(rows: list[dict[str, Any]]) -> dict[str, str]:
+        return {row["caption"].split()[-1]: row["uid"] for row in rows}
+
+    whole = uids(read(path="p.csv"))
+    old, new = (uids(pq.read_table(f"{name}/shards/00000.parquet").to_pylist()) for name in ("old", "new"))
+    assert old == {name: whole[name] for name in names if name.startswith("ok")}
+    assert new == {name: whole[name] for name in names if name.startswith(("busy", "slow"))}
+    left = pq.read_table("new/drops/00000.parquet").to_pylist()
+    assert sorted((row["url"].rpartition("/")[2], row["reason"]) for row in left) == [
+        ("down?0", "http_500"),
+        ("down?1", "http_500"),
+    ]

@@ -80,7 +80,11 @@ def test_a_good_recipe_with_overrides() -> None:
         ("path: pool.csv", "path: pol.csv", "pool: path: pol.csv does not exist"),
         ("caption: caption}", "caption: text}", "pool.csv has no column 'text'; it has url, caption"),
         ("url: url", "url: 7", "r.yaml:4: pool.url: expected text, found 7"),
-        ("[url, caption]", "[phash]", "needs the column 'phash'; nothing above it adds that; download would"),
+        (
+            "[url, caption]",
+            "[phash]",
+            "needs the column 'phash'; nothing above it adds that; download and read_shards would",
+        ),
         (
             "- sample: {fraction: 1e-1}",
             "- write_shards\n  - sample: {fraction: 0.5}",

@@ -8,6 +8,7 @@ that is dialled, IP literals and all, so the guard has no way around it.
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import random
 import re
@@ -15,21 +16,24 @@ import socket
 import ssl
 import sys
 import time
-from collections import deque
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 
 import aiohttp
-from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
+from pipeline.fetch.budget import Budget, Lease
 from pipeline.fetch.guard import Guard, parse_url
-from pipeline.fetch.opt_out import disallowed_directive
+from pipeline.fetch.hosts import Exchange, Host, Hosts, Manners
+from pipeline.fetch.opt_out import disallowed_directive, reserves_mining
+from pipeline.fetch.outage import Outage
 from pipeline.fetch.reasons import FetchError
+from pipeline.fetch.resolver import Lookup, Resolver, system_lookup
+from pipeline.fetch.robots import MAX_BYTES, Robots, parse
 
 MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -41,14 +45,20 @@ FREE_BYTES = 256 * 1024
 RATE_WINDOW = 3.0
 BACKOFF = 0.25
 # Transient, but no sooner than in another run: the row's time is up, or the answer would come from the cache.
-_NOT_AT_ONCE = frozenset({"deadline", "too_slow", "dns_unavailable"})
+_NOT_AT_ONCE = frozenset({"deadline", "too_slow", "dns_unavailable", "robots_unavailable", "host_down", "host_busy"})
 
-RESOLVER_THREADS = 32
-DNS_TTL = 300.0
-DNS_RETRY_TTL = 5.0
-DNS_ENTRIES = 50_000
+ROBOTS_SECONDS = 5.0
+"""For a robots.txt in all, or `timeout` if that is less; the clocks of the rows that wait for it stand still."""
+ROBOTS_TTL = 24 * 3600.0
+"""The longest that RFC 9309, 2.4 lets a copy be used."""
+ROBOTS_RETRY_TTL = 30.0
+# No answer at all about robots.txt would be none to the row itself, which is spared the attempt.
+_NO_ANSWER = frozenset({"dns", "dns_unavailable", "addr_denied", "connect", "unreachable", "tls", "reset", "deadline"})
+# A redirect that leads nowhere is no file (RFC 9309, 2.3.1.2).
+_NO_FILE = frozenset({"too_many_redirects", "redirect_loop", "bad_url", "bad_scheme"})
 
-Lookup = Callable[[str], list[str]]
+Answer = Callable[[aiohttp.ClientResponse, "Clock", Lease], Awaitable["bytes | str"]]
+"""Makes of a response the body, or where a redirect leads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +90,25 @@ def user_agent(token: str, contact: str) -> str:
 class Client:
     """Use as `async with Client(limits) as client: async with client.fetch(url, begin) as body: ...`."""
 
-    def __init__(self, limits: Limits, lookup: Lookup | None = None):
-        """`lookup` gives the addresses of a host name, and may block; the system's resolver by default."""
+    def __init__(
+        self,
+        limits: Limits,
+        lookup: Lookup | None = None,
+        manners: Manners = Manners(),  # noqa: B008 (frozen)
+        board: Exchange | None = None,
+    ):
+        """`lookup` gives the addresses of a host name, and may block; the system's resolver by default.
+
+        `board` shares the limits per host with other clients (`pipeline.fetch.hosts.Board`).
+        """
         self.limits = limits
+        self.manners = manners
         self._guard = Guard(limits.allow_addrs)
         self._resolver = Resolver(self._guard, lookup or system_lookup)
-        self._bytes = ByteBudget(limits.bytes_in_flight)
-        self._hosts: dict[str, Host] = {}
+        self._bytes = Budget(limits.bytes_in_flight)
+        self._outage = Outage()
+        self._hosts = Hosts(limits.per_host, manners, board)
+        self._asking: set[asyncio.Task[Robots | FetchError]] = set()
 
     async def __aenter__(self) -> Client:
         self._session = aiohttp.ClientSession(
@@ -107,9 +129,14 @@ class Client:
                 "Accept-Encoding": "identity",
             },
         )
+        self._hosts.open()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        for task in self._asking:
+            task.cancel()
+        await asyncio.gather(*self._asking, return_exceptions=True)
+        await self._hosts.close()
         await self._session.close()
         await self._resolver.close()
 
@@ -120,42 +147,57 @@ class Client:
 
     @asynccontextmanager
     async def fetch(self, url: str | None, begin: Callable[[], Awaitable[None]]) -> AsyncIterator[bytes]:
-        """The body behind `url`. Raises FetchError.
+        """The body behind `url`. Raises FetchError, and OutageError when the row is not to blame.
 
         `begin` is awaited once, when the row's first host has room for it: the caller's own limit on rows at work.
         The bytes count as in flight until the block is left.
         """
         lease = Lease(self._bytes)
         try:
-            yield await self._persist(parse_url(url), begin, lease)
+            yield await self._row(parse_url(url), begin, lease)
         finally:
             lease.give_back()
 
-    async def _persist(self, url: URL, begin: Callable[[], Awaitable[None]], lease: Lease) -> bytes:
-        """Asks again after transient failures for as long as the row's time allows."""
-        clock = Clock(self.limits.timeout)
+    async def _row(self, url: URL, begin: Callable[[], Awaitable[None]], lease: Lease) -> bytes:
+        arrived = time.monotonic()
         # A row waits here while its host is busy, without taking one of the places among the rows at work: one slow
         # host with a thousand rows holds up none of the others.
-        with self._host(url) as host:
-            async with host.entrance:
-                await begin()
+        with self._hosts.row(url) as host:
+            try:
+                async with host.entrance:
+                    host.breaker.refuse()
+                    longest = self.manners.host_wait
+                    if longest and time.monotonic() - arrived > longest:
+                        raise FetchError("host_busy", f"{longest:.0f} s in the queue of {host.name}")
+                    await begin()
+                    return await self._persist(url, Clock(self.limits.timeout), lease, self._answer)
+            except FetchError as failure:
+                self._outage.failed(host.name, failure)
+                raise
+
+    async def _persist(self, url: URL, clock: Clock, lease: Lease, answer: Answer) -> bytes:
+        """Asks again after transient failures for as long as the clock allows."""
+        earlier: FetchError | None = None
         for attempt in range(self.limits.retries + 1):
             try:
-                return await self._follow(url, clock, lease)
+                return await self._follow(url, clock, lease, answer)
             except FetchError as failure:
                 lease.give_back()
+                if failure.reason == "host_down" and earlier:
+                    raise earlier from None  # others have found it down meanwhile; this row has seen for itself
                 pause = max(failure.retry_after or 0.0, BACKOFF * 2**attempt * random.uniform(1, 1.5))
                 hopeless = not failure.transient or failure.reason in _NOT_AT_ONCE
                 if hopeless or attempt == self.limits.retries or pause >= clock.left:
                     raise
+                earlier = failure
             with clock:
                 await asyncio.sleep(pause)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    async def _follow(self, url: URL, clock: Clock, lease: Lease) -> bytes:
+    async def _follow(self, url: URL, clock: Clock, lease: Lease, answer: Answer) -> bytes:
         seen = {url}
         for _ in range(MAX_REDIRECTS + 1):
-            found = await self._hop(url, clock, lease)
+            found = await self._hop(url, clock, lease, answer)
             if isinstance(found, bytes):
                 return found
             url = parse_url(found, base=url)
@@ -164,43 +206,61 @@ class Client:
             seen.add(url)
         raise FetchError("too_many_redirects", f"the {MAX_REDIRECTS + 1}th leads to {url}")
 
-    async def _hop(self, url: URL, clock: Clock, lease: Lease) -> bytes | str:
+    async def _hop(self, url: URL, clock: Clock, lease: Lease, answer: Answer) -> bytes | str:
         """One request: the body, or where a redirect leads."""
-        with self._host(url) as host:
-            # Time spent waiting for our own politeness is not the host's slowness: the clock stands still.
-            async with host.requests:
-                try:
-                    if (pause := host.resumes - time.monotonic()) > 0:
-                        if pause >= clock.left:
-                            raise FetchError(host.refusal, f"not asked: the host wants {pause:.0f} s of peace")
-                        with clock:
-                            await asyncio.sleep(pause)
-                    return await self._exchange(url, host, clock, lease)
-                except FetchError as failure:
-                    # Said to one row, meant for all: 429 and 503 speak of the host.
-                    if failure.retry_after and failure.reason in ("http_429", "http_503"):
-                        host.resumes = time.monotonic() + failure.retry_after
-                        host.refusal = failure.reason
-                    raise
+        host = self._hosts.find(url)
+        host.breaker.refuse()
+        if self.manners.robots_txt and answer != self._robots_answer:
+            await self._check_robots(url, host)
+        # Time spent waiting for our own politeness is not the host's slowness: the clock stands still.
+        await host.begin()
+        try:
+            host.breaker.admit()
+            if (pause := host.resumes - time.monotonic()) > 0:
+                if pause >= clock.left:
+                    detail = f"not asked: the host wants {pause:.0f} s of peace"
+                    raise FetchError(host.refusal, detail, retry_after=pause)
+                with clock:
+                    await asyncio.sleep(pause)
+            return await self._exchange(url, host, clock, lease, answer)
+        finally:
+            host.end()
 
-    async def _exchange(self, url: URL, host: Host, clock: Clock, lease: Lease) -> bytes | str:
-        # Keep-alive pays only where more rows wait for the host; else thousands of idle sockets would pile up.
-        headers = {} if host.users > 1 else {"Connection": "close"}
+    async def _exchange(self, url: URL, host: Host, clock: Clock, lease: Lease, answer: Answer) -> bytes | str:
+        # Keep-alive pays only where more requests follow; else thousands of idle sockets would pile up.
+        headers = None if host.busy or answer == self._robots_answer else _CLOSE
+        left = clock.left
         try:
             with clock:
                 response = await self._session.get(url, allow_redirects=False, headers=headers)
-            try:
-                return await self._answer(response, clock, lease)
-            finally:
-                response.release()  # closes the connection where a part of the body is still to come
+                self._outage.alive()
+                try:
+                    found = await answer(response, clock, lease)
+                finally:
+                    response.release()  # closes the connection where a part of the body is still to come
+            host.note(None)
+            return found
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise _translate(error) from None
+            failure = _translate(error)
+        except FetchError as caught:
+            failure = caught
+        # A row that came with little time left says nothing about this host.
+        if failure.reason != "deadline" or left > clock.seconds / 2:
+            host.note(failure)
+        if failure.retry_after and failure.reason in ("http_429", "http_503"):
+            host.wants_peace(failure.retry_after, failure.reason)
+        raise failure
 
     async def _answer(self, response: aiohttp.ClientResponse, clock: Clock, lease: Lease) -> bytes | str:
-        tags = response.headers.getall("X-Robots-Tag", ())
-        directives = self.limits.disallowed_header_directives
-        if directive := disallowed_directive(tags, self.limits.user_agent_token, directives):
+        headers, limits = response.headers, self.limits
+        if "X-Robots-Tag" in headers and (
+            directive := disallowed_directive(
+                headers.getall("X-Robots-Tag"), limits.user_agent_token, limits.disallowed_header_directives
+            )
+        ):
             raise FetchError("opted_out", f"X-Robots-Tag: {directive}")
+        if self.manners.tdm_reservation and reserves_mining(headers.getall("tdm-reservation", ())):
+            raise FetchError("opted_out", "tdm-reservation: 1")
         if response.status in _REDIRECTS:
             return _location(response)
         if response.status != 200:
@@ -216,26 +276,27 @@ class Client:
         if length is not None and length > cap:
             raise FetchError("body_too_large", f"{length} bytes announced, at most {cap}")
         if length is not None and length > FREE_BYTES:
-            await lease.take(length)
+            with clock.stopped():
+                await lease.take(length)
         body = bytearray()
         pace = Pace(self.limits.min_rate, response)
         try:
-            while True:
-                with clock:
-                    chunk = await response.content.readany()
-                if not chunk:
-                    break
+            while chunk := await response.content.readany():
                 body += chunk
                 pace.received += len(chunk)
                 if len(body) > cap:
                     raise FetchError("body_too_large", f"more than {cap} bytes")
                 if len(body) > FREE_BYTES and not lease.size:
                     pace.stop()
-                    await lease.take(cap)
+                    with clock.stopped():
+                        await lease.take(cap)
                     pace = Pace(self.limits.min_rate, response)
-        except aiohttp.ClientError:
-            if pace.too_slow:
-                raise FetchError("too_slow", f"{len(body)} bytes until then") from None
+        except BaseException as error:
+            received = len(body)
+            # The traceback keeps this frame for as long as anyone keeps the exception, the lease gone long before.
+            body.clear()
+            if pace.too_slow and isinstance(error, aiohttp.ClientError):
+                raise FetchError("too_slow", f"{received} bytes until then") from None
             raise
         finally:
             pace.stop()
@@ -244,61 +305,106 @@ class Client:
         lease.keep(len(body))
         return bytes(body)
 
-    @contextmanager
-    def _host(self, url: URL) -> Iterator[Host]:
-        name = url.raw_host or ""
-        if name not in self._hosts:
-            self._hosts[name] = Host(self.limits.per_host)
-        host = self._hosts[name]
-        host.users += 1
+    async def _check_robots(self, url: URL, host: Host) -> None:
+        """Raises FetchError where the host's robots.txt forbids the url, or could not be had."""
+        robots = host.robots
+        if robots is None or host.robots_expire < time.monotonic():
+            if host.asking_robots is None:
+                host.asking_robots = asyncio.create_task(self._ask_robots(url, host))
+                self._asking.add(host.asking_robots)
+                host.asking_robots.add_done_callback(self._asking.discard)
+            # Shielded: the others wait for the answer too.
+            robots = await asyncio.shield(host.asking_robots)
+        if isinstance(robots, FetchError):
+            raise FetchError(robots.reason, robots.detail)
+        if not robots.allows(url.raw_path_qs):
+            raise FetchError("robots_disallowed", f"{host.name}/robots.txt")
+
+    async def _ask_robots(self, url: URL, host: Host) -> Robots | FetchError:
+        """Whom status and failure let ask for what: RFC 9309, 2.3.1."""
+        robots: Robots | FetchError = Robots()
+        clock = Clock(min(self.limits.timeout, ROBOTS_SECONDS))
         try:
-            yield host
+            file = url.with_path("/robots.txt")
+            text = await self._persist(file, clock, Lease(self._bytes), self._robots_answer)
+            robots = parse(text, self.limits.user_agent_token)
+            host.gap = max(host.gap, robots.crawl_delay)
+        except FetchError as failure:
+            status = failure.reason.removeprefix("http_")
+            denied = status.isdigit() and (int(status) >= 500 or int(status) == 429)
+            if failure.reason in _NO_ANSWER:
+                robots = FetchError(failure.reason, f"robots.txt: {failure.detail}".removesuffix(": "))
+            elif denied or not (status.isdigit() or failure.reason in _NO_FILE):
+                robots = FetchError("robots_unavailable", f"{failure.reason} {failure.detail}")
         finally:
-            host.users -= 1
-            if not host.users and host.resumes < time.monotonic():
-                del self._hosts[name]
+            host.asking_robots = None
+        self._hosts.remember(host, robots, ROBOTS_TTL if isinstance(robots, Robots) else ROBOTS_RETRY_TTL)
+        return robots
+
+    async def _robots_answer(self, response: aiohttp.ClientResponse, clock: Clock, lease: Lease) -> bytes | str:
+        # Headers that opt out are no matter here: many a site does not want its robots.txt in an index.
+        if response.status in _REDIRECTS:
+            return _location(response)
+        if not 200 <= response.status < 300:
+            raise FetchError(f"http_{response.status:03d}", retry_after=_retry_after(response))
+        text = bytearray()
+        while len(text) <= MAX_BYTES and (chunk := await response.content.readany()):
+            text += chunk
+        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding in ("", "identity"):
+            return bytes(text)
+        try:
+            if encoding not in ("gzip", "x-gzip"):
+                raise zlib.error
+            return zlib.decompressobj(wbits=31).decompress(text, MAX_BYTES + 1)
+        except zlib.error:
+            raise FetchError("content_encoding", encoding) from None
 
 
-class Host:
-    """What all rows of one host share.
-
-    Rows pass `entrance` before they begin and `requests` for each request. One gate for both could lock up: rows that
-    have begun wait for `requests` (after a redirect, say), so none that holds it may wait to begin.
-    """
-
-    def __init__(self, limit: int):
-        self.entrance = asyncio.Semaphore(limit)
-        self.requests = asyncio.Semaphore(limit)
-        self.users = 0
-        self.resumes = 0.0
-        """`time.monotonic()` before which the host wants no request, by its Retry-After."""
-        self.refusal = "http_503"
+_CLOSE = {"Connection": "close"}
 
 
 class Clock:
     """A row's seconds. They run inside `with clock:` only; when they are used up, the block ends in FetchError."""
 
     def __init__(self, seconds: float):
+        self.seconds = seconds
         self.left = seconds
 
     def __enter__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._started = self._loop.time()
         self._struck = False
         task = asyncio.current_task()
         assert task is not None
-        self._alarm = self._loop.call_later(max(self.left, 0.0), self._strike, task)
+        self._task = task
+        self._start()
 
-    def _strike(self, task: asyncio.Task) -> None:
-        self._struck = True
-        task.cancel()
+    def _start(self) -> None:
+        self._started = self._loop.time()
+        self._alarm = self._loop.call_at(self._started + max(self.left, 0.0), self._strike)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def _stop(self) -> None:
         self._alarm.cancel()
         self.left -= self._loop.time() - self._started
+
+    def _strike(self) -> None:
+        self._struck = True
+        self._task.cancel()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Inside `with clock:`, a wait that is not the row's own."""
+        self._stop()
+        try:
+            yield
+        finally:
+            self._start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._stop()
         if self._struck:
-            if sys.version_info >= (3, 11) and (task := asyncio.current_task()):
-                task.uncancel()
+            if sys.version_info >= (3, 11):
+                self._task.uncancel()
             raise FetchError("deadline") from None
 
 
@@ -325,139 +431,6 @@ class Pace:
         self._timer.cancel()
 
 
-class ByteBudget:
-    """A number of bytes that rows reserve and give back, first come, first served."""
-
-    def __init__(self, total: int):
-        self.total = total
-        self.free = total
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    async def reserve(self, size: int) -> None:
-        if self.free >= size and not self._waiting:
-            self.free -= size
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((size, turn))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.release(size)
-            raise
-
-    def release(self, size: int) -> None:
-        self.free += size
-        while self._waiting and (self._waiting[0][1].done() or self._waiting[0][0] <= self.free):
-            needed, turn = self._waiting.popleft()
-            if not turn.done():
-                self.free -= needed
-                turn.set_result(None)
-
-
-@dataclass
-class Lease:
-    """One row's share of a budget: taken at most once at a time, given back as a whole."""
-
-    budget: ByteBudget
-    size: int = 0
-
-    async def take(self, size: int) -> None:
-        size = min(size, self.budget.total)
-        await self.budget.reserve(size)
-        self.size = size
-
-    def keep(self, size: int) -> None:
-        """Gives back what is over `size`."""
-        if self.size > size:
-            self.budget.release(self.size - size)
-            self.size = size
-
-    def give_back(self) -> None:
-        self.keep(0)
-
-
-def system_lookup(host: str) -> list[str]:
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(info[4][0]) for info in found))
-
-
-class Resolver(AbstractResolver):
-    """Host names to public addresses: cached, refusals too, and one question at a time for each name.
-
-    The questions have threads of their own: names that never answer must not hold up anything but each other.
-    """
-
-    def __init__(self, guard: Guard, lookup: Lookup):
-        self._guard = guard
-        self._lookup = lookup
-        self._threads = ThreadPoolExecutor(RESOLVER_THREADS, thread_name_prefix="dns")
-        self._known: dict[str, tuple[float, list[str] | FetchError]] = {}
-        self._asking: dict[str, asyncio.Task[list[str] | FetchError]] = {}
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[ResolveResult]:
-        """Raises FetchError: `dns`, `dns_unavailable`, or `addr_denied` where no address of the host is public."""
-        addresses = await self._addresses(host.lower().removesuffix("."))
-        allowed = []
-        for address in addresses:
-            try:
-                self._guard.check(address, port)
-                allowed.append(address)
-            except FetchError as error:
-                denial = error
-        if not allowed:
-            raise denial
-        return [
-            ResolveResult(
-                hostname=host,
-                host=address,
-                port=port,
-                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
-                proto=socket.IPPROTO_TCP,
-                flags=socket.AI_NUMERICHOST,
-            )
-            for address in allowed
-        ]
-
-    async def close(self) -> None:
-        # A question cannot be taken back; its thread ends with the answer.
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    async def _addresses(self, host: str) -> list[str]:
-        expires, known = self._known.get(host, (0.0, []))
-        if expires < time.monotonic():
-            if host not in self._asking:
-                self._asking[host] = asyncio.create_task(self._ask(host))
-            # Shielded: the row that asked may run out of time while others still wait for the answer.
-            known = await asyncio.shield(self._asking[host])
-        if isinstance(known, FetchError):
-            # A fresh one: an exception raised again would drag every earlier row's traceback along.
-            raise FetchError(known.reason, known.detail)
-        return known
-
-    async def _ask(self, host: str) -> list[str] | FetchError:
-        answer: list[str] | FetchError
-        try:
-            loop = asyncio.get_running_loop()
-            answer = await loop.run_in_executor(self._threads, self._lookup, host)
-            if not answer:
-                answer = FetchError("dns", f"{host} has no address")
-        except socket.gaierror as error:
-            gone = error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
-            answer = FetchError("dns" if gone else "dns_unavailable", f"{host}: {error.strerror}")
-        except (OSError, ValueError) as error:  # ValueError: a name that cannot be encoded
-            answer = FetchError("dns", f"{host}: {error}")
-        finally:
-            del self._asking[host]
-        if len(self._known) >= DNS_ENTRIES:
-            del self._known[next(iter(self._known))]
-        lasting = isinstance(answer, list) or not answer.transient
-        self._known[host] = (time.monotonic() + (DNS_TTL if lasting else DNS_RETRY_TTL), answer)
-        return answer
-
-
 def _location(response: aiohttp.ClientResponse) -> str:
     location = response.headers.get("Location", "").strip()
     if not location:
@@ -482,6 +455,9 @@ def _retry_after(response: aiohttp.ClientResponse) -> float | None:
         return None
 
 
+_UNREACHABLE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL})
+
+
 def _translate(error: Exception) -> FetchError:
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, (aiohttp.ClientSSLError, ssl.SSLError, ssl.CertificateError)):
@@ -489,7 +465,8 @@ def _translate(error: Exception) -> FetchError:
     if isinstance(error, aiohttp.InvalidURL):
         return FetchError("bad_url", str(error))
     if isinstance(error, aiohttp.ClientConnectorError):
-        return FetchError("connect", error.strerror or str(error.os_error))
+        reason = "unreachable" if error.errno in _UNREACHABLE else "connect"
+        return FetchError(reason, error.strerror or str(error.os_error))
     if isinstance(error, aiohttp.ClientPayloadError):
         # Both mean an unfinished body, but garbage between chunks will be garbage again.
         unfinished = "Not enough data" in text or not isinstance(

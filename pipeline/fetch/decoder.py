@@ -56,6 +56,8 @@ MAX_SIDE = {"jpg": 65_500, "png": 65_500, "webp": 16_383}
 _COVER = {"scaled": 1.5, "fast": 1.0}
 # Formats without a reduced decoding are averaged down in steps from this size on, unless `exact`.
 _LARGE_PIXELS = 4_000_000
+# A progressive JPEG has some ten scans; each is a pass over all of it, so a small file of many takes minutes.
+_MOST_SCANS = 100
 _SAME_FORMAT = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -193,6 +195,8 @@ def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Ru
 
     `target` is the (width, height) that it will be resized to.
     """
+    if "progressive" in source.info and (scans := body.count(b"\xff\xda")) > _MOST_SCANS:
+        raise FetchError("decode_error", f"{scans} scans")
     cover = _COVER.get(rules.decode)
     reduces = source.format == "JPEG" and cover is not None and target[0] < source.width
     wanted = (math.ceil(target[0] * cover), math.ceil(target[1] * cover)) if reduces and cover else (0, 0)

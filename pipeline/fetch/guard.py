@@ -113,7 +113,8 @@ def _canonical(address: str) -> str:
 
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-_LABEL = re.compile(r"[A-Za-z0-9_-]{1,63}")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def parse_url(text: str | None, base: URL | None = None) -> URL:
@@ -126,7 +127,7 @@ def parse_url(text: str | None, base: URL | None = None) -> URL:
         raise FetchError("bad_url", "empty")
     if len(text) > MAX_URL:
         raise FetchError("bad_url", f"{len(text)} characters, at most {MAX_URL}")
-    if any(c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in text):
+    if _UNPRINTABLE.search(text):
         raise FetchError("bad_url", "control characters or broken Unicode")
     scheme = _SCHEME.match(text)
     # `example.com:80/a.jpg` reads as the scheme "example.com"; without a base there is no other reading to offer.
@@ -136,7 +137,8 @@ def parse_url(text: str | None, base: URL | None = None) -> URL:
         raise FetchError("bad_scheme", "no scheme")
     try:
         url = URL(text) if base is None else base.join(URL(text))
-        url = url.with_fragment(None)
+        if url.raw_fragment:
+            url = url.with_fragment(None)
         host, port, user = url.raw_host, url.port, url.user or url.password
     except (ValueError, TypeError) as error:  # yarl's and idna's refusals
         raise FetchError("bad_url", str(error)) from None
@@ -148,6 +150,6 @@ def parse_url(text: str | None, base: URL | None = None) -> URL:
     if ":" in host:
         if "%" in host:
             raise FetchError("bad_url", "scoped IPv6 address")
-    elif len(host) > 253 or not all(_LABEL.fullmatch(label) for label in host.removesuffix(".").split(".")):
+    elif len(host) > 253 or not _NAME.fullmatch(host):
         raise FetchError("bad_url", f"not a host name: {host}")
     return url

@@ -11,12 +11,14 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
+
+from pipeline.fetch.reasons import FetchError
 
 T = TypeVar("T")
 Begin = Callable[[], Awaitable[None]]
@@ -210,3 +212,32 @@ def _values(column: pa.ChunkedArray) -> Iterator[Any]:
         return iter(column.to_pylist())
     raw = (value.as_py() for value in column.cast(pa.large_binary()))
     return (None if value is None else value.decode("utf-8", "surrogateescape") for value in raw)
+
+
+def table_of(finished: list[Finished[dict[str, Any]]], types: Mapping[str, pa.DataType]) -> pa.Table:
+    """Finished rows with the columns that came of them: those of each source table in order, table after table."""
+    sources: dict[int, list[Finished[dict[str, Any]]]] = {}
+    for row in finished:
+        sources.setdefault(id(row[0]), []).append(row)
+    parts = []
+    for rows in sources.values():
+        source = rows[0][0].take([index for _, index, _ in rows])
+        parts.append(with_columns(source, [result for _, _, result in rows], types))
+    return pa.concat_tables(parts)
+
+
+def with_columns(source: pa.Table, results: Sequence[Mapping[str, Any]], types: Mapping[str, pa.DataType]) -> pa.Table:
+    """`source` with the columns of `types`, and `drop_reason` and `drop_detail`, from a mapping for each row.
+
+    They take the place of columns of the same names; what a mapping lacks is null.
+    """
+    types = {**types, "drop_reason": pa.string(), "drop_detail": pa.string()}
+    table = source.drop_columns([name for name in types if name in source.column_names])
+    for name, dtype in types.items():
+        table = table.append_column(name, pa.array([result.get(name) for result in results], dtype))
+    return table
+
+
+def as_drop(failure: FetchError) -> dict[str, Any]:
+    """What `with_columns` takes for a row that ends here."""
+    return {"drop_reason": failure.reason, "drop_detail": failure.detail or None}

@@ -105,7 +105,11 @@ class Sandbox(Generic[T]):
         call = _Call(_request(body, args), self._loop.create_future())
         self._queue.append(call)
         self._feed()
-        return await call.answer
+        try:
+            return await call.answer
+        finally:
+            # An exception keeps this frame, and the call would keep the exception: a circle with a body in it.
+            del call
 
     def _start(self) -> None:
         child = _Child()

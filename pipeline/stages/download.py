@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
@@ -13,12 +15,14 @@ from typing import Any, ClassVar, Literal, get_args
 
 import pyarrow as pa
 
+from pipeline.fetch import img2dataset_engine
 from pipeline.fetch.client import Client, Limits, tls_context
 from pipeline.fetch.decoder import DecodeMode, EncodeFormat, HashType, Picture, ResizeMode, Rules, decode_by
 from pipeline.fetch.deny import DenyList
 from pipeline.fetch.guard import parse_addr
+from pipeline.fetch.hosts import Exchange, Manners
 from pipeline.fetch.outage import OutageError
-from pipeline.fetch.overlap import Begin, Finished, Overlap, Work
+from pipeline.fetch.overlap import Begin, Overlap, Work, as_drop, table_of, with_columns
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.sandbox import Sandbox, SandboxError
 from pipeline.step import Stage
@@ -27,6 +31,7 @@ GROUP_ROWS = 256
 # Rows that the event loop knows, most of them waiting for their host: 12 MB at most, and enough to see a unit's hosts
 # far ahead of the slow ones.
 ADMITTED_ROWS = 4096
+_M_MMAP_THRESHOLD = -3  # malloc.h
 _SPEED = {"speed": True}  # options that change how fast rows come, and nothing about them
 
 
@@ -56,6 +61,8 @@ class Download(Stage):
     }
     commits: ClassVar[bool] = True
 
+    engine: Literal["winnow", "img2dataset"] = "winnow"
+    """`img2dataset`: its own downloader, for exactly what it does, without our safety and manners: docs/fetching.md."""
     image_size: int = 256
     """Pixels of the side that `resize_mode` sets."""
     resize_mode: ResizeMode = "keep_ratio_largest"
@@ -109,21 +116,34 @@ class Download(Stage):
         default_factory=lambda: ["noai", "noimageai", "noindex", "noimageindex"]
     )
     """Directives of X-Robots-Tag that mean hands off."""
+    robots_txt: bool = True
+    """Heed robots.txt (RFC 9309)."""
+    tdm_reservation: bool = True
+    """Heed the header `tdm-reservation: 1` (TDMRep)."""
+    host_failures: int = 10
+    """Failures in a row after which a host is left alone for a while (`host_down`); 0: never."""
+    host_wait: float = 600.0
+    """Seconds that a row waits for its turn at a busy host before it ends as `host_busy`; 0: for ever."""
     allow_addrs: list[str] = field(default_factory=list)
     """Addresses that may be dialled though they are not public, each with its port: "127.0.0.1:8765"."""
 
     concurrency: int = field(default=256, metadata=_SPEED)
     """Rows at work at once, from the first request to the finished image."""
     per_host: int = field(default=8, metadata=_SPEED)
-    """Requests at once to one host."""
+    """Requests at once to one host, over all workers."""
+    per_host_rate: float = field(default=0.0, metadata=_SPEED)
+    """Requests a second to one host at most, over all workers; 0: any. Crawl-delay counts too, up to 10 s."""
     bytes_in_flight: int = field(default=64_000_000, metadata=_SPEED)
     """Bytes of large bodies that may be held at once; bodies under 256 KiB are not counted."""
     decode_processes: int = field(default=1, metadata=_SPEED)
     """Processes of each worker that decode and encode; the executor starts a worker for each CPU."""
-    decode_timeout: float = 20.0
+    decode_timeout: float = 10.0
     """Seconds of CPU time that one image may take to decode and encode."""
     decode_memory: int = 256_000_000
     """Bytes of memory that one image may take to decode and encode."""
+
+    board: ClassVar[Exchange | None] = None
+    """Where workers agree on each host's share; set on the instance by who runs several."""
 
     def __post_init__(self) -> None:
         further = ([self.bbox_col] if self.bbox_col else []) + (self.verify_hash or [])[:1]
@@ -139,7 +159,7 @@ class Download(Stage):
                     "decode_processes", "decode_timeout", "decode_memory"):  # fmt: skip
             if getattr(self, key) <= 0:
                 yield key, f"{getattr(self, key)} must be above 0"
-        for key in ("retries", "min_rate", "min_image_size"):
+        for key in ("retries", "min_rate", "min_image_size", "per_host_rate", "host_wait", "host_failures"):
             if getattr(self, key) < 0:
                 yield key, f"{getattr(self, key)} must be 0 or more"
         if self.max_aspect_ratio < 1:
@@ -173,13 +193,23 @@ class Download(Stage):
 
     def setup(self) -> None:
         tls_context()
+        # glibc raises this threshold with each large block it frees, until whole bodies come from a heap that never
+        # shrinks: half as much memory again as the bodies in flight.
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
     def process(self, batch: pa.Table) -> pa.Table:
-        done = [*self.stream([batch]), self._finish(batch.slice(0, 0), [])]
+        done = [*self.stream([batch]), with_columns(batch.slice(0, 0), [], self.adds)]
         return pa.concat_tables(done).sort_by([("unit", "ascending"), ("row", "ascending")])
 
     def stream(self, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """Finished rows in order of completion, at most 256 a table, dropped ones marked; requests overlap batches."""
+        if self.engine == "img2dataset":
+            options = {f.name: getattr(self, f.name) for f in fields(self)}
+            for batch in batches:
+                for group in img2dataset_engine.download(batch, options):
+                    yield table_of([(batch, row, self._columns(result)) for row, result in group], self.adds)
+            return
         overlap = Overlap(
             self._open,
             columns=["url", self.verify_hash[0] if self.verify_hash else "url", self.bbox_col or "url"],
@@ -188,16 +218,17 @@ class Download(Stage):
             group=GROUP_ROWS,
         )
         for finished in overlap(batches):
-            yield self._table(finished)
+            yield table_of(finished, self.adds)
 
     @asynccontextmanager
-    async def _open(self) -> AsyncIterator[Work[Picture | FetchError]]:
+    async def _open(self) -> AsyncIterator[Work[dict[str, Any]]]:
         options = {f.name: getattr(self, f.name) for f in fields(self)}
         options["disallowed_header_directives"] = tuple(d.strip().lower() for d in self.disallowed_header_directives)
         options["allow_addrs"] = tuple(self.allow_addrs)
         options["verify_hash"] = self.verify_hash[1] if self.verify_hash else None
         options["deny_hashes"] = DenyList(self.deny_hashes) if self.deny_hashes else None
         limits = Limits(**{f.name: options[f.name] for f in fields(Limits)})
+        manners = Manners(**{f.name: options[f.name] for f in fields(Manners)})
         rules = Rules(**{f.name: options[f.name] for f in fields(Rules)})
         decoders = Sandbox(
             partial(decode_by, rules),
@@ -205,38 +236,22 @@ class Download(Stage):
             seconds=self.decode_timeout,
             memory=self.decode_memory,
         )
-        async with decoders, Client(limits) as client:
+        async with decoders, Client(limits, manners=manners, board=self.board) as client:
 
-            async def work(values: tuple[Any, ...], begin: Begin) -> Picture | FetchError:
+            async def work(values: tuple[Any, ...], begin: Begin) -> dict[str, Any]:
                 url, claim, boxes = values
                 extra = (claim if self.verify_hash else None, boxes or () if self.bbox_col else ())
-                return await picture(client, decoders, url, begin, *extra)
+                return self._columns(await picture(client, decoders, url, begin, *extra))
 
             yield work
 
-    def _table(self, finished: list[Finished[Picture | FetchError]]) -> pa.Table:
-        """Rows in order within each source table, the tables one after the other."""
-        sources: dict[int, list[Finished[Picture | FetchError]]] = {}
-        for row in finished:
-            sources.setdefault(id(row[0]), []).append(row)
-        parts = []
-        for rows in sources.values():
-            source = rows[0][0].take([index for _, index, _ in rows])
-            parts.append(self._finish(source, [result for _, _, result in rows]))
-        return pa.concat_tables(parts)
-
-    def _finish(self, source: pa.Table, results: list[Picture | FetchError]) -> pa.Table:
-        """`source` with the columns of `adds`, and `drop_reason` and `drop_detail`, from one result a row."""
-        names = [*self.adds, "drop_reason", "drop_detail"]
-        table = source.drop_columns([name for name in names if name in source.column_names])
-        measured = [vars(r) if isinstance(r, Picture) else {} for r in results]
+    def _columns(self, result: Picture | FetchError) -> dict[str, Any]:
+        if isinstance(result, FetchError):
+            return as_drop(result)
+        columns = dict(vars(result))
         if self.compute_hash and self.compute_hash != "sha256":
-            measured = [{**m, self.compute_hash: m.get("hash")} for m in measured]
-        for name, dtype in self.adds.items():
-            table = table.append_column(name, pa.array([m.get(name) for m in measured], dtype))
-        failures = [r if isinstance(r, FetchError) else None for r in results]
-        table = table.append_column("drop_reason", pa.array([f and f.reason for f in failures], pa.string()))
-        return table.append_column("drop_detail", pa.array([(f and f.detail) or None for f in failures], pa.string()))
+            columns[self.compute_hash] = result.hash
+        return columns
 
 
 async def picture(

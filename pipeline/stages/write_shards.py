@@ -65,7 +65,8 @@ class WriteShards(Stage):
         name = f"{shard:05d}"
         digits = max(9, len(str(shard)) + math.ceil(math.log10(max(self.samples_per_shard, 2))))
         first_key = shard * 10 ** math.ceil(math.log10(max(self.samples_per_shard, 2)))
-        columns = [c for c in types if c != "image"]
+        # The pool may come with keys of its own, from other shards; here they would name nothing.
+        columns = [c for c in types if c not in ("image", "key")]
         rest: list[pa.Table] = []
         index: list[list[int]] = []
         extensions: set[str] = set()

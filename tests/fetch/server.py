@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import socket
+import ssl
+import struct
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 
 import numpy as np
 from PIL import Image
@@ -25,10 +28,22 @@ Answer = Callable[["Server", asyncio.StreamWriter, dict[str, str]], Awaitable[No
 
 
 class Server:
-    """Listens on a free port of 127.0.0.1, in a thread; `canary` is another port, which must never be dialled."""
+    """Listens on a free port of 127.0.0.1, in a thread; `canary` is another port, which must never be dialled.
 
-    def __init__(self, answers: dict[str, Answer]) -> None:
+    `hosts` are further loopback addresses, with TLS or without, where the same port gives the same answers; at
+    `neighbours` the same port is the canary's. The dict of headers that an answer gets holds the request's path as
+    ":path".
+    """
+
+    def __init__(
+        self,
+        answers: dict[str, Answer],
+        hosts: Mapping[str, ssl.SSLContext | None] | None = None,
+        neighbours: Collection[str] = (),
+    ) -> None:
         self.answers = answers
+        self.hosts = dict(hosts or {})
+        self.neighbours = neighbours
         self.hits: Counter[str] = Counter()
         self.cookies: list[str] = []
         self.requests: dict[str, dict[str, str]] = {}
@@ -48,6 +63,15 @@ class Server:
         canary = await asyncio.start_server(self._chirp, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
         self.canary = canary.sockets[0].getsockname()[1]
+        # Kept in a list: a server that nobody holds is closed.
+        others = [
+            await asyncio.start_server(self._serve, host, self.port, backlog=512, ssl=context)
+            for host, context in self.hosts.items()
+        ]
+        others += [await asyncio.start_server(self._chirp, host, self.port) for host in self.neighbours]
+        # The canary sits at every address that the name "localhost" may mean.
+        with contextlib.suppress(OSError):
+            others.append(await asyncio.start_server(self._chirp, "::1", self.canary))
         ready.set()
         await self._stop.wait()
 
@@ -67,7 +91,7 @@ class Server:
                     writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
                     break
                 path = line.split()[1].decode()
-                headers = {}
+                headers = {":path": path}
                 while (field := (await reader.readline()).decode().strip()) != "":
                     name, _, value = field.partition(":")
                     headers[name.lower()] = value.strip()
@@ -138,8 +162,35 @@ def in_turn(*answers: Answer) -> Answer:
     return reply
 
 
+def first_then(first: Answer, then: Answer) -> Answer:
+    """One answer to the first request for each url, the other from then on."""
+    seen: set[str] = set()
+
+    async def reply(server: Server, writer: asyncio.StreamWriter, headers: dict[str, str]) -> None:
+        path = headers[":path"]
+        now = then if path in seen else first
+        seen.add(path)
+        await now(server, writer, headers)
+
+    return reply
+
+
 async def reset(_: Server, writer: asyncio.StreamWriter, __: dict[str, str]) -> None:
     writer.transport.abort()
+
+
+def cut(data: bytes) -> Answer:
+    """These bytes, then the connection reset by TCP's RST, as by a machine that dies or a firewall that objects."""
+
+    async def reply(_: Server, writer: asyncio.StreamWriter, __: dict[str, str]) -> None:
+        writer.write(data)
+        await writer.drain()
+        await asyncio.sleep(0.05)  # a reset overtakes bytes that the other side has not read
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+
+    return reply
 
 
 async def silence(_: Server, writer: asyncio.StreamWriter, __: dict[str, str]) -> None:
@@ -155,8 +206,12 @@ def redirect(location: str, status: str = "302 Found", **headers: str) -> Answer
 
 
 @contextlib.contextmanager
-def serving(answers: dict[str, Answer]) -> Iterator[Server]:
-    server = Server(answers)
+def serving(
+    answers: dict[str, Answer],
+    hosts: Mapping[str, ssl.SSLContext | None] | None = None,
+    neighbours: Collection[str] = (),
+) -> Iterator[Server]:
+    server = Server(answers, hosts, neighbours)
     try:
         yield server
     finally:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 
 import pytest
 
 from pipeline.fetch import client as client_module
-from pipeline.fetch.client import ByteBudget, Client, Lease, Limits, user_agent
+from pipeline.fetch import resolver as resolver_module
+from pipeline.fetch.budget import Budget, Lease
+from pipeline.fetch.client import Client, Limits, user_agent
+from pipeline.fetch.guard import Guard
 from pipeline.fetch.reasons import FetchError
+from pipeline.fetch.resolver import Resolver
 from tests.fetch.server import (
     JPEG,
     Answer,
@@ -134,7 +140,7 @@ def limits(server: Server, **options: object) -> Limits:
     return Limits(**{"timeout": 2.5, "max_bytes": 1_000_000, "allow_addrs": (server.addr,), **options})  # type: ignore[arg-type]
 
 
-def fetch_all(limits: Limits, urls: list[str | None]) -> list[bytes | FetchError]:
+def fetch_all(limits: Limits, urls: Sequence[str | None]) -> list[bytes | FetchError]:
     async def begin() -> None:
         pass
 
@@ -294,7 +300,7 @@ def test_large_bodies_share_a_budget_without_lockup() -> None:
 def test_byte_budget_serves_in_order_and_survives_cancelled_waiters() -> None:
     async def go() -> list[str]:
         order = []
-        budget = ByteBudget(10)
+        budget = Budget(10)
         first, done = Lease(budget), Lease(budget)
         await first.take(10)
 
@@ -316,3 +322,85 @@ def test_byte_budget_serves_in_order_and_survives_cancelled_waiters() -> None:
         return order
 
     assert asyncio.run(asyncio.wait_for(go(), 5)) == ["b", "c"]
+
+
+def test_names_that_never_answer_hold_up_nobody_for_longer_than_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More such names than there are threads: the rows behind them end as well, and those whose name is known go on."""
+    monkeypatch.setattr(resolver_module, "RESOLVER_THREADS", 4)
+    monkeypatch.setattr(resolver_module, "DNS_SECONDS", 0.4)
+    done = threading.Event()
+
+    def lookup(host: str) -> list[str]:
+        if host.startswith("forever"):
+            done.wait(20)
+        return ["127.0.0.1"]
+
+    with serving({"a": OK}) as server:
+
+        async def go() -> tuple[list[bytes | FetchError], float]:
+            async def begin() -> None:
+                pass
+
+            async def one(host: str) -> bytes | FetchError:
+                try:
+                    async with client.fetch(f"http://{host}.example:{server.port}/a", begin) as body:
+                        return body
+                except FetchError as failure:
+                    return failure
+
+            try:
+                async with Client(limits(server), lookup) as client:
+                    assert await one("known") == JPEG
+                    started = time.monotonic()
+                    stuck = [one(f"forever{n}") for n in range(10)]
+                    results = await asyncio.gather(*stuck, one("behind"), one("known"))
+                    return results, time.monotonic() - started
+            finally:
+                done.set()
+
+        results, seconds = asyncio.run(go())
+    found = [r.reason if isinstance(r, FetchError) else r for r in results]
+    assert found == ["dns_unavailable"] * 11 + [JPEG]
+    assert seconds < 2
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "ttl"),
+    [(socket.EAI_NONAME, "dns", "DNS_TTL"), (socket.EAI_AGAIN, "dns_unavailable", "DNS_RETRY_TTL")],
+)
+def test_refusals_of_the_resolver_are_remembered_for_their_time(
+    code: int, reason: str, ttl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def lookup(host: str) -> list[str]:
+        asked.append(host)
+        raise socket.gaierror(code, "no")
+
+    async def go() -> None:
+        resolver = Resolver(Guard(), lookup)
+        for expected in (1, 1, 1):
+            with pytest.raises(FetchError, match=reason):
+                await resolver.resolve("dead.example", 80)
+            assert len(asked) == expected
+        monkeypatch.setattr(resolver_module, ttl, -1.0)
+        for host in ("other.example", "other.example"):
+            with pytest.raises(FetchError, match=reason):
+                await resolver.resolve(host, 80)
+        assert len(asked) == 3
+        await resolver.close()
+
+    asyncio.run(go())
+
+
+def test_a_resolver_remembers_a_bounded_number_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolver_module, "DNS_ENTRIES", 10)
+
+    async def go() -> int:
+        resolver = Resolver(Guard(), lambda host: ["93.184.216.34"])
+        for number in range(50):
+            await resolver.resolve(f"h{number}.example", 80)
+        await resolver.close()
+        return len(resolver._known)
+
+    assert asyncio.run(go()) == 10

@@ -303,6 +303,13 @@ def test_a_damaged_jpeg_fails_and_a_mended_one_is_kept() -> None:
     assert close(pixels(padded, Rules(encode_format="png", encode_quality=1)), scene(900, 700).resize((256, 199)), 4)
 
 
+def test_a_jpeg_of_a_thousand_scans_is_not_decoded() -> None:
+    body = encoded(scene(900, 700), "JPEG", progressive=True)
+    assert reason(body, Rules()) is None
+    last = body.rindex(b"\xff\xda")
+    assert reason(body[:-2] + body[last:-2] * 1000 + body[-2:], Rules()) == "decode_error"
+
+
 def test_bytes_are_kept_only_where_nothing_has_to_change() -> None:
     keep = Rules(skip_reencode=True)
     jpeg = encoded(scene(), "JPEG")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 
 import pytest
 
 from pipeline.fetch.client import Client, Limits
 from pipeline.fetch.guard import Guard, is_public, parse_addr, parse_url
 from pipeline.fetch.reasons import REASONS, FetchError, find, one_line
-from tests.fetch.server import JPEG, answer, serving
+from tests.fetch.server import JPEG, Answer, Server, answer, redirect, serving
+
+Lookup = Callable[[str], list[str]]
 
 DENIED = """
 0.0.0.0 0.1.2.3 10.0.0.1 10.255.255.255 100.64.0.1 100.100.100.200 100.127.255.255 127.0.0.1 127.255.255.254
@@ -29,6 +32,13 @@ PUBLIC = """
 168.63.129.15 172.15.255.255 172.32.0.0 192.0.1.1 192.167.255.255 192.169.0.0 198.17.255.255 198.20.0.0
 223.255.255.255 2001:200::1 2001:4860:4860::8888 2606:4700:4700::1111 2a00:1450:4001:81b::200e 2003::1 2600::1 3ffe::1
 """
+
+
+def test_the_lists_are_long_enough_to_mean_something() -> None:
+    assert len(set(DENIED.split())) >= 40
+    assert len(set(PUBLIC.split())) >= 20
+    assert len(set(DENIED_URL) | set(REDIRECTS)) >= 60
+    assert len(set(BAD_SCHEME)) >= 15
 
 
 @pytest.mark.parametrize("address", DENIED.split())
@@ -105,7 +115,17 @@ DENIED_URL = [
     "http://192.168.1.1/", "http://255.255.255.255/", "http://224.0.0.1/", "https://127.0.0.1:{port}/",
     "HTTP://127.0.0.1:{port}/", " http://127.0.0.1:{port}/ ", "http://127.0.0.1:{port}/#@8.8.8.8/",
     "http://127.0.0.1:{port}?@8.8.8.8/", "http://rebinding.example:{port}/", "http://mixed.example:{port}/",
-    "http://sixtofour.example:{port}/", "http://mapped.example:{port}/",
+    "http://sixtofour.example:{port}/", "http://mapped.example:{port}/", "http://teredo.example:{port}/",
+    "http://nat64.example:{port}/", "http://0x7f.0x0.0x0.0x1:{port}/", "http://127.0.0.0x1:{port}/",
+    "http://0177.0.0x0.1:{port}/", "http://００１２７.0.0.1:{port}/", "http://０ｘ７ｆ．１:{port}/",
+    "http://２１３０７０６４３３:{port}/", "http://[::ffff:0:7f00:1]:{port}/", "http://[64:ff9b:1::7f00:1]:{port}/",
+    "http://127.0.0.2:{open}/", "http://[::ffff:127.0.0.1]:{open}/", "http://[::1]:{open}/",
+]  # fmt: skip
+# Each is the Location of a redirect, some of them at the end of a chain.
+REDIRECTS = [
+    *DENIED_URL, *BAD_SCHEME[:-6], "//127.0.0.1:{port}/", "//[::1]:{port}/", "\\\\127.0.0.1:{port}\\",
+    "http:\\\\127.0.0.1:{port}/", "http://u:p@127.0.0.1:{port}/", "//u@127.0.0.1:{port}/", "https:127.0.0.1:{port}",
+    "http:////127.0.0.1:{port}/", "/\\127.0.0.1:{port}/", "///127.0.0.1:{port}/",
 ]  # fmt: skip
 
 
@@ -143,42 +163,84 @@ def test_redirects_are_relative_to_the_url_before(location: str, meant: str) -> 
     assert str(parse_url(location, base=parse_url("http://h.example/x/a"))) == meant
 
 
-def test_no_notation_reaches_the_canary() -> None:
-    names = {
-        "rebinding.example": ["127.0.0.1"],
-        "mixed.example": ["10.0.0.1", "::1"],
-        "sixtofour.example": ["2002:7f00:1::"],
-        "mapped.example": ["::ffff:127.0.0.1"],
-    }
+NAMES = {
+    "rebinding.example": ["127.0.0.1"],
+    "mixed.example": ["10.0.0.1", "::1"],
+    "sixtofour.example": ["2002:7f00:1::"],
+    "mapped.example": ["::ffff:127.0.0.1"],
+    "teredo.example": ["2001:0:4136:e378:8000:63bf:80ff:fffe"],
+    "nat64.example": ["64:ff9b::7f00:1"],
+}
 
-    def lookup(host: str) -> list[str]:
-        if host in names:
-            return names[host]
-        return [str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
 
-    async def go(urls: list[str], addr: str) -> list[str]:
-        async def begin() -> None:
-            pass
+def resolve(host: str) -> list[str]:
+    if host in NAMES:
+        return NAMES[host]
+    # Numbers are the system's to read, in whatever notation; names would be asked for on the network.
+    flags = 0 if "localhost" in host else socket.AI_NUMERICHOST
+    return [str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=flags)]
 
-        async def one(client: Client, url: str) -> str:
-            try:
-                async with client.fetch(url, begin):
-                    return "fetched"
-            except FetchError as failure:
-                return failure.reason
 
-        # The allow list is open for the neighbour, as it would be in a run.
-        async with Client(Limits(timeout=3, retries=0, allow_addrs=(addr,)), lookup) as client:
+def ends(urls: list[str], addr: str, lookup: Lookup = resolve) -> list[str]:
+    """What each url ends with; the allow list is open for `addr`, the canary's neighbour, as it would be in a run."""
+
+    async def begin() -> None:
+        pass
+
+    async def one(client: Client, url: str) -> str:
+        try:
+            async with client.fetch(url, begin):
+                return "fetched"
+        except FetchError as failure:
+            return failure.reason
+
+    async def all_of_them() -> list[str]:
+        async with Client(Limits(timeout=3, retries=0, per_host=100, allow_addrs=(addr,)), lookup) as client:
             return await asyncio.gather(*(one(client, url) for url in urls))
 
+    return asyncio.run(all_of_them())
+
+
+def test_no_notation_reaches_the_canary() -> None:
     with serving({"": answer(body=JPEG)}) as server:
-        urls = [url.format(port=server.canary) for url in DENIED_URL]
-        reasons = asyncio.run(go(urls, server.addr))
+        urls = [url.format(port=server.canary, open=server.port) for url in DENIED_URL]
+        reasons = ends(urls, server.addr)
         # Legacy numbers are refused as malformed or, where they are resolved, for what they resolve to.
         assert {url: r for url, r in zip(urls, reasons) if r not in ("addr_denied", "bad_url", "dns")} == {}
-        assert reasons.count("addr_denied") >= 30
+        assert reasons.count("addr_denied") >= 40
         assert server.canary_hits == 0
         assert not server.hits
+
+
+def test_no_redirect_reaches_the_canary() -> None:
+    def location(url: str, server: Server) -> bytes:
+        return url.strip().replace("{port}", str(server.canary)).replace("{open}", str(server.port)).encode()
+
+    def moved(url: str) -> Answer:
+        async def reply(server: Server, writer: asyncio.StreamWriter, _: dict[str, str]) -> None:
+            writer.write(b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: " + location(url, server) + b"\r\n\r\n")
+
+        return reply
+
+    answers = {f"to{n}": moved(url) for n, url in enumerate(REDIRECTS)}
+    chains = {f"chain{n}": redirect(f"/to{n}", "308 Permanent Redirect") for n in range(len(REDIRECTS))}
+    with serving(answers | chains) as server:
+        names = [*answers, *chains]
+        found = dict(zip(names, ends([f"{server.url}/{name}" for name in names], server.addr)))
+        # A path that only looks like an address stays on the host that sent it, which has nothing there.
+        refusals = {"addr_denied", "bad_url", "bad_scheme", "dns", "http_404"}
+        wrong = {name: (REDIRECTS[int(name.strip("tochain"))], r) for name, r in found.items() if r not in refusals}
+        assert wrong == {}
+        assert server.canary_hits == 0
+
+
+def test_a_name_that_changes_its_address_is_judged_by_each_one() -> None:
+    answers = iter([["127.0.0.1"], ["127.0.0.2"], ["::1"], ["10.0.0.1"]])
+    with serving({"a": redirect("http://two.example:{server.port}/b"), "b": answer(body=JPEG)}) as server:
+        urls = [f"http://{name}.example:{server.port}/b" for name in ("one", "two", "three", "four")]
+        found = [end for url in urls for end in ends([url], server.addr, lambda host: next(answers))]
+        assert found == ["fetched", "addr_denied", "addr_denied", "addr_denied"]
+        assert server.canary_hits == 0
 
 
 def test_reasons_are_a_closed_list() -> None:

@@ -289,6 +289,18 @@ def test_boxes_of_a_column_are_blurred(server: Server) -> None:
     assert len(blurred) < len(plain)
 
 
+def test_the_engine_of_img2dataset(server: Server) -> None:
+    names = ["ok", "large", "missing", "noai"]
+    batch = unit([*(f"{server.url}/{name}" for name in names), "file:///etc/hostname", None], extra=list(range(6)))
+    kept, drops = apply(step(server, engine="img2dataset", image_size=64, retries=0), batch)
+    assert kept.schema.names == [*batch.column_names, *Download.adds]
+    assert (kept["row"].to_pylist(), kept["extra"].to_pylist()) == ([0, 1], [0, 1])
+    assert kept["width"].to_pylist() == [64, 64]
+    assert kept["original_width"].to_pylist() == [120, 900]
+    assert drops["row"].to_pylist() == [2, 3, 4, 5]
+    assert drops["reason"].to_pylist() == ["http_404", "opted_out", "bad_scheme", "bad_url"]
+
+
 def test_the_stage_travels_to_its_worker(server: Server) -> None:
     fresh = Download(allow_addrs=[server.addr])
     there = pickle.loads(pickle.dumps(copy.deepcopy(fresh)))

@@ -1,0 +1,80 @@
+"""What rows share and must wait for: bytes in flight, requests at a host."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+
+
+class Budget:
+    """A number of things that rows reserve and give back, first come, first served."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self.free = total
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @property
+    def used(self) -> int:
+        return self.total - self.free
+
+    @property
+    def wanted(self) -> int:
+        """What those who wait have asked for."""
+        return sum(size for size, turn in self._waiting if not turn.done())
+
+    async def reserve(self, size: int) -> None:
+        if self.free >= size and not self._waiting:
+            self.free -= size
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((size, turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.release(size)
+            raise
+
+    def release(self, size: int) -> None:
+        self.free += size
+        while self._waiting and (self._waiting[0][1].done() or self._waiting[0][0] <= self.free):
+            needed, turn = self._waiting.popleft()
+            if not turn.done():
+                self.free -= needed
+                turn.set_result(None)
+
+    def resize(self, total: int) -> None:
+        """A smaller total than is in use is reached as things are given back."""
+        more, self.total = total - self.total, total
+        self.release(more)
+
+    def fail(self, error: Exception) -> None:
+        """Ends the wait of all who wait now."""
+        while self._waiting:
+            _, turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_exception(error)
+
+
+@dataclass
+class Lease:
+    """One row's share of a budget: taken at most once at a time, given back as a whole."""
+
+    budget: Budget
+    size: int = 0
+
+    async def take(self, size: int) -> None:
+        size = min(size, self.budget.total)
+        await self.budget.reserve(size)
+        self.size = size
+
+    def keep(self, size: int) -> None:
+        """Gives back what is over `size`."""
+        if self.size > size:
+            self.budget.release(self.size - size)
+            self.size = size
+
+    def give_back(self) -> None:
+        self.keep(0)

@@ -1,0 +1,307 @@
+"""img2dataset's own downloader behind our columns: for those who want exactly its behaviour, and as a second opinion.
+
+It runs in a process of its own: it swaps the standard streams for every image, which no neighbour survives, and a
+decoder that dies there takes only its row with it. Its results come back one by one through a pipe.
+
+It is img2dataset that talks to the web here, so our safety and manners do NOT hold. It follows redirects to private
+addresses, has neither a deadline for a row nor a cap on a body, asks no robots.txt, spares no host, and introduces
+itself as Firefox. Only urls that are not http or https (`file://` would read this machine's disk) are kept from it.
+Use it where nothing private can be reached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from pipeline.fetch.decoder import Picture, phash, sniff
+from pipeline.fetch.deny import DenyList
+from pipeline.fetch.reasons import FetchError
+
+GROUP_ROWS = 256
+PATIENCE = 120
+"""Seconds without a finished row, beyond what `timeout` and `retries` explain, after which it is taken to hang."""
+RESIZER_OPTIONS = (
+    "image_size",
+    "resize_mode",
+    "resize_only_if_bigger",
+    "encode_format",
+    "encode_quality",
+    "skip_reencode",
+    "min_image_size",
+    "max_image_area",
+    "max_aspect_ratio",
+)
+DOWNLOADER_OPTIONS = ("timeout", "retries", "extract_exif", "user_agent_token", "disallowed_header_directives")
+OUR_OPTIONS = ("concurrency", "bbox_col", "compute_hash", "verify_hash", "hash_mismatch", "deny_hashes")
+Result = tuple[int, "Picture | FetchError"]
+
+# What img2dataset says (urllib's and OpenCV's words, mostly), the first that fits. It has no list of its own.
+_MESSAGES: tuple[tuple[str, str], ...] = (
+    (r"infinite loop", "redirect_loop"),
+    (r"HTTP Error (\d{3})", "http_"),
+    (r"disallowed by X-Robots-Tag", "opted_out"),
+    (r"hash mismatch", "hash_mismatch"),
+    (r"unknown url type", "bad_scheme"),
+    (r"no host given|nonnumeric port|control characters|codec can't encode|idna|label (empty|too long)", "bad_url"),
+    (r"Errno -3\b|Temporary failure in name resolution", "dns_unavailable"),
+    (r"Errno -[25]\b|Name or service not known|No address associated", "dns"),
+    (r"CERTIFICATE|SSL|TLS", "tls"),
+    (r"timed out|Errno 110\b", "deadline"),
+    (r"Connection reset|Remote end closed|Errno 104\b", "reset"),
+    (r"Connection refused|unreachable|No route|Errno (101|111|113)\b", "connect"),
+    (r"IncompleteRead", "body_truncated"),
+    (r"got more than \d+ (headers|bytes)", "bad_response"),
+    (r"image too small", "too_small"),
+    (r"image area too large|CV_IO_MAX_IMAGE", "too_large"),
+    (r"aspect ratio too large", "aspect_ratio"),
+)
+
+
+def failure(status: str | None, message: str | None) -> FetchError:
+    """Our reason for a row that img2dataset gave up, from the `status` and `error_message` of its tables."""
+    detail = f"img2dataset: {message or status or 'no message'}"
+    for pattern, reason in _MESSAGES:
+        if found := re.search(pattern, message or ""):
+            return FetchError(reason + found[1] if reason == "http_" else reason, detail)
+    return FetchError("decode_error" if status == "failed_to_resize" else "unexpected", detail)
+
+
+def download(table: pa.Table, options: Mapping[str, Any]) -> Iterator[list[Result]]:
+    """Runs img2dataset over the rows of a table: yields groups of (position in the table, picture or failure).
+
+    Every row comes out exactly once, in order of completion. `options` are those of `pipeline.stages.download`: of
+    them, RESIZER_OPTIONS and DOWNLOADER_OPTIONS have img2dataset's meanings (`timeout` is for a single wait on the
+    network, not for the row), OUR_OPTIONS ours, and all others none. RuntimeError if img2dataset cannot run at all.
+    """
+    group: list[Result] = []
+    for result in _rows(table, options):
+        group.append(result)
+        if len(group) == GROUP_ROWS:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _rows(table: pa.Table, options: Mapping[str, Any]) -> Iterator[Result]:
+    raw = table["url"].cast(pa.large_binary()).to_pylist()
+    urls = [None if url is None else url.decode("utf-8", "replace") for url in raw]
+    columns: dict[str, list[Any]] = {"url": urls}
+    if options["bbox_col"]:
+        columns["boxes"] = table[options["bbox_col"]].to_pylist()
+    if options["verify_hash"]:
+        columns["claim"] = table[options["verify_hash"][0]].to_pylist()
+    names = (*RESIZER_OPTIONS, *DOWNLOADER_OPTIONS, *OUR_OPTIONS)
+    job = {name: options[name] for name in names}
+    fit: list[int] = []
+    for row, url in enumerate(urls):
+        scheme = (url or "").strip().partition(":")[0].lower()
+        if scheme in ("http", "https"):
+            fit.append(row)
+        else:
+            yield row, FetchError("bad_scheme" if url and ":" in url else "bad_url", url or "")
+    todo = [fit] if fit else []
+    while todo:
+        rows = todo.pop()
+        left = set(rows)
+        child = _Child({**job, "columns": {name: [column[row] for row in rows] for name, column in columns.items()}})
+        with contextlib.closing(child):
+            for position, result in child:
+                if rows[position] in left:
+                    left.remove(rows[position])
+                    yield rows[position], result
+        rest = sorted(left)
+        if child.stalled:
+            yield from ((row, FetchError("deadline", "img2dataset made no headway on any row")) for row in rest)
+        elif not child.died:
+            yield from ((row, FetchError("unexpected", "img2dataset lost the row")) for row in rest)
+        elif len(rest) == 1:
+            yield rest[0], FetchError("decoder_crash", "img2dataset died on this row")
+        elif rest:  # whoever killed it is among these
+            todo += [rest[: len(rest) // 2], rest[len(rest) // 2 :]]
+
+
+class _Child:
+    """One img2dataset at work: iterates over (position, result); afterwards tells how it ended."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.died = self.stalled = False
+        # A thread of it waits `timeout` for each byte, so servers that drip can hold all of them for ever.
+        self._patience = PATIENCE + job["timeout"] * (job["retries"] + 1)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
+        reader, writer = os.pipe()
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "NO_ALBUMENTATIONS_UPDATE": "1",  # it would ask the network for its newest version
+        }
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(writer)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                pass_fds=[writer],
+                env=environment,
+            )
+        finally:
+            os.close(writer)
+        self._results = Connection(reader, writable=False)
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:  # what it died of is told below
+            stdin.write(json.dumps(job).encode())
+
+    def __iter__(self) -> Iterator[tuple[int, Picture | FetchError]]:
+        try:
+            while self._results.poll(self._patience):
+                told = json.loads(self._results.recv_bytes())
+                image = self._results.recv_bytes()
+                yield told.pop("position"), _result(told, image)
+            self.stalled = True
+            self._process.kill()
+        except (EOFError, OSError):  # OSError: it died in the middle of a message
+            status = self._process.wait()
+            self.died = status < 0
+            if status > 0:
+                self._errors.seek(0)
+                said = self._errors.read().decode(errors="replace").strip().splitlines()
+                raise RuntimeError(f"engine: img2dataset does not run here: {said[-1] if said else status}") from None
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._results.close()
+        self._errors.close()
+
+
+def _result(told: dict[str, Any], image: bytes) -> Picture | FetchError:
+    if "reason" in told:
+        return FetchError(told["reason"], told["detail"])
+    status, message = told.pop("status"), told.pop("error_message")
+    return Picture(image=image, **told) if status == "success" else failure(status, message)
+
+
+# --- In the child -----------------------------------------------------------------------------------------------------
+
+
+class _Resizer:
+    """img2dataset's resizer behind our list of denied hashes. Keeps the body for the writer, whose turn comes next in
+    the same thread, since img2dataset tells little of it."""
+
+    def __init__(self, resizer: Any, denied: DenyList | None) -> None:
+        self._resizer, self._denied = resizer, denied
+        self.body = b""
+        self.refused: str | None = None
+
+    def __call__(self, stream: io.BytesIO, boxes: Any = None) -> Any:
+        self.body = stream.getvalue()
+        self.refused = self._denied.find(self.body) if self._denied else None
+        if self.refused:
+            return None, None, None, None, None, "denied hash"
+        return self._resizer(stream, boxes)
+
+
+class _Writer:
+    """What img2dataset calls a sample writer: sends each row to the parent."""
+
+    def __init__(self, results: Connection, resizer: _Resizer, job: dict[str, Any], *_: object) -> None:
+        self._results, self._resizer, self._job = results, resizer, job
+
+    def write(self, image: bytes | None, key: str, _: object, meta: dict[str, Any]) -> None:
+        told: dict[str, Any] = {"status": meta["status"], "error_message": meta["error_message"]}
+        if self._resizer.refused:
+            told, self._resizer.refused = {"reason": "denied_hash", "detail": self._resizer.refused}, None
+        elif image is not None:
+            told |= self._measured(image, meta)
+            told |= self._hashes(self._job["columns"].get("claim", {int(key): None})[int(key)])
+        told["position"] = int(key)
+        try:
+            self._results.send_bytes(json.dumps(told).encode())
+            self._results.send_bytes(image or b"")
+        except OSError:  # the parent is gone, and img2dataset would go on without it
+            os._exit(0)
+
+    def _measured(self, image: bytes, meta: dict[str, Any]) -> dict[str, Any]:
+        body = self._resizer.body
+        kind = sniff(body)
+        animated = False
+        if kind:
+            with contextlib.suppress(Exception), Image.open(io.BytesIO(body), formats=[kind]) as source:
+                animated = bool(getattr(source, "is_animated", False))
+        with Image.open(io.BytesIO(image)) as picture:
+            bits = phash(np.asarray(picture.convert("RGB")))
+        names = ("width", "height", "original_width", "original_height", "sha256", "exif")
+        return {name: meta.get(name) for name in names} | {
+            "phash": bits,
+            "animated": animated,
+            "original_bytes": len(body),
+            "original_format": kind.lower() if kind else None,
+        }
+
+    def _hashes(self, claim: str | None) -> dict[str, Any]:
+        body, kind = self._resizer.body, self._job["compute_hash"]
+        told: dict[str, Any] = {"hash": hashlib.new(kind, body).hexdigest() if kind else None}
+        if claim is not None:
+            kind = self._job["verify_hash"][1]
+            told["hash_matches"] = hashlib.new(kind, body).hexdigest() == claim.strip().lower()
+            if not told["hash_matches"] and self._job["hash_mismatch"] == "reject":
+                told |= {"reason": "hash_mismatch", "detail": f"{kind} is not {claim}"}
+        return told
+
+    def close(self) -> None:
+        pass
+
+
+def _main(argv: Sequence[str]) -> None:
+    from img2dataset.blurrer import BoundingBoxBlurrer
+    from img2dataset.downloader import Downloader
+    from img2dataset.resizer import Resizer
+
+    job = json.load(sys.stdin)
+    results = Connection(int(argv[0]), readable=False)
+    columns = {name: column for name, column in job["columns"].items() if name != "claim"}
+    blurrer = BoundingBoxBlurrer() if "boxes" in columns else None
+    resizer = _Resizer(
+        Resizer(**{name: job[name] for name in RESIZER_OPTIONS}, blurrer=blurrer),
+        DenyList(job["deny_hashes"]) if job["deny_hashes"] else None,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/rows.arrow"
+        table = pa.table(columns)
+        with pa.ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
+        Downloader(
+            sample_writer_class=functools.partial(_Writer, results, resizer, job),
+            resizer=resizer,
+            thread_count=job["concurrency"],
+            save_caption=False,
+            output_folder=folder,
+            column_list=list(columns),
+            number_sample_per_shard=max(2, len(table)),
+            oom_shard_count=5,
+            compute_hash="sha256",
+            verify_hash_type=None,
+            encode_format=job["encode_format"],
+            blurring_bbox_col="boxes" if blurrer else None,
+            **{name: job[name] for name in DOWNLOADER_OPTIONS},
+        ).download_shard((0, path))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

@@ -1,0 +1,182 @@
+"""What a worker holds while it fetches: a bounded amount, whatever it is sent, and no more after 100,000 rows.
+
+Worker and server are processes of their own; the worker's memory is that of all processes it has started.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+import pyarrow as pa
+import pytest
+
+from pipeline.fetch import client as client_module
+from pipeline.stages.download import Download
+from tests.fetch import process_tree
+from tests.fetch.hostile_images import encoded, smooth
+from tests.fetch.server import JPEG, Answer, Server, answer, flood, jpeg, raw
+
+pytestmark = pytest.mark.skipif(not process_tree.CAN_MEASURE, reason="needs Linux's /proc")
+
+LIMIT = 400_000_000
+CAP = 20_000_000
+AREA = 36_000_000
+SIDE = 6000
+UNIT = 1000
+ROWS_A_HOST = 20
+SPAWN = multiprocessing.get_context("spawn")
+
+BIG = JPEG + bytes(CAP - len(JPEG))
+HEAD = b"HTTP/1.1 200 OK\r\n"
+
+
+def answers() -> dict[str, Answer]:
+    return {
+        "small": answer(body=JPEG),
+        "photo": answer(body=jpeg(1000, 700)),
+        "big": answer(body=BIG),
+        "big_unannounced": raw(HEAD + b"\r\n" + BIG),
+        "too_big": flood(HEAD + b"\r\n", JPEG + bytes(60_000)),
+        "broken": answer(body=encoded("PNG").replace(b"IDAT", b"IDAT\xff", 1) + bytes(CAP // 2)),
+    }
+
+
+def wide() -> dict[str, Callable[[], bytes]]:
+    """Pictures of the largest area that is let in, none of them larger than the largest body."""
+    return {
+        "jpeg": lambda: smooth(SIDE, SIDE, "RGB", "JPEG", quality=85),
+        "progressive": lambda: smooth(SIDE, SIDE, "RGB", "JPEG", quality=85, progressive=True),
+        "progressive_444": lambda: smooth(SIDE, SIDE, "RGB", "JPEG", quality=85, progressive=True, subsampling=0),
+        "progressive_cmyk": lambda: smooth(SIDE, SIDE, "CMYK", "JPEG", quality=85, progressive=True),
+        "png": lambda: smooth(SIDE, SIDE, "RGB", "PNG"),
+        "png_alpha": lambda: smooth(SIDE, SIDE, "LA", "PNG"),
+        "png_16_bit": lambda: smooth(SIDE, SIDE, "I;16", "PNG"),
+        "webp": lambda: smooth(SIDE, SIDE, "RGB", "WEBP", quality=50, method=0),
+        "webp_alpha": lambda: smooth(SIDE, SIDE, "RGBA", "WEBP", quality=50, method=0),
+        "gif": lambda: smooth(SIDE, SIDE, "P", "GIF"),
+    }
+
+
+def serve(pipe: Connection, kinds: Sequence[str]) -> None:
+    server = Server(answers() | {kind: answer(body=make()) for kind, make in wide().items() if kind in kinds})
+    pipe.send(server.port)
+    pipe.recv()
+    server.close()
+
+
+class Progress(NamedTuple):
+    rows: int
+    reasons: Counter[tuple[str, str | None]]
+    """How often each path has ended for each reason."""
+
+
+def work(pipe: Connection, port: int, paths: Sequence[str], rows: int) -> None:
+    """Fetches `rows` urls, of `paths` in turn, and reports after each table."""
+    client_module.system_lookup = lambda host: ["127.0.0.1"]
+
+    def units() -> Iterator[pa.Table]:
+        for number in range(0, rows, UNIT):
+            at = range(number, min(rows, number + UNIT))
+            urls = [f"http://host{i // ROWS_A_HOST}.example:{port}/{paths[i % len(paths)]}?{i}" for i in at]
+            places = {"unit": [number // UNIT] * len(at), "row": [i - number for i in at]}
+            yield pa.table({**{k: pa.array(v, pa.int32()) for k, v in places.items()}, "url": pa.array(urls)})
+
+    # Patience, for a busy machine: what is judged here is memory.
+    stage = Download(timeout=100, min_rate=0, max_bytes=CAP, max_image_area=AREA, allow_addrs=[f"127.0.0.1:{port}"])
+    stage.setup()
+    done, reasons = 0, Counter[tuple[str, str | None]]()
+    for table in stage.stream(units()):
+        done += len(table)
+        for url, reason in zip(table["url"].to_pylist(), table["drop_reason"].to_pylist()):
+            reasons[url.rpartition("/")[2].partition("?")[0], reason] += 1
+        pipe.send(Progress(done, reasons))
+    pipe.recv()
+
+
+@contextmanager
+def server(kinds: Sequence[str] = ()) -> Iterator[int]:
+    """A server's port."""
+    ours, theirs = multiprocessing.Pipe()
+    process = SPAWN.Process(target=serve, args=(theirs, kinds), daemon=True)
+    process.start()
+    try:
+        assert ours.poll(120), "the server did not start"
+        yield ours.recv()
+    finally:
+        process.terminate()
+        process.join()
+
+
+def fetch(port: int, paths: Sequence[str], rows: int) -> tuple[Progress, int, list[tuple[int, int]]]:
+    """How it ended, the highest memory in bytes, and (rows done, memory) along the way."""
+    ours, theirs = multiprocessing.Pipe()
+    worker = SPAWN.Process(target=work, args=(theirs, port, paths, rows), daemon=False)
+    worker.start()
+    theirs.close()
+    progress, course, measured = Progress(0, Counter()), [], 0.0
+    try:
+        with process_tree.peak_memory(worker.pid) as peak:
+            while progress.rows < rows:
+                progress = ours.recv()
+                if time.monotonic() - measured > 0.2:
+                    course.append((progress.rows, process_tree.memory(worker.pid)))
+                    measured = time.monotonic()
+        ours.send("that is all")
+        worker.join(30)
+    finally:
+        worker.kill()
+        worker.join()
+    return progress, peak[0], course
+
+
+def test_large_bodies_do_not_fill_the_worker() -> None:
+    """Hundreds of megabytes of them at once, announced or not, ever too large or broken."""
+    paths = ["small"] * 44 + ["big", "big_unannounced", "too_big", "broken", "small", "photo"]
+    rows = 600
+    with server() as port:
+        end, peak, _ = fetch(port, paths, rows)
+    assert dict(end.reasons.keys()) == {
+        "small": None, "photo": None, "big": None, "big_unannounced": None,
+        "too_big": "body_too_large", "broken": "decode_error",
+    }  # fmt: skip
+    assert end.reasons.total() == rows
+    assert peak < LIMIT
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "progressive"])
+def test_large_areas_do_not_fill_the_worker(kind: str) -> None:
+    with server([kind]) as port:
+        end, peak, _ = fetch(port, ["small", "small", kind], 24)
+    assert end.reasons == {("small", None): 16, (kind, None): 8}
+    assert peak < LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", wide())
+def test_no_kind_of_picture_fills_the_worker(kind: str) -> None:
+    """Each kind at the largest area: kept, or dropped for what it needs; the other rows come, the memory has a bound."""
+    with server([kind]) as port:
+        end, peak, _ = fetch(port, [*["small"] * 9, kind], 100)
+    assert end.reasons["small", None] == 90
+    assert end.reasons[kind, None] + end.reasons[kind, "decoder_memory"] == 10
+    assert end.reasons.total() == 100
+    assert peak < LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_memory_does_not_grow_with_the_rows() -> None:
+    rows = 100_000
+    with server() as port:
+        end, peak, course = fetch(port, ["small"] * 199 + ["photo"], rows)
+    assert end.reasons == {("small", None): rows - rows // 200, ("photo", None): rows // 200}
+    early = [held for at, held in course if 0.2 * rows < at <= 0.4 * rows]
+    late = [held for at, held in course if 0.8 * rows < at]
+    assert max(late) < max(early) + 20_000_000
+    assert peak < LIMIT

@@ -1,0 +1,117 @@
+"""robots.txt: each point of RFC 9309 that a publisher may rely on."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from pipeline.fetch.robots import MAX_BYTES, MAX_CRAWL_DELAY, parse
+
+
+def disallow(*patterns: str) -> bytes:
+    return "\n".join(["User-agent: *", *(f"Disallow: {p}" for p in patterns)]).encode()
+
+
+# (file, allowed, disallowed)
+FILES: dict[str, tuple[bytes, list[str], list[str]]] = {
+    "empty": (b"", ["/", "/a"], []),
+    "no_rule_for_us": (b"User-agent: other\nDisallow: /", ["/a"], []),
+    "all": (disallow("/"), [], ["/", "/a?b"]),
+    "empty_disallow": (disallow(""), ["/a"], []),
+    "prefix": (disallow("/fish"), ["/Fish.asp", "/catfish", "/"], ["/fish", "/fish.html", "/fish/a", "/fish?id=1"]),
+    "folder": (disallow("/fish/"), ["/fish", "/fish.html"], ["/fish/", "/fish/a.jpg"]),
+    "longest": (b"User-agent: *\nAllow: /p\nDisallow: /", ["/page"], ["/a"]),
+    "longest_whatever_order": (b"User-agent: *\nDisallow: /\nAllow: /folder/page", ["/folder/page"], ["/folder/a"]),
+    "tie": (b"User-agent: *\nDisallow: /folder\nAllow: /folder", ["/folder/page"], []),
+    "tie_other_order": (b"User-agent: *\nAllow: /folder\nDisallow: /folder", ["/folder/page"], []),
+    "tie_wild": (b"User-agent: *\nDisallow: /a*b\nAllow: /axb$", ["/axb"], ["/a-b"]),
+    "wild_longer": (b"User-agent: *\nAllow: /page\nDisallow: /*.htm", ["/page"], ["/page.htm"]),
+    "plain_longer": (b"User-agent: *\nDisallow: /*.jpg\nAllow: /public/", ["/public/a.jpg"], ["/a.jpg"]),
+    "anchored_longer": (b"User-agent: *\nAllow: /$\nDisallow: /", ["/"], ["/page.htm"]),
+    "extension": (disallow("/*.php"), ["/", "/windows.PHP"], ["/index.php", "/a/b.php5", "/a.php?x=/"]),
+    "extension_at_end": (disallow("/*.php$"), ["/a.php?x", "/a.php/", "/a.php5"], ["/a.php", "/x/.php.php"]),
+    "two_wildcards": (disallow("/a*/b*.gif"), ["/a/b.jpg", "/b/a/b.gif"], ["/a/b.gif", "/ax/y/bz.gif?q"]),
+    "dollar_inside": (disallow("/a$b"), ["/a"], ["/a$b", "/a%24bc"]),
+    "no_overlap": (disallow("/ab*ba$"), ["/aba"], ["/abba", "/abcba"]),
+    "star_alone": (disallow("*"), [], ["/", "/a"]),
+    "star_at_end": (disallow("/fish*"), ["/a"], ["/fish", "/fishy"]),
+    "literal_star": (disallow("/a-%2A.html"), ["/a-b.html"], ["/a-*.html", "/a-%2a.html"]),
+    "no_slash": (disallow("fish"), ["/fish"], []),
+    "escaped_unreserved": (disallow("/%62%61%7A"), ["/ba"], ["/baz", "/b%61z"]),
+    "escape_case": (disallow("/%e3%83%84"), ["/%E3%83%85"], ["/%E3%83%84", "/%e3%83%84/a"]),
+    "utf8": ("User-agent: *\nDisallow: /ツ".encode(), ["/"], ["/%E3%83%84"]),
+    "latin1": (b"User-agent: *\nDisallow: /\xe9", ["/%C3%A9"], ["/%E9"]),
+    "escaped_slash": (disallow("/a%2Fb"), ["/a/b"], ["/a%2fb"]),
+    "query": (disallow("/a?u=https://x.y"), ["/a?u=http://x.y"], ["/a?u=https%3A%2F%2Fx.y"]),
+    "query_only": (disallow("/*?"), ["/a"], ["/a?", "/?x"]),
+    "own_group": (b"User-agent: *\nDisallow: /\n\nUser-agent: Winnow\nDisallow: /no", ["/yes"], ["/no"]),
+    "own_group_allows": (b"User-agent: winnow\n\nUser-agent: *\nDisallow: /", [], ["/"]),
+    "own_empty_group": (b"User-agent: winnow\nDisallow:\n\nUser-agent: *\nDisallow: /", ["/"], []),
+    "version": (b"User-agent: WINNOW/2.0\nDisallow: /", [], ["/"]),
+    "longer_name": (b"User-agent: winnowing\nDisallow: /", ["/"], []),
+    "shorter_name": (b"User-agent: winn\nDisallow: /", ["/"], []),
+    "merged": (b"User-agent: winnow\nDisallow: /a\n\nUser-agent: b\nDisallow: /b\n\nUser-agent: winnow\nDisallow: /c",
+               ["/b"], ["/a", "/c"]),
+    "shared": (b"User-agent: a\nUser-agent: winnow\nUser-agent: b\nDisallow: /a", ["/b"], ["/a"]),
+    "shared_through_others": (b"User-agent: winnow\nSitemap: /s\n\nFoo: x\nUser-agent: b\nDisallow: /a", [], ["/a"]),
+    "rules_end_a_group": (b"User-agent: winnow\nAllow: /x\nUser-agent: b\nDisallow: /a", ["/a"], []),
+    "before_any_group": (b"Disallow: /\nUser-agent: winnow\nAllow: /x", ["/a"], []),
+    "comments": (b"#\nUser-agent: winnow # us\n# User-agent: other\nDisallow: /a # all of it\n", ["/b"], ["/a"]),
+    "spaces": (b" \tuser-AGENT \t: \twinnow\t\n  DISALLOW:/a  \n", ["/"], ["/a"]),
+    "byte_order_mark": (b"\xef\xbb\xbfUser-agent: winnow\nDisallow: /", [], ["/a"]),
+    "crlf": (b"User-agent: winnow\r\nDisallow: /a\r\n", ["/b"], ["/a"]),
+    "cr": (b"User-agent: winnow\rDisallow: /a\rAllow: /a/b\r", ["/b", "/a/b"], ["/a"]),
+    "html": (b"<!doctype html><p>User-agent: *<p>Disallow: /</p>", ["/"], []),
+    "zeros": (bytes(1000) + b"\nUser-agent: *\nDisallow: /a\x00b", ["/a"], ["/a%00b"]),
+    "no_colon": (b"User-agent: *\nDisallow /", ["/"], []),
+    "no_newline_spanning": (b"User-agent:\nDisallow: /", ["/"], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_who_may_ask_for_what(name: str) -> None:
+    text, allowed, disallowed = FILES[name]
+    robots = parse(text, "winnow")
+    assert {path: robots.allows(path) for path in (*allowed, *disallowed)} == {
+        **dict.fromkeys(allowed, True),
+        **dict.fromkeys(disallowed, False),
+    }
+
+
+def test_only_whole_lines_of_the_first_500_kib_count() -> None:
+    head = b"User-agent: *\nDisallow: /early\n"
+    filler = b"#" * (MAX_BYTES - len(head) - len(b"\nDisallow: /")) + b"\n"
+    robots = parse(head + filler + b"Disallow: /late", "winnow")  # the limit falls right behind the slash
+    assert not robots.allows("/early")
+    assert robots.allows("/late")
+    assert robots.allows("/other")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        (b"User-agent: *\nCrawl-delay: 2.5\nDisallow:", 2.5),
+        (b"User-agent: *\nCrawl-delay: 86400", MAX_CRAWL_DELAY),
+        (b"User-agent: *\nCrawl-delay: inf", MAX_CRAWL_DELAY),
+        (b"User-agent: *\nCrawl-delay: -1", 0.0),
+        (b"User-agent: *\nCrawl-delay: nan", 0.0),
+        (b"User-agent: *\nCrawl-delay: soon", 0.0),
+        (b"User-agent: *\nCrawl-delay: 5\nUser-agent: winnow\nDisallow: /a", 0.0),
+        (b"User-agent: *\nCrawl-delay: 5\nDisallow:\nUser-agent: winnow\nDisallow: /a", 0.0),
+        (b"User-agent: other\nCrawl-delay: 5", 0.0),
+    ],
+)
+def test_crawl_delay(text: bytes, seconds: float) -> None:
+    assert parse(text, "winnow").crawl_delay == seconds
+
+
+def test_no_pattern_takes_long() -> None:
+    robots = parse(disallow("/" + "*a" * 2000 + "b$", "/" + "*" * 5000 + "c"), "winnow")
+    many = parse(disallow(*(f"/folder{n}/" for n in range(30_000))), "winnow")
+    started = time.process_time()
+    for _ in range(20):
+        assert robots.allows("/" + "a" * 4000)
+        assert many.allows("/folder1")
+        assert not many.allows("/folder77/x")
+    assert time.process_time() - started < 1  # a matcher that goes back would need longer than the sun has
