@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,10 @@ class ConfigError(ValueError):
 
     def __init__(self, source: str, problems: list[str]) -> None:
         super().__init__("\n".join(f"{source}: {problem}" for problem in problems))
+        self.source, self.problems = source, problems
+
+    def __reduce__(self) -> tuple[type, tuple[str, list[str]]]:
+        return type(self), (self.source, self.problems)  # from one of Ray's workers to its driver
 
 
 def option(doc: str, default: Any = dataclasses.MISSING) -> Any:
@@ -32,28 +36,43 @@ class TrainConfig:
     Defaults are those of CLIP (Radford et al. 2021, appendix F) wherever the paper has one.
     """
 
-    shards: str = option("folder of shards, or the run folder around it")
+    shards: str | Sequence[Any] = option(
+        "folder of shards, or the run folder around it; or a list of {path: FOLDER, weight: NUMBER}"
+    )
     output: str = option("folder for checkpoints/, metrics.jsonl and model/")
     model: str = option("architecture: a name of open_clip's or of trainer/configs/")
     lr: float = option("peak learning rate")
+    pretrained: str | None = option("weights to start from: a tag of open_clip's, a file, or an exported folder", None)
+    lock_image: bool = option("leave the image tower as `pretrained` gave it (LiT)", False)
+    lock_text: bool = option("leave the text tower as `pretrained` gave it", False)
+    loss: str = option("clip, or siglip for a sigmoid over each pair", "clip")
     batch_size: int = option("samples per step", 32768)
     epochs: int = option("passes over the shards; the last, incomplete batch of each is left out", 32)
+    samples: int | None = option("samples to train on, instead of whole epochs; data that are fewer come again", None)
     warmup: int = option("steps of linear warm-up; then the cosine falls to 0 at the last step", 2000)
     weight_decay: float = option("AdamW's decay; gains, biases and the temperature are never decayed", 0.2)
     beta1: float = option("AdamW's β1", 0.9)
     beta2: float | None = option("AdamW's β2; by default 0.98 for a ViT and 0.999 for a ResNet", None)
     eps: float | None = option("AdamW's ε; by default 1e-6 for a ViT and 1e-8 for a ResNet", None)
     seed: int = option("of the first weights, the order of samples and the crops", 0)
-    precision: str = option("fp32, or bf16 for autocast over fp32 weights", "bf16")
+    precision: str = option("fp32, or bf16 or fp16 for autocast over fp32 weights", "bf16")
+    micro_batch_size: int | None = option("samples of a rank that are in memory at once, by gradient caching", None)
     grad_checkpointing: bool = option("recompute activations in the backward pass: slower, far less memory", False)
+    compile: bool = option("torch.compile: worth its minutes on a GPU", False)
+    ranks: int | None = option("processes to train in, on Ray; by default this one alone, or those of torchrun", None)
     device: str = option("cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", "auto")
     threads: int | None = option("CPU threads of the training process; by default as many as PyTorch takes", None)
-    workers: int = option("processes that read and decode; 0 decodes in the training process", 2)
+    workers: int = option("processes per rank that read and decode; 0 decodes in the training process", 2)
     checkpoint_every: int = option("steps between checkpoints; the last step always writes one", 1000)
     keep_checkpoints: int = option("newest checkpoints kept", 2)
     log_every: int = option("steps between lines of metrics.jsonl", 10)
+    tensorboard: bool = option("write output/tensorboard too", False)
     resume: str = option("latest (or start if there is none), none, or the path of a checkpoint", "latest")
     export: bool = option("write output/model for open_clip at the end", True)
+
+    def steps(self, per_epoch: int) -> int:
+        """Updates from the first to the last, of data that make `per_epoch` batches."""
+        return per_epoch * self.epochs if self.samples is None else self.samples // self.batch_size
 
     def problems(self) -> Iterator[str]:
         for key in ("batch_size", "epochs", "checkpoint_every", "keep_checkpoints", "log_every"):
@@ -68,18 +87,26 @@ class TrainConfig:
         for key in ("beta1", "beta2"):
             if (value := getattr(self, key)) is not None and not 0 <= value < 1:
                 yield f"{key}: found {value}, expected a number from 0 to below 1"
-        if self.threads is not None and self.threads < 1:
-            yield f"threads: found {self.threads}, expected at least 1"
-        if self.threads is not None and self.threads < 1:
-            yield f"threads: found {self.threads}, expected at least 1, or null"
-        if self.precision not in ("fp32", "bf16"):
-            yield f"precision: found {self.precision!r}, expected fp32 or bf16"
+        if self.samples is not None and self.samples < self.batch_size:
+            yield f"samples: found {self.samples}, expected at least batch_size ({self.batch_size}), or null"
+        for key in ("threads", "micro_batch_size", "ranks"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                yield f"{key}: found {value}, expected at least 1, or null"
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            yield f"precision: found {self.precision!r}, expected fp32, bf16 or fp16"
+        if self.loss not in ("clip", "siglip"):
+            yield f"loss: found {self.loss!r}, expected clip or siglip"
+        if (self.lock_image or self.lock_text) and self.pretrained is None:
+            yield "lock_image, lock_text: a locked tower never learns, so it needs weights: set pretrained"
+        if self.lock_image and self.lock_text:
+            yield "lock_image, lock_text: with both towers locked nothing is left to train"
 
 
-# What may differ between a checkpoint and the run that resumes it: nothing that reaches the weights.
+# What may differ between a checkpoint and the run that resumes it: nothing that reaches the weights, but for the order
+# in which floats are added. (Batch norm and dropout do see how a batch is divided into ranks and micro-batches.)
 FREE_ON_RESUME = {
     *("shards", "output", "device", "workers", "checkpoint_every", "keep_checkpoints", "log_every", "resume"),
-    *("export", "grad_checkpointing"),
+    *("export", "grad_checkpointing", "compile", "threads", "ranks", "micro_batch_size", "tensorboard"),
 }
 
 
@@ -142,7 +169,9 @@ def _coerce(value: Any, kind: str) -> Any:
     if value is None and expected != kind:
         return None
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if expected == "str" and isinstance(value, str):
+    if expected.startswith("str") and isinstance(value, str):
+        return value
+    if "Sequence" in expected and isinstance(value, list):
         return value
     if expected == "bool" and isinstance(value, bool):
         return value
@@ -151,7 +180,7 @@ def _coerce(value: Any, kind: str) -> Any:
     if expected == "int" and number and value == int(value):
         return int(value)
     words = {"str": "text", "bool": "true or false", "int": "a whole number", "float": "a number"}
-    raise ValueError(f"found {value!r}, expected {words[expected]}")
+    raise ValueError(f"found {value!r}, expected {words[expected.partition(' ')[0]]}")
 
 
 class _Loader(yaml.SafeLoader):

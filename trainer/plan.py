@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.config import TrainConfig
-from trainer.data import Shards, ShardsError
+from trainer.data import ShardsError, open_shards
 from trainer.model import create
 
 H100_BF16_FLOPS, UTILISATION = 989e12, 0.4
@@ -48,7 +48,7 @@ def plan(config: TrainConfig) -> str:
         f"in the image tower; {preprocess.size} px, {model.context_length} tokens",
     ]
     try:
-        shards = Shards(config.shards)
+        shards = open_shards(config.shards)
     except ShardsError as error:
         lines.append(f"data         unknown: {error}")
         samples = None

@@ -2,11 +2,14 @@
 
     python -m trainer.train CONF.yaml [key=value ...]         trains, or goes on where the last run stopped
     python -m trainer.train CONF.yaml --plan                  prints what it would do and need, and does nothing
+    torchrun --nproc-per-node 8 -m trainer.train CONF.yaml    the same on 8 ranks, each with its part of every batch
+    python -m trainer.train CONF.yaml ranks=8                 the same on Ray, alone or after `ray job submit --`
 
 The output folder gets `checkpoints/step-*.pt`, `metrics.jsonl` (a line every `log_every` steps) and, at the end,
 `model/`, which `open_clip.create_model_and_transforms("local-dir:OUTPUT/model")` loads.
 The same configuration on the same shards gives the same weights, whatever `workers` is and however often the run
-was killed and resumed: bit for bit on a CPU with the same number of threads.
+was killed and resumed: bit for bit on a CPU with the same number of threads and ranks. Any number of ranks takes the
+same samples at each step, and differs only in the order in which floats are added.
 """
 
 from __future__ import annotations
@@ -16,55 +19,118 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from trainer import checkpoint
+from trainer import checkpoint, distributed
 from trainer.config import FREE_ON_RESUME, ConfigError, TrainConfig, describe, load_config
-from trainer.data import Batch, Batches, Shards, ShardsError
+from trainer.data import Batch, Batches, ShardsError, open_shards
 from trainer.export import export
-from trainer.loss import MAX_LOG_SCALE, clip_loss
-from trainer.model import Clip, ModelError, Preprocess, Tokenizer, create, encode_text, model_config
+from trainer.loss import MAX_LOG_SCALE, chance, clip_loss, siglip_loss
+from trainer.model import (
+    DTYPES,
+    Clip,
+    ModelError,
+    Preprocess,
+    Tokenizer,
+    create,
+    encode_trimmed,
+    lock,
+    model_config,
+    trim,
+)
+from trainer.order import mix
 from trainer.plan import plan
 
 
 class DivergedError(RuntimeError):
-    """A loss or gradient that is not finite; the message names the samples."""
+    """A loss that is not finite, or that has been lost for good; the message names samples."""
+
+
+PATIENCE = 100
+"""Steps in a row, after the warm-up, whose loss may be above that of a model that knows nothing."""
+
+
+class Result(NamedTuple):
+    """What a batch gave: its loss, what each own pair adds to that (n,), and the own features (n, D)."""
+
+    loss: Tensor
+    each: Tensor
+    image: Tensor
+    text: Tensor
+
+
+class Towers(nn.Module):
+    """Both encoders in one forward pass, which is what DistributedDataParallel and torch.compile can wrap."""
+
+    def __init__(self, model: Clip) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Unit features of images and texts (B, D) each, the log of the scale and, for SigLIP, the bias."""
+        image = self.model.encode_image(pixels, normalize=True)
+        text = encode_trimmed(self.model, tokens, normalize=True)
+        bias = getattr(self.model, "logit_bias", None)
+        return (image, text, self.model.logit_scale.clone(), *([] if bias is None else [bias.clone()]))
 
 
 class Run:
-    """One training run: the model, its optimiser, and how far they have come."""
+    """One training run, or one rank of it: the model, its optimiser, and how far they have come."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.output = Path(config.output)
-        self.device = find_device(config.device)
-        self.shards = Shards(config.shards)
+        self.device = distributed.join(find_device(config.device))
+        self.rank, self.ranks = distributed.rank(), distributed.world_size()
+        if config.batch_size % self.ranks:
+            raise ConfigError("batch_size", [f"{config.batch_size} cannot be divided among {self.ranks} ranks"])
+        self.shards = open_shards(config.shards)
         torch.manual_seed(config.seed)
         if config.threads:
             torch.set_num_threads(config.threads)
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = True
         self.model: Clip
         self.preprocess: Preprocess
         self.tokenizer: Tokenizer
-        self.model, self.preprocess, self.tokenizer = create(config.model, self.device)
+        siglip = config.loss == "siglip"
+        self.model, self.preprocess, self.tokenizer = create(config.model, self.device, config.pretrained, siglip)
+        self.model_config = model_config(config.model, config.pretrained, siglip)
+        if getattr(self.model, "logit_bias", None) is not None and not siglip:
+            raise ConfigError(
+                "loss", [f"{config.model} has SigLIP's bias, which clip leaves untrained; set loss=siglip"]
+            )
+        lock(self.model, config.lock_image, config.lock_text)
         if config.grad_checkpointing:
             self.model.set_grad_checkpointing()
+        self.towers: nn.Module = Towers(self.model)
+        if config.compile:
+            self.towers.compile()
+        if self.ranks > 1:
+            self.towers = DistributedDataParallel(self.towers, gradient_as_bucket_view=True)
         self.batches = Batches(self.shards, config.batch_size, self.preprocess.size, self.tokenizer, config.seed)
         self.optimizer = make_optimizer(self.model, config)
-        self.total_steps = self.batches.per_epoch * config.epochs
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.total_steps = config.steps(self.batches.per_epoch)
         self.step = 0
         """Steps done."""
         self.corrupt = 0
-        """Samples met so far that could not be read."""
+        """Samples met so far, on any rank, that could not be read."""
+        self.lost_steps = 0
+        """Steps, up to the last, whose loss was above chance."""
+        self.lost: list[str] = []
+        """The worst samples of the first of these."""
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, plus what an export needs."""
@@ -73,19 +139,20 @@ class Run:
             "corrupt": self.corrupt,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "torch_rng": torch.get_rng_state(),
+            "scaler": self.scaler.state_dict(),
             "config": dataclasses.asdict(self.config),
             "data": self.shards.fingerprint,
-            "model_config": model_config(self.config.model),
+            "model_config": self.model_config,
             "preprocess_config": self.preprocess.config,
         }
 
     def restore(self, path: Path) -> None:
         """Takes over a checkpoint. Raises CheckpointError if it belongs to another configuration or other shards."""
         state = checkpoint.load(path)
-        here, there = dataclasses.asdict(self.config), state["config"]
-        changed = [key for key in here if key not in FREE_ON_RESUME and here[key] != there.get(key)]
-        lines = [f"  {key}: {there.get(key)} in the checkpoint, {here[key]} now" for key in changed]
+        here = dataclasses.asdict(self.config)
+        there = {field.name: field.default for field in dataclasses.fields(TrainConfig)} | state["config"]
+        changed = [key for key in here if key not in FREE_ON_RESUME and here[key] != there[key]]
+        lines = [f"  {key}: {there[key]} in the checkpoint, {here[key]} now" for key in changed]
         if state["data"] != self.shards.fingerprint:
             lines.append(f"  shards: {self.config.shards} is not the data that the checkpoint was trained on")
         if lines:
@@ -95,7 +162,7 @@ class Run:
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["torch_rng"])
+        self.scaler.load_state_dict(state["scaler"])
         self.step, self.corrupt = state["step"], state["corrupt"]
 
     def save(self) -> None:
@@ -106,55 +173,113 @@ class Run:
         rate = learning_rate(self.step, self.total_steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        pixels = self.preprocess.normalize(batch.pixels)
-        tokens = batch.tokens.to(self.device, non_blocking=True)
-        with self._precision():
-            image = self.model.encode_image(pixels, normalize=True)
-            text = encode_text(self.model, tokens, normalize=True)
-        loss = clip_loss(image, text, self.model.logit_scale)
+        pixels = batch.pixels.to(self.device, non_blocking=True)
+        tokens = trim(self.model, batch.tokens, 1 if self.device.type == "cpu" else 8)
+        tokens = tokens.to(self.device, non_blocking=True)
         self.optimizer.zero_grad()
-        with self._precision():
-            loss.backward()
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-            self._diverged(batch, image, text, loss.item(), norm.item())
-        self.optimizer.step()
+        result = self.backward(pixels, tokens)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        log_scale = self.model.logit_scale.detach()
+        loss, norm, log_scale = torch.stack([result.loss, norm, log_scale]).tolist()  # waits for the device just once
+        # An overflow is how fp16 finds its scale: the scaler leaves such a step out.
+        overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
+            self._stop(f"loss {loss}, gradient norm {norm}", self._suspects(batch, result))
+        self._watch(loss, batch, result)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, MAX_LOG_SCALE)
         self.step += 1
-        self.corrupt += len(batch.corrupt)
-        temperature = math.exp(-self.model.logit_scale.item())
-        return {"loss": loss.item(), "lr": rate, "temperature": temperature, "grad_norm": norm.item()}
+        self.corrupt += int(distributed.sum_of(torch.tensor(len(batch.corrupt), device=self.device)))
+        return {"loss": loss, "lr": rate, "temperature": math.exp(-log_scale), "grad_norm": norm}
 
-    @contextlib.contextmanager
-    def _precision(self) -> Iterator[None]:
-        if self.config.precision != "bf16":
-            yield
-        # The backward of the CPU's flash attention takes 40% of a bf16 step; plain matrix products do not.
-        elif self.device.type == "cpu":
-            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-                yield
-        else:
-            with torch.autocast(self.device.type, torch.bfloat16):
-                yield
+    def backward(self, pixels: Tensor, tokens: Tensor) -> Result:
+        """Leaves the gradient of the batch in the parameters.
 
-    def _diverged(self, batch: Batch, image: Tensor, text: Tensor, loss: float, norm: float) -> None:
-        bad = ~(image.isfinite().all(dim=1) & text.isfinite().all(dim=1))
-        numbers = [number for number, is_bad in zip(batch.numbers, bad.tolist()) if is_bad] or batch.numbers
-        keys = " ".join(self.shards.key(number) for number in numbers[:20])
-        more = f" and {len(numbers) - 20} more" if len(numbers) > 20 else ""
+        Where a rank's part of it is larger than `micro_batch_size`, by gradient caching (Gao et al. 2021): the features
+        of all micro-batches without their activations, the gradient of the loss at these features, then each
+        micro-batch again, with activations, to take it on to the parameters.
+        """
+        size = self.config.micro_batch_size or self.config.batch_size
+        count = -(-self.config.batch_size // self.ranks // size)
+        parts = list(zip(pixels.tensor_split(count), tokens.tensor_split(count)))
+        if count == 1:
+            result = self._loss(self._encode(0, *parts[0]))
+            self.scaler.scale(result.loss).backward()
+            return result
+        with torch.no_grad():
+            cached = [self._encode(i, *part) for i, part in enumerate(parts)]
+        image, text, *_ = zip(*cached)
+        outputs = [v.requires_grad_() for v in (torch.cat(image), torch.cat(text), *cached[0][2:])]
+        result = self._loss(outputs)
+        image_grad, text_grad, *others = torch.autograd.grad(self.scaler.scale(result.loss), outputs)
+        gradients = zip(image_grad.tensor_split(count), text_grad.tensor_split(count))
+        for i, (part, gradient) in enumerate(zip(parts, gradients)):
+            last = i == count - 1
+            alone = last or not isinstance(self.towers, DistributedDataParallel)
+            # The ranks add up their gradients once, at the end.
+            with contextlib.nullcontext() if alone else cast(DistributedDataParallel, self.towers).no_sync():
+                replayed = zip(self._encode(i, *part), (*gradient, *others) if last else gradient)
+                learning = [(output, at) for output, at in replayed if output.requires_grad]
+                torch.autograd.backward([output for output, _ in learning], [at for _, at in learning])
+        return result
+
+    def _encode(self, part: int, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        # Whatever is random in the model is a function of these numbers: nothing to save, and a replay is exact.
+        torch.manual_seed(int(mix(self.config.seed, self.step, self.rank, part)[0]))
+        dtype = DTYPES[self.config.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            outputs: tuple[Tensor, ...] = self.towers(self.preprocess.normalize(pixels), tokens)
+        return outputs
+
+    def _loss(self, outputs: Sequence[Tensor]) -> Result:
+        image, text, log_scale, *bias = outputs
+        loss, each = siglip_loss(image, text, log_scale, bias[0]) if bias else clip_loss(image, text, log_scale)
+        return Result(loss, each, image.detach(), text.detach())
+
+    def _watch(self, loss: float, batch: Batch, result: Result) -> None:
+        # A collapsed model stays at the loss of one that knows nothing, or above it. One bad batch does not.
+        if self.step < self.config.warmup or loss <= chance(self.config.batch_size, self.config.loss):
+            self.lost_steps = 0
+            return
+        if self.lost_steps == 0:
+            self.lost = self._suspects(batch, result)
+        self.lost_steps += 1
+        if self.lost_steps == PATIENCE:
+            text = f"{PATIENCE} steps in a row have a loss above that of a model that knows nothing, {loss:.2f} now"
+            self._stop(text, [*self.lost, "(the worst of the first of these steps)"])
+
+    def _suspects(self, batch: Batch, result: Result) -> list[str]:
+        # All samples of any rank whose features are not finite, otherwise the five that add most to the loss.
+        broken = ~(result.image.isfinite().all(dim=1) & result.text.isfinite().all(dim=1))
+        losses = result.each.float().nan_to_num(0).masked_fill(broken, math.inf)
+        worst = losses.topk(min(len(losses), max(5, int(broken.sum()))))
+        mine = [(loss, self.shards.key(batch.numbers[i])) for loss, i in zip(*(v.tolist() for v in worst))]
+        ranked = sorted(distributed.lists_of(mine), reverse=True)
+        chosen = [key for loss, key in ranked if loss == math.inf] or [f"{key} (loss {v:.2f})" for v, key in ranked[:5]]
+        return chosen[:20] + [f"and {len(chosen) - 20} more"] * (len(chosen) > 20)
+
+    def _stop(self, what: str, samples: list[str]) -> NoReturn:
         raise DivergedError(
-            f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the weights are left as they were before it.\n"
-            f"  samples: {keys}{more}\n"
+            f"step {self.step + 1}: {what}; the weights are left as they were before it.\n"
+            f"  samples: {', '.join(samples)}\n"
             f"  Look at these samples; if nothing is wrong with them, lower lr or lengthen warmup."
         )
 
 
 def train(config: TrainConfig) -> None:
     """Trains to the end of the last epoch, and exports. Resumes as `config.resume` says."""
-    run = Run(config)
-    found = checkpoint.latest(run.output)
+    try:
+        _train(Run(config))
+    finally:
+        distributed.leave()
+
+
+def _train(run: Run) -> None:
+    config = run.config
+    found = distributed.from_first(checkpoint.latest(run.output))
     if config.resume == "latest":
         if found:
             run.restore(found)
@@ -164,17 +289,22 @@ def train(config: TrainConfig) -> None:
         raise checkpoint.CheckpointError(f"resume: none, but {found} exists; use resume=latest or another output")
     run.output.mkdir(parents=True, exist_ok=True)
     with Log(run) as log:
-        batches = run.batches.from_step(run.step, run.total_steps, config.workers, run.device.type == "cuda")
+        batches = run.batches.from_step(
+            run.step, run.total_steps, config.workers, run.device.type == "cuda", run.rank, run.ranks
+        )
         while run.step < run.total_steps:
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
-            for line in batch.corrupt:
-                log.say(f"corrupt sample {line}")
-            log.step(run.train_step(batch), len(batch.numbers), waited)
-            if run.step % config.checkpoint_every == 0 or run.step == run.total_steps:
+            corrupt = run.corrupt
+            numbers = run.train_step(batch)
+            if run.corrupt > corrupt:  # the same on every rank
+                for line in distributed.lists_of(batch.corrupt):
+                    log.say(f"corrupt sample {line}")
+            log.step(numbers, waited)
+            if run.rank == 0 and (run.step % config.checkpoint_every == 0 or run.step == run.total_steps):
                 run.save()
-        if config.export:
+        if config.export and run.rank == 0:
             export(run.state(), run.output / "model", tokenizer=run.tokenizer)
         log.finish()
 
@@ -211,17 +341,18 @@ def find_device(name: str) -> torch.device:
 
 
 class Log:
-    """`metrics.jsonl`, and a progress bar on a terminal or plain lines elsewhere."""
+    """`metrics.jsonl`, TensorBoard, and a progress bar on a terminal or plain lines elsewhere; of rank 0 alone."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.path = run.output / "metrics.jsonl"
-        self.console = Console(stderr=True)
+        self.path = run.output / "metrics.jsonl" if run.rank == 0 else Path(os.devnull)
+        self.console = Console(stderr=True, quiet=run.rank != 0)
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"), console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
-        self.samples, self.waited, self.since = 0, 0.0, time.perf_counter()
+        self.board = summary_writer(run) if run.config.tensorboard and run.rank == 0 else None
+        self.waited, self.since, self.logged = 0.0, time.perf_counter(), run.step
         self.started, self.first_step = self.since, run.step
 
     def __enter__(self) -> Log:
@@ -230,34 +361,37 @@ class Log:
         self.bar.start()
         self.task = self.bar.add_task("training", total=self.run.total_steps, completed=self.run.step, numbers="")
         config, place = self.run.config, self.run.device
+        ranks = f"{self.run.ranks} ranks, " if self.run.ranks > 1 else ""
         resumed = f", resumed after step {self.run.step}" if self.run.step else ""
         self.say(
             f"{config.model} on {len(self.run.shards):,} samples of {self.run.shards.folder}: "
-            f"{self.run.total_steps:,} steps of {config.batch_size:,} on {place} in {config.precision}{resumed}"
+            f"{self.run.total_steps:,} steps of {config.batch_size:,} on {ranks}{place} in {config.precision}{resumed}"
         )
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
         self.file.close()
+        if self.board:
+            self.board.close()
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def step(self, numbers: dict[str, float], samples: int, waited: float) -> None:
+    def step(self, numbers: dict[str, float], waited: float) -> None:
         run = self.run
-        self.samples += samples
         self.waited += waited
         self.bar.update(self.task, completed=run.step)
         if run.step % run.config.log_every and run.step != run.total_steps:
             return
         now = time.perf_counter()
-        rate, wait = self.samples / (now - self.since), self.waited / (now - self.since)
-        self.samples, self.waited, self.since = 0, 0.0, now
+        rate = (run.step - self.logged) * run.config.batch_size / (now - self.since)
+        wait = self.waited / (now - self.since)
+        self.waited, self.since, self.logged = 0.0, now, run.step
         record = {
             "step": run.step,
             "epoch": round(run.step / run.batches.per_epoch, 4),
-            "samples": run.step * run.config.batch_size - run.corrupt,
+            "samples": run.step * run.config.batch_size,
             **numbers,
             "samples_per_second": round(rate, 2),
             "data_wait": round(wait, 4),
@@ -265,6 +399,9 @@ class Log:
         }
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
+        if self.board:
+            for name, value in record.items():
+                self.board.add_scalar(name, value, run.step)
         text = f"loss {numbers['loss']:.4f}  temperature {numbers['temperature']:.4f}  "
         text += f"{rate:.0f} samples/s  data wait {wait:.0%}"
         self.bar.update(self.task, numbers=text)
@@ -273,7 +410,7 @@ class Log:
 
     def finish(self) -> None:
         seconds = time.perf_counter() - self.started
-        corrupt = f", {self.run.corrupt} corrupt samples left out" if self.run.corrupt else ""
+        corrupt = f", {self.run.corrupt} corrupt samples replaced" if self.run.corrupt else ""
         model = f"; model in {self.run.output / 'model'}" if self.run.config.export else ""
         self.say(f"{self.run.step - self.first_step} steps in {seconds:.0f} s{corrupt}{model}")
 
@@ -287,6 +424,15 @@ class Log:
                 if json.loads(line)["step"] <= self.run.step:
                     kept.append(line + "\n")
         self.path.write_text("".join(kept), encoding="utf-8")
+
+
+def summary_writer(run: Run) -> Any:
+    """TensorBoard's writer for `output/tensorboard`. Raises ConfigError without the package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError("tensorboard", ["true, but the package is missing: pip install tensorboard"]) from error
+    return SummaryWriter(run.output / "tensorboard", purge_step=run.step + 1)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -304,6 +450,8 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(args.conf, args.overrides)
         if args.plan:
             print(plan(config))
+        elif config.ranks:
+            distributed.on_ray(config)
         else:
             train(config)
     except (ConfigError, ModelError, ShardsError, checkpoint.CheckpointError) as error:
@@ -319,4 +467,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    from trainer.train import main  # under the name by which Ray's workers know its errors
+
     sys.exit(main())

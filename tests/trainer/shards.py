@@ -68,3 +68,25 @@ def write_shards(folder: Path, pairs: list[tuple[bytes, str]], per_shard: int = 
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "_SUCCESS").touch()
     return folder
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.PAX_FORMAT) -> Path:
+    """A tar as others make them: names and order as given, times with fractions (hence pax headers)."""
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = len(data), 1700000000.25  # type: ignore[assignment]
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def write_foreign(folder: Path, pairs: list[tuple[bytes, str]], per_shard: int = 16) -> Path:
+    """Tars in img2dataset's layout, without manifest or index."""
+    folder.mkdir(parents=True)
+    for start in range(0, len(pairs), per_shard):
+        members = []
+        for i, (image, caption) in enumerate(pairs[start : start + per_shard], start):
+            about = json.dumps({"caption": caption, "key": f"{i:09d}"}).encode()
+            members += [(f"{i:09d}.jpg", image), (f"{i:09d}.json", about), (f"{i:09d}.txt", caption.encode())]
+        write_tar(folder / f"{start // per_shard:05d}.tar", members)
+    return folder

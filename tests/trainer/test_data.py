@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.trainer.shards import jpeg, picture, samples, write_shards
 from trainer.data import Batches, CorruptSampleError, Shards, ShardsError, decode, shuffled, square_crop
@@ -57,6 +58,46 @@ def test_batches_are_the_same_whatever_the_workers_and_the_start(folder: Path, w
     assert expected[0].pixels.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("spoilt", [0, 5])
+def test_ranks_together_see_what_one_rank_sees(tmp_path: Path, world: int, spoilt: int) -> None:
+    pairs = [(b"no image" if i < spoilt else image, caption) for i, (image, caption) in enumerate(samples(37))]
+    _, preprocess, tokenizer = create("scorer-64")
+    batches = Batches(Shards(write_shards(tmp_path / "shards", pairs)), 16, preprocess.size, tokenizer, seed=1)
+    for step, whole in zip(range(4), batches.from_step(0, 4, 0, pin=False)):
+        parts = [next(batches.from_step(step, step + 1, 0, False, rank, world)) for rank in range(world)]
+        assert all(len(part.pixels) == len(part.tokens) == len(part.numbers) == 16 // world for part in parts)
+        assert [number for part in parts for number in part.numbers] == whole.numbers
+        assert torch.equal(torch.cat([part.pixels for part in parts]), whole.pixels)
+        assert torch.equal(torch.cat([part.tokens for part in parts]), whole.tokens)
+        assert sorted(line for part in parts for line in part.corrupt) == sorted(whole.corrupt)
+
+
+def test_a_corrupt_sample_is_named_and_replaced_by_a_readable_one(tmp_path: Path) -> None:
+    pairs = [(b"no image" if i < 12 else image, caption) for i, (image, caption) in enumerate(samples(37))]
+    _, preprocess, tokenizer = create("scorer-64")
+    batches = Batches(Shards(write_shards(tmp_path / "shards", pairs)), 32, preprocess.size, tokenizer, seed=1)
+    batch = batches[0]
+    assert len(batch.numbers) == 32
+    assert min(batch.numbers) >= 12
+    assert len({line.partition(": ")[0] for line in batch.corrupt}) >= 7  # of 37, only 5 are not in the batch
+    assert all(line.startswith("00000.tar:0000000") and "UnidentifiedImage" in line for line in batch.corrupt)
+    assert any(batch.numbers[i] != batches[1].numbers[i] for i in range(32))
+
+
+def test_shards_without_one_readable_sample_stop_the_run(tmp_path: Path) -> None:
+    _, preprocess, tokenizer = create("scorer-64")
+    folder = write_shards(tmp_path / "shards", [(b"no image", "a caption")] * 8)
+    with pytest.raises(ShardsError, match=r"in a row cannot be read.*00000.tar:"):
+        Batches(Shards(folder), 4, preprocess.size, tokenizer, seed=0)[0]
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(folder: Path) -> None:
+    _, preprocess, tokenizer = create("scorer-64")
+    with pytest.raises(ShardsError, match="multiple of the 3 ranks"):
+        Batches(Shards(folder), 8, preprocess.size, tokenizer, seed=1).from_step(0, 1, 0, False, 0, 3)
+
+
 def test_an_epoch_uses_no_sample_twice(folder: Path) -> None:
     _, preprocess, tokenizer = create("scorer-64")
     batches = Batches(Shards(folder), 8, preprocess.size, tokenizer, seed=1)
@@ -77,9 +118,37 @@ def test_images_stay_with_their_captions(folder: Path) -> None:
 def test_the_crop_is_a_square_that_moves_along_the_longer_side() -> None:
     image = picture("red", 0, (100, 50))
     image.paste((0, 0, 255), (50, 0, 100, 50))
-    left, right = (np.asarray(square_crop(image, 8, place)).mean(axis=(0, 1)) for place in (0.0, 0.999))
+    left, right = (square_crop(image, 8, place).float().mean(dim=(1, 2)) for place in (0.0, 0.999))
     assert left[0] > 190 > 60 > left[2]
     assert right[2] > 190 > 60 > right[0]
+
+
+@pytest.mark.parametrize("shape", [(80, 64), (256, 192), (64, 64), (20, 300), (700, 500)])
+def test_the_crop_is_what_pillow_makes_of_it(shape: tuple[int, int]) -> None:
+    image = smooth(shape)
+    side = min(shape)
+    x, y = (int(0.3 * (length - side + 1)) for length in shape)
+    expected = image.resize((64, 64), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
+    difference = square_crop(image, 64, 0.3).permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)
+    assert abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "decoded"),
+    [((400, 300), (400, 300)), ((450, 386), (225, 193)), ((380, 420), (380, 420)), ((1600, 800), (400, 200))],
+)
+def test_a_large_jpeg_is_decoded_small_but_never_below_one_and_a_half_times_the_target(
+    shape: tuple[int, int], decoded: tuple[int, int]
+) -> None:
+    encoded = jpeg(smooth(shape))
+    assert decode(encoded, 128).size == decoded
+    assert decode(encoded).size == shape
+    small, whole = (square_crop(decode(encoded, size), 128, 0.5).numpy().astype(int) for size in (128, None))
+    assert abs(small - whole).mean() < 1.5
+
+
+def smooth(shape: tuple[int, int]) -> Image.Image:
+    return picture("green", 1, (9, 7)).resize(shape, Image.Resampling.BICUBIC)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])

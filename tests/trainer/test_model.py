@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import trainer
-from trainer.loss import clip_loss
-from trainer.model import ModelError, create, encode_text, load, open_clip
+from trainer.export import export
+from trainer.model import ModelError, create, encode_text, load, lock, model_config, open_clip
 
 
 def test_the_trainer_imports_nothing_of_the_pipeline_and_open_clip_in_one_place() -> None:
@@ -20,15 +20,48 @@ def test_the_trainer_imports_nothing_of_the_pipeline_and_open_clip_in_one_place(
             assert not {"pipeline", "open_clip"} & {name.split(".")[0] for name in names}, path
 
 
-def test_loss_is_that_of_open_clip() -> None:
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_our_attention_has_the_features_and_gradients_of_open_clips(precision: torch.dtype) -> None:
     torch.manual_seed(0)
-    for count in (1, 5, 16):
-        image, text = (torch.nn.functional.normalize(torch.randn(count, 8), dim=1).requires_grad_() for _ in range(2))
-        scale = torch.tensor(2.0, requires_grad=True)
-        got = torch.autograd.grad(clip_loss(image, text, scale), (image, text, scale))
-        want = torch.autograd.grad(open_clip.ClipLoss()(image, text, scale.exp()), (image, text, scale))
-        for ours, theirs in zip(got, want):
-            assert torch.allclose(ours, theirs, atol=1e-6)
+    ours, _, tokenizer = create("scorer-64")
+    theirs = open_clip.create_model("scorer-64").train()
+    theirs.load_state_dict(ours.state_dict())
+    pixels, tokens = torch.randn(3, 3, 64, 64), tokenizer(["a cat", "three blue circles above a green triangle", ""])
+    got = {}
+    for model in (ours, theirs):
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            image, text = model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
+        (image.float() @ text.float().T).trace().backward()
+        attention = [model.visual.transformer.resblocks[0].attn, model.transformer.resblocks[0].attn]
+        got[model] = [image, text, *(a.in_proj_weight.grad for a in attention)]
+    tolerance = {"atol": 1e-5, "rtol": 1e-4} if precision == torch.float32 else {"atol": 0.03, "rtol": 0.05}
+    for one, other in zip(got[ours], got[theirs]):
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+def test_a_model_starts_from_the_weights_it_is_given(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    given, preprocess, _ = create("scorer-64")
+    state = {"model": given.state_dict(), "model_config": model_config("scorer-64")}
+    export({**state, "preprocess_config": preprocess.config}, tmp_path / "model")
+    net, *_ = create("scorer-64", pretrained=str(tmp_path / "model"))
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, given.state_dict()[name]), name
+    with pytest.raises(ModelError, match="does not fit tiny-64"):
+        create("tiny-64", pretrained=str(tmp_path / "model"))
+    with pytest.raises(ModelError, match="a checkpoint file"):
+        create("scorer-64", pretrained=str(tmp_path / "nowhere"))
+
+
+def test_a_locked_resnet_keeps_its_batch_statistics() -> None:
+    model, _, _ = create("tiny-rn-64")
+    lock(model, image=True, text=False)
+    before = {name: value.clone() for name, value in model.visual.state_dict().items()}
+    model.encode_image(torch.randn(2, 3, 64, 64))
+    assert all(torch.equal(value, before[name]) for name, value in model.visual.state_dict().items())
+    assert not any(p.requires_grad for p in model.visual.parameters())
+    assert model.text_projection.requires_grad
+    assert model.logit_scale.requires_grad
 
 
 def test_trimmed_text_gives_the_features_and_gradients_of_padded_text() -> None:

@@ -1,9 +1,9 @@
 """Evaluates a model and prints the result as CLIP_benchmark's JSON, on standard output or in a file.
 
-    python -m trainer.evaluate zeroshot  --model runs/demo/model --data FOLDER
-    python -m trainer.evaluate zeroshot  --model ViT-B-32 --pretrained openai --data imagenet/val \\
-                                         --classnames imagenet --templates imagenet
-    python -m trainer.evaluate retrieval --model runs/demo/model --data runs/heldout/shards
+python -m trainer.evaluate zeroshot   --model runs/demo/model --data FOLDER
+python -m trainer.evaluate retrieval  --model runs/demo/model --data runs/heldout
+python -m trainer.evaluate probe      --model runs/demo/model --data FOLDER_WITH_TRAIN_AND_TEST
+python -m trainer.evaluate TASK --help                         what a task measures, on which data, with an example
 """
 
 from __future__ import annotations
@@ -12,18 +12,23 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from trainer.config import ConfigError
 from trainer.data import ShardsError
-from trainer.evaluate import retrieval, zeroshot
-from trainer.evaluate.classes import EvaluationError
-from trainer.model import DTYPES, ModelError, load
-from trainer.train import find_device
+from trainer.evaluate import bias, fewshot, overlap, probe, retrieval, robustness, zeroshot
+from trainer.evaluate.features import add_model_arguments
+from trainer.evaluate.samples import EvaluationError
+from trainer.model import ModelError
 
-TASKS = {"zeroshot": zeroshot, "retrieval": retrieval}
+TASKS = {
+    "zeroshot": zeroshot,
+    "retrieval": retrieval,
+    "probe": probe,
+    "fewshot": fewshot,
+    "robustness": robustness,
+    "overlap": overlap,
+    "bias": bias,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,26 +38,21 @@ def main(argv: list[str] | None = None) -> int:
     for name, task in TASKS.items():
         doc = task.__doc__ or ""
         sub = tasks.add_parser(name, help=doc.split("\n")[0], description=doc, formatter_class=formatter)
-        sub.add_argument("--model", required=True, help="a folder from trainer.export, or an open_clip name")
-        sub.add_argument("--pretrained", help="tag or file of the weights, where --model is a name")
-        sub.add_argument("--data", required=True, type=Path, help="folder to evaluate on")
-        sub.add_argument("--batch-size", type=int, default=64, help="images or captions at once (default 64)")
-        sub.add_argument("--device", default="auto", help="cpu, cuda, ...; by default a GPU if there is one")
-        sub.add_argument("--precision", choices=DTYPES, default="fp32", help="of the weights (default fp32)")
+        add_model_arguments(sub, required=task is not robustness)
+        sub.add_argument("--data", required=True, help="what to evaluate on; see above")
         sub.add_argument("--output", type=Path, help="file for the JSON, instead of standard output")
         task.add_arguments(sub)
     args = parser.parse_args(argv)
     try:
-        if args.batch_size < 1:
-            raise ConfigError("--batch-size", [f"found {args.batch_size}, expected at least 1"])
-        loaded = load(args.model, args.pretrained, find_device(args.device), args.precision)
-        with torch.inference_mode():
-            metrics = task_metrics(args, loaded)
+        metrics = TASKS[args.task].evaluate(args)
     except (ConfigError, EvaluationError, ModelError, ShardsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     result = {
-        "dataset": args.data.name or str(args.data),
+        "dataset": Path(args.data).name or args.data,
         "model": args.model,
         "pretrained": args.pretrained or "",
         "task": TASKS[args.task].TASK,
@@ -66,11 +66,6 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(text, end="")
     return 0
-
-
-def task_metrics(args: argparse.Namespace, loaded: Any) -> dict[str, float | None]:
-    metrics: dict[str, float | None] = TASKS[args.task].evaluate(*loaded, args)
-    return metrics
 
 
 if __name__ == "__main__":

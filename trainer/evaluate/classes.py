@@ -1,27 +1,26 @@
-"""Labelled images: a folder of classes, or CLIP_benchmark's WebDataset layout."""
+"""Labelled pictures: folders of classes, or CLIP_benchmark's WebDataset layout."""
 
 from __future__ import annotations
 
-import os
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from trainer.data import CorruptSampleError, decode
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-
-
-class EvaluationError(ValueError):
-    """Data that cannot be evaluated on; the message names the file or folder."""
+from trainer.evaluate.samples import (
+    EvaluationError,
+    Sample,
+    image_files,
+    lines,
+    read_lines,
+    read_webdataset,
+    webdataset_shards,
+)
+from trainer.model import open_clip
 
 
 @dataclass
 class LabelledImages:
-    """A test set: `names[label]` is the class of each image that iteration yields as `(image, label)`."""
+    """One split of a labelled dataset: `names[label]` is the class of each sample that iteration yields."""
 
     folder: Path
     names: list[str]
@@ -31,76 +30,66 @@ class LabelledImages:
     """Tars of `KEY.jpg` and `KEY.cls`, or none: then `folder/CLASS/*.jpg`."""
     folders: list[str]
 
-    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
-        for where, encoded, label in self._from_shards() if self.shards else self._from_folders():
-            if not 0 <= label < len(self.names):
-                raise EvaluationError(f"{where}: class {label}, but there are {len(self.names)} class names")
-            try:
-                yield decode(encoded), label
-            except CorruptSampleError as error:
-                raise EvaluationError(f"{where}: {error}") from error
-
-    def _from_folders(self) -> Iterator[tuple[str, bytes, int]]:
-        for label, name in enumerate(self.folders):
-            for path in _images(self.folder / name):
-                yield str(path), path.read_bytes(), label
-
-    def _from_shards(self) -> Iterator[tuple[str, bytes, int]]:
+    def __iter__(self) -> Iterator[Sample]:
+        if not self.shards:
+            for label, name in enumerate(self.folders):
+                for path in image_files(self.folder / name):
+                    yield Sample(str(path), path.read_bytes(), label)
         for shard in self.shards:
-            try:
-                with tarfile.open(shard, "r:") as tar:
-                    waiting: dict[str, dict[str, bytes]] = {}
-                    for member in tar:
-                        key, extension = os.path.splitext(member.name)
-                        file = tar.extractfile(member) if member.isfile() else None
-                        if file is None or extension not in (*EXTENSIONS, ".cls"):
-                            continue
-                        sample = waiting.setdefault(key, {})
-                        sample["cls" if extension == ".cls" else "image"] = file.read()
-                        if len(sample) == 2:
-                            del waiting[key]
-                            yield f"{shard}:{key}", sample["image"], int(sample["cls"])
-            except (tarfile.TarError, ValueError) as error:
-                raise EvaluationError(f"{shard}: {error}") from error
-            if waiting:
-                raise EvaluationError(f"{shard}: {next(iter(waiting))} has no image or no .cls beside it")
+            for where, encoded, number in read_webdataset(shard, ".cls"):
+                try:
+                    label = int(number)
+                except ValueError as error:
+                    raise EvaluationError(f"{where}: .cls is {number[:20]!r}, expected a whole number") from error
+                if not 0 <= label < len(self.names):
+                    raise EvaluationError(f"{where}: class {label}, but there are {len(self.names)} class names")
+                yield Sample(where, encoded, label)
+
+    def count(self) -> int | None:
+        """How many samples there are, where that shows without reading tars."""
+        return None if self.shards else sum(len(image_files(self.folder / name)) for name in self.folders)
 
 
-def open_labelled(folder: Path, classnames: list[str] | None) -> LabelledImages:
-    """Finds out the layout of `folder`. Class names are `classnames`, else `folder/classnames.txt`, else the folders'.
+def open_labelled(folder: Path, classnames: list[str] | None = None, split: str = "test") -> LabelledImages:
+    """Finds out the layout of `folder`, or of `folder/split` where there is one.
 
+    Class names are `classnames`, else `folder/classnames.txt`, else those of the folders of classes (`_` is a space).
     Raises EvaluationError if there is nothing to evaluate on, or if names and classes differ in number.
     """
     if not folder.is_dir():
-        raise EvaluationError(f"--data: {folder} is not a folder")
-    names = classnames or _lines(folder / "classnames.txt")
-    templates = _lines(folder / "zeroshot_classification_templates.txt")
-    shards = sorted((*folder.glob("*.tar"), *folder.glob("test/*.tar")), key=lambda p: (len(p.stem), p.stem))
-    if shards:
+        raise EvaluationError(f"{folder} is not a folder")
+    if (kind := lines(folder / "dataset_type.txt")) and kind[0].lower() != "classification":
+        raise EvaluationError(f"{folder / 'dataset_type.txt'}: {kind[0]}, expected a classification dataset")
+    names = classnames or lines(folder / "classnames.txt")
+    templates = lines(folder / "zeroshot_classification_templates.txt")
+    inner = folder / split
+    # A class may be called "test" too; then it holds pictures, not shards or classes.
+    place = inner if inner.is_dir() and (any(inner.glob("*.tar")) or _classes(inner)) else folder
+    if shards := webdataset_shards(place):
         if not names:
             raise EvaluationError(f"{folder}: no classnames.txt beside the shards; give --classnames FILE")
-        return LabelledImages(folder, names, templates, shards, [])
-    folders = sorted(p.name for p in folder.iterdir() if p.is_dir() and _images(p))
+        return LabelledImages(place, names, templates, shards, [])
+    folders = _classes(place)
     if not folders:
-        raise EvaluationError(f"--data: {folder} has neither CLASS/*.jpg (or .png, .webp) nor *.tar with KEY.cls")
+        raise EvaluationError(f"{folder} has neither CLASS/*.jpg (or .png, .webp) nor *.tar with KEY.cls")
     if names and len(names) != len(folders):
-        raise EvaluationError(f"{folder}: {len(names)} class names for {len(folders)} folders of classes")
-    return LabelledImages(folder, names or [f.replace("_", " ") for f in folders], templates, [], folders)
+        raise EvaluationError(f"{place}: {len(names)} class names for {len(folders)} folders of classes")
+    return LabelledImages(place, names or [f.replace("_", " ") for f in folders], templates, [], folders)
 
 
-def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS)
+def read_classnames(value: str | None) -> list[str] | None:
+    """What `--classnames` stands for: a file, `imagenet`, or nothing."""
+    if value == "imagenet":
+        return list(open_clip.IMAGENET_CLASSNAMES)
+    return read_lines(Path(value)) if value else None
 
 
-def _lines(path: Path) -> list[str] | None:
-    if not path.is_file():
-        return None
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def read_templates(value: str) -> list[str]:
+    """What `--templates` stands for: a file, or `imagenet`. Raises EvaluationError on one without `{c}`."""
+    if value == "imagenet":
+        return [template("{c}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    return read_lines(Path(value))
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not empty. Raises EvaluationError."""
-    lines = _lines(path)
-    if not lines:
-        raise EvaluationError(f"{path}: no such file, or nothing in it")
-    return lines
+def _classes(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and image_files(path))

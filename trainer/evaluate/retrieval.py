@@ -1,64 +1,83 @@
-"""Retrieval in both directions over shards: R@1, 5 and 10 of images for captions and captions for images.
+"""Retrieval in both directions: R@1, 5 and 10 of images for captions and of captions for images.
 
-FOLDER is a folder of shards or the run folder around it; each caption belongs to its own image alone.
+DATA is a folder of shards (or the run around it), where each caption belongs to its own image alone, or
+CLIP_benchmark's WebDataset layout (test/*.tar with KEY.jpg and KEY.txt, dataset_type.txt saying `retrieval`), where
+KEY.txt holds a caption a line, as for COCO and Flickr30k. A caption finds its image if that is among the nearest K; an
+image finds its captions if at least one of them is.
+
+    python -m trainer.evaluate retrieval --model runs/demo/model --data runs/heldout
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer.data import CorruptSampleError, Shards, ShardsError, decode
-from trainer.evaluate.zeroshot import batched
-from trainer.model import Clip, Preprocess, Tokenizer, encode_text
+from trainer.data import Shards
+from trainer.evaluate.features import nearest, open_encoder
+from trainer.evaluate.samples import EvaluationError, Sample, lines, read_shards, read_webdataset, webdataset_shards
 
 TASK = "zeroshot_retrieval"
 AT = (1, 5, 10)
-TILE = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """None of its own."""
 
 
-def evaluate(
-    model: Clip, preprocess: Preprocess, tokenizer: Tokenizer, args: argparse.Namespace
-) -> dict[str, float | None]:
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """`image_retrieval_recall@K` (from a caption to its image) and `text_retrieval_recall@K`, from 0 to 1."""
-    shards = Shards(args.data)
-    images, texts = [], []
-    for numbers in batched(range(len(shards)), args.batch_size):
-        pictures, captions = [], []
-        for number in numbers:
-            try:
-                encoded, caption = shards.read(number)
-                pictures.append(decode(encoded))
-            except CorruptSampleError as error:
-                raise ShardsError(f"{shards.folder}: {shards.key(number)}: {error}") from error
-            captions.append(caption)
-        images.append(model.encode_image(preprocess(pictures), normalize=True).float())
-        texts.append(encode_text(model, tokenizer(captions).to(preprocess.device), normalize=True).float())
-    image, text = torch.cat(images), torch.cat(texts)
-    to_image, to_text = ranks(text, image), ranks(image, text)
-    metrics: dict[str, float | None] = {}
+    samples, total = open_captioned(args.data)
+    encoder = open_encoder(args)
+    images, texts, owners = [], [], []
+    seen = 0
+    for batch, vectors in encoder.images(samples, total):
+        images.append(vectors.cpu())
+        texts.append(encoder.texts([caption for sample in batch for caption in sample.captions]).cpu())
+        owners += [seen + i for i, sample in enumerate(batch) for _ in sample.captions]
+        seen += len(batch)
+    if not seen:
+        raise EvaluationError(f"{args.data}: no images")
+    return recalls(torch.cat(images), torch.cat(texts), torch.tensor(owners), encoder.device)
+
+
+def recalls(images: Tensor, texts: Tensor, owners: Tensor, device: torch.device) -> dict[str, float]:
+    """Recalls of images (N, D) and texts (M, D), caption i belonging to image `owners[i]`."""
+    found_images = nearest(texts, images, max(AT), device)[1] == owners[:, None]
+    found_texts = owners[nearest(images, texts, max(AT), device)[1]] == torch.arange(len(images))[:, None]
+    metrics = {}
     for k in AT:
-        metrics[f"image_retrieval_recall@{k}"] = (to_image < k).double().mean().item()
-        metrics[f"text_retrieval_recall@{k}"] = (to_text < k).double().mean().item()
+        metrics[f"image_retrieval_recall@{k}"] = found_images[:, :k].any(dim=1).double().mean().item()
+        metrics[f"text_retrieval_recall@{k}"] = found_texts[:, :k].any(dim=1).double().mean().item()
     return metrics
 
 
-def ranks(queries: Tensor, candidates: Tensor) -> Tensor:
-    """How many candidates come before the right one, number i for query i; in tiles, never the full N x N matrix.
+def open_captioned(data: str) -> tuple[Iterator[Sample], int | None]:
+    """The captioned pictures of shards or of CLIP_benchmark's layout, and how many where that is known."""
+    folder = Path(data)
+    if (kind := lines(folder / "dataset_type.txt")) is None:
+        shards = Shards(data)
+        return read_shards(shards), len(shards)
+    if kind != ["retrieval"]:
+        raise EvaluationError(f"{folder / 'dataset_type.txt'}: {' '.join(kind)}, expected retrieval")
+    place = folder / "test" if (folder / "test").is_dir() else folder
+    tars = webdataset_shards(place)
+    if not tars:
+        raise EvaluationError(f"{place}: no *.tar with KEY.jpg and KEY.txt")
+    return (sample for tar in tars for sample in _captioned(tar)), None
 
-    Among equal scores the earlier candidate comes first, so that a collapsed model does not look perfect.
-    """
-    found = []
-    order = torch.arange(len(candidates), device=queries.device)
-    for start in range(0, len(queries), TILE):
-        scores = queries[start : start + TILE] @ candidates.T
-        mine = order[start : start + TILE, None]
-        right = scores.gather(1, mine)
-        found.append(((scores > right) | ((scores == right) & (order < mine))).sum(dim=1))
-    return torch.cat(found)
+
+def _captioned(tar: Path) -> Iterator[Sample]:
+    for where, encoded, text in read_webdataset(tar, ".txt"):
+        try:
+            captions = tuple(text.decode("utf-8").splitlines())
+        except UnicodeDecodeError as error:
+            raise EvaluationError(f"{where}: the captions are not UTF-8") from error
+        if not captions:
+            raise EvaluationError(f"{where}: no caption")
+        yield Sample(where, encoded, captions=captions)

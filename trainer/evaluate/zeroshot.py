@@ -1,32 +1,37 @@
 """Zero-shot classification: each image goes to the class whose prompts lie nearest to it.
 
-A class is the mean of its prompts' unit vectors, normalised again (Radford et al. 2021, section 3.1.4). FOLDER is
+A class is the mean of its prompts' unit vectors, normalised again (Radford et al. 2021, section 3.1.4). DATA is
 either CLASS/*.jpg (png, webp) with the folders' names as class names (`_` is a space), or CLIP_benchmark's WebDataset
 layout (*.tar or test/*.tar with KEY.jpg and KEY.cls, classnames.txt, zeroshot_classification_templates.txt).
+
+    python -m trainer.evaluate zeroshot --model runs/demo/model --data FOLDER
+    python -m trainer.evaluate zeroshot --model ViT-B-32 --pretrained openai --data imagenet/val \\
+                                        --classnames imagenet --templates imagenet
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from trainer.evaluate.classes import EvaluationError, open_labelled, read_lines
-from trainer.model import Clip, Preprocess, Tokenizer, encode_text, open_clip
+from trainer.evaluate.classes import LabelledImages, open_labelled, read_classnames, read_templates
+from trainer.evaluate.features import Encoder, class_vectors, open_encoder
+from trainer.evaluate.samples import EvaluationError, Sample
 
 TASK = "zeroshot_classification"
 DEFAULT_TEMPLATES = ["a photo of a {c}."]
 
-T = TypeVar("T")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_class_arguments(parser)
+
+
+def add_class_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every task that classifies by prompts."""
     parser.add_argument("--classnames", help="file with a class name a line, or `imagenet` for its 1000")
     parser.add_argument(
         "--templates",
@@ -35,58 +40,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def evaluate(
-    model: Clip, preprocess: Preprocess, tokenizer: Tokenizer, args: argparse.Namespace
-) -> dict[str, float | None]:
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """`acc1`, `acc5` (null under 5 classes) and `mean_per_class_recall`, all from 0 to 1."""
-    names = None
-    if args.classnames:
-        names = open_clip.IMAGENET_CLASSNAMES if args.classnames == "imagenet" else read_lines(Path(args.classnames))
-    data = open_labelled(args.data, names)
-    if args.templates == "imagenet":
-        templates = [template("{c}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-    else:
-        templates = read_lines(Path(args.templates)) if args.templates else data.templates or DEFAULT_TEMPLATES
-    classes = class_vectors(model, tokenizer, data.names, templates, preprocess.device)
-    scores: list[Tensor] = []
-    labels: list[int] = []
-    for batch in batched(data, args.batch_size):
-        images, batch_labels = zip(*batch)
-        scores.append((model.encode_image(preprocess(images), normalize=True) @ classes.T).float().cpu())
-        labels.extend(batch_labels)
-    if not labels:
-        raise EvaluationError(f"{args.data}: no images")
-    return accuracy(torch.cat(scores), torch.tensor(labels))
+    data = open_labelled(Path(args.data), read_classnames(args.classnames))
+    best, samples = classify(open_encoder(args), data, args.templates)
+    return accuracy(best, torch.tensor([sample.label for sample in samples]), len(data.names))
 
 
-def class_vectors(
-    model: Clip, tokenizer: Tokenizer, names: list[str], templates: list[str], device: torch.device
-) -> Tensor:
-    """A unit vector per class, shape (classes, embed_dim). Raises EvaluationError on a template without `{c}`."""
-    for template in templates:
-        if "{c}" not in template:
-            raise EvaluationError(f"template {template!r}: expected {{c}} where the class name goes")
-    vectors = []
-    for name in names:
-        tokens = tokenizer([template.replace("{c}", name) for template in templates]).to(device)
-        vectors.append(encode_text(model, tokens, normalize=True).mean(dim=0))
-    return F.normalize(torch.stack(vectors), dim=-1)
+def classify(encoder: Encoder, data: LabelledImages, templates: str | None) -> tuple[Tensor, list[Sample]]:
+    """The classes nearest to each picture, nearest first: int64 (N, 5), or as many as there are; and the pictures.
+
+    `templates` is the value of `--templates`. The samples come back without their bytes.
+    """
+    prompts = read_templates(templates) if templates else data.templates or DEFAULT_TEMPLATES
+    classes = class_vectors(encoder, data.names, prompts)
+    best: list[Tensor] = []
+    samples: list[Sample] = []
+    for batch, vectors in encoder.images(data, data.count()):
+        best.append((vectors @ classes.T).topk(min(5, len(classes))).indices.cpu())
+        samples.extend(sample._replace(encoded=b"") for sample in batch)
+    if not samples:
+        raise EvaluationError(f"{data.folder}: no images")
+    return torch.cat(best), samples
 
 
-def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float | None]:
-    """Metrics of scores (images, classes) under CLIP_benchmark's names; a class without images has no recall."""
-    best = scores.topk(min(5, scores.shape[1]), dim=1).indices
+def accuracy(best: Tensor, labels: Tensor, classes: int) -> dict[str, Any]:
+    """CLIP_benchmark's metrics of the nearest classes (N, up to 5) of each picture; classes without one have no recall.
+
+    With fewer than 5 classes `acc5` means nothing and is null.
+    """
     hits = best == labels[:, None]
-    seen = labels.unique()
-    recalls = [hits[labels == label, 0].double().mean().item() for label in seen]
+    recalls = [hits[labels == label, 0].double().mean().item() for label in labels.unique()]
     return {
         "acc1": hits[:, 0].double().mean().item(),
-        "acc5": hits.any(dim=1).double().mean().item() if scores.shape[1] >= 5 else None,
+        "acc5": hits.any(dim=1).double().mean().item() if classes >= 5 else None,
         "mean_per_class_recall": sum(recalls) / len(recalls),
     }
-
-
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch

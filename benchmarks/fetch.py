@@ -1,0 +1,663 @@
+"""Fetching pictures: Winnow beside img2dataset and beside the floor of the machine, on the same rows, in turn.
+
+    apt-get install -y nginx-light                      nginx, and the module by which it answers late
+    python benchmarks/fetch.py                          20,000 rows, 3 rounds
+    python benchmarks/fetch.py --rows 1000 --rounds 1   to see that it works
+    python benchmarks/fetch.py --scenarios plain,dead,latency
+
+An nginx of its own, on free ports of many loopback addresses, serves the made-up photographs of `corpus.py` under as
+many URLs as there are rows. Each contender then does the whole job, from a parquet of urls and captions to WebDataset
+shards of 256-pixel JPEGs (`keep_ratio_largest`, area, quality 95) with sha256 and EXIF:
+
+- `img2dataset`, in the settings that were fastest here (see `IMG2DATASET`);
+- `scaled`, `exact`, `fast`: `python -m pipeline.run` with that `decode`, Ray and the perceptual hash included;
+- `floor`: a plain process per core that fetches over sockets kept alive, with the next pictures asked for in advance,
+  decodes at the smallest DCT scale of 1.5 times the target or more, resizes, encodes, hashes (sha256 and pHash) and
+  writes a tar, all by the cheapest way known: no checks, no opt-outs, no deadlines, nothing that could go wrong.
+  Sockets by hand rather than libcurl: that costs less still, and needs no package that Winnow does not.
+
+CPU time is that of the command and of all that it started (daemons of Ray included, nginx not), from start to end;
+memory is the peak of the sum of their proportional set sizes, seen every second. PSNR is of the pictures in the shards
+against a full decoding resized by area and not encoded; of JPEGs only, the median and the first percentile.
+
+Scenarios: `plain`; then, of img2dataset and `scaled` alone: `dead`, where a share of the rows leads to hosts that
+refuse or never answer the handshake, and another to hosts that accept and say nothing, five rows a host; `latency`,
+where every answer comes late (connections do not: that favours whoever opens most of them). Ratios are medians over
+rounds, each within its round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import pwd
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import corpus
+import cv2
+import imagehash
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+DECODES = ("scaled", "exact", "fast")
+TARGET = 256
+QUALITY = 95
+COVER = 1.5
+PSNR_FILES = 500
+ROWS_PER_BAD_HOST = 5
+# A measured command that takes longer than this has hung.
+LEAST_RATE, START_SECONDS = 15, 180
+LOOK_SECONDS = 0.2
+COLUMNS = "scenario round contender images seconds img/s CPU_ms past_start peak_MB PSNR PSNR_1%".split()
+LINE = "{:<9}{:>7} {:<12}{:>8}{:>9}{:>7}{:>8}{:>11}{:>9}{:>7}{:>8}"
+
+# Whom the scenarios beyond `plain` are about.
+BESIDE = ("img2dataset", "scaled")
+
+# Tried on 2 cores, 1,500 rows each: a process per core took 6 to 7 ms of CPU an image past the start with 8, 32, 128
+# and 256 threads each; twice as many processes pay for twice the start (24 instead of 19 ms in all). With dead hosts
+# 256 threads (its default) took 44 s, 32 took 64 s, 512 took 38 s. Retries are off for all.
+IMG2DATASET: dict[str, object] = {
+    "image_size": TARGET,
+    "resize_mode": "keep_ratio_largest",
+    "resize_only_if_bigger": True,
+    "encode_format": "jpg",
+    "encode_quality": QUALITY,
+    "input_format": "parquet",
+    "output_format": "webdataset",
+    "caption_col": "caption",
+    "compute_hash": "sha256",
+    "retries": 0,
+    "distributor": "multiprocessing",
+}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a command took: seconds by the clock, seconds of CPU, bytes of memory at the peak."""
+
+    seconds: float
+    cpu: float
+    memory: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    usage: Usage
+    images: int
+
+    @property
+    def rate(self) -> float:
+        return self.images / self.usage.seconds
+
+    @property
+    def cpu_ms(self) -> float:
+        return 1000 * self.usage.cpu / self.images
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes of each contender")
+    parser.add_argument("--scenarios", default="plain", help="some of plain,dead,latency")
+    parser.add_argument("--contenders", default=",".join(["img2dataset", *DECODES, "floor"]), help="some of them")
+    parser.add_argument("--threads", type=int, default=256, help="img2dataset's thread_count")
+    parser.add_argument("--timeout", type=int, default=10, help="seconds, of every contender")
+    parser.add_argument("--dead", type=float, default=0.05, help="share of rows on dead hosts")
+    parser.add_argument("--stalled", type=float, default=0.02, help="share of rows on hosts that never answer")
+    parser.add_argument("--latency", type=float, default=0.05, help="seconds before each answer")
+    parser.add_argument("--hosts", type=int, default=64, help="addresses that serve the pictures")
+    parser.add_argument("--files", type=int, default=2000, help="pictures in the corpus")
+    parser.add_argument("--corpus", type=Path, default=ROOT / "runs" / "fetch-corpus", help="kept for the next time")
+    args = parser.parse_args()
+    for option, known in (
+        ("scenarios", ("plain", "dead", "latency")),
+        ("contenders", ("img2dataset", *DECODES, "floor")),
+    ):
+        if unknown := set(getattr(args, option).split(",")) - set(known):
+            parser.error(f"--{option}: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    cv2.setNumThreads(1)
+    names = corpus.make(args.corpus, args.files)
+    sizes = [(args.corpus / name).stat().st_size for name in names]
+    print(f"{len(names):,} files, mean {np.mean(sizes) / 1e3:.0f} KB, median {np.median(sizes) / 1e3:.0f} KB")
+    with tempfile.TemporaryDirectory(prefix="fetch-") as folder:
+        Benchmark(args, names, Path(folder)).run()
+
+
+class Benchmark:
+    def __init__(self, args: argparse.Namespace, names: list[str], folder: Path) -> None:
+        self.args, self.names, self.folder = args, names, folder
+        self.contenders = args.contenders.split(",")
+        self.results: dict[tuple[str, str], list[Measured]] = {}
+        self.psnr: dict[str, np.ndarray] = {}
+        self.ports: dict[str, int] = {}
+
+    def run(self) -> None:
+        scenarios = self.args.scenarios.split(",")
+        with nginx(self.folder, self.args.corpus, self.args.hosts, self.args.latency) as self.ports:
+            starts = self._starts()
+            print("\n" + LINE.format(*COLUMNS), flush=True)
+            for scenario in scenarios:
+                for number in range(self.args.rounds):
+                    for contender in self.contenders:
+                        if scenario != "plain" and contender not in BESIDE:
+                            continue
+                        measured = self._measure(scenario, contender, self.args.rows)
+                        self.results.setdefault((scenario, contender), []).append(measured)
+                        self._print(scenario, str(number + 1), contender, [measured], starts[contender])
+        for (scenario, contender), runs in self.results.items():
+            self._print(scenario, "median", contender, runs, starts[contender])
+        self._conclude(scenarios)
+
+    def _conclude(self, scenarios: list[str]) -> None:
+        figures = {
+            "wall_ratio": self._ratio("plain", "scaled", "img2dataset"),
+            "cpu_ratio": self._ratio("plain", "img2dataset", "scaled", cpu=True),
+            "exact_cpu_ratio": self._ratio("plain", "img2dataset", "exact", cpu=True),
+            "fast_cpu_ratio": self._ratio("plain", "img2dataset", "fast", cpu=True),
+            "floor_share": self._ratio("plain", "scaled", "floor"),
+            "psnr_gap_db": self._median_psnr("img2dataset") - self._median_psnr("scaled"),
+        }
+        print(f"CPU of the floor / CPU of scaled: {self._ratio('plain', 'floor', 'scaled', cpu=True):.2f}")
+        for scenario in scenarios:
+            if scenario != "plain":
+                wall = self._ratio(scenario, "scaled", "img2dataset")
+                cpu = self._ratio(scenario, "img2dataset", "scaled", cpu=True)
+                print(f"{scenario}: wall_ratio={wall:.2f} cpu_ratio={cpu:.2f}")
+        print("RESULT " + " ".join(f"{name}={value:.2f}" for name, value in figures.items()))
+
+    def _ratio(self, scenario: str, above: str, below: str, cpu: bool = False) -> float:
+        """nan where one of the two was not measured."""
+        pairs = zip(self.results.get((scenario, above), []), self.results.get((scenario, below), []))
+        ratios = [a.cpu_ms / b.cpu_ms if cpu else a.rate / b.rate for a, b in pairs]
+        return median(ratios) if ratios else math.nan
+
+    def _median_psnr(self, contender: str) -> float:
+        return float(np.median(self.psnr[contender])) if contender in self.psnr else math.nan
+
+    def _print(self, scenario: str, number: str, contender: str, runs: list[Measured], start: Usage) -> None:
+        values = self.psnr.get(contender, np.array([])) if scenario == "plain" else np.array([])
+        cells = [
+            scenario,
+            number,
+            contender,
+            f"{median(r.images for r in runs):,.0f}",
+            f"{median(r.usage.seconds for r in runs):.1f}",
+            f"{median(r.rate for r in runs):.0f}",
+            f"{median(r.cpu_ms for r in runs):.2f}",
+            f"{median(1000 * (r.usage.cpu - start.cpu) / r.images for r in runs):.2f}",
+            f"{median(r.usage.memory for r in runs) / 1e6:.0f}",
+            f"{np.median(values):.2f}" if len(values) else "",
+            f"{np.percentile(values, 1):.1f}" if len(values) else "",
+        ]
+        print(LINE.format(*cells), flush=True)
+
+    def _starts(self) -> dict[str, Usage]:
+        """What each command takes for next to nothing."""
+        starts: dict[str, Usage] = {}
+        for contender in self.contenders:
+            known = next((starts[c] for c in starts if c in DECODES and contender in DECODES), None)
+            starts[contender] = known or self._measure("plain", contender, 2 * self.args.workers, judge=False).usage
+            if not known:
+                print(
+                    f"start-up of {'winnow' if contender in DECODES else contender}: "
+                    f"{starts[contender].seconds:.1f} s, {starts[contender].cpu:.1f} s of CPU",
+                    flush=True,
+                )
+        return starts
+
+    def _measure(self, scenario: str, contender: str, rows: int, judge: bool = True) -> Measured:
+        job = self.folder / "job"
+        shutil.rmtree(job, ignore_errors=True)
+        job.mkdir()
+        bad = scenario == "dead"
+        with bad_hosts(rows, self.args.dead if bad else 0, self.args.stalled if bad else 0) as hosts:
+            urls = self._urls(scenario, rows, hosts)
+            write_rows(job / "rows.parquet", urls)
+            usage = measure(self._command(contender, job, urls), job, START_SECONDS + rows / LEAST_RATE)
+        tars = sorted((job / "out" if contender not in DECODES else job / "run" / "shards").glob("*.tar"))
+        images = sum(count_images(path) for path in tars)
+        expected = sum("127.0.1." in url for url in urls)
+        if images != expected:
+            print(f"{contender}: {images:,} of {expected:,} images, and these last words:")
+            print((job / "log").read_text(errors="replace")[-1500:], flush=True)
+        if judge and scenario == "plain" and contender not in self.psnr:
+            self.psnr[contender] = psnr(tars, self.args.corpus, {n for n in self.names if n.endswith("jpg")})
+        if not images:
+            sys.exit(f"{contender} delivered nothing")
+        return Measured(usage, images)
+
+    def _urls(self, scenario: str, rows: int, bad: list[str]) -> list[str]:
+        """A URL for each row: the good ones go through hosts and files, the bad ones lie evenly among them."""
+        port = self.ports["latency" if scenario == "latency" else "plain"]
+        spots = {round(i * rows / len(bad)): host for i, host in enumerate(bad)} if bad else {}
+        urls = []
+        for row in range(rows):
+            name = self.names[row % len(self.names)]
+            host = spots.get(row) or f"127.0.1.{1 + row % self.args.hosts}:{port}"
+            urls.append(f"http://{host}/{name}?{row}")
+        return urls
+
+    def _command(self, contender: str, job: Path, urls: list[str]) -> list[str]:
+        rows, workers = job / "rows.parquet", self.args.workers
+        if contender == "floor":
+            return [sys.executable, __file__, "floor", str(job), str(workers)]
+        if contender == "img2dataset":
+            options = {
+                **IMG2DATASET,
+                "url_list": str(rows),
+                "output_folder": str(job / "out"),
+                "processes_count": workers,
+                "thread_count": self.args.threads,
+                # A process ends after five shards, and the next one imports for seconds: few and equal ones are best.
+                "number_sample_per_shard": min(10_000, math.ceil(len(urls) / workers)),
+                "timeout": self.args.timeout,
+            }
+            call = "import json, sys, img2dataset; img2dataset.download(**json.loads(sys.argv[1]))"
+            return [sys.executable, "-c", call, json.dumps(options)]
+        download = {
+            **({} if contender == "scaled" else {"decode": contender}),  # the default, measured as such
+            "timeout": self.args.timeout,
+            "retries": 0,
+            "per_host": 64,
+            "allow_addrs": sorted({url.split("/")[2] for url in urls}),
+        }
+        recipe = {
+            "name": "fetch",
+            "pool": {"path": str(rows)},
+            "run": str(job / "run"),
+            "workers": workers,
+            "steps": [{"download": download}, "write_shards"],
+        }
+        (job / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+        return [sys.executable, "-m", "pipeline.run", str(job / "recipe.yaml")]
+
+
+def write_rows(path: Path, urls: list[str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    captions = [f"A made-up photograph, number {row}" for row in range(len(urls))]
+    pq.write_table(pa.table({"url": urls, "caption": captions}), path)
+
+
+def read_urls(path: Path) -> list[str]:
+    import pyarrow.parquet as pq
+
+    return list(pq.read_table(path, columns=["url"])["url"].to_pylist())
+
+
+# --- The web ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def nginx(folder: Path, pictures: Path, hosts: int, latency: float) -> Iterator[dict[str, int]]:
+    """Serves `pictures` on 127.0.1.1, 127.0.1.2, …; yields the port of each way of answering."""
+    binary = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+    if binary is None:
+        sys.exit("nginx is missing: apt-get install -y nginx-light")
+    built = subprocess.run([binary, "-V"], capture_output=True, text=True, check=True).stderr
+    modules = re.search(r"--modules-path=(\S+)", built)
+    echo = Path(modules[1] if modules else "modules") / "ngx_http_echo_module.so"
+    ports = {"plain": free_port(), "latency": free_port()}
+    if not echo.exists():
+        print(f"without {echo} there is no scenario `latency`: apt-get install -y nginx-light", file=sys.stderr)
+        del ports["latency"]
+    home = folder / "nginx"
+    home.mkdir()
+
+    def server(port: int, how: str) -> str:
+        listens = "\n".join(f"listen 127.0.1.{host + 1}:{port};" for host in range(hosts))
+        return f"server {{\n{listens}\nroot {pictures.resolve()};\nlocation = /robots.txt {{ return 404; }}\n{how}}}\n"
+
+    late = f"location / {{ echo_sleep {latency}; echo_exec @picture; }}\nlocation @picture {{ }}\n"
+    # A worker that gave up its rights could not read a folder of root's.
+    user = f"user {pwd.getpwuid(0).pw_name};" if os.geteuid() == 0 else ""
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    spools = "\n".join(f"{kind}_temp_path {home}/{kind};" for kind in kinds)
+    (home / "nginx.conf").write_text(f"""
+{f"load_module {echo};" if "latency" in ports else ""}
+daemon off; worker_processes 1; pid {home}/pid; error_log stderr crit; {user}
+events {{ worker_connections 8192; }}
+http {{
+access_log off; sendfile on; tcp_nopush on; keepalive_requests 10000000; keepalive_timeout 60;
+open_file_cache max=4000 inactive=1h; open_file_cache_valid 1h;
+types {{ image/jpeg jpg; image/png png; image/webp webp; }}
+{spools}
+{server(ports["plain"], "")}
+{server(ports["latency"], late) if "latency" in ports else ""}
+}}
+""")
+    command = [binary, "-e", "stderr", "-p", str(home), "-c", str(home / "nginx.conf")]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        for _ in range(100):
+            if process.poll() is not None:
+                sys.exit(f"nginx ended with status {process.returncode}")
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.1.1", ports["plain"]), 1):
+                break
+            time.sleep(0.05)
+        yield ports
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def bad_hosts(rows: int, dead: float, stalled: float) -> Iterator[list[str]]:
+    """An `address:port` for each row that is to fail: it refuses, swallows handshakes, or accepts and is mute."""
+    port = free_port()
+    silent, mute = round(rows * dead / 2), round(rows * stalled)
+
+    def addresses(network: int, count: int) -> list[str]:
+        hosts = min(250, math.ceil(count / ROWS_PER_BAD_HOST))
+        return [f"127.0.{network}.{1 + i % hosts}:{port}" for i in range(count)]
+
+    refusing, swallowing, saying_nothing = addresses(2, silent), addresses(3, silent), addresses(4, mute)
+    with contextlib.ExitStack() as stack:
+
+        def listen(address: str, backlog: int) -> tuple[str, int]:
+            listener = stack.enter_context(socket.socket())
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((address.split(":")[0], port))
+            listener.listen(backlog)
+            return listener.getsockname()
+
+        for address in sorted(set(saying_nothing)):
+            listen(address, 4096)  # the kernel shakes hands, and nobody ever accepts
+        for address in sorted(set(swallowing)):
+            # With a full queue of connections that nobody accepts, Linux drops further ones without a word.
+            at = listen(address, 0)
+            for _ in range(3):
+                filler = stack.enter_context(socket.socket())
+                filler.setblocking(False)
+                filler.connect_ex(at)
+        bad = refusing + swallowing + saying_nothing
+        order = np.random.default_rng(0).permutation(len(bad))
+        yield [bad[i] for i in order]
+
+
+# --- What a command takes ---------------------------------------------------------------------------------------------
+
+
+def measure(command: list[str], folder: Path, limit: float) -> Usage:
+    """Runs a command to its end, and ends all that it leaves behind. Its output goes to `folder/log`."""
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS" and not k.lower().endswith("_proxy")}
+    env |= {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(folder), "NO_ALBUMENTATIONS_UPDATE": "1"}
+    meter = subprocess.Popen(
+        [sys.executable, __file__, "meter", str(folder), *command], env=env, cwd=folder, start_new_session=True
+    )
+    peak, unaccounted, turn, deadline = 0, {}, 0, time.monotonic() + limit
+    try:
+        while meter.poll() is None:
+            parents = descendants(meter.pid)
+            # Who ignores SIGCHLD (Ray's raylet, whose children are the workers) waits for nobody: what its children
+            # took is in no account, and the last look at them must do.
+            for pid in parents:
+                if ignores_children(parents[pid]) and (seconds := cpu_seconds(pid)):
+                    unaccounted[pid] = seconds
+            if turn % 5 == 0:  # adding up the pages of a process is not free
+                peak = max(peak, sum(map(proportional_size, parents)))
+            turn += 1
+            if time.monotonic() > deadline:
+                sys.exit(f"no end after {limit:.0f} s: {' '.join(command)[:200]}")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                meter.wait(LOOK_SECONDS)
+    finally:
+        end(meter.pid)
+        meter.kill()
+        meter.wait()
+    if meter.returncode:
+        said = (folder / "log").read_text(errors="replace")[-3000:]
+        sys.exit(f"{' '.join(command)[:200]} failed:\n{said}")
+    took = json.loads((folder / "usage.json").read_text())
+    return Usage(took["seconds"], took["cpu"] + sum(unaccounted.values()), peak)
+
+
+def meter(folder: Path, command: list[str]) -> int:
+    """The other side of `measure`: a process of its own, to which everything that the command leaves behind falls.
+
+    Daemons whose parents end before them would else be waited for by process 1, and their CPU time be lost.
+    """
+    set_child_subreaper = 36  # prctl(2)
+    if ctypes.CDLL(None, use_errno=True).prctl(set_child_subreaper, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    started = time.perf_counter()
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        status = process.wait()
+    seconds = time.perf_counter() - started
+    patience = time.monotonic() + 10
+    while True:
+        try:
+            if not os.waitpid(-1, os.WNOHANG)[0]:
+                if time.monotonic() > patience:
+                    end(os.getpid())
+                time.sleep(0.02)
+        except ChildProcessError:
+            break
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    (folder / "usage.json").write_text(json.dumps({"seconds": seconds, "cpu": used.ru_utime + used.ru_stime}))
+    return status
+
+
+def descendants(root: int) -> dict[int, int]:
+    """The processes that `root` started, and theirs, each with its parent."""
+    parents = {int(entry): parent for entry in os.listdir("/proc") if entry.isdigit() and (parent := parent_of(entry))}
+    found: dict[int, int] = {}
+    latest = {root}
+    while latest:
+        latest = {pid for pid, parent in parents.items() if parent in latest}
+        found |= {pid: parents[pid] for pid in latest}
+    return found
+
+
+def stat(pid: int | str) -> list[str]:
+    """The fields of /proc/PID/stat (proc(5)) from the third on; empty where the process is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return []
+
+
+def parent_of(pid: int | str) -> int:
+    return int((stat(pid) or ["", "0"])[1])
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of a process and of those that it started and waited for."""
+    return sum(map(int, stat(pid)[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def ignores_children(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        ignored = re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+        return bool(ignored and int(ignored[1], 16) >> (signal.SIGCHLD - 1) & 1)
+    return False
+
+
+def end(root: int) -> None:
+    for pid in descendants(root):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def proportional_size(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+# --- What came out ----------------------------------------------------------------------------------------------------
+
+
+def count_images(path: Path) -> int:
+    with tarfile.open(path) as tar:
+        return sum(member.name.endswith(".jpg") for member in tar)
+
+
+def psnr(tars: list[Path], pictures: Path, names: set[str]) -> np.ndarray:
+    """In dB, of one picture each of at most PSNR_FILES of the files `names`."""
+    seen: dict[str, float] = {}
+    chosen = set(sorted(names)[:PSNR_FILES])
+    for path in tars:
+        with tarfile.open(path) as tar:
+            images: dict[str, bytes] = {}
+            for member in tar:
+                key, _, kind = member.name.partition(".")
+                file = tar.extractfile(member)
+                assert file is not None
+                if kind == "jpg":
+                    images[key] = file.read()
+                elif kind == "json":
+                    image = images.pop(key)
+                    name = json.loads(file.read())["url"].rpartition("/")[2].partition("?")[0]
+                    if name in chosen and name not in seen:
+                        got = opencv_pixels(image)
+                        error = reference(pictures / name, got.shape[1], got.shape[0]).astype(np.float32) - got
+                        seen[name] = 10 * math.log10(255**2 / max(float(np.mean(error**2)), 1e-9))
+    return np.array(list(seen.values()))
+
+
+@functools.cache
+def reference(path: Path, width: int, height: int) -> np.ndarray:
+    return cv2.resize(opencv_pixels(path.read_bytes()), (width, height), interpolation=cv2.INTER_AREA)
+
+
+def opencv_pixels(body: bytes) -> np.ndarray:
+    """(height, width, 3) BGR, decoded in full."""
+    pixels = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR)
+    assert pixels is not None
+    return pixels
+
+
+# --- The floor --------------------------------------------------------------------------------------------------------
+
+
+def floor(job: Path, workers: int) -> None:
+    urls = read_urls(job / "rows.parquet")
+    (job / "out").mkdir()
+    fork = multiprocessing.get_context("fork")
+    parts = [
+        fork.Process(target=floor_part, args=(urls[i::workers], job / "out" / f"{i:05d}.tar")) for i in range(workers)
+    ]
+    for part in parts:
+        part.start()
+    for part in parts:
+        part.join()
+    if any(part.exitcode for part in parts):
+        sys.exit("a process of the floor failed")
+
+
+def floor_part(urls: list[str], path: Path) -> None:
+    cv2.setNumThreads(1)
+    with open(path, "wb") as tar:
+        for number, (url, body) in enumerate(zip(urls, bodies(urls))):
+            pixels = shrink(read_pixels(body))
+            image = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
+            phash = imagehash.phash(Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)))
+            sample = {"url": url, "sha256": hashlib.sha256(body).hexdigest(), "phash": str(phash)}
+            for ending, data in (("jpg", image), ("json", json.dumps(sample).encode()), ("txt", url.encode())):
+                member = tarfile.TarInfo(f"{number:09d}.{ending}")
+                member.size = len(data)
+                tar.write(member.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE))
+        tar.write(bytes(2 * tarfile.BLOCKSIZE))
+
+
+def bodies(urls: list[str]) -> Iterator[bytes]:
+    """In order. The next few are always asked for already: the server is at work while a picture is decoded."""
+    files: dict[str, tuple[socket.socket, object]] = {}
+    asked: deque = deque()
+
+    def answer() -> bytes:
+        stream = asked.popleft()
+        if b" 200 " not in stream.readline():
+            sys.exit("the floor expects nothing but pictures")
+        length = 0
+        while (line := stream.readline()) != b"\r\n":
+            if line.lower().startswith(b"content-length:"):
+                length = int(line.split(b":")[1])
+        return stream.read(length)
+
+    for url in urls:
+        host, _, path = url.removeprefix("http://").partition("/")
+        if host not in files:
+            address, port = host.split(":")
+            connection = socket.create_connection((address, int(port)), 30)
+            files[host] = connection, connection.makefile("rb")
+        connection, stream = files[host]
+        connection.sendall(f"GET /{path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        asked.append(stream)
+        if len(asked) == 4:
+            yield answer()
+    while asked:
+        yield answer()
+
+
+def read_pixels(body: bytes) -> np.ndarray:
+    """(height, width, 3) BGR, of a JPEG at the smallest of the scales that are fast, 1/2, 1/4 and 1/8, of which both
+    sides are COVER times the target or more. (libjpeg-turbo has no SIMD for 5/8 to 7/8: they take longer than 1.)"""
+    if not body.startswith(b"\xff\xd8"):
+        return opencv_pixels(body)
+    height, width = simplejpeg.decode_jpeg_header(body, strict=False)[:2]
+    factor = next((f for f in (8, 4, 2) if max(height, width) >= COVER * TARGET * f), 0)
+    least = (math.ceil(height / factor), math.ceil(width / factor)) if factor else (0, 0)
+    return simplejpeg.decode_jpeg(body, "BGR", min_height=least[0], min_width=least[1], strict=False)
+
+
+def shrink(pixels: np.ndarray) -> np.ndarray:
+    """To the target by averaging areas: linearly to twice its size, then 2 by 2 pixels. OpenCV has SIMD for both of
+    these but not for other ratios of INTER_AREA; that takes three times as long and looks the same (50 dB)."""
+    height, width = pixels.shape[:2]
+    scale = TARGET / max(height, width)
+    if scale >= 1:
+        return pixels
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    while min(pixels.shape[1] / size[0], pixels.shape[0] / size[1]) >= 4:
+        pixels = cv2.resize(pixels, (pixels.shape[1] // 2, pixels.shape[0] // 2), interpolation=cv2.INTER_AREA)
+    pixels = cv2.resize(pixels, (2 * size[0], 2 * size[1]), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["meter", folder, *command]:
+            sys.exit(meter(Path(folder), command))
+        case ["floor", job, workers]:
+            floor(Path(job), int(workers))
+        case _:
+            main()

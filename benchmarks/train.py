@@ -1,0 +1,465 @@
+"""Training speed: our loop and open_clip's own, `open_clip_train`, on the same shards, in turn.
+
+    python benchmarks/train.py                                         the CPU comparison, about ten minutes on 2 cores
+    python benchmarks/train.py --device cuda --models ViT-B-32,ViT-B-16 --batch 1024 --samples 102400 --largest 131072
+
+Both loops train the same architecture from fresh weights in bf16 autocast over fp32 weights, with the same batch,
+optimiser, schedule, number of workers and threads, on the same tars, for exactly one epoch. Each is a process of its
+own, run alone, and the order changes from round to round. Both print a line per step (per ten on a GPU), and this
+script reads one clock and the CPU time of the whole process tree when such a line arrives: at the end of the warm-up
+and at the end of the epoch. What is measured lies between the two, so that imports, the model's creation, the first
+filling of buffers, and the checkpoint at the end are left out of both by the same rule. The batches that the workers
+have ready when the warm-up ends are no part of it either: of the loop whose pictures cost more, more is left out.
+
+What differs, and must be known to read the ratio:
+- Crops: CLIP's is the largest square at a random place. open_clip_train has none such; the nearest is its
+  RandomResizedCrop with scale (1, 1), which falls back on the centre of the picture for the shape that we give it.
+- Captions have lengths spread as those of web alt text are. Our loop leaves out padding, exactly; theirs never does.
+- OMP_WAIT_POLICY=PASSIVE, which our trainer sets for itself, is set for open_clip_train as well.
+
+open_clip_train fails on the webdataset that this project uses, so it gets an environment of its own, made once in
+`$XDG_CACHE_HOME/winnow` from the index that pip is configured for; `--peer-python` names one that exists.
+The loss at the end, the mean of the last eighth of the epoch, tells whether both did the same work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainer.model import create, encode_trimmed, open_clip, trim
+
+ROOT = Path(__file__).parents[1]
+OPEN_CLIP, WEBDATASET = "open_clip_torch[training]==3.3.0", "webdataset<=0.2.86"
+MODELS = {  # besides those that open_clip and trainer/configs have
+    "small-64": {
+        "embed_dim": 256,
+        "vision_cfg": {"image_size": 64, "patch_size": 16, "width": 256, "layers": 8, "head_width": 64},
+        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 4},
+    }
+}
+LR, WARMUP, DECAY, BETAS, EPS = 1e-3, 8, 0.2, (0.9, 0.98), 1e-6
+DISTINCT = 8192
+"""Samples made; more than these repeat them."""
+ALIKE = 0.1
+"""Nats by which the two losses at the end may differ."""
+PATIENCE = 1800
+"""Seconds after which a run is given up."""
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40": 181, "L4": 121, "4090": 165}
+"""Dense bf16, from NVIDIA's data sheets (SXM where there are several)."""
+
+# Both loops start through these lines, which add the models and, where torchvision cannot load beside a CPU build of
+# torch, the cure that trainer.model has for that.
+LAUNCH = """\
+import runpy, sys
+from trainer.model import open_clip
+open_clip.add_model_config(sys.argv[1])
+sys.argv = sys.argv[2:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+OUR_LINE = re.compile(r"step (?P<step>\d+)/\d+ .*loss (?P<loss>\S+) .*data wait (?P<wait>\d+)%")
+THEIR_LINE = re.compile(
+    r"Train Epoch: 0 \[\s*(?P<samples>\d+)/.*"
+    r"Data \(t\): (?P<data>\S+) Batch \(t\): (?P<batch>[\d.]+),.* Loss: (?P<loss>\S+)"
+)
+
+
+class OutOfMemoryError(RuntimeError):
+    """A run that the device had no room for."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What was known when a loop printed a line."""
+
+    step: int
+    at: float
+    """seconds"""
+    cpu: float
+    """seconds of the process and its workers"""
+    loss: float
+    wait: float
+    """seconds of the step that were spent waiting for data, as a share"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One epoch, less its warm-up."""
+
+    rate: float
+    """samples per second"""
+    cpu: float
+    """CPU seconds per 1,000 samples"""
+    memory: float
+    """peak MB of the training process"""
+    loss: float
+    wait: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What both loops are given."""
+
+    model: str
+    folder: Path
+    samples: int
+    batch: int
+    workers: int
+    device: str
+    precision: str
+    peer_precision: str
+    compile: bool
+    models: Path
+    scratch: Path
+
+    @property
+    def log_every(self) -> int:
+        # A line costs a GPU a wait, which open_clip_train has nowhere else.
+        return 1 if self.device == "cpu" else 10
+
+    def ours(self, shards: Sequence[dict[str, object]] | str, micro_batch: int | None = None) -> list[str]:
+        output = tempfile.mkdtemp(dir=self.scratch)
+        conf = Path(output) / "train.yaml"
+        config = {
+            "shards": shards, "output": output, "model": self.model, "batch_size": self.batch, "epochs": 1,
+            "lr": LR, "warmup": WARMUP, "weight_decay": DECAY, "beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS,
+            "precision": self.precision, "device": self.device, "workers": self.workers, "compile": self.compile,
+            "micro_batch_size": micro_batch, "log_every": self.log_every, "checkpoint_every": 1 << 30,
+            "resume": "none", "export": False,
+        }  # fmt: skip
+        conf.write_text(json.dumps(config))
+        return [sys.executable, "-c", LAUNCH, str(self.models), "trainer.train", str(conf)]
+
+    def theirs(self, peer: Path, data: Sequence[str]) -> list[str]:
+        return [
+            str(peer), "-c", LAUNCH, str(self.models), "open_clip_train.main", *data,
+            "--model", self.model, "--batch-size", str(self.batch), "--epochs", "1", "--workers", str(self.workers),
+            "--lr", str(LR), "--warmup", str(WARMUP), "--wd", str(DECAY),
+            "--beta1", str(BETAS[0]), "--beta2", str(BETAS[1]), "--eps", str(EPS),
+            "--precision", self.peer_precision, "--device", self.device, "--aug-cfg", "scale=(1.0,1.0)",
+            "--log-every-n-steps", str(self.log_every), "--save-frequency", "0",
+            "--logs", tempfile.mkdtemp(dir=self.scratch), *(["--torchcompile"] if self.compile else []),
+        ]  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(prefix="winnow-train-") as name:
+        scratch = Path(name)
+        models = scratch / "models"
+        models.mkdir()
+        for model, config in MODELS.items():
+            (models / f"{model}.json").write_text(json.dumps(config))
+        open_clip.add_model_config(models)
+        peer = args.peer_python or peer_environment()
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.workers} workers, {args.device}")
+        ratios, cpu_ratios = [], []
+        for model in args.models.split(","):
+            size = open_clip.get_model_config(model)["vision_cfg"]["image_size"]
+            folder = scratch / f"shards-{size}"
+            # Whole batches for each worker of open_clip_train, which else repeats samples to fill them.
+            unit = args.batch * max(1, args.workers)
+            samples = -(-args.samples // unit) * unit
+            if not folder.exists():
+                write(folder, samples, unit, size)
+            setting = Setting(
+                model, folder, samples, args.batch, args.workers, args.device, "bf16", args.peer_precision,
+                args.compile, models, scratch,
+            )  # fmt: skip
+            ratio, cpu_ratio = compare(setting, peer, args.rounds, args.peak_tflops)
+            ratios.append(ratio)
+            cpu_ratios.append(cpu_ratio)
+            if args.largest:
+                largest(setting, peer, args.largest)
+    # Of several models the one that gained least.
+    print(f"RESULT train_ratio={min(ratios):.2f} cpu_ratio={min(cpu_ratios):.2f}")
+
+
+def compare(setting: Setting, peer: Path, rounds: int, peak_tflops: float | None) -> tuple[float, float]:
+    """Ours over theirs, in samples per second and in samples per second of CPU time: medians over the rounds."""
+    print(
+        f"\n{setting.model}: {setting.samples:,} samples, batch {setting.batch}, {setting.precision} against "
+        f"{setting.peer_precision}\n"
+        f"{'':<24} {'samples/s':>10} {'CPU s/1,000':>12} {'peak MB':>8} {'loss':>7} {'waits':>6}"
+    )
+    tars = sorted(str(path) for path in setting.folder.glob("*.tar"))
+    pattern = f"{setting.folder}/{{{Path(tars[0]).stem}..{Path(tars[-1]).stem}}}.tar"
+    data = ["--train-data", pattern, "--dataset-type", "webdataset", "--train-num-samples", str(setting.samples)]
+    outcomes: dict[str, list[Outcome]] = {"winnow": [], "open_clip_train": []}
+    for turn in range(rounds):
+        for name in sorted(outcomes, reverse=turn % 2 == 0):
+            command = setting.ours(str(setting.folder)) if name == "winnow" else setting.theirs(peer, data)
+            marks, memory = run(command, setting)
+            outcomes[name].append(outcome := outcome_of(marks, memory, setting))
+            show(f"{name}, round {turn + 1}", outcome)
+    ours, theirs = (median(outcomes[name]) for name in ("winnow", "open_clip_train"))
+    for name, outcome in (("winnow, median", ours), ("open_clip_train, median", theirs)):
+        show(name, outcome)
+    if setting.device != "cpu":
+        show_utilisation(setting, ours, theirs, peak_tflops)
+    if not abs(ours.loss - theirs.loss) < ALIKE:
+        raise SystemExit(f"the losses differ by {abs(ours.loss - theirs.loss):.2f}: this is not the same work")
+    ratio = statistics.median(a.rate / b.rate for a, b in zip(outcomes["winnow"], outcomes["open_clip_train"]))
+    cpu_ratio = statistics.median(b.cpu / a.cpu for a, b in zip(outcomes["winnow"], outcomes["open_clip_train"]))
+    print(f"{setting.model}: train_ratio {ratio:.2f}, cpu_ratio {cpu_ratio:.2f}", flush=True)
+    return ratio, cpu_ratio
+
+
+def show(label: str, outcome: Outcome) -> None:
+    print(
+        f"{label:<24} {outcome.rate:>10,.1f} {outcome.cpu:>12.2f} {outcome.memory:>8,.0f} {outcome.loss:>7.3f} "
+        f"{outcome.wait:>6.1%}",
+        flush=True,
+    )
+
+
+def median(outcomes: list[Outcome]) -> Outcome:
+    return Outcome(*(statistics.median(values) for values in zip(*(vars(outcome).values() for outcome in outcomes))))
+
+
+def outcome_of(marks: list[Mark], memory: float, setting: Setting) -> Outcome:
+    steps = setting.samples // setting.batch
+    warm_up = max(setting.log_every, steps // 8)
+    first = next(mark for mark in marks if mark.step >= warm_up)
+    last = marks[-1]
+    if last.step != steps or last.step <= first.step:
+        raise SystemExit(f"{last.step} steps of {steps}: an epoch must be longer, or did not come to its end")
+    samples = (last.step - first.step) * setting.batch
+    after = [mark for mark in marks if mark.step > first.step]
+    tail = [mark.loss for mark in marks if mark.step > steps - max(setting.log_every, steps // 8)]
+    return Outcome(
+        samples / (last.at - first.at),
+        1000 * (last.cpu - first.cpu) / samples,
+        memory,
+        statistics.mean(tail),
+        statistics.mean(mark.wait for mark in after),
+    )
+
+
+def run(command: list[str], setting: Setting) -> tuple[list[Mark], float]:
+    """A training from start to end: a mark for each line about its steps, and the peak MB of its process."""
+    # The repository comes by path: the other environment has no winnow.
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": paths, "TERM": "dumb"}
+    process = subprocess.Popen(
+        command, cwd=setting.scratch, env=environment, start_new_session=True, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    alarm = threading.Timer(PATIENCE, os.killpg, (process.pid, signal.SIGKILL))
+    alarm.start()
+    marks, log, memory = [], [], 0.0
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            now = time.perf_counter()
+            log.append(line)
+            if found := OUR_LINE.search(line) or THEIR_LINE.search(line):
+                told = found.groupdict()
+                step = int(told["step"]) if "step" in told else int(told["samples"]) // setting.batch
+                wait = int(told["wait"]) / 100 if "wait" in told else float(told["data"]) / float(told["batch"])
+                marks.append(Mark(step, now, cpu_seconds(process.pid), float(told["loss"]), wait))
+                memory = peak_memory(process.pid)
+        status = process.wait()
+    finally:
+        alarm.cancel()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # workers too, whatever became of their parent
+        process.wait()
+    text = "".join(log)
+    if status and "out of memory" in text.lower():
+        raise OutOfMemoryError(text)
+    if status or not marks:
+        raise SystemExit(f"{' '.join(command[3:])}\nended with {status}:\n{text[-4000:]}")
+    return marks, memory
+
+
+def cpu_seconds(process: int) -> float:
+    """CPU time of a process, its living descendants, and those that they have waited for."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    except OSError:
+        return 0.0
+    own = sum(int(field) for field in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+    return own + sum(cpu_seconds(int(child)) for child in children)
+
+
+def peak_memory(process: int) -> float:
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    except OSError:
+        return 0.0
+    return int(found[1]) / 1024 if found else 0.0
+
+
+# --- On a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def show_utilisation(setting: Setting, ours: Outcome, theirs: Outcome, peak_tflops: float | None) -> None:
+    """The share of the device's peak that goes into the model's own products; padding left out is not counted."""
+    name = torch.cuda.get_device_name()
+    peak = peak_tflops or next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
+    if peak is None:
+        print(f"{name}: its peak is not known here; --peak-tflops gives it")
+        return
+    model, _, tokenizer = create(setting.model, "meta")
+    captions = [sample[1] for sample in sketches(setting.batch, 8)]
+    lengths = {"winnow": trim(model, tokenizer(captions), 8).shape[1], "open_clip_train": model.context_length}
+    for loop, outcome in (("winnow", ours), ("open_clip_train", theirs)):
+        flops = training_flops(setting.model, lengths[loop])
+        print(
+            f"{loop}: {flops / 1e9:.1f} GFLOPs per sample at {lengths[loop]} tokens, "
+            f"{outcome.rate * flops / (peak * 1e12):.1%} of the {peak} TFLOP/s of {name}"
+        )
+
+
+def training_flops(name: str, tokens: int) -> float:
+    """Of one sample, forward and backward, the backward pass counted as two forward ones."""
+    with torch.device("meta"):
+        model, preprocess, _ = create(name, "meta")
+        pixels, text = torch.empty(2, 3, preprocess.size, preprocess.size), torch.zeros(2, tokens, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.encode_image(pixels)
+            encode_trimmed(model, text)
+    return 3 * counter.get_total_flops() / 2
+
+
+def largest(setting: Setting, peer: Path, most: int) -> None:
+    """Doubles the batch until the device has no room: ours in micro-batches of the setting's batch, theirs as it is."""
+    for name in ("winnow", "open_clip_train"):
+        fits, batch = 0, setting.batch
+        while batch <= most:
+            trial = Setting(**(vars(setting) | {"batch": batch, "samples": 2 * batch * max(1, setting.workers)}))
+            copies = -(-trial.samples // setting.samples)
+            shards = [{"path": str(setting.folder), "weight": 1} for _ in range(copies)]
+            synthetic = ["--dataset-type", "synthetic", "--train-num-samples", str(trial.samples)]
+            command = trial.ours(shards, setting.batch) if name == "winnow" else trial.theirs(peer, synthetic)
+            try:
+                run(command, trial)
+            except OutOfMemoryError:
+                break
+            fits, batch = batch, batch * 2
+        limit = f"{batch:,} does not" if batch <= most else "larger ones were not tried"
+        print(f"{name}: a batch of {fits:,} fits, {limit}", flush=True)
+
+
+# --- What both loops are given ----------------------------------------------------------------------------------------
+
+
+def peer_environment() -> Path:
+    """The interpreter of an environment with open_clip_train and the very torch of this one; made if need be."""
+    version = torch.__version__.partition("+")[0]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "winnow"
+    folder = cache / f"open_clip_train-3.3.0-torch-{version}-py{sys.version_info.major}.{sys.version_info.minor}"
+    python = folder / "bin" / "python"
+    if not (folder / "ready").exists():
+        print(f"making an environment for open_clip_train in {folder}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        pins = (ROOT / "constraints.txt").read_text().splitlines()
+        constraints = folder / "constraints.txt"
+        constraints.write_text("\n".join(pin for pin in pins if not pin.startswith("webdataset==")))
+        pip = [str(python), "-m", "pip", "install", "--quiet", "-c", str(constraints)]
+        # torch first and alone: where pip is offered a CPU build of this version it takes that one.
+        subprocess.run([*pip, f"torch=={version}"], check=True)
+        subprocess.run([*pip, f"torch=={version}", OPEN_CLIP, WEBDATASET], check=True)
+        (folder / "ready").touch()
+    found = subprocess.check_output([str(python), "-c", "import torch; print(torch.__version__)"], text=True).strip()
+    if found != torch.__version__:
+        raise SystemExit(f"{python}: torch {found}, but {torch.__version__} here; remove {folder} and start again")
+    return python
+
+
+def write(folder: Path, samples: int, unit: int, size: int) -> None:
+    """`samples` samples of img2dataset's layout, `unit` in each tar, for a model that takes `size` pixels."""
+    folder.mkdir()
+    made = list(sketches(min(samples, DISTINCT), size))
+    for start in range(0, samples, per_tar := unit // 2 if unit % 2 == 0 else unit):
+        with tarfile.open(folder / f"{start // per_tar:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number in range(start, start + per_tar):
+                image, caption = made[number % len(made)]
+                about = json.dumps({"caption": caption, "key": f"{number:09d}"})
+                for suffix, data in (("jpg", image), ("json", about.encode()), ("txt", caption.encode())):
+                    member = tarfile.TarInfo(f"{number:09d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+
+
+COLOURS = "red orange yellow green cyan blue purple pink brown black white grey".split()
+PLACES = "left centre right".split()
+SHAPES = ("circle", "square", "triangle", "cross")
+FILLER = (
+    "in the with and a new for photo of by at day home old view from street summer free image vintage city park water "
+    "light house garden art design best stock black set hand made happy little two night sun food morning winter"
+).split()
+
+
+def sketches(count: int, size: int) -> list[tuple[bytes, str]]:
+    """JPEGs of a shape over noise with sides of 1.1 to 1.7 times `size`, and captions that tell what they show."""
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(count):
+        shorter = round(size * rng.uniform(1.1, 1.3))
+        width, height = rng.permutation([shorter, round(shorter * rng.choice([1, 1.25, 4 / 3]))]).tolist()
+        ground, ink = rng.choice(COLOURS, 2, replace=False)
+        shape, place = rng.choice(SHAPES), rng.integers(3)
+        image = Image.new("RGB", (width, height), str(ground))
+        radius = rng.uniform(0.15, 0.3) * shorter
+        # Inside any square that a crop may take.
+        x, y = width / 2 + (place - 1) * shorter * 0.15, height / 2 + rng.uniform(-0.1, 0.1) * shorter
+        draw_shape(ImageDraw.Draw(image), str(shape), x, y, radius, str(ink))
+        noise = rng.normal(0, 8, (height, width, 1)) + np.asarray(image, np.float32)
+        file = io.BytesIO()
+        Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
+        # Words of web alt text: half of the captions have up to 11, one in a hundred over 35.
+        words = max(4, int(rng.lognormal(np.log(11), 0.5)))
+        caption = [str(ink), str(shape), PLACES[place], str(ground), *rng.choice(FILLER, words)][:words]
+        made.append((file.getvalue(), " ".join(caption)))
+    return made
+
+
+def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, ink: str) -> None:
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if shape == "circle":
+        draw.ellipse(box, ink)
+    elif shape == "square":
+        draw.rectangle(box, ink)
+    elif shape == "triangle":
+        draw.polygon([(x, box[1]), (box[2], box[3]), (box[0], box[3])], ink)
+    else:
+        draw.rectangle((x - radius / 4, box[1], x + radius / 4, box[3]), ink)
+        draw.rectangle((box[0], y - radius / 4, box[2], y + radius / 4), ink)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="small-64,scorer-64", help="names, by commas (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=8192, help="in the epoch, at least (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=256, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="that decode, in both loops (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile in both loops")
+    parser.add_argument("--peer-precision", default="amp_bf16", help="open_clip_train's --precision")
+    parser.add_argument("--peer-python", type=Path, help="interpreter of an environment with open_clip_train")
+    parser.add_argument("--peak-tflops", type=float, help="of the GPU, dense bf16, where it is not known here")
+    parser.add_argument("--largest", type=int, help="also seek the largest batch that fits, up to this one")
+    main(parser.parse_args())

@@ -1,0 +1,125 @@
+"""Several processes that train one model: who is here, what is gathered, and how they are started.
+
+A process alone, one of `torchrun`'s, and one of Ray Train's run the same code; alone, every collective is the identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from trainer.config import TrainConfig
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join(device: torch.device) -> torch.device:
+    """Meets the other processes that the environment speaks of (`torchrun` sets it); the device that is this one's."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_of(values: Tensor) -> Tensor:
+    """The elementwise sum over the ranks."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
+def max_of(values: Tensor) -> Tensor:
+    """The elementwise maximum over the ranks."""
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def _reduced(values: Tensor, operation: Any) -> Tensor:
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values, operation)
+    return values
+
+
+def rows_of(rows: Tensor) -> Tensor:
+    """The rows (n, D) of every rank under each other, (ranks x n, D)."""
+    if world_size() == 1:
+        return rows
+    gathered = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(gathered, rows.contiguous())
+    return torch.cat(gathered)
+
+
+def lists_of(items: list[T]) -> list[T]:
+    """The items of every rank, one after another."""
+    if world_size() == 1:
+        return items
+    gathered: list[list[T]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(gathered, items)
+    return [item for items in gathered for item in items]
+
+
+def from_first(value: Any) -> Any:
+    """What rank 0 passed."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def on_ray(config: TrainConfig) -> None:
+    """Trains in `config.ranks` processes of Ray Train: on the cluster of RAY_ADDRESS, or one started here.
+
+    Raises what the training raises. Every node must see the same `shards` and `output`.
+    """
+    import ray
+    from ray.train import RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    ray.init(ignore_reinit_error=True)
+    gpu = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+    output = _absolute(config.output)
+    shards: Any = config.shards  # Ray's workers have a working directory of their own
+    if isinstance(shards, str):
+        shards = _absolute(shards)
+    else:
+        shards = [{**source, "path": _absolute(source["path"])} for source in shards]
+    trainer = TorchTrainer(
+        _train_on_ray,
+        train_loop_config={"config": dataclasses.replace(config, shards=shards, output=output)},
+        scaling_config=ScalingConfig(num_workers=config.ranks or 1, use_gpu=gpu),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        run_config=RunConfig(name="ray", storage_path=output),
+    )
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        raise next(iter(error.worker_failures.values())) from None
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
+
+
+def _train_on_ray(arguments: dict[str, Any]) -> None:
+    from trainer.train import train
+
+    train(arguments["config"])

@@ -1,0 +1,69 @@
+"""Few-shot classification: logistic regression on the frozen features of 1, 2, 4, 8 and 16 pictures per class.
+
+Averaged over draws of the pictures (Radford et al. 2021, figure 6); the pictures of a smaller number are among those of
+a larger one. DATA and the features are those of `probe`. One picture per class leaves none to choose the L2 strength
+on, so it is given: by default 3.16, the C = 0.316 of openai/CLIP's own example.
+
+    python -m trainer.evaluate fewshot --model runs/demo/model --data FOLDER_WITH_TRAIN_AND_TEST --shots 1 4 16
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.evaluate.features import open_encoder
+from trainer.evaluate.probe import add_probe_arguments, featurize, fit, open_splits, predict
+from trainer.evaluate.samples import EvaluationError
+from trainer.evaluate.zeroshot import accuracy
+
+TASK = "few_shot"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_probe_arguments(parser)
+    parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="pictures per class")
+    parser.add_argument("--draws", type=int, default=3, help="draws of pictures to average over (default 3)")
+    parser.add_argument("--l2", type=float, default=3.16, help="L2 strength (default 3.16)")
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """For each number of shots K the mean over draws, `fs_acc1@K`, and the standard deviation, `fs_acc1_std@K`."""
+    for option, found in (("--shots", min(args.shots)), ("--draws", args.draws)):
+        if found < 1:
+            raise EvaluationError(f"{option}: found {found}, expected at least 1")
+    splits = open_splits(args)
+    classes = len(splits["test"].names)
+    encoder = open_encoder(args)
+    (features, labels), (test, truth) = (featurize(encoder, splits[name], args) for name in ("train", "test"))
+    counts = labels.bincount(minlength=classes)
+    if int(counts.min()) < max(args.shots):
+        name = splits["train"].names[int(counts.argmin())]
+        raise EvaluationError(
+            f"{splits['train'].folder}: {int(counts.min())} pictures of {name!r}, fewer than --shots {max(args.shots)}"
+        )
+    metrics: dict[str, Any] = {}
+    for shots in sorted(set(args.shots)):
+        found = []
+        for draw in range(args.draws):
+            chosen = draw_shots(labels, shots, args.seed + draw)
+            best = predict(test, *fit(features[chosen], labels[chosen], classes, args.l2, args.max_iterations))
+            found.append(accuracy(best, truth, classes)["acc1"])
+        values = torch.tensor(found, dtype=torch.float64)
+        metrics[f"fs_acc1@{shots}"] = values.mean().item()
+        metrics[f"fs_acc1_std@{shots}"] = values.std(correction=0).item()
+    return {**metrics, "l2": args.l2, "draws": args.draws, "features": args.features}
+
+
+def draw_shots(labels: Tensor, shots: int, seed: int) -> Tensor:
+    """The numbers of `shots` samples of each class; with more shots, more of the same draw."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = labels.cpu()
+    chosen = []
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:shots]])
+    return torch.cat(chosen)

@@ -1,0 +1,236 @@
+"""Train/test overlap: near copies of evaluation images among the training images, and what they do to accuracy.
+
+As in Radford et al. 2021, section 5: the test set (All) is split into the images that have a near copy in the training
+data (Overlap) and those that have none (Clean). Reported are the accuracies on the three, All minus Clean as the gain
+from contamination, the one-tailed binomial p-value of Overlap under Clean's accuracy, and the 99.5% Clopper-Pearson
+interval of the accuracy on Overlap. DATA is in a layout of `zeroshot`, --train is a folder of shards.
+
+A near copy is an image whose 64-bit perceptual hash differs in at most --max-hamming bits (`--by phash`; read from the
+shards' parquet files where these have it), or whose embedding by the model has a cosine of --min-cosine or more
+(`--by embedding`; --train may then be a folder from `trainer.search embed` too). Either threshold depends on the data:
+--pairs writes the pairs that were found, nearest first, to be looked at.
+
+    python -m trainer.evaluate overlap --model runs/demo/model --data FOLDER --train runs/demo --pairs pairs.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import imagehash
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from scipy.stats import binomtest
+
+from trainer.data import CorruptSampleError, Shards, decode
+from trainer.evaluate.classes import LabelledImages, open_labelled, read_classnames
+from trainer.evaluate.features import Encoder, batched, nearest, open_encoder, progress, say
+from trainer.evaluate.samples import EvaluationError, Sample, read_shards
+from trainer.evaluate.zeroshot import add_class_arguments, classify
+
+TASK = "overlap"
+CONFIDENCE = 0.995
+CHUNK = 65_536
+"""Training images that are compared at once."""
+
+
+class Match(NamedTuple):
+    """The training image nearest to an evaluation image."""
+
+    nearness: float
+    """Cosine, or minus the Hamming distance: greater is nearer."""
+    train: str
+    """`SHARD.tar:KEY`"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_class_arguments(parser)
+    parser.add_argument("--train", required=True, help="the training data: shards, or embeddings of them")
+    parser.add_argument("--by", choices=("phash", "embedding"), default="phash", help="detector (default phash)")
+    parser.add_argument("--max-hamming", type=int, default=4, help="bits that two hashes may differ in (default 4)")
+    parser.add_argument("--min-cosine", type=float, default=0.95, help="of two embeddings (default 0.95)")
+    parser.add_argument("--pairs", type=Path, help="JSONL file for the pairs: image, train, and distance or cosine")
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Accuracies and counts of All, Clean and Overlap (null where there is none), and the tests of their difference."""
+    data = open_labelled(Path(args.data), read_classnames(args.classnames))
+    encoder = open_encoder(args)
+    best, samples = classify(encoder, data, args.templates)
+    right = (best[:, 0] == torch.tensor([sample.label for sample in samples])).numpy()
+    matches = by_phash(data, args) if args.by == "phash" else by_embedding(encoder, data, args)
+    if args.pairs:
+        key, sign = ("distance", -1) if args.by == "phash" else ("cosine", 1)
+        with args.pairs.open("w", encoding="utf-8") as file:
+            for number in sorted(matches, key=lambda number: -matches[number].nearness):
+                match = matches[number]
+                pair = {"image": samples[number].where, "train": match.train, key: sign * match.nearness}
+                file.write(json.dumps(pair) + "\n")
+    found = np.zeros(len(samples), bool)
+    found[list(matches)] = True
+    return contamination(right, found)
+
+
+def contamination(right: np.ndarray, overlap: np.ndarray) -> dict[str, Any]:
+    """The analysis of section 5, from which images were classified rightly and which have a near copy (bool arrays)."""
+
+    def share(of: np.ndarray) -> float | None:
+        return float(of.mean()) if len(of) else None
+
+    everything, clean, dirty = share(right), share(right[~overlap]), share(right[overlap])
+    metrics: dict[str, Any] = {
+        "images": len(right),
+        "overlap": int(overlap.sum()),
+        "overlap_share": float(overlap.mean()),
+        "acc1_all": everything,
+        "acc1_clean": clean,
+        "acc1_overlap": dirty,
+        "acc1_all_minus_clean": None if clean is None or everything is None else everything - clean,
+        "p_value": None,
+        "acc1_overlap_interval": None,
+    }
+    if dirty is not None:
+        hits, count = int(right[overlap].sum()), int(overlap.sum())
+        interval = binomtest(hits, count).proportion_ci(CONFIDENCE, "exact")
+        metrics["acc1_overlap_interval"] = [float(interval.low), float(interval.high)]
+        if clean is not None:
+            metrics["p_value"] = float(binomtest(hits, count, clean, "greater").pvalue)
+    return metrics
+
+
+def by_embedding(encoder: Encoder, data: LabelledImages, args: argparse.Namespace) -> dict[int, Match]:
+    """For each evaluation image (by number) that has one: its nearest training image of enough cosine."""
+    test, _ = encoder.matrix(data, data.count())
+    best = torch.full((len(test),), -2.0)
+    names = [""] * len(test)
+    for vectors, keys in _train_vectors(encoder, args.train):
+        scores, numbers = nearest(test, vectors, 1, encoder.device)
+        nearer = scores[:, 0] > best
+        best[nearer] = scores[nearer, 0]
+        for row in nearer.nonzero()[:, 0].tolist():
+            names[row] = keys[int(numbers[row, 0])]
+    return {i: Match(cosine, names[i]) for i, cosine in enumerate(best.tolist()) if cosine >= args.min_cosine}
+
+
+def _train_vectors(encoder: Encoder, train: str) -> Iterator[tuple[torch.Tensor, list[str]]]:
+    """Unit vectors and names of the training images, some thousands at a time."""
+    parts = sorted((Path(train) / "img_emb").glob("img_emb_*.npy"))
+    for part in parts:
+        metadata = Path(train) / "metadata" / f"{part.stem.replace('img_emb', 'metadata')}.parquet"
+        names = pq.read_table(metadata, columns=["image_path"])["image_path"].to_pylist()
+        yield torch.from_numpy(np.load(part, allow_pickle=False)).float(), names
+    if not parts:
+        shards = Shards(train)
+        batches = encoder.images(read_shards(shards), len(shards), corrupt=_name_corrupt)
+        for some in batched(batches, max(1, CHUNK // encoder.batch_size)):
+            yield (
+                torch.cat([vectors.cpu() for _, vectors in some]),
+                [sample.where for batch, _ in some for sample in batch],
+            )
+
+
+def by_phash(data: LabelledImages, args: argparse.Namespace) -> dict[int, Match]:
+    """For each evaluation image (by number) that has one: the training image of the nearest hash, if near enough."""
+    if not 0 <= args.max_hamming <= 16:
+        raise EvaluationError(f"--max-hamming: found {args.max_hamming}, expected 0 to 16 of 64 bits")
+    shards = Shards(args.train)
+    test = np.concatenate([found for found, _ in _hashes(data, data.count(), strict=True)])
+    matches: dict[int, Match] = {}
+    for hashes, numbers in _train_hashes(shards):
+        for mine, theirs, distance in near_hashes(test, hashes, args.max_hamming):
+            known = matches.get(mine)
+            if known is None or -distance > known.nearness:
+                matches[mine] = Match(-distance, shards.key(int(numbers[theirs])))
+    return matches
+
+
+def near_hashes(test: np.ndarray, train: np.ndarray, max_hamming: int) -> Iterator[tuple[int, int, int]]:
+    """For each hash of `test` with one in `train` at most so many bits away: both numbers and the distance, nearest.
+
+    Of d + 1 blocks of bits at least one is equal in hashes that differ in d, so only hashes that agree in a block are
+    compared (Manku et al., WWW 2007). Both are uint64 arrays.
+    """
+    mine, mine_first = np.unique(test, return_inverse=True)
+    theirs, theirs_first = np.unique(train, return_index=True)
+    best = np.full(len(mine), 65)
+    which = np.zeros(len(mine), np.int64)
+    edges = np.linspace(0, 64, max_hamming + 2).astype(int)
+    for low, high in pairwise(edges.tolist()):
+        mask = np.uint64(((1 << (high - low)) - 1) << low)
+        order = np.argsort(mine & mask, kind="stable")
+        blocks = (mine & mask)[order]
+        for start in range(0, len(theirs), 4096):
+            some = theirs[start : start + 4096]
+            left, right = (np.searchsorted(blocks, some & mask, side) for side in ("left", "right"))
+            count = right - left
+            row = np.repeat(np.arange(len(some)), count)
+            at = order[np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(left, count)]
+            distance = np.bitwise_count(mine[at] ^ some[row]).astype(np.int64)
+            # The nearest of each: sorted so that it is written last.
+            last = np.argsort(-distance, kind="stable")
+            nearer = last[distance[last] < best[at[last]]]
+            best[at[nearer]], which[at[nearer]] = distance[nearer], start + row[nearer]
+    for number in np.flatnonzero(best[mine_first] <= max_hamming).tolist():
+        unique = mine_first[number]
+        yield number, int(theirs_first[which[unique]]), int(best[unique])
+
+
+def _train_hashes(shards: Shards) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The hashes of the training images with the samples' numbers: those in the shards' parquet files, if there."""
+    tables = [Path(shards.folder) / f"{Path(shard.name).stem}.parquet" for shard in shards.shards]
+    if not all(_has_hashes(table, shard.samples) for table, shard in zip(tables, shards.shards)):
+        say(f"{shards.folder}: no parquet files with `phash`; hashing {len(shards):,} pictures")
+        yield from _hashes(read_shards(shards), len(shards), strict=False)
+        return
+    start = 0
+    for path in progress(tables, len(tables), "shards"):
+        column = pq.read_table(path, columns=["phash"])["phash"].combine_chunks()
+        numbers = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+        if column.null_count:
+            say(f"{path}: {column.null_count} samples without a hash; left out")
+        yield column.drop_null().to_numpy().astype(np.uint64), start + numbers
+        start += len(column)
+
+
+def _has_hashes(table: Path, samples: int) -> bool:
+    # Tables of other tools, such as img2dataset's, have rows for pictures that are not in the tar.
+    return table.is_file() and "phash" in pq.read_schema(table).names and pq.read_metadata(table).num_rows == samples
+
+
+def _hashes(samples: Iterable[Sample], total: int | None, strict: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Perceptual hashes of pictures and their numbers, some at a time; those that cannot be read are named."""
+    number = 0
+    with ThreadPoolExecutor() as pool:
+        for batch in batched(progress(samples, total, "hashes"), 1024):
+            hashes, numbers = [], []
+            for sample, found in zip(batch, pool.map(_phash, batch)):
+                if isinstance(found, CorruptSampleError):
+                    if strict:
+                        raise EvaluationError(f"{sample.where}: {found}")
+                    _name_corrupt(sample, str(found))
+                else:
+                    hashes.append(found)
+                    numbers.append(number)
+                number += 1
+            yield np.array(hashes, np.uint64), np.array(numbers, np.int64)
+
+
+def _phash(sample: Sample) -> int | CorruptSampleError:
+    if sample.problem:
+        return CorruptSampleError(sample.problem)
+    try:
+        # The first bit of the hash's hex string is the most significant one, as in the shards' `phash`.
+        return int(str(imagehash.phash(decode(sample.encoded))), 16)
+    except CorruptSampleError as error:
+        return error
+
+
+def _name_corrupt(sample: Sample, why: str) -> None:
+    say(f"{sample.where}: {why}; left out")

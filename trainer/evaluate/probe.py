@@ -1,0 +1,173 @@
+"""Linear probe: logistic regression on frozen image features.
+
+As in Radford et al. 2021, appendix A.3: L-BFGS with at most 1,000 iterations on the image tower's features before
+their projection, the L2 strength found on a validation split by a search over 96 steps from 1e-6 to 1e6 that starts
+with seven and halves the interval around the best, then a last fit on training and validation data together.
+
+DATA is a folder with train/ and test/ (val/ too, if there is one), each in a layout of `zeroshot`; --train and --val
+name folders that are elsewhere. Without a validation split a tenth of each training class is held out.
+
+    python -m trainer.evaluate probe --model runs/demo/model --data FOLDER_WITH_TRAIN_AND_TEST
+    python -m trainer.evaluate probe --model ViT-B-32 --pretrained openai --train imagenet/train --data imagenet/val
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from trainer.evaluate.classes import LabelledImages, open_labelled, read_classnames
+from trainer.evaluate.features import Encoder, open_encoder, say
+from trainer.evaluate.samples import EvaluationError
+from trainer.evaluate.zeroshot import accuracy
+
+TASK = "linear_probe"
+STEPS = 96
+"""Of the search for the L2 strength: eight per decade over twelve decades."""
+ROWS = 65_536
+"""Of features in a matrix product: bounds the memory that logits take."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_probe_arguments(parser)
+    parser.add_argument("--val", type=Path, help="folder to choose the L2 strength on; by default DATA/val, if any")
+    parser.add_argument("--l2", type=float, help="L2 strength, instead of the search")
+
+
+def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every task that fits a classifier to features."""
+    parser.add_argument("--train", type=Path, help="folder to fit on; by default DATA itself, with its train/")
+    parser.add_argument("--classnames", help="file with a class name a line, where the data has none")
+    parser.add_argument(
+        "--features",
+        choices=("penultimate", "embedding"),
+        default="penultimate",
+        help="before the projection, as in the paper, or the unit vectors of the common space, as in CLIP_benchmark",
+    )
+    parser.add_argument("--max-iterations", type=int, default=1000, help="of L-BFGS (default 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of samples (default 0)")
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """`lp_acc1`, `lp_acc5`, `lp_mean_per_class_recall` on the test split, from 0 to 1, and the `l2` that was chosen."""
+    splits = open_splits(args)
+    classes = len(splits["test"].names)
+    encoder = open_encoder(args)
+    data = {name: featurize(encoder, split, args) for name, split in splits.items()}
+    features, labels = data["train"]
+    if "val" in data:
+        (fit_x, fit_y), (val_x, val_y) = data["train"], data["val"]
+        features, labels = torch.cat([features, val_x]), torch.cat([labels, val_y])
+    else:
+        held = hold_out(labels, args.seed)
+        fit_x, fit_y, val_x, val_y = features[~held], labels[~held], features[held], labels[held]
+
+    def validate(l2: float) -> float:
+        found = float(accuracy(predict(val_x, *fit(fit_x, fit_y, classes, l2, args.max_iterations)), val_y, 2)["acc1"])
+        say(f"l2 {l2:.3g}: {found:.4f} of the validation split")
+        return found
+
+    l2 = args.l2 if args.l2 is not None else search(validate)
+    best = predict(data["test"][0], *fit(features, labels, classes, l2, args.max_iterations))
+    metrics = {f"lp_{key}": value for key, value in accuracy(best, data["test"][1].to(best.device), classes).items()}
+    return {**metrics, "l2": l2, "train_images": len(labels), "features": args.features}
+
+
+def open_splits(args: argparse.Namespace) -> dict[str, LabelledImages]:
+    """The splits `train` and `test`, and `val` where there is one. Raises EvaluationError if their classes differ."""
+    if args.max_iterations < 1:
+        raise EvaluationError(f"--max-iterations: found {args.max_iterations}, expected at least 1")
+    names, data = read_classnames(args.classnames), Path(args.data)
+    splits = {"test": open_labelled(data, names), "train": open_labelled(args.train or data, names, "train")}
+    val = getattr(args, "val", None) or (data if (data / "val").is_dir() else None)
+    if val:
+        splits["val"] = open_labelled(val, names, "val")
+    test = splits["test"]
+    for name, split in splits.items():
+        if name != "test" and split.folder == test.folder:
+            raise EvaluationError(f"{test.folder}: both for fitting and for testing; give --train FOLDER")
+        if split.names != test.names:
+            raise EvaluationError(f"{split.folder}: its classes are not those of {test.folder}")
+    return splits
+
+
+def featurize(encoder: Encoder, split: LabelledImages, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """The features and labels of a split, on the model's device."""
+    features, labels = encoder.matrix(split, split.count(), penultimate=args.features == "penultimate")
+    return features.to(encoder.device), labels.to(encoder.device)
+
+
+def hold_out(labels: Tensor, seed: int) -> Tensor:
+    """True for a tenth of each class, at least one sample where it has two or more."""
+    generator = torch.Generator().manual_seed(seed)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels.cpu() == label.cpu()).nonzero()[:, 0]
+        members = members[torch.randperm(len(members), generator=generator)]
+        held[members[: max(1, len(members) // 10) if len(members) > 1 else 0]] = True
+    return held.to(labels.device)
+
+
+def search(validate: Callable[[float], float]) -> float:
+    """The L2 strength, of 97 from 1e-6 to 1e6, at which `validate` peaks; among equals the greatest."""
+    found: dict[int, float] = {}
+    gap = STEPS // 6
+    steps = list(range(0, STEPS + 1, gap))
+    while True:
+        for step in steps:
+            if 0 <= step <= STEPS and step not in found:
+                found[step] = validate(strength(step))
+        peak = max(found, key=lambda step: (found[step], step))
+        if gap == 1:
+            return strength(peak)
+        gap //= 2
+        steps = [peak - gap, peak + gap]
+
+
+def strength(step: int) -> float:
+    return float(10 ** (step / 8 - 6))
+
+
+def fit(features: Tensor, labels: Tensor, classes: int, l2: float, max_iterations: int = 1000) -> tuple[Tensor, Tensor]:
+    """Weights (classes, dim) and biases (classes,) that minimise Σ cross-entropy + l2/2 · ‖weights‖².
+
+    That is scikit-learn's LogisticRegression with C = 1/l2, by the same L-BFGS and the same tolerance. The sums run on
+    the device of the features and in their precision.
+    """
+    count, dim = features.shape
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weights = torch.from_numpy(flat).view(classes, dim + 1).to(features)
+        loss = torch.zeros((), dtype=torch.float64)
+        gradient = torch.zeros(classes, dim + 1, dtype=torch.float64)
+        for x, y in zip(features.split(ROWS), labels.split(ROWS)):
+            log_p = (x @ weights[:, :-1].T + weights[:, -1]).log_softmax(dim=1)
+            rows = torch.arange(len(y), device=y.device)
+            loss -= log_p[rows, y].double().sum().cpu()
+            error = log_p.exp_()
+            error[rows, y] -= 1
+            gradient[:, :-1] += (error.T @ x).double().cpu()
+            gradient[:, -1] += error.double().sum(dim=0).cpu()
+        penalised = torch.from_numpy(flat).view(classes, dim + 1)[:, :-1]
+        gradient[:, :-1] += l2 * penalised
+        loss += l2 / 2 * penalised.square().sum()
+        return loss.item() / count, gradient.div_(count).view(-1).numpy()
+
+    options = {"maxiter": max_iterations, "maxfun": 2 * max_iterations + 100, "gtol": 1e-4, "ftol": 64 * 2.0**-52}
+    found = minimize(objective, np.zeros(classes * (dim + 1)), jac=True, method="L-BFGS-B", options=options).x
+    weights = torch.from_numpy(found).view(classes, dim + 1).to(features)
+    return weights[:, :-1], weights[:, -1]
+
+
+def predict(features: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
+    """The likeliest classes of each row, int64 (N, 5), or as many as there are."""
+    return torch.cat(
+        [(x @ weights.T + biases).topk(min(5, len(weights))).indices for x in features.split(ROWS)],
+    )

@@ -1,0 +1,148 @@
+"""Effective robustness: accuracy under distribution shift beyond what accuracy in distribution predicts.
+
+As in Taori et al. 2020 (and Radford et al. 2021, section 3.3): a line through the logits of the accuracies of baseline
+models, in distribution and shifted, predicts the shifted accuracy of a model from its accuracy in distribution; what
+the model has beyond that is its effective robustness. Relative robustness is what it has beyond a reference model.
+
+DATA and each --shift are a dataset to evaluate zero-shot, in a layout of `zeroshot`, or the JSON of an earlier
+evaluation. Where a shift has only some of the classes (ImageNet-A, ImageNet-R), DATA must be cut to them too.
+BASELINES has a line a model: `model`, then the accuracies, from 0 to 1, in columns with the datasets' names:
+
+    model,imagenet,imagenetv2
+    resnet50,0.761,0.633
+    vit_b_16,0.811,0.695
+
+    python -m trainer.evaluate robustness --model runs/x/model --data imagenet=data/imagenet \\
+        --shift imagenetv2=data/imagenetv2 --shift sketch=sketch.json --baselines baselines.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.special import expit, logit
+
+from trainer.config import ConfigError
+from trainer.evaluate.classes import open_labelled, read_classnames
+from trainer.evaluate.features import Encoder, open_encoder
+from trainer.evaluate.samples import EvaluationError
+from trainer.evaluate.zeroshot import accuracy, add_class_arguments, classify
+
+TASK = "effective_robustness"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_class_arguments(parser)
+    parser.add_argument(
+        "--shift", action="append", required=True, metavar="[NAME=]PATH", help="a shifted dataset; may come repeatedly"
+    )
+    parser.add_argument("--baselines", type=Path, required=True, help="accuracies of other models, CSV or JSON")
+    parser.add_argument("--reference", help="the baseline that relative robustness is measured from")
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """`acc1` on DATA and, for each shift, its `acc1`, what the line expects, the difference, and the line."""
+    baselines = read_baselines(args.baselines)
+    if args.reference is not None and args.reference not in baselines:
+        raise EvaluationError(f"{args.baselines}: no model {args.reference!r}; there are {', '.join(baselines)}")
+    sources = [args.data, *args.shift]
+    encoder = None
+    if not all(_path(source).suffix == ".json" for source in sources):
+        if args.model is None:
+            raise ConfigError("--model", ["missing, but not every dataset is the JSON of an earlier evaluation"])
+        encoder = open_encoder(args)
+    found = [_accuracy(source, encoder, args) for source in sources]
+    if len(models := {result.model for result in found}) > 1:
+        raise EvaluationError(f"--data, --shift: results of different models: {', '.join(sorted(models))}")
+    (base, acc, args.model), *shifted = found
+    args.data = base  # what the result is called by
+    shifts = {}
+    for name, acc_shifted, _ in shifted:
+        pairs = {model: (row[base], row[name]) for model, row in baselines.items() if base in row and name in row}
+        try:
+            shifts[name] = effective_robustness(acc, acc_shifted, list(pairs.values()))
+        except ValueError as error:
+            raise EvaluationError(f"{args.baselines}: columns {base!r} and {name!r}: {error}") from error
+        if args.reference in pairs:
+            shifts[name]["relative_robustness"] = acc_shifted - pairs[args.reference][1]
+    mean = sum(shift["effective_robustness"] for shift in shifts.values()) / len(shifts)
+    return {"acc1": acc, "mean_effective_robustness": mean, "shifts": shifts}
+
+
+def effective_robustness(acc: float, shifted: float, baselines: list[tuple[float, float]]) -> dict[str, float]:
+    """`shifted` minus what a line through the logits of the baselines' (in distribution, shifted) accuracies expects.
+
+    Raises ValueError where there is no such line.
+    """
+    if len({pair[0] for pair in baselines}) < 2:
+        raise ValueError(f"{len(baselines)} models have both, expected two or more of different accuracy")
+    if any(not 0 < value < 1 for pair in baselines for value in pair):
+        raise ValueError("expected accuracies between 0 and 1 (divide percentages by 100)")
+    x, y = logit(np.array(baselines, np.float64)).T
+    slope, intercept = np.polyfit(x, y, 1)
+    expected = float(expit(slope * logit(acc) + intercept))
+    explained = (
+        1.0 if np.ptp(y) == 0 else 1 - np.square(y - slope * x - intercept).sum() / np.square(y - y.mean()).sum()
+    )
+    return {
+        "acc1": shifted,
+        "expected_acc1": expected,
+        "effective_robustness": shifted - expected,
+        "slope": float(slope),
+        "intercept": float(intercept),
+        "r2": float(explained),
+        "baselines": len(baselines),
+    }
+
+
+def read_baselines(path: Path) -> dict[str, dict[str, float]]:
+    """Accuracies by model and dataset; a cell may be empty. Raises EvaluationError."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = json.load(file) if path.suffix == ".json" else list(csv.DictReader(file))
+        return {
+            str(row["model"]): {
+                str(name): float(value) for name, value in row.items() if name != "model" and value not in ("", None)
+            }
+            for row in rows
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(
+            f"{path}: expected rows with `model` and an accuracy per dataset, as CSV or as a JSON list of objects"
+            f" ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _path(source: str) -> Path:
+    return Path(source.partition("=")[2] or source)
+
+
+class _Result(NamedTuple):
+    dataset: str
+    acc1: float
+    model: str
+
+
+def _accuracy(source: str, encoder: Encoder | None, args: argparse.Namespace) -> _Result:
+    path = _path(source)
+    name = source.partition("=")[0] if "=" in source else ""
+    if path.suffix == ".json":
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            acc1 = float(result["metrics"]["acc1"])
+            return _Result(name or str(result["dataset"]), acc1, str(result["model"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(
+                f"{path}: expected the JSON of `evaluate zeroshot` ({type(error).__name__}: {error})"
+            ) from error
+    assert encoder is not None
+    data = open_labelled(path, read_classnames(args.classnames))
+    best, samples = classify(encoder, data, args.templates)
+    found = accuracy(best, torch.tensor([sample.label for sample in samples]), len(data.names))
+    return _Result(name or path.name, found["acc1"], args.model)

@@ -1,0 +1,122 @@
+"""Several datasets as one, each with its share of every batch."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from trainer.order import mix, shuffled
+from trainer.shards import CorruptSampleError, Shards, ShardsError
+
+CYCLE = 1 << 16
+"""Draws after which the pattern of sources repeats; shares are kept to one part in so many."""
+
+
+class Mixture:
+    """Sources with weights, behind the interface of `Shards`.
+
+    Each source gets `weight / sum of weights` of the samples, rounded to 1/65536: not on average but in every window,
+    to within about one sample a source. Inside a source the samples come in a random order without replacement; when
+    all have come, the next pass over it starts, in an order of its own, wherever the epoch is. An epoch is as many
+    samples as the sources have together: a source whose weight is above its part of them is met more than once an
+    epoch, another less.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Shards, float]]) -> None:
+        self.parts = [shards for shards, _ in parts]
+        self.folder = " + ".join(shards.folder for shards in self.parts)
+        self.name = " + ".join(shards.name for shards in self.parts)
+        self.draws = _shares([weight for _, weight in parts], [shards.folder for shards in self.parts])
+        """Samples of each source in a cycle."""
+        # Source i's k-th draw is due at (k + 1/2) / draws[i]: the interleaving that keeps every prefix in proportion.
+        due = np.concatenate([(np.arange(count) + 0.5) / count for count in self.draws])
+        self._source = np.repeat(np.arange(len(self.draws)), self.draws)[np.argsort(due, kind="stable")]
+        self._earlier = np.zeros(CYCLE, np.int64)
+        for i, count in enumerate(self.draws):
+            self._earlier[self._source == i] = np.arange(count)
+        self._ends = list(accumulate(len(shards) for shards in self.parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal contents and equal shares."""
+        lines = [f"{shards.fingerprint} {count}" for shards, count in zip(self.parts, self.draws)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def order(self, positions: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """The sample numbers, int64, at these positions of an epoch; as `Shards.order`, but numbers may repeat."""
+        cycle, place = np.divmod(positions.astype(np.int64) + epoch * len(self), CYCLE)
+        sources = self._source[place]
+        numbers = np.empty(len(positions), np.int64)
+        for i, shards in enumerate(self.parts):
+            mine = sources == i
+            passes, at = np.divmod(cycle[mine] * self.draws[i] + self._earlier[place[mine]], len(shards))
+            found = np.empty(len(at), np.int64)
+            own_seed = int(mix(seed, i)[0] >> np.uint64(1))
+            for turn in np.unique(passes):
+                now = passes == turn
+                found[now] = shuffled(at[now], len(shards), own_seed, int(turn))
+            numbers[mine] = found + (self._ends[i] - len(shards))
+        return numbers
+
+    def key(self, number: int) -> str:
+        """`FOLDER/SHARD.tar:KEY`."""
+        shards, own = self._locate(number)
+        return f"{shards.folder}/{shards.key(own)}"
+
+    def read(self, number: int) -> tuple[bytes, str]:
+        """As `Shards.read`."""
+        shards, own = self._locate(number)
+        return shards.read(own)
+
+    def read_many(self, numbers: Iterable[int]) -> Iterator[tuple[bytes, str] | CorruptSampleError]:
+        """As `Shards.read_many`."""
+        located = [self._locate(number) for number in numbers]
+        read = {id(part): part.read_many([own for of, own in located if of is part]) for part in self.parts}
+        return (next(read[id(part)]) for part, _ in located)
+
+    def _locate(self, number: int) -> tuple[Shards, int]:
+        at = bisect_right(self._ends, number)
+        return self.parts[at], number - (self._ends[at] - len(self.parts[at]))
+
+
+def open_shards(source: str | Path | Sequence[dict[str, object]]) -> Shards | Mixture:
+    """What the configuration's `shards` names: one source, or a list of `{path: SOURCE, weight: NUMBER}`.
+
+    Raises ShardsError.
+    """
+    if isinstance(source, str | Path):
+        return Shards(source)
+    parts: list[tuple[Shards, float]] = []
+    for entry in source:
+        if not isinstance(entry, dict) or set(entry) != {"path", "weight"} or not isinstance(entry["path"], str):
+            raise ShardsError(f"shards: found {entry!r}, expected {{path: …, weight: …}}")
+        weight = entry["weight"]
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ShardsError(f"shards: {entry['path']}: weight {weight!r} is not a number")
+        parts.append((Shards(entry["path"]), float(weight)))
+    if not parts:
+        raise ShardsError("shards: the list is empty")
+    return Mixture(parts)
+
+
+def _shares(weights: list[float], names: list[str]) -> list[int]:
+    # Largest remainders: whole numbers in proportion to the weights that add up to the cycle.
+    for name, weight in zip(names, weights):
+        if not 0 < weight < float("inf"):
+            raise ShardsError(f"shards: {name}: weight {weight}, expected a number above 0")
+    exact = [weight / sum(weights) * CYCLE for weight in weights]
+    draws = [int(share) for share in exact]
+    for i in sorted(range(len(draws)), key=lambda i: draws[i] - exact[i])[: CYCLE - sum(draws)]:
+        draws[i] += 1
+    for name, share in zip(names, draws):
+        if not share:
+            raise ShardsError(f"shards: {name}: its weight is less than 1/{CYCLE} of all weights")
+    return draws

@@ -1,0 +1,267 @@
+"""Semantic search and caption retrieval over a dataset, by text or by image.
+
+    python -m trainer.search embed SHARDS --model runs/demo/model --out DIR     embeddings alone
+    python -m trainer.search index SHARDS --model runs/demo/model --out DIR     embeddings and the indexes over them
+    python -m trainer.search index DIR                                          indexes over embeddings that are there
+    python -m trainer.search query DIR --text "a red circle" -k 5               the images nearest to a text
+    python -m trainer.search query DIR --image photo.jpg --captions             the captions nearest to an image
+
+Embeddings are in clip-retrieval's layout: `img_emb/img_emb_0.npy` and `text_emb/text_emb_0.npy` (unit vectors, fp16),
+`metadata/metadata_0.parquet` with `image_path` and `caption`, row by row. A part is written whole or not at all, and
+`embed` goes on after the last whole part. The indexes are faiss's, `image.index` and `text.index`, read from disk as
+they are searched: fp16 and exhaustive up to a million vectors, beyond that in inverted lists (`--lists`), of which a
+query reads `--probes`. Needs faiss: pip install 'winnow[search]'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from trainer.config import ConfigError
+from trainer.data import Shards, ShardsError
+from trainer.evaluate.features import Encoder, add_model_arguments, open_encoder, progress, say
+from trainer.evaluate.samples import EvaluationError, Sample, read_pictures, read_shards
+from trainer.model import ModelError
+
+SETTINGS = "search.json"
+"""Which model made the embeddings; written before them."""
+EXHAUSTIVE = 1_000_000
+"""Up to so many vectors every one is compared with the query: a fraction of a second, and nothing is missed."""
+TRAINING = 64
+"""Vectors per inverted list that the lists' centres are fitted to (faiss warns below 39)."""
+
+
+def embed(args: argparse.Namespace) -> None:
+    """Embeds the samples of shards, part by part."""
+    shards, out = Shards(args.source), Path(args.out)
+    settings = {
+        "model": args.model,
+        "pretrained": args.pretrained,
+        "precision": args.precision,
+        "samples": len(shards),
+        "part": args.part,
+        "shards": str(args.source),
+        "fingerprint": shards.fingerprint,
+    }
+    if (out / SETTINGS).is_file():
+        before = _settings(out)
+        if changed := [key for key in settings if key != "shards" and settings[key] != before.get(key)]:
+            lines = [f"{key}: {before.get(key)} there, {settings[key]} now" for key in changed]
+            raise ConfigError(str(out), [*lines, "holds other embeddings; give another --out"])
+    parts = math.ceil(len(shards) / args.part)
+    digits = int(math.log10(parts)) + 1  # as clip-retrieval pads them
+    encoder = open_encoder(args)
+    _write(out / SETTINGS, lambda file: file.write(json.dumps(settings, indent=2).encode() + b"\n"))
+    for part in range(parts):
+        path = out / "metadata" / f"metadata_{part:0{digits}d}.parquet"
+        if not path.is_file():
+            say(f"part {part + 1} of {parts}")
+            _embed_part(encoder, shards, part * args.part, out, path.stem.removeprefix("metadata_"))
+
+
+def _embed_part(encoder: Encoder, shards: Shards, start: int, out: Path, name: str) -> None:
+    stop = min(len(shards), start + _settings(out)["part"])
+    images, texts, keys, captions = [], [], [], []
+
+    def corrupt(sample: Sample, why: str) -> None:
+        say(f"{sample.where}: {why}; left out")
+
+    for batch, vectors in encoder.images(read_shards(shards, start, stop), stop - start, corrupt=corrupt):
+        images.append(vectors.cpu().half())
+        texts.append(encoder.texts([sample.captions[0] for sample in batch]).cpu().half())
+        keys += [sample.where for sample in batch]
+        captions += [sample.captions[0] for sample in batch]
+    if not keys:
+        raise ShardsError(f"{shards.folder}: none of the samples {start} to {stop - 1} is readable")
+    for kind, blocks in (("img_emb", images), ("text_emb", texts)):
+        array = torch.cat(blocks).numpy()
+        _write(out / kind / f"{kind}_{name}.npy", lambda file, array=array: np.save(file, array))  # type: ignore[misc]
+    # Written last: that it exists means that the part is whole.
+    table = pa.table({"image_path": keys, "caption": captions})
+    _write(out / "metadata" / f"metadata_{name}.parquet", lambda file: pq.write_table(table, file))
+
+
+def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def index(args: argparse.Namespace) -> None:
+    """Builds the indexes over the embeddings of a folder, after making these where shards are given."""
+    _faiss()
+    folder = Path(args.source)
+    if not (folder / "img_emb").is_dir():
+        if not args.model or not args.out:
+            raise ConfigError(args.source, ["has no img_emb/, so --model and --out are needed to embed it"])
+        embed(args)
+        folder = Path(args.out)
+    for name, kind in (("image", "img_emb"), ("text", "text_emb")):
+        files = _parts(folder, kind)
+        if name == "text" and not files:
+            continue
+        build(files, folder / f"{name}.index", args.lists)
+        say(f"{folder / f'{name}.index'}")
+
+
+def build(files: list[Path], out: Path, lists: int | None) -> None:
+    """A faiss index by inner product over .npy files of vectors; row numbers run through the files in order.
+
+    Raises EvaluationError where there are no vectors or fewer than the lists need.
+    """
+    faiss = _faiss()
+    arrays = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
+    total = sum(map(len, arrays))
+    if not total:
+        raise EvaluationError(f"{out.parent}: no embeddings; `trainer.search embed` makes them")
+    if lists is None:
+        lists = 0 if total <= EXHAUSTIVE else int(4 * math.sqrt(total))
+    if lists > total:
+        raise EvaluationError(f"--lists: found {lists}, but there are only {total} vectors")
+    # fp16 is what the embeddings are stored in: the index loses nothing.
+    kind = f"IVF{lists},SQfp16" if lists else "SQfp16"
+    built = faiss.index_factory(arrays[0].shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+    if lists:
+        # Samples are in random order within a run's shards, but not in everyone's: so taken from all parts.
+        share = max(1, total // (lists * TRAINING))
+        built.train(np.concatenate([array[::share] for array in arrays]).astype(np.float32))
+    else:
+        built.train(np.asarray(arrays[0][:1], np.float32))
+    for array in progress(arrays, len(arrays), "parts"):
+        for start in range(0, len(array), 65_536):
+            built.add(np.asarray(array[start : start + 65_536], np.float32))
+    partial = out.with_name(f".{out.name}.partial")
+    faiss.write_index(built, str(partial))
+    partial.replace(out)
+
+
+class Searcher:
+    """A folder that `index` made, ready to be asked."""
+
+    def __init__(self, folder: str | Path, captions: bool = False, probes: int = 64) -> None:
+        faiss = _faiss()
+        path = Path(folder) / ("text.index" if captions else "image.index")
+        if not path.is_file():
+            raise EvaluationError(f"{path}: missing; `python -m trainer.search index {folder}` builds it")
+        self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        if hasattr(inner := faiss.downcast_index(self.index), "nprobe"):
+            inner.nprobe = probes
+        self.metadata = _parts(Path(folder), "metadata", "parquet")
+        ends = np.cumsum([pq.read_metadata(file).num_rows for file in self.metadata])
+        self._starts = np.concatenate([[0], ends]).astype(np.int64)
+        if self.index.ntotal != self._starts[-1]:
+            raise EvaluationError(
+                f"{path}: {self.index.ntotal} vectors, but the metadata has {self._starts[-1]} rows;"
+                f" build it again: python -m trainer.search index {folder}"
+            )
+
+    def nearest(self, vectors: np.ndarray, k: int) -> list[list[dict[str, Any]]]:
+        """For each unit vector (a row) the `k` nearest, nearest first: `score` (cosine), `image_path`, `caption`."""
+        scores, rows = self.index.search(np.ascontiguousarray(vectors, np.float32), k)
+        return [
+            [{"score": round(float(s), 4), **self.row(int(r))} for s, r in zip(*found) if r >= 0]
+            for found in zip(scores, rows)
+        ]
+
+    def row(self, number: int) -> dict[str, Any]:
+        """The metadata of a vector."""
+        part = int(np.searchsorted(self._starts, number, side="right")) - 1
+        table = pq.read_table(self.metadata[part])
+        found: dict[str, Any] = table.slice(number - int(self._starts[part]), 1).to_pylist()[0]
+        return found
+
+
+def query(args: argparse.Namespace) -> None:
+    """Prints what is nearest to a text or an image, a JSON object a line."""
+    searcher = Searcher(args.folder, args.captions, args.probes)
+    if args.k < 1:
+        raise ConfigError("-k", [f"found {args.k}, expected at least 1"])
+    settings = _settings(Path(args.folder)) if args.model is None else vars(args)
+    for key in ("model", "pretrained", "precision"):
+        setattr(args, key, settings[key])
+    encoder = open_encoder(args)
+    if args.text is not None:
+        vectors = encoder.texts([args.text])
+    else:
+        vectors = torch.cat([found for _, found in encoder.images(read_pictures(args.image)[0])])
+    for found in searcher.nearest(vectors.cpu().numpy()[:1], args.k)[0]:
+        print(json.dumps(found, ensure_ascii=False))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        settings: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        _ = settings["model"], settings["pretrained"], settings["precision"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(
+            f"{folder / SETTINGS}: missing or damaged ({error}); name the model that made the embeddings with --model"
+        ) from error
+    return settings
+
+
+def _parts(folder: Path, kind: str, extension: str = "npy") -> list[Path]:
+    return sorted((folder / kind).glob(f"{kind}_*.{extension}"), key=lambda path: (len(path.stem), path.stem))
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ConfigError("faiss", ["not installed: pip install 'winnow[search]'"]) from error
+    return faiss
+
+
+def main(argv: list[str] | None = None) -> int:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m trainer.search", description=__doc__, formatter_class=formatter)
+    commands = parser.add_subparsers(dest="command", metavar="embed | index | query", required=True)
+    for name, run in (("embed", embed), ("index", index), ("query", query)):
+        sub = commands.add_parser(name, help=run.__doc__, description=__doc__, formatter_class=formatter)
+        sub.set_defaults(run=run)
+        add_model_arguments(sub, required=name == "embed")
+        if name == "query":
+            sub.add_argument("folder", help="what `index` wrote")
+            what = sub.add_mutually_exclusive_group(required=True)
+            what.add_argument("--text", help="find what is nearest to this text")
+            what.add_argument("--image", help="find what is nearest to the picture in this file")
+            sub.add_argument("-k", type=int, default=10, help="how many to find (default 10)")
+            sub.add_argument("--captions", action="store_true", help="search the captions instead of the images")
+            sub.add_argument("--probes", type=int, default=64, help="inverted lists to read (default 64)")
+        else:
+            sub.add_argument("source", help="shards" + ("" if name == "embed" else ", or a folder of embeddings"))
+            sub.add_argument("--out", required=name == "embed", help="folder to write")
+            sub.add_argument("--part", type=int, default=100_000, help="samples in one .npy (default 100,000)")
+        if name == "index":
+            sub.add_argument("--lists", type=int, help="inverted lists; 0 for none (default 4 √N beyond a million)")
+    args = parser.parse_args(argv)
+    try:
+        if getattr(args, "part", 1) < 1 or (getattr(args, "lists", None) or 0) < 0:
+            raise ConfigError("--part, --lists", ["expected a positive number"])
+        args.run(args)
+    except (ConfigError, EvaluationError, ModelError, ShardsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

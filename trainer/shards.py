@@ -1,0 +1,577 @@
+"""Samples by number, from tars on a disk or in an object store, without reading what lies between them.
+
+The shards of a run are read through their manifest and its byte-offset index. Any other WebDataset tars (those of
+img2dataset, open_clip, DataComp) get such an index when they are first opened. Every file is named by the person who
+configures the training or lies under a name checked against the manifest; nothing is unpickled, and no shell is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import struct
+import sys
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import fsspec
+import numpy as np
+from braceexpand import braceexpand
+from rich.console import Console
+from rich.progress import track
+
+from trainer.order import shuffled
+from trainer.tar import ABSENT, BLOCK, TarError, index_tar, member_name
+
+FORMAT = "winnow-shards/1"
+INDEX_VERSION = 1
+"""Of the indexes built here. Their first row is `version, tar bytes, tar stamp, digest, digest, 0`."""
+MAX_IMAGE_BYTES = 1 << 26
+MAX_TEXT_BYTES = 1 << 20
+WINDOW = 1 << 24
+"""Bytes of one request while a remote tar is read through for its index."""
+GAP = 1 << 16
+"""Image and caption of a sample come in one request if no more bytes than this lie between them."""
+
+PAUSES = (0.3, 2.0)
+"""Seconds before a request that failed is made again."""
+
+_Row = struct.Struct("<6q")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+class ShardsError(ValueError):
+    """Shards that are absent, unfinished or damaged; the message names the file."""
+
+
+class CorruptSampleError(ValueError):
+    """One sample that cannot be read; the message says why."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar, and where its index is."""
+
+    name: str
+    """what messages call it"""
+    url: str
+    size: int
+    """bytes"""
+    samples: int
+    digest: str
+    """hex; changes with the contents"""
+    index: str
+    """a local .npy file"""
+    first_row: int
+    """the byte of that file at which the rows start"""
+
+
+class Shards:
+    """Samples by number, 0 to `len(shards) - 1`.
+
+    `source` is the `shards/` folder of a run or the run's own folder; any folder of WebDataset tars; one tar; or
+    tars by a pattern, `data/{00000..00999}.tar` or `data/*.tar`. Each can be local or a URL that fsspec knows
+    (`s3://`, `gs://`, `https://`, …). Raises ShardsError.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.folder = str(source).removeprefix("file://")
+        if self.folder.startswith("pipe:") or "::" in self.folder:
+            raise ShardsError(f"shards: {self.folder}: commands and chained URLs are not run; name the tars themselves")
+        self.remote = "://" in self.folder
+        try:
+            self.folder, self.name, self.shards = _open(self.folder)
+        except (OSError, ImportError) as error:
+            cure = "; pip install 'winnow[s3]' or 'winnow[gcs]'" if isinstance(error, ImportError) else ""
+            raise ShardsError(f"shards: {self.folder}: {error}{cure}") from error
+        self._ends = list(accumulate(shard.samples for shard in self.shards))
+        if not self._ends[-1]:
+            raise ShardsError(f"shards: {self.folder}: there is nothing to read, its {len(self.shards)} tars are empty")
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal contents: a hash over the shards' own hashes, or over the keys and byte ranges of all
+        samples where the tars came without any."""
+        return hashlib.sha256("\n".join(shard.digest for shard in self.shards).encode()).hexdigest()
+
+    def order(self, positions: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """The sample numbers, int64, at these positions (0 to `len - 1`) of an epoch: each number exactly once."""
+        return shuffled(positions, len(self), seed, epoch)
+
+    def key(self, number: int) -> str:
+        """`SHARD.tar:KEY`, the name of a sample in messages, from the tar's own header."""
+        shard, row = self._locate(number)
+        at = max(0, self._index(shard, row)[0] - BLOCK)
+        header = b""
+        with suppress(ShardsError, OSError):
+            if self.remote:
+                (header,) = _fetch([(shard.url, at, BLOCK)])
+            else:
+                header = os.pread(_opened(shard.url, shard.digest).descriptor, BLOCK, at)
+        name = member_name(header).decode("ascii", "replace")
+        folder, slash, base = name.rpartition("/")
+        # A name comes from the web, and a terminal obeys control characters.
+        key = "".join(c if c.isprintable() else "?" for c in folder + slash + base.partition(".")[0])
+        return f"{shard.name}:{key or f'sample {row}'}"
+
+    def read(self, number: int) -> tuple[bytes, str]:
+        """The encoded image and the caption. Raises CorruptSampleError."""
+        (sample,) = self.read_many([number])
+        if isinstance(sample, CorruptSampleError):
+            raise sample
+        return sample
+
+    def read_many(self, numbers: Iterable[int]) -> Iterator[tuple[bytes, str] | CorruptSampleError]:
+        """`read` for several samples: from a disk one at a time, from a remote store all asked for at once."""
+        places = (self._places(number) for number in numbers)
+        return iter(_read_remote(list(places))) if self.remote else map(_read_local, places)
+
+    def _locate(self, number: int) -> tuple[Shard, int]:
+        at = bisect_right(self._ends, number)
+        return self.shards[at], number - (self._ends[at - 1] if at else 0)
+
+    def _index(self, shard: Shard, row: int) -> tuple[int, ...]:
+        file = _opened(shard.index, shard.digest).descriptor
+        data = os.pread(file, _Row.size, shard.first_row + row * _Row.size)
+        if len(data) < _Row.size:
+            raise ShardsError(f"{shard.index}: shorter than when it was opened; start again")
+        return _Row.unpack(data)
+
+    def _places(self, number: int) -> _Places | CorruptSampleError:
+        shard, row = self._locate(number)
+        image_at, image_size, json_at, json_size, text_at, text_size = self._index(shard, row)
+        if in_json := text_size == ABSENT:
+            text_at, text_size = json_at, json_size
+        if image_size == ABSENT:
+            return CorruptSampleError("it has no jpg, png or webp")
+        if text_size == ABSENT:
+            return CorruptSampleError("it has no caption: neither txt nor json")
+        for at, size, most in ((image_at, image_size, MAX_IMAGE_BYTES), (text_at, text_size, MAX_TEXT_BYTES)):
+            if at < BLOCK or size < 0 or at + size > shard.size:
+                return CorruptSampleError(f"the index points outside {shard.name}")
+            if size > most:
+                return CorruptSampleError(f"{size:,} bytes, more than {most:,}")
+        return _Places(shard, image_at, image_size, text_at, text_size, in_json)
+
+
+class _Places(NamedTuple):
+    """Where the two parts of a sample lie in their tar."""
+
+    shard: Shard
+    image_at: int
+    image_size: int
+    text_at: int
+    text_size: int
+    in_json: bool
+    """the caption is in a JSON object's `caption`"""
+
+
+def _read_local(places: _Places | CorruptSampleError) -> tuple[bytes, str] | CorruptSampleError:
+    if isinstance(places, CorruptSampleError):
+        return places
+    shard, image_at, image_size, text_at, text_size, _ = places
+    file = _opened(shard.url, shard.digest).descriptor
+    image, text = os.pread(file, image_size, image_at), os.pread(file, text_size, text_at)
+    return _sample(image, text, places)
+
+
+def _read_remote(found: list[_Places | CorruptSampleError]) -> list[tuple[bytes, str] | CorruptSampleError]:
+    # One request for a sample whose parts are close together, and the requests of all samples side by side.
+    ranges: list[tuple[str, int, int]] = []
+    for places in found:
+        if isinstance(places, _Places):
+            url, (start, end) = places.shard.url, _span(places)
+            if end - start <= places.image_size + places.text_size + GAP:
+                ranges.append((url, start, end - start))
+            else:
+                ranges.append((url, places.image_at, places.image_size))
+                ranges.append((url, places.text_at, places.text_size))
+    blocks = iter(_fetch(ranges))
+    samples: list[tuple[bytes, str] | CorruptSampleError] = []
+    for places in found:
+        if isinstance(places, CorruptSampleError):
+            samples.append(places)
+            continue
+        start, end = _span(places)
+        if end - start <= places.image_size + places.text_size + GAP:
+            block = next(blocks)
+            image, text = block[places.image_at - start :], block[places.text_at - start :]
+            samples.append(_sample(image[: places.image_size], text[: places.text_size], places))
+        else:
+            samples.append(_sample(next(blocks), next(blocks), places))
+    return samples
+
+
+def _span(places: _Places) -> tuple[int, int]:
+    image_end, text_end = places.image_at + places.image_size, places.text_at + places.text_size
+    return min(places.image_at, places.text_at), max(image_end, text_end)
+
+
+def _sample(image: bytes, text: bytes, places: _Places) -> tuple[bytes, str] | CorruptSampleError:
+    if len(image) != places.image_size or len(text) != places.text_size:
+        return CorruptSampleError("its tar is shorter than when it was indexed")
+    try:
+        if not places.in_json:
+            return image, text.decode("utf-8")
+        caption = json.loads(text)["caption"]
+        caption.encode()  # JSON can spell a lone surrogate, which no tokenizer takes
+        return image, str(caption)
+    except UnicodeError:
+        return CorruptSampleError("the caption is not UTF-8")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return CorruptSampleError("it has no txt, and its json has no caption")
+
+
+class _File:
+    """A descriptor, closed with the last reference. Not a map: a map of a file that shrinks kills the process."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+# Bounded, because processes may open some 1,000 files and a big dataset has tens of thousands of shards. The digest is
+# part of the key so that a file that was changed and opened anew is not read through its old descriptor.
+@lru_cache(maxsize=256)
+def _opened(path: str, digest: str) -> _File:
+    return _File(path)
+
+
+def _fetch(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """Byte ranges (url, offset, size) of remote files, asked for concurrently, each up to three times."""
+    blocks: list[bytes] = [b""] * len(ranges)
+    left = [i for i, (_, _, size) in enumerate(ranges) if size]
+    for pause in (*PAUSES, None):
+        if not left:
+            break
+        fs = _files(ranges[0][0])
+        urls, starts, sizes = zip(*(ranges[i] for i in left))
+        paths = [fs._strip_protocol(url) for url in urls]
+        ends = [start + size for start, size in zip(starts, sizes)]
+        answers = fs.cat_ranges(paths, list(starts), ends, on_error="return")
+        failed = []
+        for i, answer in zip(left, answers):
+            if isinstance(answer, Exception):
+                failed.append(i)
+            elif len(answer) > ranges[i][2]:
+                raise ShardsError(f"{ranges[i][0]}: the server sends whole files where a range is asked for")
+            else:
+                blocks[i] = bytes(answer)
+        left = failed
+        if failed and pause is None:
+            url, start, size = ranges[failed[0]]
+            error = next(answer for answer in answers if isinstance(answer, Exception))
+            raise ShardsError(f"{url}: bytes {start} to {start + size} cannot be read: {error!r}")
+        if failed and pause is not None:
+            time.sleep(pause)
+    return blocks
+
+
+def _files(url: str) -> Any:
+    # Asked for each time: fsspec remembers it, and gives a process that was forked one of its own.
+    try:
+        return fsspec.core.url_to_fs(url)[0]
+    except ValueError as error:
+        raise ShardsError(f"shards: {url}: {error}") from error
+
+
+# --- Opening ----------------------------------------------------------------------------------------------------------
+
+
+def _open(source: str) -> tuple[str, str, list[Shard]]:
+    """The folder as messages name it, the dataset's name, and its shards."""
+    fs = _files(source)
+    if source.endswith(".tar") or "{" in source or "*" in source:
+        return source, source, _index_all(_tars(fs, source), source)
+    folder = source.rstrip("/") or source
+    if "://" not in folder and not os.path.isdir(folder):
+        raise ShardsError(f"shards: {folder} is not a folder")
+    for place in (folder, f"{folder}/shards"):
+        if fs.exists(f"{place}/manifest.json"):
+            return place, *_finished(fs, place)
+    found = {place: _listing(fs, place) for place in (folder, f"{folder}/shards")}
+    for place, names in found.items():
+        if any(name.endswith(".index.npy") and f"{name[:-10]}.tar" in names for name in names):
+            raise ShardsError(
+                f"shards: {place} has no manifest.json: the run that writes it is not finished; run it again first"
+            )
+        if tars := [_Tar.of(name, f"{place}/{name}", info) for name, info in names.items() if name.endswith(".tar")]:
+            return place, place, _index_all(tars, place)
+    raise ShardsError(f"shards: {folder} has no manifest.json (of a finished run) and no .tar files")
+
+
+def _listing(fs: Any, folder: str) -> dict[str, dict[str, Any]]:
+    # Plain names of a folder with what the store says about each, sorted.
+    with suppress(FileNotFoundError, NotADirectoryError):
+        entries = fs.ls(folder, detail=True)
+        return {
+            name: entry
+            for entry in sorted(entries, key=lambda entry: str(entry["name"]))
+            if entry["type"] == "file" and (name := str(entry["name"]).rsplit("/", 1)[-1])
+        }
+    return {}
+
+
+def _finished(fs: Any, folder: str) -> tuple[str, list[Shard]]:
+    """The shards of a finished run."""
+    manifest = _read_manifest(fs, f"{folder}/manifest.json")
+    if not fs.exists(f"{folder}/_SUCCESS"):
+        raise ShardsError(
+            f"shards: {folder} has no _SUCCESS: the run that writes it is not finished; run it again first"
+        )
+    entries: list[dict[str, Any]] = manifest["shards"]
+    total = sum(entry["samples"] for entry in entries)
+    if not total or total != manifest["samples"]:
+        raise ShardsError(
+            f"{folder}/manifest.json: says {manifest['samples']} samples, its shards add up to {total}"
+            + ("" if total else "; there is nothing to read")
+        )
+    open_one = partial(_finished_shard, folder)
+    if "://" in folder:
+        with ThreadPoolExecutor(16) as pool:
+            shards = _shown(pool, open_one, entries, "fetching indexes")
+    else:
+        shards = [open_one(entry) for entry in entries]
+    return manifest["name"], shards
+
+
+def _read_manifest(fs: Any, path: str) -> dict[str, Any]:
+    try:
+        manifest = json.loads(fs.cat_file(path))
+        if manifest["format"] != FORMAT:
+            raise ShardsError(f"{path}: format {manifest['format']!r}, expected {FORMAT!r}")
+        for shard in manifest["shards"]:
+            if any(Path(shard[key]).name != shard[key] for key in ("name", "index")):
+                raise ShardsError(f"{path}: {shard['name']!r} is not a plain file name")
+            _ = int(shard["samples"]), int(shard["bytes"]), str(shard["sha256"])
+        _ = str(manifest["name"]), int(manifest["samples"])
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ShardsError):
+            raise
+        raise ShardsError(f"{path}: not a manifest of shards ({type(error).__name__}: {error})") from error
+    return dict(manifest)
+
+
+def _finished_shard(folder: str, entry: dict[str, Any]) -> Shard:
+    tar, index = f"{folder}/{entry['name']}", f"{folder}/{entry['index']}"
+    local = index
+    if "://" in folder:
+        local = _cached(f"{index}\n{entry['sha256']}")
+        if not os.path.exists(local):
+            try:
+                _write(local, lambda file: file.write(_files(index).cat_file(index)))
+            except FileNotFoundError as error:
+                raise ShardsError(f"{index}: missing, but the manifest lists it") from error
+    else:
+        for path in (tar, index):
+            if not os.path.isfile(path):
+                raise ShardsError(f"{path}: missing, but the manifest lists it")
+        if (found := os.path.getsize(tar)) != entry["bytes"]:
+            raise ShardsError(
+                f"{tar}: {found} bytes, but the manifest says {entry['bytes']}; the file is cut or was changed"
+            )
+    try:
+        rows = np.load(local, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ShardsError(f"{index}: not an index ({error})") from error
+    if rows.shape != (entry["samples"], 6) or rows.dtype != np.dtype("<i8") or not rows.flags.c_contiguous:
+        raise ShardsError(
+            f"{index}: {rows.dtype} of shape {rows.shape}, expected int64 of shape ({entry['samples']}, 6)"
+        )
+    return Shard(entry["name"], tar, entry["bytes"], len(rows), entry["sha256"], local, rows.offset)
+
+
+# --- Tars without an index --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tar:
+    name: str
+    url: str
+    size: int
+    stamp: int
+    """Changes when the file does: nanoseconds of its last change, or a hash of what the store says about it."""
+
+    @classmethod
+    def of(cls, name: str, url: str, info: dict[str, Any]) -> _Tar:
+        if "://" not in url:
+            stat = os.stat(url)
+            return cls(name, url, stat.st_size, stat.st_mtime_ns)
+        if info.get("size") is None:
+            raise ShardsError(f"{url}: the server does not say how long it is, so it has no ranges to read")
+        said = [str(info.get(key)) for key in ("ETag", "etag", "LastModified", "mtime", "updated", "created")]
+        stamp = int.from_bytes(hashlib.sha256("\n".join(said).encode()).digest()[:7], "big")
+        return cls(name, url, int(info["size"]), stamp)
+
+
+def _tars(fs: Any, pattern: str) -> list[_Tar]:
+    """The tars of a pattern. Raises ShardsError if one of them does not exist."""
+    try:
+        urls = list(braceexpand(pattern))
+    except ValueError as error:
+        raise ShardsError(f"shards: {pattern}: {error}") from error
+    if "*" in pattern:
+        folder = pattern.rpartition("/")[0]
+        if set(folder) & set("*{"):
+            raise ShardsError(f"shards: {pattern}: a * can stand only in the name of a tar, in one folder")
+        found = {str(path).rpartition("/")[2] for url in urls for path in fs.glob(url)}
+        urls = [f"{folder or '.'}/{name}" for name in sorted(found) if name.endswith(".tar")]
+        if not urls:
+            raise ShardsError(f"shards: {pattern}: no such tar")
+    names = [url.rsplit("/", 1)[-1] for url in urls]
+    if len(set(names)) < len(names):
+        names = urls
+
+    def look(name: str, url: str) -> _Tar | None:
+        try:
+            return _Tar.of(name, url, fs.info(url) if "://" in url else {})
+        except FileNotFoundError:
+            return None
+
+    with ThreadPoolExecutor(16) as pool:
+        tars = list(pool.map(look, names, urls))
+    missing = [url for url, tar in zip(urls, tars) if tar is None]
+    if missing:
+        raise ShardsError(
+            f"shards: {pattern}: {len(missing)} of {len(urls)} tars do not exist: {_some(missing)}\n"
+            f"  Fetch them, narrow the pattern, or name the folder to read what is there."
+        )
+    return [tar for tar in tars if tar is not None]
+
+
+def _index_all(tars: list[_Tar], source: str) -> list[Shard]:
+    """Loads the index of each tar, after building those that are missing or older than their tar."""
+    known = {tar.url: _known(tar) for tar in tars}
+    todo = [tar for tar in tars if known[tar.url] is None]
+    if todo:
+        started = time.perf_counter()
+        _opened.cache_clear()
+        # In an order of its own, so that ranks that start together share the work: each skips what it finds done.
+        random.Random(os.getpid()).shuffle(todo)
+        # Headers of local tars cost Python's time and need processes, remote ones the network's and need none.
+        pool: Executor
+        if "://" in source or len(todo) == 1:
+            pool = ThreadPoolExecutor(16)
+        else:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            pool = ProcessPoolExecutor(min(cores, len(todo)), multiprocessing.get_context("fork"))
+        with pool:
+            problems = [problem for problem in _shown(pool, _build, todo, "indexing") if problem]
+        if problems:
+            raise ShardsError(
+                f"shards: {source}: {len(problems)} of {len(tars)} tars cannot be read:\n  "
+                + "\n  ".join(sorted(problems)[:20])
+                + ("\n  …" if len(problems) > 20 else "")
+                + "\n  Fetch them again, or take them out."
+            )
+        known.update((tar.url, _known(tar)) for tar in todo)
+        seconds = time.perf_counter() - started
+        where = sorted({os.path.dirname(shard.index) or "." for tar in todo if (shard := known[tar.url])})
+        print(f"indexed {len(todo):,} tars in {seconds:.1f} s; the indexes are in {_some(where)}", file=sys.stderr)
+    shards = [shard for shard in known.values() if shard is not None]
+    if len(shards) < len(known):
+        raise ShardsError(f"shards: {source}: tars change while they are being read; let that finish first")
+    return shards
+
+
+def _known(tar: _Tar) -> Shard | None:
+    for path in _index_paths(tar):
+        with suppress(ValueError, OSError, EOFError):
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            sound = rows.dtype == np.dtype("<i8") and rows.ndim == 2 and rows.shape[1] == 6 and rows.flags.c_contiguous
+            if sound and len(rows) and rows[0, :3].tolist() == [INDEX_VERSION, tar.size, tar.stamp]:
+                digest = rows[0, 3:5].tobytes().hex()
+                return Shard(tar.name, tar.url, tar.size, len(rows) - 1, digest, path, rows.offset + _Row.size)
+    return None
+
+
+def _build(tar: _Tar) -> str | None:
+    """Indexes a tar; returns what is wrong with it."""
+    if _known(tar):
+        return None
+    try:
+        if "://" in tar.url:
+            rows, digest = index_tar(_Window(tar).read, tar.size)
+        else:
+            file = _File(tar.url)
+            rows, digest = index_tar(lambda at, size: os.pread(file.descriptor, size, at), tar.size)
+    except (TarError, OSError, ShardsError) as error:
+        return f"{tar.url}: {error}"
+    mark = np.frombuffer(digest[:16], np.int64)
+    table = np.vstack([np.array([INDEX_VERSION, tar.size, tar.stamp, *mark, 0], np.int64), rows])
+    problem: OSError | None = None
+    for path in _index_paths(tar):
+        try:
+            _write(path, lambda file: np.save(file, table))
+            return None
+        except OSError as error:  # a folder that others own, or a disk that is read-only or full
+            problem = error
+    return f"{tar.url}: its index cannot be written: {problem}"
+
+
+class _Window:
+    """Reads a remote file from start to end in large requests."""
+
+    def __init__(self, tar: _Tar) -> None:
+        self.tar, self.start, self.data = tar, 0, b""
+
+    def read(self, at: int, size: int) -> bytes:
+        if at < self.start or at + size > self.start + len(self.data):
+            length = max(0, min(max(size, WINDOW), self.tar.size - at))
+            self.start, (self.data,) = at, _fetch([(self.tar.url, at, length)])
+        return self.data[at - self.start : at - self.start + size]
+
+
+def _index_paths(tar: _Tar) -> list[str]:
+    # Where the index of a tar may be, best place first.
+    beside = [] if "://" in tar.url else [f"{tar.url}.index.npy"]
+    return [*beside, _cached(tar.url if "://" in tar.url else os.path.abspath(tar.url))]
+
+
+def _cached(name: str) -> str:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(root, "winnow", "indexes", hashlib.sha256(name.encode()).hexdigest()[:32] + ".npy")
+
+
+def _write(path: str, save: Callable[[Any], object]) -> None:
+    # Whole or absent, whoever else writes it at the same time.
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    part = f"{path}.{os.getpid()}.{random.getrandbits(32):08x}.part"
+    try:
+        with open(part, "xb") as file:
+            save(file)
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(part)
+        raise
+
+
+def _shown(pool: Executor, work: Callable[[_T], _R], items: Sequence[_T], label: str) -> list[_R]:
+    """The results of `work`, with a progress line where there is a terminal."""
+    console = Console(stderr=True)
+    quiet = not console.is_terminal
+    return list(track(pool.map(work, items), label, len(items), console=console, transient=True, disable=quiet))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
