@@ -160,7 +160,7 @@ def test_large_areas_do_not_fill_the_worker(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", wide())
 def test_no_kind_of_picture_fills_the_worker(kind: str) -> None:
-    """Each kind at the largest area: kept, or dropped for what it needs; the other rows come, the memory has a bound."""
+    """Each kind at the largest area: kept, or dropped for what it needs; the rest comes, memory has a bound."""
     with server([kind]) as port:
         end, peak, _ = fetch(port, [*["small"] * 9, kind], 100)
     assert end.reasons["small", None] == 90
