@@ -2,6 +2,9 @@
 
 The event loop lives in one background thread. The caller's thread pulls tables, only when there is room for their rows,
 and hands out finished rows as they come: a table's slow rows run out while the next tables are already at work.
+
+The loop, and what the work has opened, stay from stream to stream: connections, caches and processes are for the life
+of a worker and not of the few units that it is handed at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import contextlib
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -33,7 +37,8 @@ HOLD_SECONDS = 0.5
 class Overlap(Generic[T]):
     """`work(values, begin)` is called for each row with its values in `columns`, within `open_work()`.
 
-    What it raises ends the whole stream.
+    `open_work` is entered with the first stream, left after an error, and entered anew with the next. One stream at a
+    time. A copy (pickle) has opened nothing.
 
     `admitted` rows are known to the event loop, most of them waiting; a row costs memory from when it has awaited
     `begin` until its result is handed out, and there are at most `concurrency` of those.
@@ -53,17 +58,26 @@ class Overlap(Generic[T]):
         self._concurrency = concurrency
         self._admitted = admitted
         self._group = group
+        self._run: _Run[T] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_run": None}
 
     def __call__(self, tables: Iterable[pa.Table]) -> Iterator[list[Finished[T]]]:
         """Every row of every table once, in order of completion, in lists of at most `group`.
 
-        Closing the generator early, or an error in `tables`, cancels what is in flight and ends the thread.
+        What `work` raises ends the stream. That, an error in `tables`, and closing the generator early cancel what is
+        in flight and end the thread.
         """
-        run = _Run(self._open_work, self._columns, self._concurrency, self._admitted)
+        if self._run is None:
+            self._run = _Run(self._open_work, self._columns, self._concurrency, self._admitted)
+            weakref.finalize(self, self._run.stop)
+        run, whole = self._run, False
         source = iter(tables)
         ready: list[Finished[T]] = []
         due = 0.0
         try:
+            run.feed(next(source, None))
             while True:
                 try:
                     event = run.events.get(timeout=max(0.0, due - time.monotonic()) if ready else None)
@@ -87,8 +101,11 @@ class Overlap(Generic[T]):
                     run.feed(next(source, None))
             if ready:
                 yield ready
+            whole = True
         finally:
-            run.stop()
+            if not whole:
+                self._run = None
+                run.stop()
 
 
 @dataclass
@@ -105,11 +122,13 @@ class _Room:
 
 @dataclass
 class _End:
+    """All rows of the stream are finished, or it cannot go on."""
+
     error: BaseException | None
 
 
 class _Run(Generic[T]):
-    """One stream's event loop. `feed`, `taken` and `stop` are called from the consumer's thread."""
+    """The event loop. `feed`, `taken` and `stop` are called from the consumer's thread."""
 
     def __init__(
         self,
@@ -130,25 +149,26 @@ class _Run(Generic[T]):
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._main, name="overlap", daemon=True)
         self._thread.start()
+        self._started.wait()
 
     def feed(self, table: pa.Table | None) -> None:
-        """The next table; None: there are no more."""
+        """The next table; None: the stream has no more."""
         self._in_loop(self._inbox.put_nowait, table)
 
     def taken(self, row: _Row[T]) -> None:
         self._in_loop(self._release, row.begun)
 
     def stop(self) -> None:
-        self._started.wait()
         if self._task is not None:
             self._in_loop(self._task.cancel)
-        self._thread.join()
+        if self._thread is not threading.current_thread():  # where the collector of garbage calls
+            self._thread.join()
 
     def _in_loop(self, function: Callable[..., object], *args: object) -> None:
         # A closed loop has nothing left to be told.
-        with contextlib.suppress(RuntimeError):
-            assert self._loop is not None  # only events, which the loop sends, lead here
-            self._loop.call_soon_threadsafe(function, *args)
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(function, *args)
 
     def _release(self, begun: bool) -> None:
         self._admissions.release()
@@ -176,15 +196,19 @@ class _Run(Generic[T]):
         rows: set[asyncio.Task[None]] = set()
         async with self._open_work() as work:
             try:
-                self.events.put(_Room())
-                while (table := await self._inbox.get()) is not None:
+                while True:
+                    table = await self._inbox.get()
+                    if table is None:
+                        await asyncio.gather(*rows)
+                        self.events.put(_End(None))
+                        continue
                     for row, values in enumerate(zip(*(_values(table[name]) for name in self._columns))):
                         await self._admissions.acquire()
                         task = asyncio.create_task(self._one(work, table, row, values))
                         rows.add(task)
                         task.add_done_callback(rows.discard)
                     self.events.put(_Room())
-                await asyncio.gather(*rows)
+                    del table
             finally:
                 for task in rows:
                     task.cancel()

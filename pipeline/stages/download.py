@@ -8,8 +8,9 @@ import hashlib
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
+from copy import copy
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -210,15 +211,18 @@ class Download(Stage):
                 for group in img2dataset_engine.download(batch, options):
                     yield table_of([(batch, row, self._columns(result)) for row, result in group], self.adds)
             return
-        overlap = Overlap(
-            self._open,
+        for finished in self._overlap(batches):
+            yield table_of(finished, self.adds)
+
+    @cached_property
+    def _overlap(self) -> Overlap[dict[str, Any]]:
+        return Overlap(
+            copy(self)._open,  # of a copy, or the thread would keep its own end from coming
             columns=["url", self.verify_hash[0] if self.verify_hash else "url", self.bbox_col or "url"],
             concurrency=self.concurrency,
             admitted=max(ADMITTED_ROWS, 2 * self.concurrency),
             group=GROUP_ROWS,
         )
-        for finished in overlap(batches):
-            yield table_of(finished, self.adds)
 
     @asynccontextmanager
     async def _open(self) -> AsyncIterator[Work[dict[str, Any]]]:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from typing import Any, ClassVar, NamedTuple
@@ -125,11 +126,18 @@ class ReadShards(Stage):
 
     def stream(self, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """Finished rows in the order of the shards, about, at most 256 a table, dropped ones marked."""
-        overlap = Overlap(
-            self._open, columns=("key",), concurrency=CONCURRENCY, admitted=2 * CONCURRENCY, group=GROUP_ROWS
-        )
-        for finished in overlap(_by_key(batch) for batch in batches):
+        for finished in self._overlap(_by_key(batch) for batch in batches):
             yield table_of(finished, self.adds)
+
+    @cached_property
+    def _overlap(self) -> Overlap[dict[str, Any]]:
+        return Overlap(
+            copy(self)._open,  # of a copy, or the thread would keep its own end from coming
+            columns=("key",),
+            concurrency=CONCURRENCY,
+            admitted=2 * CONCURRENCY,
+            group=GROUP_ROWS,
+        )
 
     @asynccontextmanager
     async def _open(self) -> AsyncIterator[Work[dict[str, Any]]]:
