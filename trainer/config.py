@@ -37,7 +37,7 @@ class TrainConfig:
     """
 
     shards: str | Sequence[Any] = option(
-        "folder of shards, or the run folder around it; or a list of {path: FOLDER, weight: NUMBER}"
+        "a run, a folder of tars, a pattern of tars, also as s3://… or gs://…; or a list of {path: …, weight: …}"
     )
     output: str = option("folder for checkpoints/, metrics.jsonl and model/")
     model: str = option("architecture: a name of open_clip's or of trainer/configs/")
@@ -48,7 +48,7 @@ class TrainConfig:
     loss: str = option("clip, or siglip for a sigmoid over each pair", "clip")
     batch_size: int = option("samples per step", 32768)
     epochs: int = option("passes over the shards; the last, incomplete batch of each is left out", 32)
-    samples: int | None = option("samples to train on, instead of whole epochs; data that are fewer come again", None)
+    samples: int | None = option("samples to train on, in place of `epochs`; fewer data than that come again", None)
     warmup: int = option("steps of linear warm-up; then the cosine falls to 0 at the last step", 2000)
     weight_decay: float = option("AdamW's decay; gains, biases and the temperature are never decayed", 0.2)
     beta1: float = option("AdamW's β1", 0.9)
@@ -56,16 +56,18 @@ class TrainConfig:
     eps: float | None = option("AdamW's ε; by default 1e-6 for a ViT and 1e-8 for a ResNet", None)
     seed: int = option("of the first weights, the order of samples and the crops", 0)
     precision: str = option("fp32, or bf16 or fp16 for autocast over fp32 weights", "bf16")
-    micro_batch_size: int | None = option("samples of a rank that are in memory at once, by gradient caching", None)
+    micro_batch_size: int | None = option(
+        "samples that a rank has in memory at once, by gradient caching (default: all)", None
+    )
     grad_checkpointing: bool = option("recompute activations in the backward pass: slower, far less memory", False)
     compile: bool = option("torch.compile: worth its minutes on a GPU", False)
-    ranks: int | None = option("processes to train in, on Ray; by default this one alone, or those of torchrun", None)
+    ranks: int | None = option("processes to train in, on Ray; by default this one, or those of torchrun", None)
     device: str = option("cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", "auto")
     threads: int | None = option("CPU threads of the training process; by default as many as PyTorch takes", None)
     workers: int = option("processes per rank that read and decode; 0 decodes in the training process", 2)
     checkpoint_every: int = option("steps between checkpoints; the last step always writes one", 1000)
     keep_checkpoints: int = option("newest checkpoints kept", 2)
-    log_every: int = option("steps between lines of metrics.jsonl", 10)
+    log_every: int = option("steps between lines of metrics.jsonl, and of the screen without a terminal", 10)
     tensorboard: bool = option("write output/tensorboard too", False)
     resume: str = option("latest (or start if there is none), none, or the path of a checkpoint", "latest")
     export: bool = option("write output/model for open_clip at the end", True)
@@ -92,6 +94,8 @@ class TrainConfig:
         for key in ("threads", "micro_batch_size", "ranks"):
             if (value := getattr(self, key)) is not None and value < 1:
                 yield f"{key}: found {value}, expected at least 1, or null"
+        if self.ranks is not None and self.ranks > 0 and self.batch_size % self.ranks:
+            yield f"batch_size: found {self.batch_size}, expected a multiple of ranks ({self.ranks})"
         if self.precision not in ("fp32", "bf16", "fp16"):
             yield f"precision: found {self.precision!r}, expected fp32, bf16 or fp16"
         if self.loss not in ("clip", "siglip"):

@@ -116,17 +116,28 @@ class Batches(Dataset[Batch]):
         if self.batch_size % world:
             raise ShardsError(f"batch_size: found {self.batch_size}, expected a multiple of the {world} ranks")
         parts = _Parts(self, rank, world)
-        return iter(DataLoader(parts, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin))
+        loader = DataLoader(parts, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin)
+        return (_delivered(part) for part in loader)
 
 
 @dataclass
-class _Parts(Dataset[Batch]):
+class _Parts(Dataset["Batch | ShardsError"]):
     batches: Batches
     rank: int
     world: int
 
-    def __getitem__(self, step: int) -> Batch:
-        return self.batches.part(step, self.rank, self.world)
+    def __getitem__(self, step: int) -> Batch | ShardsError:
+        # Raised in a worker process, the error would come out of the DataLoader wrapped in that process's traceback.
+        try:
+            return self.batches.part(step, self.rank, self.world)
+        except ShardsError as error:
+            return error
+
+
+def _delivered(part: Batch | ShardsError) -> Batch:
+    if isinstance(part, ShardsError):
+        raise part
+    return part
 
 
 def decode(encoded: bytes, size: int | None = None) -> Image.Image:

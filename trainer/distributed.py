@@ -96,18 +96,22 @@ def on_ray(config: TrainConfig) -> None:
 
     ray.init(ignore_reinit_error=True)
     gpu = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
-    output = _absolute(config.output)
-    shards: Any = config.shards  # Ray's workers have a working directory of their own
-    if isinstance(shards, str):
-        shards = _absolute(shards)
+    # Ray's workers have a working directory of their own.
+    paths: dict[str, Any] = {"output": _absolute(config.output)}
+    if isinstance(config.shards, str):
+        paths["shards"] = _absolute(config.shards)
     else:
-        shards = [{**source, "path": _absolute(source["path"])} for source in shards]
+        paths["shards"] = [{**source, "path": _absolute(source["path"])} for source in config.shards]
+    if config.pretrained and os.path.exists(config.pretrained):
+        paths["pretrained"] = _absolute(config.pretrained)
+    if config.resume not in ("latest", "none"):
+        paths["resume"] = _absolute(config.resume)
     trainer = TorchTrainer(
         _train_on_ray,
-        train_loop_config={"config": dataclasses.replace(config, shards=shards, output=output)},
+        train_loop_config={"config": dataclasses.replace(config, **paths)},
         scaling_config=ScalingConfig(num_workers=config.ranks or 1, use_gpu=gpu),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        run_config=RunConfig(name="ray", storage_path=output),
+        run_config=RunConfig(name="ray", storage_path=paths["output"]),
     )
     try:
         trainer.fit()

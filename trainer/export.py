@@ -43,6 +43,7 @@ def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer:
             for name, value in state["model"].items()
         }
         save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        (partial / WEIGHTS_FILE).chmod(0o644)  # safetensors keeps it to its owner
         config = {"model_cfg": state["model_config"], "preprocess_cfg": state["preprocess_config"]}
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if (save_tokenizer := getattr(tokenizer, "save_pretrained", None)) is not None:

@@ -25,10 +25,10 @@ MAX_LOG_SCALE = math.log(100)
 SIGLIP_LOG_SCALE, SIGLIP_BIAS = math.log(10), -10.0
 """Where SigLIP's learned scale and bias start (Zhai et al. 2023, section 3.2)."""
 LOGITS_AT_ONCE = 1 << 24
-"""64 MiB of logits; several times as much is held while their gradient is computed."""
+"""64 MiB of logits; `memory` says what is held in all."""
 
 
-def clip_loss(image: Tensor, text: Tensor, log_scale: Tensor, counts: list[int] | None = None) -> tuple[Tensor, Tensor]:
+def clip_loss(image: Tensor, text: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric cross-entropy over a batch of matching pairs: the loss in nats, and what each own pair adds to it.
 
     `image` and `text` are unit vectors of shape (n, D), row i of one belonging to row i of the other; `log_scale` is
@@ -47,8 +47,17 @@ def siglip_loss(image: Tensor, text: Tensor, log_scale: Tensor, bias: Tensor) ->
 
 def chance(pairs: int, loss: str) -> float:
     """The loss of a model that knows nothing but the size of the batch, in nats: what training must beat."""
-    # SigLIP's best constant answer is a probability of 1/N, N times an entropy that is close to (ln N + 1) / N.
-    return math.log(pairs) + (loss == "siglip")
+    # SigLIP's best constant answer is a probability of 1/N for each of an image's N pairs.
+    others = (pairs - 1) * math.log(pairs / (pairs - 1)) if loss == "siglip" and pairs > 1 else 0.0
+    return math.log(pairs) + others
+
+
+def memory(own: int, pairs: int, width: int) -> int:
+    """Bytes that a rank's loss holds at its peak, over `own` of all `pairs`, with features of `width`."""
+    logits = min(own * pairs, max(LOGITS_AT_ONCE, pairs))
+    # Of logits: a block, what the model believes of it, and the block before. Of features: texts and their gradient,
+    # also as the ranks add it up, of all pairs; images, scaled images and two gradients of the own pairs.
+    return 4 * (3 * logits + (3 * pairs + 4 * own) * width)
 
 
 class _Contrast(torch.autograd.Function):

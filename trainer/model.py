@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from trainer.loss import SIGLIP_BIAS, SIGLIP_LOG_SCALE
 
@@ -160,12 +161,10 @@ def create(
     the learned bias of Zhai et al. 2023, and its scale starts where theirs does.
     """
     name = architecture(model)
+    weights: dict[str, Any] = {"pretrained_text": False}
     if pretrained is not None:
-        folder = Path(pretrained)
-        pretrained = str(folder / WEIGHTS_FILE) if folder.is_dir() else pretrained
-        _resolve(name, pretrained)
+        weights = {"pretrained": find_weights(name, pretrained), "require_pretrained": True}
     extra = {k: v for k, v in model_config(name, pretrained, siglip).items() if k not in model_config(name)}
-    weights = {"pretrained": pretrained, "require_pretrained": True} if pretrained else {"pretrained_text": False}
     with _silent():  # open_clip warns of random weights, which are what is asked for here
         tokenizer = open_clip.get_tokenizer(name)
         try:
@@ -185,6 +184,19 @@ def create(
     return net, preprocess, tokenizer
 
 
+def find_weights(model: str, pretrained: str) -> str:
+    """The tag of the architecture or the file that `pretrained` names. Raises ModelError if there is none.
+
+    A folder stands for the weights in it. A tag's weights may still have to be downloaded.
+    """
+    folder = Path(pretrained)
+    if folder.is_dir():
+        _check_folder(folder)
+        return str(folder / WEIGHTS_FILE)
+    _resolve(architecture(model), pretrained)
+    return pretrained
+
+
 def lock(model: Clip, image: bool, text: bool) -> None:
     """Locks towers as LiT does (Zhai et al. 2022): no gradients, and no batch statistics or dropout either."""
     for name, child in model.named_children():
@@ -193,6 +205,42 @@ def lock(model: Clip, image: bool, text: bool) -> None:
     if text:  # CLIP's text tower keeps some of its parameters beside the tower
         for name, parameter in model.named_parameters(recurse=False):
             parameter.requires_grad_(name in ("logit_scale", "logit_bias"))
+
+
+def checkpoint_activations(model: Clip) -> None:
+    """Keeps only the inputs of each block and computes its activations again in the backward pass (Chen et al. 2016).
+
+    Gradients, and the statistics of batch norms, are what they would be without it.
+    """
+    model.set_grad_checkpointing()
+    if isinstance(model.visual, open_clip.modified_resnet.ModifiedResNet):  # for which open_clip does nothing
+        for i in range(1, 5):
+            for block in getattr(model.visual, f"layer{i}"):
+                block.forward = partial(_checkpointed, block, block.forward)
+
+
+def _checkpointed(block: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+    if torch.compiler.is_compiling():  # a compiled graph updates statistics once, and takes no contexts
+        return checkpoint(forward, x, use_reentrant=False)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _without_statistics(block)
+
+    return checkpoint(forward, x, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def _without_statistics(block: nn.Module) -> Iterator[None]:
+    # The second time, batch norms have counted this batch.
+    norms = [norm for norm in block.modules() if isinstance(norm, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _attend(
@@ -237,7 +285,13 @@ def model_config(model: str, pretrained: str | None = None, siglip: bool = False
     """The architecture as open_clip writes it down: `embed_dim`, `vision_cfg`, `text_cfg`, and what `create` adds."""
     name = architecture(model)
     config: dict[str, Any] = open_clip.get_model_config(name)
-    if pretrained and (open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu"):
+    # OpenAI's and some other weights were trained with QuickGELU; under plain GELU they load without an error and
+    # score wrongly, so the activation follows the weights.
+    if pretrained and (folder := Path(pretrained)).is_dir():
+        trained_with = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_cfg"]
+    else:
+        trained_with = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None
+    if trained_with and trained_with.get("quick_gelu"):
         config["quick_gelu"] = True
     if siglip:
         config |= {"init_logit_scale": SIGLIP_LOG_SCALE, "init_logit_bias": SIGLIP_BIAS}
@@ -264,8 +318,6 @@ def _resolve(model: str, pretrained: str | None) -> tuple[str, dict[str, Any]]:
         near = difflib.get_close_matches(pretrained, tags, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ModelError(f"pretrained {pretrained!r} of {name}: expected {choice}{hint}")
-    # OpenAI's and some other weights were trained with QuickGELU; under plain GELU they load without an error
-    # and score wrongly, so the activation follows the weights.
     return name, {"pretrained": pretrained, "force_quick_gelu": bool(tag and tag.get("quick_gelu"))}
 
 

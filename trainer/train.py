@@ -5,8 +5,16 @@
     torchrun --nproc-per-node 8 -m trainer.train CONF.yaml    the same on 8 ranks, each with its part of every batch
     python -m trainer.train CONF.yaml ranks=8                 the same on Ray, alone or after `ray job submit --`
 
+For example, a look at a preset on data of one's own, then the first 100 million samples of it:
+
+    python -m trainer.train conf/train_vit_b32.yaml shards='data/{00000..01242}.tar' output=runs/b32 --plan
+    torchrun --nproc-per-node 8 -m trainer.train conf/train_vit_b32.yaml shards='data/{00000..01242}.tar' \\
+        output=runs/b32 samples=100000000 micro_batch_size=1024
+
 The output folder gets `checkpoints/step-*.pt`, `metrics.jsonl` (a line every `log_every` steps) and, at the end,
-`model/`, which `open_clip.create_model_and_transforms("local-dir:OUTPUT/model")` loads.
+`model/`, which `open_clip.create_model_and_transforms("local-dir:OUTPUT/model")` loads. Samples that cannot be read are
+named, counted and replaced by others. docs/training.md tells the rest.
+
 The same configuration on the same shards gives the same weights, whatever `workers` is and however often the run
 was killed and resumed: bit for bit on a CPU with the same number of threads and ranks. Any number of ranks takes the
 same samples at each step, and differs only in the order in which floats are added.
@@ -43,6 +51,7 @@ from trainer.model import (
     ModelError,
     Preprocess,
     Tokenizer,
+    checkpoint_activations,
     create,
     encode_trimmed,
     lock,
@@ -58,7 +67,7 @@ class DivergedError(RuntimeError):
 
 
 PATIENCE = 100
-"""Steps in a row, after the warm-up, whose loss may be above that of a model that knows nothing."""
+"""Steps in a row, after the warm-up, whose loss may be no better than that of a model that knows nothing."""
 
 
 class Result(NamedTuple):
@@ -113,7 +122,7 @@ class Run:
             )
         lock(self.model, config.lock_image, config.lock_text)
         if config.grad_checkpointing:
-            self.model.set_grad_checkpointing()
+            checkpoint_activations(self.model)
         self.towers: nn.Module = Towers(self.model)
         if config.compile:
             self.towers.compile()
@@ -128,7 +137,7 @@ class Run:
         self.corrupt = 0
         """Samples met so far, on any rank, that could not be read."""
         self.lost_steps = 0
-        """Steps, up to the last, whose loss was above chance."""
+        """Steps, up to the last, whose loss was no better than chance."""
         self.lost: list[str] = []
         """The worst samples of the first of these."""
 
@@ -181,7 +190,9 @@ class Run:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         log_scale = self.model.logit_scale.detach()
-        loss, norm, log_scale = torch.stack([result.loss, norm, log_scale]).tolist()  # waits for the device just once
+        corrupt = distributed.sum_of(torch.full((), float(len(batch.corrupt)), device=self.device))
+        # Waits for the device just once.
+        loss, norm, log_scale, corrupt = torch.stack([result.loss, norm, log_scale, corrupt]).tolist()
         # An overflow is how fp16 finds its scale: the scaler leaves such a step out.
         overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
@@ -192,7 +203,7 @@ class Run:
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, MAX_LOG_SCALE)
         self.step += 1
-        self.corrupt += int(distributed.sum_of(torch.tensor(len(batch.corrupt), device=self.device)))
+        self.corrupt += int(corrupt)
         return {"loss": loss, "lr": rate, "temperature": math.exp(-log_scale), "grad_norm": norm}
 
     def backward(self, pixels: Tensor, tokens: Tensor) -> Result:
@@ -240,16 +251,16 @@ class Run:
         return Result(loss, each, image.detach(), text.detach())
 
     def _watch(self, loss: float, batch: Batch, result: Result) -> None:
-        # A collapsed model stays at the loss of one that knows nothing, or above it. One bad batch does not.
-        if self.step < self.config.warmup or loss <= chance(self.config.batch_size, self.config.loss):
+        # A collapsed model stays at or above the loss of one that knows nothing, to rounding. One bad batch does not.
+        if self.step < self.config.warmup or loss < chance(self.config.batch_size, self.config.loss) * (1 - 1e-4):
             self.lost_steps = 0
             return
         if self.lost_steps == 0:
             self.lost = self._suspects(batch, result)
         self.lost_steps += 1
         if self.lost_steps == PATIENCE:
-            text = f"{PATIENCE} steps in a row have a loss above that of a model that knows nothing, {loss:.2f} now"
-            self._stop(text, [*self.lost, "(the worst of the first of these steps)"])
+            text = f"{PATIENCE} steps in a row have a loss no better than that of a model that knows nothing"
+            self._stop(f"{text}, {loss:.2f} now", [*self.lost, "(the worst of the first of these steps)"])
 
     def _suspects(self, batch: Batch, result: Result) -> list[str]:
         # All samples of any rank whose features are not finite, otherwise the five that add most to the loss.
@@ -443,8 +454,8 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("conf", help="a YAML file such as conf/train_demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the file")
-    parser.add_argument("--plan", action="store_true", help="print parameters, steps and memory, and stop")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replaces a value of the file")
+    parser.add_argument("--plan", action="store_true", help="print steps, FLOPs, memory and GPU-hours, and stop")
     args = parser.parse_args(argv)
     try:
         config = load_config(args.conf, args.overrides)
@@ -457,6 +468,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, ModelError, ShardsError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        cure = "Set micro_batch_size (--plan says what fits) or grad_checkpointing=true, or train on more ranks."
+        print(f"error: {str(error).splitlines()[0]}\n  {cure}", file=sys.stderr)
+        return 1
     except (DivergedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -33,7 +33,9 @@ DOWN_MOST = 600.0
 _DOWN = frozenset({"connect", "unreachable", "reset", "tls", "deadline", "too_slow"})
 
 ASK_EVERY = 0.05
-"""Seconds between two exchanges with a board, or more where the board takes long."""
+"""Seconds between two exchanges with a board about hosts that rows wait for, or more where the board takes long."""
+SETTLE_EVERY = 0.5
+"""Seconds between two exchanges that give back what was not used in between."""
 LEASE = 30.0
 """Seconds without an exchange after which a worker counts as dead and its permits go to the others."""
 START_AHEAD = 1.0
@@ -118,7 +120,7 @@ class Ask(NamedTuple):
     """What a worker says about a host."""
 
     used: int
-    """Requests under way."""
+    """Requests under way, and permits that were in use a moment ago."""
     wanted: int
     """Rows that wait for a permit."""
     gap: float = 0.0
@@ -129,6 +131,9 @@ class Ask(NamedTuple):
     down: float = 0.0
     """Seconds for which the host has just been found down, and by which failure."""
     failure: str = ""
+
+
+_NO_NEWS = Ask(0, 0)
 
 
 class Grant(NamedTuple):
@@ -164,6 +169,7 @@ class Host:
         "breaker",
         "entrance",
         "gap",
+        "idle",
         "name",
         "news",
         "permits",
@@ -172,6 +178,7 @@ class Host:
         "robots",
         "robots_expire",
         "rows",
+        "scarce",
     )  # fmt: skip
 
     def __init__(self, name: str, hosts: Hosts):
@@ -179,6 +186,10 @@ class Host:
         self.rows = 0
         self.entrance = asyncio.Semaphore(hosts.per_host)
         self.permits = Budget(0 if hosts.board else hosts.per_host)
+        self.idle = 0
+        """Permits that were free all the time since the board last heard of this host."""
+        self.scarce = False
+        """The board had fewer permits than were wanted: those that are free go back at once."""
         self.breaker = Breaker(hosts.failures)
         self.gap = hosts.gap
         self.resumes = 0.0
@@ -187,7 +198,7 @@ class Host:
         self.robots: Robots | FetchError | None = None
         self.robots_expire = 0.0
         self.asking_robots: asyncio.Task[Robots | FetchError] | None = None
-        self.news = Ask(0, 0)
+        self.news = _NO_NEWS
         """What the board has not been told yet."""
         self._hosts = hosts
         self._next = 0.0
@@ -200,6 +211,7 @@ class Host:
             if self._hosts.lost:
                 raise self._hosts.lost
         await self.permits.reserve(1)
+        self.idle = min(self.idle, self.permits.free)
         if self.gap and (pause := self._start() - time.monotonic()) > 0:
             try:
                 await asyncio.sleep(pause)
@@ -232,22 +244,31 @@ class Host:
         if self.breaker.note(failure):
             self.news = self.news._replace(down=self.breaker.closed_for, failure=self.breaker.last)
 
-    def ask(self) -> Ask:
-        """For the board. Permits that nobody uses go back with it."""
-        ask = self.news._replace(used=self.permits.used, wanted=self.permits.wanted, gap=self.gap)
-        self.news = Ask(0, 0)
-        self.permits.resize(ask.used)
+    def ask(self, leaving: bool = False) -> Ask:
+        """For the board. Permits that nobody has used since the last time go back with it."""
+        at_once = leaving or self.scarce or self.gap
+        kept = self.permits.used + (0 if at_once else max(0, self.permits.free - self.idle))
+        ask = self.news._replace(used=kept, wanted=self.permits.wanted, gap=self.gap)
+        self.news = _NO_NEWS
+        self.permits.resize(kept)
+        self.idle = self.permits.free
         return ask
 
     def hear(self, ask: Ask, grant: Grant) -> None:
         """What the board has answered to `ask`."""
         now = time.monotonic()
+        self.scarce = grant.permits < ask.used + ask.wanted
         if grant.pause and now + grant.pause > self.resumes:
             self.resumes, self.refusal = now + grant.pause, grant.refusal
         if grant.down and not self.breaker.closed_for:
             self.breaker.close(grant.down, grant.failure)
         self._starts.extend(now + start for start in grant.starts)
         self.permits.resize(self.permits.total + grant.permits - ask.used)
+
+    @property
+    def urgent(self) -> bool:
+        """Rows wait for permits, or others should know what this host has said."""
+        return self.permits.wanted > 0 or self.scarce or self.gap > 0 or self.news != _NO_NEWS
 
     @property
     def busy(self) -> bool:
@@ -285,7 +306,8 @@ class Hosts:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._talk
             with contextlib.suppress(Exception):
-                await self.board.exchange(self._worker, {name: host.ask() for name, host in self.touched.items()})
+                held = self.touched | {name: host for name, host in self._known.items() if host.permits.total}
+                await self.board.exchange(self._worker, {n: host.ask(leaving=True) for n, host in held.items()})
 
     def find(self, url: URL) -> Host:
         name = f"{url.scheme}://{(url.raw_host or '').removesuffix('.')}:{url.port}"
@@ -323,7 +345,7 @@ class Hosts:
                 self._rules -= host.robots.size if isinstance(host.robots, Robots) else 0
 
     async def _exchange(self, board: Exchange) -> None:
-        heard = time.monotonic()
+        heard = settled = time.monotonic()
         pause = ASK_EVERY
         while True:
             await asyncio.sleep(pause)
@@ -331,9 +353,13 @@ class Hosts:
             if started - heard > LEASE / 2:
                 # Should the board have given us up, it learns anew what we hold.
                 self.touched.update((n, h) for n, h in self._known.items() if h.permits.used)
-            elif not self.touched and started - heard < LEASE / 4:
+            if started - settled >= SETTLE_EVERY:
+                settled, asked = started, self.touched
+            else:
+                asked = {name: host for name, host in self.touched.items() if host.urgent}
+            if not asked and started - heard < LEASE / 4:
                 continue
-            asked, self.touched = self.touched, {}
+            self.touched = {name: host for name, host in self.touched.items() if name not in asked}
             asks = {name: host.ask() for name, host in asked.items()}
             try:
                 grants = await board.exchange(self._worker, asks)
@@ -410,10 +436,10 @@ class Board:
         return Grant(permits, starts, pause, host.refusal, down, host.failure)
 
     def _share(self, worker: str, host: _Shared, ask: Ask, now: float) -> tuple[int, tuple[float, ...]]:
-        if not ask.wanted:
+        if ask.wanted:
+            host.queue[worker] = ask.wanted  # its place stays if it has one
+        elif not host.queue.keys() - {worker}:
             return ask.used, ()
-        host.queue.setdefault(worker, ask.wanted)
-        host.queue[worker] = ask.wanted
         held = {**host.held, worker: ask.used}
         fair = self._per_host // len(held.keys() | host.queue.keys())
         # What those need who wait for their share, and of that, what those need whose turn comes before ours.
@@ -423,6 +449,8 @@ class Board:
             most = self._per_host
         else:
             most = fair if ask.used else max(fair, 1)
+        if not ask.wanted:
+            return min(ask.used, most), ()
         order = list(host.queue)
         ahead = sum(needs[w] for w in others if order.index(w) < order.index(worker))
         extra = max(0, min(ask.wanted, most - ask.used, self._per_host - sum(held.values()) - ahead))

@@ -35,6 +35,7 @@ def test_yaml_numbers_are_numbers_and_no_is_text(tmp_path: Path) -> None:
         (GOOD + "warmup: -1", "warmup: found -1"),
         (GOOD + "threads: 0", "threads: found 0, expected at least 1"),
         (GOOD + "micro_batch_size: 0", "micro_batch_size: found 0, expected at least 1"),
+        (GOOD + "batch_size: 9\nranks: 2", "batch_size: found 9, expected a multiple of ranks (2)"),
         (GOOD + "loss: sigmoid", "loss: found 'sigmoid', expected clip or siglip"),
         (GOOD + "lock_image: true", "set pretrained"),
         (GOOD + "lock_image: true\nlock_text: true\npretrained: w", "nothing is left to train"),

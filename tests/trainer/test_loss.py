@@ -101,7 +101,7 @@ def test_chance_is_the_loss_of_a_model_that_knows_nothing(kind: str) -> None:
     same = torch.ones(count, 1)
     # Equal features: CLIP's softmaxes are uniform; SigLIP's best answer to every pair is a probability of 1 / N.
     best = torch.tensor(-math.log(count - 1) - 1.0)
-    assert ours(kind, same, same, torch.tensor(0.0), best).item() == pytest.approx(chance(count, kind), abs=0.01)
+    assert ours(kind, same, same, torch.tensor(0.0), best).item() == pytest.approx(chance(count, kind), rel=1e-5)
 
 
 def test_each_pairs_share_finds_the_mismatch() -> None:

@@ -9,7 +9,16 @@ import torch
 
 import trainer
 from trainer.export import export
-from trainer.model import ModelError, create, encode_text, load, lock, model_config, open_clip
+from trainer.model import (
+    ModelError,
+    checkpoint_activations,
+    create,
+    encode_text,
+    load,
+    lock,
+    model_config,
+    open_clip,
+)
 
 
 def test_the_trainer_imports_nothing_of_the_pipeline_and_open_clip_in_one_place() -> None:
@@ -62,6 +71,41 @@ def test_a_locked_resnet_keeps_its_batch_statistics() -> None:
     assert not any(p.requires_grad for p in model.visual.parameters())
     assert model.text_projection.requires_grad
     assert model.logit_scale.requires_grad
+
+
+def test_a_resnet_that_computes_its_activations_twice_learns_the_same() -> None:
+    pixels, found = torch.randn(4, 3, 64, 64), []
+    held: list[int] = []
+
+    def note(value: torch.Tensor) -> torch.Tensor:
+        held.append(value.nbytes)
+        return value
+
+    for again in (False, True):
+        torch.manual_seed(0)
+        model, _, _ = create("tiny-rn-64")
+        if again:
+            checkpoint_activations(model)
+        held.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+            features = model.encode_image(pixels)
+        features.square().sum().backward()
+        buffers = {f"{name} of batch norm": value for name, value in model.visual.named_buffers()}
+        found.append((sum(held), buffers | {name: p.grad for name, p in model.visual.named_parameters()}))
+    (plain, want), (less, got) = found
+    assert less < plain * 0.6
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, msg=name)
+
+
+def test_weights_of_quickgelu_keep_it(tmp_path: Path) -> None:
+    given, preprocess, _ = create("scorer-64")
+    config = {**model_config("scorer-64"), "quick_gelu": True}
+    state = {"model": given.state_dict(), "model_config": config, "preprocess_config": preprocess.config}
+    export(state, tmp_path / "model")
+    net, *_ = create("scorer-64", pretrained=str(tmp_path / "model"))
+    assert isinstance(net.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
+    assert model_config("scorer-64", str(tmp_path / "model"))["quick_gelu"]
 
 
 def test_trimmed_text_gives_the_features_and_gradients_of_padded_text() -> None:
