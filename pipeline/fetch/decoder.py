@@ -210,7 +210,15 @@ def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Ru
         try:
             # libjpeg mends what it can and only warns: such a file is left to Pillow, which knows a truncated one.
             least = wanted or (0, 0)
-            pixels = simplejpeg.decode_jpeg(body, "RGB", min_width=least[0], min_height=least[1], strict=True)
+            pixels = simplejpeg.decode_jpeg(
+                body,
+                "RGB",
+                min_width=least[0],
+                min_height=least[1],
+                # Colour at half the resolution need not be interpolated where it is averaged right after.
+                fastupsample=cover is not None and min(source.width / target[0], source.height / target[1]) >= 1.5,
+                strict=True,
+            )
         except ValueError:
             pass
         else:
