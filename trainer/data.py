@@ -136,7 +136,7 @@ class _Parts(Dataset["Batch | ShardsError"]):
 
 def _delivered(part: Batch | ShardsError) -> Batch:
     if isinstance(part, ShardsError):
-        raise part
+        raise ShardsError(*part.args)  # `part` itself would keep the workers alive, by the frames of its traceback
     return part
 
 

@@ -97,11 +97,7 @@ def on_ray(config: TrainConfig) -> None:
     ray.init(ignore_reinit_error=True)
     gpu = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
     # Ray's workers have a working directory of their own.
-    paths: dict[str, Any] = {"output": _absolute(config.output)}
-    if isinstance(config.shards, str):
-        paths["shards"] = _absolute(config.shards)
-    else:
-        paths["shards"] = [{**source, "path": _absolute(source["path"])} for source in config.shards]
+    paths: dict[str, Any] = {"output": _absolute(config.output), "shards": _absolute(config.shards)}
     if config.pretrained and os.path.exists(config.pretrained):
         paths["pretrained"] = _absolute(config.pretrained)
     if config.resume not in ("latest", "none"):
@@ -119,8 +115,13 @@ def on_ray(config: TrainConfig) -> None:
         raise next(iter(error.worker_failures.values())) from None
 
 
-def _absolute(path: str) -> str:
-    return path if "://" in path else os.path.abspath(path)
+def _absolute(path: Any) -> Any:
+    # Of a mixture, the path of each source; what is none is left to `open_shards` to refuse.
+    if isinstance(path, list):
+        return [_absolute(source) for source in path]
+    if isinstance(path, dict):
+        return {key: _absolute(value) if key == "path" else value for key, value in path.items()}
+    return os.path.abspath(path) if isinstance(path, str) and "://" not in path else path
 
 
 def _train_on_ray(arguments: dict[str, Any]) -> None:

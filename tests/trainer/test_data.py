@@ -88,11 +88,8 @@ def test_a_corrupt_sample_is_named_and_replaced_by_a_readable_one(tmp_path: Path
 def test_shards_without_one_readable_sample_stop_the_run(tmp_path: Path) -> None:
     _, preprocess, tokenizer = create("scorer-64")
     folder = write_shards(tmp_path / "shards", [(b"no image", "a caption")] * 8)
-    batches = Batches(Shards(folder), 4, preprocess.size, tokenizer, seed=0)
-    for workers in (0, 1):
-        with pytest.raises(ShardsError, match=r"in a row cannot be read.*00000.tar:") as error:
-            next(batches.from_step(0, 2, workers, False))
-        assert "Traceback" not in str(error.value)
+    with pytest.raises(ShardsError, match=r"in a row cannot be read.*00000.tar:"):
+        Batches(Shards(folder), 4, preprocess.size, tokenizer, seed=0)[0]
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(folder: Path) -> None:

@@ -312,6 +312,17 @@ def test_a_wrong_command_ends_with_2_and_says_why(
     assert "not a folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_without_one_readable_sample_end_the_run_in_plain_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    shards = write_shards(tmp_path / "shards", [(b"no image", "a caption")] * 8)
+    assert train.main(words(shards, tmp_path / "out", workers=workers)) == 2
+    said = capsys.readouterr().err
+    assert "20 samples in a row cannot be read, among them 00000.tar:" in said
+    assert "Traceback" not in said
+
+
 def test_what_was_trained_loads_in_open_clip_bit_for_bit(reference: Path) -> None:
     trained = weights(reference)
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{reference / 'model'}")
