@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import queue
 import threading
-import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -41,7 +40,8 @@ class Overlap(Generic[T]):
     time. A copy (pickle) has opened nothing.
 
     `admitted` rows are known to the event loop, most of them waiting; a row costs memory from when it has awaited
-    `begin` until its result is handed out, and there are at most `concurrency` of those.
+    `begin` until its result is handed out. Of those at most `concurrency` are at work, and two groups are finished:
+    with more, no row begins until the consumer has taken some.
     """
 
     def __init__(
@@ -70,50 +70,28 @@ class Overlap(Generic[T]):
         in flight and end the thread.
         """
         if self._run is None:
-            self._run = _Run(self._open_work, self._columns, self._concurrency, self._admitted)
+            self._run = _Run(self._open_work, self._columns, self._concurrency, self._admitted, self._group)
             weakref.finalize(self, self._run.stop)
         run, whole = self._run, False
         source = iter(tables)
-        ready: list[Finished[T]] = []
-        due = 0.0
         try:
             run.feed(next(source, None))
             while True:
-                try:
-                    event = run.events.get(timeout=max(0.0, due - time.monotonic()) if ready else None)
-                except queue.Empty:
-                    event = None
-                if isinstance(event, _Row):
-                    if not ready:
-                        due = time.monotonic() + HOLD_SECONDS
-                    ready.append((event.table, event.row, event.result))
-                    run.taken(event)
+                event = run.events.get()
+                if isinstance(event, _Room):
+                    run.feed(next(source, None))
                 elif isinstance(event, _End):
                     if event.error is not None:
                         raise event.error
                     break
-                # The next table may be long in coming, and the rest of this one takes as long as its slowest host.
-                full = len(ready) == self._group or isinstance(event, _Room)
-                if ready and (full or time.monotonic() >= due):
-                    yield ready
-                    ready = []
-                if isinstance(event, _Room):
-                    run.feed(next(source, None))
-            if ready:
-                yield ready
+                else:
+                    run.taken(event)
+                    yield [row for row, _ in event]
             whole = True
         finally:
             if not whole:
                 self._run = None
                 run.stop()
-
-
-@dataclass
-class _Row(Generic[T]):
-    table: pa.Table
-    row: int
-    result: T
-    begun: bool
 
 
 class _Room:
@@ -127,6 +105,10 @@ class _End:
     error: BaseException | None
 
 
+_Group = list[tuple[Finished[T], bool]]
+"""Finished rows, and whether each holds a place among the rows at work until it is taken."""
+
+
 class _Run(Generic[T]):
     """The event loop. `feed`, `taken` and `stop` are called from the consumer's thread."""
 
@@ -136,14 +118,19 @@ class _Run(Generic[T]):
         columns: Sequence[str],
         concurrency: int,
         admitted: int,
+        group: int,
     ):
         # Unbounded as a queue, bounded by what may be admitted.
-        self.events: queue.SimpleQueue[_Row[T] | _Room | _End] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[_Group[T] | _Room | _End] = queue.SimpleQueue()
         self._open_work = open_work
         self._columns = columns
         self._inbox: asyncio.Queue[pa.Table | None] = asyncio.Queue()
         self._places = asyncio.Semaphore(concurrency)
         self._admissions = asyncio.Semaphore(admitted)
+        self._size = group
+        self._group: _Group[T] = []
+        self._untaken = 0
+        self._due: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._started = threading.Event()
@@ -155,8 +142,8 @@ class _Run(Generic[T]):
         """The next table; None: the stream has no more."""
         self._in_loop(self._inbox.put_nowait, table)
 
-    def taken(self, row: _Row[T]) -> None:
-        self._in_loop(self._release, row.begun)
+    def taken(self, group: _Group[T]) -> None:
+        self._in_loop(self._release, len(group), sum(held for _, held in group))
 
     def stop(self) -> None:
         if self._task is not None:
@@ -170,9 +157,11 @@ class _Run(Generic[T]):
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(function, *args)
 
-    def _release(self, begun: bool) -> None:
-        self._admissions.release()
-        if begun:
+    def _release(self, rows: int, held: int) -> None:
+        self._untaken -= rows
+        for _ in range(rows):
+            self._admissions.release()
+        for _ in range(held):
             self._places.release()
 
     def _main(self) -> None:
@@ -200,6 +189,7 @@ class _Run(Generic[T]):
                     table = await self._inbox.get()
                     if table is None:
                         await asyncio.gather(*rows)
+                        self._hand_out()
                         self.events.put(_End(None))
                         continue
                     for row, values in enumerate(zip(*(_values(table[name]) for name in self._columns))):
@@ -226,8 +216,25 @@ class _Run(Generic[T]):
             result = await work(values, begin)
         except Exception as error:
             self.events.put(_End(error))
-        else:
-            self.events.put(_Row(table, row, result, begun))
+            return
+        # The consumer is woken once for a group: two threads that take turns cost each other more than they do.
+        self._untaken += 1
+        held = begun and self._untaken > 2 * self._size
+        if begun and not held:
+            self._places.release()
+        self._group.append(((table, row, result), held))
+        if len(self._group) == self._size:
+            self._hand_out()
+        elif len(self._group) == 1:
+            self._due = asyncio.get_running_loop().call_later(HOLD_SECONDS, self._hand_out)
+
+    def _hand_out(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+        if self._group:
+            self.events.put(self._group)
+            self._group = []
 
 
 def _values(column: pa.ChunkedArray) -> Iterator[Any]:
