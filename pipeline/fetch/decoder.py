@@ -183,17 +183,54 @@ def _decode(body: bytes, rules: Rules, claim: str | None, blur: Sequence[Box]) -
 
 _COSINES = np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1))
 """(8, 32): the lowest frequencies of the DCT-II of 32 samples."""
+_PILLOW_ONE = 1 << 22
+"""Pillow's weights are fixed-point numbers with so many parts."""
 
 
 def phash(pixels: np.ndarray) -> int:
-    """imagehash.phash of (height, width, 3) uint8 RGB as an unsigned 64-bit number."""
+    """imagehash.phash of (height, width, 3) uint8 RGB as an unsigned 64-bit number, in less than half the time."""
     image = Image.fromarray(pixels)
-    small = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float64)
+    small = _to_32(np.asarray(image.convert("L"))).astype(np.float64)
     low = _COSINES @ small @ _COSINES.T
     above = low - np.sort(low, axis=None)[31:33].mean()  # the median
-    # imagehash transforms in full and by SciPy, for twice the time. Where rounding decides, it is to be its rounding.
+    # imagehash transforms by SciPy. Where rounding decides, it is to be its rounding.
     bits = above > 0 if np.abs(above).min() > 1e-6 else imagehash.phash(image).hash
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def _to_32(grey: np.ndarray) -> np.ndarray:
+    """Exactly Pillow's Lanczos resize of (height, width) uint8 to 32 by 32, by products of matrices of integers."""
+    height, width = grey.shape
+    horizontal_first = _horizontal_first(width, height) if 32 < width <= 512 and 32 < height <= 512 else None
+    if horizontal_first is None:
+        return np.asarray(Image.fromarray(grey).resize((32, 32), Image.Resampling.LANCZOS))
+    return _product(grey, horizontal_first)
+
+
+def _product(grey: np.ndarray, horizontal_first: bool) -> np.ndarray:
+    height, width = grey.shape
+    if horizontal_first:
+        return _rounded(_weights(height).T @ _rounded(grey @ _weights(width)))
+    return _rounded(_rounded(_weights(height).T @ grey) @ _weights(width))
+
+
+def _rounded(sums: np.ndarray) -> np.ndarray:
+    return np.floor((sums + _PILLOW_ONE // 2) / _PILLOW_ONE).clip(0, 255)  # type: ignore[no-any-return]
+
+
+@functools.lru_cache(maxsize=256)
+def _weights(side: int) -> np.ndarray:
+    """(side, 32) float64, what each of `side` pixels adds to each of 32: Pillow's own, by resizing pulses."""
+    pulses = Image.fromarray(np.eye(side, dtype=np.int32) * _PILLOW_ONE)
+    return np.asarray(pulses.resize((32, side), Image.Resampling.LANCZOS)).astype(np.float64)
+
+
+@functools.lru_cache(maxsize=4096)
+def _horizontal_first(width: int, height: int) -> bool | None:
+    """The order in which this Pillow resizes pictures of this size, found by trying; None: in another way."""
+    noise = np.random.default_rng(0).integers(0, 256, (height, width), np.uint8)
+    wanted = np.asarray(Image.fromarray(noise).resize((32, 32), Image.Resampling.LANCZOS))
+    return next((order for order in (True, False) if np.array_equal(_product(noise, order), wanted)), None)
 
 
 def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Rules) -> tuple[np.ndarray, bool]:
