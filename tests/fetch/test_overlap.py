@@ -1,0 +1,95 @@
+"""The loop that rows are worked on in: what it keeps from stream to stream, and what it never holds more of."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import pickle
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.fetch.overlap import Begin, Overlap, Work
+
+
+class Doubling:
+    """Doubles numbers; 13 fails. Counts how often it is opened and closed, and how many rows are begun."""
+
+    def __init__(self) -> None:
+        self.opened = self.closed = self.begun = 0
+
+    @asynccontextmanager
+    async def __call__(self) -> AsyncIterator[Work[int]]:
+        self.opened += 1
+
+        async def work(values: tuple[Any, ...], begin: Begin) -> int:
+            await begin()
+            self.begun += 1
+            await asyncio.sleep(0)
+            if values[0] == 13:
+                raise RuntimeError("thirteen")
+            return int(2 * values[0])
+
+        try:
+            yield work
+        finally:
+            self.closed += 1
+
+
+def overlap(doubling: Doubling, **options: int) -> Overlap[int]:
+    return Overlap(doubling, columns=["n"], **{"concurrency": 8, "admitted": 64, "group": 4, **options})
+
+
+def results(of: Overlap[int], numbers: range) -> list[int]:
+    return sorted(result for group in of([pa.table({"n": list(numbers)})]) for _, _, result in group)
+
+
+def test_what_is_open_serves_stream_after_stream() -> None:
+    doubling = Doubling()
+    working = overlap(doubling)
+    for start in (100, 200, 300):
+        assert results(working, range(start, start + 50)) == [2 * n for n in range(start, start + 50)]
+    assert (doubling.opened, doubling.closed) == (1, 0)
+
+
+def test_after_an_error_all_is_opened_anew() -> None:
+    doubling = Doubling()
+    working = overlap(doubling)
+    with pytest.raises(RuntimeError, match="thirteen"):
+        results(working, range(20))
+    assert (doubling.opened, doubling.closed) == (1, 1)
+    assert results(working, range(20, 30)) == [2 * n for n in range(20, 30)]
+    assert doubling.opened == 2
+
+
+def test_an_overlap_that_nobody_has_any_more_ends_its_thread() -> None:
+    doubling = Doubling()
+    working = overlap(doubling)
+    results(working, range(5))
+    assert results(pickle.loads(pickle.dumps(overlap(Doubling()))), range(3)) == [0, 2, 4]
+    del working
+    gc.collect()
+    assert doubling.closed == 1
+    assert not [thread for thread in threading.enumerate() if thread.name == "overlap"]
+
+
+def test_rows_wait_for_a_consumer_that_is_slow() -> None:
+    """At most `concurrency` rows at work and two groups finished, beyond what was handed out."""
+    doubling = Doubling()
+
+    def tables() -> Iterator[pa.Table]:
+        for start in range(1000, 2000, 20):
+            yield pa.table({"n": list(range(start, start + 20))})
+
+    stream = overlap(doubling)(tables())
+    handed_out = 0
+    for _ in range(3):
+        handed_out += len(next(stream))
+        time.sleep(0.2)
+        assert doubling.begun <= handed_out + 8 + 2 * 4
+    assert handed_out + sum(map(len, stream)) == 1000
