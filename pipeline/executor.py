@@ -15,8 +15,9 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -144,7 +145,7 @@ def write_books(recipe: Recipe, passes: list[Pass], outcome: Outcome, units: int
     group = _units_per_group(recipe)
     groups = list(range(-(-units // group)))
 
-    def export(numbers: list[int]) -> Iterator[dict[str, Any]]:
+    def export(numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
         for number in numbers:
             yield _export_drops(store, passes, number, range(number * group, min(units, (number + 1) * group)))
 
@@ -194,7 +195,7 @@ def _ingest(recipe: Recipe, p: Pass, types: dict[str, pa.DataType], progress: Pr
     data = p.store.read_if_there("plan.json")
     if data is None:
 
-        def count(batch: list[int]) -> Iterator[dict[str, Any]]:
+        def count(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
             for i in batch:
                 yield {"rows": pool.count(splits[i])}
 
@@ -207,12 +208,12 @@ def _ingest(recipe: Recipe, p: Pass, types: dict[str, pa.DataType], progress: Pr
     units, parts = plan["units"], plan["parts"]
     progress.begin([(p.label, plan["rows"])], units)
 
-    def scatter(batch: list[int]) -> Iterator[dict[str, Any]]:
+    def scatter(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
         for i in batch:
             ingest.scatter(p, i, splits[i], spec, types, units, parts)
             yield {}
 
-    def gather(batch: list[int]) -> Iterator[dict[str, Any]]:
+    def gather(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
         for part in batch:
             yield from ingest.gather(p, part, len(splits), types, units, parts)
 
@@ -220,7 +221,7 @@ def _ingest(recipe: Recipe, p: Pass, types: dict[str, pa.DataType], progress: Pr
     for _ in _over(numbers, scatter):
         pass
     funnel = _empty_funnel(p)
-    for record in _over(list(range(parts)), gather):
+    for record in _over(range(parts), gather):
         unit_funnel = Funnel.from_json(record["funnel"])
         funnel.add(unit_funnel)
         progress.add(p.label, record["rows_in"], record["kept"], unit_funnel.lines[p.label].dropped, units=1)
@@ -485,12 +486,12 @@ def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress:
         p.store.remove("complete.json")
         store.write("shards/OWNER", p.key.encode())
 
-    def count(batch: list[int]) -> Iterator[dict[str, Any]]:
+    def count(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
         for unit in batch:
             yield {"unit": unit, "rows": len(alive(before, unit))}
 
     sizes = np.zeros(units, np.int64)
-    for record in _over(list(range(units)), count, at_once=64):
+    for record in _over(range(units), count, at_once=64):
         sizes[record["unit"]] = record["rows"]
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if units else 0
@@ -499,7 +500,7 @@ def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress:
     progress.begin([(p.label, total)])
     types = {k: v for q in before for k, v in q.adds.items()}
 
-    def write(batch: list[int]) -> Iterator[dict[str, Any]]:
+    def write(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
         for shard in batch:
             record = p.record(shard)
             if record is None:
@@ -510,7 +511,7 @@ def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress:
 
     started = time.perf_counter()
     records: list[dict[str, Any]] = []
-    for record in _over(list(range(shards)), write):
+    for record in _over(range(shards), write):
         records.append(record)
         progress.add(p.label, record["samples"], record["samples"], {})
     kept = sum(record["samples"] for record in records)
@@ -563,18 +564,21 @@ def _export_drops(store: Store, passes: list[Pass], number: int, units: range) -
 
 
 def _over(
-    items: list[int], work: Callable[[list[int]], Iterator[dict[str, Any]]], at_once: int = 1
+    items: Sequence[int], work: Callable[[Sequence[int]], Iterable[dict[str, Any]]], at_once: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """Streams numbers through `work` on the cluster; yields the records that come back, in any order."""
-    if not items:
-        return
-    blocks = -(-len(items) // at_once)
+    """Hands numbers to `work` on the cluster, `at_once` a task; yields the records that come back, in any order.
 
-    def task(batch: dict[str, np.ndarray]) -> Iterator[dict[str, list[str]]]:
-        for record in work([items[i] for i in batch["id"].tolist()]):
-            yield {"record": [json.dumps(record)]}
+    Plain tasks, which Ray tries again when a worker dies: what is too small to stream needs no stream.
+    """
 
-    numbers = ray.data.range(len(items), override_num_blocks=blocks)
-    data = numbers.map_batches(task, batch_size=None, num_cpus=1)  # type: ignore[arg-type]
-    for batch in data.iter_batches(batch_size=None):
-        yield from map(json.loads, batch["record"].tolist())
+    @ray.remote(num_cpus=1)
+    def task(numbers: Sequence[int]) -> list[dict[str, Any]]:
+        return list(work(numbers))
+
+    starts = iter(range(0, len(items), at_once))
+    window = 2 * int(ray.cluster_resources().get("CPU", 1)) + 2
+    running = [task.remote(items[i : i + at_once]) for i in islice(starts, window)]
+    while running:
+        (done,), running = ray.wait(running, num_returns=1)
+        running += [task.remote(items[i : i + at_once]) for i in islice(starts, 1)]
+        yield from ray.get(done)
