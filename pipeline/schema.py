@@ -15,6 +15,21 @@ POSITION = pa.schema([("unit", pa.int32()), ("row", pa.int32())])
 # sha256(url NUL caption), so that the same pair has the same name in every run.
 SAMPLE = pa.schema([("uid", pa.string()), ("url", pa.string()), ("caption", pa.string())])
 
+# What a row has once its picture is there, fetched or read; `pipeline.fetch.decoder.Picture` says what each is.
+PICTURE: dict[str, pa.DataType] = {
+    "image": pa.binary(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "original_width": pa.int32(),
+    "original_height": pa.int32(),
+    "original_bytes": pa.int64(),
+    "original_format": pa.string(),
+    "animated": pa.bool_(),
+    "sha256": pa.string(),
+    "phash": pa.uint64(),
+    "exif": pa.string(),
+}
+
 # One row per dropped row, as steps hand it to the ledger. `detail` is free text for people; `reason` is from a
 # closed list per step and safe to count.
 DROP = pa.schema([*POSITION, ("step", pa.string()), ("reason", pa.string()), ("detail", pa.string())])

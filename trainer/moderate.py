@@ -33,10 +33,8 @@ import yaml
 from torch import Tensor
 
 from trainer.config import ConfigError
-from trainer.data import ShardsError
-from trainer.evaluate.features import Encoder, add_model_arguments, open_encoder, say
-from trainer.evaluate.samples import EvaluationError, Sample, read_pictures
-from trainer.model import ModelError
+from trainer.evaluate.features import Encoder, add_model_arguments, exit_status, open_encoder, say
+from trainer.evaluate.samples import Sample, read_pictures
 
 
 @dataclass
@@ -139,20 +137,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="file for the lines, instead of standard output")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
-    try:
+
+    def run() -> None:
         if args.output:
             args.output.parent.mkdir(parents=True, exist_ok=True)
             with args.output.open("w", encoding="utf-8") as file:
                 moderate(args, file)
         else:
             moderate(args, sys.stdout)
-    except (ConfigError, EvaluationError, ModelError, ShardsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

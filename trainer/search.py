@@ -31,9 +31,8 @@ import torch
 
 from trainer.config import ConfigError
 from trainer.data import Shards, ShardsError
-from trainer.evaluate.features import Encoder, add_model_arguments, open_encoder, progress, say
+from trainer.evaluate.features import Encoder, add_model_arguments, exit_status, open_encoder, progress, say
 from trainer.evaluate.samples import EvaluationError, Sample, read_pictures, read_shards
-from trainer.model import ModelError
 
 SETTINGS = "search.json"
 """Which model made the embeddings; written before them."""
@@ -250,17 +249,9 @@ def main(argv: list[str] | None = None) -> int:
         if name == "index":
             sub.add_argument("--lists", type=int, help="inverted lists; 0 for none (default 4 √N beyond a million)")
     args = parser.parse_args(argv)
-    try:
-        if getattr(args, "part", 1) < 1 or (getattr(args, "lists", None) or 0) < 0:
-            raise ConfigError("--part, --lists", ["expected a positive number"])
-        args.run(args)
-    except (ConfigError, EvaluationError, ModelError, ShardsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if getattr(args, "part", 1) < 1 or (getattr(args, "lists", None) or 0) < 0:
+        parser.error("--part, --lists: expected a positive number")
+    return exit_status(lambda: args.run(args))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pipeline.fetch.outage import OutageError
 from pipeline.fetch.overlap import Begin, Overlap, Work, as_drop, table_of, with_columns
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.sandbox import Sandbox, SandboxError
+from pipeline.schema import PICTURE
 from pipeline.step import Stage
 
 GROUP_ROWS = 256
@@ -47,19 +48,7 @@ class Download(Stage):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("url",)
-    adds: ClassVar[dict[str, pa.DataType]] = {
-        "image": pa.binary(),
-        "width": pa.int32(),
-        "height": pa.int32(),
-        "original_width": pa.int32(),
-        "original_height": pa.int32(),
-        "original_bytes": pa.int64(),
-        "original_format": pa.string(),
-        "animated": pa.bool_(),
-        "sha256": pa.string(),
-        "phash": pa.uint64(),
-        "exif": pa.string(),
-    }
+    adds: ClassVar[dict[str, pa.DataType]] = PICTURE
     commits: ClassVar[bool] = True
 
     engine: Literal["winnow", "img2dataset"] = "winnow"

@@ -26,6 +26,7 @@ from pipeline.fetch.img2dataset_engine import failure
 from pipeline.fetch.overlap import Begin, Overlap, Work, as_drop, table_of, with_columns
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.sandbox import Sandbox
+from pipeline.schema import PICTURE
 from pipeline.step import Stage
 from pipeline.storage import Store
 
@@ -74,19 +75,7 @@ class ReadShards(Stage):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("key",)
-    adds: ClassVar[dict[str, pa.DataType]] = {
-        "image": pa.binary(),
-        "width": pa.int32(),
-        "height": pa.int32(),
-        "original_width": pa.int32(),
-        "original_height": pa.int32(),
-        "original_bytes": pa.int64(),
-        "original_format": pa.string(),
-        "animated": pa.bool_(),
-        "sha256": pa.string(),
-        "phash": pa.uint64(),
-        "exif": pa.string(),
-    }
+    adds: ClassVar[dict[str, pa.DataType]] = PICTURE
     commits: ClassVar[bool] = True
 
     path: str

@@ -5,6 +5,7 @@ The server runs in a process of its own, so that what is measured here is the fe
 
 from __future__ import annotations
 
+import gc
 import gzip
 import io
 import multiprocessing
@@ -468,6 +469,8 @@ def fetch_all(port: int, canary: int, forever: threading.Event, pipe: Connection
         out = pa.concat_tables(stage.stream(units))
         seconds = time.monotonic() - started
     forever.set()
+    del warm, stage  # what it has open is for as long as the worker has it
+    gc.collect()
     ended = time.monotonic() + 5
     while (left := set(threading.enumerate()) - threads) and time.monotonic() < ended:
         time.sleep(0.02)

@@ -107,7 +107,8 @@ def test_every_row_ends_in_an_image_or_a_reason(server: Server) -> None:
         unit([f"{server.url}/{n}" for n in names[i : i + 90]], i // 90, extra=list(range(90)))
         for i in range(0, 270, 90)
     ]
-    tables = list(step(server).stream(iter(units)))
+    # Never down: which rows are in flight together, and so how many fail in a row, is a matter of luck.
+    tables = list(step(server, host_failures=0).stream(iter(units)))
     out = pa.concat_tables(tables)
     assert all(len(table) <= 256 for table in tables)
     assert sorted(positions(out)) == [(u, row) for u in range(3) for row in range(90)]

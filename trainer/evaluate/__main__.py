@@ -13,12 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from trainer.config import ConfigError
-from trainer.data import ShardsError
 from trainer.evaluate import bias, fewshot, overlap, probe, retrieval, robustness, zeroshot
-from trainer.evaluate.features import add_model_arguments
-from trainer.evaluate.samples import EvaluationError
-from trainer.model import ModelError
+from trainer.evaluate.features import add_model_arguments, exit_status
 
 TASKS = {
     "zeroshot": zeroshot,
@@ -43,14 +39,11 @@ def main(argv: list[str] | None = None) -> int:
         sub.add_argument("--output", type=Path, help="file for the JSON, instead of standard output")
         task.add_arguments(sub)
     args = parser.parse_args(argv)
-    try:
-        metrics = TASKS[args.task].evaluate(args)
-    except (ConfigError, EvaluationError, ModelError, ShardsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_status(lambda: report(args))
+
+
+def report(args: argparse.Namespace) -> None:
+    metrics = TASKS[args.task].evaluate(args)
     result = {
         "dataset": Path(args.data).name or args.data,
         "model": args.model,
@@ -65,7 +58,6 @@ def main(argv: list[str] | None = None) -> int:
         args.output.write_text(text, encoding="utf-8")
     else:
         print(text, end="")
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.config import ConfigError
-from trainer.data import CorruptSampleError, decode
+from trainer.data import CorruptSampleError, ShardsError, decode
 from trainer.evaluate.samples import EvaluationError, Sample
-from trainer.model import DTYPES, Clip, Preprocess, Tokenizer, encode_text, load
+from trainer.model import DTYPES, Clip, ModelError, Preprocess, Tokenizer, encode_text, load
 from trainer.train import find_device
 
 TILE = 4096
@@ -213,3 +214,16 @@ def unprojected(model: Clip) -> Iterator[None]:
     finally:
         if projection is not None:
             model.visual.proj = projection
+
+
+def exit_status(run: Callable[[], object]) -> int:
+    """What a command ends with: 0; 2 for what the user gave it, 1 for what the machine did, each with a line."""
+    try:
+        run()
+    except (ConfigError, EvaluationError, ModelError, ShardsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
