@@ -52,7 +52,7 @@ _REQUEST = struct.Struct("=QQ")  # bytes of the pickled arguments, bytes of the 
 _SIZE = struct.Struct("=Q")
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_KEPT_BYTES = 32 << 20  # the most that glibc takes for the second one
+_KEPT_BYTES = 16 << 20  # the largest of web pictures; more would count against what a worker may hold
 # The children are what runs in parallel; a pool of threads in each would only cost memory.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
 
