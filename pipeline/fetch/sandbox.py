@@ -386,6 +386,14 @@ def _work(target: Callable[..., Any], body: bytes, args: tuple[Any, ...]) -> byt
         return _answer(_FAILURE, FetchError("unexpected", f"{type(error).__name__}: {error}"))
 
 
+def set_malloc(*, mmap_threshold: int, trim_threshold: int) -> None:
+    """glibc's limits, in bytes, for blocks from the heap and for what the heap keeps; no effect with another malloc."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, mmap_threshold)
+        mallopt(_M_TRIM_THRESHOLD, trim_threshold)
+
+
 def _prepare() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for timer in (signal.SIGPROF, signal.SIGALRM):
@@ -394,9 +402,7 @@ def _prepare() -> None:
     if sys.platform == "linux":
         # Pixels of one call go where those of the last one were: fetched anew from the system, their pages take a
         # twentieth of the time of decoding.
-        with contextlib.suppress(AttributeError):  # glibc's alone
-            for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-                ctypes.CDLL(None).mallopt(parameter, _KEPT_BYTES)
+        set_malloc(mmap_threshold=_KEPT_BYTES, trim_threshold=_KEPT_BYTES)
         # Everywhere else the end of the stream tells, once the call in hand is over.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         with contextlib.suppress(OSError):  # where memory is short, better a child than the worker

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import hashlib
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
@@ -25,7 +23,7 @@ from pipeline.fetch.hosts import Exchange, Manners
 from pipeline.fetch.outage import OutageError
 from pipeline.fetch.overlap import Begin, Overlap, Work, as_drop, table_of, with_columns
 from pipeline.fetch.reasons import FetchError
-from pipeline.fetch.sandbox import Sandbox, SandboxError
+from pipeline.fetch.sandbox import Sandbox, SandboxError, set_malloc
 from pipeline.schema import PICTURE
 from pipeline.step import Stage
 
@@ -33,7 +31,6 @@ GROUP_ROWS = 256
 # Rows that the event loop knows, most of them waiting for their host: 12 MB at most, and enough to see a unit's hosts
 # far ahead of the slow ones.
 ADMITTED_ROWS = 4096
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _SPEED = {"speed": True}  # options that change how fast rows come, and nothing about them
 
 
@@ -186,9 +183,7 @@ class Download(Stage):
         # glibc raises the first threshold with each large block it frees, until whole bodies come from a heap that
         # never shrinks: half as much memory again as the bodies in flight. At the second one's default, pages of
         # bodies go back to the system and are fetched anew all the time: a tenth of the time of fetching.
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-            ctypes.CDLL(None).mallopt(_M_TRIM_THRESHOLD, 16 << 20)
+        set_malloc(mmap_threshold=1 << 20, trim_threshold=16 << 20)
 
     def process(self, batch: pa.Table) -> pa.Table:
         done = [*self.stream([batch]), with_columns(batch.slice(0, 0), [], self.adds)]
