@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.schema import PICTURE
 from pipeline.step import Filter, Stage, apply, split_marked
 
 # The types a row's own columns have in a run; others are inferred from the values.
@@ -17,14 +18,7 @@ COLUMNS = {
     "uid": pa.string(),
     "url": pa.string(),
     "caption": pa.string(),
-    "image": pa.binary(),
-    "width": pa.int32(),
-    "height": pa.int32(),
-    "original_width": pa.int32(),
-    "original_height": pa.int32(),
-    "original_bytes": pa.int64(),
-    "sha256": pa.string(),
-    "phash": pa.uint64(),
+    **PICTURE,
     "clip_score": pa.float32(),
     "language": pa.string(),
     "language_score": pa.float32(),
