@@ -25,10 +25,12 @@ import io
 import json
 import logging
 import math
+import resource
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import cv2
 import exifread
@@ -129,9 +131,20 @@ def decode(body: bytes, rules: Rules, claim: str | None = None, blur: Sequence[B
         raise FetchError("decode_error", f"{type(error).__name__}: {error}") from None
 
 
-def decode_by(rules: Rules, body: bytes, claim: str | None = None, blur: Sequence[Box] = ()) -> Picture:
-    """`decode` with the rules first, to be bound once and sent to other processes."""
-    return decode(body, rules, claim, blur)
+@dataclass(frozen=True)
+class Decoder:
+    """`decode` by the same rules again and again, to be sent to the process where it is to run."""
+
+    rules: Rules
+
+    def __call__(self, body: bytes, claim: str | None = None, blur: Sequence[Box] = ()) -> Picture:
+        return decode(body, self.rules, claim, blur)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        # SciPy, which imagehash loads at first use, and the buffers of the BLAS: 80 MB of address space that would
+        # count against the first picture, and an end of the process where that leaves too little.
+        phash(np.zeros((512, 512, 3), np.uint8))
 
 
 def _decode(body: bytes, rules: Rules, claim: str | None, blur: Sequence[Box]) -> Picture:
@@ -146,12 +159,12 @@ def _decode(body: bytes, rules: Rules, claim: str | None, blur: Sequence[Box]) -
     if kind is None:
         raise FetchError("not_an_image", f"starts with {body[:16]!r}")
     if size := header_size(body, kind):
-        _check_size(size[0], size[1], rules)
+        _check_size(*size, rules)
     if kind == "PNG":
         # Loading skips the checksums of the pixels: damage in the middle of them would come out as noise.
         with Image.open(io.BytesIO(body), formats=[kind]) as source:
             source.verify()
-    with Image.open(io.BytesIO(body), formats=[kind]) as source:
+    with _open(body, kind, size) as source:
         _check_size(source.width, source.height, rules)
         orientation = _orientation(source)
         upright = source.size if orientation < 5 else source.size[::-1]
@@ -256,17 +269,19 @@ def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Ru
                 fastupsample=cover is not None and min(source.width / target[0], source.height / target[1]) >= 1.5,
                 strict=True,
             )
-        except ValueError:
-            pass
+        except ValueError as error:
+            if "memory" in str(error):
+                raise MemoryError(str(error)) from None
         else:
             transform = _srgb_transform(icc, "RGB") if (icc := source.info.get("icc_profile")) else None
             if transform:
                 pixels = np.asarray(transform.apply(Image.fromarray(pixels)))
             return pixels, transform is None
+    area = source.width * source.height
     if wanted:
         # The mode is kept: draft to RGB would make a lie of a CMYK or grey profile.
         source.draft(source.mode, wanted)
-    source.load()
+    _load(source, area)
     clean = source.mode in ("RGB", "L") and not source.has_transparency_data and "icc_profile" not in source.info
     if source.format == "PNG" and body[24] > 8:  # bits a channel, which Pillow reads as 8
         clean = False
@@ -286,6 +301,37 @@ def _reduced_size(size: tuple[int, int], target: tuple[int, int], cover: float) 
         if min(size[0] / target[0], size[1] / target[1]) >= cover * divisor:
             return math.ceil(size[0] / divisor), math.ceil(size[1] / divisor)
     return None
+
+
+def _open(body: bytes, kind: str, size: tuple[int, int] | None) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(body), formats=[kind])
+    except OSError as error:
+        # libwebp's canvas, and its copy of the last frame.
+        if kind == "WEBP" and size and _lacks(8 * size[0] * size[1]):
+            raise MemoryError(str(error)) from None
+        raise
+
+
+def _load(source: Image.Image, area: int) -> None:
+    """`area` is that of the whole picture, in pixels, whatever part or scale of it is decoded."""
+    try:
+        source.load()
+    except OSError as error:
+        # What a decoder holds beside the pixels: libjpeg 16 bits for each sample, of which Pillow tells the most that
+        # there may be; libwebp a plane of transparency and some rows.
+        layers = len(getattr(source, "layer", ())) if "progressive" in source.info else 0
+        if _lacks({"JPEG": 2 * layers, "WEBP": 4}.get(source.format or "", 0) * area):
+            raise MemoryError(str(error)) from None
+        raise
+
+
+def _lacks(size: int) -> bool:
+    """Whether this process may not take `size` bytes more; asked where a decoder has failed and does not say why."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if not size or limit == resource.RLIM_INFINITY:
+        return False
+    return size > limit - int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def sniff(body: bytes) -> str | None:

@@ -45,13 +45,15 @@ WALL_FACTOR = 5
 STARTS = 3
 # Calls that a child has at once: the one it works on and the next.
 DEPTH = 2
+# Bytes of address space that calls may leave behind in a child, as imported modules do, at no cost for those to come.
+LEFT = 160_000_000
 
 _SOCKET_BYTES = 1 << 20  # most bodies as a whole, if the system grants it
 _ANSWER_BYTES = 1 << 16  # most answers in one read
 _REQUEST = struct.Struct("=QQ")  # bytes of the pickled arguments, bytes of the body
 _SIZE = struct.Struct("=Q")
 _PR_SET_PDEATHSIG = 1
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _KEPT_BYTES = 16 << 20  # the largest of web pictures; more would count against what a worker may hold
 # The children are what runs in parallel; a pool of threads in each would only cost memory.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
@@ -68,8 +70,8 @@ class Sandbox(Generic[T]):
     """`await sandbox(body, *args)` is `target(body, *args)`, in one of `processes` children.
 
     A call may take `seconds` of CPU time or WALL_FACTOR times as much wall time, from when its child begins with it,
-    and `memory` bytes beyond what the child holds with `target` loaded, modules imported later included (on Linux;
-    elsewhere memory is not limited). `target` and `args` are pickled, `body` goes as it is.
+    and `memory` bytes of address space beyond what the child held before, its body included (on Linux; elsewhere memory
+    is not limited). `target` and `args` are pickled, `body` goes as it is.
 
     Belongs to the event loop, and on Linux to the thread, that entered it: the children end with that thread.
     """
@@ -349,7 +351,7 @@ def _main() -> None:
         except Exception:
             channel.sendall(_answer(_UNUSABLE, f"a process cannot load its target:\n{traceback.format_exc()}"))
             return
-        _limit_memory(memory)
+        limit = _MemoryLimit(memory)
         # Prepared, since there will be no memory to make it with.
         exhausted = _answer(_EXHAUSTED, FetchError("decoder_memory", f"over {memory} bytes"))
         channel.sendall(_answer(_READY, None))
@@ -358,6 +360,7 @@ def _main() -> None:
             args_size, body_size = _REQUEST.unpack(_read(channel, _REQUEST.size))
             number += 1
             _SIZE.pack_into(begun, 0, number)
+            limit.renew()
             try:
                 args = pickle.loads(_read(channel, args_size))
                 body = _read(channel, body_size)
@@ -386,10 +389,13 @@ def _work(target: Callable[..., Any], body: bytes, args: tuple[Any, ...]) -> byt
         return _answer(_FAILURE, FetchError("unexpected", f"{type(error).__name__}: {error}"))
 
 
-def set_malloc(*, mmap_threshold: int, trim_threshold: int) -> None:
-    """glibc's limits, in bytes, for blocks from the heap and for what the heap keeps; no effect with another malloc."""
+def set_malloc(*, mmap_threshold: int, trim_threshold: int, arenas: int | None = None) -> None:
+    """glibc's limits, in bytes, for blocks from the heap and for what the heap keeps, and the number of heaps it may
+    have; no effect with another malloc."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
+        if arenas:
+            mallopt(_M_ARENA_MAX, arenas)
         mallopt(_M_MMAP_THRESHOLD, mmap_threshold)
         mallopt(_M_TRIM_THRESHOLD, trim_threshold)
 
@@ -402,23 +408,35 @@ def _prepare() -> None:
     if sys.platform == "linux":
         # Pixels of one call go where those of the last one were: fetched anew from the system, their pages take a
         # twentieth of the time of decoding.
-        set_malloc(mmap_threshold=_KEPT_BYTES, trim_threshold=_KEPT_BYTES)
+        # Where one heap has no room left, glibc would begin others: 64 MB of the limit each, for nothing.
+        set_malloc(mmap_threshold=_KEPT_BYTES, trim_threshold=_KEPT_BYTES, arenas=1)
         # Everywhere else the end of the stream tells, once the call in hand is over.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         with contextlib.suppress(OSError):  # where memory is short, better a child than the worker
             Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def _limit_memory(memory: int) -> None:
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except OSError:  # not Linux, and elsewhere the limit is ignored or cannot be set below what is mapped
-        return
-    limit = pages * resource.getpagesize() + memory
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+class _MemoryLimit:
+    """Counts from what the process holds already: modules that one call makes it import are not charged to the next.
+
+    Of what calls leave behind, though, LEFT bytes at most.
+    """
+
+    def __init__(self, memory: int):
+        self._memory = memory
+        self._statm = -1
+        with contextlib.suppress(OSError):  # not Linux: elsewhere such limits are ignored, or refused
+            self._statm = os.open("/proc/self/statm", os.O_RDONLY)
+            _, hard = resource.getrlimit(resource.RLIMIT_AS)
+            most = self._held() + memory + LEFT
+            self._hard = most if hard == resource.RLIM_INFINITY else min(most, hard)
+
+    def _held(self) -> int:
+        return int(os.pread(self._statm, 100, 0).split()[0]) * resource.getpagesize()
+
+    def renew(self) -> None:
+        if self._statm >= 0:
+            resource.setrlimit(resource.RLIMIT_AS, (min(self._held() + self._memory, self._hard), self._hard))
 
 
 if __name__ == "__main__":

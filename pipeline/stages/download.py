@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import asynccontextmanager
 from copy import copy
 from dataclasses import dataclass, field, fields
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipeline.fetch import img2dataset_engine
 from pipeline.fetch.client import Client, Limits, tls_context
-from pipeline.fetch.decoder import DecodeMode, EncodeFormat, HashType, Picture, ResizeMode, Rules, decode_by
+from pipeline.fetch.decoder import DecodeMode, Decoder, EncodeFormat, HashType, Picture, ResizeMode, Rules
 from pipeline.fetch.deny import DenyList
 from pipeline.fetch.guard import parse_addr
 from pipeline.fetch.hosts import Exchange, Manners
@@ -126,8 +126,9 @@ class Download(Stage):
     """Processes of each worker that decode and encode; the executor starts a worker for each CPU."""
     decode_timeout: float = 10.0
     """Seconds of CPU time that one image may take to decode and encode."""
-    decode_memory: int = 256_000_000
-    """Bytes of memory that one image may take to decode and encode."""
+    decode_memory: int = 200_000_000
+    """Bytes of memory that one image may take to decode and encode: enough for `max_image_area`'s default in most
+    formats, for 33 megapixels of a progressive JPEG in full colour, and for 12 of WebP."""
 
     board: ClassVar[Exchange | None] = None
     """Where workers agree on each host's share; set on the instance by who runs several."""
@@ -221,7 +222,7 @@ class Download(Stage):
         manners = Manners(**{f.name: options[f.name] for f in fields(Manners)})
         rules = Rules(**{f.name: options[f.name] for f in fields(Rules)})
         decoders = Sandbox(
-            partial(decode_by, rules),
+            Decoder(rules),
             processes=self.decode_processes,
             seconds=self.decode_timeout,
             memory=self.decode_memory,

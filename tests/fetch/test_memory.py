@@ -5,31 +5,31 @@ Worker and server are processes of their own; the worker's memory is that of all
 
 from __future__ import annotations
 
+import json
+import math
 import multiprocessing
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow as pa
 import pytest
 
-from pipeline.fetch import client as client_module
-from pipeline.stages.download import Download
 from tests.fetch import process_tree
+from tests.fetch.fetching import AREA, CAP
 from tests.fetch.hostile_images import encoded, smooth
 from tests.fetch.server import JPEG, Answer, Server, answer, flood, jpeg, raw
 
 pytestmark = pytest.mark.skipif(not process_tree.CAN_MEASURE, reason="needs Linux's /proc")
 
 LIMIT = 400_000_000
-CAP = 20_000_000
-AREA = 36_000_000
-SIDE = 6000
-UNIT = 1000
-ROWS_A_HOST = 20
+ROOT = Path(__file__).parents[2]
+SIDE = math.isqrt(AREA)
 SPAWN = multiprocessing.get_context("spawn")
 
 BIG = JPEG + bytes(CAP - len(JPEG))
@@ -76,29 +76,6 @@ class Progress(NamedTuple):
     """How often each path has ended for each reason."""
 
 
-def work(pipe: Connection, port: int, paths: Sequence[str], rows: int) -> None:
-    """Fetches `rows` urls, of `paths` in turn, and reports after each table."""
-    client_module.system_lookup = lambda host: ["127.0.0.1"]
-
-    def units() -> Iterator[pa.Table]:
-        for number in range(0, rows, UNIT):
-            at = range(number, min(rows, number + UNIT))
-            urls = [f"http://host{i // ROWS_A_HOST}.example:{port}/{paths[i % len(paths)]}?{i}" for i in at]
-            places = {"unit": [number // UNIT] * len(at), "row": [i - number for i in at]}
-            yield pa.table({**{k: pa.array(v, pa.int32()) for k, v in places.items()}, "url": pa.array(urls)})
-
-    # Patience, for a busy machine: what is judged here is memory.
-    stage = Download(timeout=100, min_rate=0, max_bytes=CAP, max_image_area=AREA, allow_addrs=[f"127.0.0.1:{port}"])
-    stage.setup()
-    done, reasons = 0, Counter[tuple[str, str | None]]()
-    for table in stage.stream(units()):
-        done += len(table)
-        for url, reason in zip(table["url"].to_pylist(), table["drop_reason"].to_pylist()):
-            reasons[url.rpartition("/")[2].partition("?")[0], reason] += 1
-        pipe.send(Progress(done, reasons))
-    pipe.recv()
-
-
 @contextmanager
 def server(kinds: Sequence[str] = ()) -> Iterator[int]:
     """A server's port."""
@@ -115,23 +92,21 @@ def server(kinds: Sequence[str] = ()) -> Iterator[int]:
 
 def fetch(port: int, paths: Sequence[str], rows: int) -> tuple[Progress, int, list[tuple[int, int]]]:
     """How it ended, the highest memory in bytes, and (rows done, memory) along the way."""
-    ours, theirs = multiprocessing.Pipe()
-    worker = SPAWN.Process(target=work, args=(theirs, port, paths, rows), daemon=False)
-    worker.start()
-    theirs.close()
+    command = [sys.executable, "-m", "tests.fetch.fetching", str(port), str(rows), *paths]
     progress, course, measured = Progress(0, Counter()), [], 0.0
-    try:
-        with process_tree.peak_memory(worker.pid) as peak:
-            while progress.rows < rows:
-                progress = ours.recv()
-                if time.monotonic() - measured > 0.2:
-                    course.append((progress.rows, process_tree.memory(worker.pid)))
-                    measured = time.monotonic()
-        ours.send("that is all")
-        worker.join(30)
-    finally:
-        worker.kill()
-        worker.join()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as worker:
+        try:
+            with process_tree.peak_memory(worker.pid) as peak:
+                while progress.rows < rows:
+                    assert worker.stdout
+                    done, ends = json.loads(worker.stdout.readline())
+                    progress = Progress(done, Counter({(path, reason): count for path, reason, count in ends}))
+                    if time.monotonic() - measured > 0.2:
+                        course.append((progress.rows, process_tree.memory(worker.pid)))
+                        measured = time.monotonic()
+            worker.communicate(timeout=30)
+        finally:
+            worker.kill()
     return progress, peak[0], course
 
 

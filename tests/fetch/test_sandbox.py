@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.fetch.decoder import Rules, decode
+from pipeline.fetch.decoder import Decoder, Rules, decode
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.sandbox import STARTS, Sandbox, SandboxError
+from tests.fetch.hostile_images import smooth
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="what only Linux offers")
 
@@ -288,9 +288,31 @@ def test_decode_gives_the_same_as_in_this_process() -> None:
         return decode(body, rules)
 
     async def run() -> None:
-        async with sandbox(partial(decode, rules=rules), memory=1 << 30) as box:
+        async with sandbox(Decoder(rules), memory=1 << 30) as box:
             found = await asyncio.gather(*(outcome(box(body)) for body in bodies))
         assert found == [await outcome(here(body)) for body in bodies]
         assert {type(one) for one in found} == {tuple, type(decode(bodies[0], rules))}
 
     asyncio.run(run())
+
+
+@linux
+@pytest.mark.parametrize(
+    ("mode", "kind", "options"),
+    [("RGB", "WEBP", {}), ("RGBA", "WEBP", {}), ("RGB", "JPEG", {"subsampling": 0}), ("CMYK", "JPEG", {})],
+    ids=["webp", "webp_alpha", "jpeg", "jpeg_cmyk"],
+)
+def test_a_picture_too_large_for_the_memory_is_not_called_broken(mode: str, kind: str, options: dict[str, Any]) -> None:
+    """These decoders say of both that they have failed; and whatever failed, the next picture has all the memory."""
+    if kind == "JPEG":
+        options = {**options, "progressive": True}
+    large, small = (smooth(side, side, mode, kind, quality=50, **options) for side in (3000, 1000))
+    bodies = [small, large, large[: len(large) // 2], small, small[: len(small) // 2]]
+
+    async def run() -> list[str]:
+        async with sandbox(Decoder(Rules()), processes=1, memory=40_000_000) as box:
+            found = [await outcome(box(body)) for body in bodies]
+        return [one[0] if isinstance(one, tuple) else one.original_format for one in found]
+
+    kept, memory = kind.lower(), "decoder_memory"
+    assert asyncio.run(run()) == [kept, memory, memory, kept, "decode_error"]

@@ -23,7 +23,7 @@ from PIL import Image
 from pipeline.fetch import client as client_module
 from pipeline.fetch import overlap as overlap_module
 from pipeline.fetch.client import Client
-from pipeline.fetch.decoder import Picture, Rules, decode_by
+from pipeline.fetch.decoder import Decoder, Picture
 from pipeline.stages import download as download_module
 from pipeline.stages.download import Download
 from pipeline.step import apply
@@ -240,7 +240,7 @@ def test_a_fault_of_our_own_costs_its_row_alone(server: Server, monkeypatch: pyt
 
 def test_a_decoder_that_is_lost_costs_its_row_alone(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A decoder that dies, hangs, or eats memory on some bodies, among many good ones."""
-    monkeypatch.setattr(download_module, "decode_by", treacherous)
+    monkeypatch.setattr(download_module, "Decoder", Treacherous)
     names = ["ok", "kill", "ok", "hang", "ok", "eat", "ok"] + ["large"] * 60
     out = step(server, decode_timeout=1.0).process(unit([f"{server.url}/{n}" for n in names]))
     reasons = out["drop_reason"].to_pylist()
@@ -248,18 +248,19 @@ def test_a_decoder_that_is_lost_costs_its_row_alone(server: Server, monkeypatch:
     assert set(reasons[7:]) == {None}
 
 
-def treacherous(rules: Rules, body: bytes, *extra: Any) -> Picture:
-    match body[:4]:
-        case b"kill":
-            os.kill(os.getpid(), signal.SIGSEGV)
-        case b"hang":
-            while True:
-                pass
-        case b"eat ":
-            held = []
-            while True:
-                held.append(bytearray(50_000_000))
-    return decode_by(rules, body, *extra)
+class Treacherous(Decoder):
+    def __call__(self, body: bytes, *extra: Any) -> Picture:
+        match body[:4]:
+            case b"kill":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case b"hang":
+                while True:
+                    pass
+            case b"eat ":
+                held = []
+                while True:
+                    held.append(bytearray(50_000_000))
+        return super().__call__(body, *extra)
 
 
 def test_hashes_are_computed_verified_and_denied(server: Server, tmp_path: Path) -> None:
