@@ -47,7 +47,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.model import create, encode_trimmed, open_clip, trim
+from trainer.model import create, encode_trimmed, open_clip, trim, untrimmed
 
 ROOT = Path(__file__).parents[1]
 OPEN_CLIP, WEBDATASET = "open_clip_torch[training]==3.3.0", "webdataset<=0.2.86"
@@ -323,12 +323,15 @@ def show_utilisation(setting: Setting, ours: Outcome, theirs: Outcome, peak_tflo
         print(f"{name}: its peak is not known here; --peak-tflops gives it")
         return
     model, _, tokenizer = create(setting.model, "meta")
-    captions = [sample[1] for sample in sketches(setting.batch, 8)]
-    lengths = {"winnow": trim(model, tokenizer(captions), 8).shape[1], "open_clip_train": model.context_length}
-    for loop, outcome in (("winnow", ours), ("open_clip_train", theirs)):
-        flops = training_flops(setting.model, lengths[loop])
+    tokens = tokenizer([sample[1] for sample in sketches(setting.batch, 8)])
+    for loop, captions, outcome in (
+        ("winnow", trim(model, tokens, 8), ours), ("open_clip_train", untrimmed(tokens), theirs)
+    ):  # fmt: skip
+        flops = sum(len(group) * training_flops(setting.model, group.shape[1]) for group in captions.groups)
+        flops /= setting.batch
+        length = sum(group.numel() for group in captions.groups) / setting.batch
         print(
-            f"{loop}: {flops / 1e9:.1f} GFLOPs per sample at {lengths[loop]} tokens, "
+            f"{loop}: {flops / 1e9:.1f} GFLOPs per sample at {length:.1f} tokens, "
             f"{outcome.rate * flops / (peak * 1e12):.1%} of the {peak} TFLOP/s of {name}"
         )
 
@@ -340,7 +343,7 @@ def training_flops(name: str, tokens: int) -> float:
         pixels, text = torch.empty(2, 3, preprocess.size, preprocess.size), torch.zeros(2, tokens, dtype=torch.long)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model.encode_image(pixels)
-            encode_trimmed(model, text)
+            encode_trimmed(model, untrimmed(text))
     return 3 * counter.get_total_flops() / 2
 
 

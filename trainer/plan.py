@@ -26,6 +26,7 @@ from trainer.model import (
     find_weights,
     lock,
     model_config,
+    untrimmed,
 )
 
 H100_BF16_FLOPS, UTILISATION = 989e12, 0.4
@@ -121,8 +122,8 @@ def _measure(model: Clip, size: int, rows: int, dtype: torch.dtype) -> tuple[flo
         parameter.register_post_accumulate_grad_hook(_forget_gradient)
     with Cost() as cost, _flash_attention():
         pixels = torch.empty(rows, 3, size, size, device="meta", dtype=dtype)
-        tokens = torch.zeros(rows, model.context_length, device="meta", dtype=torch.long)
-        features = model.encode_image(pixels, normalize=True), encode_trimmed(model, tokens, normalize=True)
+        captions = untrimmed(torch.zeros(rows, model.context_length, device="meta", dtype=torch.long))
+        features = model.encode_image(pixels, normalize=True), encode_trimmed(model, captions, normalize=True)
         forward = cost.flops
         learning = [part.sum() for part in features if part.requires_grad]
         torch.autograd.backward(learning)

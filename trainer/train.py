@@ -51,6 +51,7 @@ from trainer.model import (
     ModelError,
     Preprocess,
     Tokenizer,
+    Trimmed,
     checkpoint_activations,
     create,
     encode_trimmed,
@@ -86,10 +87,10 @@ class Towers(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, pixels: Tensor, captions: Trimmed) -> tuple[Tensor, ...]:
         """Unit features of images and texts (B, D) each, the log of the scale and, for SigLIP, the bias."""
         image = self.model.encode_image(pixels, normalize=True)
-        text = encode_trimmed(self.model, tokens, normalize=True)
+        text = encode_trimmed(self.model, captions, normalize=True)
         bias = getattr(self.model, "logit_bias", None)
         return (image, text, self.model.logit_scale.clone(), *([] if bias is None else [bias.clone()]))
 
@@ -183,10 +184,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         pixels = batch.pixels.to(self.device, non_blocking=True)
-        tokens = trim(self.model, batch.tokens, 1 if self.device.type == "cpu" else 8)
-        tokens = tokens.to(self.device, non_blocking=True)
         self.optimizer.zero_grad()
-        result = self.backward(pixels, tokens)
+        result = self.backward(pixels, batch.tokens)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         log_scale = self.model.logit_scale.detach()
@@ -207,7 +206,7 @@ class Run:
         return {"loss": loss, "lr": rate, "temperature": math.exp(-log_scale), "grad_norm": norm}
 
     def backward(self, pixels: Tensor, tokens: Tensor) -> Result:
-        """Leaves the gradient of the batch in the parameters.
+        """Leaves the gradient of the batch in the parameters; `tokens` are those of the loader, not on a GPU yet.
 
         Where a rank's part of it is larger than `micro_batch_size`, by gradient caching (Gao et al. 2021): the features
         of all micro-batches without their activations, the gradient of the loss at these features, then each
@@ -215,7 +214,10 @@ class Run:
         """
         size = self.config.micro_batch_size or self.config.batch_size
         count = -(-self.config.batch_size // self.ranks // size)
-        parts = list(zip(pixels.tensor_split(count), tokens.tensor_split(count)))
+        # A GPU is spared most of the shapes that it would have to plan for.
+        multiple = 1 if self.device.type == "cpu" else 8
+        captions = [trim(self.model, part, multiple).to(self.device) for part in tokens.tensor_split(count)]
+        parts = list(zip(pixels.tensor_split(count), captions))
         if count == 1:
             result = self._loss(self._encode(0, *parts[0]))
             self.scaler.scale(result.loss).backward()
@@ -237,12 +239,12 @@ class Run:
                 torch.autograd.backward([output for output, _ in learning], [at for _, at in learning])
         return result
 
-    def _encode(self, part: int, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    def _encode(self, part: int, pixels: Tensor, captions: Trimmed) -> tuple[Tensor, ...]:
         # Whatever is random in the model is a function of these numbers: nothing to save, and a replay is exact.
         torch.manual_seed(int(mix(self.config.seed, self.step, self.rank, part)[0]))
         dtype = DTYPES[self.config.precision]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            outputs: tuple[Tensor, ...] = self.towers(self.preprocess.normalize(pixels), tokens)
+            outputs: tuple[Tensor, ...] = self.towers(self.preprocess.normalize(pixels), captions)
         return outputs
 
     def _loss(self, outputs: Sequence[Tensor]) -> Result:
