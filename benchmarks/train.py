@@ -15,7 +15,7 @@ What differs, and must be known to read the ratio:
 - Crops: CLIP's is the largest square at a random place. open_clip_train has none such; the nearest is its
   RandomResizedCrop with scale (1, 1), which falls back on the centre of the picture for the shape that we give it.
 - Captions have lengths spread as those of web alt text are. Our loop leaves out padding, exactly; theirs never does.
-- OMP_WAIT_POLICY=PASSIVE, which our trainer sets for itself, is set for open_clip_train as well.
+- What our trainer sets for OpenMP (trainer/__init__.py) is set for open_clip_train as well.
 
 open_clip_train fails on the webdataset that this project uses, so it gets an environment of its own, made once in
 `$XDG_CACHE_HOME/winnow` from the index that pip is configured for; `--peer-python` names one that exists.
@@ -260,7 +260,7 @@ def run(command: list[str], setting: Setting) -> tuple[list[Mark], float]:
     """A training from start to end: a mark for each line about its steps, and the peak MB of its process."""
     # The repository comes by path: the other environment has no winnow.
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": paths, "TERM": "dumb"}
+    environment = os.environ | {"PYTHONPATH": paths, "TERM": "dumb"}  # with OpenMP's variables, from `import trainer`
     process = subprocess.Popen(
         command, cwd=setting.scratch, env=environment, start_new_session=True, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -340,7 +340,7 @@ def _check_folder(path: Path) -> None:
         raise ModelError(f"{path / CONFIG_FILE}: not an open_clip configuration ({error})") from error
 
 
-MOST_GROUPS, LEAST_ROWS = 8, 32
+MOST_GROUPS, LEAST_ROWS = 4, 32
 """Groups of captions of about equal length that a batch is cut into, and rows that each has at least."""
 
 
@@ -387,22 +387,26 @@ def encode_text(model: Clip, tokens: Tensor, normalize: bool = False) -> Tensor:
 
 def encode_trimmed(model: Clip, captions: Trimmed, normalize: bool = False) -> Tensor:
     """Text features (B, embed_dim) of captions as `trim` gives them; on a GPU it waits for nothing."""
-    features = torch.cat([_encode_group(model, group) for group in captions.groups])[captions.places]
+    if not _reads_end_of_text(model):
+        features = torch.cat([model.encode_text(group) for group in captions.groups])
+    else:
+        # The gradient of the embedding is as large as the vocabulary: one for all groups.
+        embedded = model.token_embedding(torch.cat([group.flatten() for group in captions.groups]))
+        parts = embedded.split([group.numel() for group in captions.groups])
+        features = torch.cat([_encode_group(model, *group) for group in zip(captions.groups, parts)])
+        projection = model.text_projection
+        if projection is not None:
+            features = projection(features) if isinstance(projection, nn.Linear) else features @ projection
+    features = features[captions.places]
     return F.normalize(features, dim=-1) if normalize else features
 
 
-def _encode_group(model: Clip, tokens: Tensor) -> Tensor:
-    if not _reads_end_of_text(model):
-        return model.encode_text(tokens)  # type: ignore[no-any-return]
-    length = tokens.shape[1]
+def _encode_group(model: Clip, tokens: Tensor, embedded: Tensor) -> Tensor:
+    rows, length = tokens.shape
     dtype = model.transformer.get_cast_dtype()
-    x = model.token_embedding(tokens).to(dtype) + model.positional_embedding[:length].to(dtype)
+    x = embedded.view(rows, length, -1).to(dtype) + model.positional_embedding[:length].to(dtype)
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
-    x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]
-    projection = model.text_projection
-    if projection is not None:
-        x = projection(x) if isinstance(projection, nn.Linear) else x @ projection
-    return x
+    return x[torch.arange(rows, device=x.device), tokens.argmax(dim=-1)]  # type: ignore[no-any-return]
 
 
 def _reads_end_of_text(model: Clip) -> bool:

@@ -129,7 +129,7 @@ def test_one_long_caption_costs_the_others_no_padding() -> None:
     groups = trim(model, tokens, multiple=8).groups
     assert {group.shape[1] for group in groups} == {8, length}
     assert sum(map(len, groups)) == 256
-    assert sum(group.numel() for group in groups) < 0.4 * tokens.numel()
+    assert sum(group.numel() for group in groups) < 0.5 * tokens.numel()
 
 
 def test_text_that_fills_the_context_is_not_cut() -> None:
