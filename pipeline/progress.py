@@ -27,12 +27,14 @@ class _Bar:
     label: str
     total: int | None
     units: int | None
+    started: float
+    changed: float
     units_done: int = 0
     rows: int = 0
     kept: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
-    changed: float = field(default_factory=time.monotonic)
+    first: tuple[float, int] | None = None
+    """When the first rows came, and how many: before that, workers were starting."""
 
     @property
     def rate(self) -> float:
@@ -40,9 +42,10 @@ class _Bar:
 
     @property
     def eta(self) -> str:
-        if not self.total or not self.rows or self.rows >= self.total:
+        since, rows = self.first or (self.changed, self.rows)
+        if not self.total or self.rows >= self.total or self.rows == rows:
             return ""
-        seconds = int((self.total - self.rows) / self.rate)
+        seconds = int((self.total - self.rows) / (self.rows - rows) * (self.changed - since))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
@@ -93,7 +96,8 @@ class Progress:
     def begin(self, passes: list[tuple[str, int | None]], units: int | None = None) -> None:
         """The passes that start now, with the rows they will see where that is known, over so many units."""
         self.end()
-        self._bars = {label: _Bar(label, total, units) for label, total in passes}
+        now = time.monotonic()
+        self._bars = {label: _Bar(label, total, units, now, now) for label, total in passes}
         if self._console.is_terminal:
             self._live = Live(get_renderable=self._lines, console=self._console, refresh_per_second=4, transient=True)
             self._live.start()
@@ -109,6 +113,8 @@ class Progress:
             bar.kept += kept
             bar.units_done += units
             bar.changed = time.monotonic()
+            if bar.rows and bar.first is None:
+                bar.first = (bar.changed, bar.rows)
             for reason, n in reasons.items():
                 bar.reasons[reason] = bar.reasons.get(reason, 0) + n
             if self._live is None and time.monotonic() - self._told > PLAIN_EVERY:

@@ -83,6 +83,7 @@ class Rules:
     extract_exif: bool = True
     skip_reencode: bool = False
     decode: DecodeMode = "scaled"
+    compute_phash: bool = True
     compute_hash: HashType | None = None
     verify_hash: HashType | None = None
     hash_mismatch: Literal["reject", "flag"] = "reject"
@@ -100,8 +101,9 @@ class Picture:
     original_format: str
     animated: bool
     sha256: str
-    phash: int
-    """imagehash.phash (64 bits, the first bit of its hex string highest) of the picture as it was encoded."""
+    phash: int | None
+    """imagehash.phash (64 bits, the first bit of its hex string highest) of the picture as it was encoded; None where
+    it was not asked for."""
     exif: str | None
     hash: str | None = None
     """The digest that `Rules.compute_hash` asks for."""
@@ -187,7 +189,7 @@ def _decode(body: bytes, rules: Rules, claim: str | None, blur: Sequence[Box]) -
         original_format=kind.lower(),
         animated=animated,
         sha256=hashlib.sha256(body).hexdigest(),
-        phash=phash(pixels),
+        phash=phash(pixels) if rules.compute_phash else None,
         exif=exif,
         hash=hashlib.new(rules.compute_hash, body).hexdigest() if rules.compute_hash else None,
         hash_matches=matches,

@@ -48,7 +48,15 @@ RESIZER_OPTIONS = (
     "max_aspect_ratio",
 )
 DOWNLOADER_OPTIONS = ("timeout", "retries", "extract_exif", "user_agent_token", "disallowed_header_directives")
-OUR_OPTIONS = ("concurrency", "bbox_col", "compute_hash", "verify_hash", "hash_mismatch", "deny_hashes")
+OUR_OPTIONS = (
+    "concurrency",
+    "bbox_col",
+    "compute_phash",
+    "compute_hash",
+    "verify_hash",
+    "hash_mismatch",
+    "deny_hashes",
+)
 Result = tuple[int, "Picture | FetchError"]
 
 # What img2dataset says (urllib's and OpenCV's words, mostly), the first that fits. It has no list of its own.
@@ -244,8 +252,10 @@ class _Writer:
         if kind:
             with contextlib.suppress(Exception), Image.open(io.BytesIO(body), formats=[kind]) as source:
                 animated = bool(getattr(source, "is_animated", False))
-        with Image.open(io.BytesIO(image)) as picture:
-            bits = phash(np.asarray(picture.convert("RGB")))
+        bits = None
+        if self._job["compute_phash"]:
+            with Image.open(io.BytesIO(image)) as picture:
+                bits = phash(np.asarray(picture.convert("RGB")))
         names = ("width", "height", "original_width", "original_height", "sha256", "exif")
         return {name: meta.get(name) for name in names} | {
             "phash": bits,

@@ -76,6 +76,8 @@ class Download(Stage):
     """Longer side / shorter side."""
     extract_exif: bool = True
     """Fill `exif` with the tags as a JSON object of strings."""
+    compute_phash: bool = True
+    """Fill `phash`, which `near_dedup` and `placeholder` can look at; without, decoding takes a tenth less CPU time."""
     compute_hash: HashType | None = None
     """A further hash of the bytes as fetched, in a column of its name; `sha256` is always there."""
     verify_hash: list[str] | None = None
@@ -137,6 +139,8 @@ class Download(Stage):
         further = ([self.bbox_col] if self.bbox_col else []) + (self.verify_hash or [])[:1]
         self.needs = ("url", *further)  # type: ignore[misc]
         self.adds = dict(type(self).adds)  # type: ignore[misc]
+        if not self.compute_phash:
+            del self.adds["phash"]
         if self.compute_hash:
             self.adds[self.compute_hash] = pa.string()
         if self.verify_hash and self.hash_mismatch == "flag":

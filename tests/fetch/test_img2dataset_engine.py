@@ -37,6 +37,7 @@ OPTIONS: dict[str, Any] = {
     "disallowed_header_directives": ["noai"],
     "concurrency": 8,
     "bbox_col": None,
+    "compute_phash": True,
     "compute_hash": None,
     "verify_hash": None,
     "hash_mismatch": "reject",

@@ -283,6 +283,16 @@ def test_hashes_are_computed_verified_and_denied(server: Server, tmp_path: Path)
     assert strict.fingerprint() != before
 
 
+@pytest.mark.parametrize("engine", ["winnow", "img2dataset"])
+def test_a_perceptual_hash_is_there_unless_it_is_not_wanted(server: Server, engine: str) -> None:
+    options = {"engine": engine, "retries": 0}
+    without = step(server, **options, compute_phash=False)
+    assert "phash" not in without.adds
+    (hashed,), bare = (s.process(unit([f"{server.url}/ok"])).to_pylist() for s in (step(server, **options), without))
+    assert bare == [{name: value for name, value in hashed.items() if name != "phash"}]
+    assert hashed["phash"] is not None
+
+
 def test_boxes_of_a_column_are_blurred(server: Server) -> None:
     boxes = [[[0.0, 0.0, 1.0, 1.0]], [], None]
     out = step(server, bbox_col="faces").process(unit([f"{server.url}/large"] * 3, faces=boxes))

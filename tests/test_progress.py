@@ -1,0 +1,26 @@
+"""What a person is told while a run is under way."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from pipeline import progress as progress_module
+from pipeline.progress import PLAIN_EVERY, Progress
+
+
+def test_the_time_left_does_not_count_the_start_of_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
+    out = io.StringIO()
+    progress = Progress(Console(file=out, width=200))
+    progress.begin([("download", 1000)], units=10)
+    for now in (60.0, 61 + PLAIN_EVERY):  # noqa: B007 (the clock reads it)
+        progress.add("download", 100, 90, {"http_404": 10}, units=1)
+    progress.end()
+    first, second, last = out.getvalue().splitlines()[1:]
+    assert first == "download: 100/1,000 rows, 1/10 units, 2/s, kept 90, dropped http_404 10"
+    assert f"eta 0:01:{8 * (1 + PLAIN_EVERY) - 60:02.0f}" in second
+    assert last.startswith("download: 200/1,000 rows, 2/10 units")
