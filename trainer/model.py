@@ -224,15 +224,15 @@ def _checkpointed(block: nn.Module, forward: Callable[[Tensor], Tensor], x: Tens
         return checkpoint(forward, x, use_reentrant=False)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _without_statistics(block)
+        return nullcontext(), without_statistics(block)
 
     return checkpoint(forward, x, use_reentrant=False, context_fn=contexts)
 
 
 @contextmanager
-def _without_statistics(block: nn.Module) -> Iterator[None]:
-    # The second time, batch norms have counted this batch.
-    norms = [norm for norm in block.modules() if isinstance(norm, nn.BatchNorm2d)]
+def without_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norms of `module` normalise by their batch as ever, but do not count it: they see it a second time."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None

@@ -58,6 +58,7 @@ from trainer.model import (
     lock,
     model_config,
     trim,
+    without_statistics,
 )
 from trainer.order import mix
 from trainer.plan import plan
@@ -222,7 +223,7 @@ class Run:
             result = self._loss(self._encode(0, *parts[0]))
             self.scaler.scale(result.loss).backward()
             return result
-        with torch.no_grad():
+        with torch.no_grad(), without_statistics(self.model):
             cached = [self._encode(i, *part) for i, part in enumerate(parts)]
         image, text, *_ = zip(*cached)
         outputs = [v.requires_grad_() for v in (torch.cat(image), torch.cat(text), *cached[0][2:])]

@@ -206,6 +206,15 @@ def test_gradient_caching_has_the_gradient_of_the_large_batch(make_run: Callable
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_gradient_caching_counts_a_batch_once_in_batch_norms(make_run: Callable[..., train.Run]) -> None:
+    run = make_run(model="tiny-rn-64", micro_batch_size=4)
+    batch = run.batches[0]
+    run.backward(batch.pixels, batch.tokens)
+    counted = {name: int(value) for name, value in run.model.named_buffers() if "num_batches" in name}
+    assert counted
+    assert set(counted.values()) == {-(-run.config.batch_size // 4)}
+
+
 def test_gradient_caching_replays_what_is_random(make_run: Callable[..., train.Run]) -> None:
     run = make_run(micro_batch_size=3, grad_checkpointing="true")
     run.model.visual.patch_dropout = open_clip.transformer.PatchDropout(0.5)
