@@ -117,7 +117,7 @@ def test_a_checkpoint_is_not_resumed_on_other_data_nor_overwritten(
     other = write_shards(tmp_path / "shards", samples(40))
     assert train.main(words(other, reference)) == 2
     assert "not the data" in capsys.readouterr().err
-    assert train.main(words(shards, reference, resume="none")) == 2
+    assert train.main([*words(shards, reference), "--resume", "none"]) == 2
     assert "resume=latest" in capsys.readouterr().err
 
 
