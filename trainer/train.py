@@ -459,7 +459,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("conf", help="a YAML file such as conf/train_demo.yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replaces a value of the file")
     parser.add_argument("--plan", action="store_true", help="print steps, FLOPs, memory and GPU-hours, and stop")
-    parser.add_argument("--resume", metavar="latest", help="the same as resume=latest, the default (or none, or a path)")
+    parser.add_argument("--resume", metavar="latest", help="as resume=latest, the default (or none, or a path)")
     args = parser.parse_args(argv)
     try:
         config = load_config(args.conf, args.overrides + ([f"resume={args.resume}"] if args.resume else []))
