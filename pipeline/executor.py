@@ -318,13 +318,16 @@ def _map(recipe: Recipe, passes: list[Pass], chain: list[int], units: int, progr
         gpu = gpus > 0 and any(getattr(step, "gpu", False) for step in passes[i].steps)
         most = max(1, min(int(gpus), recipe.workers or int(gpus)) if gpu else width)
         if i in actors:
+            # All that fit beside the other pools: Ray Data adds to a pool only when it has seen it busy for a while.
+            room = most if gpu else int(cpus / share / len(actors))
+            first = max(1, min(most, room, len(blocks)))
             boards = _boards(passes[i]) if most > 1 else {}
             held.append(boards)
             data = data.map_batches(
                 _Worker,  # type: ignore[arg-type]
                 fn_constructor_args=(passes, i, progress.remote, boards),
                 batch_size=None,
-                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=first),
                 num_cpus=0 if gpu else share,
                 num_gpus=1 if gpu else 0,
             )
