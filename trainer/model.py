@@ -251,10 +251,11 @@ class _Packed(NamedTuple):
 
 
 def _attend_our_way(model: Clip) -> None:
+    masked = getattr(model, "attn_mask", None) is not None  # some text towers look ahead (CLIPA's)
     for tower in (model.visual, getattr(model, "transformer", None)):
         for module in tower.modules() if tower is not None else ():
             if isinstance(module, open_clip.transformer.ResidualAttentionBlock):
-                module.attention = partial(_attend, module.attn, tower is not model.visual)
+                module.attention = partial(_attend, module.attn, masked and tower is not model.visual)
 
 
 def _attend(

@@ -132,6 +132,19 @@ def test_one_long_caption_costs_the_others_no_padding() -> None:
     assert sum(group.numel() for group in groups) < 0.5 * tokens.numel()
 
 
+def test_a_text_tower_that_looks_ahead_goes_on_doing_so(tmp_path: Path) -> None:
+    config = open_clip.get_model_config("scorer-64")
+    config["text_cfg"]["no_causal_mask"] = True  # as CLIPA's
+    (tmp_path / "ahead-64.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    model, _, tokenizer = create("ahead-64")
+    plain = open_clip.create_model("ahead-64")
+    plain.load_state_dict(model.state_dict())
+    tokens = tokenizer(["a cat", "three blue circles above a large green triangle"])
+    with torch.no_grad():
+        assert torch.allclose(encode_text(model.eval(), tokens), plain.eval().encode_text(tokens), atol=1e-5)
+
+
 def test_text_that_fills_the_context_is_not_cut() -> None:
     model, _, tokenizer = create("scorer-64")
     tokens = tokenizer(["word " * 100])
