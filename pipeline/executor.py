@@ -1,42 +1,29 @@
-"""Runs the passes of a recipe on Ray.
+"""Runs the passes of a recipe, one after the other or, where they go from unit to unit, side by side.
 
-Ray Data streams unit handles, never rows: its executor gives scheduling, actor pools, retries and back-pressure, and
-neighbouring passes overlap. What a worker does with a unit is `passes.run_pass`; what was done is in the unit's commit
-record, so a driver or a worker may die at any moment and the next attempt goes on from the records.
+Nothing here holds rows: what a worker does with a unit is `passes.run_pass`, and how it gets the unit is `crew`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
-import logging
-import os
 import secrets
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-import ray.data
 
-from pipeline import ingest, isolation, pool
-from pipeline.fetch.hosts import Ask, Board, Grant
-from pipeline.fetch.outage import OutageError
+from pipeline import crew, ingest, pool
 from pipeline.ledger import BooksError, Funnel, Line
-from pipeline.passes import Pass, alive, read_unit, run_pass, unit_drops
+from pipeline.passes import Pass, alive, read_unit, unit_drops
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.schema import DROP, POSITION
-from pipeline.stages.download import Download
 from pipeline.stages.write_shards import WriteShards
-from pipeline.step import Filter, Step, drops_table
+from pipeline.step import Filter, drops_table
 from pipeline.storage import Store
 
 if TYPE_CHECKING:
@@ -53,57 +40,6 @@ class Outcome:
     funnel: Funnel
     reused: list[str]
     """The labels of the passes that were found complete, in order."""
-
-
-def start_ray(workers: int | None) -> None:
-    """Joins the cluster that RAY_ADDRESS names (as under `ray job submit`), or starts Ray on this machine."""
-    address = os.environ.get("RAY_ADDRESS")
-    debug = bool(os.environ.get("WINNOW_DEBUG"))
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": debug}
-    if address:
-        options["address"] = address
-    else:
-        store_bytes = 1 << 30  # only unit handles and columns of barriers go through it, and it spills
-        cpus = max(workers or os.cpu_count() or 1, 1)
-        options |= {
-            "address": "local",
-            "num_cpus": cpus,
-            "include_dashboard": False,
-            "object_store_memory": store_bytes,
-        }
-    with contextlib.nullcontext() if debug else _quiet_core():
-        ray.init(**options)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # What Ray Data tells about its internals is not for the people who curate data; an error reaches them by its cause.
-    # Only now: importing ray.data sets its loggers up.
-    for handler in logging.getLogger("ray.data").handlers:
-        if not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.INFO if debug else logging.CRITICAL)
-
-
-@contextlib.contextmanager
-def _quiet_core() -> Iterator[None]:
-    """Ray's core warns about each actor pool of Ray Data, and announces the level that would silence it: neither helps.
-
-    A failure to start is raised, not only logged, so nothing is lost.
-    """
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def stop_ray() -> None:
-    """Leaves the cluster; ends the Ray that `start_ray` started."""
-    ray.shutdown()
 
 
 def execute(recipe: Recipe, passes: list[Pass], types: dict[str, pa.DataType], progress: Progress) -> Outcome:
@@ -149,7 +85,7 @@ def write_books(recipe: Recipe, passes: list[Pass], outcome: Outcome, units: int
         for number in numbers:
             yield _export_drops(store, passes, number, range(number * group, min(units, (number + 1) * group)))
 
-    rows = sum(record["rows"] for record in _over(groups, export))
+    rows = sum(record["rows"] for record in crew.over(groups, export))
     keep = {f"{number:05d}.parquet" for number in groups}
     for name in store.names("drops"):
         if name not in keep:
@@ -199,7 +135,7 @@ def _ingest(recipe: Recipe, p: Pass, types: dict[str, pa.DataType], progress: Pr
             for i in batch:
                 yield {"rows": pool.count(splits[i])}
 
-        rows = sum(record["rows"] for record in _over(numbers, count))
+        rows = sum(record["rows"] for record in crew.over(numbers, count))
         units = ingest.unit_count(rows, recipe.unit_rows)
         plan = {"rows": rows, "units": units, "parts": ingest.partition_count(rows, units)}
         p.store.create("plan.json", json.dumps(plan).encode())
@@ -218,10 +154,10 @@ def _ingest(recipe: Recipe, p: Pass, types: dict[str, pa.DataType], progress: Pr
             yield from ingest.gather(p, part, len(splits), types, units, parts)
 
     started = time.perf_counter()
-    for _ in _over(numbers, scatter):
+    for _ in crew.over(numbers, scatter):
         pass
     funnel = _empty_funnel(p)
-    for record in _over(range(parts), gather):
+    for record in crew.over(range(parts), gather):
         unit_funnel = Funnel.from_json(record["funnel"])
         funnel.add(unit_funnel)
         progress.add(p.label, record["rows_in"], record["kept"], unit_funnel.lines[p.label].dropped, units=1)
@@ -237,158 +173,19 @@ def _ingest(recipe: Recipe, p: Pass, types: dict[str, pa.DataType], progress: Pr
 # --- Passes over units ------------------------------------------------------------------------------------------------
 
 
-class _RemoteBoard:
-    """The pass's one board of hosts, which lives in an actor, as the client of a worker sees it."""
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-
-    async def exchange(self, worker: str, asks: dict[str, Ask]) -> dict[str, Grant]:
-        grants: dict[str, Grant] = await self._actor.exchange.remote(worker, asks)
-        return grants
-
-
-class _Worker:
-    """A worker of an actor pool: the steps of its pass are set up once."""
-
-    def __init__(self, passes: list[Pass], index: int, progress: Any, boards: dict[int, Any]) -> None:
-        self._passes, self._index, self._progress = passes, index, progress
-        for number, step in enumerate(passes[index].steps):
-            if isinstance(step, Download) and number in boards:
-                step.board = _RemoteBoard(boards[number])  # type: ignore[misc]
-            step.setup()
-        # What is loaded by now stays; the collector took a sixth of a fetching worker's time looking at it.
-        gc.collect()
-        gc.freeze()
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, list[Any]]]:
-        yield from _work(batch, self._passes, self._index, self._progress)
-
-
-def _work(
-    batch: dict[str, np.ndarray], passes: list[Pass], index: int, progress: Any
-) -> Iterator[dict[str, list[Any]]]:
-    """Runs one pass over a block of units; a row out per unit, as it is committed, with the records so far."""
-    p = passes[index]
-    earlier = dict(zip(batch["unit"].tolist(), batch["records"].tolist()))
-    report = _Reporter(progress, p.label)
-
-    def out(record: dict[str, Any]) -> dict[str, list[Any]]:
-        return {"unit": [record["unit"]], "records": [earlier[record["unit"]] + json.dumps(record) + "\n"]}
-
-    todo = []
-    for unit in earlier:
-        record = p.record(unit)
-        if record is None:
-            todo.append(unit)
-            continue
-        report(record["rows_in"], record["kept"], _reasons(record), units=1)
-        yield out(record)
-    hopeless = [unit for unit in todo if isolation.attempt(p, unit) > isolation.ATTEMPTS]
-    fresh = [unit for unit in todo if unit not in hopeless]
-    try:
-        for record in run_pass(passes, index, fresh, report):
-            report(0, 0, {}, units=1)
-            yield out(record)
-    except OutageError:
-        isolation.forgive(p, fresh)
-        raise
-    for unit in hopeless:
-        record = isolation.run_isolated(passes, index, unit)
-        report(record["rows_in"], record["kept"], _reasons(record), units=1)
-        yield out(record)
-    report.flush()
-
-
 def _map(recipe: Recipe, passes: list[Pass], chain: list[int], units: int, progress: Progress) -> None:
     """Streams all units through neighbouring passes: while one downloads, the one before it is scored."""
     rows = _funnel(passes[chain[0] - 1]).kept
     progress.begin([(passes[i].label, rows if i == chain[0] else None) for i in chain], units)
-    cpus, gpus = ray.cluster_resources().get("CPU", 1.0), ray.cluster_resources().get("GPU", 0.0)
-    width = min(recipe.workers or int(cpus), int(cpus)) or 1
-    actors = [i for i in chain if _has_setup(passes[i])]
-    # Every actor pool must be able to hold an actor, beside a task where there are tasks; else they wait for ever.
-    share = min(1.0, cpus / max(1.0, len(actors) + 0.5 * (len(actors) < len(chain))))
-    blocks = np.array_split(np.arange(units), min(units, max(width * 4, units // 8)))
-    data: ray.data.Dataset = ray.data.from_arrow(
-        [pa.table({"unit": block, "records": [""] * len(block)}) for block in blocks]
-    )
-    held = []  # an actor lives as long as someone here knows it
-    for i in chain:
-        gpu = gpus > 0 and any(getattr(step, "gpu", False) for step in passes[i].steps)
-        most = max(1, min(int(gpus), recipe.workers or int(gpus)) if gpu else width)
-        if i in actors:
-            # All that fit beside the other pools: Ray Data adds to a pool only when it has seen it busy for a while.
-            room = most if gpu else int(cpus / share / len(actors))
-            first = max(1, min(most, room, len(blocks)))
-            boards = _boards(passes[i]) if most > 1 else {}
-            held.append(boards)
-            data = data.map_batches(
-                _Worker,  # type: ignore[arg-type]
-                fn_constructor_args=(passes, i, progress.remote, boards),
-                batch_size=None,
-                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=first),
-                num_cpus=0 if gpu else share,
-                num_gpus=1 if gpu else 0,
-            )
-        else:
-            data = data.map_batches(
-                _work,  # type: ignore[arg-type]
-                fn_args=(passes, i, progress.remote),
-                batch_size=None,
-                compute=ray.data.TaskPoolStrategy(size=most),
-                num_cpus=share / 2,
-            )
     funnels = {i: _empty_funnel(passes[i]) for i in chain}
-    for batch in data.iter_batches(batch_size=None, prefetch_batches=1):
-        for lines in batch["records"].tolist():
-            for i, line in zip(chain, lines.splitlines(), strict=True):
-                funnels[i].add(Funnel.from_json(json.loads(line)["funnel"]))
+    for i, advance in crew.stream(passes, chain, units, recipe.workers):
+        progress.add(passes[i].label, advance.rows, advance.kept, advance.reasons, units=len(advance.records))
+        for record in advance.records:
+            funnels[i].add(Funnel.from_json(record["funnel"]))
     for i in chain:
         if funnels[i].rows_in != (rows if i == chain[0] else funnels[i - 1].kept):
             raise BooksError(f"{passes[i].label}: {rows:,} rows were due, {funnels[i].rows_in:,} came")
         _finish(passes[i], funnels[i])
-
-
-def _boards(p: Pass) -> dict[int, Any]:
-    """An actor for each step whose workers must agree about hosts, by the step's number."""
-    actor = ray.remote(num_cpus=0, max_restarts=-1)(Board)
-    return {n: actor.remote(step.per_host) for n, step in enumerate(p.steps) if isinstance(step, Download)}
-
-
-def _has_setup(p: Pass) -> bool:
-    return any(type(step).setup is not Step.setup for step in p.steps)
-
-
-def _reasons(record: dict[str, Any]) -> dict[str, int]:
-    total = Funnel.from_json(record["funnel"])
-    return {reason: n for line in total.lines.values() for reason, n in line.dropped.items()}
-
-
-class _Reporter:
-    """Passes progress on from a worker, a few times a second at most."""
-
-    def __init__(self, progress: Any, label: str) -> None:
-        self._progress, self._label = progress, label
-        self._rows = self._kept = self._units = 0
-        self._reasons: dict[str, int] = {}
-        self._sent = time.monotonic()
-
-    def __call__(self, rows: int, kept: int, reasons: dict[str, int], units: int = 0) -> None:
-        self._rows += rows
-        self._kept += kept
-        self._units += units
-        for reason, n in reasons.items():
-            self._reasons[reason] = self._reasons.get(reason, 0) + n
-        if time.monotonic() - self._sent > 0.5:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._progress is not None:
-            self._progress.add.remote(self._label, self._rows, self._kept, self._reasons, self._units)
-        self._rows = self._kept = self._units = 0
-        self._reasons = {}
-        self._sent = time.monotonic()
 
 
 # --- Barriers ---------------------------------------------------------------------------------------------------------
@@ -494,7 +291,7 @@ def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress:
             yield {"unit": unit, "rows": len(alive(before, unit))}
 
     sizes = np.zeros(units, np.int64)
-    for record in _over(range(units), count, at_once=64):
+    for record in crew.over(range(units), count, at_once=64):
         sizes[record["unit"]] = record["rows"]
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if units else 0
@@ -514,7 +311,7 @@ def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress:
 
     started = time.perf_counter()
     records: list[dict[str, Any]] = []
-    for record in _over(range(shards), write):
+    for record in crew.over(range(shards), write):
         records.append(record)
         progress.add(p.label, record["samples"], record["samples"], {})
     kept = sum(record["samples"] for record in records)
@@ -526,7 +323,12 @@ def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress:
         files = {"0": name}
     line = Line(total, {"last_shard_short": tail} if tail else {}, time.perf_counter() - started)
     records.sort(key=lambda record: record["name"])
-    ray.get(ray.remote(WriteShards.finish).remote(step, store.folder("shards"), recipe.name, records))
+
+    def finish(_: Sequence[int]) -> Iterator[dict[str, Any]]:
+        step.finish(store.folder("shards"), recipe.name, records)
+        yield {}
+
+    list(crew.over([0], finish))  # not here: it holds the uids of all samples
     _finish(p, Funnel({p.label: line}), files=files, units_per_file=max(1, units))
 
 
@@ -561,27 +363,3 @@ def _export_drops(store: Store, passes: list[Pass], number: int, units: range) -
             writer.write_table(table)
             rows += len(table)
     return {"rows": rows}
-
-
-# --- Ray --------------------------------------------------------------------------------------------------------------
-
-
-def _over(
-    items: Sequence[int], work: Callable[[Sequence[int]], Iterable[dict[str, Any]]], at_once: int = 1
-) -> Iterator[dict[str, Any]]:
-    """Hands numbers to `work` on the cluster, `at_once` a task; yields the records that come back, in any order.
-
-    Plain tasks, which Ray tries again when a worker dies: what is too small to stream needs no stream.
-    """
-
-    @ray.remote(num_cpus=1)
-    def task(numbers: Sequence[int]) -> list[dict[str, Any]]:
-        return list(work(numbers))
-
-    starts = iter(range(0, len(items), at_once))
-    window = 2 * int(ray.cluster_resources().get("CPU", 1)) + 2
-    running = [task.remote(items[i : i + at_once]) for i in islice(starts, window)]
-    while running:
-        (done,), running = ray.wait(running, num_returns=1)
-        running += [task.remote(items[i : i + at_once]) for i in islice(starts, 1)]
-        yield from ray.get(done)

@@ -186,16 +186,46 @@ def unit_drops(p: Pass, unit: int) -> pa.Table:
     return barrier_drops(p, unit) if p.kind in ("barrier", "write") else _drops(p, _must(p, unit))
 
 
+@dataclass
+class Advance:
+    """How far a pass has come since the last such account."""
+
+    rows: int = 0
+    """Rows that it is done with, those that it kept among them."""
+    kept: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    """Of the others, so many by reason."""
+    records: list[dict[str, Any]] = field(default_factory=list)
+    """Of the units that were committed."""
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Advance:
+        """A whole unit."""
+        total = Funnel.from_json(record["funnel"])
+        reasons = [(reason, n) for line in total.lines.values() for reason, n in line.dropped.items()]
+        return cls(record["rows_in"], record["kept"], records=[record]).dropped(reasons)
+
+    def dropped(self, reasons: Iterable[tuple[str, int]]) -> Advance:
+        for reason, n in reasons:
+            self.reasons[reason] = self.reasons.get(reason, 0) + n
+        return self
+
+    def __iadd__(self, other: Advance) -> Advance:
+        self.rows += other.rows
+        self.kept += other.kept
+        self.records += other.records
+        return self.dropped(other.reasons.items())
+
+
 def run_pass(
     passes: Sequence[Pass],
     index: int,
     units: Iterable[int],
-    progress: Callable[[int, int, dict[str, int]], None] = lambda rows, kept, reasons: None,
     rows: np.ndarray | None = None,
     crashers: np.ndarray | None = None,
     commit: bool = True,
-) -> Iterator[dict[str, Any]]:
-    """Runs a pass over units as one stream of batches and commits each as its last row comes out; yields the records.
+) -> Iterator[Advance]:
+    """Runs a pass over units as one stream of batches and commits each unit as its last row comes out.
 
     Steps see rows of the next unit while stragglers of this one are still under way. `rows` restricts a single unit to
     some of its rows and `crashers` are dropped without being touched: see `pipeline.isolation`.
@@ -203,6 +233,7 @@ def run_pass(
     p, before = passes[index], passes[:index]
     columns = source_columns(p)
     writers: dict[int, UnitWriter] = {}
+    advance = Advance()
     clock = dict.fromkeys(["", *p.labels], 0.0)
 
     def source() -> Iterator[pa.Table]:
@@ -222,8 +253,8 @@ def run_pass(
         if len(drops):
             for unit in drops["unit"].unique().to_pylist():
                 writers[unit].drop(drops.filter(pa.compute.equal(drops["unit"], unit)))
-            reasons = drops["reason"].value_counts()
-            progress(len(drops), 0, {r["values"]: r["counts"] for r in reasons.to_pylist()})
+            advance.rows += len(drops)
+            advance.dropped((r["values"], r["counts"]) for r in drops["reason"].value_counts().to_pylist())
 
     stream: Iterator[pa.Table] = _timed(source(), clock, "")
     for step in p.steps:
@@ -243,9 +274,13 @@ def run_pass(
             for unit in batch["unit"].unique().to_pylist():
                 part = batch if len(writers) == 1 else batch.filter(pa.compute.equal(batch["unit"], unit))
                 writers[unit].add(part)
-            progress(len(batch), len(batch), {})
-            yield from finished()
-        yield from finished()
+            advance.rows += len(batch)
+            advance.kept += len(batch)
+            advance.records += finished()
+            yield advance
+            advance = Advance()
+        advance.records += finished()
+        yield advance
         for unit, writer in writers.items():
             raise RuntimeError(f"{' + '.join(p.labels)} lost {writer.missing:,} rows of unit {unit}")
     finally:

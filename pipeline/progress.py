@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
-import ray
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -49,26 +45,6 @@ class _Bar:
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
-@ray.remote(num_cpus=0)
-class _Board:
-    """Where workers report; the driver looks from time to time."""
-
-    def __init__(self) -> None:
-        self._events: dict[str, list[Any]] = {}
-
-    def add(self, label: str, rows: int, kept: int, reasons: dict[str, int], units: int = 0) -> None:
-        event = self._events.setdefault(label, [0, 0, {}, 0])
-        event[0] += rows
-        event[1] += kept
-        event[3] += units
-        for reason, n in reasons.items():
-            event[2][reason] = event[2].get(reason, 0) + n
-
-    def take(self) -> dict[str, list[Any]]:
-        events, self._events = self._events, {}
-        return events
-
-
 class Progress:
     """Shows rows, rows a second, kept and dropped by reason for the passes under way."""
 
@@ -77,21 +53,6 @@ class Progress:
         self._bars: dict[str, _Bar] = {}
         self._live: Live | None = None
         self._told = time.monotonic()
-        self._lock = threading.RLock()
-        self._closed = threading.Event()
-        self.remote: Any = None
-        """The actor that workers report to; set by `connect` once Ray is up."""
-
-    def connect(self) -> None:
-        """Starts to listen to the workers, twice a second."""
-        self.remote = _Board.remote()  # type: ignore[attr-defined]
-
-        def listen() -> None:
-            while not self._closed.wait(0.5):
-                with contextlib.suppress(Exception):  # Ray going down under us is not ours to report
-                    self._take()
-
-        threading.Thread(target=listen, daemon=True).start()
 
     def begin(self, passes: list[tuple[str, int | None]], units: int | None = None) -> None:
         """The passes that start now, with the rows they will see where that is known, over so many units."""
@@ -105,46 +66,31 @@ class Progress:
             self._console.print(f"{' → '.join(self._bars)} …")
 
     def add(self, label: str, rows: int, kept: int, reasons: dict[str, int], units: int = 0) -> None:
-        with self._lock:
-            bar = self._bars.get(label)
-            if bar is None:
-                return
-            bar.rows += rows
-            bar.kept += kept
-            bar.units_done += units
-            bar.changed = time.monotonic()
-            if bar.rows and bar.first is None:
-                bar.first = (bar.changed, bar.rows)
-            for reason, n in reasons.items():
-                bar.reasons[reason] = bar.reasons.get(reason, 0) + n
-            if self._live is None and time.monotonic() - self._told > PLAIN_EVERY:
-                self._told = time.monotonic()
-                for under_way in self._bars.values():
-                    if under_way.rows and under_way.rows != under_way.total:
-                        self._console.print(_line(under_way), highlight=False)
+        bar = self._bars.get(label)
+        if bar is None:
+            return
+        bar.rows += rows
+        bar.kept += kept
+        bar.units_done += units
+        bar.changed = time.monotonic()
+        if bar.rows and bar.first is None:
+            bar.first = (bar.changed, bar.rows)
+        for reason, n in reasons.items():
+            bar.reasons[reason] = bar.reasons.get(reason, 0) + n
+        if self._live is None and time.monotonic() - self._told > PLAIN_EVERY:
+            self._told = time.monotonic()
+            for under_way in self._bars.values():
+                if under_way.rows and under_way.rows != under_way.total:
+                    self._console.print(_line(under_way), highlight=False)
 
     def end(self) -> None:
         """The passes under way are done: leaves a plain line for each."""
-        self._take()
-        with self._lock:
-            if self._live is not None:
-                self._live.stop()
-                self._live = None
-            for bar in self._bars.values():
-                self._console.print(_line(bar), highlight=False)
-            self._bars = {}
-
-    def close(self) -> None:
-        """Stops listening; before Ray goes down, since asking would start it again."""
-        self.end()
-        with self._lock:
-            self._closed.set()
-
-    def _take(self) -> None:
-        with self._lock:
-            if self.remote is not None and not self._closed.is_set():
-                for label, event in ray.get(self.remote.take.remote()).items():
-                    self.add(label, *event)
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        for bar in self._bars.values():
+            self._console.print(_line(bar), highlight=False)
+        self._bars = {}
 
     def _lines(self) -> Group:
         """A line per pass under way; what does not fit, the rarer reasons, is cut off."""

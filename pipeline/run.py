@@ -92,19 +92,18 @@ def _run(console: Console, checked: Recipe) -> int:
     _claim(checked, passes)
     _adopt(checked, passes)
 
-    from pipeline import executor
+    from pipeline import crew, executor
     from pipeline.progress import Progress, print_funnel
 
     started = time.monotonic()
-    executor.start_ray(checked.workers)
+    crew.start_ray(checked.workers)
     progress = Progress(console)
-    progress.connect()
     try:
         outcome = executor.execute(checked, passes, types, progress)
         dropped = executor.write_books(checked, passes, outcome, executor.unit_total(passes))
     finally:
-        progress.close()
-        executor.stop_ray()
+        progress.end()
+        crew.stop_ray()
     shards = passes[-1].kind == "write"
     if shards:
         Store(checked.run).write("shards/_SUCCESS", b"")
@@ -230,8 +229,7 @@ def _explain(error: BaseException, checked: Recipe) -> str:
         if not isinstance(deeper, BaseException) or deeper is cause:
             break
         cause = deeper
-    # Ray Data appends advice on its own retries to the message.
-    said = str(cause).replace("\\n", "\n").split("\nFailed to apply UDF")[0].strip() or type(cause).__name__
+    said = str(cause).strip() or type(cause).__name__
     if getattr(cause, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
         return f"the disk of {checked.run} is full; what was committed stays. Make room and give the same command again"
     if isinstance(cause, BooksError):

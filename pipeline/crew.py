@@ -1,0 +1,302 @@
+"""Workers on Ray, and how units get to them.
+
+Only the numbers of units and small accounts of what became of them travel; what a unit holds goes through the run's
+storage. A driver or a worker may die at any moment: what counts is in the units' commit records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import queue
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from pipeline import isolation
+from pipeline.fetch.hosts import Ask, Board, Grant
+from pipeline.fetch.outage import OutageError
+from pipeline.passes import Advance, Pass, run_pass
+from pipeline.stages.download import Download
+
+AHEAD = 4
+"""Units that a worker has at most: one runs out, one is at work, and the next are there when it has room for them."""
+TELL_EVERY = 0.5
+"""Seconds between two accounts of a worker in the middle of a unit."""
+STARTS = 3
+"""Workers of a crew in a row that die before they are ready: one may be bad luck, this many are not."""
+
+
+def start_ray(workers: int | None) -> None:
+    """Joins the cluster that RAY_ADDRESS names (as under `ray job submit`), or starts Ray on this machine."""
+    address = os.environ.get("RAY_ADDRESS")
+    debug = bool(os.environ.get("WINNOW_DEBUG"))
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": debug}
+    if address:
+        options["address"] = address
+    else:
+        store_bytes = 1 << 30  # only columns of barriers go through it, and it spills
+        cpus = max(workers or os.cpu_count() or 1, 1)
+        options |= {
+            "address": "local",
+            "num_cpus": cpus,
+            "include_dashboard": False,
+            "object_store_memory": store_bytes,
+        }
+    with contextlib.nullcontext() if debug else _quiet_core():
+        ray.init(**options)
+
+
+@contextlib.contextmanager
+def _quiet_core() -> Iterator[None]:
+    """Ray's core announces on stderr how it could be silenced.
+
+    A failure to start is raised, not only logged, so nothing is lost.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def stop_ray() -> None:
+    """Leaves the cluster; ends the Ray that `start_ray` started."""
+    ray.shutdown()
+
+
+def over(
+    items: Sequence[int], work: Callable[[Sequence[int]], Iterable[dict[str, Any]]], at_once: int = 1
+) -> Iterator[dict[str, Any]]:
+    """Hands numbers to `work` on the cluster, `at_once` a task; yields the records that come back, in any order.
+
+    For pure functions with nothing to set up; Ray tries them again when a worker dies.
+    """
+
+    @ray.remote(num_cpus=1)
+    def task(numbers: Sequence[int]) -> list[dict[str, Any]]:
+        return list(work(numbers))
+
+    starts = iter(range(0, len(items), at_once))
+    window = 2 * int(ray.cluster_resources().get("CPU", 1)) + 2
+    running = [task.remote(items[i : i + at_once]) for i in islice(starts, window)]
+    while running:
+        (done,), running = ray.wait(running, num_returns=1)
+        running += [task.remote(items[i : i + at_once]) for i in islice(starts, 1)]
+        yield from ray.get(done)
+
+
+def stream(passes: list[Pass], chain: Sequence[int], units: int, workers: int | None) -> Iterator[tuple[int, Advance]]:
+    """Sends units 0 … `units` − 1 through neighbouring passes, each of which has a crew of its own: while one downloads
+    a unit, the next scores those that are done. Yields the numbers of passes and what has gone on there.
+    """
+    cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
+    width = max(1, min(workers or cpus, cpus))
+    wants_gpu = {i: gpus > 0 and any(getattr(step, "gpu", False) for step in passes[i].steps) for i in chain}
+    # All crews must fit beside each other, or one would wait for the end of another.
+    share = 1 / max(1, sum(not wants for wants in wants_gpu.values()))
+    crews = []
+    for i in chain:
+        most = min(units, max(1, min(workers or gpus, gpus))) if wants_gpu[i] else min(units, width)
+        crews.append(_Crew(passes, i, most, num_cpus=0 if wants_gpu[i] else share, num_gpus=int(wants_gpu[i])))
+    crews[0].backlog.extend(range(units))
+    left = [units] * len(crews)
+    try:
+        while any(left):
+            for crew in crews:
+                crew.hand_out()
+            runs = [run for crew in crews for run in crew.workers]
+            ray.wait(runs, num_returns=1)
+            ready = set(ray.wait(runs, num_returns=len(runs), timeout=0)[0])
+            for number, crew in enumerate(crews):
+                for run in ready & crew.workers.keys():
+                    advance = crew.hear(run)
+                    for record in advance.records:
+                        left[number] -= 1
+                        if number + 1 < len(crews):
+                            crews[number + 1].backlog.append(record["unit"])
+                    yield crew.index, advance
+                if not left[number]:
+                    crew.dismiss()
+    finally:
+        for crew in crews:
+            crew.dismiss(now=True)
+
+
+class _RemoteBoard:
+    """The pass's one board of hosts, which lives in an actor, as the client of a worker sees it."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    async def exchange(self, worker: str, asks: dict[str, Ask]) -> dict[str, Grant]:
+        grants: dict[str, Grant] = await self._actor.exchange.remote(worker, asks)
+        return grants
+
+
+class _Worker:
+    """Runs one pass over the units that it is given, as one stream as long as the next is there in time."""
+
+    def __init__(self, passes: list[Pass], index: int, boards: dict[int, Any]) -> None:
+        self._passes, self._index, self._boards = passes, index, boards
+        self._inbox: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+
+    def give(self, units: list[int | None]) -> None:
+        """More to do; None: after that, there is no more. Called while `run` runs, in another thread."""
+        for unit in units:
+            self._inbox.put(unit)
+
+    def run(self) -> Iterator[Advance]:
+        """Sets the steps up, says so by an empty account, and works until there is no more."""
+        for number, step in enumerate(self._passes[self._index].steps):
+            if isinstance(step, Download) and number in self._boards:
+                step.board = _RemoteBoard(self._boards[number])  # type: ignore[misc]
+            step.setup()
+        # What is loaded by now stays; the collector took a sixth of a fetching worker's time looking at it.
+        gc.collect()
+        gc.freeze()
+        yield Advance()
+        while (unit := self._inbox.get()) is not None:
+            yield from _thinned(self._stream(unit))
+
+    def _stream(self, first: int) -> Iterator[Advance]:
+        p = self._passes[self._index]
+        taken: list[int] = []
+        found: list[dict[str, Any]] = []
+        hopeless: list[int] = []
+
+        def fresh() -> Iterator[int]:
+            for unit in chain([first], self._arrived()):
+                if (record := p.record(unit)) is not None:
+                    found.append(record)
+                elif isolation.attempt(p, unit) > isolation.ATTEMPTS:
+                    hopeless.append(unit)
+                else:
+                    taken.append(unit)
+                    yield unit
+
+        try:
+            yield from run_pass(self._passes, self._index, fresh())
+        except OutageError:
+            isolation.forgive(p, taken)
+            raise
+        for record in found:
+            yield Advance.of(record)
+        for unit in hopeless:
+            yield Advance.of(isolation.run_isolated(self._passes, self._index, unit))
+
+    def _arrived(self) -> Iterator[int]:
+        """The units that are there by now."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                unit = self._inbox.get_nowait()
+                if unit is None:
+                    self._inbox.put(None)  # for `run` to see
+                    return
+                yield unit
+
+
+def _thinned(advances: Iterable[Advance]) -> Iterator[Advance]:
+    """The same accounts in fewer: finished units at once, the rest a few times a second at most."""
+    held, told = Advance(), time.monotonic()
+    for advance in advances:
+        held += advance
+        if held.records or time.monotonic() - told > TELL_EVERY:
+            yield held
+            held, told = Advance(), time.monotonic()
+    yield held
+
+
+@dataclass
+class _Hand:
+    """The driver's side of one worker."""
+
+    actor: Any
+    units: list[int] = field(default_factory=list)
+    """What it has been given and has not committed, the oldest first."""
+    ready: bool = False
+
+
+class _Crew:
+    """The workers of one pass, as the driver sees them."""
+
+    def __init__(self, passes: list[Pass], index: int, most: int, **resources: float) -> None:
+        self.index = index
+        self.backlog: deque[int] = deque()
+        self.workers: dict[Any, _Hand] = {}
+        """By the stream of what each has to tell."""
+        self._label = passes[index].label
+        self._arguments = (passes, index, _boards(passes[index]) if most > 1 else {})
+        # One thread works, the other one takes what is given. Ray starts nobody anew: whoever does that must know what
+        # was in hand.
+        self._kind = ray.remote(_Worker).options(max_concurrency=2, scheduling_strategy="SPREAD", **resources)  # type: ignore[attr-defined]
+        self._lost = 0
+        for _ in range(most):
+            self._start()
+
+    def _start(self) -> None:
+        actor = self._kind.remote(*self._arguments)
+        self.workers[actor.run.options(num_returns="streaming").remote()] = _Hand(actor)  # type: ignore[union-attr]
+
+    def hand_out(self) -> None:
+        """Gives units to those who have few: at most half of an equal share, so that all end at about the same time."""
+        able = [hand for hand in self.workers.values() if hand.ready]
+        if not self.backlog or not able:
+            return
+        open_units = len(self.backlog) + sum(len(hand.units) for hand in able)
+        most = max(1, min(AHEAD, open_units // (2 * len(able))))
+        for level in range(most):  # the emptiest hands first
+            for hand in able:
+                if len(hand.units) == level and self.backlog:
+                    unit = self.backlog.popleft()
+                    hand.units.append(unit)
+                    hand.actor.give.remote([unit])
+
+    def hear(self, run: Any) -> Advance:
+        """The next that a worker has to tell. Of one that died, the units go to another."""
+        hand = self.workers[run]
+        try:
+            advance: Advance = ray.get(next(run))
+        except (RayActorError, StopIteration) as death:
+            del self.workers[run]
+            self._lost = 0 if hand.ready else self._lost + 1
+            if self._lost == STARTS:
+                raise RuntimeError(
+                    f"{STARTS} workers of {self._label} in a row died before they were ready: is there enough memory?"
+                ) from death
+            self.backlog.extendleft(reversed(hand.units))
+            self._start()
+            return Advance()
+        hand.ready = True
+        for record in advance.records:
+            hand.units.remove(record["unit"])
+        return advance
+
+    def dismiss(self, now: bool = False) -> None:
+        """Lets the workers go; `now`: whatever they have in hand."""
+        for hand in self.workers.values():
+            if now:
+                ray.kill(hand.actor)
+            else:
+                hand.actor.give.remote([None])
+        self.workers = {}
+
+
+def _boards(p: Pass) -> dict[int, Any]:
+    """An actor for each step whose workers must agree about hosts, by the step's number."""
+    actor = ray.remote(num_cpus=0, max_restarts=-1)(Board)
+    return {n: actor.remote(step.per_host) for n, step in enumerate(p.steps) if isinstance(step, Download)}
