@@ -30,7 +30,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import exifread
@@ -162,35 +162,23 @@ def _decode(body: bytes, rules: Rules, claim: str | None, blur: Sequence[Box]) -
         raise FetchError("not_an_image", f"starts with {body[:16]!r}")
     if size := header_size(body, kind):
         _check_size(*size, rules)
-    if kind == "PNG":
-        # Loading skips the checksums of the pixels: damage in the middle of them would come out as noise.
-        with Image.open(io.BytesIO(body), formats=[kind]) as source:
-            source.verify()
-    with _open(body, kind, size) as source:
-        _check_size(source.width, source.height, rules)
-        orientation = _orientation(source)
-        upright = source.size if orientation < 5 else source.size[::-1]
-        plan = plan_resize(upright[0], upright[1], rules)
-        pixels, clean = _pixels(source, body, plan.scaled if orientation < 5 else plan.scaled[::-1], rules)
-        if orientation > 1:
-            pixels = _turn(pixels, orientation)
-        pixels = _resize(pixels, plan, rules, blur)
-        exif = _exif(source, body) if rules.extract_exif else None
-        animated = _is_animated(source)
-    as_it_came = kind == _SAME_FORMAT[rules.encode_format] and clean and not plan.resizes and orientation == 1
-    keep_bytes = rules.skip_reencode and as_it_came and not animated and not blur
+    found = _read_bare(body, kind, rules) or _read(body, kind, size, rules)
+    plan = plan_resize(found.width, found.height, rules)
+    pixels = _resize(found.pixels, plan, rules, blur)
+    as_it_came = kind == _SAME_FORMAT[rules.encode_format] and found.clean and not plan.resizes
+    keep_bytes = rules.skip_reencode and as_it_came and not blur
     return Picture(
         image=body if keep_bytes else _encode(pixels, rules),
         width=pixels.shape[1],
         height=pixels.shape[0],
-        original_width=upright[0],
-        original_height=upright[1],
+        original_width=found.width,
+        original_height=found.height,
         original_bytes=len(body),
         original_format=kind.lower(),
-        animated=animated,
+        animated=found.animated,
         sha256=hashlib.sha256(body).hexdigest(),
         phash=phash(pixels) if rules.compute_phash else None,
-        exif=exif,
+        exif=found.exif if rules.extract_exif else None,
         hash=hashlib.new(rules.compute_hash, body).hexdigest() if rules.compute_hash else None,
         hash_matches=matches,
     )
@@ -248,6 +236,55 @@ def _horizontal_first(width: int, height: int) -> bool | None:
     return next((order for order in (True, False) if np.array_equal(_product(noise, order), wanted)), None)
 
 
+class _Found(NamedTuple):
+    """What a file holds."""
+
+    pixels: np.ndarray
+    """(height, width, 3) RGB, upright; smaller than the picture where a reduced decoding covers the target."""
+    width: int
+    height: int
+    """Of the whole, upright picture."""
+    clean: bool
+    """The pixels are the plain samples of the file: not turned, neither converted from another colour space nor laid on
+    white, and the only ones."""
+    animated: bool
+    exif: str | None
+
+
+def _read_bare(body: bytes, kind: str, rules: Rules) -> _Found | None:
+    """A picture without anything about it, as most are on the web, without Pillow; None where it is not one, or broken.
+
+    Opening a JPEG in Pillow takes a twentieth of the time of decoding it; a WebP as a whole takes twice the time and
+    thrice the memory there, since it might be animated.
+    """
+    size = bare_size(body, kind)
+    if size is None:
+        return None
+    _check_size(*size, rules)
+    target = plan_resize(*size, rules).scaled
+    pixels = _turbo_pixels(body, size, target, rules) if kind == "JPEG" else _webp_pixels(body)
+    return None if pixels is None else _Found(pixels, *size, clean=True, animated=False, exif="{}")
+
+
+def _read(body: bytes, kind: str, size: tuple[int, int] | None, rules: Rules) -> _Found:
+    if kind == "PNG":
+        # Loading skips the checksums of the pixels: damage in the middle of them would come out as noise.
+        with Image.open(io.BytesIO(body), formats=[kind]) as source:
+            source.verify()
+    with _open(body, kind, size) as source:
+        _check_size(source.width, source.height, rules)
+        orientation = _orientation(source)
+        upright = source.size if orientation < 5 else source.size[::-1]
+        target = plan_resize(upright[0], upright[1], rules).scaled
+        pixels, clean = _pixels(source, body, target if orientation < 5 else target[::-1], rules)
+        if orientation > 1:
+            pixels = _turn(pixels, orientation)
+        animated = _is_animated(source)
+        exif = _exif(source, body) if rules.extract_exif else None
+    clean = clean and orientation == 1 and not animated
+    return _Found(pixels, upright[0], upright[1], clean, animated, exif)
+
+
 def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Rules) -> tuple[np.ndarray, bool]:
     """The picture as (height, width, 3) RGB, not yet turned upright; and whether these are the plain samples of the
     file, neither converted from another colour space nor laid on white.
@@ -256,30 +293,16 @@ def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Ru
     """
     if "progressive" in source.info and (scans := body.count(b"\xff\xda")) > _MOST_SCANS:
         raise FetchError("decode_error", f"{scans} scans")
-    cover = _COVER.get(rules.decode)
-    wanted = _reduced_size(source.size, target, cover) if cover and source.format == "JPEG" else None
     if source.format == "JPEG" and (source.mode == "RGB" or (source.mode == "L" and "icc_profile" not in source.info)):
-        try:
-            # libjpeg mends what it can and only warns: such a file is left to Pillow, which knows a truncated one.
-            least = wanted or (0, 0)
-            pixels = simplejpeg.decode_jpeg(
-                body,
-                "RGB",
-                min_width=least[0],
-                min_height=least[1],
-                # Colour at half the resolution need not be interpolated where it is averaged right after.
-                fastupsample=cover is not None and min(source.width / target[0], source.height / target[1]) >= 1.5,
-                strict=True,
-            )
-        except ValueError as error:
-            if "memory" in str(error):
-                raise MemoryError(str(error)) from None
-        else:
+        pixels = _turbo_pixels(body, source.size, target, rules)
+        if pixels is not None:
             transform = _srgb_transform(icc, "RGB") if (icc := source.info.get("icc_profile")) else None
             if transform:
                 pixels = np.asarray(transform.apply(Image.fromarray(pixels)))
             return pixels, transform is None
     area = source.width * source.height
+    cover = _COVER.get(rules.decode)
+    wanted = _reduced_size(source.size, target, rules) if source.format == "JPEG" else None
     if wanted:
         # The mode is kept: draft to RGB would make a lie of a CMYK or grey profile.
         source.draft(source.mode, wanted)
@@ -294,13 +317,40 @@ def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Ru
     return np.asarray(image), clean
 
 
-def _reduced_size(size: tuple[int, int], target: tuple[int, int], cover: float) -> tuple[int, int] | None:
-    """The least of a half, a quarter and an eighth of `size` (rounded up) that is `cover` times `target`, if any.
+def _turbo_pixels(body: bytes, size: tuple[int, int], target: tuple[int, int], rules: Rules) -> np.ndarray | None:
+    """A JPEG in YCbCr, RGB or grey as (height, width, 3) RGB; None where it is broken: libjpeg mends what it can and
+    only warns, Pillow knows a truncated file from another."""
+    least = _reduced_size(size, target, rules) or (0, 0)
+    averaged = rules.decode in _COVER and min(size[0] / target[0], size[1] / target[1]) >= 1.5
+    try:
+        return simplejpeg.decode_jpeg(  # type: ignore[no-any-return]
+            body,
+            "RGB",
+            min_width=least[0],
+            min_height=least[1],
+            # Colour at half the resolution need not be interpolated where it is averaged right after.
+            fastupsample=averaged,
+            strict=True,
+        )
+    except ValueError as error:
+        if "memory" in str(error):
+            raise MemoryError(str(error)) from None
+        return None
+
+
+def _webp_pixels(body: bytes) -> np.ndarray | None:
+    """(height, width, 3) RGB; None where it is broken."""
+    return cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR_RGB)
+
+
+def _reduced_size(size: tuple[int, int], target: tuple[int, int], rules: Rules) -> tuple[int, int] | None:
+    """The least of a half, a quarter and an eighth of `size` (rounded up) that covers `target` as `rules.decode` says.
 
     libjpeg-turbo knows other scales, but has no SIMD for them: most take longer than decoding in full.
     """
+    cover = _COVER.get(rules.decode)
     for divisor in (8, 4, 2):
-        if min(size[0] / target[0], size[1] / target[1]) >= cover * divisor:
+        if cover and min(size[0] / target[0], size[1] / target[1]) >= cover * divisor:
             return math.ceil(size[0] / divisor), math.ceil(size[1] / divisor)
     return None
 
@@ -370,6 +420,32 @@ def header_size(body: bytes, kind: str) -> tuple[int, int] | None:
         if chunk == b"VP8 ":
             sides = int.from_bytes(body[26:28], "little"), int.from_bytes(body[28:30], "little")
             return sides[0] & 0x3FFF, sides[1] & 0x3FFF
+    return None
+
+
+# Segments of a JPEG that say nothing about its pixels: JFIF, comments, tables, restart intervals.
+_BARE_SEGMENTS = frozenset({0xE0, 0xFE, 0xDB, 0xC4, 0xDD})
+
+
+def bare_size(body: bytes, kind: str) -> tuple[int, int] | None:
+    """(width, height) of a baseline JPEG or a WebP that has neither metadata nor a profile, transparency or further
+    frames: its header is all there is to know. None for any other file."""
+    if kind == "WEBP":
+        # The second: lossless, without its bit for transparency.
+        opaque = body[12:16] == b"VP8 " or (body[12:16] == b"VP8L" and len(body) > 24 and not body[24] & 0x10)
+        return header_size(body, kind) if opaque else None
+    if kind != "JPEG":
+        return None
+    at = 2
+    while at + 10 <= len(body) and body[at] == 0xFF:
+        marker, length = body[at + 1], int.from_bytes(body[at + 2 : at + 4], "big")
+        if marker in (0xC0, 0xC1):
+            plain = body[at + 4] == 8 and body[at + 9] in (1, 3)  # bits a sample; components
+            height, width = (int.from_bytes(body[at + i : at + i + 2], "big") for i in (5, 7))
+            return (width, height) if plain else None
+        if marker not in _BARE_SEGMENTS:
+            return None
+        at += 2 + length
     return None
 
 

@@ -33,8 +33,12 @@ DOWN_MOST = 600.0
 _DOWN = frozenset({"connect", "unreachable", "reset", "tls", "deadline", "too_slow"})
 
 ASK_EVERY = 0.05
-"""Seconds between two exchanges with a board about hosts that rows wait for, or more where the board takes long."""
-SETTLE_EVERY = 0.5
+"""Seconds between two exchanges with a board about hosts of which there is not enough for all, or more where the board
+takes long."""
+WANT_EVERY = 0.2
+"""The same about hosts that rows wait for, as for each that is new: two milliseconds of CPU on either side of Ray are
+much for some hosts, and little for those of a fifth of a second."""
+SETTLE_EVERY = 1.0
 """Seconds between two exchanges that give back what was not used in between."""
 LEASE = 30.0
 """Seconds without an exchange after which a worker counts as dead and its permits go to the others."""
@@ -268,7 +272,12 @@ class Host:
     @property
     def urgent(self) -> bool:
         """Rows wait for permits, or others should know what this host has said."""
-        return self.permits.wanted > 0 or self.scarce or self.gap > 0 or self.news != _NO_NEWS
+        return self.permits.wanted > 0 or self.pressing
+
+    @property
+    def pressing(self) -> bool:
+        """Others wait for what this worker gives back or has to say."""
+        return self.scarce or self.gap > 0 or self.news != _NO_NEWS
 
     @property
     def busy(self) -> bool:
@@ -357,6 +366,8 @@ class Hosts:
                 settled, asked = started, self.touched
             else:
                 asked = {name: host for name, host in self.touched.items() if host.urgent}
+                if started - heard < WANT_EVERY and not any(host.pressing for host in asked.values()):
+                    continue
             if not asked and started - heard < LEASE / 4:
                 continue
             self.touched = {name: host for name, host in self.touched.items() if name not in asked}

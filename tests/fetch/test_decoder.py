@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from pipeline.fetch.decoder import Rules, decode, header_size, plan_resize, sniff
+from pipeline.fetch.decoder import Rules, bare_size, decode, header_size, plan_resize, sniff
 from pipeline.fetch.reasons import REASONS, FetchError
 
 NO = Rules(resize_mode="no", encode_format="png", encode_quality=1)
@@ -91,6 +91,56 @@ def test_colour_formats_give_the_same_picture(name: str) -> None:
 def test_grey_and_palette_become_rgb(kind: str, mode: str) -> None:
     image = scene().convert(mode)
     assert close(pixels(encoded(image, kind)), image.convert("RGB"))
+
+
+BARE: dict[str, bytes] = {
+    "jpeg": encoded(scene(), "JPEG", quality=95),
+    "jpeg_grey": encoded(scene(mode="L"), "JPEG"),
+    "jpeg_444": encoded(scene(), "JPEG", quality=95, subsampling=0, comment=b"nothing"),
+    "webp": encoded(scene(), "WEBP", quality=95),
+    "webp_lossless": encoded(scene(), "WEBP", lossless=True),
+}
+
+
+def clothed(body: bytes) -> bytes:
+    """The same picture with something about it that changes nothing."""
+    if body.startswith(b"RIFF"):
+        size = struct.pack("<I", 319)[:3] + struct.pack("<I", 199)[:3]
+        chunks = b"VP8X\x0a\0\0\0" + bytes(4) + size + body[12:] + b"none\x02\0\0\0ab"
+        return b"RIFF" + struct.pack("<I", len(chunks) + 4) + b"WEBP" + chunks
+    return body[:2] + b"\xff\xed\0\x04ab" + body[2:]
+
+
+@pytest.mark.parametrize("name", BARE)
+@pytest.mark.parametrize("rules", [NO, Rules(image_size=64), Rules(image_size=64, decode="exact")])
+def test_a_picture_without_anything_about_it_comes_out_as_with_it(name: str, rules: Rules) -> None:
+    body = BARE[name]
+    bare, other = decode(body, rules), decode(clothed(body), rules)
+    assert bare_size(body, sniff(body) or "") == (320, 200)
+    assert bare_size(clothed(body), sniff(body) or "") is None
+    differ = {k for k, v in vars(bare).items() if vars(other)[k] != v}
+    assert differ <= {"sha256", "original_bytes"}
+    assert reason(body[: len(body) // 2], rules) == reason(clothed(body)[: len(body) // 2], rules) == "decode_error"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        FORMATS["jpeg_cmyk"](),
+        FORMATS["jpeg_progressive"](),
+        encoded(scene(), "JPEG", exif=b"Exif\0\0"),
+        encoded(scene(), "JPEG", icc_profile=b"profile"),
+        encoded(Image.new("RGBA", (20, 10), (255, 0, 0, 128)), "WEBP"),
+        encoded(Image.new("RGBA", (20, 10), (255, 0, 0, 128)), "WEBP", lossless=True),
+        encoded(scene(), "WEBP", icc_profile=b"profile"),
+        encoded(scene(), "WEBP", save_all=True, append_images=[Image.new("RGB", (320, 200))]),
+        FORMATS["png"](),
+        BARE["jpeg"][:20],
+        b"\xff\xd8\xff\xe0\0\0" + bytes(20),
+    ],
+)
+def test_what_has_more_to_it_is_not_taken_for_bare(body: bytes) -> None:
+    assert bare_size(body, sniff(body) or "") is None
 
 
 def test_first_frame_of_an_animation() -> None:
