@@ -144,9 +144,10 @@ class Decoder:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        # SciPy, which imagehash loads at first use, and the buffers of the BLAS: 80 MB of address space that would
-        # count against the first picture, and an end of the process where that leaves too little.
-        phash(np.zeros((512, 512, 3), np.uint8))
+        if self.rules.compute_phash:
+            # SciPy, which imagehash loads at first use, and the buffers of the BLAS: 80 MB of address space that would
+            # count against the first picture, and an end of the process where that leaves too little.
+            phash(np.zeros((512, 512, 3), np.uint8))
 
 
 def _decode(body: bytes, rules: Rules, claim: str | None, blur: Sequence[Box]) -> Picture:
