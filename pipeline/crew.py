@@ -274,12 +274,15 @@ class _Crew:
         try:
             advance: Advance = ray.get(next(run))
         except (RayActorError, StopIteration) as death:
+            if getattr(death, "actor_init_failed", False):  # it cannot load its pass: no bad luck
+                raise
             del self.workers[run]
+            ray.kill(hand.actor)  # lest it be only out of reach
             self._lost = 0 if hand.ready else self._lost + 1
             if self._lost == STARTS:
                 raise RuntimeError(
                     f"{STARTS} workers of {self._label} in a row died before they were ready: is there enough memory?"
-                ) from death
+                ) from None
             self.backlog.extendleft(reversed(hand.units))
             self._start()
             return Advance()

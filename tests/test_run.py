@@ -22,6 +22,7 @@ from tests.conftest import ROOT, Command
 STEPS = '''
 import errno, io, os, signal, time
 from dataclasses import dataclass
+from pathlib import Path
 from PIL import Image
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -47,7 +48,7 @@ class Paint(Stage):
                 signal.raise_signal(signal.SIGSEGV)
             if "diskfull" in caption:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            with open(os.environ.get("PAINT_LOG", os.devnull), "a") as log:
+            with (Path(__file__).parent / "painted.log").open("a") as log:
                 log.write(caption + "\\n")
             n = int(caption.split()[-1])
             out = io.BytesIO()
@@ -160,28 +161,30 @@ def test_a_run_its_outputs_and_what_may_change_afterwards(run: Command, project:
         assert abs(image.getpixel((4, 4))[0] - int(text.split()[-1]) % 256) < 6, "the picture belongs to the caption"
 
     first = shards(project / "out")
-    (project / "painted.log").touch()
-    again = run("r.yaml", "workers=1", PAINT_LOG=str(project / "painted.log"))
+    painted = project / "steps_of_mine/painted.log"
+    assert len(painted.read_text().splitlines()) == 700
+    painted.write_text("")
+    again = run("r.yaml", "workers=1")
     assert again.returncode == 0
     assert "reused pool, paint, threshold, write_shards" in again.stdout
     assert shards(project / "out") == first
 
-    fewer = run("r.yaml", "steps.threshold.top_fraction=0.2", PAINT_LOG=str(project / "painted.log"))
+    fewer = run("r.yaml", "steps.threshold.top_fraction=0.2")
     assert fewer.returncode == 0, fewer.stderr
     assert "reused pool, paint" in fewer.stdout
-    assert (project / "painted.log").read_text() == "", "a changed threshold measures nothing again"
+    assert painted.read_text() == "", "a changed threshold measures nothing again"
     books_balance(project / "out", 721)
     assert len(list((project / "out/shards").glob("*.tar"))) == 2, "shards of the larger set are gone"
 
-    other = run("r.yaml", "steps.paint.size=9", PAINT_LOG=str(project / "painted.log"))
+    other = run("r.yaml", "steps.paint.size=9")
     assert other.returncode == 2
     assert "steps.paint.size: (not there) → 9" in other.stderr
-    assert (project / "painted.log").read_text() == ""
+    assert painted.read_text() == ""
     assert run("r.yaml", "name=another").returncode == 2
 
-    arm = run("r.yaml", "run=arm", "reuse=out", PAINT_LOG=str(project / "painted.log"))
+    arm = run("r.yaml", "run=arm", "reuse=out")
     assert arm.returncode == 0, arm.stderr
-    assert (project / "painted.log").read_text() == "", "another run on the same committed results"
+    assert painted.read_text() == "", "another run on the same committed results"
     assert shards(project / "arm") == first
 
 

@@ -130,8 +130,8 @@ class Download(Stage):
     """Seconds of CPU time that one image may take to decode and encode."""
     decode_memory: int = 200_000_000
     """Bytes of memory that one image may take to decode and encode: enough for `max_image_area`'s default in most
-    formats, for 33 megapixels of a progressive JPEG in full colour, for 29 of a WebP, and for 12 of one with transparency,
-    metadata or frames."""
+    formats, for 33 megapixels of a progressive JPEG in full colour, for 29 of a WebP, and for 12 of a WebP with
+    transparency, metadata or frames."""
 
     board: ClassVar[Exchange | None] = None
     """Where workers agree on each host's share; set on the instance by who runs several."""

@@ -1,0 +1,140 @@
+"""How units reach workers, and what becomes of a crew whose workers do not live."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pyarrow as pa
+import pytest
+
+from pipeline.crew import _Worker
+from pipeline.passes import Advance, Pass
+from pipeline.recipe import Recipe
+from pipeline.step import Stage
+from tests.conftest import Command
+from tests.test_passes import ROWS, ingested, recipe
+
+__all__ = ["recipe"]  # the fixture
+
+STEPS = '''
+import os, time
+from dataclasses import dataclass
+from pathlib import Path
+import pyarrow as pa
+from pipeline.step import Stage
+
+@dataclass(kw_only=True)
+class Stillborn(Stage):
+    """A model that does not fit into memory."""
+    def setup(self):
+        os._exit(9)
+    def process(self, batch):
+        return batch
+
+@dataclass(kw_only=True)
+class Dear(Stage):
+    adds = {"dear": pa.int32()}
+    commits = True
+    def setup(self):
+        pass
+    def process(self, batch):
+        note(f"dear {batch['unit'][0]}")
+        time.sleep(0.3)
+        return batch.append_column("dear", pa.array(range(len(batch)), pa.int32()))
+
+@dataclass(kw_only=True)
+class Look(Stage):
+    needs = ("dear",)
+    adds = {"look": pa.int32()}
+    commits = True
+    def process(self, batch):
+        note(f"look {batch['unit'][0]}")
+        return batch.append_column("look", batch["dear"])
+
+def note(line):
+    with (Path(__file__).parent / "notes").open("a") as file:
+        file.write(line + "\\n")
+'''
+RECIPE = """
+name: t
+pool: {path: p.csv}
+run: out
+unit_rows: 50
+steps: [STEPS]
+"""
+
+
+@dataclass(kw_only=True)
+class Late(Stage):
+    """Lets rows go when the next ones have come: a host that answers slowly."""
+
+    seen: ClassVar[list[int]] = []
+
+    def stream(self, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        held = None
+        for batch in batches:
+            self.seen.append(batch["unit"][0].as_py())
+            if held is not None:
+                yield held
+            held = batch
+        if held is not None:
+            yield held
+
+
+def worked(passes: list[Pass], units: list[int]) -> list[Advance]:
+    worker = _Worker(passes, 1, {})
+    worker.give([*units, None])
+    ready, *told = worker.run()
+    assert ready == Advance(), "first it says that it is there"
+    return told
+
+
+def test_a_worker_begins_the_next_unit_while_the_last_rows_of_this_one_run_out(recipe: Recipe) -> None:
+    passes = ingested(recipe, [Late()])
+    Late.seen.clear()
+    worker = _Worker(passes, 1, {})
+    worker.give([0, 1, 2, None])
+    seen = [(record["unit"], list(Late.seen)) for told in worker.run() for record in told.records]
+    assert seen == [(0, [0, 1]), (1, [0, 1, 2]), (2, [0, 1, 2])]
+
+
+def test_a_unit_that_is_committed_already_counts_and_is_not_done_again(recipe: Recipe) -> None:
+    passes = ingested(recipe, [Late()])
+    worked(passes, [1])
+    Late.seen.clear()
+    told = worked(passes, [1, 0, 2])
+    assert 1 not in Late.seen
+    assert sorted(record["unit"] for t in told for record in t.records) == [0, 1, 2]
+    assert sum(t.rows for t in told) == sum(t.kept for t in told) == ROWS
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    rows = "".join(f"http://h/{i},picture number {i}\n" for i in range(400))
+    (tmp_path / "p.csv").write_text("url,caption\n" + rows)
+    (tmp_path / "mine").mkdir()
+    for name in ("__init__", "stillborn", "dear", "look"):
+        (tmp_path / "mine" / f"{name}.py").write_text(STEPS)
+    return tmp_path
+
+
+def test_neighbouring_passes_run_side_by_side(run: Command, project: Path) -> None:
+    (project / "r.yaml").write_text(RECIPE.replace("STEPS", "mine.dear, mine.look"))
+    done = run("r.yaml")
+    assert done.returncode == 0, done.stderr
+    notes = (project / "mine/notes").read_text().splitlines()
+    assert sorted(notes) == sorted(f"{step} {unit}" for step in ("dear", "look") for unit in range(8))
+    assert notes.index(next(n for n in notes if n.startswith("look"))) < notes.index(
+        [n for n in notes if n.startswith("dear")][-1]
+    )
+
+
+def test_workers_that_die_before_they_are_ready_end_the_run(run: Command, project: Path) -> None:
+    (project / "r.yaml").write_text(RECIPE.replace("STEPS", "mine.stillborn"))
+    done = run("r.yaml")
+    assert done.returncode == 1
+    assert "3 workers of stillborn in a row died before they were ready: is there enough memory?" in done.stderr
+    assert "Traceback" not in done.stderr
