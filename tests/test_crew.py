@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +18,7 @@ from pipeline.crew import _Worker
 from pipeline.passes import Advance, Pass
 from pipeline.recipe import Recipe
 from pipeline.step import Stage
-from tests.conftest import Command
+from tests.conftest import ROOT, Command
 from tests.test_passes import ROWS, ingested, recipe
 
 __all__ = ["recipe"]  # the fixture
@@ -138,3 +142,26 @@ def test_workers_that_die_before_they_are_ready_end_the_run(run: Command, projec
     assert done.returncode == 1
     assert "3 workers of stillborn in a row died before they were ready: is there enough memory?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost_costs_time_alone(project: Path) -> None:
+    from ray.cluster_utils import Cluster
+
+    (project / "r.yaml").write_text(RECIPE.replace("STEPS", "mine.dear, mine.look"))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 200 << 20})
+    try:
+        node = cluster.add_node(num_cpus=2, object_store_memory=200 << 20)
+        cluster.wait_for_nodes()
+        env = {**os.environ, "PYTHONPATH": f"{project}{os.pathsep}{ROOT}", "RAY_ADDRESS": cluster.address}
+        argv = [sys.executable, "-m", "pipeline.run", "r.yaml"]
+        with subprocess.Popen(argv, cwd=project, env=env, stdout=subprocess.PIPE, text=True) as driver:
+            deadline = time.monotonic() + 60
+            while not list(project.glob("out/passes/01-*/commits/*")) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            cluster.remove_node(node, allow_graceful=False)
+            said, _ = driver.communicate(timeout=180)
+        assert driver.returncode == 0
+        assert "400 rows in = 400 kept + 0 dropped" in said
+    finally:
+        cluster.shutdown()
