@@ -64,6 +64,7 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 # Broken metadata is everyday on the web, and said of no image in particular it is noise.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 logging.getLogger("exifread").setLevel(logging.CRITICAL)
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 # One image, one thread: the images are what runs in parallel.
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 

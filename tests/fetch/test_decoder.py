@@ -143,6 +143,13 @@ def test_what_has_more_to_it_is_not_taken_for_bare(body: bytes) -> None:
     assert bare_size(body, sniff(body) or "") is None
 
 
+def test_broken_files_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    for name, body in BARE.items():
+        for size in (21, 26, 31, 100, len(body) - 9):
+            assert reason(body[:size]) == "decode_error", (name, size)
+    assert "".join(capfd.readouterr()) == ""
+
+
 def test_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (40, 30), colour) for colour in (RED, GREEN, BLUE)]
     for kind in ("GIF", "WEBP", "PNG", "AVIF"):
