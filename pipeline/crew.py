@@ -100,17 +100,19 @@ def over(
         yield from ray.get(done)
 
 
-def stream(passes: list[Pass], chain: Sequence[int], units: int, workers: int | None) -> Iterator[tuple[int, Advance]]:
+def stream(
+    passes: list[Pass], numbers: Sequence[int], units: int, workers: int | None
+) -> Iterator[tuple[int, Advance]]:
     """Sends units 0 … `units` − 1 through neighbouring passes, each of which has a crew of its own: while one downloads
     a unit, the next scores those that are done. Yields the numbers of passes and what has gone on there.
     """
     cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
     width = max(1, min(workers or cpus, cpus))
-    wants_gpu = {i: gpus > 0 and any(getattr(step, "gpu", False) for step in passes[i].steps) for i in chain}
+    wants_gpu = {i: gpus > 0 and any(getattr(step, "gpu", False) for step in passes[i].steps) for i in numbers}
     # All crews must fit beside each other, or one would wait for the end of another.
     share = 1 / max(1, sum(not wants for wants in wants_gpu.values()))
     crews = []
-    for i in chain:
+    for i in numbers:
         most = min(units, max(1, min(workers or gpus, gpus))) if wants_gpu[i] else min(units, width)
         crews.append(_Crew(passes, i, most, num_cpus=0 if wants_gpu[i] else share, num_gpus=int(wants_gpu[i])))
     crews[0].backlog.extend(range(units))
@@ -122,15 +124,15 @@ def stream(passes: list[Pass], chain: Sequence[int], units: int, workers: int | 
             runs = [run for crew in crews for run in crew.workers]
             ray.wait(runs, num_returns=1)
             ready = set(ray.wait(runs, num_returns=len(runs), timeout=0)[0])
-            for number, crew in enumerate(crews):
+            for place, crew in enumerate(crews):
                 for run in ready & crew.workers.keys():
                     advance = crew.hear(run)
-                    for record in advance.records:
-                        left[number] -= 1
-                        if number + 1 < len(crews):
-                            crews[number + 1].backlog.append(record["unit"])
+                    done = [record["unit"] for record in advance.records]
+                    left[place] -= len(done)
+                    if place + 1 < len(crews):
+                        crews[place + 1].backlog.extend(done)
                     yield crew.index, advance
-                if not left[number]:
+                if not left[place]:
                     crew.dismiss()
     finally:
         for crew in crews:
@@ -155,10 +157,9 @@ class _Worker:
         self._passes, self._index, self._boards = passes, index, boards
         self._inbox: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
-    def give(self, units: list[int | None]) -> None:
-        """More to do; None: after that, there is no more. Called while `run` runs, in another thread."""
-        for unit in units:
-            self._inbox.put(unit)
+    def give(self, unit: int | None) -> None:
+        """More to do; None: there is no more. Called while `run` runs, in another thread."""
+        self._inbox.put(unit)
 
     def run(self) -> Iterator[Advance]:
         """Sets the steps up, says so by an empty account, and works until there is no more."""
@@ -177,7 +178,7 @@ class _Worker:
 
     def _stream(self, first: int) -> Iterator[Advance]:
         p = self._passes[self._index]
-        taken: list[int] = []
+        taken: set[int] = set()
         found: list[dict[str, Any]] = []
         hopeless: list[int] = []
 
@@ -188,11 +189,13 @@ class _Worker:
                 elif isolation.attempt(p, unit) > isolation.ATTEMPTS:
                     hopeless.append(unit)
                 else:
-                    taken.append(unit)
+                    taken.add(unit)
                     yield unit
 
         try:
-            yield from run_pass(self._passes, self._index, fresh())
+            for advance in run_pass(self._passes, self._index, fresh()):
+                taken.difference_update(record["unit"] for record in advance.records)
+                yield advance
         except OutageError:
             isolation.forgive(p, taken)
             raise
@@ -266,7 +269,7 @@ class _Crew:
                 if len(hand.units) == level and self.backlog:
                     unit = self.backlog.popleft()
                     hand.units.append(unit)
-                    hand.actor.give.remote([unit])
+                    hand.actor.give.remote(unit)
 
     def hear(self, run: Any) -> Advance:
         """The next that a worker has to tell. Of one that died, the units go to another."""
@@ -297,7 +300,7 @@ class _Crew:
             if now:
                 ray.kill(hand.actor)
             else:
-                hand.actor.give.remote([None])
+                hand.actor.give.remote(None)
         self.workers = {}
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -193,7 +194,7 @@ class Advance:
     rows: int = 0
     """Rows that it is done with, those that it kept among them."""
     kept: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
     """Of the others, so many by reason."""
     records: list[dict[str, Any]] = field(default_factory=list)
     """Of the units that were committed."""
@@ -201,20 +202,17 @@ class Advance:
     @classmethod
     def of(cls, record: dict[str, Any]) -> Advance:
         """A whole unit."""
-        total = Funnel.from_json(record["funnel"])
-        reasons = [(reason, n) for line in total.lines.values() for reason, n in line.dropped.items()]
-        return cls(record["rows_in"], record["kept"], records=[record]).dropped(reasons)
-
-    def dropped(self, reasons: Iterable[tuple[str, int]]) -> Advance:
-        for reason, n in reasons:
-            self.reasons[reason] = self.reasons.get(reason, 0) + n
-        return self
+        advance = cls(record["rows_in"], record["kept"], records=[record])
+        for line in Funnel.from_json(record["funnel"]).lines.values():
+            advance.reasons.update(line.dropped)
+        return advance
 
     def __iadd__(self, other: Advance) -> Advance:
         self.rows += other.rows
         self.kept += other.kept
+        self.reasons.update(other.reasons)
         self.records += other.records
-        return self.dropped(other.reasons.items())
+        return self
 
 
 def run_pass(
@@ -254,7 +252,7 @@ def run_pass(
             for unit in drops["unit"].unique().to_pylist():
                 writers[unit].drop(drops.filter(pa.compute.equal(drops["unit"], unit)))
             advance.rows += len(drops)
-            advance.dropped((r["values"], r["counts"]) for r in drops["reason"].value_counts().to_pylist())
+            advance.reasons.update(drops["reason"].to_pylist())
 
     stream: Iterator[pa.Table] = _timed(source(), clock, "")
     for step in p.steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 from rich.console import Console, Group
@@ -28,7 +29,7 @@ class _Bar:
     units_done: int = 0
     rows: int = 0
     kept: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
     first: tuple[float, int] | None = None
     """When the first rows came, and how many: before that, workers were starting."""
 
@@ -75,8 +76,7 @@ class Progress:
         bar.changed = time.monotonic()
         if bar.rows and bar.first is None:
             bar.first = (bar.changed, bar.rows)
-        for reason, n in reasons.items():
-            bar.reasons[reason] = bar.reasons.get(reason, 0) + n
+        bar.reasons.update(reasons)
         if self._live is None and time.monotonic() - self._told > PLAIN_EVERY:
             self._told = time.monotonic()
             for under_way in self._bars.values():

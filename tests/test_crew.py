@@ -90,7 +90,8 @@ class Late(Stage):
 
 def worked(passes: list[Pass], units: list[int]) -> list[Advance]:
     worker = _Worker(passes, 1, {})
-    worker.give([*units, None])
+    for unit in (*units, None):
+        worker.give(unit)
     ready, *told = worker.run()
     assert ready == Advance(), "first it says that it is there"
     return told
@@ -100,7 +101,8 @@ def test_a_worker_begins_the_next_unit_while_the_last_rows_of_this_one_run_out(r
     passes = ingested(recipe, [Late()])
     Late.seen.clear()
     worker = _Worker(passes, 1, {})
-    worker.give([0, 1, 2, None])
+    for unit in (0, 1, 2, None):
+        worker.give(unit)
     seen = [(record["unit"], list(Late.seen)) for told in worker.run() for record in told.records]
     assert seen == [(0, [0, 1]), (1, [0, 1, 2]), (2, [0, 1, 2])]
 

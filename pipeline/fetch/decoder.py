@@ -162,19 +162,16 @@ def _decode(body: bytes, rules: Rules, claim: str | None, blur: Sequence[Box]) -
     kind = sniff(body)
     if kind is None:
         raise FetchError("not_an_image", f"starts with {body[:16]!r}")
-    if size := header_size(body, kind):
-        _check_size(*size, rules)
-    found = _read_bare(body, kind, rules) or _read(body, kind, size, rules)
-    plan = plan_resize(found.width, found.height, rules)
-    pixels = _resize(found.pixels, plan, rules, blur)
-    as_it_came = kind == _SAME_FORMAT[rules.encode_format] and found.clean and not plan.resizes
+    found = _read_bare(body, kind, rules) or _read(body, kind, rules)
+    pixels = _resize(found.pixels, found.plan, rules, blur)
+    as_it_came = kind == _SAME_FORMAT[rules.encode_format] and found.clean and not found.plan.resizes
     keep_bytes = rules.skip_reencode and as_it_came and not blur
     return Picture(
         image=body if keep_bytes else _encode(pixels, rules),
         width=pixels.shape[1],
         height=pixels.shape[0],
-        original_width=found.width,
-        original_height=found.height,
+        original_width=found.size[0],
+        original_height=found.size[1],
         original_bytes=len(body),
         original_format=kind.lower(),
         animated=found.animated,
@@ -243,9 +240,9 @@ class _Found(NamedTuple):
 
     pixels: np.ndarray
     """(height, width, 3) RGB, upright; smaller than the picture where a reduced decoding covers the target."""
-    width: int
-    height: int
-    """Of the whole, upright picture."""
+    size: tuple[int, int]
+    """(width, height) of the whole, upright picture."""
+    plan: Plan
     clean: bool
     """The pixels are the plain samples of the file: not turned, neither converted from another colour space nor laid on
     white, and the only ones."""
@@ -263,12 +260,15 @@ def _read_bare(body: bytes, kind: str, rules: Rules) -> _Found | None:
     if size is None:
         return None
     _check_size(*size, rules)
-    target = plan_resize(*size, rules).scaled
-    pixels = _turbo_pixels(body, size, target, rules) if kind == "JPEG" else _webp_pixels(body)
-    return None if pixels is None else _Found(pixels, *size, clean=True, animated=False, exif="{}")
+    plan = plan_resize(*size, rules)
+    pixels = _turbo_pixels(body, size, plan.scaled, rules) if kind == "JPEG" else _webp_pixels(body)
+    return None if pixels is None else _Found(pixels, size, plan, clean=True, animated=False, exif="{}")
 
 
-def _read(body: bytes, kind: str, size: tuple[int, int] | None, rules: Rules) -> _Found:
+def _read(body: bytes, kind: str, rules: Rules) -> _Found:
+    size = header_size(body, kind)
+    if size:
+        _check_size(*size, rules)
     if kind == "PNG":
         # Loading skips the checksums of the pixels: damage in the middle of them would come out as noise.
         with Image.open(io.BytesIO(body), formats=[kind]) as source:
@@ -276,15 +276,15 @@ def _read(body: bytes, kind: str, size: tuple[int, int] | None, rules: Rules) ->
     with _open(body, kind, size) as source:
         _check_size(source.width, source.height, rules)
         orientation = _orientation(source)
-        upright = source.size if orientation < 5 else source.size[::-1]
-        target = plan_resize(upright[0], upright[1], rules).scaled
-        pixels, clean = _pixels(source, body, target if orientation < 5 else target[::-1], rules)
+        width, height = source.size if orientation < 5 else source.size[::-1]
+        plan = plan_resize(width, height, rules)
+        pixels, clean = _pixels(source, body, plan.scaled if orientation < 5 else plan.scaled[::-1], rules)
         if orientation > 1:
             pixels = _turn(pixels, orientation)
         animated = _is_animated(source)
         exif = _exif(source, body) if rules.extract_exif else None
     clean = clean and orientation == 1 and not animated
-    return _Found(pixels, upright[0], upright[1], clean, animated, exif)
+    return _Found(pixels, (width, height), plan, clean, animated, exif)
 
 
 def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Rules) -> tuple[np.ndarray, bool]:

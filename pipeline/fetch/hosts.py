@@ -36,8 +36,8 @@ ASK_EVERY = 0.05
 """Seconds between two exchanges with a board about hosts of which there is not enough for all, or more where the board
 takes long."""
 WANT_EVERY = 0.2
-"""The same about hosts that rows wait for, as for each that is new: two milliseconds of CPU on either side of Ray are
-much for some hosts, and little for those of a fifth of a second."""
+"""The same about hosts that rows wait for and of which there is enough, as of each new one: an exchange through Ray
+takes two milliseconds of CPU on either side."""
 SETTLE_EVERY = 1.0
 """Seconds between two exchanges that give back what was not used in between."""
 LEASE = 30.0
