@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import os
 import queue
 import sys
@@ -32,17 +33,18 @@ AHEAD = 4
 """Units that a worker has at most: one runs out, one is at work, and the next are there when it has room for them."""
 TELL_EVERY = 0.5
 """Seconds between two accounts of a worker in the middle of a unit."""
+GROW_EVERY = 10.0
+"""Seconds between two looks at whether there is room for more workers: nodes may come when a run has long begun."""
 STARTS = 3
 """Workers of a crew in a row that die before they are ready: one may be bad luck, this many are not."""
 
 
 def start_ray(workers: int | None) -> None:
     """Joins the cluster that RAY_ADDRESS names (as under `ray job submit`), or starts Ray on this machine."""
-    address = os.environ.get("RAY_ADDRESS")
     debug = bool(os.environ.get("WINNOW_DEBUG"))
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": debug}
-    if address:
-        options["address"] = address
+    if _joins():
+        options["address"] = os.environ["RAY_ADDRESS"]
     else:
         store_bytes = 1 << 30  # only columns of barriers go through it, and it spills
         cpus = max(workers or os.cpu_count() or 1, 1)
@@ -51,9 +53,20 @@ def start_ray(workers: int | None) -> None:
             "num_cpus": cpus,
             "include_dashboard": False,
             "object_store_memory": store_bytes,
+            # Tasks come before and behind passes of actors; a process for them takes a second to start anew.
+            "_system_config": {"idle_worker_killing_time_threshold_ms": 24 * 3600 * 1000},
         }
     with contextlib.nullcontext() if debug else _quiet_core():
         ray.init(**options)
+
+
+def _joins() -> bool:
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def _there(kind: str) -> int:
+    """CPUs or GPUs of all nodes that are there now."""
+    return int(ray.cluster_resources().get(kind, 0))
 
 
 @contextlib.contextmanager
@@ -92,11 +105,13 @@ def over(
         return list(work(numbers))
 
     starts = iter(range(0, len(items), at_once))
-    window = 2 * int(ray.cluster_resources().get("CPU", 1)) + 2
-    running = [task.remote(items[i : i + at_once]) for i in islice(starts, window)]
-    while running:
+    running: list[Any] = []
+    while True:
+        room = max(0, 2 * _there("CPU") + 2 - len(running))
+        running += [task.remote(items[i : i + at_once]) for i in islice(starts, room)]
+        if not running:
+            return
         (done,), running = ray.wait(running, num_returns=1)
-        running += [task.remote(items[i : i + at_once]) for i in islice(starts, 1)]
         yield from ray.get(done)
 
 
@@ -106,23 +121,27 @@ def stream(
     """Sends units 0 … `units` − 1 through neighbouring passes, each of which has a crew of its own: while one downloads
     a unit, the next scores those that are done. Yields the numbers of passes and what has gone on there.
     """
-    cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
-    width = max(1, min(workers or cpus, cpus))
-    wants_gpu = {i: gpus > 0 and any(getattr(step, "gpu", False) for step in passes[i].steps) for i in numbers}
+    wants_gpu = {i: _there("GPU") > 0 and any(getattr(step, "gpu", False) for step in passes[i].steps) for i in numbers}
     # All crews must fit beside each other, or one would wait for the end of another.
     share = 1 / max(1, sum(not wants for wants in wants_gpu.values()))
-    crews = []
-    for i in numbers:
-        most = min(units, max(1, min(workers or gpus, gpus))) if wants_gpu[i] else min(units, width)
-        crews.append(_Crew(passes, i, most, num_cpus=0 if wants_gpu[i] else share, num_gpus=int(wants_gpu[i])))
+    alone = units == 1 or (workers or (0 if _joins() else _there("CPU"))) == 1
+    crews = [
+        _Crew(passes, i, alone, num_cpus=0 if wants_gpu[i] else share, num_gpus=int(wants_gpu[i])) for i in numbers
+    ]
     crews[0].backlog.extend(range(units))
     left = [units] * len(crews)
+    looked = -math.inf
     try:
         while any(left):
+            if time.monotonic() - looked > GROW_EVERY:
+                looked = time.monotonic()
+                for crew, open_units in zip(crews, left):
+                    room = max(1, _there("GPU" if wants_gpu[crew.index] else "CPU"))
+                    crew.grow(min(open_units, workers or room, room))
             for crew in crews:
                 crew.hand_out()
             runs = [run for crew in crews for run in crew.workers]
-            ray.wait(runs, num_returns=1)
+            ray.wait(runs, num_returns=1, timeout=GROW_EVERY)
             ready = set(ray.wait(runs, num_returns=len(runs), timeout=0)[0])
             for place, crew in enumerate(crews):
                 for run in ready & crew.workers.keys():
@@ -239,18 +258,22 @@ class _Hand:
 class _Crew:
     """The workers of one pass, as the driver sees them."""
 
-    def __init__(self, passes: list[Pass], index: int, most: int, **resources: float) -> None:
+    def __init__(self, passes: list[Pass], index: int, alone: bool, **resources: float) -> None:
+        """`alone`: there will never be a second worker, with whom to agree about anything."""
         self.index = index
         self.backlog: deque[int] = deque()
         self.workers: dict[Any, _Hand] = {}
         """By the stream of what each has to tell."""
         self._label = passes[index].label
-        self._arguments = (passes, index, _boards(passes[index]) if most > 1 else {})
+        self._arguments = (passes, index, {} if alone else _boards(passes[index]))
         # One thread works, the other one takes what is given. Ray starts nobody anew: whoever does that must know what
         # was in hand.
         self._kind = ray.remote(_Worker).options(max_concurrency=2, scheduling_strategy="SPREAD", **resources)  # type: ignore[attr-defined]
         self._lost = 0
-        for _ in range(most):
+
+    def grow(self, workers: int) -> None:
+        """Starts as many as are missing."""
+        for _ in range(workers - len(self.workers)):
             self._start()
 
     def _start(self) -> None:

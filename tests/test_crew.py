@@ -6,13 +6,16 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import pyarrow as pa
 import pytest
+from ray.cluster_utils import Cluster
 
 from pipeline.crew import _Worker
 from pipeline.passes import Advance, Pass
@@ -22,6 +25,7 @@ from tests.conftest import ROOT, Command
 from tests.test_passes import ROWS, ingested, recipe
 
 __all__ = ["recipe"]  # the fixture
+STORE_BYTES = 200 << 20
 
 STEPS = '''
 import os, time
@@ -46,6 +50,7 @@ class Dear(Stage):
         pass
     def process(self, batch):
         note(f"dear {batch['unit'][0]}")
+        note(os.getpid(), "workers")
         time.sleep(0.3)
         return batch.append_column("dear", pa.array(range(len(batch)), pa.int32()))
 
@@ -58,9 +63,9 @@ class Look(Stage):
         note(f"look {batch['unit'][0]}")
         return batch.append_column("look", batch["dear"])
 
-def note(line):
-    with (Path(__file__).parent / "notes").open("a") as file:
-        file.write(line + "\\n")
+def note(line, name="notes"):
+    with (Path(__file__).parent / name).open("a") as file:
+        file.write(f"{line}\\n")
 '''
 RECIPE = """
 name: t
@@ -146,24 +151,46 @@ def test_workers_that_die_before_they_are_ready_end_the_run(run: Command, projec
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
-def test_a_node_that_is_lost_costs_time_alone(project: Path) -> None:
-    from ray.cluster_utils import Cluster
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head with one core."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE_BYTES})
+    yield cluster
+    cluster.shutdown()
 
+
+@contextmanager
+def started(cluster: Cluster, project: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run on the cluster, as soon as its first unit is committed."""
+    env = {**os.environ, "PYTHONPATH": f"{project}{os.pathsep}{ROOT}", "RAY_ADDRESS": cluster.address}
+    argv = [sys.executable, "-m", "pipeline.run", "r.yaml"]
+    with subprocess.Popen(argv, cwd=project, env=env, stdout=subprocess.PIPE, text=True) as driver:
+        deadline = time.monotonic() + 60
+        while not list(project.glob("out/passes/01-*/commits/*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        yield driver
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost_costs_time_alone(cluster: Cluster, project: Path) -> None:
     (project / "r.yaml").write_text(RECIPE.replace("STEPS", "mine.dear, mine.look"))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 200 << 20})
-    try:
-        node = cluster.add_node(num_cpus=2, object_store_memory=200 << 20)
-        cluster.wait_for_nodes()
-        env = {**os.environ, "PYTHONPATH": f"{project}{os.pathsep}{ROOT}", "RAY_ADDRESS": cluster.address}
-        argv = [sys.executable, "-m", "pipeline.run", "r.yaml"]
-        with subprocess.Popen(argv, cwd=project, env=env, stdout=subprocess.PIPE, text=True) as driver:
-            deadline = time.monotonic() + 60
-            while not list(project.glob("out/passes/01-*/commits/*")) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            cluster.remove_node(node, allow_graceful=False)
-            said, _ = driver.communicate(timeout=180)
-        assert driver.returncode == 0
-        assert "400 rows in = 400 kept + 0 dropped" in said
-    finally:
-        cluster.shutdown()
+    node = cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+    cluster.wait_for_nodes()
+    with started(cluster, project) as driver:
+        cluster.remove_node(node, allow_graceful=False)
+        said, _ = driver.communicate(timeout=180)
+    assert driver.returncode == 0
+    assert "400 rows in = 400 kept + 0 dropped" in said
+
+
+@pytest.mark.slow
+def test_a_node_that_comes_later_is_put_to_work(cluster: Cluster, project: Path) -> None:
+    (project / "r.yaml").write_text(RECIPE.replace("STEPS", "mine.dear").replace("unit_rows: 50", "unit_rows: 4"))
+    with started(cluster, project) as driver:
+        cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+        said, _ = driver.communicate(timeout=180)
+    assert driver.returncode == 0
+    assert "400 rows in = 400 kept + 0 dropped" in said
+    works = Counter((project / "mine/workers").read_text().split())
+    assert len(works) == 3
+    assert min(works.values()) > 5

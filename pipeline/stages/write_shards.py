@@ -153,9 +153,8 @@ class _Tar:
         self.digest = hashlib.sha256()
 
     def add(self, name: str, data: bytes) -> tuple[int, int]:
-        info = tarfile.TarInfo(name)  # mode 0644, owner 0, time 0
-        info.size = len(data)
-        self._put(info.tobuf(tarfile.USTAR_FORMAT))
+        """`name` has at most 100 bytes, and `data` less than 8 GB."""
+        self._put(_tar_header(name.encode(), b"%011o" % len(data)))
         start = self.offset
         self._put(data + bytes(-len(data) % tarfile.BLOCKSIZE))
         return start, len(data)
@@ -168,6 +167,21 @@ class _Tar:
         self._file.write(data)
         self.digest.update(data)
         self.offset += len(data)
+
+
+_SOME_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # mode 0644, owner 0, time 0
+
+
+def _tar_header(name: bytes, size: bytes) -> bytes:
+    """As tarfile makes it, in a fifth of the time, which was a quarter of what writing a sample takes.
+
+    The fields that vary are the name (0 to 100), the size (124 to 135), and the sum of all bytes (148 to 156), which
+    counts itself as blanks.
+    """
+    blank = _SOME_HEADER
+    parts = [name.ljust(100, b"\0"), blank[100:124], size, blank[135:148], b" " * 8, blank[156:]]
+    parts[4] = b"%06o\0 " % sum(b"".join(parts))
+    return b"".join(parts)
 
 
 def _json_rows(table: pa.Table) -> Iterator[bytes]:
