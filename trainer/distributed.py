@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -85,8 +86,8 @@ def from_first(value: Any) -> Any:
     return box[0]
 
 
-def on_ray(config: TrainConfig) -> None:
-    """Trains in `config.ranks` processes of Ray Train: on the cluster of RAY_ADDRESS, or one started here.
+def on_ray(train: Callable[[TrainConfig], Any], config: TrainConfig) -> None:
+    """Calls `train` in `config.ranks` processes of Ray Train: on the cluster of RAY_ADDRESS, or one started here.
 
     Raises what the training raises. Every node must see the same `shards` and `output`.
     """
@@ -103,7 +104,7 @@ def on_ray(config: TrainConfig) -> None:
     if config.resume not in ("latest", "none"):
         paths["resume"] = _absolute(config.resume)
     trainer = TorchTrainer(
-        _train_on_ray,
+        lambda config: train(config["config"]),
         train_loop_config={"config": dataclasses.replace(config, **paths)},
         scaling_config=ScalingConfig(num_workers=config.ranks or 1, use_gpu=gpu),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
@@ -122,9 +123,3 @@ def _absolute(path: Any) -> Any:
     if isinstance(path, dict):
         return {key: _absolute(value) if key == "path" else value for key, value in path.items()}
     return os.path.abspath(path) if isinstance(path, str) and "://" not in path else path
-
-
-def _train_on_ray(arguments: dict[str, Any]) -> None:
-    from trainer.train import train
-
-    train(arguments["config"])

@@ -466,7 +466,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.plan:
             print(plan(config))
         elif config.ranks:
-            distributed.on_ray(config)
+            distributed.on_ray(train, config)
         else:
             train(config)
     except (ConfigError, ModelError, ShardsError, checkpoint.CheckpointError) as error:
