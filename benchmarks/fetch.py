@@ -1,7 +1,7 @@
 """Fetching pictures: Winnow beside img2dataset and beside the floor of the machine, on the same rows, in turn.
 
     apt-get install -y nginx-light                      nginx, and the module by which it answers late
-    python benchmarks/fetch.py                          20,000 rows, 3 rounds
+    python benchmarks/fetch.py                          20,000 rows, 4 rounds
     python benchmarks/fetch.py --rows 1000 --rounds 1   to see that it works
     python benchmarks/fetch.py --scenarios plain,dead,latency
 
@@ -120,7 +120,7 @@ class Measured:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes of each contender")
     parser.add_argument("--scenarios", default="plain", help="some of plain,dead,latency")
     parser.add_argument("--contenders", default=",".join(["img2dataset", *DECODES, "floor"]), help="some of them")
@@ -165,7 +165,8 @@ class Benchmark:
             print("\n" + LINE.format(*COLUMNS), flush=True)
             for scenario in scenarios:
                 for number in range(self.args.rounds):
-                    for contender in self.contenders:
+                    # There and back: a machine that grows slower or faster favours nobody over two rounds.
+                    for contender in self.contenders[:: -1 if number % 2 else 1]:
                         if scenario != "plain" and contender not in BESIDE:
                             continue
                         measured = self._measure(scenario, contender, self.args.rows)
