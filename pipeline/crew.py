@@ -53,8 +53,9 @@ def start_ray(workers: int | None) -> None:
             "num_cpus": cpus,
             "include_dashboard": False,
             "object_store_memory": store_bytes,
-            # Tasks come before and behind passes of actors; a process for them takes a second to start anew.
-            "_system_config": {"idle_worker_killing_time_threshold_ms": 24 * 3600 * 1000},
+            # A process for tasks, of which some come before and some behind a pass of actors, takes a second to start:
+            # it outlives a short pass, and is dead weight in a long one.
+            "_system_config": {"idle_worker_killing_time_threshold_ms": 120_000},
         }
     with contextlib.nullcontext() if debug else _quiet_core():
         ray.init(**options)
