@@ -122,13 +122,17 @@ def stream(
     """Sends units 0 … `units` − 1 through neighbouring passes, each of which has a crew of its own: while one downloads
     a unit, the next scores those that are done. Yields the numbers of passes and what has gone on there.
     """
-    wants_gpu = {i: _there("GPU") > 0 and any(getattr(step, "gpu", False) for step in passes[i].steps) for i in numbers}
+    gpus = _there("GPU")
+    resources = {
+        i: "GPU" if gpus and any(getattr(step, "gpu", False) for step in passes[i].steps) else "CPU" for i in numbers
+    }
     # All crews must fit beside each other, or one would wait for the end of another.
-    share = 1 / max(1, sum(not wants for wants in wants_gpu.values()))
-    alone = units == 1 or (workers or (0 if _joins() else _there("CPU"))) == 1
-    crews = [
-        _Crew(passes, i, alone, num_cpus=0 if wants_gpu[i] else share, num_gpus=int(wants_gpu[i])) for i in numbers
-    ]
+    shares = {"CPU": 1 / max(1, list(resources.values()).count("CPU")), "GPU": 1}
+    crews = []
+    for i, resource in resources.items():
+        # A cluster that was joined may grow; one of our own stays as it is.
+        most = min(units, workers or (units if _joins() else _there(resource)))
+        crews.append(_Crew(passes, i, most, resource, shares[resource]))
     crews[0].backlog.extend(range(units))
     left = [units] * len(crews)
     looked = -math.inf
@@ -137,8 +141,7 @@ def stream(
             if time.monotonic() - looked > GROW_EVERY:
                 looked = time.monotonic()
                 for crew, open_units in zip(crews, left):
-                    room = max(1, _there("GPU" if wants_gpu[crew.index] else "CPU"))
-                    crew.grow(min(open_units, workers or room, room))
+                    crew.grow(open_units)
             for crew in crews:
                 crew.hand_out()
             runs = [run for crew in crews for run in crew.workers]
@@ -259,22 +262,24 @@ class _Hand:
 class _Crew:
     """The workers of one pass, as the driver sees them."""
 
-    def __init__(self, passes: list[Pass], index: int, alone: bool, **resources: float) -> None:
-        """`alone`: there will never be a second worker, with whom to agree about anything."""
+    def __init__(self, passes: list[Pass], index: int, most: int, resource: str, share: float) -> None:
+        """At most `most` workers, each with a `share` of a CPU or of a GPU, whichever `resource` says."""
         self.index = index
         self.backlog: deque[int] = deque()
         self.workers: dict[Any, _Hand] = {}
         """By the stream of what each has to tell."""
         self._label = passes[index].label
-        self._arguments = (passes, index, {} if alone else _boards(passes[index]))
+        self._most, self._resource = most, resource
+        self._arguments = (passes, index, _boards(passes[index]) if most > 1 else {})
+        resources = {"num_cpus": share} if resource == "CPU" else {"num_cpus": 0, "num_gpus": share}
         # One thread works, the other one takes what is given. Ray starts nobody anew: whoever does that must know what
         # was in hand.
         self._kind = ray.remote(_Worker).options(max_concurrency=2, scheduling_strategy="SPREAD", **resources)  # type: ignore[attr-defined]
         self._lost = 0
 
-    def grow(self, workers: int) -> None:
-        """Starts as many as are missing."""
-        for _ in range(workers - len(self.workers)):
+    def grow(self, units: int) -> None:
+        """Starts the workers that are missing, where there is room for them, to do so many units."""
+        for _ in range(min(units, self._most, max(1, _there(self._resource))) - len(self.workers)):
             self._start()
 
     def _start(self) -> None:

@@ -103,9 +103,9 @@ def on_ray(train: Callable[[TrainConfig], Any], config: TrainConfig) -> None:
         paths["pretrained"] = _absolute(config.pretrained)
     if config.resume not in ("latest", "none"):
         paths["resume"] = _absolute(config.resume)
+    config = dataclasses.replace(config, **paths)
     trainer = TorchTrainer(
-        lambda config: train(config["config"]),
-        train_loop_config={"config": dataclasses.replace(config, **paths)},
+        lambda: train(config),
         scaling_config=ScalingConfig(num_workers=config.ranks or 1, use_gpu=gpu),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         run_config=RunConfig(name="ray", storage_path=paths["output"]),

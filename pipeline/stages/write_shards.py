@@ -153,7 +153,7 @@ class _Tar:
         self.digest = hashlib.sha256()
 
     def add(self, name: str, data: bytes) -> tuple[int, int]:
-        """`name` has at most 100 bytes, and `data` less than 8 GB."""
+        """Where `data` lie. `name` has at most 100 bytes, and `data` less than 8 GB: ValueError."""
         self._put(_tar_header(name.encode(), b"%011o" % len(data)))
         start = self.offset
         self._put(data + bytes(-len(data) % tarfile.BLOCKSIZE))
@@ -181,7 +181,10 @@ def _tar_header(name: bytes, size: bytes) -> bytes:
     blank = _SOME_HEADER
     parts = [name.ljust(100, b"\0"), blank[100:124], size, blank[135:148], b" " * 8, blank[156:]]
     parts[4] = b"%06o\0 " % sum(b"".join(parts))
-    return b"".join(parts)
+    header = b"".join(parts)
+    if len(header) != len(blank):
+        raise ValueError(f"no room in a tar header for the name {name!r} or the size {size!r}")
+    return header
 
 
 def _json_rows(table: pa.Table) -> Iterator[bytes]:
