@@ -421,15 +421,20 @@ def measure(command: list[str], folder: Path, limit: float) -> Usage:
     meter = subprocess.Popen(
         [sys.executable, __file__, "meter", str(folder), *command], env=env, cwd=folder, start_new_session=True
     )
-    peak, unaccounted, turn, deadline = 0, {}, 0, time.monotonic() + limit
+    peak, turn, deadline = 0, 0, time.monotonic() + limit
+    # Who ignores SIGCHLD (Ray's raylet, whose children are the workers) waits for nobody: what its children took, and
+    # what theirs did, is in no account but the meter's own, if they fall to it. The last look at them must do.
+    seen: dict[int, tuple[int, float]] = {}
     try:
         while meter.poll() is None:
             parents = descendants(meter.pid)
-            # Who ignores SIGCHLD (Ray's raylet, whose children are the workers) waits for nobody: what its children
-            # took is in no account, and the last look at them must do.
+            deaf = {pid for pid in set(parents.values()) if ignores_children(pid)}
             for pid in parents:
-                if ignores_children(parents[pid]) and (seconds := cpu_seconds(pid)):
-                    unaccounted[pid] = seconds
+                head = pid
+                while head in parents and parents[head] not in deaf:
+                    head = parents[head]
+                if head in parents and (seconds := cpu_seconds(pid)):
+                    seen[pid] = head, seconds
             if turn % 5 == 0:  # adding up the pages of a process is not free
                 peak = max(peak, sum(map(proportional_size, parents)))
             turn += 1
@@ -445,7 +450,9 @@ def measure(command: list[str], folder: Path, limit: float) -> Usage:
         said = (folder / "log").read_text(errors="replace")[-3000:]
         sys.exit(f"{' '.join(command)[:200]} failed:\n{said}")
     took = json.loads((folder / "usage.json").read_text())
-    return Usage(took["seconds"], took["cpu"] + sum(unaccounted.values()), peak)
+    reaped = {int(pid): cpu for pid, cpu in took["cpu"].items()}
+    lost = sum(seconds for pid, (head, seconds) in seen.items() if not {pid, head} & reaped.keys())
+    return Usage(took["seconds"], sum(reaped.values()) + lost, peak)
 
 
 def meter(folder: Path, command: list[str]) -> int:
@@ -459,20 +466,25 @@ def meter(folder: Path, command: list[str]) -> int:
     started = time.perf_counter()
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        status = process.wait()
-    seconds = time.perf_counter() - started
-    patience = time.monotonic() + 10
+    cpu: dict[int, float] = {}
+    """Of each process that this one waited for, and of those that it had waited for."""
+    seconds, patience = 0.0, math.inf
     while True:
         try:
-            if not os.waitpid(-1, os.WNOHANG)[0]:
-                if time.monotonic() > patience:
-                    end(os.getpid())
-                time.sleep(0.02)
+            pid, status, used = os.wait4(-1, os.WNOHANG)
         except ChildProcessError:
             break
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    (folder / "usage.json").write_text(json.dumps({"seconds": seconds, "cpu": used.ru_utime + used.ru_stime}))
-    return status
+        if pid:
+            cpu[pid] = used.ru_utime + used.ru_stime
+        if pid == process.pid:
+            seconds, patience = time.perf_counter() - started, time.monotonic() + 10
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if not pid:
+            if time.monotonic() > patience:
+                end(os.getpid())
+            time.sleep(0.02)
+    (folder / "usage.json").write_text(json.dumps({"seconds": seconds, "cpu": cpu}))
+    return int(process.returncode)
 
 
 def descendants(root: int) -> dict[int, int]:
@@ -498,8 +510,8 @@ def parent_of(pid: int | str) -> int:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Of a process and of those that it started and waited for."""
-    return sum(map(int, stat(pid)[11:15])) / os.sysconf("SC_CLK_TCK")
+    """Of a process, without those that it started."""
+    return sum(map(int, stat(pid)[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def ignores_children(pid: int) -> bool:
