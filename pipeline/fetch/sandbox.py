@@ -354,6 +354,7 @@ def _main() -> None:
         limit = _MemoryLimit(memory)
         # Prepared, since there will be no memory to make it with.
         exhausted = _answer(_EXHAUSTED, FetchError("decoder_memory", f"over {memory} bytes"))
+        _silence_libraries()
         channel.sendall(_answer(_READY, None))
         number = 0
         while True:
@@ -414,6 +415,15 @@ def _prepare() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         with contextlib.suppress(OSError):  # where memory is short, better a child than the worker
             Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _silence_libraries() -> None:
+    """What libraries in C print about a broken file would let anyone fill a log. Python's stderr stays."""
+    with contextlib.suppress(OSError):
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
 
 
 class _MemoryLimit:

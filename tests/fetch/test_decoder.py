@@ -97,6 +97,8 @@ BARE: dict[str, bytes] = {
     "jpeg": encoded(scene(), "JPEG", quality=95),
     "jpeg_grey": encoded(scene(mode="L"), "JPEG"),
     "jpeg_444": encoded(scene(), "JPEG", quality=95, subsampling=0, comment=b"nothing"),
+    "png": encoded(scene(), "PNG", dpi=(72, 72)),
+    "png_grey": encoded(scene(mode="L"), "PNG"),
     "webp": encoded(scene(), "WEBP", quality=95),
     "webp_lossless": encoded(scene(), "WEBP", lossless=True),
 }
@@ -108,6 +110,9 @@ def clothed(body: bytes) -> bytes:
         size = struct.pack("<I", 319)[:3] + struct.pack("<I", 199)[:3]
         chunks = b"VP8X\x0a\0\0\0" + bytes(4) + size + body[12:] + b"none\x02\0\0\0ab"
         return b"RIFF" + struct.pack("<I", len(chunks) + 4) + b"WEBP" + chunks
+    if body.startswith(b"\x89PNG"):
+        text = b"tEXtTitle\0nothing"
+        return body[:33] + struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text)) + body[33:]
     return body[:2] + b"\xff\xed\0\x04ab" + body[2:]
 
 
@@ -134,7 +139,15 @@ def test_a_picture_without_anything_about_it_comes_out_as_with_it(name: str, rul
         encoded(Image.new("RGBA", (20, 10), (255, 0, 0, 128)), "WEBP", lossless=True),
         encoded(scene(), "WEBP", icc_profile=b"profile"),
         encoded(scene(), "WEBP", save_all=True, append_images=[Image.new("RGB", (320, 200))]),
-        FORMATS["png"](),
+        encoded(scene(mode="P"), "PNG"),
+        encoded(scene(mode="RGBA"), "PNG"),
+        encoded(scene(mode="I;16"), "PNG"),
+        encoded(scene(), "PNG", transparency=RED),
+        encoded(scene(), "PNG", exif=b"Exif\0\0"),
+        encoded(scene(), "PNG", icc_profile=b"profile"),
+        encoded(scene(), "PNG", save_all=True, append_images=[Image.new("RGB", (320, 200))]),
+        BARE["png"][:-1],
+        BARE["png"][:-4] + bytes(4),
         BARE["jpeg"][:20],
         b"\xff\xd8\xff\xe0\0\0" + bytes(20),
     ],

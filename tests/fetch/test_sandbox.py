@@ -154,6 +154,19 @@ def test_what_cannot_be_pickled_is_a_fault_of_ours_and_the_process_goes_on() -> 
     asyncio.run(run())
 
 
+def test_libraries_in_c_say_nothing_and_python_does(capfd: pytest.CaptureFixture[str]) -> None:
+    def say(body: bytes) -> None:
+        os.write(2, b"libpng error: not by us\n")
+        print(body.decode(), file=sys.stderr)
+
+    async def run() -> None:
+        async with sandbox(say, processes=1) as box:
+            await box(b"by us")
+
+    asyncio.run(run())
+    assert capfd.readouterr().err == "by us\n"
+
+
 def test_a_row_cancelled_in_the_queue_is_never_begun(tmp_path: Path) -> None:
     async def run() -> None:
         async with sandbox(processes=1) as box:
