@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError
@@ -28,6 +28,8 @@ from pipeline.fetch.hosts import Ask, Board, Grant
 from pipeline.fetch.outage import OutageError
 from pipeline.passes import Advance, Pass, run_pass
 from pipeline.stages.download import Download
+
+T = TypeVar("T")
 
 AHEAD = 4
 """Units that a worker has at most: one runs out, one is at work, and the next are there when it has room for them."""
@@ -94,16 +96,16 @@ def stop_ray() -> None:
 
 
 def over(
-    items: Sequence[int], work: Callable[[Sequence[int]], Iterable[dict[str, Any]]], at_once: int = 1
+    items: Sequence[T], work: Callable[[Sequence[T]], Iterable[dict[str, Any]]], at_once: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """Hands numbers to `work` on the cluster, `at_once` a task; yields the records that come back, in any order.
+    """Hands items to `work` on the cluster, `at_once` a task; yields the records that come back, in any order.
 
     For pure functions with nothing to set up; Ray tries them again when a worker dies.
     """
 
     @ray.remote(num_cpus=1)
-    def task(numbers: Sequence[int]) -> list[dict[str, Any]]:
-        return list(work(numbers))
+    def task(some: Sequence[T]) -> list[dict[str, Any]]:
+        return list(work(some))
 
     starts = iter(range(0, len(items), at_once))
     running: list[Any] = []

@@ -5,6 +5,7 @@ Nothing here holds rows: what a worker does with a unit is `passes.run_pass`, an
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 import time
@@ -127,34 +128,40 @@ def _ingest(recipe: Recipe, p: Pass, types: dict[str, pa.DataType], progress: Pr
         reused.append(p.label)
         return unit_total([p])
     spec, splits = recipe.pool, pool.splits(recipe.pool)
-    numbers = list(range(len(splits)))
     data = p.store.read_if_there("plan.json")
     if data is None:
+        sizes = [split.rows or 0 for split in splits]
 
-        def count(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
-            for i in batch:
-                yield {"rows": pool.count(splits[i])}
+        def count(batch: Sequence[tuple[int, pool.Split]]) -> Iterator[dict[str, Any]]:
+            for i, split in batch:
+                yield {"split": i, "rows": pool.count(split)}
 
-        rows = sum(record["rows"] for record in crew.over(numbers, count))
+        for record in crew.over([(i, s) for i, s in enumerate(splits) if s.rows is None], count):
+            sizes[record["split"]] = record["rows"]
+        rows = sum(sizes)
         units = ingest.unit_count(rows, recipe.unit_rows)
-        plan = {"rows": rows, "units": units, "parts": ingest.partition_count(rows, units)}
+        parts = ingest.partition_count(rows, units)
+        plan = {"rows": rows, "units": units, "parts": parts, "pieces": ingest.pieces(sizes)}
         p.store.create("plan.json", json.dumps(plan).encode())
         data = p.store.read("plan.json")
     plan = json.loads(data)
-    units, parts = plan["units"], plan["parts"]
+    units, parts, starts = plan["units"], plan["parts"], plan["pieces"]
     progress.begin([(p.label, plan["rows"])], units)
 
-    def scatter(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
-        for i in batch:
-            ingest.scatter(p, i, splits[i], spec, types, units, parts)
+    def scatter(batch: Sequence[tuple[int, int, list[pool.Split]]]) -> Iterator[dict[str, Any]]:
+        for piece, first, some in batch:
+            ingest.scatter(p, piece, first, some, spec, types, units, parts)
             yield {}
 
     def gather(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
         for part in batch:
-            yield from ingest.gather(p, part, len(splits), types, units, parts)
+            yield from ingest.gather(p, part, len(starts), types, units, parts)
 
+    pieces = [
+        (i, first, splits[first:last]) for i, (first, last) in enumerate(itertools.pairwise([*starts, len(splits)]))
+    ]
     started = time.perf_counter()
-    for _ in crew.over(numbers, scatter):
+    for _ in crew.over(pieces, scatter):
         pass
     funnel = _empty_funnel(p)
     for record in crew.over(range(parts), gather):

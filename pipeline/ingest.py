@@ -2,7 +2,8 @@
 
 A row's unit is a hash of its canonical URL. Equal URLs therefore meet in one unit, every unit is a uniform sample of
 the pool, and the rows of one host are spread evenly over all units. `scatter` sorts each piece of the pool by
-partition, a range of neighbouring units; `gather` collects a partition from all pieces and commits its units. Rows are
+partition, a range of neighbouring units; `gather` collects a partition from all pieces and commits its units. Pieces
+and partitions are as large as a task can hold, whatever the files of the pool: a pair of them is a read. Rows are
 ordered by that same hash, so the order of the whole run does not depend on how many units there are.
 """
 
@@ -12,12 +13,12 @@ import itertools
 import json
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.hashing import hash64
 from pipeline.passes import Pass, commit, new_attempt
@@ -28,8 +29,12 @@ from pipeline.step import drops_table
 from pipeline.url import canonical
 
 SPOOL_ROWS = 1_000_000
+SPOOL_BYTES = 1 << 30
+"""What a piece may hold at a time, uncompressed: Arrow's texts end at two gigabytes."""
+READS_AT_ONCE = 8
 PARTITION_ROWS = 1_000_000
 LEAST_UNITS, LEAST_UNIT_ROWS = 8, 500
+LEAST_SPOOLS, LEAST_SPOOL_ROWS = 64, 50_000
 
 
 def unit_count(rows: int, unit_rows: int) -> int:
@@ -41,16 +46,32 @@ def partition_count(rows: int, units: int) -> int:
     return max(1, min(units, rows // PARTITION_ROWS))
 
 
+def pieces(rows: Sequence[int]) -> list[int]:
+    """Where each piece begins in a list of splits with so many rows each: pieces of SPOOL_ROWS, smaller in a small pool
+    so that every core has work."""
+    enough = min(SPOOL_ROWS, max(LEAST_SPOOL_ROWS, sum(rows) // LEAST_SPOOLS))
+    starts, held = [], enough
+    for number, size in enumerate(rows):
+        if held >= enough:
+            starts.append(number)
+            held = 0
+        held += size
+    return starts
+
+
 def scatter(
-    p: Pass, number: int, split: Split, spec: PoolSpec, types: dict[str, pa.DataType], units: int, parts: int
-) -> None:
-    """Reads one split and stores its rows by partition, a parquet row group each; the record names the files."""
-    record_name = f"spool/{number:06d}.json"
+    p: Pass, piece: int, first: int, splits: Sequence[Split], spec: PoolSpec, types: dict[str, pa.DataType],
+    units: int, parts: int,
+) -> None:  # fmt: skip
+    """Reads the splits of one piece, numbered from `first`, and stores their rows by partition, a record batch each.
+
+    The record names the files: more than one only where a single split is larger than a piece should be.
+    """
+    record_name = f"spool/{piece:06d}.json"
     if p.store.exists(record_name):
         return
     names: list[str] = []
     held: list[pa.Table] = []
-    position = 0
 
     def spill() -> None:
         table = pa.concat_tables(held)
@@ -59,45 +80,51 @@ def scatter(
         order = np.argsort(part, kind="stable")
         bounds = np.searchsorted(part[order], np.arange(parts + 1))
         table = table.take(pa.array(order))
-        name = f"spool/{number:06d}-{len(names):04d}-{secrets.token_hex(4)}.parquet"
-        with p.store.output(name) as file, pq.ParquetWriter(file, table.schema, compression="zstd") as writer:
+        name = f"spool/{piece:06d}-{len(names):04d}-{secrets.token_hex(4)}.arrow"
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with p.store.output(name) as file, pa.ipc.new_file(file, table.schema, options=options) as writer:
             for low, high in itertools.pairwise(bounds):
-                writer.write_table(table.slice(low, high - low), row_group_size=max(1, high - low))
+                columns = [column.combine_chunks() for column in table.slice(low, high - low).columns]
+                writer.write_batch(pa.record_batch(columns, table.schema))
         names.append(name)
 
-    rows = 0
-    for batch in read(spec, split, types):
-        place = hash64([canonical(url) for url in batch["url"].to_pylist()]).copy()
-        # Rows without a URL would all meet in one unit; their place in the pool spreads them.
-        blank = np.flatnonzero(batch["url"].to_numpy() == "")
-        place[blank] = hash64([f"{number} {position + i}" for i in blank.tolist()])
-        position += len(batch)
-        held.append(batch.append_column("place", pa.array(place)))
-        rows += len(batch)
-        if rows >= SPOOL_ROWS:
-            spill()
-            rows = 0
+    for number, split in enumerate(splits, first):
+        position = 0
+        for batch in read(spec, split, types):
+            place = hash64([canonical(url) for url in batch["url"].to_pylist()]).copy()
+            # Rows without a URL would all meet in one unit; their place in the pool spreads them.
+            blank = np.flatnonzero(batch["url"].to_numpy() == "")
+            place[blank] = hash64([f"{number} {position + i}" for i in blank.tolist()])
+            position += len(batch)
+            held.append(batch.append_column("place", pa.array(place)))
+            if sum(map(len, held)) >= 2 * SPOOL_ROWS or sum(table.nbytes for table in held) >= SPOOL_BYTES:
+                spill()
     if held:
         spill()
     p.store.create(record_name, json.dumps({"files": names}).encode())
 
 
 def gather(
-    p: Pass, part: int, splits: int, types: dict[str, pa.DataType], units: int, parts: int
+    p: Pass, part: int, pieces: int, types: dict[str, pa.DataType], units: int, parts: int
 ) -> Iterator[dict[str, Any]]:
-    """Collects one partition from all splits and commits the units in it; yields their records."""
+    """Collects one partition from all pieces and commits the units in it; yields their records."""
     first, last = -(-part * units // parts), -(-(part + 1) * units // parts)
     known = {unit: p.record(unit) for unit in range(first, last)}
     if all(known.values()):
         yield from (record for record in known.values() if record)
         return
     schema = pa.schema([*SAMPLE, *types.items(), ("drop_reason", pa.string()), ("place", pa.uint64())])
-    tables = [schema.empty_table()]
-    for number in range(splits):
-        for name in json.loads(p.store.read(f"spool/{number:06d}.json"))["files"]:
-            with p.store.input(name) as file:
-                tables.append(pq.ParquetFile(file).read_row_group(part).select(schema.names))
-    table = pa.concat_tables(tables)
+
+    def collect(piece: int) -> pa.Table:
+        tables = [schema.empty_table()]
+        for name in json.loads(p.store.read(f"spool/{piece:06d}.json"))["files"]:
+            with p.store.input(name, apart=True) as file:
+                batch = pa.ipc.open_file(file).get_batch(part)
+                tables.append(pa.Table.from_batches([batch]).select(schema.names))
+        return pa.concat_tables(tables)
+
+    with ThreadPoolExecutor(READS_AT_ONCE) as threads:  # a store far away takes its time for each
+        table = pa.concat_tables(threads.map(collect, range(pieces)))
     place = table["place"].to_numpy()
     unit_of = _scale(place, units)
     # By hash, then uid, then place in the pool: an order that nothing but the pool decides.

@@ -114,15 +114,12 @@ def source_columns(p: Pass) -> list[str]:
 
 def alive(before: Sequence[Pass], unit: int) -> np.ndarray:
     """The rows of a unit (int32, ascending) that the passes so far have kept."""
-    rows = np.empty(0, np.int32)
-    gone: list[np.ndarray] = []
-    for p in before:
-        if p.kind in ("pool", "map"):
-            record = _must(p, unit)
-            rows = _light(p, record, ["row"])["row"].to_numpy()
-            gone = [_drops(p, record)["row"].to_numpy()] if p.kind == "pool" else []
-        elif p.kind == "barrier":
-            gone.append(barrier_drops(p, unit)["row"].to_numpy())
+    # Each pass over units tells of the rows that it kept: the last one speaks for those before it.
+    last = max(i for i, p in enumerate(before) if p.kind in ("pool", "map"))
+    record = _must(before[last], unit)
+    rows = _light(before[last], record, ["row"])["row"].to_numpy()
+    gone = [_drops(before[last], record)["row"].to_numpy()] if before[last].kind == "pool" else []
+    gone += [barrier_drops(p, unit)["row"].to_numpy() for p in before[last + 1 :] if p.kind == "barrier"]
     return np.setdiff1d(rows, np.concatenate(gone)).astype(np.int32) if gone else rows
 
 
@@ -436,7 +433,7 @@ class _Heavy:
     """The pixels and vectors of a unit, a few rows at a time."""
 
     def __init__(self, store: Store, name: str | None) -> None:
-        self._file = store.input(name) if name else None
+        self._file = store.mapped(name) if name else None
         self._reader: Any = None
         sizes: list[int] = []
         if self._file is not None:  # None: every row of the unit was dropped

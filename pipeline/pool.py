@@ -16,6 +16,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ from pipeline.storage import Store
 FORMATS = ("parquet", "csv", "tsv", "jsonl")
 COMPRESSIONS = ("gz", "zst")
 BATCH_ROWS = 50_000
+FOOTERS_AT_ONCE = 32
 MAX_CAPTION_BYTES = 1 << 20
 """A longer caption is no caption, and would only cost memory everywhere."""
 MAX_URL_BYTES = 1 << 16
@@ -60,6 +62,36 @@ class Split:
     row_groups: tuple[int, ...] | None = None
     retry: bool = False
     """The file is a ledger of drops, and only its transient failures are rows of the pool."""
+    rows: int | None = None
+    """How many there are, where that is known without reading them."""
+
+
+@dataclass(frozen=True)
+class _Footer:
+    """What the end of a parquet file says."""
+
+    schema: pa.Schema
+    rows: tuple[int, ...]
+    """Of each row group."""
+
+
+def _footers(spec: PoolSpec) -> dict[str, _Footer]:
+    """Of the parquet files of a pool; read once, many at a time, since a store far away takes its time for each."""
+    paths = tuple(path for path in find_files(spec) if _format(path) == "parquet")
+    return _read_footers(paths, hashlib.sha256(json.dumps(stamp(spec)).encode()).digest())
+
+
+@functools.lru_cache(maxsize=1)
+def _read_footers(paths: tuple[str, ...], state: bytes) -> dict[str, _Footer]:
+    schemas: dict[pa.Schema, pa.Schema] = {}  # mostly one and the same
+
+    def read(path: str) -> _Footer:
+        with _open_parquet(path) as file:
+            rows = tuple(file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))
+            return _Footer(schemas.setdefault(file.schema_arrow, file.schema_arrow), rows)
+
+    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:
+        return dict(zip(paths, threads.map(read, paths)))
 
 
 def find_files(spec: PoolSpec) -> list[str]:
@@ -122,8 +154,9 @@ def columns(spec: PoolSpec) -> list[str]:
     Every file must have the mapped columns. Columns that are not in every file are filled with nulls.
     """
     extras: dict[str, None] = {}
+    footers = _footers(spec)
     for path in find_files(spec):
-        names = _column_names(path)
+        names = footers[path].schema.names if path in footers else _column_names(path)
         for key, column in (("url", spec.url), ("caption", spec.caption), ("uid", spec.uid)):
             if column is not None and column not in names:
                 raise ValueError(f"{key}: {path} has no column {column!r}; it has {', '.join(names) or 'none'}")
@@ -141,12 +174,12 @@ def columns(spec: PoolSpec) -> list[str]:
 def extra_types(spec: PoolSpec, extras: list[str]) -> dict[str, pa.DataType]:
     """The type of each further column: a parquet file's own, as long as all files agree; text otherwise."""
     types: dict[str, pa.DataType] = {}
+    footers = _footers(spec)
     for path in find_files(spec):
-        schema = _open_parquet(path).schema_arrow if _format(path) == "parquet" else None
         for name in extras:
-            if schema is None:
+            if path not in footers:
                 theirs = pa.string()
-            elif name in schema.names:
+            elif name in (schema := footers[path].schema).names:
                 theirs = _plain_type(schema.field(name).type)
             else:
                 continue
@@ -158,31 +191,31 @@ def splits(spec: PoolSpec, rows: int = 1_000_000) -> list[Split]:
     """The pieces to read in parallel, of about `rows` rows where the format allows it; the same on every machine."""
     pieces: list[Split] = []
     retry = spec.retry is not None
+    footers = _footers(spec)
     for path in find_files(spec):
-        if _format(path) != "parquet":
+        if path not in footers:
             pieces.append(Split(path))
             continue
-        metadata = _open_parquet(path).metadata
         groups: list[int] = []
         held = 0
-        for i in range(metadata.num_row_groups):
+        sizes = footers[path].rows
+        for i, size in enumerate(sizes):
             groups.append(i)
-            held += metadata.row_group(i).num_rows
-            if held >= rows:
-                pieces.append(Split(path, tuple(groups), retry))
+            held += size
+            if held >= rows or i == len(sizes) - 1:
+                pieces.append(Split(path, tuple(groups), retry, None if retry else held))
                 groups, held = [], 0
-        if groups or not metadata.num_row_groups:
-            pieces.append(Split(path, tuple(groups), retry))
+        if not sizes:
+            pieces.append(Split(path, (), retry, None if retry else 0))
     return pieces
 
 
 def count(split: Split) -> int:
     """How many rows `read` will give for a split."""
+    if split.rows is not None:
+        return split.rows
     if split.retry:
         return sum(len(batch) for batch in _parquet_batches(split, {}, {}))
-    if split.row_groups is not None:
-        metadata = _open_parquet(split.path).metadata
-        return sum(metadata.row_group(i).num_rows for i in split.row_groups)
     return sum(1 for _ in _text_rows(split.path))
 
 
@@ -372,9 +405,8 @@ class _Raw(io.RawIOBase):
 
 
 def _column_names(path: str) -> list[str]:
+    """Of a text file."""
     kind = _format(path)
-    if kind == "parquet":
-        return list(_open_parquet(path).schema_arrow.names)
     try:
         if kind == "jsonl":
             names: dict[str, None] = {}

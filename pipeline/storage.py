@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -116,14 +117,29 @@ class Store:
                 os.unlink(part)
         return True
 
-    def input(self, name: str) -> pa.NativeFile:
-        """A file to read at random, memory-mapped where it is local."""
+    def input(self, name: str, apart: bool = False) -> pa.NativeFile:
+        """A file to read from its beginning to its end; `apart`: in a few places far from each other.
+
+        Memory-mapped where it is local.
+        """
         if self.local:
             return pa.memory_map(self.path(name))
-        return pa.PythonFile(self.fs.open(self.path(name), "rb"), mode="r")
+        cache = "none" if apart else "readahead"  # the next 5 MB with every read
+        return pa.PythonFile(self.fs.open(self.path(name), "rb", cache_type=cache), mode="r")
+
+    def mapped(self, name: str) -> pa.NativeFile:
+        """A large file to read at random and again and again: memory-mapped, a remote one from a copy on local disk,
+        which is gone when this is closed."""
+        if self.local:
+            return pa.memory_map(self.path(name))
+        with tempfile.NamedTemporaryFile() as copy:
+            self.fs.get_file(self.path(name), copy.name)
+            return pa.memory_map(copy.name)
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """A parquet file, or some columns of it."""
+        """A parquet file, or some columns of it; a remote one comes as a whole, it is small and each request is not."""
+        if not self.local:
+            return pq.ParquetFile(pa.BufferReader(self.read(name))).read(columns)
         with self.input(name) as file:
             return pq.ParquetFile(file).read(columns)
 

@@ -41,7 +41,7 @@ def passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
     checked.steps = [deadly.Deadly()]
     passes = make_passes(checked, {}, {})
     (split,) = pool.splits(checked.pool)
-    ingest.scatter(passes[0], 0, split, checked.pool, {}, 1, 1)
+    ingest.scatter(passes[0], 0, 0, [split], checked.pool, {}, 1, 1)
     list(ingest.gather(passes[0], 0, 1, {}, 1, 1))
     return passes
 

@@ -62,18 +62,19 @@ class Loser(Stage):
 ROWS = 2_000
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
+@pytest.fixture(params=["local", "remote"])
+def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> Recipe:
     lines = [f"http://h/{i},{'dead ' if i % 10 == 3 else ''}picture number {i}" for i in range(ROWS)]
     (tmp_path / "p.csv").write_text("url,caption\n" + "\n".join(lines) + "\n")
-    return Recipe(name="t", pool=PoolSpec(path=str(tmp_path / "p.csv")), run=str(tmp_path / "run"))
+    run = str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path.name}/run"
+    return Recipe(name="t", pool=PoolSpec(path=str(tmp_path / "p.csv")), run=run)
 
 
 def ingested(recipe: Recipe, steps: list[Step], units: int = 3) -> list[Pass]:
     recipe.steps = steps
     passes = make_passes(recipe, {"test": 1}, {})
     (split,) = pool.splits(recipe.pool)
-    ingest.scatter(passes[0], 0, split, recipe.pool, {}, units, 2)
+    ingest.scatter(passes[0], 0, 0, [split], recipe.pool, {}, units, 2)
     records = [r for part in range(2) for r in ingest.gather(passes[0], part, 1, {}, units, 2)]
     assert sorted(r["unit"] for r in records) == list(range(units))
     assert sum(r["kept"] for r in records) == ROWS

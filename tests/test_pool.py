@@ -142,6 +142,25 @@ def test_files_with_different_further_columns() -> None:
     assert [(r["n"], r["score"]) for r in rows] == [(1, None), (None, 0.5)]
 
 
+def test_the_end_of_a_parquet_file_is_read_once_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    real = pool._open_parquet
+    monkeypatch.setattr(pool, "_open_parquet", lambda path: opened.append(Path(path).name) or real(path))
+    for i in range(20):
+        pq.write_table(pa.table({"url": ["u"] * i, "caption": ["c"] * i}), tmp_path / f"{i:02d}.parquet")
+    spec = PoolSpec(path=str(tmp_path))
+    assert pool.columns(spec) == []
+    assert [pool.count(split) for split in pool.splits(spec)] == list(range(20))
+    assert pool.extra_types(spec, []) == {}
+    assert sorted(opened) == [f"{i:02d}.parquet" for i in range(20)]
+    pq.write_table(pa.table({"url": ["u"], "caption": ["c"], "more": [1]}), tmp_path / "07.parquet")
+    assert pool.columns(spec) == ["more"]
+    assert pool.extra_types(spec, ["more"]) == {"more": pa.int64()}
+    assert pool.count(pool.splits(spec)[7]) == 1
+
+
 def test_an_empty_table() -> None:
     write("empty.csv", [])
     assert read(path="empty.csv") == []

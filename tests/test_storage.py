@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipeline.storage import Store
@@ -64,3 +65,24 @@ def test_write_replaces_and_reads_back(store: Store) -> None:
     store.remove("x")
     store.remove("x")
     assert not store.exists("x")
+
+
+def test_what_is_read_at_random_is_all_there_and_leaves_nothing(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    data = bytes(range(256)) * 1000
+    store.write("x", data)
+    with store.mapped("x") as file:
+        file.seek(255_000)
+        assert file.read(2000) == data[255_000:]
+        assert file.read_at(3, 7) == data[7:10]
+    with store.input("x", apart=True) as file:
+        file.seek(1000)
+        assert file.read(10) == data[1000:1010]
+    assert not list((tmp_path / "tmp").iterdir())
+    table = pa.table({"a": range(5), "b": range(5)})
+    store.write_table("t", table)
+    assert store.read_table("t") == table
+    assert store.read_table("t", ["b"]).column_names == ["b"]

@@ -1,0 +1,72 @@
+"""Ingesting a pool: its units do not depend on how the pool is cut into files, nor on what is read in one go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import ingest, pool
+from pipeline.passes import make_passes, read_unit
+from pipeline.recipe import PoolSpec, Recipe
+
+ROWS, UNITS, PARTS = 1_000, 7, 3
+
+
+def ingested(folder: Path, files: int, text: bool = False) -> tuple[list[pa.Table], list[str], int]:
+    """The units of a pool in so many files; the names of the files in between; and how many pieces it was read in."""
+    (folder / "pool").mkdir(parents=True)
+    each = ROWS // files
+    for i in range(files):
+        rows = range(i * each, (i + 1) * each)
+        table = pa.table({"url": [f"http://h/{r // 2}" for r in rows], "caption": [f"number {r}" for r in rows]})
+        if text:
+            lines = "".join(f"{row['url']},{row['caption']}\n" for row in table.to_pylist())
+            (folder / f"pool/{i:04d}.csv").write_text("url,caption\n" + lines)
+        else:
+            pq.write_table(table, folder / f"pool/{i:04d}.parquet", row_group_size=400)
+    recipe = Recipe(name="t", pool=PoolSpec(path=str(folder / "pool")), run=str(folder / "run"))
+    passes = make_passes(recipe, {}, {})
+    splits = pool.splits(recipe.pool)
+    starts = ingest.pieces([pool.count(split) for split in splits])
+    for piece, (first, last) in enumerate(zip(starts, [*starts[1:], len(splits)])):
+        ingest.scatter(passes[0], piece, first, splits[first:last], recipe.pool, {}, UNITS, PARTS)
+    spool = [name for name in passes[0].store.names("spool") if name.endswith(".arrow")]
+    for part in reversed(range(PARTS)):
+        list(ingest.gather(passes[0], part, len(starts), {}, UNITS, PARTS))
+    units = [next(read_unit(passes, unit, ["uid", "url", "caption"])) for unit in range(UNITS)]
+    return units, spool, len(starts)
+
+
+def test_units_do_not_depend_on_the_files_of_a_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, spool, pieces = ingested(tmp_path / "whole", 1)
+    assert sum(map(len, whole)) == ROWS
+    assert min(map(len, whole)) > 0
+    assert len(spool) == pieces == 1
+    many, spool, pieces = ingested(tmp_path / "many", 100)
+    assert many == whole
+    assert len(spool) == pieces == 1, "small files are read together"
+    monkeypatch.setattr(ingest, "SPOOL_ROWS", 150)
+    monkeypatch.setattr(ingest, "LEAST_SPOOL_ROWS", 1)
+    monkeypatch.setattr(ingest, "LEAST_SPOOLS", 5)
+    cut, spool, pieces = ingested(tmp_path / "cut", 100)
+    assert cut == whole
+    assert len(spool) == pieces == 7
+    monkeypatch.setattr(pool, "BATCH_ROWS", 100)
+    text, spool, pieces = ingested(tmp_path / "text", 1, text=True)
+    assert text == whole
+    assert (len(spool), pieces) == (4, 1), "a file that cannot be cut is held in parts"
+    monkeypatch.setattr(ingest, "SPOOL_BYTES", 1)
+    wide, spool, _ = ingested(tmp_path / "wide", 1, text=True)
+    assert wide == whole
+    assert len(spool) == 10
+
+
+def test_pieces_are_large_in_a_large_pool_and_many_in_a_small_one() -> None:
+    assert ingest.pieces([]) == []
+    assert ingest.pieces([10] * 100) == [0]
+    assert len(ingest.pieces([10_000] * 1_000)) == 63, "ten million rows: 16 files each"
+    assert len(ingest.pieces([10_000] * 100_000)) == 1_000, "a billion rows: a million each"
+    assert ingest.pieces([3_000_000, 10, 2_000_000]) == [0, 1]
