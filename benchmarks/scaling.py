@@ -1,14 +1,15 @@
 """How cost and the driver's memory grow with the rows of a pool: they should grow linearly, and not at all.
 
-    python benchmarks/scaling.py [ROWS …]            default: 50000 200000 800000
+    python benchmarks/scaling.py [ROWS …] [--rows-per-file N]        default: 50000 200000 800000
 
-For each size, makes a pool of made-up URLs and captions and runs the steps that need no network (text filters, exact
-deduplication, two barriers) with `python -m pipeline.run`, start of Ray included. Memory is the peak of the driver's
-process alone.
+For each size, makes a pool of made-up URLs and captions, in one file or in many, and runs the steps that need no
+network (text filters, exact deduplication, two barriers) with `python -m pipeline.run`, start of Ray included. Memory
+is the peak of the driver's process alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 
 RECIPE = """
 name: scaling
-pool: {path: pool.parquet}
+pool: {path: pool}
 run: run
 steps:
   - url_filter
@@ -37,16 +38,23 @@ child boat bridge garden window table chair bird horse market morning evening li
 running sitting standing looking holding wearing playing crossing""".split()
 
 
-def main(sizes: list[int]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=int, nargs="*", default=[50_000, 200_000, 800_000])
+    parser.add_argument("--rows-per-file", type=int, help="all in one file without it")
+    args = parser.parse_args()
     figures = []
-    for rows in sizes:
+    for rows in args.rows:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             (folder / "r.yaml").write_text(RECIPE)
             rng = random.Random(0)
             urls = [f"https://host{rng.randrange(5000)}.example.org/{rng.getrandbits(40):x}.jpg" for _ in range(rows)]
             captions = [" ".join(rng.choices(WORDS, k=rng.randint(4, 14))) for _ in range(rows)]
-            pq.write_table(pa.table({"url": urls, "caption": captions}), folder / "pool.parquet")
+            table, each = pa.table({"url": urls, "caption": captions}), args.rows_per_file or rows
+            (folder / "pool").mkdir()
+            for start in range(0, rows, each):
+                pq.write_table(table.slice(start, each), folder / f"pool/{start // each:06d}.parquet")
             figures.append((rows, *run(folder)))
     print(f"{'rows':>10} {'seconds':>9} {'rows/s':>9} {'driver MB':>10}")
     for rows, seconds, peak in figures:
@@ -73,4 +81,4 @@ def run(folder: Path) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main([int(word) for word in sys.argv[1:]] or [50_000, 200_000, 800_000])
+    main()
