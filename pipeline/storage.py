@@ -39,7 +39,8 @@ class Store:
     def fs(self) -> Any:
         """The fsspec file system behind a remote root."""
         if self._fs is None:
-            self._fs = fsspec.core.url_to_fs(self.root)[0]
+            # Others write here too: what a listing said once is not to be believed again.
+            self._fs = fsspec.core.url_to_fs(self.root, use_listings_cache=False)[0]
         return self._fs
 
     def path(self, name: str = "") -> str:

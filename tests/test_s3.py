@@ -1,0 +1,91 @@
+"""A run in an object store that speaks S3, as on a cluster without a common disk.
+
+It wants packages that nothing else here does, so they are fetched from the package index for these tests alone.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pipeline import verify
+from pipeline.storage import Store
+from tests.conftest import ROOT, Command
+from tests.test_run import furnish, shards
+
+pytestmark = pytest.mark.slow
+
+PACKAGES = ["moto[server]>=5.1,<6", "s3fs>=2025.2"]
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of processes that are to use the store; its bucket is `bucket`."""
+    folder = str(tmp_path_factory.mktemp("s3"))
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-t", folder, *PACKAGES], check=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "any",
+        "AWS_SECRET_ACCESS_KEY": "any",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with pytest.MonkeyPatch.context() as patch, subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": folder}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as server:  # fmt: skip
+        for name, value in env.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "path", [*sys.path, folder])  # what is installed here comes first
+        try:
+            fs = Store("s3://bucket").fs
+            deadline = time.monotonic() + 30
+            while True:
+                try:
+                    fs.mkdir("bucket")
+                    break
+                except OSError:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+            yield {**env, "PYTHONPATH": folder}
+        finally:
+            server.kill()
+
+
+def test_of_many_who_create_exactly_one_wins(s3: dict[str, str]) -> None:
+    store = Store("s3://bucket/store")
+    with ThreadPoolExecutor(16) as threads:
+        won = list(threads.map(lambda i: store.create("commits/0.json", str(i).encode()), range(16)))
+    assert won.count(True) == 1
+    assert store.read("commits/0.json") == str(won.index(True)).encode()
+
+
+def test_a_run_has_the_bytes_of_a_local_one(s3: dict[str, str], run: Command, tmp_path: Path) -> None:
+    furnish(tmp_path)
+    assert run("r.yaml").returncode == 0
+    Store("s3://bucket").write("pool.csv", (tmp_path / "pool.csv").read_bytes())
+    remote = ["r.yaml", "pool.path=s3://bucket/*.csv", "run=s3://bucket/run"]
+    env = {**s3, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), s3["PYTHONPATH"]])}
+    done = run(*remote, ray=False, **env)
+    assert done.returncode == 0, done.stderr
+    store = Store("s3://bucket/run")
+    assert not list(verify.problems(store, Console(quiet=True)))
+    tables = (".tar", ".parquet", ".npy")
+    local = {name: digest for name, digest in shards(tmp_path / "out").items() if name.endswith(tables)}
+    assert local == {n: store.sha256(f"shards/{n}") for n in store.names("shards") if n.endswith(tables)}
+    painted = (tmp_path / "steps_of_mine" / "painted.log").read_text()
+    again = run(*remote, "steps.threshold.top_fraction=0.25", ray=False, **env)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "steps_of_mine" / "painted.log").read_text() == painted, "what was done is not done again"
+    assert not list(verify.problems(store, Console(quiet=True)))
