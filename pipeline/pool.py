@@ -82,7 +82,8 @@ def _footers(spec: PoolSpec) -> dict[str, _Footer]:
 
 
 @functools.lru_cache(maxsize=1)
-def _read_footers(paths: tuple[str, ...], state: bytes) -> dict[str, _Footer]:
+def _read_footers(paths: tuple[str, ...], _state: bytes) -> dict[str, _Footer]:
+    """Until a file changes, which `_state` tells."""
     schemas: dict[pa.Schema, pa.Schema] = {}  # mostly one and the same
 
     def read(path: str) -> _Footer:
