@@ -75,18 +75,20 @@ class _Footer:
     """Of each row group."""
 
 
-def _footers(spec: PoolSpec) -> dict[str, _Footer]:
-    """Of the parquet files of a pool; read once, many at a time, since a store far away takes its time for each."""
-    paths = tuple(path for path in find_files(spec) if _format(path) == "parquet")
-    return _read_footers(paths, hashlib.sha256(json.dumps(stamp(spec)).encode()).digest())
+def _files(spec: PoolSpec) -> dict[str, _Footer | None]:
+    """The files of a pool in their order, those that are parquet with their footers: read once until a file changes,
+    many at a time, since a store far away takes its time for each."""
+    paths = find_files(spec)
+    return _with_footers(tuple(paths), hashlib.sha256(json.dumps(_stamps(paths)).encode()).digest())
 
 
 @functools.lru_cache(maxsize=1)
-def _read_footers(paths: tuple[str, ...], _state: bytes) -> dict[str, _Footer]:
-    """Until a file changes, which `_state` tells."""
+def _with_footers(paths: tuple[str, ...], _state: bytes) -> dict[str, _Footer | None]:
     schemas: dict[pa.Schema, pa.Schema] = {}  # mostly one and the same
 
-    def read(path: str) -> _Footer:
+    def read(path: str) -> _Footer | None:
+        if _format(path) != "parquet":
+            return None
         with _open_parquet(path) as file:
             rows = tuple(file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))
             return _Footer(schemas.setdefault(file.schema_arrow, file.schema_arrow), rows)
@@ -155,9 +157,8 @@ def columns(spec: PoolSpec) -> list[str]:
     Every file must have the mapped columns. Columns that are not in every file are filled with nulls.
     """
     extras: dict[str, None] = {}
-    footers = _footers(spec)
-    for path in find_files(spec):
-        names = footers[path].schema.names if path in footers else _column_names(path)
+    for path, footer in _files(spec).items():
+        names = footer.schema.names if footer else _column_names(path)
         for key, column in (("url", spec.url), ("caption", spec.caption), ("uid", spec.uid)):
             if column is not None and column not in names:
                 raise ValueError(f"{key}: {path} has no column {column!r}; it has {', '.join(names) or 'none'}")
@@ -175,13 +176,12 @@ def columns(spec: PoolSpec) -> list[str]:
 def extra_types(spec: PoolSpec, extras: list[str]) -> dict[str, pa.DataType]:
     """The type of each further column: a parquet file's own, as long as all files agree; text otherwise."""
     types: dict[str, pa.DataType] = {}
-    footers = _footers(spec)
-    for path in find_files(spec):
+    for footer in _files(spec).values():
         for name in extras:
-            if path not in footers:
+            if footer is None:
                 theirs = pa.string()
-            elif name in (schema := footers[path].schema).names:
-                theirs = _plain_type(schema.field(name).type)
+            elif name in footer.schema.names:
+                theirs = _plain_type(footer.schema.field(name).type)
             else:
                 continue
             types[name] = theirs if types.get(name, theirs) == theirs else pa.string()
@@ -192,21 +192,19 @@ def splits(spec: PoolSpec, rows: int = 1_000_000) -> list[Split]:
     """The pieces to read in parallel, of about `rows` rows where the format allows it; the same on every machine."""
     pieces: list[Split] = []
     retry = spec.retry is not None
-    footers = _footers(spec)
-    for path in find_files(spec):
-        if path not in footers:
+    for path, footer in _files(spec).items():
+        if footer is None:
             pieces.append(Split(path))
             continue
         groups: list[int] = []
         held = 0
-        sizes = footers[path].rows
-        for i, size in enumerate(sizes):
+        for i, size in enumerate(footer.rows):
             groups.append(i)
             held += size
-            if held >= rows or i == len(sizes) - 1:
+            if held >= rows or i == len(footer.rows) - 1:
                 pieces.append(Split(path, tuple(groups), retry, None if retry else held))
                 groups, held = [], 0
-        if not sizes:
+        if not footer.rows:
             pieces.append(Split(path, (), retry, None if retry else 0))
     return pieces
 
@@ -222,8 +220,12 @@ def count(split: Split) -> int:
 
 def stamp(spec: PoolSpec) -> list[list[Any]]:
     """What tells one state of the pool from another without reading it: name, size and time or tag of each file."""
+    return _stamps(find_files(spec))
+
+
+def _stamps(paths: list[str]) -> list[list[Any]]:
     stamps: list[list[Any]] = []
-    for path in find_files(spec):
+    for path in paths:
         if "://" in path:
             fs, root = fsspec.core.url_to_fs(path)
             info = fs.info(root)
