@@ -22,6 +22,23 @@ if TYPE_CHECKING:
     import dask.dataframe as dd
 
 Scope = Literal["row", "unit", "run"]
+Resource = Literal["cpu", "gpu"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step is expected to do with a typical web pool, for `--plan`."""
+
+    keep: float
+    """Share of the rows that go on, 0 to 1."""
+    rate: float
+    """Rows a second on one core, or on one GPU for a step that runs on GPUs."""
+    basis: str
+    """Where the two come from; "assumed" where nobody has published or measured it."""
+    stored: float = 0.0
+    """Bytes written to the run for each row that goes on."""
+    fetched: float = 0.0
+    """Bytes from the network for each row that comes in."""
 
 
 @dataclass(kw_only=True)
@@ -40,6 +57,8 @@ class Step:
     commits: ClassVar[bool] = False
     """True where a result is dear (bytes from the web, hours of GPU): the pass ends here, so that a change to any
     later step reuses what is stored, and a recipe that would orphan it is refused."""
+    resource: ClassVar[Resource] = "cpu"
+    """What a worker of this step occupies. "gpu" means a GPU where the cluster has one, else CPU cores."""
 
     @classmethod
     def name(cls) -> str:
@@ -58,6 +77,10 @@ class Step:
     def fingerprint(self) -> object:
         """What besides the options determines the output (the contents of a file named by one, say); JSON-able."""
         return None
+
+    def estimate(self, rows: float) -> Estimate:
+        """What `--plan` assumes of this step, with these options, for so many rows."""
+        return Estimate(1.0, 10_000, "a step of your own: nothing known")
 
     def setup(self) -> None:
         """Runs once per worker, before the first batch: the place to load a model."""
