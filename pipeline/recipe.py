@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pydantic
 import yaml
 
-from pipeline.schema import POSITION, SAMPLE
-from pipeline.step import Step
+from pipeline.schema import POSITION, SAMPLE, is_heavy
+from pipeline.step import Filter, Step, VectorFilter
 
 PACKAGES = ("pipeline.stages", "pipeline.filters")
 
@@ -334,6 +335,7 @@ class _Checker:
     def _flow(self, steps: list[Step], pool_columns: list[str] | None) -> None:
         """Every column is there before it is read, is written once, and the writer comes last."""
         have = dict.fromkeys((*POSITION.names, *SAMPLE.names, *(pool_columns or [])), "the pool")
+        types: dict[str, pa.DataType] = {}
         for i, step in enumerate(steps):
             key = ("steps", i)
             for column in step.needs:
@@ -346,6 +348,14 @@ class _Checker:
                     else f"nothing above it adds that{_providers(column) or _nearest(column, have)}"
                 )
                 self._note(key, f"steps.{step.label}", f"needs the column {column!r}; {cure}")
+            for column in step.needs:
+                of = types.get(column)
+                wanted = isinstance(step, VectorFilter) and column == step.vector
+                if isinstance(step, Filter) and step.scope == "run" and of is not None and is_heavy(of) != wanted:
+                    found = "pixels or vectors" if is_heavy(of) else f"{of}, not vectors"
+                    problem = f"the column {column!r} holds {found}; a whole-run filter reads vectors as its `vector`"
+                    self._note(key, f"steps.{step.label}", f"{problem} (see VectorFilter), and no pixels")
+            types |= step.adds
             for column in step.adds:
                 if column in have:
                     cure = (

@@ -160,6 +160,44 @@ class KeyedFilter(Filter):
         return drops_frame(drops)
 
 
+class VectorFilter(Filter):
+    """A whole-run filter that compares vectors: embeddings, in a fixed-size list column of floats.
+
+    Vectors pass neither through Dask nor through the object store. A uniform sample of them is taken in every unit;
+    `fit` makes something small of all samples together (centroids, say); `groups` says in which groups a row meets
+    others; and `judge_group` decides one group at a time, with its vectors as one matrix. Groups are spread over the
+    workers. A group that the sample shows to be larger than `largest_group` rows is divided by a `fit` of its own.
+
+    The result must be a function of the rows alone: every method gets rows in the order of their uids. Rows without a
+    vector, or with a value in it that is not finite, are not judged and go on.
+    """
+
+    scope = "run"
+    vector: str
+    """The column of vectors; among `needs` too."""
+    largest_group: ClassVar[int] = 131_072
+    """Rows whose vectors a worker holds at a time: 268 MB of float32 at 512 dimensions."""
+
+    def sample_rows(self, rows: int) -> int:
+        """How many of the run's vectors `fit` wants to see, about."""
+        return 65_536
+
+    def fit(self, sample: np.ndarray, rows: int) -> np.ndarray:
+        """Whatever `groups` needs, with a row for each group that there can be: from a sample, float32 of shape
+        (m, d), of so many rows."""
+        raise TypeError(f"{type(self).__name__} must define fit()")
+
+    def groups(self, vectors: np.ndarray, fitted: np.ndarray) -> np.ndarray:
+        """The group of each vector, int64 of shape (n,) with values below `len(fitted)`; or of shape (n, p), for rows
+        that shall meet the rows of several groups."""
+        raise TypeError(f"{type(self).__name__} must define groups()")
+
+    def judge_group(self, rows: pa.Table, vectors: np.ndarray) -> tuple[pa.StringArray, pa.StringArray]:
+        """Reason and detail for each row of a group; a null reason keeps the row. `rows` has `unit, row, uid` and the
+        needed columns, `vectors` is float32 of shape (n, d). A row of several groups is dropped if any drops it."""
+        raise TypeError(f"{type(self).__name__} must define judge_group()")
+
+
 class FrequencyFilter(KeyedFilter):
     """Drops what too many rows of the run share: all rows of such a value, none stays behind to stand for them.
 
