@@ -28,7 +28,9 @@ from pipeline.step import VectorFilter, drops_table
 from pipeline.storage import Store
 
 PIECE_BYTES = 256 << 20
-"""Vectors that a worker holds while it sorts rows by group, and of a partition of groups."""
+"""Vectors that a worker holds while it sorts rows by group, and of a partition of groups; less in a small run, so that
+every core has work."""
+LEAST_PIECES, LEAST_PIECE_BYTES = 64, 32 << 20
 MOST_DIVISIONS = 8
 """How often a crowded group is divided again before equal vectors are taken for what they are."""
 
@@ -141,7 +143,8 @@ def decide(
         [*POSITION, *((c, types[c]) for c in columns if c != step.vector), (step.vector, types[step.vector])]
     )
     row_bytes = dimension * 2 + 64
-    piece_rows = max(1, PIECE_BYTES // row_bytes)
+    piece_bytes = min(PIECE_BYTES, max(LEAST_PIECE_BYTES, rows * row_bytes // LEAST_PIECES))
+    piece_rows = max(1, piece_bytes // row_bytes)
     unit_groups = _ranges(units, max(1, piece_rows * units // max(rows, 1)))
     share = min(1.0, step.sample_rows(rows) / max(rows, 1))
 
@@ -183,7 +186,7 @@ def decide(
     if not record["rows"]:  # no row has a vector
         _clear(p.store)
         return {}, Counter()
-    parts = max(1, -(-rows * row_bytes // PIECE_BYTES))
+    parts = max(1, -(-rows * row_bytes // piece_bytes))
 
     def scatter(ranges: Sequence[range]) -> Iterator[dict[str, Any]]:
         step.setup()
