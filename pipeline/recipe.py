@@ -19,8 +19,8 @@ import pyarrow as pa
 import pydantic
 import yaml
 
-from pipeline.schema import POSITION, SAMPLE, is_heavy
-from pipeline.step import Filter, Step, VectorFilter
+from pipeline.schema import POSITION, SAMPLE
+from pipeline.step import Step
 
 PACKAGES = ("pipeline.stages", "pipeline.filters")
 
@@ -348,13 +348,8 @@ class _Checker:
                     else f"nothing above it adds that{_providers(column) or _nearest(column, have)}"
                 )
                 self._note(key, f"steps.{step.label}", f"needs the column {column!r}; {cure}")
-            for column in step.needs:
-                of = types.get(column)
-                wanted = isinstance(step, VectorFilter) and column == step.vector
-                if isinstance(step, Filter) and step.scope == "run" and of is not None and is_heavy(of) != wanted:
-                    found = "pixels or vectors" if is_heavy(of) else f"{of}, not vectors"
-                    problem = f"the column {column!r} holds {found}; a whole-run filter reads vectors as its `vector`"
-                    self._note(key, f"steps.{step.label}", f"{problem} (see VectorFilter), and no pixels")
+            for option, problem in step.check_columns(types):
+                self._note((*key, step.name(), option), f"steps.{step.label}.{option}", problem)
             types |= step.adds
             for column in step.adds:
                 if column in have:

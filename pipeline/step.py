@@ -7,7 +7,7 @@ the keys of their recipe line. Nothing here knows about Ray: a step can be tried
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.hashing import hash64
-from pipeline.schema import DROP
+from pipeline.schema import DROP, is_heavy
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
@@ -74,6 +74,10 @@ class Step:
         """Yields `(key, problem)` for every unusable option, before anything starts."""
         yield from ()
 
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        """As `check`, of what only shows beside the columns that are read: `types` has those whose type is known."""
+        yield from ()
+
     def fingerprint(self) -> object:
         """What besides the options determines the output (the contents of a file named by one, say); JSON-able."""
         return None
@@ -113,6 +117,12 @@ class Filter(Step):
     """
 
     scope: Scope = "row"
+
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        for column in self.needs if self.scope == "run" else ():
+            if column in types and is_heavy(types[column]):
+                cure = "a whole-run filter reads no pixels, and vectors only as a VectorFilter"
+                yield "needs", f"the column {column!r} holds pixels or vectors ({types[column]}); {cure}"
 
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
         """True keeps. With scope "unit", `batch` is a whole unit. A null counts as false."""
@@ -177,6 +187,11 @@ class VectorFilter(Filter):
     """The column of vectors; among `needs` too."""
     largest_group: ClassVar[int] = 131_072
     """Rows whose vectors a worker holds at a time: 268 MB of float32 at 512 dimensions."""
+
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        of = types.get(self.vector)
+        if of is not None and not (pa.types.is_fixed_size_list(of) and pa.types.is_floating(of.value_type)):
+            yield "vector", f"the column {self.vector!r} holds {of}, expected vectors: a fixed-size list of floats"
 
     def sample_rows(self, rows: int) -> int:
         """How many of the run's vectors `fit` wants to see, about."""
