@@ -59,6 +59,10 @@ class Step:
         """What besides the options determines the output (the contents of a file named by one, say); JSON-able."""
         return None
 
+    def honours(self) -> Iterator[str]:
+        """The wishes of publishers that this step heeds, for the dataset's card: `robots.txt (RFC 9309)`."""
+        yield from ()
+
     def setup(self) -> None:
         """Runs once per worker, before the first batch: the place to load a model."""
 
