@@ -129,7 +129,7 @@ from glob import glob
 import webdataset as wds
 from torch.utils.data import DataLoader
 
-samples = wds.WebDataset(sorted(glob("*.tar")), shardshuffle=100).shuffle(1000).decode("rgb8")
+samples = wds.WebDataset(sorted(glob("*.tar")), shardshuffle=100).shuffle(1000).decode("torchrgb8")
 for image, caption in DataLoader(samples.to_tuple("{picture}", "txt"), batch_size=None):
     print(image.shape, caption)
     break
@@ -239,8 +239,8 @@ def croissant(about: About, tars: Sequence[File], tables: Sequence[File], sample
     """Metadata in MLCommons' Croissant 1.1: every tar and table with its digest, and the tables as one record set.
 
     The record set has the columns of text, numbers, truth values, dates, and flat lists of them; Croissant has no type
-    for the others. It has no pictures: mlcroissant unpacks a tar into a cache that knows it by its name alone, and would
-    show those of another dataset's `00000.tar`.
+    for the others. It has no pictures: mlcroissant 1.1 unpacks a tar into a cache that knows it by its name alone, and
+    would show those of another dataset's `00000.tar`.
     """
     fields = {
         name: found for name, dtype in {"key": pa.string(), **about.types}.items() if (found := _data_type(dtype))
