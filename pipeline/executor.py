@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import crew, ingest, pool
+from pipeline import crew, ingest, pool, vectors
 from pipeline.card import About
 from pipeline.ledger import BooksError, Funnel, Line
 from pipeline.passes import Pass, alive, read_unit, unit_drops
@@ -25,7 +25,7 @@ from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.schema import DROP, POSITION
 from pipeline.stages.write_shards import WriteShards
-from pipeline.step import Filter, drops_table
+from pipeline.step import Filter, VectorFilter, drops_table
 from pipeline.storage import Store
 
 if TYPE_CHECKING:
@@ -218,10 +218,16 @@ def _barrier(passes: list[Pass], index: int, units: int, rows: int, progress: Pr
         _finish(p, _empty_funnel(p), files={}, units_per_file=units)
         return
     started = time.perf_counter()
+    per_file = max(1, GROUP_ROWS * units // rows)
+    if isinstance(step, VectorFilter):
+        files, reasons = vectors.decide(p, before, units, rows, per_file, crew.over)
+        line = Line(rows, dict(sorted(reasons.items())), time.perf_counter() - started)
+        progress.add(p.label, rows, line.kept, line.dropped)
+        _finish(p, Funnel({p.label: line}), files=files, units_per_file=per_file)
+        return
     types = {k: v for q in before for k, v in q.adds.items()}
     columns = dict.fromkeys(["uid", *(c for c in step.needs if c not in POSITION.names)])
     schema = pa.schema([*POSITION, *((c, types[c]) for c in columns)])
-    per_file = max(1, GROUP_ROWS * units // rows)
     groups = [range(low, min(units, low + per_file)) for low in range(0, units, per_file)]
 
     def frame_of(group: range) -> pd.DataFrame:

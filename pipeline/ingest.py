@@ -9,7 +9,6 @@ ordered by that same hash, so the order of the whole run does not depend on how 
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import secrets
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline import spool
 from pipeline.hashing import hash64
 from pipeline.passes import Pass, commit, new_attempt
 from pipeline.pool import Split, read
@@ -31,7 +31,6 @@ from pipeline.url import canonical
 SPOOL_ROWS = 1_000_000
 SPOOL_BYTES = 1 << 30
 """What a piece may hold at a time, uncompressed: Arrow's texts end at two gigabytes."""
-READS_AT_ONCE = 8
 PARTITION_ROWS = 1_000_000
 LEAST_UNITS, LEAST_UNIT_ROWS = 8, 500
 LEAST_SPOOLS, LEAST_SPOOL_ROWS = 64, 50_000
@@ -77,15 +76,8 @@ def scatter(
         table = pa.concat_tables(held)
         held.clear()
         part = _scale(table["place"].to_numpy(), units) * parts // units
-        order = np.argsort(part, kind="stable")
-        bounds = np.searchsorted(part[order], np.arange(parts + 1))
-        table = table.take(pa.array(order))
         name = f"spool/{piece:06d}-{len(names):04d}-{secrets.token_hex(4)}.arrow"
-        options = pa.ipc.IpcWriteOptions(compression="zstd")
-        with p.store.output(name) as file, pa.ipc.new_file(file, table.schema, options=options) as writer:
-            for low, high in itertools.pairwise(bounds):
-                columns = [column.combine_chunks() for column in table.slice(low, high - low).columns]
-                writer.write_batch(pa.record_batch(columns, table.schema))
+        spool.write(p.store, name, table, part, parts)
         names.append(name)
 
     for number, split in enumerate(splits, first):
@@ -115,16 +107,9 @@ def gather(
         return
     schema = pa.schema([*SAMPLE, *types.items(), ("drop_reason", pa.string()), ("place", pa.uint64())])
 
-    def collect(piece: int) -> pa.Table:
-        tables = [schema.empty_table()]
-        for name in json.loads(p.store.read(f"spool/{piece:06d}.json"))["files"]:
-            with p.store.input(name, apart=True) as file:
-                batch = pa.ipc.open_file(file).get_batch(part)
-                tables.append(pa.Table.from_batches([batch]).select(schema.names))
-        return pa.concat_tables(tables)
-
-    with ThreadPoolExecutor(READS_AT_ONCE) as threads:  # a store far away takes its time for each
-        table = pa.concat_tables(threads.map(collect, range(pieces)))
+    with ThreadPoolExecutor(spool.READS_AT_ONCE) as threads:
+        records = list(threads.map(lambda piece: json.loads(p.store.read(f"spool/{piece:06d}.json")), range(pieces)))
+    table = spool.read(p.store, [name for record in records for name in record["files"]], part, schema)
     place = table["place"].to_numpy()
     unit_of = _scale(place, units)
     # By hash, then uid, then place in the pool: an order that nothing but the pool decides.

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pydantic
 import yaml
 
@@ -334,6 +335,7 @@ class _Checker:
     def _flow(self, steps: list[Step], pool_columns: list[str] | None) -> None:
         """Every column is there before it is read, is written once, and the writer comes last."""
         have = dict.fromkeys((*POSITION.names, *SAMPLE.names, *(pool_columns or [])), "the pool")
+        types: dict[str, pa.DataType] = {}
         for i, step in enumerate(steps):
             key = ("steps", i)
             for column in step.needs:
@@ -346,6 +348,9 @@ class _Checker:
                     else f"nothing above it adds that{_providers(column) or _nearest(column, have)}"
                 )
                 self._note(key, f"steps.{step.label}", f"needs the column {column!r}; {cure}")
+            for option, problem in step.check_columns(types):
+                self._note((*key, step.name(), option), f"steps.{step.label}.{option}", problem)
+            types |= step.adds
             for column in step.adds:
                 if column in have:
                     cure = (

@@ -151,3 +151,35 @@ def test_speed_options_do_not_change_what_a_step_is() -> None:
     assert [recipe.identity(s) for s in first.steps] == [recipe.identity(s) for s in second.steps]
     third = load(GOOD, "steps.caption_length.min_chars=7")
     assert recipe.identity(first.steps[0]) != recipe.identity(third.steps[0])
+
+
+SCORED = """
+name: test
+pool: {path: pool.csv}
+run: out
+steps:
+  - download
+  - clip_score: {embeddings: true}
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "near_dedup: {column: image_embedding}",
+            "r.yaml:8: steps.near_dedup.needs: the column 'image_embedding' holds pixels or vectors",
+        ),
+        (
+            "semantic_dedup: {vector: clip_score}",
+            "r.yaml:8: steps.semantic_dedup.vector: the column 'clip_score' holds float, expected vectors",
+        ),
+    ],
+)
+def test_a_whole_run_filter_gets_the_columns_that_it_can_read(line: str, said: str) -> None:
+    assert said in problems(f"{SCORED}  - {line}\n")
+
+
+def test_vectors_reach_a_filter_over_vectors() -> None:
+    checked = load(f"{SCORED}  - semantic_dedup: {{keep_highest: clip_score}}\n")
+    assert checked.steps[-1].needs == ("image_embedding", "clip_score")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.step import FrequencyFilter
+from pipeline.step import Estimate, FrequencyFilter
 
 
 @dataclass(kw_only=True)
@@ -19,3 +19,6 @@ class CaptionFrequency(FrequencyFilter):
 
     max_count: int = 10
     """The largest number of rows that may share a caption."""
+
+    def estimate(self, rows: float) -> Estimate:
+        return Estimate(0.90, 50_000, "keep assumed; COYO-700M drops captions shared by more than 10 rows")

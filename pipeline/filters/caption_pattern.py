@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.step import Filter
+from pipeline.step import Estimate, Filter
 
 
 def _any(words: str) -> str:
@@ -107,6 +107,9 @@ class CaptionPattern(Filter):
     """Further regular expressions, for what a particular pool is full of."""
 
     needs = ("caption",)
+
+    def estimate(self, rows: float) -> Estimate:
+        return Estimate(0.97, 200_000, "keep assumed")
 
     def check(self) -> Iterator[tuple[str, str]]:
         for pattern in self.patterns:

@@ -25,7 +25,7 @@ from pipeline.fetch.overlap import Begin, Overlap, Work, as_drop, table_of, with
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.sandbox import Sandbox, SandboxError, set_malloc
 from pipeline.schema import PICTURE
-from pipeline.step import Stage
+from pipeline.step import Estimate, Stage
 
 GROUP_ROWS = 256
 # Rows that the event loop knows, most of them waiting for their host: 12 MB at most, and enough to see a unit's hosts
@@ -146,6 +146,10 @@ class Download(Stage):
             self.adds[self.compute_hash] = pa.string()
         if self.verify_hash and self.hash_mismatch == "flag":
             self.adds["hash_matches"] = pa.bool_()
+
+    def estimate(self, rows: float) -> Estimate:
+        basis = "keep assumed (link rot); stored: LAION-400M at 256 px is 10 TB; 110 KB fetched assumed"
+        return Estimate(0.75, 120, basis, stored=25_000, fetched=110_000)
 
     def check(self) -> Iterator[tuple[str, str]]:
         for key in ("image_size", "max_bytes", "concurrency", "per_host", "bytes_in_flight", "timeout",

@@ -12,7 +12,7 @@ import fasttext
 import numpy as np
 import pyarrow as pa
 
-from pipeline.step import Stage
+from pipeline.step import Estimate, Stage
 
 _PREFIX = "__label__"
 
@@ -41,6 +41,11 @@ class Language(Stage):
 
     needs = ("caption",)
     adds = {"language": pa.string(), "language_score": pa.float32()}  # noqa: RUF012
+
+    def estimate(self, rows: float) -> Estimate:
+        # A stage that keeps every language only measures.
+        keep = 0.40 if self.keep else 1.0
+        return Estimate(keep, 100_000, "English share of LAION-5B (2.3 of 5.85 billion); rate of fastText lid.176")
 
     def check(self) -> Iterator[tuple[str, str]]:
         if not 0 <= self.min_score <= 1:
