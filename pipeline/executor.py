@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import crew, ingest, pool, vectors
+from pipeline.card import About
 from pipeline.ledger import BooksError, Funnel, Line
 from pipeline.passes import Pass, alive, read_unit, unit_drops
 from pipeline.progress import Progress
@@ -336,9 +337,14 @@ def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress:
         files = {"0": name}
     line = Line(total, {"last_shard_short": tail} if tail else {}, time.perf_counter() - started)
     records.sort(key=lambda record: record["name"])
+    books = Funnel()
+    for lines in (*map(_funnel, before), Funnel({p.label: line})):
+        books.add(lines)
+    honours = [wish for q in before for step in q.steps for wish in step.honours()]
+    about = About(recipe.name, types, books, honours)
 
     def finish(_: Sequence[int]) -> Iterator[dict[str, Any]]:
-        step.finish(store.folder("shards"), recipe.name, records)
+        step.finish(store.folder("shards"), about, records)
         yield {}
 
     list(crew.over([0], finish))  # not here: it holds the uids of all samples

@@ -82,6 +82,10 @@ class Step:
         """What besides the options determines the output (the contents of a file named by one, say); JSON-able."""
         return None
 
+    def honours(self) -> Iterator[str]:
+        """The wishes of publishers that this step heeds, for the dataset's card: `robots.txt (RFC 9309)`."""
+        yield from ()
+
     def estimate(self, rows: float) -> Estimate:
         """What `--plan` assumes of this step, with these options, for so many rows."""
         return Estimate(1.0, 10_000, "a step of your own: nothing known")

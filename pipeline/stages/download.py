@@ -188,6 +188,16 @@ class Download(Stage):
     def fingerprint(self) -> object:
         return hashlib.sha256(Path(self.deny_hashes).read_bytes()).hexdigest() if self.deny_hashes else None
 
+    def honours(self) -> Iterator[str]:
+        if self.disallowed_header_directives:
+            yield f"X-Robots-Tag ({', '.join(self.disallowed_header_directives)})"
+        if self.engine == "img2dataset":  # which knows nothing of the others
+            return
+        if self.robots_txt:
+            yield "robots.txt (RFC 9309)"
+        if self.tdm_reservation:
+            yield "the header tdm-reservation (TDMRep)"
+
     def setup(self) -> None:
         tls_context()
         # glibc raises the first threshold with each large block it frees, until whole bodies come from a heap that
