@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,9 @@ class Moderator:
 
     def __init__(self, encoder: Encoder, policy: Policy) -> None:
         self.encoder, self.policy = encoder, policy
-        self._scale = encoder.model.logit_scale.exp().float().item()
+        self._scale = encoder.model.logit_scale.float().exp().item()
+        if not math.isfinite(self._scale):
+            raise ConfigError("--model", ["its temperature (logit_scale) is not a number: the weights are damaged"])
         self._neutral = encoder.texts(policy.neutral)
         self._prompts = {name: encoder.texts(label.prompts) for name, label in policy.labels.items()}
 
