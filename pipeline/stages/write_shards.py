@@ -7,7 +7,6 @@ and an index of byte offsets; the manifest names them all with their digests.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -21,7 +20,7 @@ import pyarrow as pa
 
 from pipeline.schema import POSITION, is_heavy
 from pipeline.step import Estimate, Stage
-from pipeline.storage import Store
+from pipeline.storage import Entry, Output, Store
 
 FORMAT = "winnow-shards/1"
 INDEX_COLUMNS = ("image_offset", "image_size", "json_offset", "json_size", "txt_offset", "txt_size")
@@ -93,26 +92,27 @@ class WriteShards(Stage):
                     )
             tar.close()
         empty = pa.schema([("key", pa.string()), *((c, types[c]) for c in columns)]).empty_table()
-        store.write_table(f"{name}.parquet", pa.concat_tables(rest) if rest else empty)
-        with store.output(f"{name}.index.npy") as file:
-            np.save(file, np.array(index, np.int64).reshape(-1, len(INDEX_COLUMNS)))
+        rows = store.write_table(f"{name}.parquet", pa.concat_tables(rest) if rest else empty)
+        with store.output(f"{name}.index.npy") as offsets:
+            np.save(offsets, np.array(index, np.int64).reshape(-1, len(INDEX_COLUMNS)))
         return {
-            "name": f"{name}.tar",
             "samples": len(index),
-            "bytes": tar.offset,
-            "sha256": tar.digest.hexdigest(),
+            **file.entry,
             "parquet": f"{name}.parquet",
             "index": f"{name}.index.npy",
             "extensions": sorted(extensions),
+            "files": [rows, offsets.entry],
         }
 
-    def finish(self, store: Store, name: str, shards: list[dict[str, Any]]) -> None:
+    def finish(self, store: Store, name: str, shards: list[dict[str, Any]]) -> Entry:
         """Writes what describes all shards together, and removes the files of an earlier, larger set.
 
-        `subset.npy` is DataComp's subset format: the sorted uids as pairs of uint64, 16 bytes a sample in memory.
+        Returns the entry of `manifest.json`, which names every other file with its size and SHA-256. `subset.npy` is
+        DataComp's subset format: the sorted uids as pairs of uint64, 16 bytes a sample in memory.
         """
         extensions = sorted({e for shard in shards for e in shard.pop("extensions")})
-        manifest = {
+        files = [entry for shard in shards for entry in shard.pop("files")]
+        manifest: dict[str, Any] = {
             "format": FORMAT,
             "name": name,
             "samples": sum(shard["samples"] for shard in shards),
@@ -137,23 +137,23 @@ class WriteShards(Stage):
             "wids.json": _dump(wids),
             "croissant.json": _dump(_croissant(name, manifest)),
             "README.md": _card(name, manifest).encode(),
-            "manifest.json": _dump(manifest),
         }
-        for file_name, data in documents.items():
-            store.write(file_name, data)
-        keep = {*documents, "OWNER", "_SUCCESS", *(s[k] for s in shards for k in ("name", "parquet", "index"))}
+        files += [store.write(file_name, data) for file_name, data in documents.items()]
+        manifest["files"] = {entry["name"]: {k: entry[k] for k in ("bytes", "sha256")} for entry in files}
+        entry = store.write("manifest.json", _dump(manifest))
+        keep = {"manifest.json", "OWNER", "_SUCCESS", *manifest["files"], *(shard["name"] for shard in shards)}
         for file_name in store.names():
             if file_name not in keep:
                 store.remove(file_name)
+        return entry
 
 
 class _Tar:
     """Appends members to a USTAR stream and knows where their data lie."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes] | Output) -> None:
         self._file = file
         self.offset = 0
-        self.digest = hashlib.sha256()
 
     def add(self, name: str, data: bytes) -> tuple[int, int]:
         """Where `data` lie. `name` has at most 100 bytes, and `data` less than 8 GB: ValueError."""
@@ -168,7 +168,6 @@ class _Tar:
 
     def _put(self, data: bytes) -> None:
         self._file.write(data)
-        self.digest.update(data)
         self.offset += len(data)
 
 
@@ -293,8 +292,8 @@ def _card(name: str, manifest: dict[str, Any]) -> str:
 - `NNNNN.tar`: per sample `KEY.{manifest["extension"] or "jpg"}`, `KEY.json`, `KEY.txt`
 - `NNNNN.parquet`: the same samples with every column that was measured; `key` names the sample in the tar
 - `NNNNN.index.npy`: int64, a row per sample: {", ".join(INDEX_COLUMNS)} (of the data in the tar)
-- `manifest.json`: samples, bytes and sha256 of each shard; `sizes.json`, `wids.json` and
-  `subset.npy` (DataComp) as their tools expect them; `croissant.json`: Croissant metadata
+- `manifest.json`: samples, bytes and sha256 of each shard, bytes and sha256 of every other file
+- `sizes.json`, `wids.json` and `subset.npy` (DataComp) as their tools expect them; `croissant.json`: Croissant metadata
 
 Why each row of the pool is in or out: `../drops/*.parquet` and `../funnel.json`. The images and captions belong to
 their owners; their urls are in the tables.
