@@ -457,7 +457,7 @@ def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress:
 
     (manifest,) = crew.over([0], finish)  # not here: it holds the uids of all samples
     p.sweep(files.values())
-    p.finish(Funnel({p.label: line}), files=files, units_per_file=max(1, units), manifest=manifest)
+    p.finish(Funnel({p.label: line}), files=files, units_per_file=max(1, units), manifest=manifest, shards=shards)
 
 
 def _rows_of(before: Sequence[Pass], ends: np.ndarray, low: int, high: int, columns: list[str]) -> Iterator[pa.Table]:

@@ -444,7 +444,7 @@ def commit(
     light, fates = _spread(light, rows), _spread(drops, rows)
     columns = {c: light[c] for c in light.column_names} | {"row": pa.array(rows)}
     table = pa.table(columns | {f"drop_{c}": fates[c] for c in drops.column_names if c not in POSITION.names})
-    record = {
+    record: dict[str, Any] = {
         "rows_in": rows_in,
         "kept": rows_in - len(drops),
         "table": p.store.write_table(f"{attempt}.parquet", table),
