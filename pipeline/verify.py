@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import track
 
 from pipeline.ledger import BooksError, Funnel
+from pipeline.passes import record_name
 from pipeline.stages.write_shards import FORMAT
 from pipeline.storage import DamagedError, Entry, Store, is_part
 
@@ -144,9 +145,9 @@ def _passes(found: Audit, claimed: list[Entry]) -> list[Pass]:
         return []
     passes: list[Pass] = []
     for root, entry in zip(roots, claimed):
-        with found.reading(root.path("complete.json")):
-            found.check(root, {**entry, "name": "complete.json"})
-            if (record := root.read_record("complete.json")) is not None:
+        with found.reading(root.path(entry["name"])):
+            found.check(root, entry)
+            if (record := root.read_record(entry["name"])) is not None:
                 passes.append((root, record))
     units = next((record["units"] for _, record in passes if record["kind"] == "pool"), None)
     for root, record in passes:
@@ -164,18 +165,18 @@ def _elsewhere(root: str) -> bool:
 def _units(found: Audit, root: Store, complete: dict[str, Any], units: int) -> None:
     """The records of a pass and the files that they name."""
     listed = {folder: root.sizes(folder) for folder in ("", "commits", "units", "drops", "attempts", "spool")}
-    named = {"complete.json"}
+    # A pass that measures is complete for each recipe that it served.
+    named = {name for name in listed[""] if name.startswith("complete") and not is_part(name)}
     sums: Counter[str] = Counter()
     before = len(found.problems)
 
-    def look(unit: int) -> None:
-        name = f"commits/{unit:07d}.json"
+    def look(name: str) -> None:
         named.add(name)
         with found.reading(root.path(name)):
             record = root.read_record(name)
             if record is None:
                 raise FileNotFoundError
-            if (record["pass"], record["unit"]) != (complete["pass"], unit):
+            if (record["pass"], record_name(record["unit"], record.get("part"))) != (complete["key"], name):
                 raise DamagedError(f"{root.path(name)}: damaged: this is the record of another unit")
             if complete["kind"] == "write":  # its files are in the manifest
                 return
@@ -185,7 +186,14 @@ def _units(found: Audit, root: Store, complete: dict[str, Any], units: int) -> N
                     named.add(entry["name"])
                     found.check(root, entry)
 
-    found.over(f"pass {complete['label']}", look, range(units))
+    if complete["kind"] == "measure":
+        counts = [complete["parts"].get(str(unit), 1) for unit in range(units)]
+        names = {record_name(unit, part) for unit, count in enumerate(counts) for part in range(count)}
+        # What was measured for other recipes is looked at too.
+        names |= {f"commits/{name}" for name in listed["commits"] if name.endswith(".json") and not is_part(name)}
+    else:
+        names = {record_name(unit) for unit in range(units)}
+    found.over(f"pass {complete['label']}", look, sorted(names))
     for entry in complete.get("files", {}).values():
         named.add(entry["name"])
         found.check(root, entry)
