@@ -166,12 +166,12 @@ def test_a_run_its_outputs_and_what_may_change_afterwards(run: Command, project:
     painted.write_text("")
     again = run("r.yaml", "workers=1")
     assert again.returncode == 0
-    assert "reused pool, paint, threshold, write_shards" in again.stdout
+    assert "reused pool, exact_dedup, paint, threshold, write_shards; nothing was measured again by paint" in again.stdout
     assert shards(project / "out") == first
 
     fewer = run("r.yaml", "steps.threshold.top_fraction=0.2")
     assert fewer.returncode == 0, fewer.stderr
-    assert "reused pool, paint" in fewer.stdout
+    assert "reused pool, exact_dedup, paint;" in fewer.stdout
     assert painted.read_text() == "", "a changed threshold measures nothing again"
     books_balance(project / "out", 721)
     assert len(list((project / "out/shards").glob("*.tar"))) == 2, "shards of the larger set are gone"
@@ -186,6 +186,30 @@ def test_a_run_its_outputs_and_what_may_change_afterwards(run: Command, project:
     assert arm.returncode == 0, arm.stderr
     assert painted.read_text() == "", "another run on the same committed results"
     assert shards(project / "arm") == first
+
+
+def test_filters_above_an_expensive_step_change_without_measuring_again(run: Command, project: Path) -> None:
+    assert run("r.yaml").returncode == 0
+    painted = project / "steps_of_mine/painted.log"
+    (project / "looser.yaml").write_text(RECIPE.replace("  - exact_dedup: {by: [url]}\n", ""))
+    (project / "moved.yaml").write_text(
+        RECIPE.replace("  - exact_dedup: {by: [url]}\n", "").replace("  - threshold", "  - exact_dedup\n  - threshold")
+    )
+    for recipe, new, said in (
+        ("looser.yaml", 20, "paint: 700 of 720 rows had been measured before"),
+        ("moved.yaml", 0, "nothing was measured again by paint"),
+        ("r.yaml", 0, "nothing was measured again by paint"),
+    ):
+        painted.write_text("")
+        done = run(recipe)
+        assert done.returncode == 0, done.stderr
+        assert len(painted.read_text().splitlines()) == new, recipe
+        assert said in done.stdout
+        books_balance(project / "out", 721)
+        assert verify.main([str(project / "out"), "--deep"]) == 0
+        arm = run(recipe, f"run={recipe}-arm", "reuse=out")
+        assert arm.returncode == 0, arm.stderr
+        assert shards(project / f"{recipe}-arm") == shards(project / "out"), "as a run from scratch"
 
 
 def spoil_a_byte(run: Path) -> None:
@@ -236,11 +260,11 @@ def test_the_same_bytes_with_other_workers_and_after_a_kill(run: Command, ray_ad
     argv = [sys.executable, "-m", "pipeline.run", "r.yaml", "run=killed", "steps.paint.slow=0.005"]
     driver = subprocess.Popen(argv, cwd=project, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not list((project / "killed").glob("passes/01-paint-*/commits/*.json")) and time.monotonic() < deadline:
+    while not list((project / "killed").glob("passes/paint-*/commits/*.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    committed = len(list((project / "killed").glob("passes/01-paint-*/commits/*.json")))
+    committed = len(list((project / "killed").glob("passes/paint-*/commits/*.json")))
     assert 0 < committed < 8, "the kill came in the middle"
     assert not (project / "killed/shards/_SUCCESS").exists()
     resumed = run("r.yaml", "run=killed", "steps.paint.slow=0.005")
@@ -316,7 +340,7 @@ def test_a_plan_runs_nothing(run: Command, project: Path) -> None:
     assert plan.returncode == 0, plan.stderr
     for said in (
         "721 rows (counted)",
-        "no_shouting + exact_dedup + paint",
+        "no_shouting + exact_dedup ",
         "all at once",
         "core-hours",
         "a step of your own",
