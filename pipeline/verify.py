@@ -118,7 +118,7 @@ def audit(store: Store, console: Console, deep: bool) -> Audit:
         found.over("tables of drops", lambda entry: found.check(store, entry), list(files.values()))
         manifest = _shards(found, files.get("shards/manifest.json"))
         passes = _passes(found, seal["passes"])
-        _books(found, manifest)
+        _books(found, drops, manifest)
         if not found.problems:
             _uids(found, passes, [(store, name) for name in drops], manifest)
     found.problems = list(dict.fromkeys(found.problems))
@@ -251,7 +251,7 @@ def _members(found: Audit, store: Store, shard: dict[str, Any]) -> None:
 # --- The books --------------------------------------------------------------------------------------------------------
 
 
-def _books(found: Audit, manifest: dict[str, Any] | None) -> None:
+def _books(found: Audit, drops: list[str], manifest: dict[str, Any] | None) -> None:
     store, at = found.store, found.store.path("funnel.json")
     with found.reading(at):
         books = json.loads(store.read("funnel.json"))
@@ -261,9 +261,9 @@ def _books(found: Audit, manifest: dict[str, Any] | None) -> None:
         except BooksError as error:
             found.say(f"{at}: {error}")
         dropped: Counter[tuple[str, str]] = Counter()
-        for name in store.names("drops"):
-            with found.reading(store.path(f"drops/{name}")):
-                for table in _batches(store, f"drops/{name}", ["step", "reason"]):
+        for name in drops:
+            with found.reading(store.path(name)):
+                for table in _batches(store, name, ["step", "reason"]):
                     for group in table.group_by(["step", "reason"]).aggregate([([], "count_all")]).to_pylist():
                         dropped[group["step"], group["reason"]] += group["count_all"]
         claimed = {(step, why): n for step, line in funnel.lines.items() for why, n in line.dropped.items()}
@@ -333,15 +333,15 @@ def _uids(found: Audit, passes: list[Pass], drops: list[File], manifest: dict[st
                 yield from ((uid, place.path(name)) for uid in table["uid"].filter(pa.array(there)).to_pylist())
 
     balance = Counter(uid for uid, _ in in_doubt(came()))
-    where: dict[str, str] = {}
+    where: dict[str, list[str]] = {}
     for uid, path in in_doubt(out):
         balance[uid] -= 1
-        where[uid] = path
+        where.setdefault(uid, []).append(path)
     for uid, n in islice(((uid, n) for uid, n in balance.items() if n), 10):
         if n < 0:
-            found.say(f"{where[uid]}: {uid}: {-n:,} more rows with this uid than the pool has")
+            found.say(f"{' and '.join(where[uid])}: {uid} is there {-n:,} times more than in the pool")
         else:
-            found.say(f"{found.store.path('drops')}: {uid}: a row of the pool that is neither here nor in the shards")
+            found.say(f"{found.store.path('drops')}: {uid} of the pool is neither here nor in the shards")
 
 
 def _hashes(uids: pa.ChunkedArray) -> np.ndarray:
