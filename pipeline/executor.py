@@ -100,6 +100,7 @@ def write_books(recipe: Recipe, passes: list[Pass], outcome: Outcome, claim: Cla
 
     def export(numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
         for number in numbers:
+            claim.check()
             yield _export_drops(store, passes, number, range(number * group, min(units, (number + 1) * group)))
 
     exported = list(crew.over(groups, export))
@@ -225,11 +226,13 @@ def _ingest(
     def scatter(batch: Sequence[tuple[int, int, list[pool.Split]]]) -> Iterator[dict[str, Any]]:
         for piece, first, some in batch:
             ingest.scatter(p, piece, first, some, spec, types, units, parts)
+            pa.default_memory_pool().release_unused()  # the process lives on
             yield {}
 
     def gather(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
         for part in batch:
             yield from ingest.gather(p, part, len(starts), types, units, parts)
+            pa.default_memory_pool().release_unused()
 
     pieces = [
         (i, first, splits[first:last]) for i, (first, last) in enumerate(itertools.pairwise([*starts, len(splits)]))

@@ -108,7 +108,9 @@ def audit(store: Store, console: Console, deep: bool) -> Audit:
                 f"{store.path('seal.json')}: missing: the run is not finished, or this is not the folder of a run"
             )
             return found
-        found.deep = deep or (size := _size(store)) <= FULL_BYTES
+        roots = [Store(c["pass"]) if _elsewhere(c["pass"]) else store.folder(c["pass"]) for c in seal["passes"]]
+        size = sum(sum(place.sizes(folder).values()) for place, folder in _folders(store, roots))
+        found.deep = deep or size <= FULL_BYTES
         if not found.deep:
             found.unseen.append(f"what is in the files, {size / 1e9:,.0f} GB: their sizes only (--deep hashes them)")
         found.strays(store, "", store.names(), {"run.json", "funnel.json", "seal.json"})
@@ -117,7 +119,7 @@ def audit(store: Store, console: Console, deep: bool) -> Audit:
         found.strays(store, "drops", store.names("drops"), {name.partition("/")[2] for name in drops})
         found.over("tables of drops", lambda entry: found.check(store, entry), list(files.values()))
         manifest = _shards(found, files.get("shards/manifest.json"))
-        passes = _passes(found, seal["passes"])
+        passes = _passes(found, roots, seal["passes"])
         _books(found, drops, manifest)
         if not found.problems:
             _uids(found, passes, [(store, name) for name in drops], manifest)
@@ -125,20 +127,16 @@ def audit(store: Store, console: Console, deep: bool) -> Audit:
     return found
 
 
-def _size(store: Store) -> int:
-    """Bytes of a run, by what the store lists."""
-    folders = ["", "drops", "shards"]
-    folders += [f"passes/{p}/{kind}" for p in store.folders("passes") for kind in ("units", "drops")]
-    return sum(sum(store.sizes(folder).values()) for folder in folders)
+def _folders(store: Store, roots: list[Store]) -> list[File]:
+    """Where the bytes of a run are."""
+    return [(store, name) for name in ("", "drops", "shards")] + [(r, n) for r in roots for n in ("units", "drops")]
 
 
 # --- What is committed of passes --------------------------------------------------------------------------------------
 
 
-def _passes(found: Audit, claimed: list[Entry]) -> list[Pass]:
+def _passes(found: Audit, roots: list[Store], claimed: list[Entry]) -> list[Pass]:
     """Looks at the passes; returns those that there are."""
-    store = found.store
-    roots = [Store(c["pass"]) if _elsewhere(c["pass"]) else store.folder(c["pass"]) for c in claimed]
     if not any(root.names() for root in roots):
         found.unseen.append("downloads, scores and whether all rows of the pool are there: passes/ was removed")
         return []
