@@ -188,7 +188,10 @@ def read_unit(
             table = _table(p, record, ["row", *small, *(["heavy_at"] if big else [])])
             at = _places(table, rows)
             if not (at >= 0).all():
-                raise DamagedError(f"{p.root}: unit {unit} lacks rows that a later pass has: redo the later passes")
+                raise DamagedError(
+                    f"{p.root}: unit {unit} lacks rows that a later pass has. To go on, remove the folders of the "
+                    "passes after it and give the same command again."
+                )
             light |= {c: table[c].take(pa.array(at)) for c in small}
             if big:
                 source = stack.enter_context(_Heavy(p, unit, record["heavy"]))

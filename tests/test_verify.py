@@ -247,6 +247,10 @@ def test_what_cannot_be_made_again_is_named_with_its_cure(run: Command, project:
     assert f"{file}: damaged: its sha256 is not the one on record (unit 3 of the pass paint)" in done.stderr
     assert "restore it from a copy; or, to fetch again what the web still has, remove" in done.stderr
     assert "Traceback" not in done.stderr
+    shutil.rmtree(file.parent.parent)
+    done = run("r.yaml")
+    assert done.returncode == 1
+    assert f"{file.parent.parent}: only 0 of 8 units are there, and later passes rest on the others" in done.stderr
 
 
 @pytest.mark.slow
