@@ -162,8 +162,8 @@ def _mend(recipe: Recipe, passes: list[Pass]) -> list[str]:
         if there < units and any(complete[i:]):
             raise DamagedError(
                 f"{p.root}: only {there:,} of {units:,} units are there, and later passes rest on the others. "
-                "To go on, restore it from a copy; or, to fetch again what the web still has, remove the folders of all "
-                "later passes and give the same command again."
+                "To go on, restore it from a copy; or, to fetch again what the web still has, remove the folders of "
+                "all later passes and give the same command again."
             )
     work = [
         (i, low, min(units, low + 64))
