@@ -40,6 +40,7 @@ READS_AT_ONCE = 16
 SUFFIXES = ("json", "txt")
 
 T = TypeVar("T")
+R = TypeVar("R")
 Pass = tuple[Store, dict[str, Any]]
 """The folder of a pass, and its record."""
 File = tuple[Store, str]
@@ -77,14 +78,15 @@ class Audit:
         with self.reading(store.path(entry["name"])):
             store.check(entry, self.deep)
 
-    def over(self, what: str, work: Callable[[T], None], items: Sequence[T]) -> None:
+    def over(self, what: str, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """Does the work for many items, some at a time: hashing and waiting both let others go on."""
         todo = iter(items)
+        results: list[R] = []
         with ThreadPoolExecutor(READS_AT_ONCE) as threads:
             steps = range(0, len(items), 256)
             for _ in track(steps, what, console=self.console, transient=True, disable=not self.console.is_terminal):
-                for _ in threads.map(work, islice(todo, 256)):
-                    pass
+                results += threads.map(work, islice(todo, 256))
+        return results
 
     def strays(self, store: Store, folder: str, found: Iterable[str], named: Collection[str]) -> None:
         """Files in a folder that no record names. Hidden ones are none of the run's, but for those under way."""
@@ -163,10 +165,10 @@ def _units(found: Audit, root: Store, complete: dict[str, Any], units: int) -> N
     """The records of a pass and the files that they name."""
     listed = {folder: root.sizes(folder) for folder in ("", "commits", "units", "drops", "attempts", "spool")}
     named = {"complete.json"}
-    sums: Counter[str] = Counter()
     before = len(found.problems)
 
-    def look(unit: int) -> None:
+    def look(unit: int) -> tuple[int, int]:
+        """Rows in and kept."""
         name = f"commits/{unit:07d}.json"
         named.add(name)
         with found.reading(root.path(name)):
@@ -176,27 +178,25 @@ def _units(found: Audit, root: Store, complete: dict[str, Any], units: int) -> N
             if (record["pass"], record["unit"]) != (complete["pass"], unit):
                 raise DamagedError(f"{root.path(name)}: damaged: this is the record of another unit")
             if complete["kind"] == "write":  # its files are in the manifest
-                return
-            sums.update(rows_in=record["rows_in"], kept=record["kept"])
+                return 0, 0
             for entry in (record["table"], record["heavy"]):
                 if entry:
                     named.add(entry["name"])
                     found.check(root, entry)
+            return record["rows_in"], record["kept"]
+        return 0, 0
 
-    found.over(f"pass {complete['label']}", look, range(units))
+    counts = found.over(f"pass {complete['label']}", look, range(units))
+    rows_in, kept = (sum(of) for of in zip((0, 0), *counts))
     for entry in complete.get("files", {}).values():
         named.add(entry["name"])
         found.check(root, entry)
     funnel = Funnel.from_json(complete["funnel"])
     whole = len(found.problems) == before
-    if (
-        whole
-        and complete["kind"] in ("pool", "map")
-        and (sums["rows_in"], sums["kept"]) != (funnel.rows_in, funnel.kept)
-    ):
+    if whole and complete["kind"] in ("pool", "map") and (rows_in, kept) != (funnel.rows_in, funnel.kept):
         found.say(
             f"{root.path('complete.json')}: {funnel.rows_in:,} rows in and {funnel.kept:,} kept, but the units have "
-            f"{sums['rows_in']:,} and {sums['kept']:,}"
+            f"{rows_in:,} and {kept:,}"
         )
     for folder, files in listed.items():
         if whole or folder != "units":  # what a damaged record names is no stray
