@@ -27,7 +27,7 @@ from pipeline import crew, ingest, pool, vectors
 from pipeline.card import About
 from pipeline.claim import Claim
 from pipeline.ledger import BooksError, Funnel, Line
-from pipeline.passes import Pass, alive, check_unit, missing_rows, read_unit, unit_drops
+from pipeline.passes import Pass, alive, check_measured, check_unit, read_unit, unit_drops
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.schema import DROP, POSITION
@@ -105,6 +105,7 @@ def write_books(recipe: Recipe, passes: list[Pass], outcome: Outcome, claim: Cla
 
     def export(numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
         for number in numbers:
+            claim.check()
             yield _export_drops(store, passes, number, range(number * group, min(units, (number + 1) * group)))
 
     exported = list(crew.over(groups, export))
@@ -161,10 +162,18 @@ def _mend(recipe: Recipe, passes: list[Pass]) -> list[str]:
     if complete[0] is None:
         return []
     units = int(complete[0]["units"])
+    for i, p in enumerate(passes):
+        there = units if complete[i] or p.repeatable else len(p.store.names("commits"))
+        if there < units and any(complete[i:]):
+            raise DamagedError(
+                f"{p.root}: only {there:,} of {units:,} units are there, and later passes rest on the others. "
+                "To go on, restore it from a copy; or, to fetch again what the web still has, remove the folders of "
+                "all later passes and give the same command again."
+            )
     work = [
         (i, low, min(units, low + 64))
         for i, p in enumerate(passes)
-        if p.kind in ("pool", "map", "measure") and (complete[i] or p.store.names("commits"))
+        if p.kind in ("pool", "map", "measure") and (complete[i] or p.kind == "measure" or p.store.names("commits"))
         for low in range(0, units, 64)
     ]
 
@@ -172,12 +181,10 @@ def _mend(recipe: Recipe, passes: list[Pass]) -> list[str]:
         for i, low, high in ranges:
             for unit in range(low, high):
                 try:
-                    if complete[i] or passes[i].kind == "measure" or passes[i].record(unit) is not None:
+                    if passes[i].kind == "measure":
+                        check_measured(passes, i, unit, digest=done, whole=complete[i] is not None)
+                    elif complete[i] or passes[i].record(unit) is not None:
                         check_unit(passes[i], unit, digest=done)
-                    lost = missing_rows(passes[: i + 1], unit) if complete[i] and passes[i].kind == "measure" else ()
-                    if len(lost):
-                        name = passes[i].store.path(f"commits/{unit:07d}.*")
-                        raise DamagedError(f"{name}: missing: {len(lost):,} rows that were measured")
                 except DamagedError as error:
                     yield {"pass": i, "unit": unit, "error": str(error)}
 
@@ -234,11 +241,13 @@ def _ingest(
     def scatter(batch: Sequence[tuple[int, int, list[pool.Split]]]) -> Iterator[dict[str, Any]]:
         for piece, first, some in batch:
             ingest.scatter(p, piece, first, some, spec, types, units, parts)
+            pa.default_memory_pool().release_unused()  # the process lives on
             yield {}
 
     def gather(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
         for part in batch:
             yield from ingest.gather(p, part, len(starts), types, units, parts)
+            pa.default_memory_pool().release_unused()
 
     pieces = [
         (i, first, splits[first:last]) for i, (first, last) in enumerate(itertools.pairwise([*starts, len(splits)]))

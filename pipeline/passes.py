@@ -231,7 +231,10 @@ def read_unit(
             table, files = _measured(p, unit, [*small, *(["heavy_at"] if big else [])])
             at = _places(table, rows)
             if not (at >= 0).all():
-                raise DamagedError(f"{p.root}: unit {unit} lacks rows that a later pass has: redo the later passes")
+                raise DamagedError(
+                    f"{p.root}: unit {unit} lacks rows that a later pass has. To go on, remove the folders of the "
+                    "passes after it and give the same command again."
+                )
             light |= {c: table[c].take(pa.array(at)) for c in small}
             if big:
                 source = stack.enter_context(_Heavy(p, unit, files))
@@ -339,6 +342,23 @@ def check_unit(p: Pass, unit: int, digest: bool) -> None:
         if record["heavy"]:
             with _cure(p, unit):
                 p.store.check(record["heavy"], digest)
+
+
+def check_measured(passes: Sequence[Pass], index: int, unit: int, digest: bool, whole: bool) -> None:
+    """As `check_unit`, of a pass that measures. DamagedError too if rows were measured there once and are no longer:
+    those that have reached it, if it was `whole`; and those from whose results a later pass has measured something."""
+    p = passes[index]
+    check_unit(p, unit, digest)
+    lost = missing_rows(passes[: index + 1], unit) if whole else np.empty(0, np.int32)
+    for later in passes[index + 1 :]:
+        if later.kind == "measure" and set(p.adds) & {c for step in later.steps for c in step.needs}:
+            known, based = (_measured(q, unit, [])[0]["row"].to_numpy() for q in (p, later))
+            lost = np.union1d(lost, np.setdiff1d(based, known))
+    if len(lost):
+        with _cure(p, unit):
+            raise DamagedError(
+                f"{p.store.path(f'commits/{unit:07d}.*')}: {len(lost):,} rows that were measured are gone"
+            )
 
 
 @dataclass
@@ -726,7 +746,7 @@ def _cure(p: Pass, unit: int) -> Iterator[None]:
         yield
     except DamagedError as error:
         if p.repeatable:
-            name = p.store.path(f"commits/{unit:07d}.*")
+            name = p.store.path(f"commits/{unit:07d}.*" if p.kind == "measure" else record_name(unit))
             cure = f"remove {name} and give the same command again: the unit is made again"
         else:
             cure = (

@@ -112,9 +112,12 @@ def _curate(console: Console, checked: Recipe, claim: Claim) -> int:
         crew.stop_ray()
     shards = passes[-1].kind == "write"
     if shards:
+        claim.check()
         Store(checked.run).write("shards/_SUCCESS", b"")
-    for line in outcome.mended:
+    for line in outcome.mended[:10]:
         console.print(f"made again: {line}", markup=False, highlight=False, soft_wrap=True)
+    if len(outcome.mended) > 10:
+        console.print(f"made again: {len(outcome.mended) - 10:,} more", highlight=False)
     if outcome.reused:
         measured = [p.label for p in passes if p.kind == "measure" and p.label in outcome.reused]
         said = f"; nothing was measured again by {' or '.join(measured)}" if measured else ""

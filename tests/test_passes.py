@@ -13,10 +13,22 @@ import pyarrow.compute as pc
 import pytest
 
 from pipeline import ingest, pool
-from pipeline.passes import Advance, Pass, alive, committed, make_passes, read_unit, run_pass, unit_drops
+from pipeline.ledger import Funnel
+from pipeline.passes import (
+    Advance,
+    Pass,
+    alive,
+    check_measured,
+    check_unit,
+    committed,
+    make_passes,
+    read_unit,
+    run_pass,
+    unit_drops,
+)
 from pipeline.recipe import PoolSpec, Recipe
 from pipeline.step import Filter, Stage, Step
-from pipeline.storage import DamagedError, is_part
+from pipeline.storage import DamagedError
 
 
 @dataclass(kw_only=True)
@@ -221,6 +233,10 @@ def test_rows_that_a_record_lost_are_named_and_not_passed_over(recipe: Recipe) -
     assert committed(passes[:2], 1) is None
     with pytest.raises(DamagedError, match="the records of unit 1 lack"):
         alive(passes[:2], 1)
+    # Whatever the filters above are now: scores were taken of pictures that are gone.
+    with pytest.raises(DamagedError, match=r"commits/0000001\.\*: \d+ rows that were measured are gone .unit 1 of the"):
+        check_measured(passes, 1, 1, digest=False, whole=False)
+    check_measured(passes, 1, 0, digest=True, whole=True)
 
 
 def test_every_row_comes_through_once_with_its_own_pixels(recipe: Recipe) -> None:
@@ -257,11 +273,10 @@ def test_the_second_of_two_attempts_leaves_nothing_behind(recipe: Recipe) -> Non
     slow = run_pass(passes, 1, [0])
     next(slow)
     (first,) = records_of(run_pass(passes, 1, [0]))
-    files = [name for name in passes[1].store.names("units") if not is_part(name)]
     (second,) = records_of(slow)
     for key in ("rows_in", "kept", "entries", "parts"):
         assert second[key] == first[key]
-    assert passes[1].store.names("units") == files
+    assert passes[1].store.names("units") == sorted(entry["name"].partition("/")[2] for entry in first["entries"])
 
 
 def test_an_attempt_that_fails_leaves_nothing_behind(recipe: Recipe) -> None:
@@ -281,3 +296,96 @@ def test_a_restricted_attempt_drops_the_rows_it_must_not_touch(recipe: Recipe) -
     drops = {r["row"]: r["reason"] for r in unit_drops(passes[:2], 1).to_pylist()}
     assert drops[5] == "decoder_crash"
     assert record["kept"] + len(drops) == len(rows)
+
+
+def test_the_table_of_a_unit_tells_the_fate_of_every_row_that_came_in(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Paint, "commits", False)
+    passes = ingested(recipe, [Paint()])
+    (record,) = records_of(run_pass(passes, 1, [0]))
+    table = passes[1].store.read_table(record["table"])
+    assert table["row"].to_pylist() == alive(passes[:1], 0).tolist()
+    for row in table.to_pylist():
+        dead = row["drop_reason"] == "dead"
+        assert (row["drop_step"], row["size"] is None, row["heavy_at"] is None) == (
+            "paint" if dead else None,
+            dead,
+            dead,
+        )
+    assert record["kept"] == table["drop_reason"].null_count
+    assert sorted(passes[1].store.names("units")) == sorted(
+        record[file]["name"].partition("/")[2] for file in ("table", "heavy")
+    ), "a unit with pixels costs two files and its record"
+
+
+@pytest.mark.parametrize(
+    ("what", "damage", "repeatable"),
+    [
+        ("record", "flip", True),
+        ("record", "delete", False),
+        ("table", "flip", False),
+        ("table", "cut", True),
+        ("heavy", "flip", True),
+        ("heavy", "delete", False),
+    ],
+)
+def test_what_is_damaged_is_named_with_unit_pass_and_cure(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, what: str, damage: str, repeatable: bool
+) -> None:
+    monkeypatch.setattr(Paint, "commits", False)
+    monkeypatch.setattr(Paint, "repeatable", repeatable)
+    passes = ingested(recipe, [Paint()])
+    record = records_of(run_pass(passes, 1, range(3)))[1]
+    unit, store = record["unit"], passes[1].store
+    name = f"commits/{unit:07d}.json" if what == "record" else record[what]["name"]
+    data = store.read(name)
+    store.remove(name)
+    if damage != "delete":
+        store.write(name, data[:-9] if damage == "cut" else data[:50] + bytes([data[50] ^ 1]) + data[51:])
+    for number in range(3):
+        if number != unit:
+            check_unit(passes[1], number, digest=True)
+    looks = [lambda: check_unit(passes[1], unit, digest=True), lambda: list(read_unit(passes, unit, ["image", "size"]))]
+    for look in looks:
+        with pytest.raises(DamagedError) as error:
+            look()
+        said = str(error.value)
+        assert said.startswith(f"{store.path(name)}: ")
+        assert f"(unit {unit} of the pass paint). To go on, " in said
+        cure = f"remove {store.path(f'commits/{unit:07d}.json')} and give the same" if repeatable else "from a copy; or"
+        assert cure in said
+    if what == "heavy" and damage != "flip":
+        with pytest.raises(DamagedError):
+            check_unit(passes[1], unit, digest=False)
+    passes[1].forget(unit)
+    again = records_of(run_pass(passes, 1, [unit]))
+    assert [r["kept"] for r in again] == [record["kept"]]
+    check_unit(passes[1], unit, digest=True)
+
+
+def test_a_record_in_the_place_of_another_is_noticed(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Paint, "commits", False)
+    passes = ingested(recipe, [Paint()])
+    list(run_pass(passes, 1, range(3)))
+    store = passes[1].store
+    store.write("commits/0000001.json", store.read("commits/0000002.json"))
+    with pytest.raises(DamagedError, match="this is the record of another unit"):
+        passes[1].record(1)
+    store.write("commits/0000000.json", passes[0].store.read("commits/0000000.json"))
+    with pytest.raises(DamagedError, match="this is the record of another unit"):
+        passes[1].record(0)
+
+
+def test_a_sweep_leaves_records_and_what_they_name(recipe: Recipe) -> None:
+    passes = ingested(recipe, [Paint()])
+    records = records_of(run_pass(passes, 1, range(3)))
+    p = passes[1]
+    p.finish(Funnel.of(p.labels, 0, [], {}))
+    folders = ("", "units", "drops", "attempts", "spool", "commits")
+    there = {folder: p.store.names(folder) for folder in folders}
+    for name in ("plan.json", "units/0000001-ab.arrow", "units/.0000001-ab.arrow.0123456789ab.part",
+                 "attempts/0000001.1", "spool/x.arrow", "commits/.0000001.json.0123456789ab.part"):  # fmt: skip
+        p.store.write(name, b"?")
+    p.sweep(entry for record in records for entry in record["entries"])
+    assert {folder: p.store.names(folder) for folder in folders} == there

@@ -15,8 +15,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from pipeline import verify
+from pipeline.claim import hold
+from pipeline.storage import Store
 from tests.conftest import ROOT, Command
 
 STEPS = '''
@@ -166,7 +169,9 @@ def test_a_run_its_outputs_and_what_may_change_afterwards(run: Command, project:
     painted.write_text("")
     again = run("r.yaml", "workers=1")
     assert again.returncode == 0
-    assert "reused pool, exact_dedup, paint, threshold, write_shards; nothing was measured again by paint" in again.stdout
+    assert (
+        "reused pool, exact_dedup, paint, threshold, write_shards; nothing was measured again by paint" in again.stdout
+    )
     assert shards(project / "out") == first
 
     fewer = run("r.yaml", "steps.threshold.top_fraction=0.2")
@@ -267,8 +272,12 @@ def test_the_same_bytes_with_other_workers_and_after_a_kill(run: Command, ray_ad
     committed = len(list((project / "killed").glob("passes/paint-*/commits/*.json")))
     assert 0 < committed < 8, "the kill came in the middle"
     assert not (project / "killed/shards/_SUCCESS").exists()
+    (paint,) = (project / "killed/passes").glob("01-*")
+    (paint / "units/.0000001-ab.arrow.0123456789ab.part").write_bytes(b"what a killed worker has left")
+    (paint / "units/0000001-ab.parquet").write_bytes(b"and one that came as far as its record")
     resumed = run("r.yaml", "run=killed", "steps.paint.slow=0.005")
     assert resumed.returncode == 0, resumed.stderr
+    assert list(verify.problems(Store(str(project / "killed")), Console(quiet=True))) == [], "nothing unnamed is left"
     books_balance(project / "killed", 721)
     assert shards(project / "killed") == shards(project / "out")
 
@@ -321,6 +330,14 @@ def test_a_folder_with_files_of_others_is_left_alone(run: Command, project: Path
     assert refused.returncode == 2
     assert "out/shards holds files that are not of a run" in refused.stderr
     assert [p.name for p in (project / "out").iterdir()] == ["shards"]
+
+
+def test_a_directory_in_use_is_refused(run: Command, project: Path) -> None:
+    with hold(Store(str(project / "out"))):
+        refused = run("r.yaml", ray=False, RAY_ADDRESS="127.0.0.1:1")
+    assert refused.returncode == 2
+    assert f"{project}/out is in use by another command: pid {os.getpid()} on " in refused.stderr
+    assert not (project / "out/run.json").exists()
 
 
 def test_a_wrong_recipe_starts_nothing(run: Command, project: Path) -> None:
