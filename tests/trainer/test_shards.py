@@ -106,11 +106,11 @@ def test_samples_with_a_part_missing_are_named(tmp_path: Path) -> None:
         ],
     )  # fmt: skip
     assert contents(Shards(tar)) == [
-        ("a.tar:a", "it has no jpg, png or webp"),
+        ("a.tar:a", "it has no jpg, png, webp, gif or avif"),
         ("a.tar:b", "it has no caption: neither txt nor json"),
         ("a.tar:c", (b"picture", "from the json")),
-        ("a.tar:d", "it has no txt, and its json has no caption"),
-        ("a.tar:e", "it has no txt, and its json has no caption"),
+        ("a.tar:d", "it has no txt, and its json has no text as caption"),
+        ("a.tar:e", "it has no txt, and its json has no text as caption"),
         ("a.tar:f", "the caption is not UTF-8"),
         ("a.tar:g", "the caption is not UTF-8"),
         ("a.tar:h", "1,048,577 bytes, more than 1,048,576"),
