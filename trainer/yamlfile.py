@@ -135,7 +135,9 @@ class Document:
         for name_node, value in node.value:
             line = name_node.start_mark.line + 1
             if not isinstance(name_node, yaml.ScalarNode):
-                raise _UnreadableError(line, "a list or a mapping cannot be a key; text that begins with { needs quotes")
+                raise _UnreadableError(
+                    line, "a list or a mapping cannot be a key; text that begins with { needs quotes"
+                )
             name = str(name_node.value)
             if name == "<<" and name_node.style is None:
                 found = self._plain(value, (*key, name))

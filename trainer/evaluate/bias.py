@@ -49,7 +49,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     vectors = class_vectors(encoder, [*names, *labels], templates)
     owners = np.array([None] * len(names) + [c for c, some in categories.items() for _ in some], dtype=object)
     given = [
-        owners[(batch @ vectors.T).argmax(dim=1).cpu().numpy()] for _, batch in encoder.images(map(read_file, paths), len(paths))
+        owners[(batch @ vectors.T).argmax(dim=1).cpu().numpy()]
+        for _, batch in encoder.images(map(read_file, paths), len(paths))
     ]
     return rates(np.concatenate(given), list(categories), groups)
 
@@ -81,9 +82,13 @@ def read_labels(path: Path) -> dict[str, list[str]]:
     if document.problems:
         raise EvaluationError("\n".join(document.problems))
     found = document.data
-    if not isinstance(found, dict) or not found or not all(
-        isinstance(labels, list) and labels and all(isinstance(label, str) for label in labels)
-        for labels in found.values()
+    if (
+        not isinstance(found, dict)
+        or not found
+        or not all(
+            isinstance(labels, list) and labels and all(isinstance(label, str) for label in labels)
+            for labels in found.values()
+        )
     ):
         raise EvaluationError(f"{path}: expected categories, each with a list of labels: `crime: [thief, criminal]`")
     return found

@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from trainer.data import CorruptSampleError, Shards
 from trainer.tar import ABSENT, TarError, samples
 
@@ -136,7 +140,9 @@ def read_text(path: Path) -> str:
         return encoded.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = encoded.count(b"\n", 0, error.start) + 1
-        raise EvaluationError(f"{path}:{line}: not UTF-8 (byte 0x{encoded[error.start]:02x}); save it as UTF-8") from None
+        raise EvaluationError(
+            f"{path}:{line}: not UTF-8 (byte 0x{encoded[error.start]:02x}); save it as UTF-8"
+        ) from None
     except OSError as error:
         raise EvaluationError(f"{path}: {_reason(error)}") from error
 
@@ -186,6 +192,33 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     if not rows:
         raise EvaluationError(f"{path}: no rows below a line of column names")
     return rows
+
+
+def read_vectors(path: Path) -> np.ndarray:
+    """The embeddings in a .npy file, (rows, dim) of floats, mapped into memory. Raises EvaluationError."""
+    try:
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise EvaluationError(f"{path}: {_reason(error)}; expected a .npy file of embeddings") from error
+    if vectors.ndim != 2 or vectors.dtype.kind != "f":
+        raise EvaluationError(f"{path}: {vectors.dtype} of shape {vectors.shape}, expected floats of shape (rows, dim)")
+    return vectors
+
+
+def read_columns(path: Path, *names: str) -> pa.Table:
+    """Columns of a parquet file, all without `names`. Raises EvaluationError."""
+    try:
+        return pq.read_table(path, columns=list(names) or None)
+    except (OSError, pa.ArrowException) as error:
+        raise EvaluationError(f"{path}: {_reason(error)}") from error
+
+
+def count_rows(path: Path) -> int:
+    """The rows of a parquet file. Raises EvaluationError."""
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, pa.ArrowException) as error:
+        raise EvaluationError(f"{path}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
