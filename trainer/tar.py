@@ -130,6 +130,8 @@ def _members(read: Read, size: int) -> Iterator[tuple[bytes, int, int]]:
     at, long_name, long_size = 0, None, None
     while True:
         header = read(at, BLOCK)
+        if at == 0 and header.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+            raise TarError("a compressed tar, in which no sample can be found by its place; decompress it first")
         if len(header) < BLOCK:
             raise TarError(f"cut at byte {size:,}: a tar ends with an end mark, and here is none")
         if not header.strip(b"\0"):
@@ -137,8 +139,6 @@ def _members(read: Read, size: int) -> Iterator[tuple[bytes, int, int]]:
             if size - at > _MAX_PADDING or read(at, size - at).strip(b"\0"):
                 raise TarError(f"{size - at:,} bytes follow the end mark at byte {at:,}")
             return
-        if at == 0 and header.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
-            raise TarError("a compressed tar, in which no sample can be found by its place; decompress it first")
         if sum(header) - sum(header[148:156]) + 8 * 32 != _number(header[148:156], at):
             raise TarError(f"no tar header at byte {at:,}: its checksum is wrong")
         kind, data = header[156:157], at + BLOCK

@@ -45,7 +45,9 @@ def profile(swap: bool) -> bytes:
 def png(pixels: np.ndarray, colour: int, extra: bytes = b"") -> bytes:
     """A PNG of 16 bits a channel, which Pillow does not write."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    return hostile.png(pixels.shape[1] // (3 if colour == 2 else 1), pixels.shape[0], rows, bits=16, colour=colour, extra=extra)
+    return hostile.png(
+        pixels.shape[1] // (3 if colour == 2 else 1), pixels.shape[0], rows, bits=16, colour=colour, extra=extra
+    )
 
 
 def half(mode: str) -> Image.Image:

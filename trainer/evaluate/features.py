@@ -190,7 +190,9 @@ def sound(vectors: Tensor, where: Callable[[int], str], unit: bool = True) -> Te
     if not bool(good.all()):
         row = int((~good).nonzero()[0])
         finite = bool(vectors[row].isfinite().all())
-        found = f"a vector of length {vectors[row].norm():.3g} instead of 1" if finite else "not numbers (NaN or infinite)"
+        found = (
+            f"a vector of length {vectors[row].norm():.3g} instead of 1" if finite else "not numbers (NaN or infinite)"
+        )
         raise EvaluationError(
             f"{where(row)}: the features are {found}: the weights of the model are damaged, or overflow in its"
             " precision; try --precision bf16 or fp32"

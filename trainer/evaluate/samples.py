@@ -119,16 +119,15 @@ def read_webdataset(shard: Path, companion: str) -> Iterator[tuple[str, bytes, b
             def read(at: int, size: int) -> bytes:
                 return os.pread(file.fileno(), size, at)
 
-            for sample in samples(read, os.fstat(file.fileno()).st_size):
+            # All headers before the first picture: a tar that is cut says so.
+            for sample in list(samples(read, os.fstat(file.fileno()).st_size)):
                 where, image, beside = f"{shard}:{sample.key}", sample.image(), sample.members.get(companion)
                 if beside is None and image.size == ABSENT:
                     continue
                 if beside is None or image.size < 0:
                     has = ", ".join(f".{suffix}" for suffix in sample.members)
                     raise EvaluationError(f"{where} has no image or no .{companion} beside it; it has {has}")
-                parts = [read(*image), read(*beside)]
-                if [len(part) for part in parts] == [image.size, beside.size]:  # else the tar is cut, as follows
-                    yield where, parts[0], parts[1]
+                yield where, read(*image), read(*beside)
     except (TarError, OSError) as error:
         raise EvaluationError(f"{shard}: {_reason(error)}") from error
 
