@@ -1,4 +1,4 @@
-"""The trainer decodes pictures by the rules of the pipeline's decoder: the same bodies, both decoders, the same pixels."""
+"""The trainer decodes by the rules of the pipeline's decoder: the same bodies give the same pixels in both."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def test_names_that_webdataset_gives_no_picture_end_in_a_reason(tmp_path: Path) 
 def test_a_compressed_tar_is_refused_with_the_cure(tmp_path: Path, how: str) -> None:
     with tarfile.open(tmp_path / "a.tar", how) as tar:  # type: ignore[call-overload]
         tar.addfile(tarfile.TarInfo("a.jpg"))
-    with pytest.raises(ShardsError, match="compressed tar.*decompress it first"):
+    with pytest.raises(ShardsError, match=r"compressed tar.*decompress it first"):
         Shards(tmp_path / "a.tar")
 
 

@@ -75,6 +75,12 @@ def open_labelled(folder: Path, classnames: list[str] | None = None, split: str 
         raise EvaluationError(f"{folder} has neither CLASS/*.jpg (or .png, .webp) nor *.tar with KEY.cls")
     if empty := sorted(set(_folders(place)) - set(folders)):
         raise EvaluationError(f"{place / empty[0]}: no pictures in it; with a class left out, the result is another's")
+    for name in folders:
+        for inner in _folders(place / name):
+            if below := image_files(place / name / inner):
+                raise EvaluationError(
+                    f"{below[0]}: in a folder below the class {name!r}, which is not read; move it up"
+                )
     if names and len(names) != len(folders):
         raise EvaluationError(f"{place}: {len(names)} class names for {len(folders)} folders of classes")
     return LabelledImages(place, names or [f.replace("_", " ") for f in folders], templates, [], folders)

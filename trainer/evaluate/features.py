@@ -49,7 +49,7 @@ class Encoder:
 
     @torch.inference_mode()
     def texts(self, texts: list[str]) -> Tensor:
-        """Unit vectors, float32 of shape (texts, embed_dim), on the model's device. EvaluationError if they are none."""
+        """Unit vectors, float32 (texts, embed_dim), on the model's device. Raises EvaluationError if they are none."""
         vectors = []
         for batch in batched(texts, self.batch_size):
             found = encode_text(self.model, self.tokenizer(batch).to(self.device), normalize=True).float()
