@@ -8,8 +8,8 @@ pixels whoever wrote the shards:
 - Of an animation, the first frame.
 - Orientation (EXIF, or XMP where there is no EXIF) is applied.
 - An ICC profile is converted to sRGB; a broken one is ignored. CMYK without a profile is converted by Pillow's formula.
-- Transparency is laid on white. 16 bits a channel are scaled to 8.
-- The text in a PNG is passed over.
+- Transparency is laid on white. Of 16 bits a channel, the high byte is taken.
+- Metadata is passed over: nothing in it costs the picture.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import functools
 import io
 import math
 import warnings
+import zlib
 
 import numpy as np
-from PIL import AvifImagePlugin, Image, ImageCms, features
+from PIL import AvifImagePlugin, Image, ImageCms, JpegImagePlugin, features
 
 from trainer.shards import CorruptSampleError
 
@@ -30,7 +31,7 @@ COVER = 1.5
 """A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves its shorter side this many times the target."""
 # A progressive JPEG has some ten scans; each is a pass over all of it, so a small file of many takes minutes.
 _MOST_SCANS = 100
-_MAX_XMP = 1 << 20
+_MAX_METADATA = 1 << 20  # Pillow's own limit on a text or profile of a PNG
 
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 # Broken metadata is everyday on the web, and said of no picture in particular it is noise.
@@ -77,10 +78,11 @@ def _decode(encoded: bytes, kind: str, size: int | None) -> Image.Image:
     if kind == "WEBP":
         _check_size(*_webp_size(encoded))  # opening one allocates its canvas
     if kind == "PNG":
-        encoded = _without_text(encoded)
-        with Image.open(io.BytesIO(encoded), formats=[kind]) as image:
-            image.verify()  # loading skips the checksums of the pixels: damage would come out as noise
-    with Image.open(io.BytesIO(encoded), formats=[kind]) as image:
+        encoded = _essential(encoded)
+    file = io.BytesIO(encoded)
+    # Image.open would go through the further pictures of a JPEG that has some, and fail where their table is broken.
+    opened = JpegImagePlugin.JpegImageFile(file) if kind == "JPEG" else Image.open(file, formats=[kind])
+    with opened as image:
         _check_size(*image.size)
         if "progressive" in image.info and (scans := encoded.count(b"\xff\xda")) > _MOST_SCANS:
             raise CorruptSampleError(f"a JPEG of {scans} scans")
@@ -89,6 +91,8 @@ def _decode(encoded: bytes, kind: str, size: int | None) -> Image.Image:
             least = math.ceil(size * COVER)
             image.draft(None, (least, least))
         image.load()
+        if kind == "GIF":  # where it stands as it is, behind this name and before a trailer that leads out of it
+            image.info["xmp"] = encoded.partition(b"\x21\xff\x0bXMP DataXMP")[2].partition(b"\x01\xff\xfe\xfd")[0]
         turn = _orientation(image)
         opaque = _to_rgb(image)
     return opaque if turn is None else opaque.transpose(turn)
@@ -110,18 +114,37 @@ def _webp_size(encoded: bytes) -> tuple[int, int]:
     return int.from_bytes(encoded[26:28], "little") & 0x3FFF, int.from_bytes(encoded[28:30], "little") & 0x3FFF
 
 
-def _without_text(png: bytes) -> bytes:
-    """The PNG without the texts that it may carry by the megabyte, but for XMP, which can hold the orientation."""
-    parts, at = [png[:8]], 8
-    while at + 12 <= len(png):
+def _essential(png: bytes) -> bytes:
+    """The PNG without further frames, and of its metadata only what decides about pixels: EXIF, XMP and the profile.
+
+    Pillow refuses a PNG for much or broken metadata. Damage in a chunk that readers must know is an error, since
+    loading skips the checksums of the pixels and would make noise of it; another chunk is passed over.
+    """
+    parts, at, kind = [png[:8]], 8, b""
+    while at + 12 <= len(png) and kind != b"IEND":
         end = at + 12 + int.from_bytes(png[at : at + 4], "big")
-        kind = png[at + 4 : at + 8]
-        # Keyword, and no compression: what unfolds to more than Pillow allows would cost the picture.
-        xmp = png[at + 8 : at + 27] == b"XML:com.adobe.xmp\0\0" and end - at < _MAX_XMP
-        if kind not in (b"tEXt", b"zTXt", b"iTXt") or (kind == b"iTXt" and xmp):
-            parts.append(png[at:end])
+        kind, data = png[at + 4 : at + 8], png[at + 8 : end - 4]
+        critical = not kind[0] & 0x20  # a capital
+        if zlib.crc32(png[at + 4 : end - 4]) == int.from_bytes(png[end - 4 : end], "big"):
+            if critical or kind in (b"tRNS", b"eXIf") or _is_small(kind, data):
+                parts.append(png[at:end])
+        elif critical:
+            raise CorruptSampleError(f"damaged or cut at byte {at:,}")
         at = end
-    return b"".join([*parts, png[at:]])
+    if kind != b"IEND":
+        raise CorruptSampleError("cut: it has no end")
+    return b"".join(parts)
+
+
+def _is_small(kind: bytes, data: bytes) -> bool:
+    """Whether a chunk is a profile, or XMP that is not compressed, of no more than Pillow reads."""
+    if kind == b"iCCP":
+        try:
+            profile = zlib.decompressobj().decompress(data.partition(b"\0")[2][1:], _MAX_METADATA + 1)
+        except zlib.error:
+            return False
+        return len(profile) <= _MAX_METADATA
+    return kind == b"iTXt" and data.startswith(b"XML:com.adobe.xmp\0\0") and len(data) <= _MAX_METADATA
 
 
 def _frame_type(jpeg: bytes) -> int | None:
@@ -163,9 +186,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = _grey_from_16_bit(image)
     alpha = None
     if image.has_transparency_data:
-        image = image if image.mode == "RGBA" else image.convert("RGBA")
-        alpha = image.getchannel("A")
-        image = image.convert("RGB")
+        alpha = (image if image.mode in ("LA", "RGBA") else image.convert("RGBA")).getchannel("A")
+    # A profile is made for one of these.
+    if image.mode in ("1", "LA"):
+        image = image.convert("L")
     elif image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")
     if icc and (transform := _srgb_transform(icc, image.mode)):
@@ -179,8 +203,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_from_16_bit(image: Image.Image) -> Image.Image:
-    wide = np.asarray(image).astype(np.uint32)
-    grey = ((wide + 128) // 257).clip(0, 255).astype(np.uint8)
+    wide = np.asarray(image)
+    grey = (wide >> 8).clip(0, 255).astype(np.uint8)
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         grey[wide == clear] = 255

@@ -130,6 +130,12 @@ def xmp(orientation: int) -> bytes:
     ) % orientation
 
 
+def gif_with(extension: bytes) -> bytes:
+    body = encoded("GIF", SCENE.convert("P"))
+    at = 13 + 3 * 2 ** ((body[10] & 7) + 1)
+    return body[:at] + extension + body[at:]
+
+
 def png_with(*chunks: bytes) -> bytes:
     body = encoded("PNG")
     return body[:33] + b"".join(chunks) + body[33:]
@@ -141,6 +147,7 @@ def png_with(*chunks: bytes) -> bytes:
         lambda: encoded("JPEG", xmp=xmp(6)),
         lambda: encoded("WEBP", xmp=xmp(6)),
         lambda: encoded("AVIF", xmp=xmp(6)),
+        lambda: gif_with(b"\x21\xff\x0bXMP DataXMP" + xmp(6) + b"\1" + bytes(range(255, -1, -1)) + b"\0"),
         lambda: png_with(hostile.chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp(6))),
     ],
 )
@@ -148,16 +155,17 @@ def test_orientation_in_xmp_counts_in_every_format(make: Callable[[], bytes]) ->
     found = decode(make())
     assert found.size == (100, 160)
     close = np.asarray(found).astype(int) - np.asarray(SCENE.transpose(Image.Transpose.ROTATE_270)).astype(int)
-    assert abs(close).mean() < 12
+    assert abs(close).mean() < 30
 
 
-def test_the_text_in_a_png_costs_nothing() -> None:
+def test_the_metadata_of_a_png_costs_nothing() -> None:
     text = [
         hostile.chunk(b"tEXt", b"Comment\0" + b"x" * (2 << 20)),
         hostile.chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(8 << 20))),
         hostile.chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(bytes(8 << 20))),
     ]
-    assert np.array_equal(np.asarray(decode(png_with(*text, *text))), np.asarray(SCENE))
+    broken = [b"\0\0\0\2tIMEab\0\0\0\0", hostile.chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(8 << 20)))]
+    assert np.array_equal(np.asarray(decode(png_with(*text, *text, *broken))), np.asarray(SCENE))
 
 
 def test_a_reduced_decoding_does_not_change_what_is_upright() -> None:
