@@ -76,8 +76,8 @@ def open_labelled(folder: Path, classnames: list[str] | None = None, split: str 
     if empty := sorted(set(_folders(place)) - set(folders)):
         raise EvaluationError(f"{place / empty[0]}: no pictures in it; with a class left out, the result is another's")
     for name in folders:
-        for inner in _folders(place / name):
-            if below := image_files(place / name / inner):
+        for sub in _folders(place / name):
+            if below := image_files(place / name / sub):
                 raise EvaluationError(
                     f"{below[0]}: in a folder below the class {name!r}, which is not read; move it up"
                 )
