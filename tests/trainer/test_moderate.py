@@ -59,7 +59,7 @@ def test_every_picture_gets_a_line(model: str, tmp_path: Path, capsys: pytest.Ca
         for line in lines:
             if line["image"] == "00000.tar:000000002":
                 assert line["flagged"] is None
-                assert "Unidentified" in line["error"]
+                assert "not a JPEG" in line["error"]
             else:
                 assert line["flagged"] == ["red"]
                 assert line["scores"]["red"]["prompt"] in ("red", "crimson")
