@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import spool
+from pipeline import embeddings, spool
 from pipeline.hashing import hash64, uniform
 from pipeline.passes import Pass, read_unit
 from pipeline.schema import DROP, POSITION
@@ -150,7 +150,7 @@ def decide(
 
     def vectors_of(unit: int, names: list[str], chosen: np.ndarray | None = None) -> Iterator[pa.Table]:
         for table in read_unit(before, unit, names, chosen):
-            yield table.filter(_finite(table[step.vector]))
+            yield table.filter(pa.array(embeddings.finite(table[step.vector])))
 
     def sample(ranges: Sequence[range]) -> Iterator[dict[str, Any]]:
         for some in ranges:
@@ -175,7 +175,7 @@ def decide(
                 tables.append(pa.ipc.open_file(file).read_all())
         table = pa.concat_tables(tables)
         order = np.argsort(np.array(table["uid"].to_pylist(), dtype=object), kind="stable")
-        matrix = _matrix(table[step.vector])[order]
+        matrix = embeddings.matrix(table[step.vector])[order]
         step.setup()
         if len(matrix):
             fit(step, matrix, rows).save(p.store, f"{attempt}-groups.npz")
@@ -195,7 +195,7 @@ def decide(
             table = pa.concat_tables(
                 [schema.empty_table(), *(t.select(schema.names) for u in some for t in vectors_of(u, columns))]
             )
-            index, group = assign(step, _matrix(table[step.vector]), table["uid"], grouping)
+            index, group = assign(step, embeddings.matrix(table[step.vector]), table["uid"], grouping)
             table = table.take(pa.array(index)).append_column("group", pa.array(group))
             part = ((group * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) % np.uint64(parts)
             name = f"{attempt}-piece-{some.start:07d}.arrow"
@@ -215,7 +215,7 @@ def decide(
             for low, high in _runs(table["group"].to_numpy()):
                 members = table.slice(low, high - low)
                 of_rows = members.drop_columns([step.vector, "group"])
-                reason, detail = step.judge_group(of_rows, _matrix(members[step.vector]))
+                reason, detail = step.judge_group(of_rows, embeddings.matrix(members[step.vector]))
                 gone = pc.is_valid(reason)
                 dropped.append(drops_table(of_rows.filter(gone), p.label, reason.filter(gone), detail.filter(gone)))
             drops = pa.concat_tables(dropped)
@@ -262,17 +262,3 @@ def _runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
 
 def _by_group(groups: np.ndarray) -> np.ndarray:
     return groups.reshape(len(groups), -1)
-
-
-def _matrix(column: pa.ChunkedArray) -> np.ndarray:
-    """The vectors of a column without nulls, float32 of shape (n, d)."""
-    dimension = column.type.list_size
-    flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
-    return np.concatenate([np.empty(0, np.float32), *flat]).astype(np.float32, copy=False).reshape(-1, dimension)
-
-
-def _finite(column: pa.ChunkedArray) -> pa.BooleanArray:
-    """True for the vectors that are there and finite."""
-    there = pc.is_valid(column).to_numpy()
-    there[there] = np.isfinite(_matrix(column.filter(pa.array(there)))).all(axis=1)
-    return pa.array(there)

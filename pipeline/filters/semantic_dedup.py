@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline import embeddings
 from pipeline.step import Estimate, VectorFilter
 
 _BLOCK = 2048
@@ -69,7 +70,7 @@ class SemanticDedup(VectorFilter):
         """Unit centroids, float32 of shape (k, d)."""
         import faiss
 
-        sample = _unit(sample)
+        sample = embeddings.unit(sample)
         k = min(self._k(rows), len(sample))
         means = faiss.Kmeans(
             sample.shape[1], k, niter=self.iterations, seed=self.seed, spherical=True, min_points_per_centroid=1
@@ -79,7 +80,10 @@ class SemanticDedup(VectorFilter):
 
     def groups(self, vectors: np.ndarray, fitted: np.ndarray) -> np.ndarray:
         return np.concatenate(
-            [np.argmax(_unit(vectors[i : i + _BLOCK]) @ fitted.T, axis=1) for i in range(0, len(vectors), _BLOCK)]
+            [
+                np.argmax(embeddings.unit(vectors[i : i + _BLOCK]) @ fitted.T, axis=1)
+                for i in range(0, len(vectors), _BLOCK)
+            ]
         )
 
     def judge_group(self, rows: pa.Table, vectors: np.ndarray) -> tuple[pa.StringArray, pa.StringArray]:
@@ -88,7 +92,7 @@ class SemanticDedup(VectorFilter):
         if self.keep_highest:
             value = pc.fill_null(rows[self.keep_highest].cast(pa.float64()), -np.inf).to_numpy()
             order = np.argsort(-np.nan_to_num(value, nan=-np.inf), kind="stable")  # rows come in the order of uids
-        units = _unit(vectors[order])
+        units = embeddings.unit(vectors[order])
         nearest, similarity = np.zeros(n, np.int64), np.full(n, -np.inf, np.float32)
         for low in range(0, n, _BLOCK):
             block = units[low : low + _BLOCK] @ units[: low + _BLOCK].T
@@ -101,8 +105,3 @@ class SemanticDedup(VectorFilter):
         reason[order[gone]] = self.name()
         detail[order[gone]] = [f"{uids[at]} at {s:.4f}" for at, s in zip(nearest[gone], similarity[gone])]
         return pa.array(reason, pa.string()), pa.array(detail, pa.string())
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.ascontiguousarray(vectors / np.maximum(norms, 1e-12), np.float32)

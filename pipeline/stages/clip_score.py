@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import io
@@ -20,6 +19,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline.step import Estimate, Stage
+from trainer.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -277,8 +277,7 @@ def _package(name: str) -> Path:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word.replace("/", "-"), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return did_you_mean(word.replace("/", "-"), known, cutoff=0.5)
 
 
 def _sha256(file: Path) -> str:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.step import Estimate, Stage
+from trainer.spelling import nearest
 
 _PREFIX = "__label__"
 
@@ -62,7 +62,7 @@ class Language(Stage):
                 # YAML 1.1 reads `no`, Norwegian, as false.
                 yield "keep", f"{code!r} is not text; put the code in quotes, as in ['no']"
             elif code not in known:
-                near = difflib.get_close_matches(code.lower()[:2], known, n=1, cutoff=0.9)
+                near = nearest(code.lower()[:2], known, cutoff=0.9)
                 yield (
                     "keep",
                     f"{code!r} is no language of the model; "
