@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.card import About, File, croissant, readme
+from pipeline.card import About, croissant, readme
 from pipeline.sample_json import json_values, sample_json
 from pipeline.step import Estimate, Stage
 from pipeline.storage import Store
@@ -85,9 +85,10 @@ class WriteShards(Stage):
                     )
             tar.close()
         empty = _readable(pa.schema([("key", pa.string()), *((c, types[c]) for c in columns)]).empty_table())
-        parquet = io.BytesIO()
-        pq.write_table(pa.concat_tables(rest) if rest else empty, parquet, compression="zstd")
-        store.write(f"{name}.parquet", parquet.getvalue())
+        buffer = io.BytesIO()
+        pq.write_table(pa.concat_tables(rest) if rest else empty, buffer, compression="zstd")
+        parquet = buffer.getvalue()
+        store.write(f"{name}.parquet", parquet)
         with store.output(f"{name}.index.npy") as file:
             np.save(file, np.array(index, np.int64).reshape(-1, len(INDEX_COLUMNS)))
         return {
@@ -96,10 +97,11 @@ class WriteShards(Stage):
             "bytes": tar.offset,
             "sha256": tar.digest.hexdigest(),
             "parquet": f"{name}.parquet",
-            "parquet_bytes": len(parquet.getbuffer()),
-            "parquet_sha256": hashlib.sha256(parquet.getbuffer()).hexdigest(),
             "index": f"{name}.index.npy",
             "extensions": sorted(extensions),
+            "files": [
+                {"name": f"{name}.parquet", "bytes": len(parquet), "sha256": hashlib.sha256(parquet).hexdigest()}
+            ],
         }
 
     def finish(self, store: Store, about: About, shards: list[dict[str, Any]]) -> None:
@@ -108,6 +110,7 @@ class WriteShards(Stage):
         `subset.npy` is DataComp's subset format: the sorted uids as pairs of uint64, 16 bytes a sample in memory.
         """
         extensions = sorted({e for shard in shards for e in shard.pop("extensions")})
+        tables = [entry for shard in shards for entry in shard.pop("files")]
         manifest = {
             "format": FORMAT,
             "name": about.name,
@@ -129,15 +132,13 @@ class WriteShards(Stage):
         np.save(subset, _subset(store, [shard["parquet"] for shard in shards]))
         columns = {name: _readable_type(t) for name, t in about.types.items() if name not in ("image", "key")}
         about = replace(about, types=columns)
-        tars = [File(shard["name"], shard["bytes"], shard["sha256"]) for shard in shards]
-        tables = [File(shard["parquet"], shard["parquet_bytes"], shard["parquet_sha256"]) for shard in shards]
         samples = manifest["samples"]
         documents = {
             "subset.npy": subset.getvalue(),
             "sizes.json": _dump(sizes),
             "wids.json": _dump(wids),
-            "croissant.json": _dump(croissant(about, tars, tables, samples)),
-            "README.md": readme(about, tars, samples, extensions).encode(),
+            "croissant.json": _dump(croissant(about, shards, tables, samples)),
+            "README.md": readme(about, shards, samples, extensions).encode(),
             "manifest.json": _dump(manifest),
         }
         for file_name, data in documents.items():
