@@ -8,7 +8,7 @@ options were, since an address may carry a password.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
@@ -18,6 +18,7 @@ import yaml
 
 from pipeline.ledger import Funnel
 from pipeline.sample_json import sample_types
+from pipeline.storage import Entry
 
 _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7),
           ("10M<n<100M", 10**8), ("100M<n<1B", 10**9), ("1B<n<10B", 10**10), ("10B<n<100B", 10**11))  # fmt: skip
@@ -40,14 +41,11 @@ class About:
     """The wishes of publishers that the run honoured, as `robots.txt (RFC 9309)`."""
 
 
-Entry = Mapping[str, Any]
-"""A file of the dataset: `name` in the folder, `bytes`, and `sha256` in hex."""
-
 # --- README.md --------------------------------------------------------------------------------------------------------
 
 
 def readme(about: About, tars: Sequence[Entry], samples: int, extensions: Sequence[str]) -> str:
-    """The card: YAML front matter that `datasets.load_dataset` obeys, then Markdown for people.
+    """The card of a dataset: YAML front matter that `datasets.load_dataset` obeys, then Markdown for people.
 
     Each block of Python in it runs as it stands, in the folder of the shards.
     """

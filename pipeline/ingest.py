@@ -9,7 +9,6 @@ ordered by that same hash, so the order of the whole run does not depend on how 
 
 from __future__ import annotations
 
-import json
 import math
 import secrets
 from collections.abc import Iterator, Sequence
@@ -21,11 +20,12 @@ import pyarrow as pa
 
 from pipeline import spool
 from pipeline.hashing import hash64
-from pipeline.passes import Pass, commit, new_attempt
+from pipeline.passes import Pass, check_unit, commit, new_attempt
 from pipeline.pool import Split, read
 from pipeline.recipe import PoolSpec
 from pipeline.schema import SAMPLE
 from pipeline.step import drops_table
+from pipeline.storage import DamagedError, Entry, sealed
 from pipeline.url import canonical
 
 SPOOL_ROWS = 1_000_000
@@ -69,16 +69,15 @@ def scatter(
     record_name = f"spool/{piece:06d}.json"
     if p.store.exists(record_name):
         return
-    names: list[str] = []
+    entries: list[Entry] = []
     held: list[pa.Table] = []
 
     def spill() -> None:
         table = pa.concat_tables(held)
         held.clear()
         part = _scale(table["place"].to_numpy(), units) * parts // units
-        name = f"spool/{piece:06d}-{len(names):04d}-{secrets.token_hex(4)}.arrow"
-        spool.write(p.store, name, table, part, parts)
-        names.append(name)
+        name = f"spool/{piece:06d}-{len(entries):04d}-{secrets.token_hex(4)}.arrow"
+        entries.append(spool.write(p.store, name, table, part, parts))
 
     for number, split in enumerate(splits, first):
         position = 0
@@ -93,7 +92,27 @@ def scatter(
                 spill()
     if held:
         spill()
-    p.store.create(record_name, json.dumps({"files": names}).encode())
+    p.store.create(record_name, sealed({"files": entries}))
+
+
+def mend(p: Pass) -> None:
+    """Takes back what an interrupted command has spooled and is damaged, so that it is scattered again.
+
+    Of spool files, which live for the time of an ingestion, only the size is looked at.
+    """
+    sizes = p.store.sizes("spool")
+    for name in sizes:
+        if name.endswith(".json"):
+            try:
+                record = p.store.read_record(f"spool/{name}") or {}
+                if any(sizes.get(entry["name"].partition("/")[2]) != entry["bytes"] for entry in record["files"]):
+                    raise DamagedError(name)
+            except DamagedError:
+                p.store.remove(f"spool/{name}")
+    try:
+        p.store.read_record("plan.json")
+    except DamagedError:
+        p.store.remove("plan.json")
 
 
 def gather(
@@ -101,15 +120,16 @@ def gather(
 ) -> Iterator[dict[str, Any]]:
     """Collects one partition from all pieces and commits the units in it; yields their records."""
     first, last = -(-part * units // parts), -(-(part + 1) * units // parts)
-    known = {unit: p.record(unit) for unit in range(first, last)}
+    known = {unit: _known(p, unit) for unit in range(first, last)}
     if all(known.values()):
         yield from (record for record in known.values() if record)
         return
     schema = pa.schema([*SAMPLE, *types.items(), ("drop_reason", pa.string()), ("place", pa.uint64())])
 
     with ThreadPoolExecutor(spool.READS_AT_ONCE) as threads:
-        records = list(threads.map(lambda piece: json.loads(p.store.read(f"spool/{piece:06d}.json")), range(pieces)))
-    table = spool.read(p.store, [name for record in records for name in record["files"]], part, schema)
+        records = list(threads.map(lambda piece: p.store.read_record(f"spool/{piece:06d}.json"), range(pieces)))
+    names = [entry["name"] for record in records if record for entry in record["files"]]
+    table = spool.read(p.store, names, part, schema)
     place = table["place"].to_numpy()
     unit_of = _scale(place, units)
     # By hash, then uid, then place in the pool: an order that nothing but the pool decides.
@@ -118,6 +138,17 @@ def gather(
     bounds = np.searchsorted(unit_of, np.arange(first, last + 1))
     for unit, low, high in zip(range(first, last), bounds, bounds[1:]):
         yield known[unit] or _commit_unit(p, unit, table.slice(low, high - low))
+
+
+def _known(p: Pass, unit: int) -> dict[str, Any] | None:
+    """The record of a unit that an interrupted command has committed; one that is damaged is taken back."""
+    try:
+        if p.record(unit) is not None:
+            check_unit(p, unit, digest=True)
+        return p.record(unit)
+    except DamagedError:
+        p.forget(unit)
+        return None
 
 
 def _commit_unit(p: Pass, unit: int, table: pa.Table) -> dict[str, Any]:

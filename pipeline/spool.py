@@ -14,16 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 
-from pipeline.storage import Store
+from pipeline.storage import Entry, Store
 
 READS_AT_ONCE = 8
 
 
 def write(
     store: Store, name: str, table: pa.Table, part: np.ndarray, parts: int, compression: str | None = "zstd"
-) -> None:
-    """Writes the rows of a table, each to its partition `part`, from 0 to `parts` − 1. Vectors gain nothing from
-    `compression`."""
+) -> Entry:
+    """Writes the rows of a table, each to its partition `part`, from 0 to `parts` − 1; returns the file's entry.
+    Vectors gain nothing from `compression`."""
     order = np.argsort(part, kind="stable")
     bounds = np.searchsorted(part[order], np.arange(parts + 1))
     table = table.take(pa.array(order))
@@ -32,6 +32,7 @@ def write(
         for low, high in itertools.pairwise(bounds):
             columns = [column.combine_chunks() for column in table.slice(low, high - low).columns]
             writer.write_batch(pa.record_batch(columns, table.schema))
+    return file.entry
 
 
 def read(store: Store, names: Iterable[str], part: int, schema: pa.Schema) -> pa.Table:

@@ -57,6 +57,9 @@ class Step:
     commits: ClassVar[bool] = False
     """True where a result is dear (bytes from the web, hours of GPU): the pass ends here, so that a change to any
     later step reuses what is stored, and a recipe that would orphan it is refused."""
+    repeatable: ClassVar[bool] = True
+    """False where the same inputs may give other outputs another time, as with bytes from the web: what was committed
+    and is lost is then not made again behind the user's back."""
     resource: ClassVar[Resource] = "cpu"
     """What a worker of this step occupies. "gpu" means a GPU where the cluster has one, else CPU cores."""
 

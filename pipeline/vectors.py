@@ -25,7 +25,7 @@ from pipeline.hashing import hash64, uniform
 from pipeline.passes import Pass, read_unit
 from pipeline.schema import DROP, POSITION
 from pipeline.step import VectorFilter, drops_table
-from pipeline.storage import Store
+from pipeline.storage import Entry, Store
 
 PIECE_BYTES = 256 << 20
 """Vectors that a worker holds while it sorts rows by group, and of a partition of groups; less in a small run, so that
@@ -129,7 +129,7 @@ def assign(
 
 def decide(
     p: Pass, before: Sequence[Pass], units: int, rows: int, per_file: int, run_tasks: RunTasks
-) -> tuple[dict[str, str], Counter[str]]:
+) -> tuple[dict[str, Entry], Counter[str]]:
     """Runs the filter of a pass; returns the files of its drops by number of the range of `per_file` units that each
     covers, and the drops by reason."""
     (step,) = p.steps
@@ -235,14 +235,13 @@ def decide(
             first[1:] = ~first[1:]
             drops = drops.filter(pa.array(first))
             name = f"drops/{number:06d}-{secrets.token_hex(4)}.parquet"
-            if len(drops):
-                p.store.write_table(name, drops)
-            yield {"number": number, "name": name, "reasons": Counter(drops["reason"].to_pylist())}
+            entry = p.store.write_table(name, drops) if len(drops) else None
+            yield {"number": number, "entry": entry, "reasons": Counter(drops["reason"].to_pylist())}
 
     stored = [record for record in run_tasks(range(files), store) if record["reasons"]]
     _clear(p.store)
     reasons: Counter[str] = sum((record["reasons"] for record in stored), Counter())
-    return {str(record["number"]): record["name"] for record in stored}, reasons
+    return {str(record["number"]): record["entry"] for record in stored}, reasons
 
 
 def _clear(store: Store) -> None:

@@ -47,6 +47,7 @@ class Download(Stage):
     needs: ClassVar[tuple[str, ...]] = ("url",)
     adds: ClassVar[dict[str, pa.DataType]] = PICTURE
     commits: ClassVar[bool] = True
+    repeatable: ClassVar[bool] = False
 
     engine: Literal["winnow", "img2dataset"] = "winnow"
     """`img2dataset`: its own downloader, for exactly what it does, without our safety and manners: docs/fetching.md."""

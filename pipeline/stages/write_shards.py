@@ -7,7 +7,6 @@ all columns and an index of byte offsets; the manifest names them all with their
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -19,12 +18,11 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.card import About, croissant, readme
 from pipeline.sample_json import json_values, sample_json
 from pipeline.step import Estimate, Stage
-from pipeline.storage import Store
+from pipeline.storage import Entry, Output, Store
 
 FORMAT = "winnow-shards/1"
 INDEX_COLUMNS = ("image_offset", "image_size", "json_offset", "json_size", "txt_offset", "txt_size")
@@ -85,33 +83,28 @@ class WriteShards(Stage):
                     )
             tar.close()
         empty = _readable(pa.schema([("key", pa.string()), *((c, types[c]) for c in columns)]).empty_table())
-        buffer = io.BytesIO()
-        pq.write_table(pa.concat_tables(rest) if rest else empty, buffer, compression="zstd")
-        parquet = buffer.getvalue()
-        store.write(f"{name}.parquet", parquet)
-        with store.output(f"{name}.index.npy") as file:
-            np.save(file, np.array(index, np.int64).reshape(-1, len(INDEX_COLUMNS)))
+        rows = store.write_table(f"{name}.parquet", pa.concat_tables(rest) if rest else empty)
+        with store.output(f"{name}.index.npy") as offsets:
+            np.save(offsets, np.array(index, np.int64).reshape(-1, len(INDEX_COLUMNS)))
         return {
-            "name": f"{name}.tar",
             "samples": len(index),
-            "bytes": tar.offset,
-            "sha256": tar.digest.hexdigest(),
+            **file.entry,
             "parquet": f"{name}.parquet",
             "index": f"{name}.index.npy",
             "extensions": sorted(extensions),
-            "files": [
-                {"name": f"{name}.parquet", "bytes": len(parquet), "sha256": hashlib.sha256(parquet).hexdigest()}
-            ],
+            "files": [rows, offsets.entry],
         }
 
-    def finish(self, store: Store, about: About, shards: list[dict[str, Any]]) -> None:
+    def finish(self, store: Store, about: About, shards: list[dict[str, Any]]) -> Entry:
         """Writes what describes all shards together, and removes the files of an earlier, larger set.
 
-        `subset.npy` is DataComp's subset format: the sorted uids as pairs of uint64, 16 bytes a sample in memory.
+        Returns the entry of `manifest.json`, which names every other file with its size and SHA-256. `subset.npy` is
+        DataComp's subset format: the sorted uids as pairs of uint64, 16 bytes a sample in memory.
         """
         extensions = sorted({e for shard in shards for e in shard.pop("extensions")})
-        tables = [entry for shard in shards for entry in shard.pop("files")]
-        manifest = {
+        files = [entry for shard in shards for entry in shard.pop("files")]
+        tables = [entry for entry in files if entry["name"].endswith(".parquet")]
+        manifest: dict[str, Any] = {
             "format": FORMAT,
             "name": about.name,
             "samples": sum(shard["samples"] for shard in shards),
@@ -139,23 +132,23 @@ class WriteShards(Stage):
             "wids.json": _dump(wids),
             "croissant.json": _dump(croissant(about, shards, tables, samples)),
             "README.md": readme(about, shards, samples, extensions).encode(),
-            "manifest.json": _dump(manifest),
         }
-        for file_name, data in documents.items():
-            store.write(file_name, data)
-        keep = {*documents, "OWNER", "_SUCCESS", *(s[k] for s in shards for k in ("name", "parquet", "index"))}
+        files += [store.write(file_name, data) for file_name, data in documents.items()]
+        manifest["files"] = {entry["name"]: {k: entry[k] for k in ("bytes", "sha256")} for entry in files}
+        entry = store.write("manifest.json", _dump(manifest))
+        keep = {"manifest.json", "OWNER", "_SUCCESS", *manifest["files"], *(shard["name"] for shard in shards)}
         for file_name in store.names():
             if file_name not in keep:
                 store.remove(file_name)
+        return entry
 
 
 class _Tar:
     """Appends members to a USTAR stream and knows where their data lie."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes] | Output) -> None:
         self._file = file
         self.offset = 0
-        self.digest = hashlib.sha256()
 
     def add(self, name: str, data: bytes) -> tuple[int, int]:
         """Where `data` lie. `name` has at most 100 bytes, and `data` less than 8 GB: ValueError."""
@@ -170,7 +163,6 @@ class _Tar:
 
     def _put(self, data: bytes) -> None:
         self._file.write(data)
-        self.digest.update(data)
         self.offset += len(data)
 
 
