@@ -432,15 +432,15 @@ class Pace:
 
 
 def _location(response: aiohttp.ClientResponse) -> str:
-    location = response.headers.get("Location", "").strip()
-    if not location:
-        raise FetchError("bad_response", f"status {response.status} without a Location")
-    # Header bytes that are not UTF-8 arrive as surrogates; Latin-1 is what HTTP once meant by them.
-    if any("\ud800" <= c <= "\udfff" for c in location):
-        return location.encode("utf-8", "surrogateescape").decode("latin-1")
-    return location
+    locations = {location for location in response.headers.getall("Location", ()) if location}
+    if len(locations) != 1:
+        raise FetchError("bad_response", f"status {response.status} with {len(locations)} different Locations")
+    # Bytes beyond ASCII go back as they came, escaped, as browsers and curl do it: the server knows in which encoding.
+    raw = locations.pop().encode("utf-8", "surrogateescape")
+    return _BEYOND_ASCII.sub(lambda byte: b"%%%02X" % byte[0][0], raw).decode("ascii")
 
 
+_BEYOND_ASCII = re.compile(rb"[\x80-\xff]")
 _SECONDS = re.compile(r"\d{1,9}")
 
 
