@@ -59,7 +59,7 @@ def _remove_dot_segments(path: str) -> str:
     return "/" + "/".join(kept)
 
 
-class NotAUrl(ValueError):
+class InvalidUrlError(ValueError):
     """What the WHATWG URL standard calls a failure; the message says what is wrong."""
 
 
@@ -99,13 +99,13 @@ def web_address(text: str, base: WebAddress | None = None) -> WebAddress:
 
     `base` is what a relative reference is relative to. Escapes stay as written and only what may not stand in a URL is
     escaped; tabs and line ends are removed, "\\" is read as "/", dot segments are resolved, the fragment is dropped.
-    Raises NotAUrl for what a browser refuses, for other schemes, and for names that no DNS has.
+    Raises InvalidUrlError for what a browser refuses, for other schemes, and for names that no DNS has.
     """
     text = text.strip(_SPACE_AND_CONTROLS).translate(_LINE_ENDS).partition("#")[0]
     named = _SCHEME.match(text)
     scheme = named[1].lower() if named else base.scheme if base else ""
     if scheme not in _DEFAULT_PORT:
-        raise NotAUrl(f"scheme {scheme}" if scheme else "no scheme")
+        raise InvalidUrlError(f"scheme {scheme}" if scheme else "no scheme")
     rest = text[named.end() :] if named else text
     authority = _AUTHORITY.match(rest)
     assert authority is not None
@@ -136,10 +136,10 @@ def _escaped(character: re.Match[str]) -> str:
 def _host_and_port(place: str, scheme: str) -> tuple[str, int | None]:
     parts = _HOST_AND_PORT.fullmatch(place)
     if parts is None:
-        raise NotAUrl(f"not a host and port: {place}")
+        raise InvalidUrlError(f"not a host and port: {place}")
     port = int(parts[2]) if parts[2] and len(parts[2].lstrip("0")) <= 5 else 65536 if parts[2] else None
     if port is not None and port > 65535:
-        raise NotAUrl(f"port {parts[2]}")
+        raise InvalidUrlError(f"port {parts[2]}")
     return _host(parts[1]), None if f":{port}" == _DEFAULT_PORT[scheme] else port
 
 
@@ -148,21 +148,21 @@ def _host(text: str) -> str:
         try:
             address = ipaddress.IPv6Address(text[1:-1])
         except ValueError:
-            raise NotAUrl(f"not an IPv6 address: {text}") from None
+            raise InvalidUrlError(f"not an IPv6 address: {text}") from None
         if address.scope_id is not None:
-            raise NotAUrl(f"scoped IPv6 address: {text}")
+            raise InvalidUrlError(f"scoped IPv6 address: {text}")
         return f"[{address}]"
     try:
         host = unquote(text, errors="strict").lower()
         if not host.isascii():
             host = (URL.build(scheme="http", host=host).raw_host or "").lower()  # UTS 46
     except ValueError as error:
-        raise NotAUrl(f"not a host name: {error}") from None
+        raise InvalidUrlError(f"not a host name: {error}") from None
     if not _NAME.fullmatch(host):
-        raise NotAUrl(f"not a host name: {host}" if host else "no host")
+        raise InvalidUrlError(f"not a host name: {host}" if host else "no host")
     if _NUMBER.fullmatch(host):
         try:
             return socket.inet_ntoa(socket.inet_aton(host.removesuffix(".")))
         except OSError:
-            raise NotAUrl(f"not an IPv4 address: {host}") from None
+            raise InvalidUrlError(f"not an IPv4 address: {host}") from None
     return host

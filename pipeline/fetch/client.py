@@ -24,10 +24,12 @@ from email.utils import parsedate_to_datetime
 from types import TracebackType
 
 import aiohttp
+from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from pipeline.fetch.budget import Budget, Lease
 from pipeline.fetch.guard import Guard, parse_url
+from pipeline.fetch.head import LenientResponse
 from pipeline.fetch.hosts import Exchange, Host, Hosts, Manners
 from pipeline.fetch.opt_out import disallowed_directive, reserves_mining
 from pipeline.fetch.outage import Outage
@@ -111,14 +113,24 @@ class Client:
         self._asking: set[asyncio.Task[Robots | FetchError]] = set()
 
     async def __aenter__(self) -> Client:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=0,  # rows and hosts have limits of their own
-                ssl=tls_context(),
-                resolver=self._resolver,
-                use_dns_cache=False,
-                socket_factory=self._open_socket,
-            ),
+        # Keep-alive pays only where more requests follow; else thousands of idle sockets would pile up.
+        self._kept, self._closed = self._open_session(force_close=False), self._open_session(force_close=True)
+        self._hosts.open()
+        return self
+
+    def _open_session(self, *, force_close: bool) -> aiohttp.ClientSession:
+        connector = aiohttp.TCPConnector(
+            limit=0,  # rows and hosts have limits of their own
+            ssl=tls_context(),
+            resolver=self._resolver,
+            use_dns_cache=False,
+            force_close=force_close,
+            socket_factory=self._open_socket,
+        )
+        # aiohttp has no public place for this; tests/fetch/test_wire.py fails where it moves.
+        connector._factory = functools.partial[ResponseHandler](LenientResponse, loop=asyncio.get_running_loop())
+        return aiohttp.ClientSession(
+            connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
             trust_env=False,
@@ -129,15 +141,14 @@ class Client:
                 "Accept-Encoding": "identity",
             },
         )
-        self._hosts.open()
-        return self
 
     async def __aexit__(self, *exc: object) -> None:
         for task in self._asking:
             task.cancel()
         await asyncio.gather(*self._asking, return_exceptions=True)
         await self._hosts.close()
-        await self._session.close()
+        await self._kept.close()
+        await self._closed.close()
         await self._resolver.close()
 
     def _open_socket(self, info: tuple[int, int, int, str, tuple]) -> socket.socket:
@@ -227,12 +238,11 @@ class Client:
             host.end()
 
     async def _exchange(self, url: URL, host: Host, clock: Clock, lease: Lease, answer: Answer) -> bytes | str:
-        # Keep-alive pays only where more requests follow; else thousands of idle sockets would pile up.
-        headers = None if host.busy or answer == self._robots_answer else _CLOSE
+        session = self._kept if host.busy or answer == self._robots_answer else self._closed
         left = clock.left
         try:
             with clock:
-                response = await self._session.get(url, allow_redirects=False, headers=headers)
+                response = await session.get(url, allow_redirects=False)
                 self._outage.alive()
                 try:
                     found = await answer(response, clock, lease)
@@ -268,10 +278,9 @@ class Client:
         return await self._body(response, clock, lease)
 
     async def _body(self, response: aiohttp.ClientResponse, clock: Clock, lease: Lease) -> bytes:
-        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-        if encoding not in ("", "identity"):
+        if compression := _compression(response):
             # Asked for as it is, an image comes compressed from one server in thousands; a bomb comes that way too.
-            raise FetchError("content_encoding", encoding)
+            raise FetchError("content_encoding", compression)
         length, cap = response.content_length, self.limits.max_bytes
         if length is not None and length > cap:
             raise FetchError("body_too_large", f"{length} bytes announced, at most {cap}")
@@ -350,18 +359,15 @@ class Client:
         text = bytearray()
         while len(text) <= MAX_BYTES and (chunk := await response.content.readany()):
             text += chunk
-        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-        if encoding in ("", "identity"):
+        compression = _compression(response)
+        if not compression:
             return bytes(text)
         try:
-            if encoding not in ("gzip", "x-gzip"):
+            if compression not in ("gzip", "x-gzip"):
                 raise zlib.error
             return zlib.decompressobj(wbits=31).decompress(text, MAX_BYTES + 1)
         except zlib.error:
-            raise FetchError("content_encoding", encoding) from None
-
-
-_CLOSE = {"Connection": "close"}
+            raise FetchError("content_encoding", compression) from None
 
 
 class Clock:
@@ -431,6 +437,23 @@ class Pace:
         self._timer.cancel()
 
 
+# IANA's registry of content codings, without identity, and what compression is called that is not registered.
+_COMPRESSIONS = frozenset(
+    "aes128gcm br brotli bzip bzip2 compress dcb dcz deflate exi gzip lz4 lzma pack200-gzip sdch snappy xz zlib zstd "
+    "x-brotli x-bzip x-bzip2 x-compress x-deflate x-gzip x-lzma x-xz x-zstd".split()
+)
+
+
+def _compression(response: aiohttp.ClientResponse) -> str:
+    """The first label of Content-Encoding that names a compression, else "".
+
+    Any other label (none, utf-8, binary, aws-chunked, a media type) is a mistake of the server. Browsers ignore it, and
+    the first bytes of the body tell what it is.
+    """
+    labels = ",".join(response.headers.getall("Content-Encoding", ())).lower().split(",")
+    return next((label for label in map(str.strip, labels) if label in _COMPRESSIONS), "")
+
+
 def _location(response: aiohttp.ClientResponse) -> str:
     locations = {location for location in response.headers.getall("Location", ()) if location}
     if len(locations) != 1:
@@ -467,10 +490,12 @@ def _translate(error: Exception) -> FetchError:
     if isinstance(error, aiohttp.ClientConnectorError):
         reason = "unreachable" if error.errno in _UNREACHABLE else "connect"
         return FetchError(reason, error.strerror or str(error.os_error))
+    if isinstance(error, aiohttp.ClientResponseError):
+        return FetchError("bad_response", error.message)
     if isinstance(error, aiohttp.ClientPayloadError):
         # Both mean an unfinished body, but garbage between chunks will be garbage again.
         unfinished = "Not enough data" in text or not isinstance(
-            error.__cause__, aiohttp.http_exceptions.BadHttpMessage
+            error.__cause__, aiohttp.http_exceptions.HttpProcessingError
         )
         return FetchError("body_truncated" if unfinished else "bad_response", str(error))
     if isinstance(error, (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError)):

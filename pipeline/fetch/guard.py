@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from yarl import URL
 
 from pipeline.fetch.reasons import FetchError
-from pipeline.url import NotAUrl, WebAddress, web_address
+from pipeline.url import InvalidUrlError, WebAddress, web_address
 
 MAX_URL = 8000
 """Characters of a url: Apache and nginx refuse request lines of more than 8 KB."""
@@ -133,7 +133,7 @@ def parse_url(text: str | None, base: URL | None = None) -> URL:
         raise FetchError("bad_url", "broken Unicode")
     try:
         address = web_address(text, _address_of(base) if base else None)
-    except NotAUrl as error:
+    except InvalidUrlError as error:
         detail = str(error)
         # `example.com:80/a.jpg` reads as the scheme "example.com"; without a base there is no other reading to offer.
         raise FetchError("bad_scheme" if "scheme" in detail.split() else "bad_url", detail) from None

@@ -125,7 +125,8 @@ DENIED_URL = [
 ]  # fmt: skip
 # Each is the Location of a redirect, some of them at the end of a chain.
 REDIRECTS = [
-    *(url for url in DENIED_URL if url.isprintable()), *BAD_SCHEME[:-6], "//127.0.0.1:{port}/", "//[::1]:{port}/", "\\\\127.0.0.1:{port}\\",
+    *(url for url in DENIED_URL if url.isprintable()), *BAD_SCHEME[:-6],
+    "//127.0.0.1:{port}/", "//[::1]:{port}/", "\\\\127.0.0.1:{port}\\",
     "http:\\\\127.0.0.1:{port}/", "http://u:p@127.0.0.1:{port}/", "//u@127.0.0.1:{port}/", "https:127.0.0.1:{port}",
     "http:////127.0.0.1:{port}/", "/\\127.0.0.1:{port}/", "///127.0.0.1:{port}/",
 ]  # fmt: skip

@@ -20,23 +20,19 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
-from ipaddress import ip_address
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from PIL import Image
 
 from pipeline.fetch import client as client_module
 from pipeline.fetch.reasons import find
 from pipeline.stages.download import Download
 from tests.fetch import process_tree
+from tests.fetch.certificates import issue
 from tests.fetch.hostile_images import chunk, encoded, gif, jpeg_claiming, png, webp_canvas, webp_lossless
 from tests.fetch.server import (
     JPEG,
@@ -202,7 +198,7 @@ TABLE: dict[str, Behaviour] = {
     "redirect_to_stalling_host": slow(redirect(f"http://{STALLING}:{{server.port}}/"), "deadline"),
     "redirect_with_password": one(redirect("http://a:b@127.0.0.1:{server.port}/ok"), "bad_url"),
     "redirect_nowhere": one(answer("302 Found"), "bad_response"),
-    "redirect_far": one(redirect("/" + "a" * 6000), "bad_url"),
+    "redirect_far": one(redirect("/" + "a" * 9000), "bad_url"),
     "redirect_without_scheme": one(redirect("//127.0.0.1:{server.port}/ok"), None),
     "redirect_without_slashes": one(redirect("www.example.com/ok"), "http_404"),
     "redirect_in_utf8": one(moved("/café".encode()), None),
@@ -224,9 +220,9 @@ TABLE: dict[str, Behaviour] = {
     "header_without_end": one(flood(HEAD + b"X-A: ", b"b" * 1000), "bad_response"),
     "headers_100_000": one(raw(HEAD + b"X-A: b\r\n" * 100_000 + LENGTH + b"\r\n" + JPEG), "bad_response"),
     "headers_one_byte_a_second": slow(flood(b"", b"H", pause=1.0), "deadline", "bad_response"),
-    "status_line_huge": one(raw(b"HTTP/1.1 200 " + b"O" * 100_000 + b"\r\n" + LENGTH + b"\r\n" + JPEG), "bad_response"),
+    "status_line_huge": one(raw(b"HTTP/1.1 200 " + b"O" * 300_000 + b"\r\n" + LENGTH + b"\r\n" + JPEG), "bad_response"),
     "header_with_zero_byte": one(raw(HEAD + b"X-A: \x00\r\n" + LENGTH + b"\r\n" + JPEG), "bad_response"),
-    "header_without_colon": one(raw(HEAD + b"nonsense\r\n" + LENGTH + b"\r\n" + JPEG), "bad_response"),
+    "header_without_colon": one(raw(HEAD + b"nonsense\r\n" + LENGTH + b"\r\n" + JPEG), None),
     "header_injection": one(raw(HEAD + b"X-A: b\rContent-Length: 3\r\n" + LENGTH + b"\r\n" + JPEG), "bad_response"),
     "http_1_0": one(raw(b"HTTP/1.0 200 OK\r\n\r\n" + JPEG), None),
     "http_0_9": one(raw(JPEG), "bad_response"),
@@ -242,10 +238,9 @@ TABLE: dict[str, Behaviour] = {
     # Bodies in transit
     "no_length": one(raw(HEAD + b"\r\n" + JPEG), None),
     "no_length_no_end": slow(flood(HEAD + b"\r\n" + JPEG, b"", pause=0.2), "too_slow"),
-    # Whether the rest is seen before the image is judged depends on how the bytes fall into packets.
-    "length_too_small": one(answer(body=JPEG, length="300", close=True), "bad_response", "decode_error"),
+    "length_too_small": one(answer(body=JPEG, length="300", close=True), "decode_error"),
     "length_short_of_a_newline": one(answer(body=JPEG + b"\r\n", length=str(len(JPEG))), None),
-    "length_repeated": one(raw(HEAD + LENGTH + LENGTH + b"\r\n" + JPEG), "bad_response", None),
+    "length_repeated": one(raw(HEAD + LENGTH + LENGTH + b"\r\n" + JPEG), None),
     "length_too_large": one(answer(body=JPEG, length=str(len(JPEG) + 1), close=True), "body_truncated"),
     "length_too_large_and_open": slow(answer(body=JPEG, length=str(len(JPEG) + 1)), "too_slow"),
     "length_negative": one(answer(body=JPEG, length="-1"), "bad_response"),
@@ -253,7 +248,7 @@ TABLE: dict[str, Behaviour] = {
     "length_beyond_64_bits": one(answer(body=JPEG, length="9" * 40), "bad_response", "body_too_large"),
     "length_beyond_the_cap": one(answer(body=JPEG, length="99999999999"), "body_too_large"),
     "length_twice": one(raw(HEAD + LENGTH + b"Content-Length: 7\r\n\r\n" + JPEG), "bad_response"),
-    "length_and_chunked": one(raw(HEAD + LENGTH + CHUNKED[len(HEAD):] + WHOLE_CHUNK), "bad_response"),
+    "length_and_chunked": one(raw(HEAD + LENGTH + CHUNKED[len(HEAD):] + WHOLE_CHUNK), None),
     "chunked": one(raw(CHUNKED + WHOLE_CHUNK), None),
     "chunked_garbage": one(raw(CHUNKED + b"5\r\nhello\r\nzz\r\nabc\r\n"), "bad_response"),
     "chunked_negative": one(raw(CHUNKED + b"-5\r\nhello\r\n"), "bad_response"),
@@ -317,6 +312,7 @@ PATHS: dict[str, Answer] = {
     **{f"chain{n}": redirect(f"/chain{n + 1}") for n in range(1, 7)},
     "chain7": OK,
     "caf%C3%A9": OK,
+    "caf%E9": OK,
 }
 HOSTS = {name: f"127.1.{i // 100}.{i % 100 + 1}" for i, name in enumerate(TABLE)}
 # What each question for a name is answered with, in turn; the last answer from then on.
@@ -327,34 +323,6 @@ NAMES = {
     "rebinding.example": [[HOSTS["name_that_rebinds"]], [NEIGHBOUR]],
     "moving.example": [[HOSTS["name_that_moves_to_canary"]], ["127.0.0.1"]],
 }
-
-
-def make_certificates(folder: Path) -> None:
-    """`ca.pem`, to be trusted, and for each kind of host `KIND.pem` with its key and its certificate."""
-    ca_key = ec.generate_private_key(ec.SECP256R1())
-    kinds = {"ca": "ca", "fine": "tls_fine", "wrong_host": "tls_fine", "expired": "tls_expired"}
-    for kind, host in {**kinds, "self_signed": "tls_self_signed"}.items():
-        key = ca_key if kind == "ca" else ec.generate_private_key(ec.SECP256R1())
-        signer, issuer = (key, kind) if kind == "self_signed" else (ca_key, "ca")
-        named = x509.DNSName("ca.example") if kind == "ca" else x509.IPAddress(ip_address(HOSTS[host]))
-        end = NOW - timedelta(days=1) if kind == "expired" else NOW + timedelta(days=1)
-        made = (
-            x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, kind)]))
-            .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(NOW - timedelta(days=30))
-            .not_valid_after(end)
-            .add_extension(x509.BasicConstraints(ca=kind == "ca", path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([named]), critical=False)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
-            .sign(signer, hashes.SHA256())
-        )
-        pem = serialization.Encoding.PEM
-        private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        (folder / f"{kind}.pem").write_bytes(private + made.public_bytes(pem))
 
 
 class Seen(NamedTuple):
@@ -407,7 +375,8 @@ class Outcome(NamedTuple):
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
     folder = tmp_path_factory.mktemp("certificates")
-    make_certificates(folder)
+    kinds = {"fine": "tls_fine", "wrong_host": "tls_fine", "expired": "tls_expired", "self_signed": "tls_self_signed"}
+    issue(folder, {kind: HOSTS[host] for kind, host in kinds.items()})
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, folder), daemon=True)
     process.start()
