@@ -24,7 +24,6 @@ from email.utils import parsedate_to_datetime
 from types import TracebackType
 
 import aiohttp
-from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from pipeline.fetch.budget import Budget, Lease
@@ -128,8 +127,8 @@ class Client:
             socket_factory=self._open_socket,
         )
         # aiohttp has no public place for this; tests/fetch/test_wire.py fails where it moves.
-        connector._factory = functools.partial[ResponseHandler](LenientResponse, loop=asyncio.get_running_loop())
-        return aiohttp.ClientSession(
+        connector._factory = functools.partial(LenientResponse, loop=asyncio.get_running_loop())  # type: ignore[assignment]
+        session = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
@@ -141,6 +140,8 @@ class Client:
                 "Accept-Encoding": "identity",
             },
         )
+        session._retry_connection = False  # see `_get`
+        return session
 
     async def __aexit__(self, *exc: object) -> None:
         for task in self._asking:
@@ -238,11 +239,10 @@ class Client:
             host.end()
 
     async def _exchange(self, url: URL, host: Host, clock: Clock, lease: Lease, answer: Answer) -> bytes | str:
-        session = self._kept if host.busy or answer == self._robots_answer else self._closed
         left = clock.left
         try:
             with clock:
-                response = await session.get(url, allow_redirects=False)
+                response = await self._get(url, keep=host.busy or answer == self._robots_answer)
                 self._outage.alive()
                 try:
                     found = await answer(response, clock, lease)
@@ -260,6 +260,16 @@ class Client:
         if failure.retry_after and failure.reason in ("http_429", "http_503"):
             host.wants_peace(failure.retry_after, failure.reason)
         raise failure
+
+    async def _get(self, url: URL, *, keep: bool) -> aiohttp.ClientResponse:
+        if keep:
+            try:
+                return await self._kept.get(url, allow_redirects=False)
+            except aiohttp.ClientConnectorError:
+                raise
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                pass  # a kept connection, most likely, that the server closed as we took it up
+        return await self._closed.get(url, allow_redirects=False)
 
     async def _answer(self, response: aiohttp.ClientResponse, clock: Clock, lease: Lease) -> bytes | str:
         headers, limits = response.headers, self.limits
