@@ -8,6 +8,7 @@ that is dialled, IP literals and all, so the guard has no way around it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import random
@@ -19,9 +20,10 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from types import TracebackType
+from typing import NamedTuple
 
 import aiohttp
 from yarl import URL
@@ -30,9 +32,9 @@ from pipeline.fetch.budget import Budget, Lease
 from pipeline.fetch.guard import Guard, parse_url
 from pipeline.fetch.head import LenientResponse
 from pipeline.fetch.hosts import Exchange, Host, Hosts, Manners
-from pipeline.fetch.opt_out import disallowed_directive, reserves_mining
+from pipeline.fetch.opt_out import Reservations, disallowed_directive, preference, reservations, reserves_mining
 from pipeline.fetch.outage import Outage
-from pipeline.fetch.reasons import FetchError
+from pipeline.fetch.reasons import FetchError, one_line
 from pipeline.fetch.resolver import Lookup, Resolver, system_lookup
 from pipeline.fetch.robots import MAX_BYTES, Robots, parse
 
@@ -58,8 +60,35 @@ _NO_ANSWER = frozenset({"dns", "dns_unavailable", "addr_denied", "connect", "unr
 # A redirect that leads nowhere is no file (RFC 9309, 2.3.1.2).
 _NO_FILE = frozenset({"too_many_redirects", "redirect_loop", "bad_url", "bad_scheme"})
 
-Answer = Callable[[aiohttp.ClientResponse, "Clock", Lease], Awaitable["bytes | str"]]
+TDMREP = "/.well-known/tdmrep.json"
+# Of what publishers say, this many statements are kept with a picture.
+STATEMENTS = 20
+_STATEMENT_HEADERS = ("X-Robots-Tag", "Content-Usage", "tdm-reservation", "tdm-policy")
+
+Answer = Callable[[aiohttp.ClientResponse, "Errand"], Awaitable["bytes | str"]]
 """Makes of a response the body, or where a redirect leads."""
+
+
+class Fetched(NamedTuple):
+    body: bytes
+    usage: str | None
+    """What the publisher said about the use of the picture, on any hop: one statement a line, "Content-Usage:
+    train-ai=y" or "robots.txt Content-Usage: search=n"; None where nothing was said."""
+
+
+@dataclass
+class Errand:
+    """What requests are made for: the picture of a row, or a file that speaks for a host."""
+
+    clock: Clock
+    lease: Lease
+    answer: Answer
+    said: list[str] = field(default_factory=list)
+
+    def note(self, statement: str) -> None:
+        statement = one_line(statement)
+        if statement not in self.said and len(self.said) < STATEMENTS:
+            self.said.append(statement)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +103,7 @@ class Limits:
     per_host: int = 8
     user_agent_token: str = "winnow"
     user_agent_contact: str = ""
-    disallowed_header_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
+    disallowed_header_directives: tuple[str, ...] = ("noai", "noimageai", "noml", "noindex", "noimageindex")
     allow_addrs: tuple[str, ...] = ()
 
 
@@ -89,7 +118,7 @@ def user_agent(token: str, contact: str) -> str:
 
 
 class Client:
-    """Use as `async with Client(limits) as client: async with client.fetch(url, begin) as body: ...`."""
+    """Use as `async with Client(limits) as client: async with client.fetch(url, begin) as fetched: ...`."""
 
     def __init__(
         self,
@@ -109,7 +138,7 @@ class Client:
         self._bytes = Budget(limits.bytes_in_flight)
         self._outage = Outage()
         self._hosts = Hosts(limits.per_host, manners, board)
-        self._asking: set[asyncio.Task[Robots | FetchError]] = set()
+        self._asking: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Client:
         # Keep-alive pays only where more requests follow; else thousands of idle sockets would pile up.
@@ -158,8 +187,8 @@ class Client:
         return socket.socket(family, kind, protocol)
 
     @asynccontextmanager
-    async def fetch(self, url: str | None, begin: Callable[[], Awaitable[None]]) -> AsyncIterator[bytes]:
-        """The body behind `url`. Raises FetchError, and OutageError when the row is not to blame.
+    async def fetch(self, url: str | None, begin: Callable[[], Awaitable[None]]) -> AsyncIterator[Fetched]:
+        """What is behind `url`. Raises FetchError, and OutageError when the row is not to blame.
 
         `begin` is awaited once, when the row's first host has room for it: the caller's own limit on rows at work.
         The bytes count as in flight until the block is left.
@@ -170,7 +199,7 @@ class Client:
         finally:
             lease.give_back()
 
-    async def _row(self, url: URL, begin: Callable[[], Awaitable[None]], lease: Lease) -> bytes:
+    async def _row(self, url: URL, begin: Callable[[], Awaitable[None]], lease: Lease) -> Fetched:
         arrived = time.monotonic()
         # A row waits here while its host is busy, without taking one of the places among the rows at work: one slow
         # host with a thousand rows holds up none of the others.
@@ -182,34 +211,37 @@ class Client:
                     if longest and time.monotonic() - arrived > longest:
                         raise FetchError("host_busy", f"{longest:.0f} s in the queue of {host.name}")
                     await begin()
-                    return await self._persist(url, Clock(self.limits.timeout), lease, self._answer)
+                    errand = Errand(Clock(self.limits.timeout), lease, self._picture)
+                    body = await self._persist(url, errand)
+                    return Fetched(body, "\n".join(errand.said) or None)
             except FetchError as failure:
                 self._outage.failed(host.name, failure)
                 raise
 
-    async def _persist(self, url: URL, clock: Clock, lease: Lease, answer: Answer) -> bytes:
+    async def _persist(self, url: URL, errand: Errand) -> bytes:
         """Asks again after transient failures for as long as the clock allows."""
         earlier: FetchError | None = None
         for attempt in range(self.limits.retries + 1):
             try:
-                return await self._follow(url, clock, lease, answer)
+                return await self._follow(url, errand)
             except FetchError as failure:
-                lease.give_back()
+                errand.lease.give_back()
                 if failure.reason == "host_down" and earlier:
                     raise earlier from None  # others have found it down meanwhile; this row has seen for itself
                 pause = max(failure.retry_after or 0.0, BACKOFF * 2**attempt * random.uniform(1, 1.5))
                 hopeless = not failure.transient or failure.reason in _NOT_AT_ONCE
-                if hopeless or attempt == self.limits.retries or pause >= clock.left:
+                if hopeless or attempt == self.limits.retries or pause >= errand.clock.left:
                     raise
                 earlier = failure
-            with clock:
+            with errand.clock:
                 await asyncio.sleep(pause)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    async def _follow(self, url: URL, clock: Clock, lease: Lease, answer: Answer) -> bytes:
+    async def _follow(self, url: URL, errand: Errand) -> bytes:
+        errand.said.clear()
         seen = {url}
         for _ in range(MAX_REDIRECTS + 1):
-            found = await self._hop(url, clock, lease, answer)
+            found = await self._hop(url, errand)
             if isinstance(found, bytes):
                 return found
             url = parse_url(found, base=url)
@@ -218,34 +250,35 @@ class Client:
             seen.add(url)
         raise FetchError("too_many_redirects", f"the {MAX_REDIRECTS + 1}th leads to {url}")
 
-    async def _hop(self, url: URL, clock: Clock, lease: Lease, answer: Answer) -> bytes | str:
+    async def _hop(self, url: URL, errand: Errand) -> bytes | str:
         """One request: the body, or where a redirect leads."""
         host = self._hosts.find(url)
         host.breaker.refuse()
-        if self.manners.robots_txt and answer != self._robots_answer:
-            await self._check_robots(url, host)
+        if errand.answer == self._picture:
+            await self._check_host(url, host, errand)
         # Time spent waiting for our own politeness is not the host's slowness: the clock stands still.
         await host.begin()
         try:
             host.breaker.admit()
             if (pause := host.resumes - time.monotonic()) > 0:
-                if pause >= clock.left:
-                    detail = f"not asked: the host wants {pause:.0f} s of peace"
+                if pause >= errand.clock.left:
+                    detail = f"Skipped: the host asked us to wait {pause:.0f} s (Retry-After)"
                     raise FetchError(host.refusal, detail, retry_after=pause)
-                with clock:
+                with errand.clock:
                     await asyncio.sleep(pause)
-            return await self._exchange(url, host, clock, lease, answer)
+            return await self._exchange(url, host, errand)
         finally:
             host.end()
 
-    async def _exchange(self, url: URL, host: Host, clock: Clock, lease: Lease, answer: Answer) -> bytes | str:
+    async def _exchange(self, url: URL, host: Host, errand: Errand) -> bytes | str:
+        clock = errand.clock
         left = clock.left
         try:
             with clock:
-                response = await self._get(url, keep=host.busy or answer == self._robots_answer)
+                response = await self._get(url, keep=host.busy or errand.answer == self._file)
                 self._outage.alive()
                 try:
-                    found = await answer(response, clock, lease)
+                    found = await errand.answer(response, errand)
                 finally:
                     response.release()  # closes the connection where a part of the body is still to come
             host.note(None)
@@ -271,21 +304,24 @@ class Client:
                 pass  # a kept connection, most likely, that the server closed as we took it up
         return await self._closed.get(url, allow_redirects=False)
 
-    async def _answer(self, response: aiohttp.ClientResponse, clock: Clock, lease: Lease) -> bytes | str:
-        headers, limits = response.headers, self.limits
-        if "X-Robots-Tag" in headers and (
-            directive := disallowed_directive(
-                headers.getall("X-Robots-Tag"), limits.user_agent_token, limits.disallowed_header_directives
-            )
-        ):
+    async def _picture(self, response: aiohttp.ClientResponse, errand: Errand) -> bytes | str:
+        headers, limits, manners = response.headers, self.limits, self.manners
+        for name in _STATEMENT_HEADERS:
+            for value in headers.getall(name, ()):
+                errand.note(f"{name}: {value}")
+        tags = headers.getall("X-Robots-Tag", ())
+        if directive := disallowed_directive(tags, limits.user_agent_token, limits.disallowed_header_directives):
             raise FetchError("opted_out", f"X-Robots-Tag: {directive}")
-        if self.manners.tdm_reservation and reserves_mining(headers.getall("tdm-reservation", ())):
+        usage = ", ".join(headers.getall("Content-Usage", ()))
+        if preference(usage, manners.content_usage) is False:
+            raise FetchError("opted_out", f"Content-Usage: {usage}")
+        if manners.tdm_reservation and reserves_mining(headers.getall("tdm-reservation", ())):
             raise FetchError("opted_out", "tdm-reservation: 1")
         if response.status in _REDIRECTS:
             return _location(response)
         if response.status != 200:
             raise FetchError(f"http_{response.status:03d}", retry_after=_retry_after(response))
-        return await self._body(response, clock, lease)
+        return await self._body(response, errand.clock, errand.lease)
 
     async def _body(self, response: aiohttp.ClientResponse, clock: Clock, lease: Lease) -> bytes:
         if compression := _compression(response):
@@ -324,43 +360,69 @@ class Client:
         lease.keep(len(body))
         return bytes(body)
 
-    async def _check_robots(self, url: URL, host: Host) -> None:
-        """Raises FetchError where the host's robots.txt forbids the url, or could not be had."""
-        robots = host.robots
-        if robots is None or host.robots_expire < time.monotonic():
-            if host.asking_robots is None:
-                host.asking_robots = asyncio.create_task(self._ask_robots(url, host))
-                self._asking.add(host.asking_robots)
-                host.asking_robots.add_done_callback(self._asking.discard)
+    async def _check_host(self, url: URL, host: Host, errand: Errand) -> None:
+        """Raises FetchError where the host's files forbid the url or its use, or its robots.txt could not be had."""
+        if not (self.manners.robots_txt or self.manners.tdmrep_json):
+            return
+        if host.robots is None or host.words_expire < time.monotonic():
+            if host.asking is None:
+                host.asking = asyncio.create_task(self._ask_host(url, host))
+                self._asking.add(host.asking)
+                host.asking.add_done_callback(self._asking.discard)
             # Shielded: the others wait for the answer too.
-            robots = await asyncio.shield(host.asking_robots)
+            await asyncio.shield(host.asking)
+        robots = host.robots
+        assert robots is not None
         if isinstance(robots, FetchError):
             raise FetchError(robots.reason, robots.detail)
-        if not robots.allows(url.raw_path_qs):
+        target = url.raw_path_qs
+        if not robots.allows(target):
             raise FetchError("robots_disallowed", f"{host.name}/robots.txt")
+        for usage in robots.usage(target):
+            errand.note(f"robots.txt Content-Usage: {usage}")
+            if preference(usage, self.manners.content_usage) is False:
+                raise FetchError("opted_out", f"robots.txt Content-Usage: {usage}")
+        reserved = host.reservations.reserved(target)
+        if reserved is not None:
+            errand.note(f"tdmrep.json tdm-reservation: {reserved:d}")
+        if reserved:
+            raise FetchError("opted_out", "tdmrep.json tdm-reservation: 1")
 
-    async def _ask_robots(self, url: URL, host: Host) -> Robots | FetchError:
-        """Whom status and failure let ask for what: RFC 9309, 2.3.1."""
-        robots: Robots | FetchError = Robots()
+    async def _ask_host(self, url: URL, host: Host) -> None:
+        """Fetches the files that speak for the host: robots.txt, then tdmrep.json where the first one lets us."""
         clock = Clock(min(self.limits.timeout, ROBOTS_SECONDS))
+        robots: Robots | FetchError = Robots()
+        found = Reservations()
         try:
-            file = url.with_path("/robots.txt")
-            text = await self._persist(file, clock, Lease(self._bytes), self._robots_answer)
+            if self.manners.robots_txt:
+                robots = await self._ask_robots(url, host, clock)
+            if self.manners.tdmrep_json and isinstance(robots, Robots) and robots.allows(TDMREP):
+                # Without the file, for whatever reason, nothing is reserved by it (TDMRep, "TDM File on the Origin
+                # Server"), so it is asked for once.
+                with contextlib.suppress(FetchError):
+                    errand = Errand(clock, Lease(self._bytes), self._file)
+                    found = reservations(await self._follow(url.with_path(TDMREP), errand))
+        finally:
+            host.asking = None
+        self._hosts.remember(host, robots, found, ROBOTS_TTL if isinstance(robots, Robots) else ROBOTS_RETRY_TTL)
+
+    async def _ask_robots(self, url: URL, host: Host, clock: Clock) -> Robots | FetchError:
+        """Whom status and failure let ask for what: RFC 9309, 2.3.1."""
+        try:
+            text = await self._persist(url.with_path("/robots.txt"), Errand(clock, Lease(self._bytes), self._file))
             robots = parse(text, self.limits.user_agent_token)
             host.gap = max(host.gap, robots.crawl_delay)
+            return robots
         except FetchError as failure:
             status = failure.reason.removeprefix("http_")
             denied = status.isdigit() and (int(status) >= 500 or int(status) == 429)
             if failure.reason in _NO_ANSWER:
-                robots = FetchError(failure.reason, f"robots.txt: {failure.detail}".removesuffix(": "))
-            elif denied or not (status.isdigit() or failure.reason in _NO_FILE):
-                robots = FetchError("robots_unavailable", f"{failure.reason} {failure.detail}")
-        finally:
-            host.asking_robots = None
-        self._hosts.remember(host, robots, ROBOTS_TTL if isinstance(robots, Robots) else ROBOTS_RETRY_TTL)
-        return robots
+                return FetchError(failure.reason, f"robots.txt: {failure.detail}".removesuffix(": "))
+            if denied or not (status.isdigit() or failure.reason in _NO_FILE):
+                return FetchError("robots_unavailable", f"{failure.reason} {failure.detail}")
+            return Robots()
 
-    async def _robots_answer(self, response: aiohttp.ClientResponse, clock: Clock, lease: Lease) -> bytes | str:
+    async def _file(self, response: aiohttp.ClientResponse, errand: Errand) -> bytes | str:
         # Headers that opt out are no matter here: many a site does not want its robots.txt in an index.
         if response.status in _REDIRECTS:
             return _location(response)

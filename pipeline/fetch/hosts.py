@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 from yarl import URL
 
 from pipeline.fetch.budget import Budget
+from pipeline.fetch.opt_out import Reservations
 from pipeline.fetch.outage import OutageError
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.robots import Robots
@@ -58,7 +59,9 @@ class Manners:
     host_wait: float = 600.0
     host_failures: int = 10
     robots_txt: bool = True
+    content_usage: tuple[str, ...] = ("train-ai", "all")
     tdm_reservation: bool = True
+    tdmrep_json: bool = True
 
 
 class Breaker:
@@ -169,7 +172,7 @@ class Host:
         "_hosts",
         "_next",
         "_starts",
-        "asking_robots",
+        "asking",
         "breaker",
         "entrance",
         "gap",
@@ -178,11 +181,12 @@ class Host:
         "news",
         "permits",
         "refusal",
+        "reservations",
         "resumes",
         "robots",
-        "robots_expire",
         "rows",
         "scarce",
+        "words_expire",
     )  # fmt: skip
 
     def __init__(self, name: str, hosts: Hosts):
@@ -200,8 +204,11 @@ class Host:
         """`time.monotonic()` before which the host wants no request, by its Retry-After."""
         self.refusal = "http_503"
         self.robots: Robots | FetchError | None = None
-        self.robots_expire = 0.0
-        self.asking_robots: asyncio.Task[Robots | FetchError] | None = None
+        self.reservations = Reservations()
+        self.words_expire = 0.0
+        """`time.monotonic()` until which `robots` and `reservations` may be used."""
+        self.asking: asyncio.Task[None] | None = None
+        """Asks for both."""
         self.news = _NO_NEWS
         """What the board has not been told yet."""
         self._hosts = hosts
@@ -338,10 +345,10 @@ class Hosts:
         finally:
             host.rows -= 1
 
-    def remember(self, host: Host, robots: Robots | FetchError, seconds: float) -> None:
-        for of, sign in ((host.robots, -1), (robots, 1)):
-            self._rules += sign * of.size if isinstance(of, Robots) else 0
-        host.robots, host.robots_expire = robots, time.monotonic() + seconds
+    def remember(self, host: Host, robots: Robots | FetchError, reservations: Reservations, seconds: float) -> None:
+        self._rules -= _size(host)
+        host.robots, host.reservations, host.words_expire = robots, reservations, time.monotonic() + seconds
+        self._rules += _size(host)
 
     def _forget(self) -> None:
         """Drops the hosts that were not used for longest, a tenth at once; those in use stay, however many they are."""
@@ -351,7 +358,7 @@ class Hosts:
             host = self._known[name]
             if host.forgettable:
                 del self._known[name]
-                self._rules -= host.robots.size if isinstance(host.robots, Robots) else 0
+                self._rules -= _size(host)
 
     async def _exchange(self, board: Exchange) -> None:
         heard = settled = time.monotonic()
@@ -388,6 +395,11 @@ class Hosts:
                 host.hear(asks[name], grants[name])
                 if host.permits.wanted or host.permits.free > 0:
                     self.touched[name] = host
+
+
+def _size(host: Host) -> int:
+    """Bytes that the rules of a host take."""
+    return host.reservations.size + (host.robots.size if isinstance(host.robots, Robots) else 0)
 
 
 class _Shared:

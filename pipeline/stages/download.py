@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from copy import copy
 from dataclasses import dataclass, field, fields
@@ -41,11 +41,14 @@ class Download(Stage):
     Adds the encoded `image` and its measurements. `original_width` and `original_height` are those of the upright
     image; `animated` tells that more frames follow the one that was taken; `sha256` is of the bytes as fetched;
     `phash` is imagehash.phash, 64 bits with the first bit of its hex string highest, of the picture as it was encoded.
+    `usage` is what the publisher said about the use of the picture, one statement a line ("Content-Usage: search=n"),
+    null where nothing was said.
     A row without an image is dropped for one of the reasons of `pipeline.fetch.reasons`.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("url",)
-    adds: ClassVar[dict[str, pa.DataType]] = PICTURE
+    adds: ClassVar[dict[str, pa.DataType]] = {**PICTURE, "usage": pa.string()}
+    version: ClassVar[int] = 2
     commits: ClassVar[bool] = True
 
     engine: Literal["winnow", "img2dataset"] = "winnow"
@@ -102,13 +105,18 @@ class Download(Stage):
     user_agent_contact: str = ""
     """A url or mail address for the publishers, sent along."""
     disallowed_header_directives: list[str] = field(
-        default_factory=lambda: ["noai", "noimageai", "noindex", "noimageindex"]
+        default_factory=lambda: ["noai", "noimageai", "noml", "noindex", "noimageindex"]
     )
-    """Directives of X-Robots-Tag that mean hands off."""
+    """X-Robots-Tag directives treated as opt-outs."""
     robots_txt: bool = True
-    """Heed robots.txt (RFC 9309)."""
+    """Obey robots.txt (RFC 9309)."""
+    content_usage: list[str] = field(default_factory=lambda: ["train-ai", "all"])
+    """Obey Content-Usage, the header and the rule of robots.txt (IETF aipref): of these categories, the first with a
+    stated preference decides. `[]`: ignore it."""
     tdm_reservation: bool = True
-    """Heed the header `tdm-reservation: 1` (TDMRep)."""
+    """Obey the header `tdm-reservation: 1` (TDMRep)."""
+    tdmrep_json: bool = True
+    """Obey `/.well-known/tdmrep.json` (TDMRep), which costs one request a host."""
     host_failures: int = 10
     """Failures in a row after which a host is left alone for a while (`host_down`); 0: never."""
     host_wait: float = 600.0
@@ -220,6 +228,7 @@ class Download(Stage):
     async def _open(self) -> AsyncIterator[Work[dict[str, Any]]]:
         options = {f.name: getattr(self, f.name) for f in fields(self)}
         options["disallowed_header_directives"] = tuple(d.strip().lower() for d in self.disallowed_header_directives)
+        options["content_usage"] = tuple(self.content_usage)
         options["allow_addrs"] = tuple(self.allow_addrs)
         options["verify_hash"] = self.verify_hash[1] if self.verify_hash else None
         options["deny_hashes"] = DenyList(self.deny_hashes) if self.deny_hashes else None
@@ -237,7 +246,15 @@ class Download(Stage):
             async def work(values: tuple[Any, ...], begin: Begin) -> dict[str, Any]:
                 url, claim, boxes = values
                 extra = (claim if self.verify_hash else None, boxes or () if self.bbox_col else ())
-                return self._columns(await picture(client, decoders, url, begin, *extra))
+                try:
+                    async with client.fetch(url, begin) as fetched:
+                        return self._columns(await decoders(fetched.body, *extra)) | {"usage": fetched.usage}
+                except FetchError as failure:
+                    return as_drop(failure)
+                except (OutageError, SandboxError):  # not the row's fault
+                    raise
+                except Exception as error:
+                    return as_drop(FetchError("unexpected", f"{type(error).__name__}: {error}"))
 
             yield work
 
@@ -248,18 +265,3 @@ class Download(Stage):
         if self.compute_hash and self.compute_hash != "sha256":
             columns[self.compute_hash] = result.hash
         return columns
-
-
-async def picture(
-    client: Client, decode: Callable[..., Awaitable[Picture]], url: str | None, begin: Begin, *extra: Any
-) -> Picture | FetchError:
-    """One row, from url to picture; `extra` goes to `decode` behind the body. What befalls the row ends in a reason."""
-    try:
-        async with client.fetch(url, begin) as body:
-            return await decode(body, *extra)
-    except FetchError as failure:
-        return failure
-    except (OutageError, SandboxError):  # no verdict on the row
-        raise
-    except Exception as error:
-        return FetchError("unexpected", f"{type(error).__name__}: {error}")

@@ -146,8 +146,8 @@ def fetch_all(limits: Limits, urls: Sequence[str | None]) -> list[bytes | FetchE
 
     async def one(client: Client, url: str | None) -> bytes | FetchError:
         try:
-            async with client.fetch(url, begin) as body:
-                return body
+            async with client.fetch(url, begin) as fetched:
+                return fetched.body
         except FetchError as failure:
             return failure
 
@@ -223,8 +223,8 @@ def test_names_are_resolved_once_and_guarded() -> None:
 
             async def one(client: Client, url: str) -> bytes | FetchError:
                 try:
-                    async with client.fetch(url, begin) as body:
-                        return body
+                    async with client.fetch(url, begin) as fetched:
+                        return fetched.body
                 except FetchError as failure:
                     return failure
 
@@ -343,8 +343,8 @@ def test_names_that_never_answer_hold_up_nobody_for_longer_than_their_time(monke
 
             async def one(host: str) -> bytes | FetchError:
                 try:
-                    async with client.fetch(f"http://{host}.example:{server.port}/a", begin) as body:
-                        return body
+                    async with client.fetch(f"http://{host}.example:{server.port}/a", begin) as fetched:
+                        return fetched.body
                 except FetchError as failure:
                     return failure
 

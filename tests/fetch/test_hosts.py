@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import itertools
+import json
 import socket
 import time
 from collections import Counter
@@ -24,6 +25,8 @@ from tests.fetch.server import JPEG, Answer, Server, answer, in_turn, redirect, 
 OK = answer(body=JPEG)
 RESET = FetchError("reset", "by peer")
 DEFAULT = Manners()
+PATIENCE = 60.0
+"""Seconds for what takes a moment on an idle machine."""
 
 
 class Time:
@@ -201,8 +204,8 @@ async def run_client(
 
     async def one(url: str) -> Result:
         try:
-            async with client.fetch(url, begin) as body:
-                return body
+            async with client.fetch(url, begin) as fetched:
+                return fetched.body
         except FetchError as failure:
             return failure
 
@@ -328,8 +331,8 @@ def test_the_host_in_use_longest_ago_is_forgotten(monkeypatch: pytest.MonkeyPatc
 
             async with Client(Limits(allow_addrs=(server.addr,)), lambda host: ["127.0.0.1"]) as client:
                 for url in urls:
-                    async with client.fetch(url, begin) as body:
-                        assert body == JPEG
+                    async with client.fetch(url, begin) as fetched:
+                        assert fetched.body == JPEG
                 return len(client._hosts._known)
 
         assert asyncio.run(go()) <= 10
@@ -437,6 +440,116 @@ def test_tdm_reservation_on_any_hop() -> None:
         assert reasons(fetch_all(server, urls, Manners(tdm_reservation=False))) == {"ok": 3}
 
 
+# --- What publishers say about the use of pictures --------------------------------------------------------------------
+
+RESERVED = [{"location": "/no", "tdm-reservation": 1}, {"location": "/free", "tdm-reservation": 0}]
+TDMREP = ".well-known/tdmrep.json"
+
+
+def usages(server: Server, urls: list[str], manners: Manners = DEFAULT) -> list[str | None]:
+    """What is kept with each picture; for rows without one, the detail."""
+
+    async def begin() -> None:
+        pass
+
+    async def go() -> list[str | None]:
+        found: list[str | None] = []
+        limits = Limits(timeout=PATIENCE, allow_addrs=(server.addr,))
+        async with Client(limits, lambda host: ["127.0.0.1"], manners) as client:
+            for url in urls:
+                try:
+                    async with client.fetch(url, begin) as fetched:
+                        found.append(fetched.usage)
+                except FetchError as failure:
+                    found.append(f"{failure.reason.replace('_', ' ')}: {failure.detail}")
+        return found
+
+    return asyncio.run(go())
+
+
+def test_tdmrep_json_is_asked_once_and_obeyed_on_every_hop() -> None:
+    answers = {
+        TDMREP: answer(body=json.dumps(RESERVED).encode()),
+        **dict.fromkeys(("yes", "no", "free"), OK),
+        "to_no": redirect("/no"),
+    }
+    with serving(answers) as server:
+        urls = [f"{server.url}/{name}" for name in ("yes", "no", "to_no", "free")] * 5
+        assert reasons(fetch_all(server, urls)) == {"ok": 10, "opted_out": 10}
+        assert (server.hits[TDMREP], server.hits["robots.txt"], server.hits["no"]) == (1, 1, 0)
+        assert usages(server, urls[:4]) == [
+            None,
+            "opted out: tdmrep.json tdm-reservation: 1",
+            "opted out: tdmrep.json tdm-reservation: 1",
+            "tdmrep.json tdm-reservation: 0",
+        ]
+        asked = server.hits[TDMREP]
+        assert reasons(fetch_all(server, urls, Manners(tdmrep_json=False))) == {"ok": 20}
+        assert server.hits[TDMREP] == asked
+
+
+TDMREPS: dict[str, tuple[Answer, str]] = {
+    "not there": (answer("404 None"), "ok"),
+    "server error": (answer("500 Oops"), "ok"),
+    "silent": (silence, "ok"),
+    "reset": (reset, "ok"),
+    "html": (answer(body=b"<html>"), "ok"),
+    "nested": (answer(body=b"[" * 400_000), "ok"),
+    "moved": (redirect("/moved"), "opted_out"),
+    "to where nobody may go": (redirect("http://127.0.0.1:{server.canary}/"), "ok"),
+    "gzip": (answer(body=gzip.compress(json.dumps(RESERVED).encode()), Content_Encoding="gzip"), "opted_out"),
+    "bomb": (answer(body=gzip.compress(bytes(50_000_000)), Content_Encoding="gzip"), "ok"),
+}
+
+
+@pytest.mark.parametrize("name", TDMREPS)
+def test_what_becomes_of_rows_when_tdmrep_json_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "silent":
+        monkeypatch.setattr(client_module, "ROBOTS_SECONDS", 1.0)
+    behaviour, reason = TDMREPS[name]
+    moved = answer(body=json.dumps(RESERVED).encode())
+    with serving({TDMREP: behaviour, "moved": moved, "no": OK}) as server:
+        assert reasons(fetch_all(server, [f"{server.url}/no"] * 3)) == {reason: 3}
+        assert server.hits[TDMREP] <= 2  # one more where the connection was kept and is lost
+        assert server.canary_hits == 0
+
+
+def test_a_robots_txt_that_forbids_tdmrep_json_is_obeyed() -> None:
+    with serving({"robots.txt": robots("User-agent: *\nDisallow: /.well-known/"), "a": OK}) as server:
+        assert fetch_all(server, [f"{server.url}/a"]) == [JPEG]
+        assert server.hits[TDMREP] == 0
+
+
+def test_content_usage_of_header_and_robots_txt() -> None:
+    rules = "User-agent: *\nContent-Usage: search=n\nContent-Usage: /no train-ai=n\nContent-Usage: /yes train-ai=y"
+    answers = {
+        "robots.txt": robots(rules),
+        "plain": OK,
+        "no": OK,
+        "yes": answer(body=JPEG, Content_Usage="train-ai=n"),  # any "n" is a no
+        "header": answer(body=JPEG, Content_Usage="train-ai=y", tdm_reservation="0", X_Robots_Tag="nofollow"),
+        "general": answer(body=JPEG, Content_Usage="all=n;a=b"),
+        "broken": answer(body=JPEG, Content_Usage="train-ai=n,,"),
+        "hop": redirect("/plain", Content_Usage="train-ai=n"),
+    }
+    expected = {
+        "plain": "robots.txt Content-Usage: search=n",
+        "no": "opted out: robots.txt Content-Usage: train-ai=n",
+        "yes": "opted out: Content-Usage: train-ai=n",
+        "header": "robots.txt Content-Usage: search=n\nX-Robots-Tag: nofollow\nContent-Usage: train-ai=y\n"
+        "tdm-reservation: 0",
+        "general": "opted out: Content-Usage: all=n;a=b",
+        "broken": "robots.txt Content-Usage: search=n\nContent-Usage: train-ai=n,,",
+        "hop": "opted out: Content-Usage: train-ai=n",
+    }
+    with serving(answers) as server:
+        urls = [f"{server.url}/{name}" for name in expected]
+        assert dict(zip(expected, usages(server, urls))) == expected
+        assert server.hits["no"] == 0
+        assert reasons(fetch_all(server, urls, Manners(content_usage=()))) == {"ok": len(urls)}
+        assert reasons(fetch_all(server, urls, Manners(content_usage=("search",)))) == {"ok": 2, "opted_out": 5}
+
+
 # --- Outages ----------------------------------------------------------------------------------------------------------
 
 UNAVAILABLE, NO_ROUTE, LATE = (FetchError(r) for r in ("dns_unavailable", "unreachable", "deadline"))
@@ -484,8 +597,8 @@ def test_a_resolver_that_fails_for_everyone_stops_the_client(rows: int, outage: 
             pass
 
         async def one(url: str) -> bytes:
-            async with client.fetch(url, begin) as body:
-                return body
+            async with client.fetch(url, begin) as fetched:
+                return fetched.body
 
         async with Client(Limits(), lookup) as client:
             urls = [f"http://h{n}.example/a.jpg" for n in range(rows)]

@@ -92,12 +92,12 @@ def fetch(server: Wire, *urls: str) -> list[bytes | str]:
     async def go() -> list[bytes | str]:
         results: list[bytes | str] = []
         limits = Limits(timeout=PATIENCE, retries=0, min_rate=0, allow_addrs=(server.addr,))
-        silent = Manners(robots_txt=False, host_failures=0)
+        silent = Manners(robots_txt=False, tdmrep_json=False, host_failures=0)
         async with Client(limits, lambda host: ["127.0.0.1"], silent) as client:
             for url in urls:
                 try:
-                    async with client.fetch(url, begin) as found:
-                        results.append(found)
+                    async with client.fetch(url, begin) as fetched:
+                        results.append(fetched.body)
                 except FetchError as failure:
                     results.append(failure.reason)
         return results
