@@ -29,6 +29,7 @@ _READ = frozenset(
 
 _STATUS = re.compile(rb"HTTP/1\.([0-9])[ \t]+([0-9]{3})(?:[ \t].*)?", re.IGNORECASE)
 _END = re.compile(rb"\n\r?\n")
+_BLANK = re.compile(rb"[\r\n]*")
 _LINE = re.compile(rb"\r?\n")
 _FOLD = re.compile(rb"\r?\n[ \t]+")
 _LENGTH = re.compile(rb"[0-9]{1,19}")
@@ -106,11 +107,12 @@ class LenientResponse(ResponseHandler):
             return
         self._head += data
         try:
-            while self._head is not None and (rest := self._past_the_head()) is not None:
-                status, head = strict(bytes(self._head[: len(self._head) - len(rest)]))
-                self._head, self._sought = bytearray(rest), 0
+            while self._head is not None and (end := self._end_of_head()):
+                status, head = strict(bytes(self._head[:end]))
+                del self._head[:end]
+                self._seen, self._sought = self._seen + end, 0
                 if not 100 <= status < 200 or status == 101:
-                    self._head = None
+                    rest, self._head = bytes(self._head), None
                     super().data_received(head)
                     if rest:
                         self._body_received(rest)
@@ -120,21 +122,19 @@ class LenientResponse(ResponseHandler):
             if self.transport is not None:
                 self.transport.close()
 
-    def _past_the_head(self) -> bytes | None:
-        """What has come behind the end of the head; None if that is still to come."""
+    def _end_of_head(self) -> int:
+        """How many bytes of `_head` the first head takes; 0 while its end is still to come."""
         assert self._head is not None
-        if self._sought == 0:
-            del self._head[: len(self._head) - len(self._head.lstrip(b"\r\n"))]
-            if not b"HTTP/".startswith(self._head[:5].upper()):
-                raise BadHeadError(f"not HTTP: {self._head[:20].decode('latin-1')}")
+        if self._sought == 0 and (blank := _BLANK.match(self._head)):
+            self._seen += blank.end()
+            del self._head[: blank.end()]
+        if not b"HTTP/".startswith(self._head[:5].upper()):
+            raise BadHeadError(f"not HTTP: {self._head[:20].decode('latin-1')}")
         end = _END.search(self._head, max(0, self._sought - 2))
         self._sought = len(self._head)
         if self._seen + (end.end() if end else len(self._head)) > MAX_HEAD:
             raise BadHeadError(f"a head of more than {MAX_HEAD} bytes")
-        if end is None:
-            return None
-        self._seen += end.end()
-        return bytes(self._head[end.end() :])
+        return end.end() if end else 0
 
     def _body_received(self, data: bytes) -> None:
         payload = self._payload

@@ -30,9 +30,7 @@ REASONS: dict[str, Reason] = {
     "host_busy": Reason("skipped: the row waited `host_wait` seconds for its turn at the host", True),
     # The publisher
     "robots_disallowed": Reason("the host's robots.txt forbids the path to us", False),
-    "robots_unavailable": Reason(
-        "skipped: the host's robots.txt could not be fetched, which counts as a no", True
-    ),
+    "robots_unavailable": Reason("skipped: the host's robots.txt could not be fetched, which counts as a no", True),
     "opted_out": Reason("X-Robots-Tag, Content-Usage or TDMRep asks for this image not to be used", False),
     # The answer
     "bad_response": Reason("the response is not HTTP, or can be read in two ways", False),
