@@ -496,7 +496,8 @@ def test_nobody_has_been_where_nobody_may_go(outcome: Outcome) -> None:
 
 
 def test_the_whole_takes_no_longer_than_its_slowest_row(outcome: Outcome) -> None:
-    assert outcome.seconds <= 1.5 * DEADLINE
+    # Twice, and as much again for a machine that is busy with other things: one after the other, they take an hour.
+    assert outcome.seconds <= 4 * DEADLINE
 
 
 @pytest.mark.skipif(not process_tree.CAN_MEASURE, reason="needs /proc/self/smaps_rollup")

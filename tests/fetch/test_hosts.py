@@ -209,7 +209,7 @@ async def run_client(
         except FetchError as failure:
             return failure
 
-    fixed = {"timeout": 3.0, "allow_addrs": (server.addr,), **options}
+    fixed = {"timeout": PATIENCE, "allow_addrs": (server.addr,), **options}
     limits = Limits(**fixed)
     async with Client(limits, lambda host: ["127.0.0.1"], manners, board) as client:
         return await asyncio.gather(*(one(url) for url in urls))
@@ -235,11 +235,11 @@ def test_clients_with_one_board_never_exceed_the_limit_in_total() -> None:
     async def go(server: Server) -> list[list[Result]]:
         board = Board(3)
         urls = [f"{server.url}/a"] * 15
-        workers = [run_client(server, urls, Manners(), board, per_host=3, timeout=20.0) for _ in range(5)]
+        workers = [run_client(server, urls, Manners(), board, per_host=3) for _ in range(5)]
         return await asyncio.gather(*workers)
 
     with serving({"a": slow(0.02)}) as server:
-        results = asyncio.run(asyncio.wait_for(go(server), 30))
+        results = asyncio.run(asyncio.wait_for(go(server), PATIENCE))
         assert results == [[JPEG] * 15] * 5
         assert server.most_open["a"] <= 3
 
@@ -257,9 +257,10 @@ def test_clients_with_one_board_keep_the_rate_in_total() -> None:
         return await asyncio.gather(*(run_client(server, [f"{server.url}/a"] * 8, manners, board) for _ in range(3)))
 
     with serving({"a": noted}) as server:
-        results = asyncio.run(asyncio.wait_for(go(server), 30))
+        started = time.monotonic()
+        results = asyncio.run(asyncio.wait_for(go(server), PATIENCE))
     assert results == [[JPEG] * 8] * 3
-    assert begun[-1] - begun[0] >= 23 * 0.05 - 0.1
+    assert begun[-1] - started >= 23 * 0.05 - 0.1
 
 
 def test_retry_after_seen_by_one_client_holds_the_others() -> None:
@@ -294,10 +295,11 @@ def test_the_rate_holds_on_one_client_without_a_board() -> None:
 
 
 def test_a_dead_host_with_a_thousand_rows_costs_the_time_of_a_few() -> None:
-    with serving({"a": silence, "robots.txt": answer("404 None")}) as server:
+    with serving({"a": silence}) as server:
         started = time.monotonic()
-        results = fetch_all(server, [f"{server.url}/a"] * 1000, timeout=0.3)
-        assert time.monotonic() - started < 10
+        silent = Manners(robots_txt=False, tdmrep_json=False)
+        results = fetch_all(server, [f"{server.url}/a"] * 1000, silent, timeout=0.3)
+        assert time.monotonic() - started < 30  # eight at a time, all of them would take 37 s
         found = reasons(results)
         assert found.keys() == {"deadline", "host_down"}
         assert found["deadline"] < 10 + 8  # those that make it ten in a row, and those on their way then
@@ -401,7 +403,8 @@ ROBOTS: dict[str, tuple[Answer, str | None]] = {
 
 @pytest.mark.parametrize("name", ROBOTS)
 def test_what_becomes_of_rows_when_robots_txt_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "ROBOTS_SECONDS", 0.5)
+    if name == "silent":
+        monkeypatch.setattr(client_module, "ROBOTS_SECONDS", 0.5)
     behaviour, reason = ROBOTS[name]
     with serving({"robots.txt": behaviour, "moved": DISALLOW, "no": OK}) as server:
         results = fetch_all(server, [f"{server.url}/no"] * 3)
@@ -420,11 +423,11 @@ def test_crawl_delay_is_kept() -> None:
 
 def test_the_rows_clock_stands_still_while_robots_txt_is_asked() -> None:
     async def late(server: Server, writer: asyncio.StreamWriter, headers: dict[str, str]) -> None:
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(1.5)
         await answer("404 None")(server, writer, headers)
 
-    with serving({"robots.txt": late, "a": slow(0.6)}) as server:
-        assert fetch_all(server, [f"{server.url}/a"], timeout=1.0, retries=0) == [JPEG]
+    with serving({"robots.txt": late, "a": slow(1.5)}) as server:
+        assert fetch_all(server, [f"{server.url}/a"], timeout=2.8, retries=0) == [JPEG]
 
 
 def test_tdm_reservation_on_any_hop() -> None:
@@ -505,7 +508,7 @@ TDMREPS: dict[str, tuple[Answer, str]] = {
 @pytest.mark.parametrize("name", TDMREPS)
 def test_what_becomes_of_rows_when_tdmrep_json_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "silent":
-        monkeypatch.setattr(client_module, "ROBOTS_SECONDS", 1.0)
+        monkeypatch.setattr(client_module, "ROBOTS_SECONDS", 3.0)  # enough for robots.txt
     behaviour, reason = TDMREPS[name]
     moved = answer(body=json.dumps(RESERVED).encode())
     with serving({TDMREP: behaviour, "moved": moved, "no": OK}) as server:
