@@ -1,8 +1,8 @@
 """Fetches bodies over HTTP from hosts that may be slow, broken, private or hostile.
 
 Built on aiohttp, whose 0.15 ms of CPU an image (0.3 without keep-alive) is small beside the 3 ms of decoding it;
-libcurl would save a tenth of a millisecond and cost callbacks in C. What decided: its socket factory sees every address
-that is dialled, IP literals and all, so the guard has no way around it.
+libcurl would save a tenth of a millisecond and cost callbacks in C. It was chosen because its socket factory sees every
+address that is dialled, IP literals included, so nothing gets around the guard.
 """
 
 from __future__ import annotations
@@ -47,15 +47,16 @@ FREE_BYTES = 256 * 1024
 # The rate is judged over whole windows, so that a pause of a busy server is not taken for its rate.
 RATE_WINDOW = 3.0
 BACKOFF = 0.25
-# Transient, but no sooner than in another run: the row's time is up, or the answer would come from the cache.
+# Transient, but not worth a second attempt in this run: the row's time is up, or the answer would come from a cache.
 _NOT_AT_ONCE = frozenset({"deadline", "too_slow", "dns_unavailable", "robots_unavailable", "host_down", "host_busy"})
 
 ROBOTS_SECONDS = 5.0
-"""For a robots.txt in all, or `timeout` if that is less; the clocks of the rows that wait for it stand still."""
+"""Total time for a host's robots.txt and tdmrep.json, or `timeout` if that is less. The clocks of the rows that wait
+for them stand still."""
 ROBOTS_TTL = 24 * 3600.0
-"""The longest that RFC 9309, 2.4 lets a copy be used."""
+"""The longest that a copy may be used (RFC 9309, 2.4)."""
 ROBOTS_RETRY_TTL = 30.0
-# No answer at all about robots.txt would be none to the row itself, which is spared the attempt.
+# A host that does not answer for robots.txt would not answer for the row either, so the row fails at once.
 _NO_ANSWER = frozenset({"dns", "dns_unavailable", "addr_denied", "connect", "unreachable", "tls", "reset", "deadline"})
 # A redirect that leads nowhere is no file (RFC 9309, 2.3.1.2).
 _NO_FILE = frozenset({"too_many_redirects", "redirect_loop", "bad_url", "bad_scheme"})
@@ -227,7 +228,7 @@ class Client:
             except FetchError as failure:
                 errand.lease.give_back()
                 if failure.reason == "host_down" and earlier:
-                    raise earlier from None  # others have found it down meanwhile; this row has seen for itself
+                    raise earlier from None  # other rows found the host down meanwhile; report this row's own failure
                 pause = max(failure.retry_after or 0.0, BACKOFF * 2**attempt * random.uniform(1, 1.5))
                 hopeless = not failure.transient or failure.reason in _NOT_AT_ONCE
                 if hopeless or attempt == self.limits.retries or pause >= errand.clock.left:
@@ -248,7 +249,7 @@ class Client:
             if url in seen:
                 raise FetchError("redirect_loop", str(url))
             seen.add(url)
-        raise FetchError("too_many_redirects", f"the {MAX_REDIRECTS + 1}th leads to {url}")
+        raise FetchError("too_many_redirects", f"redirect {MAX_REDIRECTS + 1} leads to {url}")
 
     async def _hop(self, url: URL, errand: Errand) -> bytes | str:
         """One request: the body, or where a redirect leads."""
@@ -256,7 +257,7 @@ class Client:
         host.breaker.refuse()
         if errand.answer == self._picture:
             await self._check_host(url, host, errand)
-        # Time spent waiting for our own politeness is not the host's slowness: the clock stands still.
+        # The clock stands still while we wait for our own limits: that time is not the host's.
         await host.begin()
         try:
             host.breaker.admit()
@@ -291,7 +292,7 @@ class Client:
         if failure.reason != "deadline" or left > clock.seconds / 2:
             host.note(failure)
         if failure.retry_after and failure.reason in ("http_429", "http_503"):
-            host.wants_peace(failure.retry_after, failure.reason)
+            host.asks_to_wait(failure.retry_after, failure.reason)
         raise failure
 
     async def _get(self, url: URL, *, keep: bool) -> aiohttp.ClientResponse:
@@ -351,7 +352,7 @@ class Client:
             # The traceback keeps this frame for as long as anyone keeps the exception, the lease gone long before.
             body.clear()
             if pace.too_slow and isinstance(error, aiohttp.ClientError):
-                raise FetchError("too_slow", f"{received} bytes until then") from None
+                raise FetchError("too_slow", f"after {received} bytes") from None
             raise
         finally:
             pace.stop()
@@ -407,7 +408,7 @@ class Client:
         self._hosts.remember(host, robots, found, ROBOTS_TTL if isinstance(robots, Robots) else ROBOTS_RETRY_TTL)
 
     async def _ask_robots(self, url: URL, host: Host, clock: Clock) -> Robots | FetchError:
-        """Whom status and failure let ask for what: RFC 9309, 2.3.1."""
+        """The rules, or a failure that forbids all requests to the host (RFC 9309, 2.3.1)."""
         try:
             text = await self._persist(url.with_path("/robots.txt"), Errand(clock, Lease(self._bytes), self._file))
             robots = parse(text, self.limits.user_agent_token)
@@ -423,7 +424,7 @@ class Client:
             return Robots()
 
     async def _file(self, response: aiohttp.ClientResponse, errand: Errand) -> bytes | str:
-        # Headers that opt out are no matter here: many a site does not want its robots.txt in an index.
+        # Opt-out headers do not matter here: many sites keep their robots.txt out of search indexes.
         if response.status in _REDIRECTS:
             return _location(response)
         if not 200 <= response.status < 300:
@@ -443,7 +444,7 @@ class Client:
 
 
 class Clock:
-    """A row's seconds. They run inside `with clock:` only; when they are used up, the block ends in FetchError."""
+    """A row's time budget. It runs inside `with clock:` only; when it is used up, the block raises FetchError."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -540,7 +541,7 @@ _SECONDS = re.compile(r"\d{1,9}")
 
 
 def _retry_after(response: aiohttp.ClientResponse) -> float | None:
-    """Seconds until then, from either form of the header (RFC 9110, 10.2.3); None where there is no sense in it."""
+    """Seconds to wait, from either form of the header (RFC 9110, 10.2.3); None if it has neither form."""
     text = response.headers.get("Retry-After", "").strip()
     if _SECONDS.fullmatch(text):
         return float(text)

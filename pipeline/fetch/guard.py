@@ -78,7 +78,7 @@ def is_public(address: str) -> bool:
 
 
 class Guard:
-    """Decides about each address and port; `allow_addrs` ("127.0.0.1:8765", "[::1]:80") opens exactly those pairs."""
+    """Checks each address and port; `allow_addrs` ("127.0.0.1:8765", "[::1]:80") allows exactly those pairs."""
 
     def __init__(self, allow_addrs: Iterable[str] = ()):
         self._allowed = {parse_addr(text) for text in allow_addrs}
@@ -90,7 +90,7 @@ class Guard:
         if not is_public(address):
             raise FetchError("addr_denied", f"{address} is not a public unicast address")
         if port in _BAD_PORTS:
-            raise FetchError("addr_denied", f"port {port} belongs to another protocol than HTTP")
+            raise FetchError("addr_denied", f"port {port} belongs to a protocol other than HTTP")
 
 
 def parse_addr(text: str) -> tuple[str, int]:
@@ -122,7 +122,7 @@ def parse_url(text: str | None, base: URL | None = None) -> URL:
     """The http(s) URL that a browser would request for `text` (relative to `base` for a redirect), without fragment.
 
     `raw_path_qs` of the result is what goes into the request line: see `pipeline.url.web_address`. Raises FetchError
-    with `bad_url` or `bad_scheme`. Says nothing about the address behind the host: see `Guard`.
+    with `bad_url` or `bad_scheme`. Does not check the address behind the host: see `Guard`.
     """
     text = text or ""
     if not text.strip():

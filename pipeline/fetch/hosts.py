@@ -1,4 +1,4 @@
-"""Manners: what all rows of one host share, on this worker and, through a board, across the cluster.
+"""Limits per host, shared by all rows of one host: on this worker and, through a board, across the cluster.
 
 A host is a scheme, a name and a port, as for robots.txt. The board is plain Python, asked a few times a second for all
 hosts at once; whoever runs several workers gives them one board to share, in an actor of its own, say.
@@ -133,7 +133,7 @@ class Ask(NamedTuple):
     gap: float = 0.0
     """Least seconds between two requests, by Crawl-delay or the user's rate."""
     pause: float = 0.0
-    """Seconds of peace that the host has just asked for, and in which words."""
+    """Seconds that the host has just asked us to wait (Retry-After), and the reason for rows that cannot wait."""
     refusal: str = ""
     down: float = 0.0
     """Seconds for which the host has just been found down, and by which failure."""
@@ -210,7 +210,7 @@ class Host:
         self.asking: asyncio.Task[None] | None = None
         """Asks for both."""
         self.news = _NO_NEWS
-        """What the board has not been told yet."""
+        """What the board does not know yet."""
         self._hosts = hosts
         self._next = 0.0
         self._starts: deque[float] = deque()
@@ -245,8 +245,8 @@ class Host:
         self._next = start + self.gap
         return start
 
-    def wants_peace(self, seconds: float, refusal: str) -> None:
-        """Retry-After: said to one row, meant for all."""
+    def asks_to_wait(self, seconds: float, refusal: str) -> None:
+        """Applies a Retry-After that one row received to all rows of the host."""
         self.resumes, self.refusal = time.monotonic() + seconds, refusal
         self.news = self.news._replace(pause=seconds, refusal=refusal)
 
@@ -266,7 +266,7 @@ class Host:
         return ask
 
     def hear(self, ask: Ask, grant: Grant) -> None:
-        """What the board has answered to `ask`."""
+        """Applies the board's answer to `ask`."""
         now = time.monotonic()
         self.scarce = grant.permits < ask.used + ask.wanted
         if grant.pause and now + grant.pause > self.resumes:
@@ -305,7 +305,7 @@ class Hosts:
         self.failures = manners.host_failures
         self.board = board
         self.touched: dict[str, Host] = {}
-        """Hosts about which the board must hear."""
+        """Hosts with something to report to the board."""
         self.lost: OutageError | None = None
         self._known: dict[str, Host] = {}
         self._rules = 0
@@ -421,7 +421,7 @@ class Board:
 
     Workers that want more than there is get equal shares; where there are more workers than permits, they take turns of
     one request. What a worker holds is what it said last, or was granted since, so the sum never exceeds `per_host`.
-    Memory is bounded by the requests under way and by the hosts that asked for peace.
+    Memory is bounded by the requests under way and by the hosts that asked us to wait.
     """
 
     def __init__(self, per_host: int, now: Now = time.monotonic):

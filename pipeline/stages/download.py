@@ -87,10 +87,10 @@ class Download(Stage):
     """`[column, md5 | sha1 | sha256 | sha512]`: the column holds the hash, in hex, that the bytes should have; a row
     with a null there is not checked."""
     hash_mismatch: Literal["reject", "flag"] = "reject"
-    """Of other bytes than expected: drop the row, or keep it and say so in the column `hash_matches`."""
+    """If the bytes differ: drop the row, or keep it and record that in the column `hash_matches`."""
     deny_hashes: str | None = None
-    """A file of md5, sha1 or sha256 digests in hex, one a line: bodies with one of them are dropped before anything of
-    them is decoded or stored."""
+    """A file of md5, sha1 or sha256 digests in hex, one a line. Bodies with one of them are dropped before they are
+    decoded or stored."""
 
     timeout: float = 10.0
     """Seconds for a row in all: redirects, retries and back-off; waiting for a place at a busy host is not counted."""
@@ -101,9 +101,9 @@ class Download(Stage):
     min_rate: int = 1000
     """Bytes per second under which a body, over 3 seconds, is given up."""
     user_agent_token: str = "winnow"
-    """The name we go by, in the User-Agent and when X-Robots-Tag addresses us."""
+    """The name of this crawler, in the User-Agent, robots.txt and X-Robots-Tag."""
     user_agent_contact: str = ""
-    """A url or mail address for the publishers, sent along."""
+    """A URL or mail address for publishers, sent with the User-Agent."""
     disallowed_header_directives: list[str] = field(
         default_factory=lambda: ["noai", "noimageai", "noml", "noindex", "noimageindex"]
     )
@@ -118,7 +118,7 @@ class Download(Stage):
     tdmrep_json: bool = True
     """Obey `/.well-known/tdmrep.json` (TDMRep), which costs one request a host."""
     host_failures: int = 10
-    """Failures in a row after which a host is left alone for a while (`host_down`); 0: never."""
+    """Consecutive failures after which a host is skipped for a while (`host_down`); 0: never."""
     host_wait: float = 600.0
     """Seconds that a row waits for its turn at a busy host before it ends as `host_busy`; 0: for ever."""
     allow_addrs: list[str] = field(default_factory=list)
@@ -174,6 +174,9 @@ class Download(Stage):
             yield "user_agent_token", f"{self.user_agent_token!r} must be letters, digits, - and _"
         if not self.user_agent_contact.isprintable() or not self.user_agent_contact.isascii():
             yield "user_agent_contact", f"{self.user_agent_contact!r} must be printable ASCII"
+        for category in self.content_usage:
+            if not re.fullmatch(r"[a-z*][a-z0-9_.*-]*", category):
+                yield "content_usage", f"{category!r} is not a category like train-ai, in lower case"
         if self.verify_hash is not None and (
             len(self.verify_hash) != 2 or self.verify_hash[1] not in get_args(HashType)
         ):
