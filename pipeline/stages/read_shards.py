@@ -66,11 +66,12 @@ class ReadShards(Stage):
     `pool: {path: FOLDER/*.parquet, columns: [key]}`, with `uid: uid` in a DataComp folder. Fits folders of img2dataset
     (its format `webdataset`), of DataComp's tools and Winnow's own.
 
-    Adds what `download` adds. The image's bytes are taken as they are once they decode, or re-encoded where they are
-    not plain 8-bit RGB or grey pixels, upright, as JPEG, PNG or WebP. `sha256`, `original_bytes` and `original_format`
-    are those of the bytes in the shard; `original_width`, `original_height` and `exif` come from the shard's table if
-    it has them, since the image was resized since. Rows that img2dataset had failed with are dropped for the reason
-    that its message means; others as `no_image`, `shard_truncated` or for the image's own reasons, as in `download`.
+    Adds what `download` adds, but for `usage`. The image's bytes are taken as they are once they decode, or re-encoded
+    where they are not plain 8-bit RGB or grey pixels, upright, as JPEG, PNG or WebP. `sha256`, `original_bytes` and
+    `original_format` are those of the bytes in the shard; `original_width`, `original_height` and `exif` come from the
+    shard's table if it has them, since the image was resized since. Rows that img2dataset had failed with are dropped
+    for the reason that its message means; others as `no_image`, `shard_truncated` or for the image's own reasons, as in
+    `download`.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("key",)
