@@ -75,7 +75,7 @@ def test_a_good_recipe_with_overrides() -> None:
             "r.yaml:7: steps.caption_lenght: unknown step; did you mean caption_length?",
         ),
         ("seed: 3", "sed: 3", "r.yaml:3: sed: unknown key; did you mean seed?"),
-        ("seed: 3", "seed: 3\nworkers: 0", "workers: must be at least 1, not 0"),
+        ("seed: 3", "seed: 3\nworkers: 0", "workers: expected 1 to 100,000, found 0"),
         ("name: test", "", "name: is missing"),
         ("path: pool.csv", "path: pol.csv", "pool: path: pol.csv does not exist"),
         ("caption: caption}", "caption: text}", "pool.csv has no column 'text'; it has url, caption"),

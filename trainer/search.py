@@ -33,6 +33,7 @@ from trainer.config import ConfigError
 from trainer.data import Shards, ShardsError
 from trainer.evaluate.features import Encoder, add_model_arguments, exit_status, open_encoder, progress, say
 from trainer.evaluate.samples import EvaluationError, Sample, read_pictures, read_shards
+from trainer.terminal import guarded
 
 SETTINGS = "search.json"
 """Which model made the embeddings; written before them."""
@@ -226,6 +227,7 @@ def _faiss() -> Any:
     return faiss
 
 
+@guarded()
 def main(argv: list[str] | None = None) -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m trainer.search", description=__doc__, formatter_class=formatter)
