@@ -12,9 +12,9 @@ def _check_packages() -> None:
     if not missing:
         return
     line = (
-        f"the Python at {sys.executable} lacks packages that Winnow needs ({', '.join(missing)}). Install Winnow for it "
-        f"({sys.executable} -m pip install …), or start the environment that has it; on a cluster every node needs one: "
-        "see docs/cluster.md"
+        f"the Python at {sys.executable} lacks packages that Winnow needs: {', '.join(missing)}. Install Winnow for it "
+        f"({sys.executable} -m pip install …), or use the Python of the environment that has it. On a cluster every "
+        "node needs one: see docs/cluster.md"
     )
     if sys.argv[:1] == ["-m"]:  # `python -m pipeline.…` is being looked up: a command, which owes a line, no traceback
         print(f"error: {line}", file=sys.stderr)

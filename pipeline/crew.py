@@ -120,7 +120,7 @@ def stop_ray(orderly: bool = True) -> None:
 
 
 def cluster_parts() -> dict[str, tuple[str, int]]:
-    """What this process cannot do without: the head node's GCS and the raylet of its own node, each with its address."""
+    """What this process cannot do without, by name: the addresses of the GCS and of its own node's raylet."""
     here = ray.get_runtime_context()
     host, _, port = here.gcs_address.rpartition(":")
     parts = {"the head node (GCS)": (host.strip("[]"), int(port))}

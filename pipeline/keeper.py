@@ -1,8 +1,9 @@
 """A small process that outlives the command and ends what the command left: the Ray that it started, and all below.
 
 The command holds the other end of this process's standard input. However the command ends, the system closes that end;
-a SIGKILL leaves no time for anything else. What belongs to the command is told by a variable in its environment, which
-every process inherits from the one that started it: parents may be gone by now, groups and sessions differ.
+a SIGKILL leaves no time for anything else. Parents may be gone by then, and groups differ. So a process belongs to the
+command if it has inherited a variable from it or, since a process that renames itself overwrites its environment, if
+its output goes to the folder of Ray's session.
 """
 
 from __future__ import annotations
@@ -10,15 +11,21 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import select
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 VARIABLE = "WINNOW_COMMAND"
 PATIENCE = 10.0
 """Seconds in which processes that appear while others are being killed are looked for."""
+LOOK_EVERY = 0.25
+"""Seconds between two looks for Ray's session while it starts."""
+_SESSION = b"--session-dir="
+_HAS_PROC = os.path.isdir("/proc/self")
 
 
 class Keeper:
@@ -44,30 +51,50 @@ class Keeper:
             self._process.wait(PATIENCE)
 
 
-def _marked(mark: bytes) -> list[int]:
-    """The processes whose environment holds the mark."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):  # another user's, or gone
-                if mark in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-    return found
+def _processes() -> Iterator[Path]:
+    # Elsewhere than on Linux, Ray's own reaper must do.
+    return (entry for entry in Path("/proc").iterdir() if entry.name.isdigit()) if _HAS_PROC else iter(())
+
+
+def _is_marked(process: Path, mark: bytes) -> bool:
+    with contextlib.suppress(OSError):  # another user's, or gone
+        return mark in (process / "environ").read_bytes().split(b"\0")
+    return False
+
+
+def _writes_to(process: Path, folder: str) -> bool:
+    """Whether its standard output or standard error is a file in a folder."""
+    for fd in ("1", "2"):
+        with contextlib.suppress(OSError):
+            if os.readlink(process / "fd" / fd).startswith(folder):
+                return True
+    return False
+
+
+def _find_session(mark: bytes) -> str | None:
+    """The folder of the Ray session that the command has started, once there is one."""
+    for process in _processes():
+        with contextlib.suppress(OSError):
+            for word in (process / "cmdline").read_bytes().split(b"\0"):
+                if word.startswith(_SESSION) and _is_marked(process, mark):
+                    return word.removeprefix(_SESSION).decode().rstrip("/") + "/"
+    return None
 
 
 def _main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     mark = f"{VARIABLE}={sys.argv[1]}".encode()
-    while sys.stdin.buffer.read(1):
-        pass
+    session: str | None = None
+    while not select.select([sys.stdin], [], [], LOOK_EVERY if session is None and _HAS_PROC else None)[0]:
+        session = _find_session(mark)
     end = time.monotonic() + PATIENCE
     clean = 0
     while clean < 2 and time.monotonic() < end:  # one look may miss what was being started
-        left = _marked(mark) if os.path.isdir("/proc/self") else []  # elsewhere Ray's own reaper must do
-        for pid in left:
+        left = [p for p in _processes() if _is_marked(p, mark) or (session is not None and _writes_to(p, session))]
+        for process in left:
             with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(int(process.name), signal.SIGKILL)
         clean = 0 if left else clean + 1
         time.sleep(0.1)
 
