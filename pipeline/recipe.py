@@ -58,6 +58,8 @@ class PoolSpec:
     """How many rows to expect; only `--plan` reads it, for a pool that cannot be counted from here."""
 
     def __post_init__(self) -> None:
+        if self.rows is not None and self.rows < 0:
+            raise ValueError(f"rows: must be 0 or more, found {self.rows}")
         if self.retry is None:
             if not self.path:
                 raise ValueError("path: is missing")
