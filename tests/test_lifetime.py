@@ -80,17 +80,17 @@ def gone(pid: int) -> bool:
 def test_a_signal_or_a_lost_cluster_ends_the_command(
     number: signal.Signals | None, status: int, ending: str, said: str
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0), backlog=100) as cluster:
-        with started(WATCHING + ending, str(cluster.getsockname()[1])) as command:
-            assert command.stdout is not None
-            first = command.stdout.readline()
-            if number is None:
-                cluster.close()
-                why = "error: the cluster is gone: the head node (GCS) at 127.0.0.1:"
-            else:
-                command.send_signal(number)
-                why = f"interrupted by {number.name}. The same command goes on"
-            out, errors = command.communicate(timeout=SECONDS)
+    cluster = socket.create_server(("127.0.0.1", 0), backlog=100)
+    with cluster, started(WATCHING + ending, str(cluster.getsockname()[1])) as command:
+        assert command.stdout is not None
+        first = command.stdout.readline()
+        if number is None:
+            cluster.close()
+            why = "error: the cluster is gone: the head node (GCS) at 127.0.0.1:"
+        else:
+            command.send_signal(number)
+            why = f"interrupted by {number.name}. The same command goes on"
+        out, errors = command.communicate(timeout=SECONDS)
     assert (command.returncode, first + out) == (status, said)
     assert errors.startswith(why)
     assert errors.count("\n") == 1, "one line, no stack"

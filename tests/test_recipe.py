@@ -219,7 +219,7 @@ SAID_OF_JOBS = "lies in the job's temporary copy of its working directory"
         (["pool.rows=-5"], "pool: rows: must be 0 or more, found -5"),
         (
             ["steps.sample.fraction=.nan"],
-            "r.yaml:10: steps.sample.fraction: expected a finite number of ordinary size, found nan",
+            "r.yaml:10: steps.sample.fraction: expected a finite number of ordinary",
         ),
         (["steps.sample.fraction=.inf"], "found inf"),
     ],
