@@ -3,7 +3,7 @@
 The command holds the other end of this process's standard input. However the command ends, the system closes that end;
 a SIGKILL leaves no time for anything else. Parents may be gone by then, and groups differ. So a process belongs to the
 command if it has inherited a variable from it or, since a process that renames itself overwrites its environment, if
-its output goes to the folder of Ray's session.
+it writes to the folder of Ray's session.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import secrets
 import select
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -63,11 +64,12 @@ def _is_marked(process: Path, mark: bytes) -> bool:
 
 
 def _writes_to(process: Path, folder: str) -> bool:
-    """Whether its standard output or standard error is a file in a folder."""
-    for fd in ("1", "2"):
-        with contextlib.suppress(OSError):
-            if os.readlink(process / "fd" / fd).startswith(folder):
-                return True
+    """Whether it has a file in a folder open for writing: who reads along, as `tail` does, is none of Ray's."""
+    with contextlib.suppress(OSError):
+        for fd in (process / "fd").iterdir():
+            with contextlib.suppress(OSError):
+                if fd.lstat().st_mode & stat.S_IWUSR and os.readlink(fd).startswith(folder):
+                    return True
     return False
 
 
