@@ -57,10 +57,18 @@ def _processes() -> Iterator[Path]:
     return (entry for entry in Path("/proc").iterdir() if entry.name.isdigit()) if _HAS_PROC else iter(())
 
 
-def _is_marked(process: Path, mark: bytes) -> bool:
-    with contextlib.suppress(OSError):  # another user's, or gone
-        return mark in (process / "environ").read_bytes().split(b"\0")
-    return False
+def _environment(process: Path) -> list[bytes]:
+    """The variables it was started with; none where it has overwritten them, or is another user's, or gone."""
+    with contextlib.suppress(OSError):
+        return [word for word in (process / "environ").read_bytes().split(b"\0") if b"=" in word]
+    return []
+
+
+def _belongs(process: Path, mark: bytes, session: str | None) -> bool:
+    # Where the environment is whole it decides: the command itself and drivers of others write to the session too.
+    if environment := _environment(process):
+        return mark in environment
+    return session is not None and _writes_to(process, session)
 
 
 def _writes_to(process: Path, folder: str) -> bool:
@@ -78,7 +86,7 @@ def _find_session(mark: bytes) -> str | None:
     for process in _processes():
         with contextlib.suppress(OSError):
             for word in (process / "cmdline").read_bytes().split(b"\0"):
-                if word.startswith(_SESSION) and _is_marked(process, mark):
+                if word.startswith(_SESSION) and mark in _environment(process):
                     return word.removeprefix(_SESSION).decode().rstrip("/") + "/"
     return None
 
@@ -93,7 +101,7 @@ def _main() -> None:
     end = time.monotonic() + PATIENCE
     clean = 0
     while clean < 2 and time.monotonic() < end:  # one look may miss what was being started
-        left = [p for p in _processes() if _is_marked(p, mark) or (session is not None and _writes_to(p, session))]
+        left = [process for process in _processes() if _belongs(process, mark, session)]
         for process in left:
             with contextlib.suppress(OSError):
                 os.kill(int(process.name), signal.SIGKILL)
