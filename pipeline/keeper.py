@@ -58,17 +58,19 @@ def _processes() -> Iterator[Path]:
 
 
 def _environment(process: Path) -> list[bytes]:
-    """The variables it was started with; none where it has overwritten them, or is another user's, or gone."""
+    """The variables it was started with; nothing of another user's process, or of one that is gone."""
     with contextlib.suppress(OSError):
-        return [word for word in (process / "environ").read_bytes().split(b"\0") if b"=" in word]
+        return (process / "environ").read_bytes().split(b"\0")
     return []
 
 
 def _belongs(process: Path, mark: bytes, session: str | None) -> bool:
-    # Where the environment is whole it decides: the command itself and drivers of others write to the session too.
-    if environment := _environment(process):
-        return mark in environment
-    return session is not None and _writes_to(process, session)
+    environment = _environment(process)
+    if mark in environment:
+        return True
+    # The command itself and drivers of others write to the session too; their environment is whole.
+    renamed = bool(environment) and b"=" not in environment[0]
+    return renamed and session is not None and _writes_to(process, session)
 
 
 def _writes_to(process: Path, folder: str) -> bool:
