@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from trainer.terminal import guarded
+
 
 class Command(NamedTuple):
     """A command: the module whose `main` it calls, arguments that come first, and one line of help."""
@@ -52,6 +54,7 @@ def usage() -> str:
     )
 
 
+@guarded()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status of the command that it calls, 2 for an unknown one."""
     words = list(sys.argv[1:] if argv is None else argv)

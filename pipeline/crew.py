@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import queue
+import secrets
 import sys
 import time
 from collections import deque
@@ -21,13 +22,16 @@ from itertools import chain, islice
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import NodeDiedError, RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import isolation
 from pipeline.fetch.hosts import Ask, Board, Grant
 from pipeline.fetch.outage import OutageError
+from pipeline.keeper import Keeper
 from pipeline.passes import Advance, Pass, committed, run_pass
 from pipeline.stages.download import Download
+from pipeline.storage import Store
 
 T = TypeVar("T")
 
@@ -37,17 +41,29 @@ TELL_EVERY = 0.5
 """Seconds between two accounts of a worker in the middle of a unit."""
 GROW_EVERY = 10.0
 """Seconds between two looks at whether there is room for more workers: nodes may come when a run has long begun."""
+TOKENS = "nodes"
+"""The folder in a run directory where nodes show that they see it; gone when they have."""
+NODE_SECONDS = 120.0
+"""In which a node must answer: it may have to start a worker and unpack an environment first."""
 STARTS = 3
 """Workers of a crew in a row that die before they are ready: one may be bad luck, this many are not."""
 
 
+_keeper: Keeper | None = None
+
+
 def start_ray(workers: int | None) -> None:
-    """Joins the cluster that RAY_ADDRESS names (as under `ray job submit`), or starts Ray on this machine."""
+    """Joins the cluster that RAY_ADDRESS names (as under `ray job submit`), or starts Ray on this machine.
+
+    A Ray that was started here ends with this process, whatever ends the process; one that was joined stays.
+    """
+    global _keeper
     debug = bool(os.environ.get("WINNOW_DEBUG"))
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": debug}
     if _joins():
         options["address"] = os.environ["RAY_ADDRESS"]
     else:
+        _keeper = Keeper()
         store_bytes = 1 << 30  # only columns of barriers go through it, and it spills
         cpus = max(workers or os.cpu_count() or 1, 1)
         options |= {
@@ -90,9 +106,98 @@ def _quiet_core() -> Iterator[None]:
         os.close(nowhere)
 
 
-def stop_ray() -> None:
-    """Leaves the cluster; ends the Ray that `start_ray` started."""
-    ray.shutdown()
+def stop_ray(orderly: bool = True) -> None:
+    """Leaves the cluster; ends the Ray that `start_ray` started, with all its processes.
+
+    Not `orderly`: without a word to the cluster, which may be gone and would be waited for.
+    """
+    global _keeper
+    if orderly:
+        ray.shutdown()
+    if _keeper is not None:
+        _keeper.end()
+        _keeper = None
+
+
+def cluster_parts() -> dict[str, tuple[str, int]]:
+    """What this process cannot do without, by name: the addresses of the GCS and of its own node's raylet."""
+    here = ray.get_runtime_context()
+    host, _, port = here.gcs_address.rpartition(":")
+    parts = {"the head node (GCS)": (host.strip("[]"), int(port))}
+    for node in ray.nodes():
+        if node["NodeID"] == here.get_node_id():
+            parts["the raylet of this node"] = (node["NodeManagerAddress"], node["NodeManagerPort"])
+    return parts
+
+
+class UnseenError(Exception):
+    """A node of the cluster does not see the folders of the run or of the pool as this process does."""
+
+
+def check_nodes(store: Store, files: Sequence[str]) -> None:
+    """UnseenError unless every node with workers reads and writes the run directory and reads the files of the pool.
+
+    Each node reads a token from the run directory and answers with a file of its own, which is read here. What joins
+    later is not asked.
+    """
+    if not _joins():
+        return
+    places = [file for file in files if "://" not in file][:1]
+    token = secrets.token_hex(8)
+    store.write(f"{TOKENS}/{token}", token.encode())
+    nodes = {
+        node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']}, {node['NodeID'][:8]})"
+        for node in ray.nodes()
+        if node["Alive"] and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))
+    }
+    look = ray.remote(num_cpus=0, max_retries=1)(_look)
+    asked = {
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+            store, token, node, places
+        ): node
+        for node in nodes
+    }
+    try:
+        _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_SECONDS)
+        for answer, node in asked.items():
+            problem = f"gave no answer within {NODE_SECONDS:.0f} s" if answer in silent else _answer_of(answer)
+            if not problem and store.read_if_there(f"{TOKENS}/{token}.{node}") != token.encode():
+                problem = f"writes to another {store.root} than this process"
+            if problem:
+                raise UnseenError(
+                    f"the node {nodes[node]} {problem}. Pool and run must be in a place that every node sees: an "
+                    "object store (s3://, gs://) or a shared file system under the same path. See docs/cluster.md"
+                )
+    finally:
+        for answer in asked:
+            ray.cancel(answer)
+        for name in store.names(TOKENS):
+            store.remove(f"{TOKENS}/{name}")
+        if store.local:
+            with contextlib.suppress(OSError):
+                os.rmdir(store.path(TOKENS))
+
+
+def _look(store: Store, token: str, node: str, files: Sequence[str]) -> str:
+    """On the node: what is wrong there, or nothing."""
+    try:
+        if store.read_if_there(f"{TOKENS}/{token}") != token.encode():
+            return f"does not see {store.root}, which this process writes to"
+        store.write(f"{TOKENS}/{token}.{node}", token.encode())
+        missing = [file for file in files if not os.path.exists(file)]
+        return f"does not see {missing[0]}, a file of the pool" if missing else ""
+    except Exception as error:
+        return f"cannot use {store.root}: {type(error).__name__}: {error}"
+
+
+def _answer_of(answer: Any) -> str:
+    try:
+        return str(ray.get(answer))
+    except (NodeDiedError, ray.exceptions.TaskUnschedulableError):
+        return "was lost while it was asked"
+    except Exception as error:
+        cause = getattr(error, "cause", None) or error
+        return f"cannot run Winnow: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}"
 
 
 def over(

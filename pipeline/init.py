@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.terminal import guarded
+
 PACKAGE = Path(__file__).parent
 DEMO_FILES = ("scorer", "entries.json")
 
@@ -49,6 +51,7 @@ def copy(name: str, folder: Path) -> list[Path]:
     return targets
 
 
+@guarded()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 2 for an unknown name or a file in the way."""
     parser = argparse.ArgumentParser(

@@ -16,6 +16,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 
+from pipeline.fetch.sandbox import die_with_parent
 from pipeline.passes import Pass, committed, missing_rows, run_pass
 
 ATTEMPTS = 3
@@ -73,6 +74,7 @@ def _child(passes: Sequence[Pass], index: int, unit: int, rows: np.ndarray, cras
 
 
 def _main() -> None:
+    die_with_parent()
     passes, index, unit, rows, crashers, commit = cloudpickle.loads(sys.stdin.buffer.read())
     for step in passes[index].steps:
         step.setup()

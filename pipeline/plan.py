@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 
-from rich.console import Console
 from rich.table import Table
 
 from pipeline import ingest, pool
 from pipeline.passes import Pass, make_passes
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.step import Estimate, Step
+from trainer.terminal import Console
 
 _POOL = Estimate(1.0, 20_000, "rows of the pool; rate measured on 10,000 web rows", stored=120)
 COLUMNS = ("pass", "steps", "units", "workers", "rows in", "rows out", "fetched", "stored", "core-h", "GPU-h")

@@ -6,12 +6,13 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.ledger import Funnel
+from trainer.terminal import Console
 
 WIDTH = 12
 """Characters of a bar."""

@@ -6,7 +6,10 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
+import os
 import pkgutil
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,10 +20,14 @@ import pydantic
 
 from pipeline.schema import POSITION, SAMPLE
 from pipeline.step import Step
+from pipeline.storage import Store
 from trainer.spelling import did_you_mean
 from trainer.yamlfile import Document
 
 PACKAGES = ("pipeline.stages", "pipeline.filters")
+BOUNDS = {"unit_rows": (1, 1_000_000), "workers": (1, 100_000)}
+JOB_FOLDER = "/runtime_resources/working_dir_files/"
+"""In the path of what `ray job submit --working-dir` unpacks on each node: a copy that goes with the job."""
 
 
 class RecipeError(Exception):
@@ -51,6 +58,8 @@ class PoolSpec:
     """How many rows to expect; only `--plan` reads it, for a pool that cannot be counted from here."""
 
     def __post_init__(self) -> None:
+        if self.rows is not None and self.rows < 0:
+            raise ValueError(f"rows: must be 0 or more, found {self.rows}")
         if self.retry is None:
             if not self.path:
                 raise ValueError("path: is missing")
@@ -61,6 +70,11 @@ class PoolSpec:
             raise ValueError(f"retry: leaves no room for {', '.join(given)}: the rows are those of {self.retry}/drops")
         # What a ledger of drops holds.
         self.path, self.uid, self.columns = f"{self.retry.rstrip('/')}/drops/*.parquet", "uid", []
+
+    @property
+    def paths(self) -> list[str]:
+        """`path` as a list."""
+        return [self.path] if isinstance(self.path, str) else self.path
 
 
 @dataclass(kw_only=True)
@@ -165,9 +179,12 @@ class _Checker:
         if not isinstance(step_lines, list) or not step_lines:
             self._note(("steps",), "steps", "expected a list of steps, as in `- caption_length: {min_chars: 6}`")
             step_lines = []
-        for key in ("unit_rows", "workers"):
-            if isinstance(top.get(key), int) and top[key] < 1:
-                self._note((key,), key, f"must be at least 1, not {top[key]}")
+        for key, (low, high) in BOUNDS.items():
+            if (value := top.get(key)) is not None and not low <= value <= high:
+                self._note((key,), key, f"expected {low:,} to {high:,}, found {value:,}")
+        if "name" in top and not (top["name"].strip() and top["name"].isprintable() and len(top["name"]) <= 200):
+            self._note(("name",), "name", "expected a line of 1 to 200 printable characters")
+        self._places(top.get("run"), top.get("reuse"), pool)
         steps = [
             step for i, line in enumerate(step_lines) if (step := self._step(i, line, top.get("seed", 0))) is not None
         ]
@@ -176,7 +193,7 @@ class _Checker:
         columns: list[str] | None = []
         if pool is not None and pool_columns is not None:
             try:
-                columns = pool_columns(pool)
+                columns = None if self._temporary(pool) else pool_columns(pool)
             except (ValueError, OSError, ImportError) as error:
                 columns = None
                 self._note(("pool",), "pool", str(error))
@@ -185,6 +202,37 @@ class _Checker:
         if self.problems or pool is None:
             return None
         return Recipe(**top, pool=pool, steps=steps, source=self.document.data)
+
+    def _places(self, run: str | None, reuse: str | None, pool: PoolSpec | None) -> None:
+        """The run can be written to, what it reuses is there, and it does not mix with the pool."""
+        if run is not None:
+            problem = _unusable_run(run)
+            if problem is None and pool is not None and any(_mix(path, run) for path in pool.paths):
+                problem = "must not share a folder with the pool, which would grow by what the run writes"
+            if problem:
+                self._note(("run",), "run", problem)
+        for path in self._temporary(pool) if pool is not None else []:
+            key = "path" if pool is not None and pool.retry is None else "retry"
+            self._note(("pool", key), f"pool.{key}", _temporary(path) or "")
+        if reuse is not None:
+            try:
+                problem = _temporary(reuse) or (
+                    "is empty; expected the folder of a run, or null"
+                    if not reuse.strip()
+                    else "is the run itself"
+                    if run is not None and Store(reuse).root == Store(run).root
+                    else None
+                    if Store(reuse).exists("run.json")
+                    else f"{reuse} is not the folder of a run: there is no {Store(reuse).path('run.json')}"
+                )
+            except Exception as error:  # whatever a store out of reach raises
+                problem = f"{reuse} cannot be read: {type(error).__name__}: {error}"
+            if problem:
+                self._note(("reuse",), "reuse", problem)
+
+    @staticmethod
+    def _temporary(pool: PoolSpec) -> list[str]:
+        return [path for path in pool.paths if _temporary(path)]
 
     def _note(self, key: tuple[Any, ...], name: str, problem: str) -> None:
         self.problems.append(f"{self.document.where(*key)}: {name}: {problem}")
@@ -206,6 +254,9 @@ class _Checker:
                 good[name] = pydantic.TypeAdapter(hints[name]).validate_python(value, strict=True)
             except pydantic.ValidationError:
                 self._note((*key, name), prefix + name, f"expected {_type_name(hints[name])}, found {value!r}")
+                continue
+            if (odd := _no_size(value)) is not None:
+                self._note((*key, name), prefix + name, f"expected a finite number of ordinary size, found {odd!r}")
         for name, f in fields.items():
             if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in data:
                 self._note(key, prefix + name, "is missing")
@@ -321,6 +372,64 @@ def find_step(name: str) -> type[Step]:
 def built_in_steps() -> list[str]:
     """The names of the steps that come with Winnow: the file names in stages/ and filters/."""
     return sorted(m.name for p in PACKAGES for m in pkgutil.iter_modules(importlib.import_module(p).__path__))
+
+
+def _no_size(value: Any) -> float | None:
+    """The first number in an option's value that no run can mean: NaN, infinite, or beyond 63 bits."""
+    if isinstance(value, list | dict):
+        inner = value.values() if isinstance(value, dict) else value
+        return next((odd for one in inner if (odd := _no_size(one)) is not None), None)
+    if isinstance(value, float) and not math.isfinite(value):
+        return value
+    return value if isinstance(value, int) and abs(value) >= 1 << 63 else None
+
+
+def _temporary(path: str) -> str | None:
+    """What is wrong with a local path that lies in a job's own copy of its working directory."""
+    if "://" in path or JOB_FOLDER not in os.path.abspath(path) + "/":
+        return None
+    return (
+        f"{path} lies in the job's temporary copy of its working directory, which each node has for itself; expected "
+        "an absolute path that every node sees, or an address such as s3://bucket/folder (see docs/cluster.md)"
+    )
+
+
+def _unusable_run(run: str) -> str | None:
+    """Why nothing can be written to a run directory; None: nothing speaks against it."""
+    if not run.strip():
+        return "is empty; expected a folder, as in runs/first, or an address such as s3://bucket/folder"
+    if not run.isprintable():
+        return f"expected a path without control characters, found {run!r}"
+    store = Store(run)
+    if not store.local:
+        return None
+    if problem := _temporary(run):
+        return problem
+    above = store.root
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above):
+        return f"{above} is a file; expected a folder, or a path that does not exist yet"
+    if not os.access(above, os.W_OK | os.X_OK):
+        return f"{above} cannot be written to; expected a folder that this user may write to"
+    return None
+
+
+def _mix(pool: str, run: str) -> bool:
+    """Whether a folder or pattern of a pool and the run lie in each other; a single file may lie anywhere but among
+    what the run writes."""
+    if "://" in pool or not Store(run).local:
+        return pool.rstrip("/") == run.rstrip("/")
+    root = os.path.realpath(run)
+    fixed = re.split(r"[*?[]", pool, maxsplit=1)[0]
+    folder = os.path.realpath(pool if os.path.isdir(pool) else os.path.dirname(fixed))
+    if os.path.isdir(pool) or fixed != pool:
+        return _within(folder, root) or (_within(root, folder) and (os.path.isdir(pool) or "**" in pool))
+    return _within(folder, root) and folder != root
+
+
+def _within(inner: str, outer: str) -> bool:
+    return os.path.commonpath([inner, outer]) == outer
 
 
 def _providers(column: str) -> str:

@@ -7,20 +7,21 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
 from pipeline import pool, recipe
 from pipeline.claim import Claim, InUseError, LostClaimError, hold
 from pipeline.fetch.outage import OutageError
 from pipeline.ledger import BooksError
+from pipeline.lifetime import GOES_ON, Watch
 from pipeline.passes import Pass, make_passes
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.storage import DamagedError, Store
+from trainer.terminal import Console, guarded, masked, one_line
 
 EPILOG = """\
 examples:
@@ -32,10 +33,12 @@ examples:
 A run that was interrupted goes on where it was: give the same command again. A changed filter or threshold is decided
 anew from what is stored; a change that would throw away downloads or scores is refused.
 
-exit status: 0 done and the books balance; 2 the recipe or the command line is wrong, nothing was started; 1 otherwise
+exit status: 0 done and the books balance; 2 the recipe or the command line is wrong, nothing was started;
+130 and 143 ended by Ctrl-C and by SIGTERM; 1 otherwise
 """
 
 
+@guarded()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
@@ -51,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plan", action="store_true", help="print what would run and what it would cost; run nothing")
     args = parser.parse_args(argv)
     console, errors = Console(), Console(stderr=True)
-    if not console.is_terminal:
-        console.width = 140  # a log has no margin
+    watch = Watch()
+    checked: Recipe | None = None
     try:
         if args.plan:
             from pipeline.plan import print_plan
@@ -60,38 +63,41 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_plan(console, recipe.load(args.recipe, args.overrides, _columns_if_near))
             return 0
         checked = recipe.load(args.recipe, args.overrides, pool.columns)
+        return _run(console, checked, watch)
     except RecipeError as error:
         for problem in error.problems:
-            errors.print(f"error: {problem}", markup=False, highlight=False, soft_wrap=True)
+            errors.error(one_line(problem))
         return 2
-    try:
-        return _run(console, checked)
     except (RefusedError, InUseError) as error:
-        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        errors.error(error)
         return 2
     except KeyboardInterrupt:
-        errors.print("interrupted; the same command goes on from here", markup=False)
-        return 1
+        watch.leave()
     except Exception as error:
-        errors.print(f"error: {_explain(error, checked)}", markup=False, highlight=False, soft_wrap=True)
+        if lost := watch.lost():
+            watch.end(1, f"error: {lost}. {GOES_ON}")
+            watch.leave()
+        errors.error(_explain(error, checked.run if checked else args.recipe))
         if os.environ.get("WINNOW_DEBUG"):
             raise
         return 1
+    finally:
+        watch.close()
 
 
 class RefusedError(Exception):
     """The run directory belongs to something else."""
 
 
-def _run(console: Console, checked: Recipe) -> int:
+def _run(console: Console, checked: Recipe, watch: Watch) -> int:
     if Store(checked.run).local:
         # Workers have working directories of their own.
         checked.run = Store(checked.run).root
     with hold(Store(checked.run)) as claim:
-        return _curate(console, checked, claim)
+        return _curate(console, checked, claim, watch)
 
 
-def _curate(console: Console, checked: Recipe, claim: Claim) -> int:
+def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> int:
     extras = pool.columns(checked.pool)
     types = pool.extra_types(checked.pool, extras)
     passes = make_passes(checked, _pool_key(checked), types)
@@ -102,14 +108,27 @@ def _curate(console: Console, checked: Recipe, claim: Claim) -> int:
     from pipeline.progress import Progress, print_funnel
 
     started = time.monotonic()
-    crew.start_ray(checked.workers)
     progress = Progress(console)
     try:
+        try:
+            crew.start_ray(checked.workers)
+        except SystemExit:  # Ray's own answer to a SIGTERM while it starts
+            watch.take_signals()
+            signal.raise_signal(signal.SIGTERM)
+        watch.take_signals()  # Ray has put handlers of its own in their place
+        watch.watch(crew.cluster_parts())
+        try:
+            crew.check_nodes(Store(checked.run), pool.find_files(checked.pool))
+        except crew.UnseenError as error:
+            raise RefusedError(str(error)) from None
         outcome = executor.execute(checked, passes, types, progress, claim)
         dropped = executor.write_books(checked, passes, outcome, claim)
     finally:
         progress.end()
-        crew.stop_ray()
+        ending = watch.is_ending()
+        if not ending:
+            watch.close()
+        crew.stop_ray(orderly=not ending)
     shards = passes[-1].kind == "write"
     if shards:
         claim.check()
@@ -161,7 +180,7 @@ def _claim(checked: Recipe, passes: list[Pass]) -> None:
     A changed filter or threshold is welcome: its passes get new keys and the old downloads and scores stay in use.
     """
     store = Store(checked.run)
-    source = {**checked.source, "workers": None, "reuse": None}
+    source = masked({**checked.source, "workers": None, "reuse": None})
     claim: dict[str, Any] = {
         "name": checked.name,
         "recipe": source,
@@ -257,7 +276,7 @@ def _flat(data: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return [(prefix, data)]
 
 
-def _explain(error: BaseException, checked: Recipe) -> str:
+def _explain(error: BaseException, where: str) -> str:
     """One line for a person: the root of a chain of wrapped exceptions, and a cure where there is one."""
     cause: BaseException = error
     while True:
@@ -267,7 +286,7 @@ def _explain(error: BaseException, checked: Recipe) -> str:
         cause = deeper
     said = str(cause).strip() or type(cause).__name__
     if getattr(cause, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
-        return f"the disk of {checked.run} is full; what was committed stays. Make room and give the same command again"
+        return f"the disk of {where} is full; what was committed stays. Make room and give the same command again"
     if isinstance(cause, BooksError):
         return f"the books do not balance: {cause}"
     if isinstance(cause, OutageError | DamagedError | LostClaimError):

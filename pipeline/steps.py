@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pipeline.fetch.reasons import REASONS
 from pipeline.recipe import built_in_steps, find_step
 from pipeline.step import Filter, Stage, Step
+from trainer.terminal import guarded
 
 
 def describe(step: type[Step]) -> str:
@@ -67,6 +68,7 @@ def _option_docs(step: type[Step]) -> dict[str, str]:
     return docs
 
 
+@guarded()
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the reference of all steps, or of those named; 2 for a name that is no step."""
     names = sys.argv[1:] if argv is None else argv

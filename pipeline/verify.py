@@ -25,13 +25,13 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
 from rich.progress import track
 
 from pipeline.ledger import BooksError, Funnel
 from pipeline.passes import record_name
 from pipeline.stages.write_shards import FORMAT
 from pipeline.storage import DamagedError, Entry, Store, is_part
+from trainer.terminal import Console, guarded
 
 FULL_BYTES = 4 << 30
 """A run of this size is hashed without `--deep` too: it takes seconds."""
@@ -361,6 +361,7 @@ def _hashes(uids: pa.ChunkedArray) -> np.ndarray:
     return np.asarray(mixed ^ (mixed >> np.uint64(32)))
 
 
+@guarded()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 0 if all is well, 1 otherwise."""
     parser = argparse.ArgumentParser(

@@ -75,7 +75,7 @@ def test_a_good_recipe_with_overrides() -> None:
             "r.yaml:7: steps.caption_lenght: unknown step; did you mean caption_length?",
         ),
         ("seed: 3", "sed: 3", "r.yaml:3: sed: unknown key; did you mean seed?"),
-        ("seed: 3", "seed: 3\nworkers: 0", "workers: must be at least 1, not 0"),
+        ("seed: 3", "seed: 3\nworkers: 0", "workers: expected 1 to 100,000, found 0"),
         ("name: test", "", "name: is missing"),
         ("path: pool.csv", "path: pol.csv", "pool: path: pol.csv does not exist"),
         ("caption: caption}", "caption: text}", "pool.csv has no column 'text'; it has url, caption"),
@@ -186,3 +186,67 @@ def test_a_whole_run_filter_gets_the_columns_that_it_can_read(line: str, said: s
 def test_vectors_reach_a_filter_over_vectors() -> None:
     checked = load(f"{SCORED}  - semantic_dedup: {{keep_highest: clip_score}}\n")
     assert checked.steps[-1].needs == ("image_embedding", "clip_score")
+
+
+SAID_OF_JOBS = "lies in the job's temporary copy of its working directory"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run=''"], "run: is empty; expected a folder"),
+        (["run=pool.csv"], "pool.csv is a file; expected a folder"),
+        (["run=pool.csv/run"], "pool.csv is a file; expected a folder"),
+        (["run=."], ""),
+        (["run=data", "pool.path=data"], "run: must not share a folder with the pool"),
+        (["run=data/out", "pool.path=data"], "run: must not share a folder with the pool"),
+        (["run=.", "pool.path=data/*.csv"], "run: must not share a folder with the pool"),
+        (["run=data", "pool.path=data/*.csv"], "run: must not share a folder with the pool"),
+        (["run=data/out", "pool.path=data/**/*.csv"], "run: must not share a folder with the pool"),
+        (["run=data/out", "pool.path=data/*.csv"], ""),
+        (["run=data", "pool.path=data/pool.csv"], ""),
+        (["reuse=dmeo"], "reuse: dmeo is not the folder of a run: there is no "),
+        (["reuse=''"], "reuse: is empty"),
+        (["reuse=out"], "reuse: is the run itself"),
+        (["name=''"], "name: expected a line of 1 to 200 printable characters"),
+        (['name="a\\nb"'], "name: expected a line of 1 to 200 printable characters"),
+        (["unit_rows=0"], "unit_rows: expected 1 to 1,000,000, found 0"),
+        (["unit_rows=-1"], "unit_rows: expected 1 to 1,000,000, found -1"),
+        (["unit_rows=1000000000000"], "unit_rows: expected 1 to 1,000,000, found 1,000,000,000,000"),
+        (["unit_rows=1e12"], "unit_rows: expected a whole number"),
+        (["workers=1000000000"], "workers: expected 1 to 100,000"),
+        (["seed=99999999999999999999999"], "seed: expected a finite number of ordinary size"),
+        (["pool.rows=-5"], "pool: rows: must be 0 or more, found -5"),
+        (
+            ["steps.sample.fraction=.nan"],
+            "r.yaml:10: steps.sample.fraction: expected a finite number of ordinary",
+        ),
+        (["steps.sample.fraction=.inf"], "found inf"),
+    ],
+)
+def test_what_no_run_can_mean_is_refused(words: list[str], said: str) -> None:
+    Path("data").mkdir()
+    Path("data/pool.csv").write_text("url,caption\nhttp://a/b,hello there world\n")
+    if said:
+        assert said in problems(GOOD, *words)
+    else:
+        load(GOOD, *words)
+
+
+def test_a_run_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    assert "cannot be written to" in problems(GOOD)
+
+
+def test_a_job_writes_nothing_into_its_copy_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tmp_path / "session_1/runtime_resources/working_dir_files/_ray_pkg_0"
+    job.mkdir(parents=True)
+    (job / "pool.csv").write_text("url,caption\nhttp://a/b,hello there world\n")
+    monkeypatch.chdir(job)
+    said = problems(GOOD, "reuse=before")
+    assert f"r.yaml:5: run: out {SAID_OF_JOBS}" in said
+    assert f"r.yaml:4: pool.path: pool.csv {SAID_OF_JOBS}" in said
+    assert f"reuse: before {SAID_OF_JOBS}" in said
+    load(GOOD, f"run={tmp_path}/out", f"pool.path={tmp_path}/pool.csv")

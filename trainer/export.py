@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from trainer import checkpoint
 from trainer.model import CONFIG_FILE, DTYPES, WEIGHTS_FILE, ModelError, Tokenizer, find_tokenizer
+from trainer.terminal import guarded
 
 
 def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer: Tokenizer | None = None) -> None:
@@ -55,6 +56,7 @@ def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@guarded()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

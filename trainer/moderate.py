@@ -35,6 +35,7 @@ from torch import Tensor
 from trainer.config import ConfigError
 from trainer.evaluate.features import Encoder, add_model_arguments, exit_status, open_encoder, say
 from trainer.evaluate.samples import Sample, read_pictures
+from trainer.terminal import guarded
 from trainer.yamlfile import Document
 
 
@@ -130,6 +131,7 @@ def moderate(args: argparse.Namespace, out: TextIO) -> None:
     say(f"{total:,} pictures: {counts}" + (f"; {unread:,} could not be read" if unread else ""))
 
 
+@guarded()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.moderate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

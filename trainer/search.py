@@ -41,6 +41,7 @@ from trainer.evaluate.samples import (
     read_shards,
     read_vectors,
 )
+from trainer.terminal import guarded
 
 SETTINGS = "search.json"
 """Which model made the embeddings; written before them."""
@@ -250,6 +251,7 @@ def _faiss() -> Any:
     return faiss
 
 
+@guarded()
 def main(argv: list[str] | None = None) -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m trainer.search", description=__doc__, formatter_class=formatter)

@@ -28,11 +28,11 @@ from typing import Any, NamedTuple, TypeVar
 import fsspec
 import numpy as np
 from braceexpand import braceexpand
-from rich.console import Console
 from rich.progress import track
 
 from trainer.order import shuffled
 from trainer.tar import ABSENT, BLOCK, DOTTED, TarError, index_tar, member_name
+from trainer.terminal import Console
 
 FORMAT = "winnow-shards/1"
 INDEX_VERSION = 2

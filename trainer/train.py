@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -62,6 +61,7 @@ from trainer.model import (
 )
 from trainer.order import mix
 from trainer.plan import plan
+from trainer.terminal import Console, guarded
 
 
 class DivergedError(RuntimeError):
@@ -449,6 +449,7 @@ def summary_writer(run: Run) -> Any:
     return SummaryWriter(run.output / "tensorboard", purge_step=run.step + 1)
 
 
+@guarded()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.train",

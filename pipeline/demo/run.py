@@ -18,11 +18,11 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from pipeline.demo import truth, web
 from pipeline.demo.scenes import COLOURS, SHAPES, class_scene
+from trainer.terminal import Console, guarded
 
 WEB, RUN, HELDOUT = Path("runs/demo-web"), Path("runs/demo"), Path("runs/demo-heldout")
 RECIPE, TRAINING = "conf/demo.yaml", "conf/train_demo.yaml"
@@ -57,6 +57,7 @@ def draw_heldout(folder: Path, seed: int) -> dict[str, Path]:
     return tasks
 
 
+@guarded()
 def main() -> int:
     console = Console()
     if not console.is_terminal:

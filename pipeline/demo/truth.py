@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from rich.console import Console
 from rich.table import Table
 
 from pipeline.demo.web import KINDS
+from trainer.terminal import Console
 
 Pair = tuple[str, str]
 Drop = tuple[str, str]

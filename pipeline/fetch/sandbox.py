@@ -401,6 +401,12 @@ def set_malloc(*, mmap_threshold: int, trim_threshold: int, arenas: int | None =
         mallopt(_M_TRIM_THRESHOLD, trim_threshold)
 
 
+def die_with_parent() -> None:
+    """From now on the system kills this process when the thread that started it ends, on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _prepare() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for timer in (signal.SIGPROF, signal.SIGALRM):
@@ -412,7 +418,7 @@ def _prepare() -> None:
         # Where one heap has no room left, glibc would begin others: 64 MB of the limit each, for nothing.
         set_malloc(mmap_threshold=_KEPT_BYTES, trim_threshold=_KEPT_BYTES, arenas=1)
         # Everywhere else the end of the stream tells, once the call in hand is over.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()
         with contextlib.suppress(OSError):  # where memory is short, better a child than the worker
             Path("/proc/self/oom_score_adj").write_text("1000")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from trainer.evaluate import bias, fewshot, overlap, probe, retrieval, robustness, zeroshot
 from trainer.evaluate.features import add_model_arguments, exit_status
 from trainer.evaluate.samples import EvaluationError
+from trainer.terminal import guarded
 
 TASKS = {
     "zeroshot": zeroshot,
@@ -28,6 +29,7 @@ TASKS = {
 }
 
 
+@guarded()
 def main(argv: list[str] | None = None) -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description=__doc__, formatter_class=formatter)

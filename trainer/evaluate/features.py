@@ -15,7 +15,6 @@ from itertools import islice
 from typing import TypeVar
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,6 +23,7 @@ from trainer.config import ConfigError
 from trainer.data import CorruptSampleError, ShardsError, decode
 from trainer.evaluate.samples import EvaluationError, Sample
 from trainer.model import DTYPES, Clip, ModelError, Preprocess, Tokenizer, encode_text, load
+from trainer.terminal import Console
 from trainer.train import find_device
 
 TILE = 4096

@@ -1,0 +1,119 @@
+"""How a command ends before its time, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.fetch.process_tree import family
+
+SECONDS = 60.0
+WATCHING = """
+import sys, time
+from pipeline import lifetime
+lifetime.GRACE, lifetime.PROBE_EVERY = 1.0, 0.1
+watch = lifetime.Watch()
+watch.watch({"the head node (GCS)": ("127.0.0.1", int(sys.argv[1]))})
+"""
+WILLING = """
+try:
+    print("ready", flush=True)
+    time.sleep(600)
+except KeyboardInterrupt:
+    print("in order", flush=True)
+    watch.leave()
+"""
+HANGING = """
+first = True
+while True:
+    try:
+        if first:
+            first = False
+            print("ready", flush=True)
+        time.sleep(600)
+    except KeyboardInterrupt:
+        continue
+"""
+KEEPING = """
+import subprocess, sys, time
+from pipeline.keeper import Keeper
+keeper = Keeper()
+child = "import subprocess, sys; print(subprocess.Popen(['sleep', '600'], start_new_session=True).pid, flush=True)"
+subprocess.run([sys.executable, "-c", child])
+if sys.argv[1] == "orderly":
+    keeper.end()
+    print("ended", flush=True)
+time.sleep(600)
+"""
+
+
+def started(script: str, *words: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def gone(pid: int) -> bool:
+    """True once there is no such process, within SECONDS."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (None, 1)])
+@pytest.mark.parametrize(("ending", "said"), [(WILLING, "ready\nin order\n"), (HANGING, "ready\n")])
+def test_a_signal_or_a_lost_cluster_ends_the_command(
+    number: signal.Signals | None, status: int, ending: str, said: str
+) -> None:
+    cluster = socket.create_server(("127.0.0.1", 0), backlog=100)
+    with cluster, started(WATCHING + ending, str(cluster.getsockname()[1])) as command:
+        assert command.stdout is not None
+        first = command.stdout.readline()
+        if number is None:
+            cluster.close()
+            why = "error: the cluster is gone: the head node (GCS) at 127.0.0.1:"
+        else:
+            command.send_signal(number)
+            why = f"interrupted by {number.name}. The same command goes on"
+        out, errors = command.communicate(timeout=SECONDS)
+    assert (command.returncode, first + out) == (status, said)
+    assert errors.startswith(why)
+    assert errors.count("\n") == 1, "one line, no stack"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="the keeper looks processes up in /proc")
+@pytest.mark.parametrize("way", ["orderly", "killed"])
+def test_nothing_outlives_the_command(way: str) -> None:
+    with started(KEEPING, way) as command:
+        assert command.stdout is not None
+        orphan = int(command.stdout.readline())
+        others = [pid for pid in family(command.pid) if pid != command.pid]
+        said = command.stdout.readline() if way == "orderly" else ""
+        alive = command.poll() is None
+        command.kill()
+    assert all(gone(pid) for pid in (orphan, *others))
+    assert alive, "the command itself is not among what it left"
+    assert said == ("ended\n" if way == "orderly" else "")
+
+
+def test_an_interpreter_without_the_packages_is_named_in_one_line(tmp_path: Path) -> None:
+    words = [sys.executable, "-S", "-m", "pipeline.run", "recipe.yaml"]  # -S: no site-packages
+    done = subprocess.run(words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: the Python at {sys.executable} lacks packages that Winnow needs: aiohttp, ")
+    assert done.stderr.count("\n") == 1

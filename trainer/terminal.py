@@ -1,0 +1,132 @@
+"""What every command prints goes through here: no control character and no secret reaches a terminal or a log.
+
+Names of columns, file names, URLs, captions and headers come from strangers. An escape sequence among them can clear
+the screen, retitle the window or hide what follows. `Console` is rich's, whose own sequences pass; `guarded` does the
+same for `print`, argparse, warnings and tracebacks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
+
+import rich.console
+from rich.segment import Segment
+
+LOG_WIDTH = 140
+"""Columns of a table where there is no terminal: a log has no margin."""
+MASK = "***"
+
+# C0 without tab and newline, C1, marks that reorder text, separators that some take for a newline, surrogates.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_USER = re.compile(r"(?<=://)[^/?#\s]*@")
+# Whatever is called like one, as X-Amz-Signature, sig, access_token or AWSAccessKeyId: hiding too much does no harm.
+_SECRET_WORDS = "sig|token|secret|passw|pwd|auth|cred|key"
+_PARAMETER = re.compile(rf"([?&;][^=&;#\s]*(?:{_SECRET_WORDS})[^=&;#\s]*=)[^&;#\s'\"]+", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(r"(token|secret|passw|credential|(access|api|private|account)_?key)", re.IGNORECASE)
+_SHORTEST_SECRET = 8
+
+
+def visible(text: str) -> str:
+    """The text with control characters as escapes: `\\x1b` for an ESC. Tabs and newlines stay."""
+    return _CONTROL.sub(lambda found: _escape(found[0]), text)
+
+
+def one_line(text: str) -> str:
+    """`visible` text on one line, so that it cannot pass for further lines of ours."""
+    return visible(text).replace("\n", "\\n")
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def mask(text: str) -> str:
+    """The text without secrets: user and password of URLs, signatures, tokens and keys in their queries, and the values
+    of environment variables that are called like a secret."""
+    text = _PARAMETER.sub(rf"\1{MASK}", _USER.sub(f"{MASK}@", text))
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST_SECRET and value in text and _SECRET_VARIABLE.search(name):
+            text = text.replace(value, MASK)
+    return text
+
+
+def masked(data: Any) -> Any:
+    """Plain data (mappings, lists, scalars) with every text in it masked."""
+    if isinstance(data, str):
+        return mask(data)
+    if isinstance(data, dict):
+        return {masked(key): masked(value) for key, value in data.items()}
+    return [masked(item) for item in data] if isinstance(data, list | tuple) else data
+
+
+class Console(rich.console.Console):
+    """Rich's console, which shows control characters as escapes and hides secrets. On standard error: `stderr=True`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if not self.is_terminal:
+            self.width = LOG_WIDTH
+
+    @property
+    def file(self) -> IO[str]:
+        """What it writes to: its own sequences need no guard."""
+        file = super().file
+        return file.raw if isinstance(file, _Guarded) else file
+
+    @file.setter
+    def file(self, new: IO[str]) -> None:
+        self._file = new
+
+    def error(self, problem: object) -> None:
+        """A line `error: …`."""
+        self.print(f"error: {problem}", markup=False, highlight=False, soft_wrap=True)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        # Before a line is wrapped: a secret cut in two is not found any more.
+        super().print(*(mask(one) if isinstance(one, str) else one for one in objects), **options)
+
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+        # The one place that all text passes, with what moves the cursor still told from what is shown.
+        return super()._render_buffer(
+            segment if segment.control else Segment(visible(mask(segment.text)), segment.style) for segment in buffer
+        )
+
+
+class _Guarded:
+    """A text stream that shows control characters as escapes and hides secrets."""
+
+    def __init__(self, raw: IO[str]) -> None:
+        self.raw = raw
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
+
+    def write(self, text: str) -> int:
+        # Bars of libraries go back to the beginning of their line.
+        back = text[: len(text) - len(text.lstrip("\r"))]
+        self.raw.write(back + visible(mask(text[len(back) :])))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """While this lasts, what is written to standard output and standard error is made visible and masked."""
+    kept = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (
+        stream if isinstance(stream, _Guarded) else _Guarded(stream)  # type: ignore[assignment]
+        for stream in kept
+    )
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = kept
