@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from trainer import checkpoint
-from trainer.model import CONFIG_FILE, DTYPES, WEIGHTS_FILE, Tokenizer, open_clip
+from trainer.model import CONFIG_FILE, DTYPES, WEIGHTS_FILE, Tokenizer, open_clip, plain_names
 
 
 def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer: Tokenizer | None = None) -> None:
@@ -37,10 +37,9 @@ def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer:
     try:
         partial.chmod(0o755)
         dtype = DTYPES[precision]
-        # A compiled model puts a prefix before every name, which open_clip would not recognise.
         weights = {
-            name.removeprefix("_orig_mod."): (value.to(dtype) if value.is_floating_point() else value).contiguous()
-            for name, value in state["model"].items()
+            name: (value.to(dtype) if value.is_floating_point() else value).contiguous()
+            for name, value in plain_names(state["model"]).items()
         }
         save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         (partial / WEIGHTS_FILE).chmod(0o644)  # safetensors keeps it to its owner
