@@ -16,11 +16,11 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from trainer import checkpoint
@@ -30,12 +30,13 @@ from trainer.model import CONFIG_FILE, DTYPES, WEIGHTS_FILE, Tokenizer, open_cli
 def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer: Tokenizer | None = None) -> None:
     """Writes `open_clip_config.json` and `open_clip_model.safetensors` of a checkpoint's state; replaces `out`.
 
-    A Hugging Face `tokenizer` is saved beside them, where open_clip looks for it.
+    A Hugging Face `tokenizer` is saved beside them, where open_clip looks for it. Raises OSError if `out` cannot be
+    written, and leaves nothing of it then.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
-        partial.chmod(0o755)
+        partial.mkdir(parents=True)
         dtype = DTYPES[precision]
         weights = {
             name: (value.to(dtype) if value.is_floating_point() else value).contiguous()
@@ -50,6 +51,9 @@ def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer:
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise OSError(f"{out}: the model cannot be written: {why}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -62,12 +66,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder to write; an earlier export there is replaced")
     parser.add_argument("--precision", choices=DTYPES, default="fp32", help="of the stored weights (default fp32)")
     args = parser.parse_args(argv)
-    path = args.checkpoint
-    if path.is_dir():
-        path = checkpoint.latest(path)
-        if path is None:
-            print(f"error: {args.checkpoint} has no checkpoints/step-*.pt", file=sys.stderr)
-            return 2
     if (
         args.out.exists()
         and not (args.out / CONFIG_FILE).exists()
@@ -75,12 +73,24 @@ def main(argv: list[str] | None = None) -> int:
     ):
         print(f"error: {args.out} exists and is not an earlier export; name another folder", file=sys.stderr)
         return 2
+    path: Path | None = args.checkpoint
+    damaged: list[str] = []
     try:
+        if args.checkpoint.is_dir():
+            path, damaged = checkpoint.newest_whole(args.checkpoint)
+        if path is None:
+            raise checkpoint.CheckpointError(f"{args.checkpoint} has no checkpoints/step-*.pt")
         state = checkpoint.load(path)
     except checkpoint.CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    export(state, args.out, args.precision, open_clip.get_tokenizer(state["config"]["model"]))
+    for line in damaged:
+        print(f"warning: {line}; exporting {path.name} instead", file=sys.stderr)
+    try:
+        export(state, args.out, args.precision, open_clip.get_tokenizer(state["config"]["model"]))
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     parameters = sum(value.numel() for value in state["model"].values() if torch.is_tensor(value))
     print(f"{args.out}: step {state['step']}, {parameters:,} values in {args.precision}")
     return 0

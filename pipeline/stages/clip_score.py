@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -125,14 +126,15 @@ class ClipScore(Stage):
         return [_sha256(file) for file in files if file.is_file()]
 
     def setup(self) -> None:
-        import torch
-
+        from trainer.device import choose_precision, find_device
         from trainer.model import load
 
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        auto = "fp16" if self._device == "cuda" else "fp32"
-        precision = auto if self.precision == "auto" else self.precision
-        self._model, self._preprocess, self._tokenize = load(self.model, self._weights(), self._device, precision)
+        device = find_device("auto")
+        precision = choose_precision(self.precision, device, training=False)
+        if precision.warning:
+            print(f"warning: clip_score: {precision.warning}", file=sys.stderr)
+        self._device = device.type
+        self._model, self._preprocess, self._tokenize = load(self.model, self._weights(), device, precision.name)
 
     def stream(self, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """Decodes ahead on threads while the model runs; at most `_PREFETCH` + 1 batches are held."""
