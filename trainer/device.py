@@ -78,7 +78,7 @@ def _fastest(device: torch.device, training: bool, instructions: str) -> Precisi
         )
         return Precision("fp32", what)
     if training and instructions != "amx_bf16":
-        return Precision("fp32", f"{instructions} does not train faster than it")
+        return Precision("fp32", f"{instructions} does not train faster")
     return Precision("bf16", f"this CPU has {instructions}")
 
 

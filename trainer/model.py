@@ -226,7 +226,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
     except _READING_ERRORS as error:
-        raise ModelError(f"{path}: cannot be read as weights: {_first_sentence(error)}") from error
+        raise ModelError(f"{path}: cannot be read as weights: {_reason(error)}") from error
     if isinstance(state, dict):
         state = next((state[key] for key in ("state_dict", "model") if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
@@ -264,9 +264,10 @@ _READING_ERRORS = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle
 _LOADING_ERRORS = (OSError, RuntimeError, ValueError, KeyError, AssertionError, AttributeError, SafetensorError)
 
 
-def _first_sentence(error: Exception) -> str:
-    # torch adds a page on how to unpickle the file nevertheless.
-    return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+def _reason(error: Exception) -> str:
+    # torch's own reason stands behind a page on how to unpickle the file nevertheless.
+    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0]
 
 
 def _is_file(model: str, pretrained: str) -> bool:
