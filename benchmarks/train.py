@@ -1,9 +1,8 @@
 """Training speed: our loop and open_clip's own, `open_clip_train`, on the same shards, in turn.
 
     python benchmarks/train.py                                         the CPU comparison, about ten minutes on 2 cores
-    python benchmarks/train.py --device cuda --models ViT-B-32,ViT-B-16 --batch 1024 --samples 102400 --largest 131072
-
     python benchmarks/train.py --precision fp32                        the same in fp32, for CPUs without bf16
+    python benchmarks/train.py --device cuda --models ViT-B-32,ViT-B-16 --batch 1024 --samples 102400 --largest 131072
 
 Both loops train the same architecture from fresh fp32 weights, by default in bf16 autocast, with the same batch,
 optimiser, schedule, number of workers and threads, on the same tars, for exactly one epoch. Each is a process of its
