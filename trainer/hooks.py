@@ -200,7 +200,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """Sends records to a project of Weights & Biases, as WANDB_MODE and `wandb login` have it; its files lie in
     `output/wandb`. Each start is a run of its own, in a group named after the output. Raises ConfigError without the
-    package."""
+    package or a login."""
 
     def __init__(self, run: Run) -> None:
         try:
@@ -208,9 +208,11 @@ class WeightsAndBiases:
         except ImportError as error:
             raise ConfigError("wandb", ["set, but the package is missing: pip install wandb"]) from error
         settings = vars(run.config) | {"precision": run.precision.name}
-        self.board = wandb.init(
-            project=run.config.wandb, group=run.output.resolve().name, dir=str(run.output), config=settings
-        )
+        group = run.output.resolve().name
+        try:
+            self.board = wandb.init(project=run.config.wandb, group=group, dir=str(run.output), config=settings)
+        except wandb.Error as error:  # no login, no network
+            raise ConfigError("wandb", [" ".join(str(error).split())]) from error
 
     def write(self, record: Record) -> None:
         self.board.log(_numbers(record), step=record["step"])
