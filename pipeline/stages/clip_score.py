@@ -69,8 +69,8 @@ class ClipScore(Stage):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type of the weights. `auto` is fp16 on a GPU, whose error is an eighth of bf16's; on a CPU it is bf16 where there
     are instructions for it (AMX, AVX-512 BF16), up to five times faster, else fp32. bf16 moves a score by some
-    thousandths (on the demo's pictures by 0.0005 on average, 0.0023 at most). Name a type where workers of several kinds
-    are to give equal scores."""
+    thousandths (on the demo's pictures by 0.0005 on average, 0.0023 at most). Name a type where workers of several
+    kinds are to give equal scores."""
     batch_size: int = 256
     """Pictures in a batch; 32 to 64 is best on a CPU. Not only a matter of speed: another size is another order of
     sums, which in bf16 moves scores by some thousandths."""

@@ -85,7 +85,7 @@ def test_bf16_is_within_the_stated_error(checkpoint: str) -> None:
         scores(ClipScore(model=checkpoint, batch_size=8, precision=precision), [make_batch(rows(40))])  # type: ignore[arg-type]
         for precision in ("fp32", "bf16")
     )
-    assert max(abs(exact[at] - rounded[at]) for at in exact) < 0.01
+    assert max(abs(exact[at] - rounded[at]) for at in exact) < 0.02
 
 
 def test_the_precision_follows_the_device(
