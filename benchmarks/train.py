@@ -1,9 +1,10 @@
 """Training speed: our loop and open_clip's own, `open_clip_train`, on the same shards, in turn.
 
     python benchmarks/train.py                                         the CPU comparison, about ten minutes on 2 cores
+    python benchmarks/train.py --precision fp32                        the same in fp32, for CPUs without bf16
     python benchmarks/train.py --device cuda --models ViT-B-32,ViT-B-16 --batch 1024 --samples 102400 --largest 131072
 
-Both loops train the same architecture from fresh weights in bf16 autocast over fp32 weights, with the same batch,
+Both loops train the same architecture from fresh fp32 weights, by default in bf16 autocast, with the same batch,
 optimiser, schedule, number of workers and threads, on the same tars, for exactly one epoch. Each is a process of its
 own, run alone, and the order changes from round to round. Both print a line per step (per ten on a GPU), and this
 script reads one clock and the CPU time of the whole process tree when such a line arrives: at the end of the warm-up
@@ -61,6 +62,8 @@ MODELS = {  # besides those that open_clip and trainer/configs have
 LR, WARMUP, DECAY, BETAS, EPS = 1e-3, 8, 0.2, (0.9, 0.98), 1e-6
 DISTINCT = 8192
 """Samples made; more than these repeat them."""
+PEER_PRECISION = {"fp32": "fp32", "bf16": "amp_bf16", "fp16": "amp"}
+"""What open_clip_train calls the same."""
 ALIKE = 0.25
 """Nats, of the ln(batch) they start at, by which the losses at the end may differ: weights, order and crops are drawn
 separately, and after some 30 steps that alone makes 0.12."""
@@ -183,8 +186,8 @@ def main(args: argparse.Namespace) -> None:
             if not folder.exists():
                 write(folder, samples, unit, size)
             setting = Setting(
-                model, folder, samples, args.batch, args.workers, args.device, "bf16", args.peer_precision,
-                args.compile, models, scratch,
+                model, folder, samples, args.batch, args.workers, args.device, args.precision,
+                args.peer_precision or PEER_PRECISION[args.precision], args.compile, models, scratch,
             )  # fmt: skip
             ratio, cpu_ratio = compare(setting, peer, args.rounds, args.peak_tflops)
             ratios.append(ratio)
@@ -462,7 +465,8 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=2, help="that decode, in both loops (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="torch.compile in both loops")
-    parser.add_argument("--peer-precision", default="amp_bf16", help="open_clip_train's --precision")
+    parser.add_argument("--precision", choices=PEER_PRECISION, default="bf16", help="(default: %(default)s)")
+    parser.add_argument("--peer-precision", help="open_clip_train's --precision, where it is to differ")
     parser.add_argument("--peer-python", type=Path, help="interpreter of an environment with open_clip_train")
     parser.add_argument("--peak-tflops", type=float, help="of the GPU, dense bf16, where it is not known here")
     parser.add_argument("--largest", type=int, help="also seek the largest batch that fits, up to this one")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,31 @@ class CheckpointError(ValueError):
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Writes `folder/step-NNNNNNNN.pt` atomically, then removes all but the `keep` newest."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes `folder/step-NNNNNNNN.pt` atomically, then removes all but the `keep` newest up to this step.
+
+    Raises OSError if it cannot be written; then the folder is as it was.
+    """
     path = folder / f"step-{step:08d}.pt"
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    for old in _found(folder)[:-keep]:
-        old.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync(folder)
+    except (OSError, RuntimeError) as error:  # torch's writer has errors of its own, caused by the file's
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        why = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+        raise OSError(
+            f"{path}: the checkpoint cannot be written: {why}; those before it are left as they were"
+        ) from None
+    whole = [found for found in _found(folder) if found <= path]  # later ones are damaged, or about to be written again
+    for old in [*whole[:-keep], *(stray for stray in folder.glob("step-*.partial"))]:
+        old.unlink(missing_ok=True)
     return path
 
 
@@ -38,17 +54,57 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The state that `save` was given, on the CPU. Only tensors and plain values are unpickled."""
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """As `latest`, but the newest that is not damaged; and a line for each newer one that is.
+
+    Raises CheckpointError if all are damaged.
+    """
+    found, damaged = _found(folder) or _found(folder / "checkpoints"), []
+    for path in reversed(found):
+        try:
+            check(path)
+        except CheckpointError as error:
+            damaged.append(str(error))
+        else:
+            return path, damaged
+    if damaged:
+        cure = "  Remove them to start anew, or name another output."
+        raise CheckpointError("\n".join(["no checkpoint is whole:", *(f"  {line}" for line in damaged), cure]))
+    return None, []
+
+
+def check(path: Path) -> None:
+    """Reads a checkpoint through, against its checksums. Raises CheckpointError."""
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint") from error
+    except Exception as error:  # zipfile answers damage with nearly any exception
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint of this trainer ({error})") from error
+    if broken:
+        raise CheckpointError(f"{path}: damaged (the checksum of {broken} is wrong)")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state that `save` was given, on the CPU. Only tensors and plain values are unpickled."""
+    check(path)  # torch reads wrong numbers without a word
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of this trainer ({str(error).splitlines()[0]})") from error
     if not isinstance(state, dict) or not {"model", "model_config", "step"} <= state.keys():
         raise CheckpointError(f"{path}: not a checkpoint of this trainer")
     return state
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in a folder last through a loss of power."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _found(folder: Path) -> list[Path]:

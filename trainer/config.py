@@ -57,7 +57,9 @@ class TrainConfig:
     beta2: float | None = option("AdamW's β2; by default 0.98 for a ViT and 0.999 for a ResNet", None)
     eps: float | None = option("AdamW's ε; by default 1e-6 for a ViT and 1e-8 for a ResNet", None)
     seed: int = option("of the first weights, the order of samples and the crops", 0)
-    precision: str = option("fp32, or bf16 or fp16 for autocast over fp32 weights", "bf16")
+    precision: str = option(
+        "fp32, or bf16 or fp16 for autocast over fp32 weights; auto is the fastest that is safe on the device", "auto"
+    )
     micro_batch_size: int | None = option(
         "samples that a rank has in memory at once, by gradient caching (default: all)", None
     )
@@ -71,6 +73,11 @@ class TrainConfig:
     keep_checkpoints: int = option("newest checkpoints kept", 2)
     log_every: int = option("steps between lines of metrics.jsonl, and of the screen without a terminal", 10)
     tensorboard: bool = option("write output/tensorboard too", False)
+    wandb: str | None = option("project of Weights & Biases to send the metrics to as well", None)
+    evaluate: Sequence[Any] | None = option(
+        "tasks to run meanwhile: a list of {TASK: {data: …, every: STEPS, …}}, with the options of trainer.evaluate",
+        None,
+    )
     resume: str = option("latest (or start if there is none), none, or the path of a checkpoint", "latest")
     export: bool = option("write output/model for open_clip at the end", True)
 
@@ -98,8 +105,8 @@ class TrainConfig:
                 yield f"{key}: found {value}, expected at least 1, or null"
         if self.ranks is not None and self.ranks > 0 and self.batch_size % self.ranks:
             yield f"batch_size: found {self.batch_size}, expected a multiple of ranks ({self.ranks})"
-        if self.precision not in ("fp32", "bf16", "fp16"):
-            yield f"precision: found {self.precision!r}, expected fp32, bf16 or fp16"
+        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
+            yield f"precision: found {self.precision!r}, expected auto, fp32, bf16 or fp16"
         if self.loss not in ("clip", "siglip"):
             yield f"loss: found {self.loss!r}, expected clip or siglip"
         if (self.lock_image or self.lock_text) and self.pretrained is None:
@@ -113,6 +120,7 @@ class TrainConfig:
 FREE_ON_RESUME = {
     *("shards", "output", "device", "workers", "checkpoint_every", "keep_checkpoints", "log_every", "resume"),
     *("export", "grad_checkpointing", "compile", "threads", "ranks", "micro_batch_size", "tensorboard"),
+    *("wandb", "evaluate"),
 }
 
 
@@ -183,4 +191,5 @@ def _coerce(value: Any, kind: str) -> Any:
     if expected == "int" and number and value == int(value):
         return int(value)
     words = {"str": "text", "bool": "true or false", "int": "a whole number", "float": "a number"}
+    words["Sequence[Any]"] = "a list"
     raise ValueError(f"found {value!r}, expected {words[expected.partition(' ')[0]]}")

@@ -6,6 +6,7 @@ samples and crops whatever the number of workers and ranks.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -110,7 +111,10 @@ class Batches(Dataset[Batch]):
         if self.batch_size % world:
             raise ShardsError(f"batch_size: found {self.batch_size}, expected a multiple of the {world} ranks")
         parts = _Parts(self, rank, world)
-        loader = DataLoader(parts, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin)
+        loader = DataLoader(
+            parts, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin,
+            worker_init_fn=_outlive_sigterm if workers else None,
+        )  # fmt: skip
         return (_delivered(part) for part in loader)
 
 
@@ -126,6 +130,11 @@ class _Parts(Dataset["Batch | ShardsError"]):
             return self.batches.part(step, self.rank, self.world)
         except ShardsError as error:
             return error
+
+
+def _outlive_sigterm(_: int) -> None:
+    # Where the whole process group gets it, the training still finishes its step; its end is theirs.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _delivered(part: Batch | ShardsError) -> Batch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -77,13 +78,26 @@ def lists_of(items: list[T]) -> list[T]:
     return [item for items in gathered for item in items]
 
 
-def from_first(value: Any) -> Any:
-    """What rank 0 passed."""
+def on_first(work: Callable[[], T], group: Any = None) -> T:
+    """What `work` returns on rank 0, which alone does it. What it raises there is raised on every rank."""
     if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+        return work()
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = work()
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, group=group)
+    if box[1] is not None:
+        raise box[1]
+    result: T = box[0]
+    return result
+
+
+def patient_group() -> Any:
+    """For `on_first`, all ranks in a group that waits for a day; the usual ones take 10 to 30 minutes for a failure."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1)) if world_size() > 1 else None
 
 
 def on_ray(train: Callable[[TrainConfig], Any], config: TrainConfig) -> None:
@@ -103,6 +117,8 @@ def on_ray(train: Callable[[TrainConfig], Any], config: TrainConfig) -> None:
         paths["pretrained"] = _absolute(config.pretrained)
     if config.resume not in ("latest", "none"):
         paths["resume"] = _absolute(config.resume)
+    if config.evaluate:
+        paths["evaluate"] = _absolute_where_found(config.evaluate)
     config = dataclasses.replace(config, **paths)
     trainer = TorchTrainer(
         lambda: train(config),
@@ -123,3 +139,11 @@ def _absolute(path: Any) -> Any:
     if isinstance(path, dict):
         return {key: _absolute(value) if key == "path" else value for key, value in path.items()}
     return os.path.abspath(path) if isinstance(path, str) and "://" not in path else path
+
+
+def _absolute_where_found(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_absolute_where_found(part) for part in value]
+    if isinstance(value, dict):
+        return {key: _absolute_where_found(part) for key, part in value.items()}
+    return os.path.abspath(value) if isinstance(value, str) and os.path.exists(value) else value

@@ -16,32 +16,40 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from trainer import checkpoint
-from trainer.model import CONFIG_FILE, DTYPES, WEIGHTS_FILE, ModelError, Tokenizer, find_tokenizer
+from trainer.model import (
+    CONFIG_FILE,
+    DTYPES,
+    WEIGHTS_FILE,
+    ModelError,
+    Tokenizer,
+    find_tokenizer,
+    plain_names,
+)
 from trainer.terminal import guarded
 
 
 def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer: Tokenizer | None = None) -> None:
     """Writes `open_clip_config.json` and `open_clip_model.safetensors` of a checkpoint's state; replaces `out`.
 
-    A Hugging Face `tokenizer` is saved beside them, where open_clip looks for it.
+    A Hugging Face `tokenizer` is saved beside them, where open_clip looks for it. Raises OSError if `out` cannot be
+    written, and leaves nothing of it then.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
-        partial.chmod(0o755)
+        partial.mkdir(parents=True)
         dtype = DTYPES[precision]
-        # A compiled model puts a prefix before every name, which open_clip would not recognise.
         weights = {
-            name.removeprefix("_orig_mod."): (value.to(dtype) if value.is_floating_point() else value).contiguous()
-            for name, value in state["model"].items()
+            name: (value.to(dtype) if value.is_floating_point() else value).contiguous()
+            for name, value in plain_names(state["model"]).items()
         }
         save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         (partial / WEIGHTS_FILE).chmod(0o644)  # safetensors keeps it to its owner
@@ -52,6 +60,9 @@ def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer:
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise OSError(f"{out}: the model cannot be written: {why}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -65,12 +76,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder to write; an earlier export there is replaced")
     parser.add_argument("--precision", choices=DTYPES, default="fp32", help="of the stored weights (default fp32)")
     args = parser.parse_args(argv)
-    path = args.checkpoint
-    if path.is_dir():
-        path = checkpoint.latest(path)
-        if path is None:
-            print(f"error: {args.checkpoint} has no checkpoints/step-*.pt", file=sys.stderr)
-            return 2
     if (
         args.out.exists()
         and not (args.out / CONFIG_FILE).exists()
@@ -78,10 +83,18 @@ def main(argv: list[str] | None = None) -> int:
     ):
         print(f"error: {args.out} exists and is not an earlier export; name another folder", file=sys.stderr)
         return 2
+    path: Path | None = args.checkpoint
+    damaged: list[str] = []
     try:
+        if args.checkpoint.is_dir():
+            path, damaged = checkpoint.newest_whole(args.checkpoint)
+        if path is None:
+            raise checkpoint.CheckpointError(f"{args.checkpoint} has no checkpoints/step-*.pt")
         state = checkpoint.load(path)
         if missing := {"config", "preprocess_config"} - state.keys():
             raise checkpoint.CheckpointError(f"{path}: not a checkpoint of this trainer: no {min(missing)} in it")
+        for line in damaged:
+            print(f"warning: {line}; exporting {path.name} instead", file=sys.stderr)
         export(state, args.out, args.precision, find_tokenizer(state["config"]["model"]))
     except (checkpoint.CheckpointError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr)

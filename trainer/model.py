@@ -10,9 +10,11 @@ import importlib
 import importlib.util
 import json
 import logging
+import pickle
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -146,9 +149,13 @@ def load(
         raise ModelError(f"precision {precision!r}: expected one of {', '.join(DTYPES)}")
     name, options = _resolve(model, pretrained)
     tokenizer = find_tokenizer(name)
+    state = read_weights(Path(pretrained)) if pretrained and _is_file(name, pretrained) else None
+    if state and "logit_bias" in state:
+        options["init_logit_bias"] = SIGLIP_BIAS  # so that there is a parameter to load it into
     try:
-        net = open_clip.create_model(name, precision=precision, device=device, require_pretrained=True, **options)
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        with _weights(state):
+            net = open_clip.create_model(name, precision=precision, device=device, require_pretrained=True, **options)
+    except _LOADING_ERRORS as error:
         weights = f" ({pretrained})" if pretrained else ""
         raise ModelError(
             f"cannot load the weights of {model}{weights}: {error}\n"
@@ -165,23 +172,37 @@ def create(
 ) -> tuple[Clip, Preprocess, Tokenizer]:
     """A dual encoder in training mode, with fp32 weights. Raises ModelError.
 
-    The weights are fresh, from torch's global generator, or `pretrained`: a tag, a checkpoint file or a folder that
-    `trainer.export` wrote; position embeddings of another resolution are interpolated. With `siglip` the model has
-    the learned bias of Zhai et al. 2023, and its scale starts where theirs does.
+    The weights are fresh, from torch's global generator, or `pretrained`: a tag, a file that `read_weights` takes, or a
+    folder that `trainer.export` wrote; position embeddings of another resolution are interpolated. With `siglip` the
+    model has the learned bias of Zhai et al. 2023. Bias and scale start where theirs do, unless the weights come with
+    a bias: then they are what the weights say.
     """
     name = architecture(model)
     weights: dict[str, Any] = {"pretrained_text": False}
-    if pretrained is not None:
-        weights = {"pretrained": find_weights(name, pretrained), "require_pretrained": True}
     extra = {k: v for k, v in model_config(name, pretrained, siglip).items() if k not in model_config(name)}
+    state = None
+    if pretrained is not None:
+        found = find_weights(name, pretrained)
+        weights = {"pretrained": found, "require_pretrained": True}
+        if _is_file(name, found):
+            state = read_weights(Path(found))
+            if "logit_bias" in state:
+                extra["init_logit_bias"] = SIGLIP_BIAS  # so that there is a parameter to load it into
     with _silent():  # open_clip warns of random weights, which are what is asked for here
         tokenizer = find_tokenizer(name)
         try:
-            net = open_clip.create_model(name, device=device, **weights, **extra)
-        except (OSError, RuntimeError, ValueError, KeyError, AssertionError, SafetensorError) as error:
+            with _weights(state):
+                net = open_clip.create_model(name, device=device, **weights, **extra)
+        except _LOADING_ERRORS as error:
             if not pretrained:
                 raise
             raise ModelError(f"pretrained {pretrained!r} does not fit {name}: {error}") from error
+    if siglip and net.logit_bias is not None and net.logit_bias == 0:
+        # open_clip fills in 0 where the weights have no bias; one that was trained is never exactly that. The scale
+        # beside it is CLIP's, of some 100, under which the many negatives would rule the first steps.
+        with torch.no_grad():
+            net.logit_bias.fill_(SIGLIP_BIAS)
+            net.logit_scale.fill_(SIGLIP_LOG_SCALE)
     net.train()
     if isinstance(net.visual, open_clip.modified_resnet.ModifiedResNet):
         net.visual.to(memory_format=torch.channels_last)  # convolutions train a quarter faster, on a CPU too
@@ -221,6 +242,80 @@ def find_weights(model: str, pretrained: str) -> str:
     return pretrained
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of weights under the names that the architecture gives them. Raises ModelError.
+
+    Takes safetensors, a state dict that `torch.save` wrote, a checkpoint that holds one as `state_dict` (open_clip's)
+    or `model` (this trainer's), and any of these from a compiled or a distributed model. No code in the file is run:
+    objects that are not tensors are replaced by empty ones.
+    """
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+    except _READING_ERRORS as error:
+        raise ModelError(f"{path}: cannot be read as weights: {_reason(error)}") from error
+    if isinstance(state, dict):
+        state = next((state[key] for key in ("state_dict", "model") if isinstance(state.get(key), dict)), state)
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ModelError(f"{path}: expected a state dict (names and tensors), alone or as `state_dict` or `model`")
+    return plain_names(state)
+
+
+def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without the prefixes that torch.compile and DistributedDataParallel put before names."""
+    state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return state
+
+
+class _Inert:
+    """Stands for an object of a file whose class is not to be called."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _unpickled(path: Path) -> Any:
+    if not zipfile.is_zipfile(path):  # as torch.save wrote before version 1.6
+        return torch.load(path, map_location="cpu", weights_only=True)
+    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+_READING_ERRORS = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError)
+_LOADING_ERRORS = (OSError, RuntimeError, ValueError, KeyError, AssertionError, AttributeError, SafetensorError)
+
+
+def _reason(error: Exception) -> str:
+    # torch's own reason stands behind a page on how to unpickle the file nevertheless.
+    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0]
+
+
+def _is_file(model: str, pretrained: str) -> bool:
+    # A tag comes first for open_clip, and big_vision's arrays are left to it.
+    numpy = Path(pretrained).suffix in (".npz", ".npy")
+    return not open_clip.get_pretrained_cfg(model, pretrained) and Path(pretrained).is_file() and not numpy
+
+
+@contextmanager
+def _weights(state: dict[str, Tensor] | None) -> Iterator[None]:
+    # open_clip converts and resizes weights, but only those that it reads itself.
+    if state is None:
+        yield
+        return
+    reader = open_clip.factory.load_state_dict
+    open_clip.factory.load_state_dict = lambda *_, **__: dict(state)
+    try:
+        yield
+    finally:
+        open_clip.factory.load_state_dict = reader
+
+
 def lock(model: Clip, image: bool, text: bool) -> None:
     """Locks towers as LiT does (Zhai et al. 2022): no gradients, and no batch statistics or dropout either."""
     for name, child in model.named_children():
@@ -229,6 +324,22 @@ def lock(model: Clip, image: bool, text: bool) -> None:
     if text:  # CLIP's text tower keeps some of its parameters beside the tower
         for name, parameter in model.named_parameters(recurse=False):
             parameter.requires_grad_(name in ("logit_scale", "logit_bias"))
+
+
+def freeze_unreached(model: Clip, preprocess: Preprocess, tokenizer: Tokenizer) -> None:
+    """Takes the gradient from parameters that the features do not depend on, such as those of CoCa's text decoder.
+
+    No optimiser would change them. DistributedDataParallel waits for the gradient of every parameter that has one.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    pixels = torch.zeros(2, 3, preprocess.size, preprocess.size, dtype=torch.uint8)
+    with without_statistics(model), torch.random.fork_rng():
+        image = model.encode_image(preprocess.normalize(pixels))
+        text = encode_text(model, tokenizer(["a", "b"]).to(preprocess.device))
+    scales = [scale for name in ("logit_scale", "logit_bias") if (scale := getattr(model, name, None)) is not None]
+    outputs = [output.sum() for output in (image, text, *scales) if output.requires_grad]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(sum(outputs), parameters, allow_unused=True)):
+        parameter.requires_grad_(gradient is not None)
 
 
 def checkpoint_activations(model: Clip) -> None:
@@ -240,23 +351,22 @@ def checkpoint_activations(model: Clip) -> None:
     if isinstance(model.visual, open_clip.modified_resnet.ModifiedResNet):  # for which open_clip does nothing
         for i in range(1, 5):
             for block in getattr(model.visual, f"layer{i}"):
-                block.forward = partial(_checkpointed, block, block.forward)
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    for norm in _batch_norms(model):
+        norm.forward = partial(_normalize_again, norm, norm.forward)
 
 
-def _checkpointed(block: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Any:
-    if torch.compiler.is_compiling():  # a compiled graph updates statistics once, and takes no contexts
-        return checkpoint(forward, x, use_reentrant=False)
-
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), without_statistics(block)
-
-    return checkpoint(forward, x, use_reentrant=False, context_fn=contexts)
+def _normalize_again(norm: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    # What is computed inside a backward pass is computed a second time. A compiled graph counts once by itself.
+    again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    with without_statistics(norm) if again else nullcontext():
+        return forward(x)
 
 
 @contextmanager
 def without_statistics(module: nn.Module) -> Iterator[None]:
     """Batch norms of `module` normalise by their batch as ever, but do not count it: they see it a second time."""
-    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
+    norms = _batch_norms(module)
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
@@ -265,6 +375,10 @@ def without_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for norm, (momentum, count) in zip(norms, before):
             norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def _batch_norms(module: nn.Module) -> list[Any]:
+    return [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
 
 
 class _Packed(NamedTuple):
@@ -340,15 +454,26 @@ def model_config(model: str, pretrained: str | None = None, siglip: bool = False
     config: dict[str, Any] = open_clip.get_model_config(name)
     # OpenAI's and some other weights were trained with QuickGELU; under plain GELU they load without an error and
     # score wrongly, so the activation follows the weights.
-    if pretrained and (folder := Path(pretrained)).is_dir():
-        trained_with = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_cfg"]
-    else:
-        trained_with = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None
-    if trained_with and trained_with.get("quick_gelu"):
+    if pretrained and _trained_with(name, pretrained).get("quick_gelu"):
         config["quick_gelu"] = True
     if siglip:
         config |= {"init_logit_scale": SIGLIP_LOG_SCALE, "init_logit_bias": SIGLIP_BIAS}
     return config
+
+
+def _trained_with(model: str, pretrained: str) -> dict[str, Any]:
+    """What is known about the architecture that weights were trained in; of a bare state dict, nothing."""
+    if (folder := Path(pretrained)).is_dir():
+        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_cfg"]
+        return config
+    if _is_file(model, pretrained) and zipfile.is_zipfile(pretrained):
+        try:
+            state = _unpickled(Path(pretrained))
+        except _READING_ERRORS:
+            return {}  # `read_weights` says what is wrong with it
+        own = state.get("model_config") if isinstance(state, dict) else None
+        return own if isinstance(own, dict) else {}
+    return open_clip.get_pretrained_cfg(model, pretrained) or {}
 
 
 def _resolve(model: str, pretrained: str | None) -> tuple[str, dict[str, Any]]:
@@ -370,7 +495,7 @@ def _resolve(model: str, pretrained: str | None) -> tuple[str, dict[str, Any]]:
     if not tag and not Path(pretrained).is_file():
         hint = did_you_mean(pretrained, tags)
         raise ModelError(f"pretrained {pretrained!r} of {name}: expected {choice}{hint}")
-    return name, {"pretrained": pretrained, "force_quick_gelu": bool(tag and tag.get("quick_gelu"))}
+    return name, {"pretrained": pretrained, "force_quick_gelu": bool(_trained_with(name, pretrained).get("quick_gelu"))}
 
 
 def _check_folder(path: Path) -> None:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from trainer import loss
 from trainer.config import TrainConfig
 from trainer.data import ShardsError, open_shards
+from trainer.device import choose_precision, find_device
 from trainer.model import (
     DTYPES,
     Clip,
@@ -81,7 +82,8 @@ def plan(config: TrainConfig) -> str:
     own = config.batch_size // ranks
     passes = -(-own // (config.micro_batch_size or own))
     rows = -(-own // passes)
-    forward, backward, activations = _measure(model, preprocess.size, rows, DTYPES[config.precision])
+    precision = _precision(config)
+    forward, backward, activations = _measure(model, preprocess.size, rows, DTYPES[precision])
     flops = forward + backward + (forward if passes > 1 else 0)
     recomputed = " with what it recomputes" if config.grad_checkpointing else ""
     cached = f", {forward / 1e9:,.2f} for the features to cache" if passes > 1 else ""
@@ -91,7 +93,7 @@ def plan(config: TrainConfig) -> str:
     )
 
     # Weights in fp32; of those that learn a gradient and AdamW's two moments; and what autocast makes of all of them.
-    state = 4 * total + 12 * learning + (0 if config.precision == "fp32" else 2 * total)
+    state = 4 * total + 12 * learning + (0 if precision == "fp32" else 2 * total)
     pixels = own * 3 * preprocess.size**2
     contrast = loss.memory(own, config.batch_size, model_config(config.model)["embed_dim"])
     fixed, each = state + pixels + contrast, activations / rows
@@ -113,6 +115,13 @@ def plan(config: TrainConfig) -> str:
         + (f", if an epoch has {UNKNOWN_EPOCH:,} samples" if steps is None else "")
     )
     return "\n".join(lines)
+
+
+def _precision(config: TrainConfig) -> str:
+    if config.precision == "auto" and config.device.startswith("cuda") and not torch.cuda.is_available():
+        return "bf16"  # planned for another machine
+    device = find_device("auto") if config.device == "auto" else torch.device(config.device)
+    return choose_precision(config.precision, device, training=True).name
 
 
 def _measure(model: Clip, size: int, rows: int, dtype: torch.dtype) -> tuple[float, float, int]:

@@ -25,24 +25,26 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
-import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer import checkpoint, distributed
 from trainer.config import FREE_ON_RESUME, ConfigError, TrainConfig, describe, load_config
 from trainer.data import Batch, Batches, ShardsError, open_shards
-from trainer.export import export
+from trainer.device import Precision, choose_precision, find_device
+from trainer.evaluate.samples import EvaluationError
+from trainer.evaluation import Evaluation, parse
+from trainer.hooks import Checkpoints, Hook, Log, StoppedError
 from trainer.loss import MAX_LOG_SCALE, chance, clip_loss, siglip_loss
 from trainer.model import (
     DTYPES,
@@ -54,6 +56,7 @@ from trainer.model import (
     checkpoint_activations,
     create,
     encode_trimmed,
+    freeze_unreached,
     lock,
     model_config,
     trim,
@@ -61,7 +64,6 @@ from trainer.model import (
 )
 from trainer.order import mix
 from trainer.plan import plan
-from trainer.terminal import Console, guarded
 
 
 class DivergedError(RuntimeError):
@@ -123,6 +125,7 @@ class Run:
                 "loss", [f"{config.model} has SigLIP's bias, which clip leaves untrained; set loss=siglip"]
             )
         lock(self.model, config.lock_image, config.lock_text)
+        freeze_unreached(self.model, self.preprocess, self.tokenizer)
         if config.grad_checkpointing:
             checkpoint_activations(self.model)
         self.towers: nn.Module = Towers(self.model)
@@ -132,7 +135,8 @@ class Run:
             self.towers = DistributedDataParallel(self.towers, gradient_as_bucket_view=True)
         self.batches = Batches(self.shards, config.batch_size, self.preprocess.size, self.tokenizer, config.seed)
         self.optimizer = make_optimizer(self.model, config)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        # On all ranks the same, whatever their devices are.
+        self.compute_in(distributed.on_first(lambda: choose_precision(config.precision, self.device, training=True)))
         self.total_steps = config.steps(self.batches.per_epoch)
         self.step = 0
         """Steps done."""
@@ -142,6 +146,13 @@ class Run:
         """Steps, up to the last, whose loss was no better than chance."""
         self.lost: list[str] = []
         """The worst samples of the first of these."""
+        self.stopping = self.stopped = False
+        """Whether this process has been asked to end, and whether any rank had been after the last step."""
+        self._interruptible = False
+
+    def compute_in(self, precision: Precision) -> None:
+        self.precision = precision
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.name == "fp16")
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, plus what an export needs."""
@@ -151,7 +162,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "config": dataclasses.asdict(self.config),
+            "config": dataclasses.asdict(self.config) | {"precision": self.precision.name},
             "data": self.shards.fingerprint,
             "model_config": self.model_config,
             "preprocess_config": self.preprocess.config,
@@ -162,6 +173,10 @@ class Run:
         state = checkpoint.load(path)
         here = dataclasses.asdict(self.config)
         there = {field.name: field.default for field in dataclasses.fields(TrainConfig)} | state["config"]
+        if self.config.precision == "auto":  # as it was decided where the run began
+            here["precision"] = there["precision"]
+            chosen = choose_precision(there["precision"], self.device, training=True)
+            self.compute_in(chosen._replace(reason="as in the checkpoint"))
         changed = [key for key in here if key not in FREE_ON_RESUME and here[key] != there[key]]
         lines = [f"  {key}: {there[key]} in the checkpoint, {here[key]} now" for key in changed]
         if state["data"] != self.shards.fingerprint:
@@ -176,8 +191,22 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.corrupt = state["step"], state["corrupt"]
 
-    def save(self) -> None:
-        checkpoint.save(self.output / "checkpoints", self.step, self.state(), self.config.keep_checkpoints)
+    def stop(self, *_: Any) -> None:
+        """Ends the run after its current step, or at once where nothing would be lost; a handler of signals."""
+        self.stopping = True
+        if self._interruptible:
+            raise StoppedError
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """While this lasts, weights do not change, so that the run may be stopped anywhere."""
+        self._interruptible = True
+        try:
+            if self.stopping:
+                raise StoppedError
+            yield
+        finally:
+            self._interruptible = False
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One update. Raises DivergedError, before the weights change, if the loss or its gradient is not finite."""
@@ -190,9 +219,11 @@ class Run:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         log_scale = self.model.logit_scale.detach()
-        corrupt = distributed.sum_of(torch.full((), float(len(batch.corrupt)), device=self.device))
+        told = [torch.full((), float(value), device=self.device) for value in (len(batch.corrupt), self.stopping)]
+        corrupt, stopping = distributed.sum_of(torch.stack(told))
         # Waits for the device just once.
-        loss, norm, log_scale, corrupt = torch.stack([result.loss, norm, log_scale, corrupt]).tolist()
+        numbers = torch.stack([result.loss, norm, log_scale, corrupt, stopping]).tolist()
+        loss, norm, log_scale, corrupt, stopping = numbers
         # An overflow is how fp16 finds its scale: the scaler leaves such a step out.
         overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
@@ -204,6 +235,7 @@ class Run:
             self.model.logit_scale.clamp_(0, MAX_LOG_SCALE)
         self.step += 1
         self.corrupt += int(corrupt)
+        self.stopped = stopping > 0
         return {"loss": loss, "lr": rate, "temperature": math.exp(-log_scale), "grad_norm": norm}
 
     def backward(self, pixels: Tensor, tokens: Tensor) -> Result:
@@ -243,7 +275,7 @@ class Run:
     def _encode(self, part: int, pixels: Tensor, captions: Trimmed) -> tuple[Tensor, ...]:
         # Whatever is random in the model is a function of these numbers: nothing to save, and a replay is exact.
         torch.manual_seed(int(mix(self.config.seed, self.step, self.rank, part)[0]))
-        dtype = DTYPES[self.config.precision]
+        dtype = DTYPES[self.precision.name]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             outputs: tuple[Tensor, ...] = self.towers(self.preprocess.normalize(pixels), captions)
         return outputs
@@ -283,26 +315,26 @@ class Run:
         )
 
 
-def train(config: TrainConfig) -> None:
-    """Trains to the end of the last epoch, and exports. Resumes as `config.resume` says."""
+def train(config: TrainConfig, hooks: Sequence[Callable[[Run], Hook]] = ()) -> None:
+    """Trains to the end of the last epoch, and exports. Resumes as `config.resume` says.
+
+    `hooks` come after those of the trainer: log, checkpoints, evaluation. Raises StoppedError after SIGTERM.
+    """
     try:
-        _train(Run(config))
+        run = Run(config)
+        with _stopped_by_sigterm(run):
+            _resume(run)
+            log = Log(run)
+            _train(run, [log, Checkpoints(run), Evaluation(run, log), *(make(run) for make in hooks)])
     finally:
         distributed.leave()
 
 
-def _train(run: Run) -> None:
+def _train(run: Run, hooks: Sequence[Hook]) -> None:
     config = run.config
-    found = distributed.from_first(checkpoint.latest(run.output))
-    if config.resume == "latest":
-        if found:
-            run.restore(found)
-    elif config.resume != "none":
-        run.restore(Path(config.resume))
-    elif found:
-        raise checkpoint.CheckpointError(f"resume: none, but {found} exists; use resume=latest or another output")
-    run.output.mkdir(parents=True, exist_ok=True)
-    with Log(run) as log:
+    with contextlib.ExitStack() as entered:
+        for hook in hooks:
+            entered.enter_context(hook)
         batches = run.batches.from_step(
             run.step, run.total_steps, config.workers, run.device.type == "cuda", run.rank, run.ranks
         )
@@ -310,17 +342,44 @@ def _train(run: Run) -> None:
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
-            corrupt = run.corrupt
-            numbers = run.train_step(batch)
-            if run.corrupt > corrupt:  # the same on every rank
-                for line in distributed.lists_of(batch.corrupt):
-                    log.say(f"corrupt sample {line}")
-            log.step(numbers, waited)
-            if run.rank == 0 and (run.step % config.checkpoint_every == 0 or run.step == run.total_steps):
-                run.save()
-        if config.export and run.rank == 0:
-            export(run.state(), run.output / "model", tokenizer=run.tokenizer)
-        log.finish()
+            numbers = run.train_step(batch) | {"waited": waited}
+            for hook in hooks:
+                hook.after_step(batch, numbers)
+            if run.stopped and run.step < run.total_steps:
+                raise StoppedError
+        for hook in reversed(hooks):
+            hook.finish()
+
+
+def _resume(run: Run) -> None:
+    config = run.config
+    if config.resume == "latest":
+        found, damaged = distributed.on_first(lambda: checkpoint.newest_whole(run.output))
+        if found:
+            for line in damaged if run.rank == 0 else ():
+                print(f"warning: {line}; going on from {found.name}", file=sys.stderr)
+            run.restore(found)
+    elif config.resume != "none":
+        run.restore(Path(config.resume))
+    elif found := distributed.on_first(lambda: checkpoint.latest(run.output)):
+        raise checkpoint.CheckpointError(f"resume: none, but {found} exists; use resume=latest or another output")
+    try:
+        run.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("output", [f"the folder {run.output} cannot be made: {error.strerror}"]) from error
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm(run: Run) -> Iterator[None]:
+    # Only a main thread can receive signals; in Ray's workers the training is another.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, run.stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def make_optimizer(model: Clip, config: TrainConfig) -> torch.optim.AdamW:
@@ -343,113 +402,6 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, total - config.warmup)))
 
 
-def find_device(name: str) -> torch.device:
-    """Raises ConfigError if there is no such device here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError("device", [f"{name!r} cannot be used here: {str(error).splitlines()[0]}"]) from error
-
-
-class Log:
-    """`metrics.jsonl`, TensorBoard, and a progress bar on a terminal or plain lines elsewhere; of rank 0 alone."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.path = run.output / "metrics.jsonl" if run.rank == 0 else Path(os.devnull)
-        self.console = Console(stderr=True, quiet=run.rank != 0)
-        self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"), console=self.console, disable=not self.console.is_terminal,
-        )  # fmt: skip
-        self.board = summary_writer(run) if run.config.tensorboard and run.rank == 0 else None
-        self.waited, self.since, self.logged = 0.0, time.perf_counter(), run.step
-        self.started, self.first_step = self.since, run.step
-
-    def __enter__(self) -> Log:
-        self._forget_undone_steps()
-        self.file = self.path.open("a", encoding="utf-8")
-        self.bar.start()
-        self.task = self.bar.add_task("training", total=self.run.total_steps, completed=self.run.step, numbers="")
-        config, place = self.run.config, self.run.device
-        ranks = f"{self.run.ranks} ranks, " if self.run.ranks > 1 else ""
-        resumed = f", resumed after step {self.run.step}" if self.run.step else ""
-        self.say(
-            f"{config.model} on {len(self.run.shards):,} samples of {self.run.shards.folder}: "
-            f"{self.run.total_steps:,} steps of {config.batch_size:,} on {ranks}{place} in {config.precision}{resumed}"
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-        self.file.close()
-        if self.board:
-            self.board.close()
-
-    def say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    def step(self, numbers: dict[str, float], waited: float) -> None:
-        run = self.run
-        self.waited += waited
-        self.bar.update(self.task, completed=run.step)
-        if run.step % run.config.log_every and run.step != run.total_steps:
-            return
-        now = time.perf_counter()
-        rate = (run.step - self.logged) * run.config.batch_size / (now - self.since)
-        wait = self.waited / (now - self.since)
-        self.waited, self.since, self.logged = 0.0, now, run.step
-        record = {
-            "step": run.step,
-            "epoch": round(run.step / run.batches.per_epoch, 4),
-            "samples": run.step * run.config.batch_size,
-            **numbers,
-            "samples_per_second": round(rate, 2),
-            "data_wait": round(wait, 4),
-            "corrupt": run.corrupt,
-        }
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        if self.board:
-            for name, value in record.items():
-                self.board.add_scalar(name, value, run.step)
-        text = f"loss {numbers['loss']:.4f}  temperature {numbers['temperature']:.4f}  "
-        text += f"{rate:.0f} samples/s  data wait {wait:.0%}"
-        self.bar.update(self.task, numbers=text)
-        if self.bar.disable:
-            self.say(f"step {run.step}/{run.total_steps}  {text}")
-
-    def finish(self) -> None:
-        seconds = time.perf_counter() - self.started
-        corrupt = f", {self.run.corrupt} corrupt samples replaced" if self.run.corrupt else ""
-        model = f"; model in {self.run.output / 'model'}" if self.run.config.export else ""
-        self.say(f"{self.run.step - self.first_step} steps in {seconds:.0f} s{corrupt}{model}")
-
-    def _forget_undone_steps(self) -> None:
-        # A killed run may have logged steps after its last checkpoint; they are about to be done again.
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # a line that the kill cut short
-                if json.loads(line)["step"] <= self.run.step:
-                    kept.append(line + "\n")
-        self.path.write_text("".join(kept), encoding="utf-8")
-
-
-def summary_writer(run: Run) -> Any:
-    """TensorBoard's writer for `output/tensorboard`. Raises ConfigError without the package."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError("tensorboard", ["true, but the package is missing: pip install tensorboard"]) from error
-    return SummaryWriter(run.output / "tensorboard", purge_step=run.step + 1)
-
-
-@guarded()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.train",
@@ -464,13 +416,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         config = load_config(args.conf, args.overrides + ([f"resume={args.resume}"] if args.resume else []))
+        parse(config.evaluate)
         if args.plan:
             print(plan(config))
         elif config.ranks:
             distributed.on_ray(train, config)
         else:
             train(config)
-    except (ConfigError, ModelError, ShardsError, checkpoint.CheckpointError) as error:
+    except (ConfigError, EvaluationError, ModelError, ShardsError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
@@ -480,6 +433,9 @@ def main(argv: list[str] | None = None) -> int:
     except (DivergedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except StoppedError:
+        print("stopped by SIGTERM; the same command goes on from the checkpoint just written", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 1

@@ -66,7 +66,7 @@ def test_scores_are_the_cosines_that_the_model_gives(checkpoint: str) -> None:
     from trainer.model import load
 
     batch = make_batch(rows(10))
-    kept, drops = run_step(ClipScore(model=checkpoint, batch_size=4), batch)
+    kept, drops = run_step(ClipScore(model=checkpoint, batch_size=4, precision="fp32"), batch)
     assert len(drops) == 0
     assert kept.schema.field("clip_score").type == pa.float32()
 
@@ -78,6 +78,29 @@ def test_scores_are_the_cosines_that_the_model_gives(checkpoint: str) -> None:
     expected = (image * text).sum(-1).numpy()
     np.testing.assert_allclose(kept["clip_score"].to_numpy(), expected, atol=1e-4)
     assert len(np.unique(kept["clip_score"].to_numpy())) > 5
+
+
+def test_bf16_is_within_the_stated_error(checkpoint: str) -> None:
+    exact, rounded = (
+        scores(ClipScore(model=checkpoint, batch_size=8, precision=precision), [make_batch(rows(40))])  # type: ignore[arg-type]
+        for precision in ("fp32", "bf16")
+    )
+    assert max(abs(exact[at] - rounded[at]) for at in exact) < 0.02
+
+
+def test_the_precision_follows_the_device(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    step = ClipScore(model=checkpoint)
+    step.setup()
+    assert step._model.visual.conv1.weight.dtype == torch.float32
+    assert capsys.readouterr().err == ""
+    ClipScore(model=checkpoint, precision="bf16").setup()
+    assert "warning: clip_score: this CPU emulates bf16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -12,6 +12,18 @@ from trainer.export import export
 from trainer.model import create, load, model_config
 
 ARCHITECTURE = "scorer-64"
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+COCA = {
+    "embed_dim": 64,
+    "vision_cfg": {
+        "image_size": 64, "patch_size": 16, "width": 64, "layers": 2, "head_width": 32, "output_tokens": True,
+        "attentional_pool": True, "attn_pooler_heads": 2,
+    },
+    "text_cfg": {**TEXT, "embed_cls": True, "output_tokens": True},
+    "multimodal_cfg": TEXT,
+    "custom_text": True,
+}  # fmt: skip
+"""A configuration of open_clip whose text decoder has no part in a contrastive loss."""
 
 
 def write_model(out: Path) -> str:

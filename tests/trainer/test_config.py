@@ -40,7 +40,7 @@ def test_yaml_numbers_are_numbers_and_no_is_text(tmp_path: Path) -> None:
         (GOOD + "lock_image: true", "set pretrained"),
         (GOOD + "lock_image: true\nlock_text: true\npretrained: w", "nothing is left to train"),
         (GOOD.replace("shards: a", "shards: 3"), "shards: found 3"),
-        (GOOD + "precision: fp8", "precision: found 'fp8', expected fp32, bf16 or fp16"),
+        (GOOD + "precision: fp8", "precision: found 'fp8', expected auto, fp32, bf16 or fp16"),
         ("shards: a", "model: missing"),
         ("- a", "expected lines of `key: value`"),
         ("a: [", "c.yaml"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.trainer.models import COCA
 from tests.trainer.shards import samples, write_shards
 from tests.trainer.test_train import assert_equal, metrics, weights, words
 from trainer import checkpoint, distributed, train
@@ -25,7 +27,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("data") / "shards", pairs)
 
 
-def start(line: list[str], ranks: int = 2) -> list[subprocess.Popen[str]]:
+MODULE = ["-m", "trainer.train"]
+
+
+def start(line: list[str], ranks: int = 2, program: list[str] = MODULE) -> list[subprocess.Popen[str]]:
     """What `torchrun` does: processes that find each other by their environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -38,7 +43,7 @@ def start(line: list[str], ranks: int = 2) -> list[subprocess.Popen[str]]:
     }
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "trainer.train", *line],
+            [sys.executable, *program, *line],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -80,6 +85,60 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     assert train.main(words(shards, tmp_path / "out")) == 2
     assert "batch_size: 8 cannot be divided among 3 ranks" in capsys.readouterr().err
+
+
+WITH_COCA = """\
+import sys
+from trainer.model import open_clip
+open_clip.add_model_config(sys.argv[1])
+from trainer.train import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_parameters_that_the_loss_does_not_reach_train_on_two_ranks_as_on_one(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "coca-64.json").write_text(json.dumps(COCA))
+    program = ["-c", WITH_COCA, str(tmp_path)]
+    options = {"model": "coca-64", "samples": 24, "log_every": 1, "checkpoint_every": 2, "micro_batch_size": 2}
+    finish(start(words(shards, tmp_path / "one", **options), 1, program))
+    finish(start(words(shards, tmp_path / "two", **options), 2, program))
+    for key in ("loss", "grad_norm"):
+        one, two = ([record[key] for record in metrics(tmp_path / name)] for name in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-3)
+    # A checkpoint of one rank goes on with two.
+    resume = f"resume={tmp_path / 'one' / 'checkpoints' / 'step-00000002.pt'}"
+    finish(start([*words(shards, tmp_path / "again", **options), resume], 2, program))
+
+
+def test_two_ranks_evaluate_once_and_train_as_without(shards: Path, tmp_path: Path) -> None:
+    task = f"evaluate=[{{retrieval: {{data: {shards}, name: seen, every: 3}}}}]"
+    data = write_shards(tmp_path / "shards", samples(36))
+    line = words(data, tmp_path / "plain", epochs=1)
+    finish(start(line))
+    said = finish(start([*line, f"output={tmp_path / 'evaluated'}", task.replace(str(shards), str(data))]))
+    found = [record["step"] for record in metrics(tmp_path / "evaluated") if "seen/image_retrieval_recall@1" in record]
+    assert found == [0, 3, 4]
+    assert [text.count("  seen  ") for text in said] == [3, 0]
+    assert_equal(weights(tmp_path / "evaluated"), weights(tmp_path / "plain"))
+    # What is wrong with it ends all ranks alike.
+    processes = start([*line, f"output={tmp_path / 'refused'}", task.replace(str(shards), str(tmp_path / "nowhere"))])
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert all("nowhere" in text and "Traceback" not in text for text in said)
+
+
+def test_sigterm_to_one_rank_stops_all_after_the_same_step(shards: Path, tmp_path: Path) -> None:
+    line = words(shards, tmp_path / "out", log_every=1, epochs=100)
+    processes = start(line)
+    assert processes[0].stderr is not None
+    for said in processes[0].stderr:
+        if said.startswith("step 2/"):
+            break
+    processes[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], said
+    assert "Traceback" not in "".join(said)
+    assert int(weights(tmp_path / "out")["step"]) == metrics(tmp_path / "out")[-1]["step"]
 
 
 @pytest.mark.slow

@@ -1,25 +1,50 @@
 from __future__ import annotations
 
+import argparse
 import ast
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import trainer
+from tests.trainer.models import COCA, TEXT
 from trainer.export import export
 from trainer.model import (
     ModelError,
     checkpoint_activations,
     create,
     encode_text,
+    freeze_unreached,
     load,
     lock,
     model_config,
     open_clip,
+    read_weights,
     trim,
 )
+
+FASTVIT = {"timm_model_name": "fastvit_t8", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64}
+OTHER_TOWERS = {
+    "fastvit-64": {  # batch norms and stochastic depth
+        "embed_dim": 64,
+        "vision_cfg": {**FASTVIT, "timm_drop_path": 0.2},
+        "text_cfg": TEXT,
+        "custom_text": True,
+    },
+    "coca-64": COCA,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def other_towers(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("models")
+    for name, config in OTHER_TOWERS.items():
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
 
 
 def test_the_trainer_imports_nothing_of_the_pipeline_and_open_clip_in_one_place() -> None:
@@ -97,6 +122,109 @@ def test_a_resnet_that_computes_its_activations_twice_learns_the_same() -> None:
     assert less < plain * 0.6
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, msg=name)
+
+
+@pytest.mark.parametrize("name", ["scorer-64", "tiny-rn-64", *OTHER_TOWERS])
+def test_checkpointed_activations_change_no_number(name: str) -> None:
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model, preprocess, tokenizer = create(name)
+        if again:
+            checkpoint_activations(model)
+        pixels = torch.randn(4, 3, preprocess.size, preprocess.size)
+        image, text = model.encode_image(pixels), encode_text(model, tokenizer(["a cat", "a dog", "b", "c d e"]))
+        (image.sin().sum() + text.cos().sum()).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append(gradients | {f"{name} of batch norm": value for name, value in model.named_buffers()})
+    want, got = found
+    assert want.keys() == got.keys()
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
+
+
+def test_parameters_that_the_features_do_not_depend_on_have_no_gradient_to_wait_for() -> None:
+    model, preprocess, tokenizer = create("coca-64")
+    freeze_unreached(model, preprocess, tokenizer)
+    frozen = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"text_decoder"}
+    plain, preprocess, tokenizer = create("tiny-rn-64")
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    freeze_unreached(plain, preprocess, tokenizer)
+    assert all(p.requires_grad and p.grad is None for p in plain.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+
+
+class Malicious:
+    """Pickled as a call that makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (f"open({str(self.path)!r}, 'w')",)
+
+
+SAVED: dict[str, Callable[[dict[str, Any], Path], Any]] = {
+    "a state dict": lambda state, at: state,
+    "open_clip's": lambda state, at: {"epoch": 3, "state_dict": state},
+    "this trainer's": lambda state, at: {"model": state, "model_config": model_config("scorer-64"), "step": 1},
+    "compiled": lambda state, at: {"state_dict": {f"_orig_mod.{name}": value for name, value in state.items()}},
+    "distributed and compiled": lambda state, at: {f"module._orig_mod.{name}": v for name, v in state.items()},
+    "with a Namespace": lambda state, at: {"state_dict": state, "args": argparse.Namespace(lr=1)},
+    "with code": lambda state, at: {"state_dict": state, "args": Malicious(at / "owned")},
+}
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_weights_are_found_in_every_checkpoint_without_running_its_code(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    state = create("scorer-64")[0].state_dict()
+    torch.save(SAVED[kind](state, tmp_path), tmp_path / "weights.pt")
+    for net in (create("scorer-64", pretrained=str(tmp_path / "weights.pt"))[0],
+                load("scorer-64", str(tmp_path / "weights.pt"))[0]):  # fmt: skip
+        assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        (b"", "cannot be read as weights"),
+        (b"<html>404</html>", "cannot be read as weights"),
+        ({}, "expected a state dict"),
+        ([torch.zeros(1)], "expected a state dict"),
+        ({"state_dict": argparse.Namespace(a=1)}, "expected a state dict"),
+        ({"optimizer": {"lr": 1}}, "expected a state dict"),
+    ],
+)
+def test_what_holds_no_weights_is_refused_in_a_line(tmp_path: Path, saved: Any, said: str) -> None:
+    path = tmp_path / "weights.pt"
+    path.write_bytes(saved) if isinstance(saved, bytes) else torch.save(saved, path)
+    with pytest.raises(ModelError, match=said) as error:
+        read_weights(path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_checkpoint_of_the_trainer_brings_its_activation_and_its_bias(tmp_path: Path) -> None:
+    model, *_ = create("scorer-64", siglip=True)
+    config = {**model_config("scorer-64", siglip=True), "quick_gelu": True}
+    torch.save({"model": model.state_dict(), "model_config": config, "step": 1}, tmp_path / "step-00000001.pt")
+    net, *_ = load("scorer-64", str(tmp_path / "step-00000001.pt"))
+    assert isinstance(net.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
+    assert net.logit_bias.item() == -10
+
+
+@pytest.mark.parametrize(("trained", "start"), [(None, (-10, 10)), (-7.5, (-7.5, 14.2857))])
+def test_the_sigmoid_loss_starts_from_clip_weights_as_from_none(
+    tmp_path: Path, trained: float | None, start: tuple[float, float]
+) -> None:
+    state = create("scorer-64")[0].state_dict()
+    if trained is not None:
+        state["logit_bias"] = torch.tensor(trained)
+    torch.save(state, tmp_path / "weights.pt")
+    net, *_ = create("scorer-64", pretrained=str(tmp_path / "weights.pt"), siglip=True)
+    assert (net.logit_bias.item(), net.logit_scale.exp().item()) == pytest.approx(start)
 
 
 def test_weights_of_quickgelu_keep_it(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,145 @@ def test_a_half_written_checkpoint_is_never_seen(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, {"step": step}, keep=2)
     assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["step-00000002.pt", "step-00000003.pt"]
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size * 2 // 3)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def flip(path: Path) -> None:
+    """One bit of a weight, which torch would read without a word."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def replace(path: Path) -> None:
+    path.write_text("<html>not found</html>")
+
+
+@pytest.mark.parametrize("damage", [cut, empty, flip, replace])
+def test_a_damaged_checkpoint_is_passed_over_and_named(
+    shards: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
+) -> None:
+    line = words(shards, tmp_path / "out", checkpoint_every=3, keep_checkpoints=2)
+    assert train.main(line) == 0
+    damage(tmp_path / "out" / "checkpoints" / "step-00000012.pt")
+    capsys.readouterr()
+    assert train.main(line) == 0
+    said = capsys.readouterr().err
+    assert "step-00000012.pt: damaged" in said
+    assert "going on from step-00000009.pt" in said
+    assert_equal(weights(tmp_path / "out"), weights(reference))
+
+
+def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path: Path) -> None:
+    for step in (1, 2, 9):
+        checkpoint.save(tmp_path, step, {"step": step}, keep=3)
+    empty(tmp_path / "step-00000009.pt")
+    checkpoint.save(tmp_path, 3, {"step": 3}, keep=1)
+    assert checkpoint.newest_whole(tmp_path)[0] == tmp_path / "step-00000003.pt"
+
+
+def test_with_every_checkpoint_damaged_nothing_is_trained_anew(
+    shards: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(reference / "checkpoints", output / "checkpoints")
+    for path in (output / "checkpoints").iterdir():
+        cut(path)
+    assert train.main(words(shards, output)) == 2
+    assert "no checkpoint is whole" in capsys.readouterr().err
+    assert export.main([str(output), str(tmp_path / "model")]) == 2
+
+
+FULL = """\
+import resource, signal, sys
+from trainer.train import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_a_line_and_leaves_nothing(
+    shards: Path, tmp_path: Path
+) -> None:
+    line = words(shards, tmp_path / "out")
+    done = subprocess.run([sys.executable, "-c", FULL, *line], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1, done.stderr
+    assert "the checkpoint cannot be written: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "out" / "checkpoints").iterdir()) == []
+
+
+def test_a_model_that_cannot_be_written_leaves_nothing(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert export.main([str(reference), str(tmp_path / "file" / "model")]) == 1
+    assert "the model cannot be written: Not a directory" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_output_that_is_a_file_is_refused(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("")
+    assert train.main(words(shards, tmp_path / "out")) == 2
+    assert "output: the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["the process", "its group"])
+def test_sigterm_writes_a_checkpoint_that_the_same_command_goes_on_from(
+    shards: Path, reference: Path, tmp_path: Path, group: bool
+) -> None:
+    line = words(shards, tmp_path / "out", log_every=1, workers=1)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer.train", *line], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    for said in process.stderr:
+        if said.startswith("step 2/"):
+            break
+    (os.killpg if group else os.kill)(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, said
+    assert "stopped by SIGTERM; the same command goes on" in said
+    assert "Traceback" not in said
+    step = int(weights(tmp_path / "out")["step"])
+    assert step == metrics(tmp_path / "out")[-1]["step"] < 12
+    assert train.main(line) == 0
+    assert_equal(weights(tmp_path / "out"), weights(reference))
+
+
+def test_the_first_line_says_which_precision_and_why(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    options = {"epochs": 1, "device": "cpu", "export": "false", "samples": 16}
+    assert train.main(words(shards, tmp_path / "auto", **options, precision="auto")) == 0
+    first, *others = capsys.readouterr().err.splitlines()
+    assert "on cpu in fp32 (auto: this CPU has no instructions for bf16)" in first
+    assert "warning" not in "".join(others)
+    assert train.main(words(shards, tmp_path / "bf16", **options, precision="bf16")) == 0
+    said = capsys.readouterr().err
+    assert said.count("warning: this CPU emulates bf16, which takes about 2 to 10 times as long as fp32") == 1
+
+
+def test_a_resumed_run_keeps_the_precision_that_auto_chose(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = words(shards, tmp_path / "out", precision="bf16", samples=24, checkpoint_every=2, export="false")
+    assert train.main(line) == 0
+    (tmp_path / "out" / "checkpoints" / "step-00000003.pt").unlink()
+    capsys.readouterr()
+    assert train.main([*line, "precision=fp32"]) == 2
+    assert "precision: bf16 in the checkpoint, fp32 now" in capsys.readouterr().err
+    assert train.main([*line, "precision=auto"]) == 0
+    assert "in bf16 (auto: as in the checkpoint)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

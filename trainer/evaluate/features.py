@@ -21,10 +21,10 @@ from torch.nn import functional as F
 
 from trainer.config import ConfigError
 from trainer.data import CorruptSampleError, ShardsError, decode
+from trainer.device import find_device
 from trainer.evaluate.samples import EvaluationError, Sample
 from trainer.model import DTYPES, Clip, ModelError, Preprocess, Tokenizer, encode_text, load
 from trainer.terminal import Console
-from trainer.train import find_device
 
 TILE = 4096
 """Rows and columns of the largest matrix of similarities that is ever held."""
@@ -136,7 +136,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
 
 
 def open_encoder(args: argparse.Namespace) -> Encoder:
-    """The model that the options name. Raises ConfigError or ModelError."""
+    """The model that the options name, or the one that a training evaluates. Raises ConfigError or ModelError."""
+    if (encoder := getattr(args, "encoder", None)) is not None:
+        return encoder
     if args.batch_size < 1:
         raise ConfigError("--batch-size", [f"found {args.batch_size}, expected at least 1"])
     return Encoder(*load(args.model, args.pretrained, find_device(args.device), args.precision), args.batch_size)

@@ -1,0 +1,250 @@
+"""What happens beside the steps of a training: its log, its checkpoints, its evaluations, and whatever a user adds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trainer import checkpoint, distributed
+from trainer.config import ConfigError
+from trainer.export import export
+from trainer.terminal import Console
+
+if TYPE_CHECKING:
+    from trainer.data import Batch
+    from trainer.train import Run
+
+Record = dict[str, Any]
+"""A line of `metrics.jsonl`: `step`, `epoch`, `samples`, and what was measured."""
+
+
+class StoppedError(Exception):
+    """The training was asked to end (SIGTERM), and can be resumed."""
+
+
+class Hook:
+    """Something that accompanies a run, on every rank: entered before its first step, left after its last or an error.
+
+    `trainer.train.train(config, hooks=[MyHook])` adds one: a function of the run that gives a hook. Overridden methods
+    may use everything of `run`; what they do alike on all ranks may be collective. Weights and random numbers of the
+    training are theirs to leave alone.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __enter__(self) -> Hook:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        pass
+
+    def after_step(self, batch: Batch, numbers: dict[str, float]) -> None:
+        """After step `run.step`: this rank's part of the batch, and `loss`, `lr`, `temperature`, `grad_norm`, and
+        `waited`, the seconds that the batch was waited for."""
+
+    def finish(self) -> None:
+        """After the last step, while every hook is still open."""
+
+
+class Log(Hook):
+    """`metrics.jsonl`, TensorBoard, Weights & Biases, and a progress bar on a terminal or plain lines elsewhere.
+
+    All of rank 0 alone.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.path = run.output / "metrics.jsonl" if run.rank == 0 else Path(os.devnull)
+        self.console = Console(stderr=True, quiet=run.rank != 0)
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"), console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self.boards: list[Board] = []
+        self.records: list[Record] = []
+        """Of earlier runs, those that belong to the current step."""
+        self.corrupt = run.corrupt
+        self.waited, self.since, self.logged = 0.0, time.perf_counter(), run.step
+        self.started, self.first_step = self.since, run.step
+
+    def __enter__(self) -> Log:
+        run, config = self.run, self.run.config
+        self._forget_undone_steps()
+        self.file = self.path.open("a", encoding="utf-8")
+        if run.rank == 0 and config.tensorboard:
+            self.boards.append(TensorBoard(run))
+        if run.rank == 0 and config.wandb:
+            self.boards.append(WeightsAndBiases(run))
+        self.bar.start()
+        self.task = self.bar.add_task("training", total=run.total_steps, completed=run.step, numbers="")
+        ranks = f"{run.ranks} ranks, " if run.ranks > 1 else ""
+        resumed = f", resumed after step {run.step}" if run.step else ""
+        self.say(
+            f"{config.model} on {len(run.shards):,} samples of {run.shards.folder}: {run.total_steps:,} steps of "
+            f"{config.batch_size:,} on {ranks}{run.device} in {run.precision}{resumed}"
+        )
+        if run.precision.warning:
+            self.say(f"warning: {run.precision.warning}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+        self.file.close()
+        for board in self.boards:
+            board.close()
+
+    def say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def write(self, numbers: Record) -> None:
+        """A record of the current step, to the file and the boards."""
+        run = self.run
+        epoch = round(run.step / run.batches.per_epoch, 4)
+        record = {"step": run.step, "epoch": epoch, "samples": run.step * run.config.batch_size, **numbers}
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        for board in self.boards:
+            board.write(record)
+
+    def after_step(self, batch: Batch, numbers: dict[str, float]) -> None:
+        run = self.run
+        if run.corrupt > self.corrupt:  # the same on every rank
+            self.corrupt = run.corrupt
+            for line in distributed.lists_of(batch.corrupt):
+                self.say(f"corrupt sample {line}")
+        self.waited += numbers["waited"]
+        self.bar.update(self.task, completed=run.step)
+        if run.step % run.config.log_every and run.step != run.total_steps:
+            return
+        now = time.perf_counter()
+        rate = (run.step - self.logged) * run.config.batch_size / (now - self.since)
+        wait = self.waited / (now - self.since)
+        self.waited, self.since, self.logged = 0.0, now, run.step
+        measured = {name: value for name, value in numbers.items() if name != "waited"}
+        speed = {"samples_per_second": round(rate, 2), "data_wait": round(wait, 4)}
+        self.write({**measured, **speed, "corrupt": run.corrupt})
+        text = f"loss {numbers['loss']:.4f}  temperature {numbers['temperature']:.4f}  "
+        text += f"{rate:.0f} samples/s  data wait {wait:.0%}"
+        self.bar.update(self.task, numbers=text)
+        if self.bar.disable:
+            self.say(f"step {run.step}/{run.total_steps}  {text}")
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While this lasts, another progress bar has the terminal, and time does not count for samples per second."""
+        before = time.perf_counter()
+        if not self.bar.disable:
+            self.bar.stop()
+        try:
+            yield
+        finally:
+            self.bar.start()
+            self.since += time.perf_counter() - before
+
+    def finish(self) -> None:
+        seconds = time.perf_counter() - self.started
+        corrupt = f", {self.run.corrupt} corrupt samples replaced" if self.run.corrupt else ""
+        model = f"; model in {self.run.output / 'model'}" if self.run.config.export else ""
+        self.say(f"{self.run.step - self.first_step} steps in {seconds:.0f} s{corrupt}{model}")
+
+    def _forget_undone_steps(self) -> None:
+        # A killed run may have logged steps after its last checkpoint; they are about to be done again.
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # a line that the kill cut short
+                record = json.loads(line)
+                if record["step"] <= self.run.step:
+                    kept.append(line + "\n")
+                if record["step"] == self.run.step:
+                    self.records.append(record)
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+
+class Board(Protocol):
+    """Where records are drawn as curves."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Writes `output/tensorboard`. Raises ConfigError without the package."""
+
+    def __init__(self, run: Run) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError("tensorboard", ["true, but the package is missing: pip install tensorboard"]) from error
+        self.writer = SummaryWriter(run.output / "tensorboard", purge_step=run.step + 1)
+
+    def write(self, record: Record) -> None:
+        for name, value in _numbers(record).items():
+            self.writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """Sends records to a project of Weights & Biases, as WANDB_MODE and `wandb login` have it; its files lie in
+    `output/wandb`. Each start is a run of its own, in a group named after the output. Raises ConfigError without the
+    package or a login."""
+
+    def __init__(self, run: Run) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError("wandb", ["set, but the package is missing: pip install wandb"]) from error
+        settings = vars(run.config) | {"precision": run.precision.name}
+        group = run.output.resolve().name
+        try:
+            self.board = wandb.init(project=run.config.wandb, group=group, dir=str(run.output), config=settings)
+        except wandb.Error as error:  # no login, no network
+            raise ConfigError("wandb", [" ".join(str(error).split())]) from error
+
+    def write(self, record: Record) -> None:
+        self.board.log(_numbers(record), step=record["step"])
+
+    def close(self) -> None:
+        self.board.finish()
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    return {name: value for name, value in record.items() if isinstance(value, int | float)}
+
+
+class Checkpoints(Hook):
+    """A checkpoint every `checkpoint_every` steps, at the last one, and when the run is stopped; then the export."""
+
+    saved: int | None = None
+    """The step of the last one written."""
+
+    def after_step(self, batch: Batch, numbers: dict[str, float]) -> None:
+        if self.run.step % self.run.config.checkpoint_every == 0 or self.run.step == self.run.total_steps:
+            self._save()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is StoppedError:
+            self._save()
+
+    def finish(self) -> None:
+        if self.run.config.export and self.run.rank == 0:
+            export(self.run.state(), self.run.output / "model", tokenizer=self.run.tokenizer)
+
+    def _save(self) -> None:
+        if self.run.rank == 0 and self.saved != self.run.step:
+            folder, keep = self.run.output / "checkpoints", self.run.config.keep_checkpoints
+            checkpoint.save(folder, self.run.step, self.run.state(), keep)
+            self.saved = self.run.step
