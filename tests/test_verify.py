@@ -111,6 +111,8 @@ def damaged(run: Path, kind: str, damage: str) -> Iterator[Path]:
     try:
         yield file
     finally:
+        for f in [f for f in run.rglob("*") if f.is_file() and f not in before]:
+            f.unlink()  # what a command has made again, under other names
         for f, data in before.items():
             f.write_bytes(data)
 
