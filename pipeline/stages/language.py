@@ -99,7 +99,8 @@ class Language(Stage):
         for row in np.flatnonzero((kept < self.min_score) & (wanted | (1 - score >= self.min_score))):
             kept[row] = self._probability(captions[row])
             detail[row] += f", {'+'.join(self.keep)} {kept[row]:.4f}"
-        reason = np.where(kept >= self.min_score, None, np.where(wanted, "low_score", "language"))
+        reason = np.where(wanted, "low_score", "language").astype(object)
+        reason[kept >= self.min_score] = None
         batch = batch.append_column("drop_reason", pa.array(reason, pa.string()))
         return batch.append_column("drop_detail", pa.array(detail, pa.string()))
 
