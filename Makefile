@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types clean
+.PHONY: demo test check lint types docs clean
 
 demo: .venv/ready
 	$(BIN)/python -m pipeline.demo.run
@@ -11,7 +11,7 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest
 
-check: lint types test
+check: lint types docs test
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -19,6 +19,9 @@ lint: .venv/ready
 
 types: .venv/ready
 	$(BIN)/mypy
+
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # torch comes first and pinned: where pip is offered a CPU build of this version it takes that one.
 .venv/ready: pyproject.toml constraints.txt

@@ -126,7 +126,7 @@ def stream(
     """
     gpus = _there("GPU")
     resources = {
-        i: "GPU" if gpus and any(getattr(step, "gpu", False) for step in passes[i].steps) else "CPU" for i in numbers
+        i: "GPU" if gpus and any(step.resource == "gpu" for step in passes[i].steps) else "CPU" for i in numbers
     }
     # All crews must fit beside each other, or one would wait for the end of another.
     shares = {"CPU": 1 / max(1, list(resources.values()).count("CPU")), "GPU": 1}

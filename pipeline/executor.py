@@ -1,15 +1,20 @@
 """Runs the passes of a recipe, one after the other or, where they go from unit to unit, side by side.
 
 Nothing here holds rows: what a worker does with a unit is `passes.run_pass`, and how it gets the unit is `crew`.
+
+What an earlier command committed is looked at before it is reused: records, tables and the sizes of all other files;
+if there is nothing left to do, every byte. What is damaged is made again where that gives the same, and is an error
+otherwise.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +22,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import crew, ingest, pool
+from pipeline import crew, ingest, pool, vectors
+from pipeline.card import About
+from pipeline.claim import Claim
 from pipeline.ledger import BooksError, Funnel, Line
-from pipeline.passes import Pass, alive, read_unit, unit_drops
+from pipeline.passes import Pass, alive, check_unit, read_unit, unit_drops
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.schema import DROP, POSITION
 from pipeline.stages.write_shards import WriteShards
-from pipeline.step import Filter, drops_table
-from pipeline.storage import Store
+from pipeline.step import Filter, VectorFilter, drops_table
+from pipeline.storage import DamagedError, Entry, Store, sealed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,18 +48,27 @@ class Outcome:
     funnel: Funnel
     reused: list[str]
     """The labels of the passes that were found complete, in order."""
+    mended: list[str]
+    """What was found damaged and made again: a line each."""
 
 
-def execute(recipe: Recipe, passes: list[Pass], types: dict[str, pa.DataType], progress: Progress) -> Outcome:
-    """Runs what is not done yet; afterwards every pass of the recipe is complete and the books of the run balance."""
+def execute(
+    recipe: Recipe, passes: list[Pass], types: dict[str, pa.DataType], progress: Progress, claim: Claim
+) -> Outcome:
+    """Runs what is not done yet; afterwards every pass of the recipe is complete and the books of the run balance.
+
+    DamagedError if something that was committed is lost or spoilt and cannot be made again.
+    """
     funnel = Funnel()
     reused: list[str] = []
-    units = _ingest(recipe, passes[0], types, progress, reused)
+    mended = _mend(recipe, passes)
+    units = _ingest(recipe, passes[0], types, progress, reused, claim)
     index = 1
     funnel.add(_funnel(passes[0]))
     while index < len(passes):
+        claim.check()
         p = passes[index]
-        if p.complete() is not None and (p.kind != "write" or _owns_shards(recipe, p)):
+        if p.complete() is not None and (p.kind != "write" or _shards_whole(recipe, p)):
             reused.append(p.label)
             funnel.add(_funnel(p))
             index += 1
@@ -61,24 +77,25 @@ def execute(recipe: Recipe, passes: list[Pass], types: dict[str, pa.DataType], p
             _barrier(passes, index, units, funnel.kept, progress)
             chain = [index]
         elif p.kind == "write":
-            _write(recipe, passes, index, units, progress)
+            _write(recipe, passes, index, units, progress, claim)
             chain = [index]
         else:
             end = index
             while end < len(passes) and passes[end].kind == "map" and passes[end].complete() is None:
                 end += 1
             chain = list(range(index, end))
-            _map(recipe, passes, chain, units, progress)
+            _map(recipe, passes, chain, units, progress, claim)
         for i in chain:
             funnel.add(_funnel(passes[i]))
         index = chain[-1] + 1
     funnel.balance()
-    return Outcome(funnel, reused)
+    return Outcome(funnel, reused, mended)
 
 
-def write_books(recipe: Recipe, passes: list[Pass], outcome: Outcome, units: int) -> int:
-    """Writes `drops/*.parquet` and `funnel.json`; returns the rows in the drops. BooksError if rows are missing."""
-    store = Store(recipe.run)
+def write_books(recipe: Recipe, passes: list[Pass], outcome: Outcome, claim: Claim) -> int:
+    """Writes `drops/*.parquet`, `funnel.json` and, as the last, `seal.json`; returns the rows in the drops. BooksError
+    if rows are missing."""
+    store, units = Store(recipe.run), unit_total(passes)
     group = _units_per_group(recipe)
     groups = list(range(-(-units // group)))
 
@@ -86,7 +103,9 @@ def write_books(recipe: Recipe, passes: list[Pass], outcome: Outcome, units: int
         for number in numbers:
             yield _export_drops(store, passes, number, range(number * group, min(units, (number + 1) * group)))
 
-    rows = sum(record["rows"] for record in crew.over(groups, export))
+    exported = list(crew.over(groups, export))
+    rows = sum(record["rows"] for record in exported)
+    claim.check()
     keep = {f"{number:05d}.parquet" for number in groups}
     for name in store.names("drops"):
         if name not in keep:
@@ -95,7 +114,16 @@ def write_books(recipe: Recipe, passes: list[Pass], outcome: Outcome, units: int
     if funnel.rows_in != funnel.kept + rows:
         raise BooksError(f"{funnel.rows_in:,} rows in, but {funnel.kept:,} kept and {rows:,} in the ledger of drops")
     books = {"name": recipe.name, "rows_in": funnel.rows_in, "kept": funnel.kept, "steps": funnel.to_json()}
-    store.write("funnel.json", json.dumps(books, indent=1).encode())
+    files = [store.write("funnel.json", json.dumps(books, indent=1).encode()), store.entry("run.json")]
+    files += sorted((record["entry"] for record in exported), key=lambda entry: str(entry["name"]))
+    shards = passes[-1].kind == "write"
+    files += [store.entry(f"shards/{name}") for name in (("OWNER", "manifest.json") if shards else ())]
+    within = f"{recipe.run}/"
+    completes = [{"pass": p.root.removeprefix(within), **p.store.entry("complete.json")} for p in passes]
+    for part in store.parts():
+        if not part.startswith("claim/"):
+            store.remove(part)
+    store.write("seal.json", sealed({"files": files, "passes": completes}))
     return rows
 
 
@@ -112,24 +140,73 @@ def _funnel(p: Pass) -> Funnel:
     return Funnel.from_json(complete["funnel"])
 
 
-def _finish(p: Pass, funnel: Funnel, **more: Any) -> None:
-    p.store.create("complete.json", json.dumps({"pass": p.label, "funnel": funnel.to_json(), **more}).encode())
-
-
 def _empty_funnel(p: Pass) -> Funnel:
     return Funnel.of(p.labels, 0, [], {})
+
+
+# --- What earlier commands have left ---------------------------------------------------------------------------------
+
+
+def _mend(recipe: Recipe, passes: list[Pass]) -> list[str]:
+    """Looks at all that is committed, and takes back what is damaged, so that it is made again.
+
+    DamagedError, and nothing is taken back, if any of it would not come out the same a second time.
+    """
+    complete = [p.complete() for p in passes]
+    done = all(complete)
+    if complete[0] is None:
+        return []
+    units = int(complete[0]["units"])
+    work = [
+        (i, low, min(units, low + 64))
+        for i, p in enumerate(passes)
+        if p.kind in ("pool", "map") and (complete[i] or p.store.names("commits"))
+        for low in range(0, units, 64)
+    ]
+
+    def look(ranges: Sequence[tuple[int, int, int]]) -> Iterator[dict[str, Any]]:
+        for i, low, high in ranges:
+            for unit in range(low, high):
+                try:
+                    if complete[i] or passes[i].record(unit) is not None:
+                        check_unit(passes[i], unit, digest=done)
+                except DamagedError as error:
+                    yield {"pass": i, "unit": unit, "error": str(error)}
+
+    found = list(crew.over(work, look))
+    for i, record in enumerate(complete):
+        if record is not None and passes[i].kind == "barrier":
+            try:
+                for entry in record["files"].values():
+                    passes[i].store.check(entry)
+            except DamagedError as error:
+                found.append({"pass": i, "unit": None, "error": str(error)})
+    own = f"{Store(recipe.run).root}/"
+    if final := [d for d in found if not (passes[d["pass"]].repeatable and passes[d["pass"]].root.startswith(own))]:
+        for damage in final:
+            if not passes[damage["pass"]].root.startswith(own):
+                said = damage["error"].partition(" To go on")[0]
+                damage["error"] = f"{said} To go on, give the command of that run again, or leave `reuse` out."
+        more = f"\n… and {len(final) - 5:,} more" if len(final) > 5 else ""
+        raise DamagedError("\n".join(damage["error"] for damage in final[:5]) + more)
+    for damage in found:
+        passes[damage["pass"]].forget(damage["unit"])
+    return [damage["error"].partition(" To go on")[0] for damage in found]
 
 
 # --- The pool ---------------------------------------------------------------------------------------------------------
 
 
-def _ingest(recipe: Recipe, p: Pass, types: dict[str, pa.DataType], progress: Progress, reused: list[str]) -> int:
+def _ingest(
+    recipe: Recipe, p: Pass, types: dict[str, pa.DataType], progress: Progress, reused: list[str], claim: Claim
+) -> int:
     if p.complete() is not None:
         reused.append(p.label)
         return unit_total([p])
+    ingest.mend(p)
     spec, splits = recipe.pool, pool.splits(recipe.pool)
-    data = p.store.read_if_there("plan.json")
-    if data is None:
+    plan = p.store.read_record("plan.json")
+    if plan is None:
         sizes = [split.rows or 0 for split in splits]
 
         def count(batch: Sequence[tuple[int, pool.Split]]) -> Iterator[dict[str, Any]]:
@@ -142,9 +219,7 @@ def _ingest(recipe: Recipe, p: Pass, types: dict[str, pa.DataType], progress: Pr
         units = ingest.unit_count(rows, recipe.unit_rows)
         parts = ingest.partition_count(rows, units)
         plan = {"rows": rows, "units": units, "parts": parts, "pieces": ingest.pieces(sizes)}
-        p.store.create("plan.json", json.dumps(plan).encode())
-        data = p.store.read("plan.json")
-    plan = json.loads(data)
+        p.store.write("plan.json", sealed(plan))
     units, parts, starts = plan["units"], plan["parts"], plan["pieces"]
     progress.begin([(p.label, plan["rows"])], units)
 
@@ -162,37 +237,42 @@ def _ingest(recipe: Recipe, p: Pass, types: dict[str, pa.DataType], progress: Pr
     ]
     started = time.perf_counter()
     for _ in crew.over(pieces, scatter):
-        pass
-    funnel = _empty_funnel(p)
+        claim.check()
+    funnel, entries = _empty_funnel(p), []
     for record in crew.over(range(parts), gather):
+        claim.check()
+        entries += [record["table"], record["heavy"]]
         unit_funnel = Funnel.from_json(record["funnel"])
         funnel.add(unit_funnel)
         progress.add(p.label, record["rows_in"], record["kept"], unit_funnel.lines[p.label].dropped, units=1)
     if funnel.rows_in != plan["rows"]:
         raise BooksError(f"the pool has {plan['rows']:,} rows, but its units hold {funnel.rows_in:,}")
     funnel.lines[p.label].seconds = time.perf_counter() - started
-    _finish(p, funnel, units=units)
-    for name in p.store.names("spool"):
-        p.store.remove(f"spool/{name}")
+    p.sweep(entries)
+    p.finish(funnel, units=units)
     return units
 
 
 # --- Passes over units ------------------------------------------------------------------------------------------------
 
 
-def _map(recipe: Recipe, passes: list[Pass], chain: list[int], units: int, progress: Progress) -> None:
+def _map(recipe: Recipe, passes: list[Pass], chain: list[int], units: int, progress: Progress, claim: Claim) -> None:
     """Streams all units through neighbouring passes: while one downloads, the one before it is scored."""
     rows = _funnel(passes[chain[0] - 1]).kept
     progress.begin([(passes[i].label, rows if i == chain[0] else None) for i in chain], units)
     funnels = {i: _empty_funnel(passes[i]) for i in chain}
+    entries: dict[int, list[Entry | None]] = {i: [] for i in chain}
     for i, advance in crew.stream(passes, chain, units, recipe.workers):
+        claim.check()
         progress.add(passes[i].label, advance.rows, advance.kept, advance.reasons, units=len(advance.records))
         for record in advance.records:
             funnels[i].add(Funnel.from_json(record["funnel"]))
+            entries[i] += [record["table"], record["heavy"]]
     for i in chain:
         if funnels[i].rows_in != (rows if i == chain[0] else funnels[i - 1].kept):
             raise BooksError(f"{passes[i].label}: {rows:,} rows were due, {funnels[i].rows_in:,} came")
-        _finish(passes[i], funnels[i])
+        passes[i].sweep(entries[i])
+        passes[i].finish(funnels[i])
 
 
 # --- Barriers ---------------------------------------------------------------------------------------------------------
@@ -214,13 +294,20 @@ def _barrier(passes: list[Pass], index: int, units: int, rows: int, progress: Pr
     assert isinstance(step, Filter)
     progress.begin([(p.label, rows)])
     if not rows:
-        _finish(p, _empty_funnel(p), files={}, units_per_file=units)
+        p.finish(_empty_funnel(p), files={}, units_per_file=units)
         return
     started = time.perf_counter()
+    per_file = max(1, GROUP_ROWS * units // rows)
+    if isinstance(step, VectorFilter):
+        files, reasons = vectors.decide(p, before, units, rows, per_file, crew.over)
+        line = Line(rows, dict(sorted(reasons.items())), time.perf_counter() - started)
+        progress.add(p.label, rows, line.kept, line.dropped)
+        p.sweep(files.values())
+        p.finish(Funnel({p.label: line}), files=files, units_per_file=per_file)
+        return
     types = {k: v for q in before for k, v in q.adds.items()}
     columns = dict.fromkeys(["uid", *(c for c in step.needs if c not in POSITION.names)])
     schema = pa.schema([*POSITION, *((c, types[c]) for c in columns)])
-    per_file = max(1, GROUP_ROWS * units // rows)
     groups = [range(low, min(units, low + per_file)) for low in range(0, units, per_file)]
 
     def frame_of(group: range) -> pd.DataFrame:
@@ -237,10 +324,10 @@ def _barrier(passes: list[Pass], index: int, units: int, rows: int, progress: Pr
                 {**{c: drops[c].to_numpy() for c in POSITION.names}, "step": [p.label] * len(drops),
                  **{c: pa.array(drops[c], pa.string(), from_pandas=True) for c in ("reason", "detail")}}
             ).cast(DROP)  # fmt: skip
-            p.store.write_table(name, table)
+            entry = json.dumps(p.store.write_table(name, table))
             counts = json.dumps({str(k): int(v) for k, v in drops["reason"].value_counts().items()})
-            written.append((int(number), name, counts))
-        return pd.DataFrame(written, columns=["file", "name", "counts"]).astype(object)
+            written.append((int(number), entry, counts))
+        return pd.DataFrame(written, columns=["file", "entry", "counts"]).astype(object)
 
     with dask.config.set({"scheduler": ray_dask_get, "dataframe.shuffle.method": "tasks"}):
         frame = dd.from_map(frame_of, groups, meta=_to_pandas(schema.empty_table()))
@@ -248,16 +335,17 @@ def _barrier(passes: list[Pass], index: int, units: int, rows: int, progress: Pr
         drops = drops.assign(_file=drops["unit"] // per_file)
         if drops.npartitions > 1:
             drops = drops.shuffle(on="_file")
-        meta = pd.DataFrame({c: pd.Series([], dtype=object) for c in ("file", "name", "counts")})
+        meta = pd.DataFrame({c: pd.Series([], dtype=object) for c in ("file", "entry", "counts")})
         written = drops.map_partitions(store_part, meta=meta).compute()
     line = Line(rows)
     for counts in written["counts"]:
         for reason, n in json.loads(counts).items():
             line.dropped[reason] = line.dropped.get(reason, 0) + n
     line.seconds = time.perf_counter() - started
-    files = {str(number): name for number, name in zip(written["file"], written["name"])}
+    files = {str(number): json.loads(entry) for number, entry in zip(written["file"], written["entry"])}
     progress.add(p.label, rows, line.kept, line.dropped)
-    _finish(p, Funnel({p.label: line}), files=files, units_per_file=per_file)
+    p.sweep(files.values())
+    p.finish(Funnel({p.label: line}), files=files, units_per_file=per_file)
 
 
 def _to_pandas(table: pa.Table) -> pd.DataFrame:
@@ -279,7 +367,33 @@ def _owns_shards(recipe: Recipe, p: Pass) -> bool:
     return Store(recipe.run).read_if_there("shards/OWNER") == p.key.encode()
 
 
-def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress: Progress) -> None:
+def _shards_whole(recipe: Recipe, p: Pass) -> bool:
+    """Whether the shards are those of this pass, every byte of them, and nothing else is among them."""
+    store, complete = Store(recipe.run).folder("shards"), p.complete()
+    if complete is None or not _owns_shards(recipe, p):
+        return False
+    try:
+        manifest = json.loads(store.read_entry(complete["manifest"]))
+        for entry in complete["files"].values():
+            p.store.check(entry)
+    except DamagedError:
+        return False
+    entries = [*manifest["shards"], *({"name": name, **entry} for name, entry in manifest["files"].items())]
+    if set(store.names()) - {"_SUCCESS"} != {"OWNER", "manifest.json", *(entry["name"] for entry in entries)}:
+        return False
+    return all(record["whole"] for record in crew.over(entries, lambda some: ({"whole": _whole(store, some)},), 16))
+
+
+def _whole(store: Store, entries: Iterable[Entry]) -> bool:
+    try:
+        for entry in entries:
+            store.check(entry)
+    except DamagedError:
+        return False
+    return True
+
+
+def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress: Progress, claim: Claim) -> None:
     """Writes the shards: each is a range of the run's rows in the order of units, whoever writes it and when."""
     p, before = passes[index], passes[:index]
     step = p.steps[0]
@@ -288,10 +402,11 @@ def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress:
     if not _owns_shards(recipe, p):
         # Shards of an earlier variant of the recipe stand here: they are no longer whole from this moment on.
         store.remove("shards/_SUCCESS")
+        store.remove("seal.json")
         for name in p.store.names("commits"):
             p.store.remove(f"commits/{name}")
-        p.store.remove("complete.json")
         store.write("shards/OWNER", p.key.encode())
+    p.forget()
 
     def count(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
         for unit in batch:
@@ -308,17 +423,24 @@ def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress:
     types = {k: v for q in before for k, v in q.adds.items()}
 
     def write(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
+        folder = store.folder("shards")
         for shard in batch:
-            record = p.record(shard)
-            if record is None:
-                rows = _rows_of(before, ends, shard * n, min(total, (shard + 1) * n), list(types))
-                record = step.write(store.folder("shards"), shard, rows, types)
-                p.store.create(f"commits/{shard:07d}.json", json.dumps(record).encode())
-            yield record
+            claim.check()
+            with contextlib.suppress(DamagedError):
+                record = p.record(shard)
+                if record is not None and _whole(folder, [record["shard"], *record["shard"]["files"]]):
+                    yield record["shard"]
+                    continue
+            rows = _rows_of(before, ends, shard * n, min(total, (shard + 1) * n), list(types))
+            written = step.write(folder, shard, rows, types)
+            p.forget(shard)
+            p.commit(shard, {"shard": written})
+            yield written
 
     started = time.perf_counter()
     records: list[dict[str, Any]] = []
     for record in crew.over(range(shards), write):
+        claim.check()
         records.append(record)
         progress.add(p.label, record["samples"], record["samples"], {})
     kept = sum(record["samples"] for record in records)
@@ -326,17 +448,22 @@ def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress:
     if tail:
         left = pa.concat_tables(_rows_of(before, ends, kept, total, []))
         name = f"drops/{secrets.token_hex(4)}.parquet"
-        p.store.write_table(name, drops_table(left, p.label, "last_shard_short"))
-        files = {"0": name}
+        files = {"0": p.store.write_table(name, drops_table(left, p.label, "last_shard_short"))}
     line = Line(total, {"last_shard_short": tail} if tail else {}, time.perf_counter() - started)
     records.sort(key=lambda record: record["name"])
+    books = Funnel()
+    for lines in (*map(_funnel, before), Funnel({p.label: line})):
+        books.add(lines)
+    honours = [wish for q in before for step in q.steps for wish in step.honours()]
+    about = About(recipe.name, types, books, honours)
 
     def finish(_: Sequence[int]) -> Iterator[dict[str, Any]]:
-        step.finish(store.folder("shards"), recipe.name, records)
-        yield {}
+        claim.check()
+        yield step.finish(store.folder("shards"), about, records)
 
-    list(crew.over([0], finish))  # not here: it holds the uids of all samples
-    _finish(p, Funnel({p.label: line}), files=files, units_per_file=max(1, units))
+    (manifest,) = crew.over([0], finish)  # not here: it holds the uids of all samples
+    p.sweep(files.values())
+    p.finish(Funnel({p.label: line}), files=files, units_per_file=max(1, units), manifest=manifest, shards=shards)
 
 
 def _rows_of(before: Sequence[Pass], ends: np.ndarray, low: int, high: int, columns: list[str]) -> Iterator[pa.Table]:
@@ -369,4 +496,4 @@ def _export_drops(store: Store, passes: list[Pass], number: int, units: range) -
             )
             writer.write_table(table)
             rows += len(table)
-    return {"rows": rows}
+    return {"rows": rows, "entry": file.entry}

@@ -9,8 +9,6 @@ ordered by that same hash, so the order of the whole run does not depend on how 
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 import secrets
 from collections.abc import Iterator, Sequence
@@ -20,18 +18,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline import spool
 from pipeline.hashing import hash64
-from pipeline.passes import Pass, commit, new_attempt
+from pipeline.passes import Pass, check_unit, commit, new_attempt
 from pipeline.pool import Split, read
 from pipeline.recipe import PoolSpec
 from pipeline.schema import SAMPLE
 from pipeline.step import drops_table
+from pipeline.storage import DamagedError, Entry, sealed
 from pipeline.url import canonical
 
 SPOOL_ROWS = 1_000_000
 SPOOL_BYTES = 1 << 30
 """What a piece may hold at a time, uncompressed: Arrow's texts end at two gigabytes."""
-READS_AT_ONCE = 8
 PARTITION_ROWS = 1_000_000
 LEAST_UNITS, LEAST_UNIT_ROWS = 8, 500
 LEAST_SPOOLS, LEAST_SPOOL_ROWS = 64, 50_000
@@ -70,23 +69,15 @@ def scatter(
     record_name = f"spool/{piece:06d}.json"
     if p.store.exists(record_name):
         return
-    names: list[str] = []
+    entries: list[Entry] = []
     held: list[pa.Table] = []
 
     def spill() -> None:
         table = pa.concat_tables(held)
         held.clear()
         part = _scale(table["place"].to_numpy(), units) * parts // units
-        order = np.argsort(part, kind="stable")
-        bounds = np.searchsorted(part[order], np.arange(parts + 1))
-        table = table.take(pa.array(order))
-        name = f"spool/{piece:06d}-{len(names):04d}-{secrets.token_hex(4)}.arrow"
-        options = pa.ipc.IpcWriteOptions(compression="zstd")
-        with p.store.output(name) as file, pa.ipc.new_file(file, table.schema, options=options) as writer:
-            for low, high in itertools.pairwise(bounds):
-                columns = [column.combine_chunks() for column in table.slice(low, high - low).columns]
-                writer.write_batch(pa.record_batch(columns, table.schema))
-        names.append(name)
+        name = f"spool/{piece:06d}-{len(entries):04d}-{secrets.token_hex(4)}.arrow"
+        entries.append(spool.write(p.store, name, table, part, parts))
 
     for number, split in enumerate(splits, first):
         position = 0
@@ -101,7 +92,27 @@ def scatter(
                 spill()
     if held:
         spill()
-    p.store.create(record_name, json.dumps({"files": names}).encode())
+    p.store.create(record_name, sealed({"files": entries}))
+
+
+def mend(p: Pass) -> None:
+    """Takes back what an interrupted command has spooled and is damaged, so that it is scattered again.
+
+    Of spool files, which live for the time of an ingestion, only the size is looked at.
+    """
+    sizes = p.store.sizes("spool")
+    for name in sizes:
+        if name.endswith(".json"):
+            try:
+                record = p.store.read_record(f"spool/{name}") or {}
+                if any(sizes.get(entry["name"].partition("/")[2]) != entry["bytes"] for entry in record["files"]):
+                    raise DamagedError(name)
+            except DamagedError:
+                p.store.remove(f"spool/{name}")
+    try:
+        p.store.read_record("plan.json")
+    except DamagedError:
+        p.store.remove("plan.json")
 
 
 def gather(
@@ -109,22 +120,16 @@ def gather(
 ) -> Iterator[dict[str, Any]]:
     """Collects one partition from all pieces and commits the units in it; yields their records."""
     first, last = -(-part * units // parts), -(-(part + 1) * units // parts)
-    known = {unit: p.record(unit) for unit in range(first, last)}
+    known = {unit: _known(p, unit) for unit in range(first, last)}
     if all(known.values()):
         yield from (record for record in known.values() if record)
         return
     schema = pa.schema([*SAMPLE, *types.items(), ("drop_reason", pa.string()), ("place", pa.uint64())])
 
-    def collect(piece: int) -> pa.Table:
-        tables = [schema.empty_table()]
-        for name in json.loads(p.store.read(f"spool/{piece:06d}.json"))["files"]:
-            with p.store.input(name, apart=True) as file:
-                batch = pa.ipc.open_file(file).get_batch(part)
-                tables.append(pa.Table.from_batches([batch]).select(schema.names))
-        return pa.concat_tables(tables)
-
-    with ThreadPoolExecutor(READS_AT_ONCE) as threads:  # a store far away takes its time for each
-        table = pa.concat_tables(threads.map(collect, range(pieces)))
+    with ThreadPoolExecutor(spool.READS_AT_ONCE) as threads:
+        records = list(threads.map(lambda piece: p.store.read_record(f"spool/{piece:06d}.json"), range(pieces)))
+    names = [entry["name"] for record in records if record for entry in record["files"]]
+    table = spool.read(p.store, names, part, schema)
     place = table["place"].to_numpy()
     unit_of = _scale(place, units)
     # By hash, then uid, then place in the pool: an order that nothing but the pool decides.
@@ -133,6 +138,17 @@ def gather(
     bounds = np.searchsorted(unit_of, np.arange(first, last + 1))
     for unit, low, high in zip(range(first, last), bounds, bounds[1:]):
         yield known[unit] or _commit_unit(p, unit, table.slice(low, high - low))
+
+
+def _known(p: Pass, unit: int) -> dict[str, Any] | None:
+    """The record of a unit that an interrupted command has committed; one that is damaged is taken back."""
+    try:
+        if p.record(unit) is not None:
+            check_unit(p, unit, digest=True)
+        return p.record(unit)
+    except DamagedError:
+        p.forget(unit)
+        return None
 
 
 def _commit_unit(p: Pass, unit: int, table: pa.Table) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Passes over units: what is stored of each, and how one is run. No Ray here: this is what a worker does.
 
-A pass over a unit leaves at most three files under names that no other attempt uses: the measurements it added
-(`.parquet`: `row` and light columns of the rows that went on), its pixels and vectors (`.arrow`), and its drops
-(`.drops.parquet`). Then one record, created exclusively, makes them count. A unit's present state is folded from the
-records of the passes before: nothing is copied from pass to pass.
+A pass over a unit leaves one table, and its pixels and vectors (`.arrow`) if it adds any, under names that no other
+attempt uses. The table (`.parquet`) has a line for each row that came in: `row`, the light columns that the pass added,
+and, for a row that it dropped, which step did so and why (`drop_step, drop_reason, …`). Then one record, created
+exclusively, makes them count. A unit's present state is folded from the records of the passes before: nothing is
+copied from pass to pass.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.ledger import Funnel
 from pipeline.recipe import Recipe, identity
 from pipeline.schema import DROP, POSITION, SAMPLE, is_heavy
 from pipeline.step import Filter, Stage, Step, apply, drops_table, split_marked
-from pipeline.storage import Store
+from pipeline.storage import DamagedError, Entry, Output, Store, is_part, sealed
 
 HEAVY_ROWS = 256
 """Rows with pixels that are in hand at a time."""
+
+FATE = [pa.field(f"drop_{f.name}", f.type) for f in DROP if f.name not in POSITION.names]
+"""What the table of a unit says of a dropped row; nulls for the others."""
 
 Kind = Literal["pool", "map", "barrier", "write"]
 
@@ -56,15 +61,53 @@ class Pass:
     def labels(self) -> list[str]:
         return [step.label for step in self.steps] if self.steps else [self.label]
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether the pass gives the same results again from the same inputs."""
+        return all(step.repeatable for step in self.steps)
+
     def record(self, unit: int) -> dict[str, Any] | None:
-        """What was committed of a unit, or None."""
-        data = self.store.read_if_there(_record_name(unit))
-        return json.loads(data) if data is not None else None
+        """What was committed of a unit (of a pass that writes: of a shard), or None.
+
+        DamagedError if the record was changed.
+        """
+        record = self.store.read_record(_record_name(unit))
+        if record is not None and (record["pass"], record["unit"]) != (self.key, unit):
+            raise DamagedError(f"{self.store.path(_record_name(unit))}: damaged: this is the record of another unit")
+        return record
 
     def complete(self) -> dict[str, Any] | None:
-        """The record of the whole pass, written when every unit of it was committed; None before."""
-        data = self.store.read_if_there("complete.json")
-        return json.loads(data) if data is not None else None
+        """The record of the whole pass, written when every unit of it was committed; None before, or if it is damaged:
+        all that it says can be found again."""
+        with contextlib.suppress(DamagedError):
+            record = self.store.read_record("complete.json")
+            if record is not None and record["pass"] == self.key:
+                return record
+        return None
+
+    def commit(self, unit: int, record: dict[str, Any]) -> bool:
+        """Creates the record of a unit; False: there is one already, which counts."""
+        return self.store.create(_record_name(unit), sealed({"pass": self.key, "unit": unit, **record}))
+
+    def finish(self, funnel: Funnel, **more: Any) -> None:
+        """Writes the record of the whole pass."""
+        record = {"pass": self.key, "label": self.label, "kind": self.kind, "funnel": funnel.to_json(), **more}
+        self.store.write("complete.json", sealed(record))
+
+    def forget(self, unit: int | None = None) -> None:
+        """Takes back what was committed of a unit, and that the pass is complete."""
+        self.store.remove("complete.json")
+        if unit is not None:
+            self.store.remove(_record_name(unit))
+
+    def sweep(self, entries: Iterable[Entry | None]) -> None:
+        """Removes all files but records and those named by `entries`: what failed or killed attempts have left."""
+        keep = {entry["name"] for entry in entries if entry is not None} | {"complete.json"}
+        for folder in ("", "units", "drops", "attempts", "spool", "commits"):
+            for file in self.store.names(folder):
+                name = f"{folder}/{file}" if folder else file
+                if name not in keep and (folder != "commits" or is_part(file)):
+                    self.store.remove(name)
 
 
 def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.DataType]) -> list[Pass]:
@@ -116,10 +159,9 @@ def alive(before: Sequence[Pass], unit: int) -> np.ndarray:
     """The rows of a unit (int32, ascending) that the passes so far have kept."""
     # Each pass over units tells of the rows that it kept: the last one speaks for those before it.
     last = max(i for i, p in enumerate(before) if p.kind in ("pool", "map"))
-    record = _must(before[last], unit)
-    rows = _light(before[last], record, ["row"])["row"].to_numpy()
-    gone = [_drops(before[last], record)["row"].to_numpy()] if before[last].kind == "pool" else []
-    gone += [barrier_drops(p, unit)["row"].to_numpy() for p in before[last + 1 :] if p.kind == "barrier"]
+    table = _table(before[last], _must(before[last], unit), ["row", "drop_reason"])
+    rows = table["row"].to_numpy()[pc.is_null(table["drop_reason"]).to_numpy()]
+    gone = [barrier_drops(p, unit)["row"].to_numpy() for p in before[last + 1 :] if p.kind == "barrier"]
     return np.setdiff1d(rows, np.concatenate(gone)).astype(np.int32) if gone else rows
 
 
@@ -143,12 +185,14 @@ def read_unit(
             record = _must(p, unit)
             small = [c for c in mine if not is_heavy(p.adds[c])]
             big = [c for c in mine if is_heavy(p.adds[c])]
-            table = _light(p, record, ["row", *small, *(["heavy_at"] if big else [])])
-            at = np.searchsorted(table["row"].to_numpy(), rows)
+            table = _table(p, record, ["row", *small, *(["heavy_at"] if big else [])])
+            at = _places(table, rows)
+            if not (at >= 0).all():
+                raise DamagedError(f"{p.root}: unit {unit} lacks rows that a later pass has: redo the later passes")
             light |= {c: table[c].take(pa.array(at)) for c in small}
             if big:
-                source = stack.enter_context(_Heavy(p.store, record["heavy"]))
-                heavy.append((source, big, table["heavy_at"].to_numpy()[at]))
+                source = stack.enter_context(_Heavy(p, unit, record["heavy"]))
+                heavy.append((source, big, table["heavy_at"].take(pa.array(at)).to_numpy()))
         order = [*POSITION.names, *wanted]
         table = pa.table({"unit": np.full(len(rows), unit, np.int32), "row": rows.astype(np.int32), **light})
         if not heavy:
@@ -167,21 +211,38 @@ def barrier_drops(p: Pass, unit: int) -> pa.Table:
     complete = p.complete()
     if complete is None:
         raise FileNotFoundError(f"{p.root}: the barrier is not complete")
-    name = complete["files"].get(str(unit // complete["units_per_file"]))
-    if name is None:
+    entry = complete["files"].get(str(unit // complete["units_per_file"]))
+    if entry is None:
         return DROP.empty_table().drop_columns("unit")
-    table = _barrier_file(p.root, name)
-    return table.filter(pa.compute.equal(table["unit"], unit)).drop_columns("unit")
+    try:
+        table = _barrier_file(p.root, **entry)
+    except DamagedError as error:
+        again = f"remove {p.store.path('complete.json')} and give the same command again: the pass is made again"
+        raise DamagedError(f"{error} (unit {unit} of the pass {p.label}). To go on, {again}.") from None
+    return table.filter(pc.equal(table["unit"], unit)).drop_columns("unit")
 
 
 @lru_cache(maxsize=2)
-def _barrier_file(root: str, name: str) -> pa.Table:
-    return Store(root).read_table(name)
+def _barrier_file(root: str, **entry: Any) -> pa.Table:
+    return Store(root).read_table(entry)
 
 
 def unit_drops(p: Pass, unit: int) -> pa.Table:
     """The drops of one pass over one unit, whatever its kind: `row, step, reason, detail`."""
-    return barrier_drops(p, unit) if p.kind in ("barrier", "write") else _drops(p, _must(p, unit))
+    if p.kind in ("barrier", "write"):
+        return barrier_drops(p, unit)
+    table = _table(p, _must(p, unit), ["row", *(f.name for f in FATE)])
+    return table.filter(pc.is_valid(table["drop_reason"])).rename_columns([f.name for f in DROP if f.name != "unit"])
+
+
+def check_unit(p: Pass, unit: int, digest: bool) -> None:
+    """DamagedError unless a committed unit is as its record says; its pixels and vectors by size, with `digest` byte
+    for byte."""
+    record = _must(p, unit)
+    _table(p, record, [])
+    if record["heavy"]:
+        with _cure(p, unit):
+            p.store.check(record["heavy"], digest)
 
 
 @dataclass
@@ -247,7 +308,7 @@ def run_pass(
     def dropped(drops: pa.Table) -> None:
         if len(drops):
             for unit in drops["unit"].unique().to_pylist():
-                writers[unit].drop(drops.filter(pa.compute.equal(drops["unit"], unit)))
+                writers[unit].drop(drops.filter(pc.equal(drops["unit"], unit)))
             advance.rows += len(drops)
             advance.reasons.update(drops["reason"].to_pylist())
 
@@ -267,7 +328,7 @@ def run_pass(
     try:
         for batch in stream:
             for unit in batch["unit"].unique().to_pylist():
-                part = batch if len(writers) == 1 else batch.filter(pa.compute.equal(batch["unit"], unit))
+                part = batch if len(writers) == 1 else batch.filter(pc.equal(batch["unit"], unit))
                 writers[unit].add(part)
             advance.rows += len(batch)
             advance.kept += len(batch)
@@ -298,6 +359,7 @@ class UnitWriter:
         self._kept: list[pa.Table] = []
         self._dropped: list[pa.Table] = []
         self._heavy_at = 0
+        self._heavy: Output | None = None
         self._stack = contextlib.ExitStack()
         self._ipc: Any = None
 
@@ -315,8 +377,8 @@ class UnitWriter:
         light = batch.select(self._light_schema.names).cast(self._light_schema)
         if len(self._heavy_schema):
             if self._ipc is None:
-                file = self._stack.enter_context(self._store.output(f"{self._attempt}.arrow"))
-                self._ipc = pa.ipc.new_file(file, self._heavy_schema)
+                self._heavy = self._stack.enter_context(self._store.output(f"{self._attempt}.arrow"))
+                self._ipc = pa.ipc.new_file(self._heavy, self._heavy_schema)
             self._ipc.write_table(batch.select(self._heavy_schema.names).cast(self._heavy_schema))
             at = np.arange(self._heavy_at, self._heavy_at + len(batch), dtype=np.int32)
             light = light.append_column("heavy_at", pa.array(at))
@@ -334,7 +396,7 @@ class UnitWriter:
         self._stack.close()
         kept = pa.concat_tables(self._kept) if self._kept else self._empty()
         drops = pa.concat_tables(self._dropped).sort_by("row") if self._dropped else DROP.empty_table()
-        heavy = f"{self._attempt}.arrow" if self._ipc is not None else None
+        heavy = self._heavy.entry if self._heavy is not None else None
         return commit(self.p, self.unit, self._attempt, self.rows_in, kept.sort_by("row"), heavy, drops, seconds)
 
     def abort(self) -> None:
@@ -343,7 +405,7 @@ class UnitWriter:
             if self._ipc is not None:
                 self._ipc.close()
         self._stack.close()
-        for suffix in (".parquet", ".arrow", ".drops.parquet"):
+        for suffix in (".parquet", ".arrow"):
             self._store.remove(self._attempt + suffix)
 
     def _empty(self) -> pa.Table:
@@ -369,32 +431,46 @@ def commit(
     attempt: str,
     rows_in: int,
     light: pa.Table,
-    heavy: str | None,
+    heavy: Entry | None,
     drops: pa.Table,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """Writes the tables of an attempt and creates the record of the unit; returns the record that counts.
+    """Writes the table of an attempt and creates the record of the unit; returns the record that counts.
 
-    Of two attempts one wins; the files of the other are removed.
+    `light` and `drops` are in the order of `row`; `light` may speak of dropped rows too. Of two attempts one wins; the
+    files of the other are removed.
     """
-    record = {
-        "unit": unit,
+    rows = np.union1d(light["row"].to_numpy(), drops["row"].to_numpy()).astype(np.int32)
+    light, fates = _spread(light, rows), _spread(drops, rows)
+    columns = {c: light[c] for c in light.column_names} | {"row": pa.array(rows)}
+    table = pa.table(columns | {f"drop_{c}": fates[c] for c in drops.column_names if c not in POSITION.names})
+    record: dict[str, Any] = {
         "rows_in": rows_in,
         "kept": rows_in - len(drops),
-        "light": f"{attempt}.parquet",
+        "table": p.store.write_table(f"{attempt}.parquet", table),
         "heavy": heavy,
-        "drops": f"{attempt}.drops.parquet" if len(drops) else None,
         "funnel": Funnel.of(p.labels, rows_in, [drops], seconds).to_json(),
     }
-    p.store.write_table(f"{attempt}.parquet", light)
-    if len(drops):
-        p.store.write_table(f"{attempt}.drops.parquet", drops.drop_columns("unit"))
-    if p.store.create(_record_name(unit), json.dumps(record).encode()):
-        return record
-    for part in ("light", "heavy", "drops"):
-        if record[part]:
-            p.store.remove(str(record[part]))
+    if p.commit(unit, record):
+        return {"pass": p.key, "unit": unit, **record}
+    for entry in (record["table"], heavy):
+        if entry:
+            p.store.remove(entry["name"])
     return _must(p, unit)
+
+
+def _spread(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """The lines of a table for these rows, nulls for a row that it has not."""
+    at = _places(table, rows)
+    return table.take(pa.array(at, mask=at < 0))
+
+
+def _places(table: pa.Table, rows: np.ndarray) -> np.ndarray:
+    """Where the table, which is in the order of `row`, has each of these rows; −1 where it has not."""
+    there = table["row"].to_numpy()
+    at = np.searchsorted(there, rows)
+    found = np.append(there, -1)[at] == rows
+    return np.where(found, at, -1)
 
 
 def _through(step: Step, stream: Iterator[pa.Table], dropped: Callable[[pa.Table], None]) -> Iterator[pa.Table]:
@@ -432,8 +508,9 @@ def _self_times(clock: dict[str, float], labels: list[str]) -> dict[str, float]:
 class _Heavy:
     """The pixels and vectors of a unit, a few rows at a time."""
 
-    def __init__(self, store: Store, name: str | None) -> None:
-        self._file = store.mapped(name) if name else None
+    def __init__(self, p: Pass, unit: int, entry: Entry | None) -> None:
+        with _cure(p, unit):
+            self._file = p.store.mapped(entry) if entry else None
         self._reader: Any = None
         sizes: list[int] = []
         if self._file is not None:  # None: every row of the unit was dropped
@@ -461,19 +538,33 @@ class _Heavy:
         return {name: table[name] for name in names}
 
 
-def _light(p: Pass, record: dict[str, Any], columns: list[str]) -> pa.Table:
-    return p.store.read_table(record["light"], columns)
-
-
-def _drops(p: Pass, record: dict[str, Any]) -> pa.Table:
-    return p.store.read_table(record["drops"]) if record["drops"] else DROP.empty_table().drop_columns("unit")
+def _table(p: Pass, record: dict[str, Any], columns: list[str]) -> pa.Table:
+    with _cure(p, record["unit"]):
+        return p.store.read_table(record["table"], columns)
 
 
 def _must(p: Pass, unit: int) -> dict[str, Any]:
-    record = p.record(unit)
-    if record is None:
-        raise FileNotFoundError(f"{p.root}: unit {unit} is not committed")
-    return record
+    with _cure(p, unit):
+        record = p.record(unit)
+        if record is None:
+            raise DamagedError(f"{p.store.path(_record_name(unit))}: missing")
+        return record
+
+
+@contextlib.contextmanager
+def _cure(p: Pass, unit: int) -> Iterator[None]:
+    """Adds to a DamagedError which unit of which pass it is about, and what helps."""
+    try:
+        yield
+    except DamagedError as error:
+        if p.repeatable:
+            cure = f"remove {p.store.path(_record_name(unit))} and give the same command again: the unit is made again"
+        else:
+            cure = (
+                "restore it from a copy; or, to fetch again what the web still has, remove "
+                f"{p.root} and the folders of all later passes and give the same command again"
+            )
+        raise DamagedError(f"{error} (unit {unit} of the pass {p.label}). To go on, {cure}.") from None
 
 
 def _record_name(unit: int) -> str:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import json
 import pkgutil
-import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pydantic
-import yaml
 
 from pipeline.schema import POSITION, SAMPLE
 from pipeline.step import Step
+from trainer.spelling import did_you_mean
+from trainer.yamlfile import Document
 
 PACKAGES = ("pipeline.stages", "pipeline.filters")
 
@@ -90,16 +89,13 @@ def load(
     `overrides` are `key=value` words: `seed=1`, `pool.path=x.parquet`, `steps.download.timeout=5`; the value is YAML.
     `pool_columns` names the columns of the pool (ValueError if it cannot be read). Raises RecipeError.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError([f"{path}: {error.strerror or error}"]) from None
-    except UnicodeDecodeError:
-        raise RecipeError([f"{path}: not a text file in UTF-8"]) from None
-    problems: list[str] = []
-    document = _Document(path, text, problems)
-    for word in overrides or []:
-        document.override(word)
+    document = Document.read(path)
+    problems = document.problems
+    if not problems and not isinstance(document.data, dict):
+        problems.append(f"{path}: expected a mapping with the keys name, pool, run, steps")
+    if isinstance(document.data, dict):
+        for word in overrides or []:
+            _override(document.data, word, problems)
     if problems:
         raise RecipeError(problems)
     recipe = _Checker(document, problems).recipe(pool_columns)
@@ -122,114 +118,43 @@ def identity(step: Step) -> dict[str, Any]:
     }
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `no`, `on` and `yes` are words (Norwegian!), and 1e-3 is a number."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, regexp) for tag, regexp in resolvers if tag not in {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"}
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|nan))$"
-    ),
-    list("-+.0123456789"),
-)
-
-
-class _Document:
-    """The plain data of a YAML file, with the line that each key stands on."""
-
-    def __init__(self, path: str, text: str, problems: list[str]) -> None:
-        self.path, self.problems = path, problems
-        self.lines: dict[tuple[Any, ...], int] = {}
-        self.data: dict[str, Any] = {}
-        try:
-            self._loader = _Loader(text)
-            node = self._loader.get_single_node()
-            data = self._plain(node, ()) if node else None
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f"{path}:{mark.line + 1}" if mark else path
-            problems.append(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}")
-            return
-        if isinstance(data, dict):
-            self.data = data
-        else:
-            problems.append(f"{path}: expected a mapping with the keys name, pool, run, steps")
-
-    def where(self, *key: Any) -> str:
-        """`file:line` of a key, or of the closest thing above it."""
-        while key and key not in self.lines:
-            key = key[:-1]
-        return f"{self.path}:{self.lines[key]}" if key else self.path
-
-    def _plain(self, node: yaml.Node, key: tuple[Any, ...]) -> Any:
-        if isinstance(node, yaml.SequenceNode):
-            for i, item in enumerate(node.value):
-                self.lines[key + (i,)] = item.start_mark.line + 1
-            return [self._plain(item, (*key, i)) for i, item in enumerate(node.value)]
-        if not isinstance(node, yaml.MappingNode):
-            return self._loader.construct_object(node)
-        result: dict[str, Any] = {}
-        for name_node, value in node.value:
-            name = str(name_node.value)
-            line = name_node.start_mark.line + 1
-            if name in result:
-                first = self.lines[key + (name,)]
-                self.problems.append(
-                    f"{self.path}:{line}: {'.'.join(map(str, (*key, name)))}: there twice (also on line {first})"
-                )
-            self.lines[key + (name,)] = line
-            result[name] = self._plain(value, (*key, name))
-        return result
-
-    def override(self, word: str) -> None:
-        name, equals, text = word.partition("=")
-        if not equals or not name:
-            self.problems.append(f"{word!r}: an override is key=value, as in steps.download.timeout=5")
-            return
-        try:
-            value = yaml.load(text, _Loader)  # a SafeLoader
-        except yaml.YAMLError:
-            self.problems.append(f"{word!r}: the value is not valid YAML")
-            return
-        if not name.startswith("steps."):
-            target = self.data
-            *parents, last = name.split(".")
-            for parent in parents:
-                target = target.setdefault(parent, {})
-                if not isinstance(target, dict):
-                    self.problems.append(f"{word!r}: {parent} is not a mapping")
-                    return
-            target[last] = value
-            return
-        label, _, option = name.removeprefix("steps.").rpartition(".")
-        steps = self.data.get("steps")
-        steps = steps if isinstance(steps, list) else []
-        known = labels([split_line(line)[0] for line in steps])
-        if label not in known:
-            self.problems.append(
-                f"{word!r}: the recipe has no step {label or option!r}{_nearest(label or option, known)}"
-            )
-            return
-        i = known.index(label)
-        step_name, options = split_line(steps[i])
-        steps[i] = {step_name: {**(options if isinstance(options, dict) else {}), option: value}}
+def _override(data: dict[str, Any], word: str, problems: list[str]) -> None:
+    """Applies one `key=value` word to the data of a recipe."""
+    name, equals, text = word.partition("=")
+    if not equals or not name:
+        problems.append(f"{word!r}: an override is key=value, as in steps.download.timeout=5")
+        return
+    found = Document(text)
+    if found.problems:
+        problems += [f"{word!r}: the value: {problem}" for problem in found.problems]
+        return
+    if not name.startswith("steps."):
+        target = data
+        *parents, last = name.split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                problems.append(f"{word!r}: {parent} is not a mapping")
+                return
+        target[last] = found.data
+        return
+    label, _, option = name.removeprefix("steps.").rpartition(".")
+    steps = data.get("steps")
+    steps = steps if isinstance(steps, list) else []
+    known = labels([split_line(line)[0] for line in steps])
+    if label not in known:
+        step = label or option
+        problems.append(f"{word!r}: the recipe has no step {step!r}{did_you_mean(step, known)}")
+        return
+    i = known.index(label)
+    step_name, options = split_line(steps[i])
+    steps[i] = {step_name: {**(options if isinstance(options, dict) else {}), option: found.data}}
 
 
 class _Checker:
     """Turns a document into a Recipe, noting every problem on the way."""
 
-    def __init__(self, document: _Document, problems: list[str]) -> None:
+    def __init__(self, document: Document, problems: list[str]) -> None:
         self.document, self.problems = document, problems
 
     def recipe(self, pool_columns: Callable[[PoolSpec], list[str]] | None) -> Recipe | None:
@@ -275,7 +200,7 @@ class _Checker:
         for name, value in data.items():
             if name not in fields:
                 known = f"; the keys are {', '.join(fields)}" if fields else "; it has no options"
-                self._note((*key, name), prefix + name, f"unknown key{_nearest(name, fields) or known}")
+                self._note((*key, name), prefix + name, f"unknown key{did_you_mean(name, fields) or known}")
                 continue
             try:
                 good[name] = pydantic.TypeAdapter(hints[name]).validate_python(value, strict=True)
@@ -334,6 +259,7 @@ class _Checker:
     def _flow(self, steps: list[Step], pool_columns: list[str] | None) -> None:
         """Every column is there before it is read, is written once, and the writer comes last."""
         have = dict.fromkeys((*POSITION.names, *SAMPLE.names, *(pool_columns or [])), "the pool")
+        types: dict[str, pa.DataType] = {}
         for i, step in enumerate(steps):
             key = ("steps", i)
             for column in step.needs:
@@ -343,9 +269,12 @@ class _Checker:
                 cure = (
                     f"put it below {later[0]}, which adds it"
                     if later
-                    else f"nothing above it adds that{_providers(column) or _nearest(column, have)}"
+                    else f"nothing above it adds that{_providers(column) or did_you_mean(column, have)}"
                 )
                 self._note(key, f"steps.{step.label}", f"needs the column {column!r}; {cure}")
+            for option, problem in step.check_columns(types):
+                self._note((*key, step.name(), option), f"steps.{step.label}.{option}", problem)
+            types |= step.adds
             for column in step.adds:
                 if column in have:
                     cure = (
@@ -385,7 +314,7 @@ def find_step(name: str) -> type[Step]:
     if "." in name:
         raise ValueError("no such module; is its folder on PYTHONPATH?")
     raise ValueError(
-        f"unknown step{_nearest(name, built_in_steps()) or '; the steps are ' + ', '.join(built_in_steps())}"
+        f"unknown step{did_you_mean(name, built_in_steps()) or '; the steps are ' + ', '.join(built_in_steps())}"
     )
 
 
@@ -424,11 +353,6 @@ def labels(names: list[str | None]) -> list[str]:
         seen[name] = seen.get(name, 0) + 1
         numbered.append(name if seen[name] == 1 else f"{name}.{seen[name]}")
     return numbered
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _type_name(hint: Any) -> str:

@@ -15,11 +15,12 @@ from typing import Any
 from rich.console import Console
 
 from pipeline import pool, recipe
+from pipeline.claim import Claim, InUseError, LostClaimError, hold
 from pipeline.fetch.outage import OutageError
 from pipeline.ledger import BooksError
 from pipeline.passes import Pass, make_passes
 from pipeline.recipe import Recipe, RecipeError
-from pipeline.storage import Store
+from pipeline.storage import DamagedError, Store
 
 EPILOG = """\
 examples:
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _run(console, checked)
-    except RefusedError as error:
+    except (RefusedError, InUseError) as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
@@ -86,6 +87,11 @@ def _run(console: Console, checked: Recipe) -> int:
     if Store(checked.run).local:
         # Workers have working directories of their own.
         checked.run = Store(checked.run).root
+    with hold(Store(checked.run)) as claim:
+        return _curate(console, checked, claim)
+
+
+def _curate(console: Console, checked: Recipe, claim: Claim) -> int:
     extras = pool.columns(checked.pool)
     types = pool.extra_types(checked.pool, extras)
     passes = make_passes(checked, _pool_key(checked), types)
@@ -99,14 +105,16 @@ def _run(console: Console, checked: Recipe) -> int:
     crew.start_ray(checked.workers)
     progress = Progress(console)
     try:
-        outcome = executor.execute(checked, passes, types, progress)
-        dropped = executor.write_books(checked, passes, outcome, executor.unit_total(passes))
+        outcome = executor.execute(checked, passes, types, progress, claim)
+        dropped = executor.write_books(checked, passes, outcome, claim)
     finally:
         progress.end()
         crew.stop_ray()
     shards = passes[-1].kind == "write"
     if shards:
         Store(checked.run).write("shards/_SUCCESS", b"")
+    for line in outcome.mended:
+        console.print(f"made again: {line}", markup=False, highlight=False, soft_wrap=True)
     if outcome.reused:
         again = {label for p in passes if p.label in outcome.reused for label in p.labels}
         quiet = [what for step, what in (("download", "downloaded"), ("clip_score", "scored")) if step in again]
@@ -155,9 +163,16 @@ def _claim(checked: Recipe, passes: list[Pass]) -> None:
         "passes": [{"root": os.path.basename(p.root), "dear": _is_dear(p)} for p in passes],
     }
     data = json.dumps(claim, indent=1, default=str).encode()
-    if not store.exists("run.json") and (taken := [name for name in ("shards", "drops") if store.names(name)]):
+    ours = _is_ours(store, passes)
+    if not store.exists("run.json") and not ours:
         # Files there that no manifest names would be taken for leftovers and removed.
-        raise RefusedError(f"{checked.run}/{taken[0]} holds files that are not of a run; choose another `run`")
+        if taken := [name for name in ("shards", "drops") if store.names(name)]:
+            raise RefusedError(f"{checked.run}/{taken[0]} holds files that are not of a run; choose another `run`")
+        if passes[0].complete() is not None:
+            raise RefusedError(
+                f"{checked.run}/run.json is missing, and what was downloaded or scored there is of another recipe; "
+                "restore it, or give the recipe of that run"
+            )
     if store.create("run.json", data):
         return
     try:
@@ -171,6 +186,9 @@ def _claim(checked: Recipe, passes: list[Pass]) -> None:
         same_pool = old["passes"][0]["root"] == claim["passes"][0]["root"]
         differences = _differences(old["recipe"], source)
     except (ValueError, KeyError, TypeError, IndexError):
+        if ours:
+            store.write("run.json", data)
+            return
         raise RefusedError(f"{checked.run}/run.json is not a run of Winnow; choose another `run`") from None
     if old["name"] == claim["name"] and same_pool and not orphans:
         store.write("run.json", data)
@@ -183,6 +201,16 @@ def _claim(checked: Recipe, passes: list[Pass]) -> None:
         f"{checked.run} holds the run of another recipe{cost}. Nothing was changed. The difference:\n{lines}\n"
         "Give the old recipe to go on with it, or another `run` (with `reuse: OLD_RUN` to share what is the same)."
     )
+
+
+def _is_ours(store: Store, passes: list[Pass]) -> bool:
+    """Whether what is committed in a directory without a readable run.json is of this recipe: its pool, and every
+    pass that is dear unless there are no others."""
+    if passes[0].complete() is None:
+        return False
+    roots = {os.path.basename(p.root): p for p in passes}
+    strangers = [name for name in store.folders("passes") if name not in roots]
+    return not strangers or all(store.names(f"passes/{root}/commits") for root, p in roots.items() if _is_dear(p))
 
 
 def _is_dear(p: Pass) -> bool:
@@ -234,7 +262,7 @@ def _explain(error: BaseException, checked: Recipe) -> str:
         return f"the disk of {checked.run} is full; what was committed stays. Make room and give the same command again"
     if isinstance(cause, BooksError):
         return f"the books do not balance: {cause}"
-    if isinstance(cause, OutageError):
+    if isinstance(cause, OutageError | DamagedError | LostClaimError):
         return said
     return f"{type(cause).__name__}: {said} (WINNOW_DEBUG=1 shows the traceback)"
 

@@ -7,7 +7,7 @@ the keys of their recipe line. Nothing here knows about Ray: a step can be tried
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -16,12 +16,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.hashing import hash64
-from pipeline.schema import DROP
+from pipeline.schema import DROP, is_heavy
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
 
 Scope = Literal["row", "unit", "run"]
+Resource = Literal["cpu", "gpu"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step is expected to do with a typical web pool, for `--plan`."""
+
+    keep: float
+    """Share of the rows that go on, 0 to 1."""
+    rate: float
+    """Rows a second on one core, or on one GPU for a step that runs on GPUs."""
+    basis: str
+    """Where the two come from; "assumed" where nobody has published or measured it."""
+    stored: float = 0.0
+    """Bytes written to the run for each row that goes on."""
+    fetched: float = 0.0
+    """Bytes from the network for each row that comes in."""
 
 
 @dataclass(kw_only=True)
@@ -40,6 +57,11 @@ class Step:
     commits: ClassVar[bool] = False
     """True where a result is dear (bytes from the web, hours of GPU): the pass ends here, so that a change to any
     later step reuses what is stored, and a recipe that would orphan it is refused."""
+    repeatable: ClassVar[bool] = True
+    """False where the same inputs may give other outputs another time, as with bytes from the web: what was committed
+    and is lost is then not made again behind the user's back."""
+    resource: ClassVar[Resource] = "cpu"
+    """What a worker of this step occupies. "gpu" means a GPU where the cluster has one, else CPU cores."""
 
     @classmethod
     def name(cls) -> str:
@@ -55,9 +77,21 @@ class Step:
         """Yields `(key, problem)` for every unusable option, before anything starts."""
         yield from ()
 
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        """As `check`, of what only shows beside the columns that are read: `types` has those whose type is known."""
+        yield from ()
+
     def fingerprint(self) -> object:
         """What besides the options determines the output (the contents of a file named by one, say); JSON-able."""
         return None
+
+    def honours(self) -> Iterator[str]:
+        """The wishes of publishers that this step heeds, for the dataset's card: `robots.txt (RFC 9309)`."""
+        yield from ()
+
+    def estimate(self, rows: float) -> Estimate:
+        """What `--plan` assumes of this step, with these options, for so many rows."""
+        return Estimate(1.0, 10_000, "a step of your own: nothing known")
 
     def setup(self) -> None:
         """Runs once per worker, before the first batch: the place to load a model."""
@@ -90,6 +124,12 @@ class Filter(Step):
     """
 
     scope: Scope = "row"
+
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        for column in self.needs if self.scope == "run" else ():
+            if column in types and is_heavy(types[column]):
+                cure = "a whole-run filter reads no pixels, and vectors only as a VectorFilter"
+                yield "needs", f"the column {column!r} holds pixels or vectors ({types[column]}); {cure}"
 
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
         """True keeps. With scope "unit", `batch` is a whole unit. A null counts as false."""
@@ -135,6 +175,49 @@ class KeyedFilter(Filter):
         table = pa.Table.from_pandas(part.drop(columns="_key"), preserve_index=False)
         _, drops = apply(self, table)
         return drops_frame(drops)
+
+
+class VectorFilter(Filter):
+    """A whole-run filter that compares vectors: embeddings, in a fixed-size list column of floats.
+
+    Vectors pass neither through Dask nor through the object store. A uniform sample of them is taken in every unit;
+    `fit` makes something small of all samples together (centroids, say); `groups` says in which groups a row meets
+    others; and `judge_group` decides one group at a time, with its vectors as one matrix. Groups are spread over the
+    workers. A group that the sample shows to be larger than `largest_group` rows is divided by a `fit` of its own.
+
+    The result must be a function of the rows alone: every method gets rows in the order of their uids. Rows without a
+    vector, or with a value in it that is not finite, are not judged and go on.
+    """
+
+    scope = "run"
+    vector: str
+    """The column of vectors; among `needs` too."""
+    largest_group: ClassVar[int] = 131_072
+    """Rows whose vectors a worker holds at a time: 268 MB of float32 at 512 dimensions."""
+
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        of = types.get(self.vector)
+        if of is not None and not (pa.types.is_fixed_size_list(of) and pa.types.is_floating(of.value_type)):
+            yield "vector", f"the column {self.vector!r} holds {of}, expected vectors: a fixed-size list of floats"
+
+    def sample_rows(self, rows: int) -> int:
+        """How many of the run's vectors `fit` wants to see, about."""
+        return 65_536
+
+    def fit(self, sample: np.ndarray, rows: int) -> np.ndarray:
+        """Whatever `groups` needs, with a row for each group that there can be: from a sample, float32 of shape
+        (m, d), of so many rows."""
+        raise TypeError(f"{type(self).__name__} must define fit()")
+
+    def groups(self, vectors: np.ndarray, fitted: np.ndarray) -> np.ndarray:
+        """The group of each vector, int64 of shape (n,) with values below `len(fitted)`; or of shape (n, p), for rows
+        that shall meet the rows of several groups."""
+        raise TypeError(f"{type(self).__name__} must define groups()")
+
+    def judge_group(self, rows: pa.Table, vectors: np.ndarray) -> tuple[pa.StringArray, pa.StringArray]:
+        """Reason and detail for each row of a group; a null reason keeps the row. `rows` has `unit, row, uid` and the
+        needed columns, `vectors` is float32 of shape (n, d). A row of several groups is dropped if any drops it."""
+        raise TypeError(f"{type(self).__name__} must define judge_group()")
 
 
 class FrequencyFilter(KeyedFilter):

@@ -67,7 +67,7 @@ def test_a_good_recipe_with_overrides() -> None:
         (
             "min_chars: 6",
             "min_chars: 6, min_chars: 7",
-            "steps.0.caption_length.min_chars: there twice (also on line 7)",
+            "steps.0.caption_length.min_chars: duplicate key (first on line 7)",
         ),
         (
             "caption_length:",
@@ -97,6 +97,8 @@ def test_a_good_recipe_with_overrides() -> None:
         ),
         ("- sample: {fraction: 1e-1}", "- {sample: {}, language: {}}", "steps[3]: expected one step"),
         ("  - sample: {fraction: 1e-1}", " - [", "not valid YAML"),
+        ("seed: 3", "seed: " + "[" * 100_000, "nested more than 50 levels deep"),
+        ("seed: 3", "a: &a [*a]", "nested more than 50 levels deep"),
     ],
 )
 def test_what_is_wrong_is_said_with_file_line_key_and_cure(old: str, new: str, said: str) -> None:
@@ -129,7 +131,8 @@ def test_steps_in_an_impossible_order() -> None:
         ("steps.nearest.x=1", "the recipe has no step 'nearest'"),
         ("steps.caption_lenght.min_chars=1", "did you mean caption_length?"),
         ("min_chars", "an override is key=value"),
-        ("run=[", "the value is not valid YAML"),
+        ("run=[", "'run=[': the value: not valid YAML"),
+        ("run=" + "[" * 10_000, "nested more than 50 levels deep"),
         ("steps.caption_length.min_chars=few", "expected a whole number, found 'few'"),
     ],
 )
@@ -151,3 +154,35 @@ def test_speed_options_do_not_change_what_a_step_is() -> None:
     assert [recipe.identity(s) for s in first.steps] == [recipe.identity(s) for s in second.steps]
     third = load(GOOD, "steps.caption_length.min_chars=7")
     assert recipe.identity(first.steps[0]) != recipe.identity(third.steps[0])
+
+
+SCORED = """
+name: test
+pool: {path: pool.csv}
+run: out
+steps:
+  - download
+  - clip_score: {embeddings: true}
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "near_dedup: {column: image_embedding}",
+            "r.yaml:8: steps.near_dedup.needs: the column 'image_embedding' holds pixels or vectors",
+        ),
+        (
+            "semantic_dedup: {vector: clip_score}",
+            "r.yaml:8: steps.semantic_dedup.vector: the column 'clip_score' holds float, expected vectors",
+        ),
+    ],
+)
+def test_a_whole_run_filter_gets_the_columns_that_it_can_read(line: str, said: str) -> None:
+    assert said in problems(f"{SCORED}  - {line}\n")
+
+
+def test_vectors_reach_a_filter_over_vectors() -> None:
+    checked = load(f"{SCORED}  - semantic_dedup: {{keep_highest: clip_score}}\n")
+    assert checked.steps[-1].needs == ("image_embedding", "clip_score")

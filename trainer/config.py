@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from trainer.spelling import did_you_mean
+from trainer.yamlfile import Document
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with a configuration, one line each."""
+    """Everything that is wrong with a configuration, one line each.
+
+    `source` is the file or option to blame, or empty where each problem names its own.
+    """
 
     def __init__(self, source: str, problems: list[str]) -> None:
-        super().__init__("\n".join(f"{source}: {problem}" for problem in problems))
+        super().__init__("\n".join(f"{source}: {problem}" if source else problem for problem in problems))
         self.source, self.problems = source, problems
 
     def __reduce__(self) -> tuple[type, tuple[str, list[str]]]:
@@ -116,32 +118,29 @@ FREE_ON_RESUME = {
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     """Reads a YAML file and applies `key=value` pairs over it. Raises ConfigError with every problem at once."""
-    source, problems = str(path), []
-    try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
-    except OSError as error:
-        raise ConfigError(source, [f"cannot be read: {error.strerror}"]) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(source, [" ".join(str(error).split())]) from error
+    source = str(path)
+    document = Document.read(path)
+    values = {} if document.data is None else document.data
+    if document.problems:
+        raise ConfigError("", document.problems)
     if not isinstance(values, dict):
         raise ConfigError(source, [f"expected lines of `key: value`, found a {type(values).__name__}"])
 
+    problems: list[str] = []
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             problems.append(f"{override!r}: expected key=value")
             continue
-        try:
-            values[key] = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            problems.append(f"{override!r}: {' '.join(str(error).split())}")
+        value = Document(text)
+        problems += [f"{override!r}: {problem}" for problem in value.problems]
+        values[key] = value.data
 
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
     accepted = {}
     for key, value in values.items():
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            problems.append(f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else ""))
+            problems.append(f"{key}: no such key{did_you_mean(key, fields)}")
         else:
             try:
                 accepted[key] = _coerce(value, str(fields[key].type))
@@ -185,29 +184,3 @@ def _coerce(value: Any, kind: str) -> Any:
         return int(value)
     words = {"str": "text", "bool": "true or false", "int": "a whole number", "float": "a number"}
     raise ValueError(f"found {value!r}, expected {words[expected.partition(' ')[0]]}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 where 1.1 has traps: `no` and `on` are text, `1e-3` is a number, a repeated key is an error."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [pair for pair in pairs if pair[0] not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            key, line = key_node.value, key_node.start_mark.line + 1
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"line {line}: the key {key} is already given in line {seen[key]}")
-            seen[key] = line
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|false", re.IGNORECASE), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"),
-    list("-+.0123456789"),
-)

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from trainer import checkpoint
-from trainer.model import CONFIG_FILE, DTYPES, WEIGHTS_FILE, Tokenizer, open_clip
+from trainer.model import CONFIG_FILE, DTYPES, WEIGHTS_FILE, ModelError, Tokenizer, find_tokenizer
 
 
 def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer: Tokenizer | None = None) -> None:
@@ -78,10 +78,15 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         state = checkpoint.load(path)
-    except checkpoint.CheckpointError as error:
+        if missing := {"config", "preprocess_config"} - state.keys():
+            raise checkpoint.CheckpointError(f"{path}: not a checkpoint of this trainer: no {min(missing)} in it")
+        export(state, args.out, args.precision, find_tokenizer(state["config"]["model"]))
+    except (checkpoint.CheckpointError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    export(state, args.out, args.precision, open_clip.get_tokenizer(state["config"]["model"]))
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     parameters = sum(value.numel() for value in state["model"].values() if torch.is_tensor(value))
     print(f"{args.out}: step {state['step']}, {parameters:,} values in {args.precision}")
     return 0

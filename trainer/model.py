@@ -6,7 +6,6 @@ This is the only module of the project that imports open_clip.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import json
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from trainer.loss import SIGLIP_BIAS, SIGLIP_LOG_SCALE
+from trainer.spelling import did_you_mean, nearest
 
 CONFIGS = Path(__file__).with_name("configs")
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
@@ -138,6 +138,7 @@ def load(
     if precision not in DTYPES:
         raise ModelError(f"precision {precision!r}: expected one of {', '.join(DTYPES)}")
     name, options = _resolve(model, pretrained)
+    tokenizer = find_tokenizer(name)
     try:
         net = open_clip.create_model(name, precision=precision, device=device, require_pretrained=True, **options)
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
@@ -149,7 +150,7 @@ def load(
     net.eval()
     _attend_our_way(net)
     preprocess = Preprocess(net.visual.preprocess_cfg, torch.device(device), DTYPES[precision])
-    return net, preprocess, open_clip.get_tokenizer(name)
+    return net, preprocess, tokenizer
 
 
 def create(
@@ -167,7 +168,7 @@ def create(
         weights = {"pretrained": find_weights(name, pretrained), "require_pretrained": True}
     extra = {k: v for k, v in model_config(name, pretrained, siglip).items() if k not in model_config(name)}
     with _silent():  # open_clip warns of random weights, which are what is asked for here
-        tokenizer = open_clip.get_tokenizer(name)
+        tokenizer = find_tokenizer(name)
         try:
             net = open_clip.create_model(name, device=device, **weights, **extra)
         except (OSError, RuntimeError, ValueError, KeyError, AssertionError, SafetensorError) as error:
@@ -180,6 +181,24 @@ def create(
     _attend_our_way(net)
     preprocess = Preprocess(net.visual.preprocess_cfg, torch.device(device), torch.float32)
     return net, preprocess, tokenizer
+
+
+def find_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a model that open_clip knows by `name`. Raises ModelError if a package or a file is missing."""
+    try:
+        tokenizer: Tokenizer = open_clip.get_tokenizer(name)
+    except ImportError as error:
+        raise ModelError(
+            f"model {name}: its tokenizer needs the package {error.name or 'transformers'}, which is not installed:"
+            " pip install 'winnow[huggingface]'"
+        ) from error
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:  # whatever the Hub's client raises
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"model {name}: its tokenizer cannot be loaded: {why}\n"
+            "  It is downloaded from the Hugging Face Hub once; without a network, name an exported folder."
+        ) from error
+    return tokenizer
 
 
 def find_weights(model: str, pretrained: str) -> str:
@@ -303,7 +322,7 @@ def architecture(model: str) -> str:
     if name in available_models():
         return name
     lower = {known.lower(): known for known in available_models()}
-    near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
+    near = nearest(name.lower(), lower, count=3, cutoff=0.5)
     hint = f"the nearest are {', '.join(lower[n] for n in near)}" if near else "see trainer.model.available_models()"
     raise ModelError(f"model {model!r}: no such folder and no architecture of that name; {hint}")
 
@@ -342,8 +361,7 @@ def _resolve(model: str, pretrained: str | None) -> tuple[str, dict[str, Any]]:
         raise ModelError(f"model {name}: a name alone has no weights; `pretrained` must be {choice}")
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if not tag and not Path(pretrained).is_file():
-        near = difflib.get_close_matches(pretrained, tags, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(pretrained, tags)
         raise ModelError(f"pretrained {pretrained!r} of {name}: expected {choice}{hint}")
     return name, {"pretrained": pretrained, "force_quick_gelu": bool(tag and tag.get("quick_gelu"))}
 

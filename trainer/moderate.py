@@ -23,18 +23,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-import yaml
 from torch import Tensor
 
 from trainer.config import ConfigError
 from trainer.evaluate.features import Encoder, add_model_arguments, exit_status, open_encoder, say
 from trainer.evaluate.samples import Sample, read_pictures
+from trainer.yamlfile import Document
 
 
 @dataclass
@@ -56,7 +57,9 @@ class Moderator:
 
     def __init__(self, encoder: Encoder, policy: Policy) -> None:
         self.encoder, self.policy = encoder, policy
-        self._scale = encoder.model.logit_scale.exp().float().item()
+        self._scale = encoder.model.logit_scale.float().exp().item()
+        if not math.isfinite(self._scale):
+            raise ConfigError("--model", ["its temperature (logit_scale) is not a number: the weights are damaged"])
         self._neutral = encoder.texts(policy.neutral)
         self._prompts = {name: encoder.texts(label.prompts) for name, label in policy.labels.items()}
 
@@ -76,11 +79,10 @@ class Moderator:
 
 def read_policy(path: Path) -> Policy:
     """Raises ConfigError with everything that is wrong."""
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), [str(error)]) from error
-    problems = []
+    document = Document.read(path)
+    if document.problems:
+        raise ConfigError("", document.problems)
+    found, problems = document.data, []
     if not isinstance(found, dict) or set(found) != {"neutral", "labels"} or not isinstance(found["labels"], dict):
         raise ConfigError(str(path), ["expected the keys `neutral` (a list of prompts) and `labels`"])
     if not _prompts(found["neutral"]):
@@ -96,7 +98,7 @@ def read_policy(path: Path) -> Policy:
         elif not 0 <= label["threshold"] <= 1:
             problems.append(f"labels.{name}.threshold: found {label['threshold']}, expected 0 to 1")
         else:
-            labels[str(name)] = Label(float(label["threshold"]), label["prompts"])
+            labels[name] = Label(float(label["threshold"]), label["prompts"])
     if problems:
         raise ConfigError(str(path), problems)
     return Policy(found["neutral"], labels)

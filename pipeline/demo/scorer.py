@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from pipeline.card import About
 from pipeline.demo import captions
 from pipeline.demo.scenes import Scene, draw, random_scene
 from pipeline.demo.web import jpeg
@@ -59,7 +60,7 @@ def make_shards(folder: Path) -> None:
                 schema=pa.schema(types),
             )
             shards.append(writer.write(store, shard, iter([table]), types))
-    writer.finish(store, "demo-scorer", shards)
+    writer.finish(store, About("demo-scorer", types), shards)
     store.write("_SUCCESS", b"")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.step import Filter
+from pipeline.step import Estimate, Filter
 
 
 @dataclass(kw_only=True)
@@ -20,6 +20,9 @@ class ByteSize(Filter):
     """Bytes of the body as fetched, before any re-encoding."""
 
     needs = ("original_bytes",)
+
+    def estimate(self, rows: float) -> Estimate:
+        return Estimate(0.97, 1e6, "keep assumed")
 
     def check(self) -> Iterator[tuple[str, str]]:
         if self.min < 1:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.step import Filter
+from pipeline.step import Estimate, Filter
 
 
 @dataclass(kw_only=True)
@@ -20,6 +20,9 @@ class ImageSize(Filter):
     """Pixels of the shorter side, before any resizing."""
 
     needs = ("original_width", "original_height")
+
+    def estimate(self, rows: float) -> Estimate:
+        return Estimate(0.80, 1e6, "keep assumed")
 
     def check(self) -> Iterator[tuple[str, str]]:
         if self.min_side < 1:

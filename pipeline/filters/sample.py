@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipeline.hashing import uniform
-from pipeline.step import Filter
+from pipeline.step import Estimate, Filter
 
 
 @dataclass(kw_only=True)
@@ -23,6 +23,9 @@ class Sample(Filter):
     """Share of the rows to keep, between 0 and 1; the count kept is binomial, not exact."""
     seed: int = 0
     """Another seed draws another sample."""
+
+    def estimate(self, rows: float) -> Estimate:
+        return Estimate(self.fraction, 500_000, "keep as given")
 
     def check(self) -> Iterator[tuple[str, str]]:
         if not 0 < self.fraction <= 1:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.hashing import hash64
-from pipeline.step import Filter, drops_frame
+from pipeline.step import Estimate, Filter, drops_frame
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
@@ -42,6 +42,10 @@ class Threshold(Filter):
     def __post_init__(self) -> None:
         self.needs = (self.column,)  # type: ignore[misc]
         self.scope = "row" if self.top_fraction is None else "run"
+
+    def estimate(self, rows: float) -> Estimate:
+        keep = 0.5 if self.top_fraction is None else self.top_fraction
+        return Estimate(keep, 500_000, "keep as given" if self.top_fraction else "keep assumed")
 
     def check(self) -> Iterator[tuple[str, str]]:
         if (self.min is None) == (self.top_fraction is None):

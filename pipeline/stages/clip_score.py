@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import io
@@ -13,13 +12,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.step import Stage
+from pipeline.step import Estimate, Stage
+from trainer.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,8 +76,7 @@ class ClipScore(Stage):
 
     needs = ("image", "caption")
     commits = True
-    gpu: ClassVar[bool] = True
-    """Runs on a GPU worker where the cluster has GPUs."""
+    resource = "gpu"
 
     def __post_init__(self) -> None:
         prefix = "" if self.column == "clip_score" else f"{self.column}_"
@@ -86,6 +85,9 @@ class ClipScore(Stage):
         # Without a dimension there is a problem that check() reports.
         adds |= dict.fromkeys(self._vectors, pa.list_(pa.float16(), self._dimension() or 1))
         self.adds = adds  # type: ignore[misc]
+
+    def estimate(self, rows: float) -> Estimate:
+        return Estimate(1.0, 1500, "rate assumed: ViT-B/32 on one GPU, bound by decoding", stored=8)
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Without importing torch, which takes seconds: tags are looked up only as words of open_clip's own list, and
@@ -275,8 +277,7 @@ def _package(name: str) -> Path:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word.replace("/", "-"), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return did_you_mean(word.replace("/", "-"), known, cutoff=0.5)
 
 
 def _sha256(file: Path) -> str:

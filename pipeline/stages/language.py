@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.caption import normal
-from pipeline.step import Stage
+from pipeline.step import Estimate, Stage
+from trainer.spelling import nearest
 
 _PREFIX = "__label__"
 _ALL = 1_000_000  # more labels than a model has
@@ -52,6 +52,11 @@ class Language(Stage):
     version = 2
     adds = {"language": pa.string(), "language_score": pa.float32()}  # noqa: RUF012
 
+    def estimate(self, rows: float) -> Estimate:
+        # A stage that keeps every language only measures.
+        keep = 0.40 if self.keep else 1.0
+        return Estimate(keep, 100_000, "English share of LAION-5B (2.3 of 5.85 billion); rate of fastText lid.176")
+
     def check(self) -> Iterator[tuple[str, str]]:
         if not 0 < self.min_score <= 1:
             yield (
@@ -70,7 +75,7 @@ class Language(Stage):
                 # YAML 1.1 reads `no`, Norwegian, as false.
                 yield "keep", f"{code!r} is not text; put the code in quotes, as in ['no']"
             elif code not in known:
-                near = difflib.get_close_matches(code.lower()[:2], known, n=1, cutoff=0.9)
+                near = nearest(code.lower()[:2], known, cutoff=0.9)
                 yield (
                     "keep",
                     f"{code!r} is no language of the model; "

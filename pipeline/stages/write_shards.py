@@ -1,42 +1,30 @@
 """`write_shards`: the finished dataset as WebDataset shards, byte for byte the same whoever writes them.
 
-The layout is img2dataset's: per sample adjacent members `KEY.jpg, KEY.json, KEY.txt`, keys of digits, JSON keys in its
-order. Tars are USTAR with fixed mode, owner and time. Beside each tar stand a parquet with all columns
-and an index of byte offsets; the manifest names them all with their digests.
+The layout is img2dataset's: per sample adjacent members `KEY.jpg, KEY.json, KEY.txt`, keys of digits, JSON as
+`pipeline.sample_json` writes it. Tars are USTAR with fixed mode, owner and time. Beside each tar stand a parquet with
+all columns and an index of byte offsets; the manifest names them all with their digests.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.schema import POSITION, is_heavy
-from pipeline.step import Stage
-from pipeline.storage import Store
+from pipeline.card import About, File, croissant, readme
+from pipeline.sample_json import sample_json
+from pipeline.step import Estimate, Stage
+from pipeline.storage import Entry, Output, Store
 
 FORMAT = "winnow-shards/1"
 INDEX_COLUMNS = ("image_offset", "image_size", "json_offset", "json_size", "txt_offset", "txt_size")
-JSON_ORDER = (
-    "caption",
-    "url",
-    "key",
-    "status",
-    "error_message",
-    "width",
-    "height",
-    "original_width",
-    "original_height",
-)
-JSON_TAIL = ("exif", "sha256")
 _MAGIC = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"))
 
 
@@ -45,11 +33,15 @@ class WriteShards(Stage):
     """Writes the rows that are left, in the run's order, as shards of exactly `samples_per_shard` samples each."""
 
     needs = ("image", "caption")
+    version = 2
 
     samples_per_shard: int = 10_000
     """Samples in a shard (img2dataset: `number_sample_per_shard`)."""
     drop_last: bool = False
     """Leave a last, shorter shard out; its rows are dropped as `last_shard_short`."""
+
+    def estimate(self, rows: float) -> Estimate:
+        return Estimate(1.0, 3_000, "rate assumed", stored=26_000)
 
     def check(self) -> Iterator[tuple[str, str]]:
         if not 1 <= self.samples_per_shard <= 1_000_000:
@@ -74,10 +66,10 @@ class WriteShards(Stage):
             tar = _Tar(file)
             for table in tables:
                 keys = [f"{first_key + len(index) + i:0{digits}d}" for i in range(len(table))]
-                labelled = table.select(columns).add_column(0, "key", pa.array(keys, pa.string()))
+                labelled = _readable(table.select(columns)).add_column(0, "key", pa.array(keys, pa.string()))
                 rest.append(labelled)
                 for key, image, caption, sample in zip(
-                    keys, table["image"].to_pylist(), table["caption"].to_pylist(), _json_rows(labelled), strict=True
+                    keys, table["image"].to_pylist(), table["caption"].to_pylist(), sample_json(labelled), strict=True
                 ):
                     extension = next((e for magic, e in _MAGIC if image.startswith(magic)), "bin")
                     extensions.add(extension)
@@ -89,29 +81,32 @@ class WriteShards(Stage):
                         ]
                     )
             tar.close()
-        empty = pa.schema([("key", pa.string()), *((c, types[c]) for c in columns)]).empty_table()
-        store.write_table(f"{name}.parquet", pa.concat_tables(rest) if rest else empty)
-        with store.output(f"{name}.index.npy") as file:
-            np.save(file, np.array(index, np.int64).reshape(-1, len(INDEX_COLUMNS)))
+        empty = _readable(pa.schema([("key", pa.string()), *((c, types[c]) for c in columns)]).empty_table())
+        rows = store.write_table(f"{name}.parquet", pa.concat_tables(rest) if rest else empty)
+        with store.output(f"{name}.index.npy") as offsets:
+            np.save(offsets, np.array(index, np.int64).reshape(-1, len(INDEX_COLUMNS)))
         return {
-            "name": f"{name}.tar",
             "samples": len(index),
-            "bytes": tar.offset,
-            "sha256": tar.digest.hexdigest(),
+            **file.entry,
             "parquet": f"{name}.parquet",
             "index": f"{name}.index.npy",
             "extensions": sorted(extensions),
+            "files": [rows, offsets.entry],
         }
 
-    def finish(self, store: Store, name: str, shards: list[dict[str, Any]]) -> None:
+    def finish(self, store: Store, about: About, shards: list[dict[str, Any]]) -> Entry:
         """Writes what describes all shards together, and removes the files of an earlier, larger set.
 
-        `subset.npy` is DataComp's subset format: the sorted uids as pairs of uint64, 16 bytes a sample in memory.
+        Returns the entry of `manifest.json`, which names every other file with its size and SHA-256. `subset.npy` is
+        DataComp's subset format: the sorted uids as pairs of uint64, 16 bytes a sample in memory.
         """
         extensions = sorted({e for shard in shards for e in shard.pop("extensions")})
-        manifest = {
+        parquets = [shard["files"][0] for shard in shards]
+        tables = [File(entry["name"], entry["bytes"], entry["sha256"]) for entry in parquets]
+        files = [entry for shard in shards for entry in shard.pop("files")]
+        manifest: dict[str, Any] = {
             "format": FORMAT,
-            "name": name,
+            "name": about.name,
             "samples": sum(shard["samples"] for shard in shards),
             "bytes": sum(shard["bytes"] for shard in shards),
             "samples_per_shard": self.samples_per_shard,
@@ -123,34 +118,38 @@ class WriteShards(Stage):
         wids = {
             "__kind__": "wids-shard-index-v1",
             "wids_version": 1,
-            "name": name,
+            "name": about.name,
             "shardlist": [{"url": s["name"], "nsamples": s["samples"], "filesize": s["bytes"]} for s in shards],
         }
         subset = io.BytesIO()
         np.save(subset, _subset(store, [shard["parquet"] for shard in shards]))
+        columns = {name: _readable_type(t) for name, t in about.types.items() if name not in ("image", "key")}
+        about = replace(about, types=columns)
+        tars = [File(shard["name"], shard["bytes"], shard["sha256"]) for shard in shards]
+        samples = manifest["samples"]
         documents = {
             "subset.npy": subset.getvalue(),
             "sizes.json": _dump(sizes),
             "wids.json": _dump(wids),
-            "croissant.json": _dump(_croissant(name, manifest)),
-            "README.md": _card(name, manifest).encode(),
-            "manifest.json": _dump(manifest),
+            "croissant.json": _dump(croissant(about, tars, tables, samples)),
+            "README.md": readme(about, tars, samples, extensions).encode(),
         }
-        for file_name, data in documents.items():
-            store.write(file_name, data)
-        keep = {*documents, "OWNER", "_SUCCESS", *(s[k] for s in shards for k in ("name", "parquet", "index"))}
+        files += [store.write(file_name, data) for file_name, data in documents.items()]
+        manifest["files"] = {entry["name"]: {k: entry[k] for k in ("bytes", "sha256")} for entry in files}
+        entry = store.write("manifest.json", _dump(manifest))
+        keep = {"manifest.json", "OWNER", "_SUCCESS", *manifest["files"], *(shard["name"] for shard in shards)}
         for file_name in store.names():
             if file_name not in keep:
                 store.remove(file_name)
+        return entry
 
 
 class _Tar:
     """Appends members to a USTAR stream and knows where their data lie."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes] | Output) -> None:
         self._file = file
         self.offset = 0
-        self.digest = hashlib.sha256()
 
     def add(self, name: str, data: bytes) -> tuple[int, int]:
         """Where `data` lie. `name` has at most 100 bytes, and `data` less than 8 GB: ValueError."""
@@ -165,7 +164,6 @@ class _Tar:
 
     def _put(self, data: bytes) -> None:
         self._file.write(data)
-        self.digest.update(data)
         self.offset += len(data)
 
 
@@ -187,22 +185,22 @@ def _tar_header(name: bytes, size: bytes) -> bytes:
     return header
 
 
-def _json_rows(table: pa.Table) -> Iterator[bytes]:
-    """A JSON object per sample: further columns first, then img2dataset's own in its order, as img2dataset has it."""
-    light = [name for name in table.column_names if name not in POSITION.names and not is_heavy(table[name].type)]
-    known = {*JSON_ORDER, *JSON_TAIL, "uid"}
-    data: dict[str, list[Any]] = {name: _plain_values(table[name]) for name in light}
-    data |= {"status": ["success"] * len(table), "error_message": [None] * len(table)}
-    order = [*(n for n in light if n not in known), *(n for n in (*JSON_ORDER, *JSON_TAIL, "uid") if n in data)]
-    for values in zip(*(data[name] for name in order)):
-        yield json.dumps(dict(zip(order, values)), ensure_ascii=False, default=str).encode()
+def _readable(table: pa.Table) -> pa.Table:
+    """In types that pyarrow, `datasets`, DuckDB and Polars all read: a map becomes a list of `{key, value}`."""
+    return table.cast(pa.schema([(field.name, _readable_type(field.type)) for field in table.schema]))
 
 
-def _plain_values(column: pa.ChunkedArray) -> list[Any]:
-    """As JSON wants them: a float32 as the shortest decimal that means it, 0.2813 and not 0.281300008296967."""
-    if pa.types.is_float32(column.type) or pa.types.is_float16(column.type):
-        return [None if v is None else float(str(np.float32(v))) for v in column.to_pylist()]
-    return list(column.to_pylist())
+def _readable_type(dtype: pa.DataType) -> pa.DataType:
+    if isinstance(dtype, pa.BaseExtensionType):
+        return _readable_type(dtype.storage_type)
+    if pa.types.is_map(dtype):
+        pair = {"key": _readable_type(dtype.key_type), "value": _readable_type(dtype.item_type)}
+        return pa.list_(pa.struct(list(pair.items())))
+    if pa.types.is_struct(dtype):
+        return pa.struct([(field.name, _readable_type(field.type)) for field in dtype])
+    if pa.types.is_list(dtype):
+        return pa.list_(_readable_type(dtype.value_type))
+    return dtype
 
 
 def _subset(store: Store, names: list[str]) -> np.ndarray:
@@ -215,84 +213,3 @@ def _subset(store: Store, names: list[str]) -> np.ndarray:
 
 def _dump(data: Any) -> bytes:
     return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _croissant(name: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Metadata in MLCommons' Croissant 1.0: the parquet files as one record set."""
-    fields = ("key", "uid", "url", "caption")
-    return {
-        "@context": {
-            "@vocab": "https://schema.org/",
-            "sc": "https://schema.org/",
-            "cr": "http://mlcommons.org/croissant/",
-            "dct": "http://purl.org/dc/terms/",
-            "conformsTo": "dct:conformsTo",
-            "recordSet": "cr:recordSet",
-            "field": "cr:field",
-            "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
-            "source": "cr:source",
-            "fileSet": "cr:fileSet",
-            "extract": "cr:extract",
-            "column": "cr:column",
-            "includes": "cr:includes",
-        },
-        "@type": "sc:Dataset",
-        "conformsTo": "http://mlcommons.org/croissant/1.0",
-        "name": name,
-        "description": f"{manifest['samples']:,} image–text pairs in {len(manifest['shards'])} WebDataset shards.",
-        "distribution": [
-            {
-                "@type": "cr:FileObject",
-                "@id": shard["name"],
-                "name": shard["name"],
-                "contentUrl": shard["name"],
-                "contentSize": f"{shard['bytes']} B",
-                "encodingFormat": "application/x-tar",
-                "sha256": shard["sha256"],
-            }
-            for shard in manifest["shards"]
-        ]
-        + [
-            {
-                "@type": "cr:FileSet",
-                "@id": "samples",
-                "name": "samples",
-                "encodingFormat": "application/x-parquet",
-                "includes": "*.parquet",
-            }
-        ],
-        "recordSet": [
-            {
-                "@type": "cr:RecordSet",
-                "@id": "rows",
-                "name": "rows",
-                "field": [
-                    {
-                        "@type": "cr:Field",
-                        "@id": f"rows/{field}",
-                        "name": field,
-                        "dataType": "sc:Text",
-                        "source": {"fileSet": {"@id": "samples"}, "extract": {"column": field}},
-                    }
-                    for field in fields
-                ],
-            }
-        ],
-    }
-
-
-def _card(name: str, manifest: dict[str, Any]) -> str:
-    size = f"{manifest['bytes'] / 1e9:.3f} GB"
-    return f"""# {name}
-
-{manifest["samples"]:,} image–text pairs in {len(manifest["shards"])} WebDataset shards, {size}.
-
-- `NNNNN.tar`: per sample `KEY.{manifest["extension"] or "jpg"}`, `KEY.json`, `KEY.txt`
-- `NNNNN.parquet`: the same samples with every column that was measured; `key` names the sample in the tar
-- `NNNNN.index.npy`: int64, a row per sample: {", ".join(INDEX_COLUMNS)} (of the data in the tar)
-- `manifest.json`: samples, bytes and sha256 of each shard; `sizes.json`, `wids.json` and
-  `subset.npy` (DataComp) as their tools expect them; `croissant.json`: Croissant metadata
-
-Why each row of the pool is in or out: `../drops/*.parquet` and `../funnel.json`. The images and captions belong to
-their owners; their urls are in the tables.
-"""

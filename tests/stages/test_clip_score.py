@@ -176,7 +176,7 @@ def test_the_fingerprint_follows_the_weights(checkpoint: str, tmp_path: Path) ->
     [
         ({"model": "ViT-B-23"}, "model", "did you mean"),
         ({"model": "no/such/folder"}, "model", "no folder"),
-        ({"pretrained": "opneai"}, "pretrained", "did you mean 'openai'"),
+        ({"pretrained": "opneai"}, "pretrained", "did you mean openai"),
         ({"model": "ViT-H-14", "pretrained": "laion2b_s32b_b79x"}, "pretrained", "laion2b_s32b_b79k"),
         ({"model": "hf-hub:someone/model", "embeddings": True}, "embeddings", "dimension"),
         ({"column": "clip score"}, "column", "name"),

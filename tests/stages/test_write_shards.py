@@ -1,13 +1,26 @@
-"""What the shards' own tar writer must share with everybody else's."""
+"""What the shards' own tar writer shares with everybody else's, and what everybody else's readers find in the shards.
+
+Readers that are no dependency of the project: `test_readers.py`.
+"""
 
 from __future__ import annotations
 
 import io
+import json
+import re
 import tarfile
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import webdataset as wds
+import wids
+from torch.utils.data import DataLoader
 
 from pipeline.stages.write_shards import _Tar, _tar_header
+from tests.stages import finished
 
 
 @pytest.mark.parametrize("sizes", [(0,), (1, 511, 512, 513), (28_000, 3_000_000, 0)])
@@ -31,3 +44,87 @@ def test_a_tar_is_byte_for_byte_what_the_standard_library_writes(sizes: tuple[in
 def test_what_a_header_has_no_room_for_is_refused(name: bytes, size: bytes) -> None:
     with pytest.raises(ValueError, match="no room in a tar header"):
         _tar_header(name, size)
+
+
+# --- What others read -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished.write(tmp_path_factory.mktemp("run") / "shards")
+
+
+def expected_captions() -> list[str]:
+    return finished.rows()["caption"].to_pylist()
+
+
+def snippet(folder: Path, package: str) -> str:
+    """The block of the card that begins to use a package."""
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if f"import {package}" in block]
+    return block
+
+
+def test_equal_rows_are_equal_bytes_in_every_file(folder: Path, tmp_path: Path) -> None:
+    again = finished.write(tmp_path / "elsewhere")
+    assert {p.name: p.read_bytes() for p in again.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_every_json_is_strict_and_has_the_same_keys(folder: Path) -> None:
+    seen = set()
+    for sample in wds.WebDataset(sorted(map(str, folder.glob("*.tar"))), shardshuffle=False):
+        found = json.loads(sample["json"], parse_constant=pytest.fail)
+        seen.add(tuple(found))
+        assert found["key"] == sample["__key__"]
+        assert found["phash"] is None or re.fullmatch(r"[0-9a-f]{16}", found["phash"])
+    assert len(seen) == 1
+
+
+def test_tables_hold_what_was_measured(folder: Path) -> None:
+    table = pa.concat_tables(pq.read_table(path) for path in sorted(folder.glob("*.parquet")))
+    rows = finished.rows()
+    for name in ("uid", "phash", "serial", "vector", "raw", "price", "taken", "boxes", "info"):
+        assert table[name].type == rows[name].type
+        assert repr(table[name].to_pylist()) == repr(rows[name].to_pylist())  # NaN is not equal to itself
+    assert table["tags"].type == pa.list_(pa.struct([("key", pa.string()), ("value", pa.float32())]))
+    assert [pair["key"] for pair in table["tags"].to_pylist()[0]] == ["cat"]
+
+
+def test_webdataset_feeds_a_dataloader(folder: Path) -> None:
+    samples = wds.WebDataset(sorted(map(str, folder.glob("*.tar"))), shardshuffle=False).decode("torchrgb8")
+    pairs = list(DataLoader(samples.to_tuple("jpg", "txt", "json"), batch_size=None, num_workers=1))
+    assert [caption for _, caption, _ in pairs] == expected_captions()
+    assert [tuple(image.shape) for image, _, _ in pairs] == [(3, 24, 32 + i) for i in range(finished.SAMPLES)]
+    assert pairs[0][2]["unsafe"] is None
+
+
+def test_wids_finds_samples_by_number(folder: Path) -> None:
+    samples = wids.ShardListDataset(str(folder / "wids.json"), localname=str, transformations=[])
+    assert [samples[i][".txt"].read().decode() for i in range(len(samples))] == expected_captions()
+    samples.close()
+
+
+@pytest.mark.parametrize("package", ["webdataset", "wids"])
+def test_the_snippets_of_the_card_run(folder: Path, package: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(folder)
+    before = sorted(folder.iterdir())
+    exec(snippet(folder, package), {})
+    assert "number" in capsys.readouterr().out
+    assert sorted(folder.iterdir()) == before
+
+
+def test_datacomps_resharder_finds_every_sample_once(folder: Path) -> None:
+    # Its steps, since it comes with no package: sizes.json says what to read, the subset is searched for each uid.
+    sizes = json.loads((folder / "sizes.json").read_text())
+    subset = np.load(folder / "subset.npy", mmap_mode="r")
+    assert subset.dtype == np.dtype("u8,u8")
+    found = []
+    for number in range(len(sizes)):
+        name = f"{number:05d}.tar"
+        samples = list(wds.WebDataset(str(folder / name), shardshuffle=False))
+        assert len(samples) == sizes[name]
+        for sample in samples:
+            uid = np.array([divmod(int(json.loads(sample["json"])["uid"], 16), 2**64)], np.dtype("u8,u8"))[0]
+            low, high = (np.searchsorted(subset, uid, side) for side in ("left", "right"))
+            found.append(int(high - low))
+    assert found == [1] * finished.SAMPLES == [1] * len(subset)

@@ -27,7 +27,7 @@ def test_yaml_numbers_are_numbers_and_no_is_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (GOOD + "lr: 2", "line 5: the key lr is already given in line 4"),
+        (GOOD + "lr: 2", "c.yaml:5: lr: duplicate key (first on line 4)"),
         (GOOD + "bacth_size: 3", "bacth_size: no such key; did you mean batch_size?"),
         (GOOD + "export: no", "export: found 'no', expected true or false"),
         (GOOD + "epochs: 1.5", "epochs: found 1.5, expected a whole number"),
@@ -61,3 +61,13 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
 def test_the_shipped_configurations_are_valid() -> None:
     for path in Path(__file__).parents[2].glob("conf/train_*.yaml"):
         load_config(path)
+
+
+@pytest.mark.parametrize("value", ["falsehood", "trueblue", "TRUE_COLOURS", "true-colors", "no", "12:30", "2026-01-31"])
+def test_an_override_that_looks_like_text_is_text(tmp_path: Path, value: str) -> None:
+    assert read(tmp_path, GOOD, f"output={value}").output == value
+
+
+def test_a_hostile_override_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nested more than 50 levels deep"):
+        read(tmp_path, GOOD, "output=" + "[" * 10_000)

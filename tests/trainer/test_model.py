@@ -163,7 +163,7 @@ def folder_without_weights(folder: Path) -> str:
     [
         ("ViT-B-23", None, "ViT-B-32"),
         ("ViT-B-32", None, "a name alone has no weights; `pretrained` must be one of its tags \\(openai"),
-        ("ViT-B-32", "opanai", "did you mean 'openai'"),
+        ("ViT-B-32", "opanai", "did you mean openai"),
         ("scorer-64", None, "no published weights"),
         ("local-dir:/nowhere/at/all", None, "does not exist"),
     ],

@@ -72,10 +72,11 @@ def test_every_picture_gets_a_line(model: str, tmp_path: Path, capsys: pytest.Ca
         ("neutral: [a]\nlabels: {}", "at least one"),
         ("neutral: []\nlabels: {x: {threshold: 0.5, prompts: [a]}}", "neutral"),
         ("neutral: [a]\nlabels: {x: {threshold: 5, prompts: [a]}}", r"labels\.x\.threshold: found 5"),
-        ("neutral: [a]\nlabels: {x: {threshold: no, prompts: [a]}}", "found False"),
+        ("neutral: [a]\nlabels: {x: {threshold: no, prompts: [a]}}", "found 'no', expected a number"),
         ("neutral: [a]\nlabels: {x: {threshold: 0.5, prompts: a}}", r"labels\.x: expected"),
         ("neutral: [a]\nlabels: {x: {treshold: 0.5, prompts: [a]}}", r"labels\.x: expected"),
-        ("neutral: [a", "expected"),
+        ("neutral: [a", r"policy\.yaml:1: not valid YAML"),
+        ("neutral: [a]\nlabels:\n  x: {threshold: 0, prompts: [a]}\n  x: {threshold: 0, prompts: [b]}", r":4: labels\.x: duplicate"),
     ],
 )
 def test_what_is_wrong_with_a_policy_is_named(tmp_path: Path, text: str, said: str) -> None:

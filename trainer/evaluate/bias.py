@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from trainer.evaluate.classes import read_templates
 from trainer.evaluate.features import class_vectors, open_encoder
 from trainer.evaluate.samples import EvaluationError, Sample, image_files, read_lines
 from trainer.evaluate.zeroshot import DEFAULT_TEMPLATES
+from trainer.yamlfile import Document
 
 TASK = "bias_probe"
 
@@ -79,16 +79,16 @@ def rates(given: np.ndarray, categories: list[str], groups: dict[str, list[str]]
 
 def read_labels(path: Path) -> dict[str, list[str]]:
     """Categories of labels. Raises EvaluationError."""
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{path}: {error}") from error
-    if not isinstance(found, dict) or not all(
+    document = Document.read(path)
+    if document.problems:
+        raise EvaluationError("\n".join(document.problems))
+    found = document.data
+    if not isinstance(found, dict) or not found or not all(
         isinstance(labels, list) and labels and all(isinstance(label, str) for label in labels)
         for labels in found.values()
     ):
         raise EvaluationError(f"{path}: expected categories, each with a list of labels: `crime: [thief, criminal]`")
-    return {str(category): labels for category, labels in found.items()}
+    return found
 
 
 def read_groups(data: Path) -> tuple[list[Path], dict[str, list[str]]]:

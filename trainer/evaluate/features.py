@@ -49,11 +49,11 @@ class Encoder:
 
     @torch.inference_mode()
     def texts(self, texts: list[str]) -> Tensor:
-        """Unit vectors, float32 of shape (texts, embed_dim), on the model's device."""
-        vectors = [
-            encode_text(self.model, self.tokenizer(batch).to(self.device), normalize=True).float()
-            for batch in batched(texts, self.batch_size)
-        ]
+        """Unit vectors, float32 of shape (texts, embed_dim), on the model's device. Raises EvaluationError on others."""
+        vectors = []
+        for batch in batched(texts, self.batch_size):
+            found = encode_text(self.model, self.tokenizer(batch).to(self.device), normalize=True).float()
+            vectors.append(sound(found, lambda row, batch=batch: f"the text {batch[row]!r}"))  # type: ignore[misc]
         return torch.cat(vectors)
 
     def images(
@@ -69,7 +69,8 @@ class Encoder:
         Features are unit vectors, or with `penultimate` those that the image tower ends in before their projection
         into the common space (what the paper's linear probes see, appendix A.3), unnormalised. A tower without a
         separate projection, such as a ResNet, gives its output. Pictures are decoded ahead, on every core.
-        One that cannot be decoded raises EvaluationError, or goes to `corrupt` with the reason.
+        One that cannot be decoded raises EvaluationError, or goes to `corrupt` with the reason. Features that are not
+        numbers always raise it: they tell of the model, not of the picture.
         """
         decoded = self._decoded(progress(samples, total, "pictures"))
         with unprojected(self.model) if penultimate else nullcontext():
@@ -83,7 +84,9 @@ class Encoder:
                     else:
                         raise EvaluationError(f"{sample.where}: {pixels}")
                 if good:
-                    yield [sample for sample, _ in good], self._encode([p for _, p in good], normalize=not penultimate)
+                    kept = [sample for sample, _ in good]
+                    features = self._encode([pixels for _, pixels in good], normalize=not penultimate)
+                    yield kept, sound(features, lambda row, kept=kept: kept[row].where, unit=not penultimate)  # type: ignore[misc]
 
     def matrix(self, samples: Iterable[Sample], total: int | None, penultimate: bool = False) -> tuple[Tensor, Tensor]:
         """All features at once, float32 of shape (N, dim), and the labels, int64 of shape (N,); both on the CPU."""
@@ -174,6 +177,24 @@ def nearest(queries: Tensor, candidates: Tensor, k: int, device: torch.device) -
         scores.append(best.cpu())
         numbers.append(which.cpu())
     return torch.cat(scores), torch.cat(numbers)
+
+
+def sound(vectors: Tensor, where: Callable[[int], str], unit: bool = True) -> Tensor:
+    """The vectors (N, dim) themselves; EvaluationError, naming `where(row)`, if one of them is no result.
+
+    Every feature that is judged passes here, whether a model has just made it or a file held it. Weights that overflow,
+    in fp16 above all, give NaN and infinities; where the length of a vector alone overflows, normalisation gives zeros.
+    So `unit` vectors must have a length of about 1, others must be finite.
+    """
+    good = (vectors.norm(dim=-1) - 1).abs() < 0.1 if unit else vectors.isfinite().all(dim=-1)
+    if not bool(good.all()):
+        row = int((~good).nonzero()[0])
+        found = "zero" if unit and bool(vectors[row].isfinite().all()) else "not numbers (NaN or infinite)"
+        raise EvaluationError(
+            f"{where(row)}: the features are {found}: the model's weights are damaged, or overflow in this precision;"
+            " try --precision bf16 or fp32"
+        )
+    return vectors
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

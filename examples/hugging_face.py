@@ -1,0 +1,23 @@
+"""Reads the shards of a run with Hugging Face `datasets`: `python examples/hugging_face.py runs/demo`."""
+
+from __future__ import annotations
+
+import sys
+
+from datasets import load_dataset
+
+
+def main(run: str) -> int:
+    """Streams every sample once; returns how many there were."""
+    data = load_dataset(f"{run}/shards", split="train", streaming=True)  # its README.md states the types
+    seen = 0
+    for sample in data:
+        seen += 1
+        if seen <= 3:
+            print(sample["__key__"], sample["jpg"].size, sample["txt"])
+    print(f"{seen} samples")
+    return seen
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

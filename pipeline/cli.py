@@ -1,0 +1,79 @@
+"""The `winnow` command: every command of the pipeline and the trainer under one name.
+
+`winnow run …` is `python -m pipeline.run …`, and so on: each command parses its own arguments, and is imported only
+when it is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A command: the module whose `main` it calls, arguments that come first, and one line of help."""
+
+    module: str
+    arguments: tuple[str, ...]
+    summary: str
+
+
+COMMANDS = {
+    "init": Command("pipeline.init", (), "copy a shipped recipe or training configuration here, to edit"),
+    "demo": Command("pipeline.demo.run", (), "curate a small built-in web, train on it and judge both; needs no data"),
+    "web": Command("pipeline.demo.web", (), "build and serve the demo's web, for `winnow run demo.yaml`"),
+    "run": Command("pipeline.run", (), "curate a pool of image URLs and captions into shards, as a recipe says"),
+    "plan": Command("pipeline.run", ("--plan",), "print what a recipe would run and cost; run nothing"),
+    "verify": Command("pipeline.verify", (), "check everything that a finished run claims about itself"),
+    "steps": Command("pipeline.steps", (), "print the reference of all steps, or of those named"),
+    "train": Command("trainer.train", (), "pretrain a dual encoder on shards"),
+    "evaluate": Command("trainer.evaluate.__main__", (), "evaluate a model: zero-shot, retrieval, probe and others"),
+    "search": Command("trainer.search", (), "search pictures by text or by picture"),
+    "moderate": Command("trainer.moderate", (), "flag pictures by a policy of prompts"),
+    "export": Command("trainer.export", (), "write a checkpoint as a folder that open_clip loads"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: winnow COMMAND [ARGUMENT …]",
+            "",
+            "Turns tables of image URLs and captions into a training set, and the training set into a CLIP.",
+            "",
+            *lines,
+            "",
+            "`winnow COMMAND --help` shows the options of a command, with examples. To begin: `winnow demo`.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status of the command that it calls, 2 for an unknown one."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"winnow {version('winnow-clip')}")
+        return 0
+    command = COMMANDS.get(words[0])
+    if command is None:
+        import difflib
+
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"error: unknown command {words[0]!r}{hint}\n\n{usage()}", file=sys.stderr)
+        return 2
+    status = importlib.import_module(command.module).main([*command.arguments, *words[1:]])
+    return int(status or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

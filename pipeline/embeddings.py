@@ -1,0 +1,93 @@
+"""Embeddings as matrices: out of Arrow columns, and out of the files in which people keep vectors and linear heads."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+def matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """The vectors of a fixed-size list column without nulls, float32 of shape (n, d)."""
+    flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    values = np.concatenate([np.empty(0, np.float32), *flat]).astype(np.float32, copy=False)
+    return values.reshape(-1, column.type.list_size)
+
+
+def finite(column: pa.ChunkedArray) -> np.ndarray:
+    """Bool of shape (n,): true for the vectors that are there and have no NaN or infinity."""
+    there = pc.is_valid(column).to_numpy()
+    there[there] = np.isfinite(matrix(column.filter(pa.array(there)))).all(axis=1)
+    return there
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Each vector divided by its length; a vector of zeros stays one."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.ascontiguousarray(vectors / np.maximum(norms, 1e-12), np.float32)
+
+
+def load_vectors(path: str | Path) -> np.ndarray:
+    """The vectors of a `.npy` file, float32 of shape (m, d). ValueError says what is wrong with it, OSError why it
+    cannot be read."""
+    try:
+        vectors = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: not a .npy file of numbers ({error})") from None
+    if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or not len(vectors):
+        shape = getattr(vectors, "shape", "several arrays")
+        raise ValueError(f"{path}: expected vectors of shape (m, d), found {shape}")
+    if vectors.dtype.kind != "f" or not np.isfinite(vectors).all():
+        raise ValueError(f"{path}: expected finite floats, found {vectors.dtype} with NaN, infinity or no fractions")
+    return vectors.astype(np.float32)
+
+
+class Head(NamedTuple):
+    """A linear head: score = weight · x + bias."""
+
+    weight: np.ndarray
+    """float32 of shape (d,)."""
+    bias: float
+
+
+def load_head(path: str | Path) -> Head:
+    """The linear head in a file: a torch state (`.pth`, `.pt`), `.safetensors`, or `.npz`, with `weight` (1, d) and
+    `bias` (1,) under any prefix. Nothing is unpickled but tensors. ValueError says what is wrong."""
+    suffix = Path(path).suffix
+    try:
+        if suffix == ".npz":
+            with np.load(path, allow_pickle=False) as saved:
+                arrays = dict(saved)
+        elif suffix == ".safetensors":
+            from safetensors.numpy import load_file
+
+            arrays = load_file(str(path))
+        elif suffix in (".pth", ".pt"):
+            import torch
+
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            arrays = {name: tensor.float().numpy() for name, tensor in state.items()}
+        else:
+            raise ValueError("expected .pth, .pt, .safetensors or .npz")
+    except OSError:
+        raise
+    except Exception as error:  # each library has errors of its own for foreign bytes
+        raise ValueError(f"{path}: not a linear head: {' '.join(str(error).split())[:200]}") from None
+    weights = [a for name, a in arrays.items() if name.rpartition(".")[2] == "weight"]
+    biases = [a for name, a in arrays.items() if name.rpartition(".")[2] == "bias"]
+    if len(weights) != 1 or weights[0].ndim != 2 or weights[0].shape[0] != 1 or [b.size for b in biases] != [1]:
+        shapes = ", ".join(f"{name} {tuple(a.shape)}" for name, a in arrays.items()) or "nothing"
+        raise ValueError(f"{path}: expected one `weight` of shape (1, d) and one `bias` of shape (1,), found {shapes}")
+    head = Head(weights[0][0].astype(np.float32), float(biases[0].reshape(())))
+    if not (np.isfinite(head.weight).all() and np.isfinite(head.bias)):
+        raise ValueError(f"{path}: the weights hold NaN or infinity")
+    return head
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hex."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -1,0 +1,80 @@
+"""Copies a shipped recipe or training configuration into the current folder, to edit.
+
+    winnow init                  lists what is there
+    winnow init 400m             writes 400m.yaml
+    winnow init demo             writes demo.yaml, train_demo.yaml and demo/ with the model and entries they name
+
+Files that exist already are left alone, and the command fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+DEMO_FILES = ("scorer", "entries.json")
+
+
+def recipes() -> dict[str, Path]:
+    """The shipped YAML files by name: `conf/` beside the package in a checkout, inside it in a wheel."""
+    folder = next(place for place in (PACKAGE / "conf", PACKAGE.parent / "conf") if place.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def copy(name: str, folder: Path) -> list[Path]:
+    """Writes the recipe `name` into a folder, with the files that it names; returns what was written.
+
+    KeyError for an unknown name, FileExistsError if a file is in the way: then nothing is written.
+    """
+    texts = {f"{name}.yaml": recipes()[name]}
+    if name == "demo":
+        texts["train_demo.yaml"] = recipes()["train_demo"]
+    data = DEMO_FILES if name == "demo" else ()
+    targets = [*(folder / target for target in texts), *([folder / "demo"] if data else [])]
+    if taken := [target for target in targets if target.exists()]:
+        raise FileExistsError(f"{taken[0]} exists already")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file_name, template in texts.items():
+        # In a checkout the demo's files lie inside the package.
+        text = template.read_text(encoding="utf-8").replace("pipeline/demo/", "demo/")
+        (folder / file_name).write_text(text, encoding="utf-8")
+    for item in data:
+        source, target = PACKAGE / "demo" / item, folder / "demo" / item
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
+    return targets
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; 2 for an unknown name or a file in the way."""
+    parser = argparse.ArgumentParser(
+        prog="winnow init", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", nargs="?", help="the recipe, such as demo or 400m; without one, all are listed")
+    parser.add_argument("--folder", type=Path, default=Path(), help="where to write it (default: here)")
+    args = parser.parse_args(argv)
+    if args.name is None:
+        for name, path in recipes().items():
+            first = path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
+            print(f"{name:24}{first}")
+        return 0
+    try:
+        for target in copy(args.name, args.folder):
+            print(f"wrote {target}")
+    except KeyError:
+        print(f"error: no shipped recipe {args.name!r}; `winnow init` lists them", file=sys.stderr)
+        return 2
+    except FileExistsError as error:
+        print(f"error: {error}; nothing was written", file=sys.stderr)
+        return 2
+    if args.name == "demo":
+        print("next: `winnow web runs/demo-web` in one terminal, `winnow run demo.yaml` in another")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

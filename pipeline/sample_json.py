@@ -1,0 +1,194 @@
+"""The `KEY.json` of a sample: img2dataset's names in its order, and one form for each Arrow type.
+
+A column has one JSON type in every sample, so that readers which infer types from the first samples are right about the
+rest. JSON (RFC 8259) has no NaN, no bytes and no dates, and many readers hold whole numbers in 64 bits with a sign.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.schema import POSITION, is_heavy
+
+ORDER = (
+    "caption",
+    "url",
+    "key",
+    "status",
+    "error_message",
+    "width",
+    "height",
+    "original_width",
+    "original_height",
+    "exif",
+    "sha256",
+    "uid",
+)
+"""The keys that come last: img2dataset's own, then DataComp's `uid`. Further columns come before them."""
+
+_ALWAYS: dict[str, tuple[pa.DataType, str | None]] = {
+    "status": (pa.string(), "success"),
+    "error_message": (pa.string(), None),
+}
+_types = pa.types
+
+
+def sample_types(types: dict[str, pa.DataType]) -> dict[str, pa.DataType]:
+    """The keys of a sample's JSON, in order, and the type of each value, for rows with the columns of `types`.
+
+    Pixels, bytes and vectors of a fixed size are in the parquet files alone: as text they would outweigh the pictures.
+    """
+    light = {
+        name: json_type(dtype) for name, dtype in types.items() if name not in POSITION.names and not is_heavy(dtype)
+    }
+    light |= {name: dtype for name, (dtype, _) in _ALWAYS.items()}
+    return {name: light[name] for name in [*(n for n in light if n not in ORDER), *(n for n in ORDER if n in light)]}
+
+
+def sample_json(table: pa.Table) -> Iterator[bytes]:
+    """One JSON object a row, on one line."""
+    order = list(sample_types({field.name: field.type for field in table.schema}))
+    columns: list[Iterable[Any]] = []
+    for name in order:
+        if name in _ALWAYS:
+            columns.append(itertools.repeat(_ALWAYS[name][1], len(table)))
+        else:
+            columns.append(json_values(table[name], _hash_digits if name == "phash" else str))
+    for values in zip(*columns):
+        yield json.dumps(dict(zip(order, values)), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _hash_digits(value: int) -> str:
+    """64 bits in hex, as imagehash prints them."""
+    return f"{value:016x}"
+
+
+def json_values(column: pa.Array | pa.ChunkedArray, text: Callable[[Any], str] = str) -> list[Any]:
+    """The values of a column as `json.dumps` writes them without further ado; null is None everywhere.
+
+    - NaN and infinities are None; a float16 or float32 is the shortest decimal that means it (0.2813)
+    - uint64 is text, as `text` spells it: decimal digits, unless the caller knows better. It overflows the readers
+      that hold whole numbers as int64
+    - decimals are text, digit for digit; bytes are base64 (RFC 4648)
+    - dates and times are text in ISO 8601, instants in UTC with a Z, None outside of Arrow's own calendar; durations
+      are seconds
+    - lists and vectors are arrays, structs are objects, a map is an array of `{"key": …, "value": …}`
+    - invalid UTF-8 is replaced by U+FFFD
+    """
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    dtype = array.type
+    if isinstance(array, pa.ExtensionArray):
+        return _spelt(array, str) if dtype.extension_name == "arrow.uuid" else json_values(array.storage, text)
+    if _types.is_dictionary(dtype):
+        return json_values(array.dictionary_decode(), text)
+    if _types.is_null(dtype) or _types.is_boolean(dtype):
+        return list(array.to_pylist())
+    if _types.is_integer(dtype):
+        return _spelt(array, text) if _types.is_uint64(dtype) else list(array.to_pylist())
+    if _types.is_floating(dtype):
+        return _floats(array)
+    if _types.is_decimal(dtype):
+        return _spelt(array, str)
+    if _types.is_duration(dtype):
+        ticks = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[dtype.unit]
+        return [None if v is None else v / ticks for v in array.cast(pa.int64()).to_pylist()]
+    if _types.is_temporal(dtype):
+        return _moments(array)
+    if _is_text(dtype):
+        return _texts(array)
+    if _is_bytes(dtype):
+        return _spelt(array, lambda value: base64.b64encode(value).decode())
+    if _types.is_struct(dtype):
+        # `flatten` knows of the nulls of the struct itself, `field` does not.
+        children = [json_values(child, text) for child in array.flatten()]
+        rows = zip(array.is_valid().to_pylist(), zip(*children) if children else [()] * len(array))
+        return [dict(zip(dtype.names, values)) if valid else None for valid, values in rows]
+    if _types.is_map(dtype):
+        array = array.cast(pa.list_(pa.struct([("key", dtype.key_type), ("value", dtype.item_type)])))
+    if _is_list(array.type):
+        sizes = pc.list_value_length(array).to_pylist()
+        values = iter(json_values(pc.list_flatten(array), text))
+        return [None if size is None else list(itertools.islice(values, size)) for size in sizes]
+    return _spelt(array, str)
+
+
+def json_type(dtype: pa.DataType) -> pa.DataType:
+    """The type as which `json_values` hands out a column: what a reader may declare for it."""
+    if isinstance(dtype, pa.BaseExtensionType):
+        return json_type(dtype.storage_type)
+    if _types.is_dictionary(dtype):
+        return json_type(dtype.value_type)
+    if _types.is_struct(dtype):
+        return pa.struct([(field.name, json_type(field.type)) for field in dtype])
+    if _types.is_map(dtype):
+        return pa.list_(pa.struct([("key", json_type(dtype.key_type)), ("value", json_type(dtype.item_type))]))
+    if _is_list(dtype):
+        return pa.list_(json_type(dtype.value_type))
+    if _types.is_duration(dtype):
+        return pa.float64()
+    if _types.is_float16(dtype):
+        return pa.float32()
+    known = _types.is_boolean(dtype) or _types.is_null(dtype) or _types.is_float32(dtype) or _types.is_float64(dtype)
+    return dtype if known or (_types.is_integer(dtype) and not _types.is_uint64(dtype)) else pa.string()
+
+
+def _is_text(dtype: pa.DataType) -> bool:
+    return bool(_types.is_string(dtype) or _types.is_large_string(dtype) or _types.is_string_view(dtype))
+
+
+def _is_bytes(dtype: pa.DataType) -> bool:
+    return bool(
+        _types.is_binary(dtype)
+        or _types.is_large_binary(dtype)
+        or _types.is_fixed_size_binary(dtype)
+        or _types.is_binary_view(dtype)
+    )
+
+
+def _is_list(dtype: pa.DataType) -> bool:
+    return bool(
+        _types.is_list(dtype)
+        or _types.is_large_list(dtype)
+        or _types.is_fixed_size_list(dtype)
+        or _types.is_list_view(dtype)
+        or _types.is_large_list_view(dtype)
+    )
+
+
+def _spelt(array: pa.Array, spell: Callable[[Any], str]) -> list[Any]:
+    return [None if value is None else spell(value) for value in array.to_pylist()]
+
+
+def _floats(array: pa.Array) -> list[Any]:
+    values = array.to_pylist()
+    narrow = {16: np.float16, 32: np.float32}.get(array.type.bit_width)
+    if narrow is None:
+        return [value if value is not None and math.isfinite(value) else None for value in values]
+    return [float(str(narrow(v))) if v is not None and math.isfinite(v) else None for v in values]
+
+
+def _moments(array: pa.Array) -> list[Any]:
+    aware = _types.is_timestamp(array.type) and array.type.tz is not None
+    if aware:
+        array = array.cast(pa.timestamp(array.type.unit))  # the same instant, as UTC tells it
+    # Not through Python's datetime, which has neither nanoseconds nor years over 9999.
+    spelt = array.cast(pa.string()).to_pylist()
+    end = "Z" if aware else ""
+    return [None if value is None or value[0] == "<" else value.replace(" ", "T") + end for value in spelt]
+
+
+def _texts(array: pa.Array) -> list[Any]:
+    try:
+        return list(array.to_pylist())
+    except UnicodeDecodeError:
+        raw = array.cast(pa.large_binary()).to_pylist()
+        return [None if value is None else value.decode("utf-8", "replace") for value in raw]

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import embeddings
+from pipeline.step import Estimate, Stage
+
+_BLOCK = 4096
+
+
+@dataclass(kw_only=True)
+class NormSim(Stage):
+    """Measures how close a picture is to a target set: NormSim (Wang et al., NeurIPS 2024), from stored embeddings.
+
+    With unit vectors f(x) of the row and t of the target set, `p: inf` adds max |f(x)·t| (from 0 to 1), `p: 2` the root
+    of the sum of squares of f(x)·t over the target set (from 0 to √m for m targets). The paper takes the training
+    pictures of ImageNet or of all 24 tasks of DataComp as targets and keeps the upper part; combine it with
+    `threshold`. A row without an embedding has a null score.
+    """
+
+    target: str
+    """A `.npy` file of target embeddings, shape (m, d), by the same model."""
+    p: Literal["inf", "2"] = "inf"
+    """The norm over the target set."""
+    vector: str = "image_embedding"
+    """The column of embeddings: `clip_score` with `embeddings: true` adds it."""
+    column: str = "norm_sim_score"
+    """Name of the score."""
+
+    def __post_init__(self) -> None:
+        self.needs = (self.vector,)  # type: ignore[misc]
+        self.adds = {self.column: pa.float32()}  # type: ignore[misc]
+
+    def estimate(self, rows: float) -> Estimate:
+        return Estimate(1.0, 10_000, "rate assumed, for 10,000 targets of 512 dimensions", stored=4)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        try:
+            embeddings.load_vectors(self.target)
+        except (OSError, ValueError) as error:
+            yield "target", str(error)
+
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        of = types.get(self.vector)
+        if of is None:
+            return
+        targets = embeddings.load_vectors(self.target)
+        if not pa.types.is_fixed_size_list(of):
+            yield "vector", f"the column {self.vector!r} holds {of}, expected vectors"
+        elif of.list_size != targets.shape[1]:
+            found = f"{self.target} has shape {targets.shape}, and {self.vector} has {of.list_size} dimensions"
+            yield "target", f"{found}: they are of different models"
+
+    def fingerprint(self) -> object:
+        return embeddings.digest(self.target)
+
+    def setup(self) -> None:
+        targets = embeddings.unit(embeddings.load_vectors(self.target))
+        # ‖T f‖ is all that p = 2 asks for: the factor of TᵀT, with d rows, says it for any number of targets.
+        self._targets: np.ndarray = targets if self.p == "inf" else np.asarray(np.linalg.qr(targets, mode="r"))
+
+    def process(self, batch: pa.Table) -> pa.Table:
+        there = embeddings.finite(batch[self.vector])
+        vectors = embeddings.unit(embeddings.matrix(batch[self.vector].filter(pa.array(there))))
+        score = np.zeros(len(batch), np.float32)
+        if self.p == "2":
+            score[there] = np.linalg.norm(vectors @ self._targets.T, axis=1)
+        else:
+            best = np.zeros(len(vectors), np.float32)
+            for low in range(0, len(self._targets), _BLOCK):
+                block = np.abs(vectors @ self._targets[low : low + _BLOCK].T)
+                best = np.maximum(best, block.max(axis=1, initial=0))
+            score[there] = best
+        return batch.append_column(self.column, pa.array(score, pa.float32(), mask=~there))
