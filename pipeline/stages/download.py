@@ -46,6 +46,7 @@ class Download(Stage):
 
     needs: ClassVar[tuple[str, ...]] = ("url",)
     adds: ClassVar[dict[str, pa.DataType]] = PICTURE
+    version: ClassVar[int] = 2
     commits: ClassVar[bool] = True
     repeatable: ClassVar[bool] = False
 
