@@ -16,7 +16,6 @@ import cv2
 import imagehash
 import numpy as np
 import pytest
-import simplejpeg
 from PIL import Image, ImageCms, PngImagePlugin
 
 from pipeline.fetch.decoder import Rules, _has_scales, bare_size, decode, header_size, plan_resize, sniff
@@ -172,27 +171,6 @@ def test_a_lossless_jpeg_is_decoded_in_full(side: int, mode: Any) -> None:
     assert close(pixels(body, rules), cv2.resize(np.asarray(image), (32, 32), interpolation=cv2.INTER_AREA), 2)
 
 
-SIXTEEN = range(0xC0, 0xD0)
-
-
-@pytest.mark.parametrize("marker", SIXTEEN)
-def test_only_jpegs_with_scales_are_scaled(marker: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    scaled: list[bool] = []
-    decode_jpeg = simplejpeg.decode_jpeg
-    monkeypatch.setattr(
-        simplejpeg,
-        "decode_jpeg",
-        lambda *args, **options: scaled.append(options["min_width"] > 0) or decode_jpeg(*args, **options),
-    )
-    body = encoded(scene(900, 700), "JPEG")
-    for other in (
-        body.replace(b"\xff\xc0\0\x11\x08", bytes([0xFF, marker]) + b"\0\x11\x08"),
-        body[:2] + bytes([0xFF, marker]) + b"\0\x11\x08" + body[2:],  # a false frame before the true one
-    ):
-        reason(other, Rules())
-    assert scaled == ([True] if marker == 0xC0 else []) or not any(scaled)
-
-
 @pytest.mark.parametrize(
     ("change", "scales"),
     [
@@ -285,8 +263,8 @@ def test_orientation_in_xmp_counts_as_in_exif(kind: str, form: str) -> None:
 @pytest.mark.parametrize("kind", WITH_METADATA)
 @pytest.mark.parametrize(("in_exif", "turned"), [(1, False), (3, False), (None, True), (0, True), (9, True)])
 def test_exif_comes_before_xmp(kind: str, in_exif: int | None, turned: bool) -> None:
-    if kind == "AVIF" and in_exif == 3:
-        in_exif = 1  # Pillow writes it as a property of the file, which takes EXIF's place
+    if kind == "AVIF" and in_exif == 1:
+        pytest.skip("Pillow does not write it")
     exif = Image.Exif()
     exif[0x010F] = "Maker"
     if in_exif is not None:
