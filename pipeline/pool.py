@@ -9,7 +9,6 @@ import contextlib
 import csv
 import functools
 import glob
-import gzip
 import hashlib
 import io
 import json
@@ -26,12 +25,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.compressed import COMPRESSIONS, open_plain
 from pipeline.fetch.reasons import find
 from pipeline.recipe import PoolSpec
 from pipeline.storage import Store
 
 FORMATS = ("parquet", "csv", "tsv", "jsonl")
-COMPRESSIONS = ("gz", "zst")
 BATCH_ROWS = 50_000
 FOOTERS_AT_ONCE = 32
 MAX_CAPTION_BYTES = 1 << 20
@@ -383,28 +382,8 @@ def _parquet_batches(split: Split, wanted: dict[str, str], types: dict[str, pa.D
 @contextlib.contextmanager
 def _open_text(path: str) -> Iterator[io.TextIOBase]:
     """A text file, decompressed; bytes that are not UTF-8 come through as lone surrogates, to be found later."""
-    with contextlib.ExitStack() as stack:
-        file: Any = stack.enter_context(fsspec.open(path, "rb"))
-        if path.lower().endswith(".gz"):
-            file = stack.enter_context(gzip.open(file))
-        elif path.lower().endswith(".zst"):
-            file = pa.CompressedInputStream(pa.PythonFile(file), "zstd")
-        yield io.TextIOWrapper(io.BufferedReader(_Raw(file), 1 << 20), "utf-8-sig", "surrogateescape", newline="")
-
-
-class _Raw(io.RawIOBase):
-    """What BufferedReader wants of a stream, over anything that has read()."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._file.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+    with open_plain(path) as file:
+        yield io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
 
 
 def _column_names(path: str) -> list[str]:

@@ -234,8 +234,12 @@ class FrequencyFilter(KeyedFilter):
         if self.max_count < 1:
             yield "max_count", f"must be at least 1, found {self.max_count}"
 
+    def value(self, batch: pa.Table) -> pa.Array | pa.ChunkedArray:
+        """What rows may share."""
+        return batch[self.column]
+
     def key(self, batch: pa.Table) -> np.ndarray:
-        return hash64(pc.fill_null(batch[self.column].cast(pa.string()), "").to_pylist())
+        return hash64(pc.fill_null(self.value(batch).cast(pa.string()), "").to_pylist())
 
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
         return pa.array(self._rows_sharing(batch) <= self.max_count)
@@ -245,7 +249,8 @@ class FrequencyFilter(KeyedFilter):
         return pa.array([f"shared by {n} rows" for n in self._rows_sharing(dropped).tolist()], pa.string())
 
     def _rows_sharing(self, batch: pa.Table) -> np.ndarray:
-        codes = pc.dictionary_encode(batch[self.column].combine_chunks())
+        values = self.value(batch)
+        codes = pc.dictionary_encode(values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values)
         counts = np.bincount(codes.indices.drop_null().to_numpy(), minlength=len(codes.dictionary) or 1)
         shared = counts[pc.fill_null(codes.indices, 0).to_numpy(zero_copy_only=False)]
         return np.where(codes.indices.is_valid(), shared, 0)

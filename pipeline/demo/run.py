@@ -1,6 +1,6 @@
 """The demo, as `make demo` runs it: a small web is built and served, curated, trained on, and all of it is judged.
 
-    python -m pipeline.demo.run
+    python -m pipeline.demo.run [--pictures N] [--seed S] [--port P]
 
 Everything happens on this machine. The commands it prints are those that a user would give; the web is left in
 `runs/demo-web/`, the run in `runs/demo/`, the model in `runs/demo/model/`. A former demo in those folders is replaced.
@@ -8,6 +8,7 @@ Everything happens on this machine. The commands it prints are those that a user
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import shlex
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -58,7 +60,17 @@ def draw_heldout(folder: Path, seed: int) -> dict[str, Path]:
 
 
 @guarded()
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status of the command; 2, by SystemExit, for a word that it does not know."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.demo.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pictures", type=_positive, default=PICTURES, help="clean rows of the web, noise comes on top (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=SEED, help="another seed draws another web (%(default)s)")
+    parser.add_argument("--port", type=int, default=PORT, help="of the web on 127.0.0.1, if it is free (%(default)s)")
+    args = parser.parse_args(argv)
     console = Console()
     if not console.is_terminal:
         console.width = 140
@@ -71,8 +83,8 @@ def main() -> int:
     for folder in (WEB, RUN, HELDOUT):
         shutil.rmtree(folder, ignore_errors=True)
     try:
-        with web.open_port(PORT) as server:
-            rows = web.build(WEB, PICTURES, SEED, server.server_port)
+        with web.open_port(args.port) as server:
+            rows = web.build(WEB, args.pictures, args.seed, server.server_port)
             console.print(f"A web of {rows} captioned pictures, good and bad: http://127.0.0.1:{server.server_port}")
             with web.serving(server, WEB):
                 allow = f'steps.download.allow_addrs=["127.0.0.1:{server.server_port}"]'
@@ -80,7 +92,7 @@ def main() -> int:
         truth.show(truth.judge(*truth.read(RUN, WEB)), console)
 
         command("trainer.train", TRAINING)
-        tasks = draw_heldout(HELDOUT, seed=SEED + 1)
+        tasks = draw_heldout(HELDOUT, seed=args.seed + 1)
         results = {task: zero_shot(folder) for task, folder in tasks.items()}
     except subprocess.CalledProcessError as error:
         console.print(
@@ -95,6 +107,13 @@ def main() -> int:
         highlight=False,
     )
     return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def zero_shot(data: Path) -> float:

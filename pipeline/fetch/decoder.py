@@ -3,32 +3,36 @@
 `decode` is a pure function from bytes and options to a picture, with arguments and results that pickle. It reads what
 anyone sent: run it in a process that can be lost (`pipeline.fetch.sandbox`).
 
-The rules, one per case:
+The rules, one per case, the same for every format:
 
 - The format is what the first bytes say, and one of JPEG, PNG, WebP, GIF, AVIF; no name or header is believed.
 - The size in the file's header is checked before anything is decoded.
-- Of an animation, the first frame; `animated` says so.
-- EXIF orientation is applied; sizes are those of the upright image.
-- An ICC profile is converted to sRGB (relative colorimetric); a broken one is ignored. CMYK without a profile is
-  converted by Pillow's formula.
+- Of an animation, the first frame; `animated` says so. Of a JPEG with further pictures (MPO), the first.
+- Orientation is applied, EXIF's or, where EXIF says none, that of XMP; sizes are those of the upright image.
+- An ICC profile is converted to sRGB (relative colorimetric); a broken one, or a part beyond PROFILE_BYTES, is ignored,
+  and so is everything else that a file says about its colours. CMYK without a profile is converted by Pillow's formula.
 - Transparency is laid on white.
-- 16 bits a channel are scaled to 8 (x / 257, rounded, for grey; the high byte for colour), never clipped.
-- A JPEG is decoded at a reduced DCT scale that still covers the target, as `Rules.decode` says.
+- Of 16 bits a channel, the high byte is taken, never clipped.
+- Metadata is passed over: nothing in it, broken, huge or hostile, costs the picture.
+- A JPEG is decoded at a reduced DCT scale that still covers the target, as `Rules.decode` says, if it is one that has
+  such scales (`_has_scales`).
 - What shrinks is averaged by area (`shrink`), what grows is interpolated by Lanczos, as img2dataset does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
 import json
 import logging
 import math
+import re
 import resource
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -38,10 +42,10 @@ import exifread
 import imagehash
 import numpy as np
 import simplejpeg
-from PIL import AvifImagePlugin, Image, ImageCms, UnidentifiedImageError, features
+from PIL import AvifImagePlugin, Image, ImageCms, JpegImagePlugin, UnidentifiedImageError, features
 
 from pipeline.fetch.deny import DenyList
-from pipeline.fetch.reasons import FetchError
+from pipeline.fetch.reasons import FetchError, one_line
 
 ResizeMode = Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"]
 EncodeFormat = Literal["jpg", "png", "webp"]
@@ -59,6 +63,14 @@ _COVER = {"scaled": 1.5, "fast": 1.0}
 _LARGE_PIXELS = 4_000_000
 # A progressive JPEG has some ten scans; each is a pass over all of it, so a small file of many takes minutes.
 _MOST_SCANS = 100
+# What is read of one ICC profile: CMYK profiles have up to 3 MB.
+PROFILE_BYTES = 4 << 20
+# What is read of one text (XMP, EXIF in hex): its beginning, where a writer puts what counts.
+_TEXT_BYTES = 1 << 20
+# The column `exif`: characters of a value, bytes of the JSON. Longer values are cut, further tags left out.
+_EXIF_VALUE, _EXIF_BYTES = 1_000, 1 << 16
+# Reads of a block of EXIF: a few thousand are usual, and overlapping tables could ask for millions.
+_EXIF_READS = 20_000
 _SAME_FORMAT = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -270,20 +282,16 @@ def _read(body: bytes, kind: str, rules: Rules) -> _Found:
     size = header_size(body, kind)
     if size:
         _check_size(*size, rules)
-    if kind == "PNG":
-        # Loading skips the checksums of the pixels: damage in the middle of them would come out as noise.
-        with Image.open(io.BytesIO(body), formats=[kind]) as source:
-            source.verify()
     with _open(body, kind, size) as source:
         _check_size(source.width, source.height, rules)
-        orientation = _orientation(source)
+        orientation = _orientation(source.info.get("exif"), source.info.get("xmp"))
         width, height = source.size if orientation < 5 else source.size[::-1]
         plan = plan_resize(width, height, rules)
         pixels, clean = _pixels(source, body, plan.scaled if orientation < 5 else plan.scaled[::-1], rules)
         if orientation > 1:
             pixels = _turn(pixels, orientation)
         animated = _is_animated(source)
-        exif = _exif(source, body) if rules.extract_exif else None
+        exif = _exif(source.info.get("exif")) if rules.extract_exif else None
     clean = clean and orientation == 1 and not animated
     return _Found(pixels, (width, height), plan, clean, animated, exif)
 
@@ -305,7 +313,7 @@ def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Ru
             return pixels, transform is None
     area = source.width * source.height
     cover = _COVER.get(rules.decode)
-    wanted = _reduced_size(source.size, target, rules) if source.format == "JPEG" else None
+    wanted = _reduced_size(body, source.size, target, rules) if source.format == "JPEG" else None
     if wanted:
         # The mode is kept: draft to RGB would make a lie of a CMYK or grey profile.
         source.draft(source.mode, wanted)
@@ -323,7 +331,7 @@ def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Ru
 def _turbo_pixels(body: bytes, size: tuple[int, int], target: tuple[int, int], rules: Rules) -> np.ndarray | None:
     """A JPEG in YCbCr, RGB or grey as (height, width, 3) RGB; None where it is broken: libjpeg mends what it can and
     only warns, Pillow knows a truncated file from another."""
-    least = _reduced_size(size, target, rules) or (0, 0)
+    least = _reduced_size(body, size, target, rules) or (0, 0)
     averaged = rules.decode in _COVER and min(size[0] / target[0], size[1] / target[1]) >= 1.5
     try:
         return simplejpeg.decode_jpeg(  # type: ignore[no-any-return]
@@ -346,26 +354,44 @@ def _opencv_pixels(body: bytes) -> np.ndarray | None:
     return cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR_RGB)
 
 
-def _reduced_size(size: tuple[int, int], target: tuple[int, int], rules: Rules) -> tuple[int, int] | None:
-    """The least of a half, a quarter and an eighth of `size` (rounded up) that covers `target` as `rules.decode` says.
+def _reduced_size(body: bytes, size: tuple[int, int], target: tuple[int, int], rules: Rules) -> tuple[int, int] | None:
+    """The least of a half, a quarter and an eighth of `size` (rounded up) that covers `target` as `rules.decode` says;
+    None where that is none, or the JPEG has no such scales.
 
     libjpeg-turbo knows other scales, but has no SIMD for them: most take longer than decoding in full.
     """
     cover = _COVER.get(rules.decode)
     for divisor in (8, 4, 2):
         if cover and min(size[0] / target[0], size[1] / target[1]) >= cover * divisor:
-            return math.ceil(size[0] / divisor), math.ceil(size[1] / divisor)
+            return (math.ceil(size[0] / divisor), math.ceil(size[1] / divisor)) if _has_scales(body) else None
     return None
 
 
 def _open(body: bytes, kind: str, size: tuple[int, int] | None) -> Image.Image:
+    """The picture in Pillow, its metadata as `exif`, `xmp` and `icc_profile` in `info`, where there are any."""
     try:
-        return Image.open(io.BytesIO(body), formats=[kind])
+        if kind == "PNG":
+            picture, info, animated = _png_parts(body)
+            source = Image.open(io.BytesIO(picture), formats=[kind])
+            source.info.update(info, animated=animated)
+        elif kind == "JPEG":
+            # Image.open would go through the further pictures of an MPO file, and fail where their table is broken.
+            source = JpegImagePlugin.JpegImageFile(io.BytesIO(body))
+            if source.width * source.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise FetchError("too_large", f"{source.width}x{source.height} pixels")
+        else:
+            source = Image.open(io.BytesIO(body), formats=[kind])
+            if kind == "GIF":
+                source.info["xmp"] = _gif_xmp(body)
     except OSError as error:
         # libwebp's canvas, and its copy of the last frame.
         if kind == "WEBP" and size and _lacks(8 * size[0] * size[1]):
             raise MemoryError(str(error)) from None
         raise
+    if icc := source.info.get("icc_profile"):
+        # Whatever is padded on behind the profile is none of it.
+        source.info["icc_profile"] = icc[: min(int.from_bytes(icc[:4], "big"), PROFILE_BYTES)]
+    return source
 
 
 def _load(source: Image.Image, area: int) -> None:
@@ -428,6 +454,10 @@ def header_size(body: bytes, kind: str) -> tuple[int, int] | None:
 
 # Segments of a JPEG that say nothing about its pixels: JFIF, comments, tables, restart intervals.
 _BARE_SEGMENTS = frozenset({0xE0, 0xFE, 0xDB, 0xC4, 0xDD})
+# Markers of a JPEG with a frame header: all of C0 to CF but those for Huffman tables, extensions and arithmetic coding.
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# Markers that no segment follows, or none that may come before a frame: TEM, RST0 to RST7, SOI, EOI, SOS.
+_LONE_MARKERS = frozenset({0x00, 0x01, *range(0xD0, 0xDB), 0xFF})
 
 
 def bare_size(body: bytes, kind: str) -> tuple[int, int] | None:
@@ -440,40 +470,163 @@ def bare_size(body: bytes, kind: str) -> tuple[int, int] | None:
         # The second: lossless, without its bit for transparency.
         opaque = body[12:16] == b"VP8 " or (body[12:16] == b"VP8L" and len(body) > 24 and not body[24] & 0x10)
         return header_size(body, kind) if opaque else None
-    if kind != "JPEG":
-        return None
-    at = 2
+    if kind == "JPEG" and (frame := _jpeg_frame(body)) and frame.bare and frame.marker in (0xC0, 0xC1):
+        return frame.size if frame.bits == 8 and frame.components in (1, 3) else None
+    return None
+
+
+class _Frame(NamedTuple):
+    """The frame header of a JPEG (ITU-T T.81, B.2.2)."""
+
+    marker: int
+    bits: int
+    size: tuple[int, int]
+    components: int
+    bare: bool
+    """Only _BARE_SEGMENTS come before it."""
+
+
+def _jpeg_frame(body: bytes) -> _Frame | None:
+    """None where something else than segments comes before it: then libjpeg may find another one."""
+    at, bare = 2, True
     while at + 10 <= len(body) and body[at] == 0xFF:
         marker, length = body[at + 1], int.from_bytes(body[at + 2 : at + 4], "big")
-        if marker in (0xC0, 0xC1):
-            plain = body[at + 4] == 8 and body[at + 9] in (1, 3)  # bits a sample; components
+        if marker in _FRAMES:
             height, width = (int.from_bytes(body[at + i : at + i + 2], "big") for i in (5, 7))
-            return (width, height) if plain else None
-        if marker not in _BARE_SEGMENTS:
+            return _Frame(marker, body[at + 4], (width, height), body[at + 9], bare)
+        if marker in _LONE_MARKERS or length < 2:
             return None
+        bare = bare and marker in _BARE_SEGMENTS
         at += 2 + length
     return None
 
 
-# Chunks of a PNG that say nothing about its pixels, and those that hold them. (Its gamma nobody heeds.)
+def _has_scales(body: bytes) -> bool:
+    """Whether a JPEG can be decoded at a reduced scale: baseline, extended or progressive, Huffman-coded, 8 bits.
+
+    libjpeg-turbo ignores the scale of a lossless one, and writes the whole picture into a buffer for the reduced one.
+    """
+    frame = _jpeg_frame(body)
+    return frame is not None and frame.marker in (0xC0, 0xC1, 0xC2) and frame.bits == 8
+
+
+# Chunks of a PNG that say nothing about its pixels, and those that hold them. (Its gamma is ignored.)
 _BARE_CHUNKS = frozenset({b"IHDR", b"IDAT", b"pHYs", b"tIME", b"gAMA", b"cHRM", b"sRGB"})
 
 
-def _is_bare_png(body: bytes) -> bool:
-    view = memoryview(body)
-    at = 8
+class _Chunk(NamedTuple):
+    name: bytes
+    data: memoryview
+    whole: memoryview
+    """With its length, name and checksum."""
+    intact: bool
+    """Its checksum is right."""
+
+
+def _chunks(body: bytes) -> Iterator[_Chunk]:
+    """The chunks of a PNG up to IEND, which does not come where the file is cut."""
+    view, at = memoryview(body), 8
     while at + 12 <= len(body):
         end = at + 12 + int.from_bytes(view[at : at + 4], "big")
-        name = body[at + 4 : at + 8]
-        if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+        if end > len(body):
+            return
+        intact = zlib.crc32(view[at + 4 : end - 4]) == int.from_bytes(view[end - 4 : end], "big")
+        chunk = _Chunk(body[at + 4 : at + 8], view[at + 8 : end - 4], view[at:end], intact)
+        yield chunk
+        if chunk.name == b"IEND":
+            return
+        at = end
+
+
+def _is_bare_png(body: bytes) -> bool:
+    for chunk in _chunks(body):
+        if not chunk.intact:
             return False
-        if name == b"IEND":
+        if chunk.name == b"IEND":
             # Bits a channel; grey or RGB.
             return body[12:16] == b"IHDR" and body[24] == 8 and body[25] in (0, 2)
-        if name not in _BARE_CHUNKS:
+        if chunk.name not in _BARE_CHUNKS:
             return False
-        at = end
     return False
+
+
+def _png_parts(body: bytes) -> tuple[bytes, dict[str, bytes], bool]:
+    """A PNG without its metadata and further frames; its EXIF, XMP and profile as Pillow names them; and whether it has
+    further frames.
+
+    Pillow refuses a PNG for much or broken metadata, and for frames that are out of order; browsers show it. As they
+    do, this passes over what is broken in a chunk that a reader need not know, and in no other: damage in the middle of
+    the pixels would come out as noise. Raises FetchError.
+    """
+    parts: list[bytes | memoryview] = [body[:8]]
+    info: dict[str, bytes] = {}
+    frames, pixels, name = 0, False, b""
+    for name, data, whole, intact in _chunks(body):
+        if not name[0] & 0x20:  # a capital: critical
+            if not intact:
+                raise FetchError("decode_error", f"wrong checksum of {name!r}")
+            pixels = pixels or name == b"IDAT"
+        elif not intact:
+            continue
+        elif name == b"acTL" and not pixels and not frames:
+            frames = int.from_bytes(data[:4], "big")
+        elif name == b"fcTL" and not pixels and frames:
+            frames -= 1  # the picture itself is the first of them
+        elif name != b"tRNS":
+            for key, value in _png_metadata(name, data):
+                info.setdefault(key, value)
+        if not name[0] & 0x20 or name == b"tRNS":
+            parts.append(whole)
+    if name != b"IEND":
+        raise FetchError("decode_error", "truncated PNG file")
+    return b"".join(parts), info, 0 < frames < 1 << 31
+
+
+# Texts of a PNG that hold metadata, by their keyword; the raw profiles are ImageMagick's, in hex.
+_PNG_TEXTS = {
+    b"XML:com.adobe.xmp": "xmp",
+    b"Raw profile type xmp": "xmp",
+    b"Raw profile type exif": "exif",
+    b"Raw profile type APP1": "exif",
+}
+
+
+def _png_metadata(name: bytes, data: memoryview) -> Iterator[tuple[str, bytes]]:
+    """What an ancillary chunk of a PNG holds of EXIF, XMP or a profile, if anything."""
+    if name == b"eXIf":
+        yield "exif", bytes(data)
+    if name not in (b"iCCP", b"tEXt", b"zTXt", b"iTXt"):
+        return
+    keyword, _, rest = bytes(data).partition(b"\0")
+    if name == b"iCCP":
+        yield from _unpacked("icc_profile", rest[1:], PROFILE_BYTES)
+    elif key := _PNG_TEXTS.get(keyword):
+        if name == b"iTXt":
+            text = rest[2:].split(b"\0", 2)[-1]
+            found = _unpacked(key, text, _TEXT_BYTES) if rest[:1] == b"\1" else iter([(key, text)])
+        else:
+            found = _unpacked(key, rest[1:], _TEXT_BYTES) if name == b"zTXt" else iter([(key, rest)])
+        for _, text in found:
+            if keyword.startswith(b"Raw"):
+                # A line with the kind, a line with the length, then hex.
+                digits = b"".join(text.split()[2:])
+                with contextlib.suppress(ValueError):
+                    yield key, bytes.fromhex(digits[: len(digits) & ~1].decode("ascii", "replace"))
+            else:
+                yield key, text
+
+
+def _unpacked(key: str, packed: bytes, most: int) -> Iterator[tuple[str, bytes]]:
+    """The first `most` bytes at most; nothing where they are broken."""
+    with contextlib.suppress(zlib.error):
+        yield key, zlib.decompressobj().decompress(packed, most)
+
+
+def _gif_xmp(body: bytes) -> bytes:
+    """XMP stands in a GIF as it is, behind this name and before a trailer that leads out of it (Adobe's XMP
+    Specification, Part 3)."""
+    _, name, rest = body.partition(b"\x21\xff\x0bXMP DataXMP")
+    return rest[:_TEXT_BYTES].partition(b"\x01\xff\xfe\xfd")[0] if name else b""
 
 
 def _check_size(width: int, height: int, rules: Rules) -> None:
@@ -600,34 +753,39 @@ def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _orientation(image: Image.Image) -> int:
-    """1 to 8 as EXIF counts them; 1 (upright) where there is none or it is broken."""
-    if "exif" not in image.info and image.format != "PNG":
-        return 1
-    try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # broken metadata does not make a broken image
-        return 1
-    return value if value in range(1, 9) else 1
+_XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])\s*["'<]""")
+
+
+def _orientation(exif: object, xmp: object) -> int:
+    """1 to 8 as EXIF counts them: EXIF's, else that of XMP; 1 (upright) where both have none or are broken."""
+    if isinstance(exif, bytes):
+        with contextlib.suppress(Exception):  # broken metadata does not make a broken image
+            tags = Image.Exif()
+            tags.load(exif)
+            value = tags.get(_ORIENTATION_TAG)
+            if isinstance(value, int) and 1 <= value <= 8:
+                return value
+    found = _XMP_ORIENTATION.search(xmp[:_TEXT_BYTES]) if isinstance(xmp, bytes) else None
+    return int(found[1]) if found else 1
 
 
 def _is_animated(image: Image.Image) -> bool:
     try:
-        return bool(getattr(image, "is_animated", False))
+        return bool(image.info.get("animated", getattr(image, "is_animated", False)))
     except Exception:  # a broken second frame does not make the first one broken
         return False
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     icc = image.info.get("icc_profile")
-    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
+    if image.mode.startswith("I;16"):
         image = _grey_from_16_bit(image)
     alpha = None
     if image.has_transparency_data:
-        if image.mode != "RGBA":
-            image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-        image = image.convert("RGB")
+        alpha = (image if image.mode in ("LA", "RGBA") else image.convert("RGBA")).getchannel("A")
+    # A profile is made for one of these.
+    if image.mode in ("1", "LA"):
+        image = image.convert("L")
     elif image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")
     if icc and (transform := _srgb_transform(icc, image.mode)):
@@ -642,15 +800,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_from_16_bit(image: Image.Image) -> Image.Image:
-    wide = np.asarray(image).astype(np.uint32)
-    grey = ((wide + 128) // 257).clip(0, 255).astype(np.uint8)
+    wide = np.asarray(image)
+    grey = (wide >> 8).astype(np.uint8)
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         grey[wide == clear] = 255
     return Image.fromarray(grey)
 
 
-@functools.lru_cache(maxsize=64)
+# So few of them may be as large as PROFILE_BYTES, and what one image leaves behind counts against the next.
+@functools.lru_cache(maxsize=16)
 def _srgb_transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """None where the profile is sRGB already, is broken, or is meant for another kind of image."""
     try:
@@ -670,12 +829,33 @@ def _srgb_transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return None
 
 
-def _exif(source: Image.Image, body: bytes) -> str | None:
-    """The EXIF tags as a JSON object of strings, `{}` without any, as img2dataset stores them."""
-    if "exif" not in source.info:
-        return "{}"  # most images: the pure-Python reader would take longer to find that out
+def _exif(block: object) -> str | None:
+    """The EXIF tags as a JSON object of strings, as img2dataset stores them: `{}` without any, None where they are
+    broken or take more than _EXIF_READS to read."""
+    if not isinstance(block, bytes):
+        return "{}"
     try:
-        tags = exifread.process_file(io.BytesIO(body), details=False)
-        return json.dumps({name: str(value).strip() for name, value in tags.items() if value is not None})
+        found: dict[str, str] = {}
+        size = 2
+        for name, value in exifread.process_file(_Metered(block.removeprefix(b"Exif\0\0")), details=False).items():
+            text = one_line(str(value), _EXIF_VALUE)
+            size += len(json.dumps({name: text}))
+            if size > _EXIF_BYTES:
+                break
+            found[name] = text
+        return json.dumps(found)
     except Exception:  # as with orientation: broken metadata does not make a broken image
         return None
+
+
+class _Metered(io.BytesIO):
+    """Raises EOFError when _EXIF_READS are used up, a read of a kilobyte or a part of one counted as one."""
+
+    left = _EXIF_READS
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.left -= 1 + len(data) // 1024
+        if self.left < 0:
+            raise EOFError
+        return data

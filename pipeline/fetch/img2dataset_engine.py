@@ -32,6 +32,7 @@ from PIL import Image
 from pipeline.fetch.decoder import Picture, phash, sniff
 from pipeline.fetch.deny import DenyList
 from pipeline.fetch.reasons import FetchError
+from pipeline.fetch.sandbox import FROM_OUTSIDE
 
 GROUP_ROWS = 256
 PATIENCE = 120
@@ -140,7 +141,8 @@ def _rows(table: pa.Table, options: Mapping[str, Any]) -> Iterator[Result]:
         elif not child.died:
             yield from ((row, FetchError("unexpected", "img2dataset lost the row")) for row in rest)
         elif len(rest) == 1:
-            yield rest[0], FetchError("decoder_crash", "img2dataset died on this row")
+            reason = "decoder_killed" if child.killed else "decoder_crash"
+            yield rest[0], FetchError(reason, "img2dataset died on this row")
         elif rest:  # whoever killed it is among these
             todo += [rest[: len(rest) // 2], rest[len(rest) // 2 :]]
 
@@ -149,7 +151,7 @@ class _Child:
     """One img2dataset at work: iterates over (position, result); afterwards tells how it ended."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self.died = self.stalled = False
+        self.died = self.killed = self.stalled = False
         # A thread of it waits `timeout` for each byte, so servers that drip can hold all of them for ever.
         self._patience = PATIENCE + job["timeout"] * (job["retries"] + 1)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
@@ -185,7 +187,7 @@ class _Child:
             self._process.kill()
         except (EOFError, OSError):  # OSError: it died in the middle of a message
             status = self._process.wait()
-            self.died = status < 0
+            self.died, self.killed = status < 0, -status in FROM_OUTSIDE
             if status > 0:
                 self._errors.seek(0)
                 said = self._errors.read().decode(errors="replace").strip().splitlines()

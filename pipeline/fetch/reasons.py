@@ -49,6 +49,7 @@ REASONS: dict[str, Reason] = {
     "too_large": Reason("more pixels than `max_image_area`, or would be after resizing", False),
     "aspect_ratio": Reason("longer side / shorter side is over `max_aspect_ratio`", False),
     "decoder_crash": Reason("the decoder's process died on this image", False),
+    "decoder_killed": Reason("the decoder's process was killed from outside, three times (is memory short?)", True),
     "decoder_timeout": Reason("the decoder was not done with this image within its time", False),
     "decoder_memory": Reason("the decoder needed more memory for this image than it may have", False),
     # Ourselves

@@ -1,4 +1,4 @@
-"""Calls a function in processes that can be lost: what kills, hangs or fills one costs the call it had in hand alone.
+"""Calls a function in processes that can be lost: a call that kills, hangs or fills one costs only itself.
 
     async with Sandbox(partial(decode, rules=rules), processes=2, seconds=20, memory=512_000_000) as sandbox:
         picture = await sandbox(body)
@@ -43,6 +43,10 @@ T = TypeVar("T")
 WALL_FACTOR = 5
 # Processes in a row that die before they begin a call. One may be bad luck (a kill for memory), this many are not.
 STARTS = 3
+FROM_OUTSIDE = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
+"""Signals that no picture raises in its decoder: someone else sends them (the OOM killer, an operator, a shutdown)."""
+# Times that a call is begun, if its process is killed from outside each time.
+BEGINS = 3
 # Calls that a child has at once: the one it works on and the next.
 DEPTH = 2
 # Bytes of address space that calls may leave behind in a child, as imported modules do, at no cost for those to come.
@@ -102,7 +106,8 @@ class Sandbox(Generic[T]):
 
     async def __call__(self, body: bytes, *args: Any) -> T:
         """Raises FetchError: the target's own; `decoder_crash`, `decoder_timeout` or `decoder_memory` for the call that
-        a process was lost with; `unexpected` for any other exception. Raises SandboxError if no process will start.
+        a process was lost with; `decoder_killed` (transient) if its process was killed from outside BEGINS times;
+        `unexpected` for any other exception. Raises SandboxError if no process will start.
         """
         if self._closed is not None:
             raise SandboxError(self._closed)
@@ -167,11 +172,18 @@ class Sandbox(Generic[T]):
             child.ended = True
 
     def _lost(self, child: _Child, cause: str | None = None) -> None:
-        """Blames the call that the child had begun, if any; the one behind it comes first in another child."""
+        """Blames the call that the child had begun, if any; the one behind it comes first in another child.
+
+        A process that was killed from outside is no verdict on its call, which is tried again.
+        """
         begun = child.begun
         status = self._end(child)
         if begun > child.answered and child.calls:
-            child.calls.popleft().end(self._verdict(status, cause), failed=True)
+            call = child.calls[0]
+            killed = cause is None and -status in FROM_OUTSIDE
+            call.kills += killed
+            if not killed or call.kills == BEGINS:
+                child.calls.popleft().end(self._verdict(status, cause), failed=True)
         self._queue.extendleft(reversed(child.calls))
         self._failed_starts = 0 if begun else self._failed_starts + 1
         if self._failed_starts == STARTS:
@@ -187,6 +199,8 @@ class Sandbox(Generic[T]):
             return FetchError("decoder_timeout", f"over {self._seconds:g} s of CPU time")
         if status == -signal.SIGALRM:
             return FetchError("decoder_timeout", f"over {self._seconds * WALL_FACTOR:g} s")
+        if cause is None and -status in FROM_OUTSIDE:
+            return FetchError("decoder_killed", f"{_ending(status)}, {BEGINS} times")
         return FetchError("decoder_crash", cause or _ending(status))
 
     def _close(self, why: str) -> None:
@@ -215,6 +229,8 @@ class Sandbox(Generic[T]):
 class _Call:
     request: list[bytes]
     answer: asyncio.Future[Any]
+    kills: int = 0
+    """Processes that were killed from outside while they worked on it."""
 
     def end(self, value: Any, *, failed: bool) -> None:
         self.request = []
@@ -409,8 +425,8 @@ def die_with_parent() -> None:
 
 def _prepare() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    for timer in (signal.SIGPROF, signal.SIGALRM):
-        signal.signal(timer, signal.SIG_DFL)
+    for number in (signal.SIGPROF, signal.SIGALRM, signal.SIGINT):  # a KeyboardInterrupt would pass for a failure
+        signal.signal(number, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         # Pixels of one call go where those of the last one were: fetched anew from the system, their pages take a

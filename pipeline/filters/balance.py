@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.caption import UNSPACED, normal
+from pipeline.compressed import open_plain, plain_name
 from pipeline.hashing import uniform
 from pipeline.step import Estimate, Filter, drops_frame
 
@@ -31,20 +34,21 @@ class Balance(Filter):
     """Evens out the concepts of a run: what everyone photographs is thinned, what few do is kept.
 
     The concepts are entries: words and phrases. A caption matches an entry that occurs in it on word boundaries, in any
-    case and with any punctuation between the words. An entry e that count_e captions match keeps each of them with
-    probability min(1, t / count_e), and a row is kept if any of its entries keeps it:
+    case and with any punctuation between the words; in scripts without spaces between words, wherever it occurs. Both
+    are compared in their normal form (`pipeline.caption.normal`). An entry e that count_e captions match keeps each of
+    them with probability min(1, t / count_e), and a row is kept if any of its entries keeps it:
     if u < 1 − Π(1 − min(1, t / count_e)) with u in [0, 1) a hash of seed and uid. No row is repeated. Rows that match
     nothing are dropped as `no_entry`, the others as `balance`. Follows the papers of CLIP (Radford et al., 2021) and
     MetaCLIP (Xu et al., ICLR 2024).
-
-    Scripts that put no space between words match only where an entry stands by itself.
     """
 
     needs = ("caption",)
+    version = 2
     scope = "run"
 
     entries: str | None = None
-    """A JSON list of strings, or a text file with an entry on each line. None: the words and the pairs of neighbouring
+    """A file of entries: a JSON list of strings (`.json`), or text with an entry on each line; `.gz` and `.zst` are
+    unpacked. None: the words and the pairs of neighbouring
     words in at least `min_count` captions of this run."""
     max_per_entry: int | None = None
     """The cap t: about so many captions of each entry stay, or more. 20,000, as in CLIP, if there is no `tail_mass`."""
@@ -161,9 +165,12 @@ _COUNTS = pd.DataFrame({"entry": pd.Series([], dtype="string[pyarrow]"), "count"
 
 def _read_entries(path: str) -> list[str]:
     """The entries of a file, normalised, each once. OSError or ValueError if it is not there or not such a list."""
-    with fsspec.open(path, "rt", encoding="utf-8") as file:
-        text = file.read()
-    if path.endswith(".json"):
+    try:
+        with open_plain(path) as file:
+            text = file.read().decode("utf-8-sig")
+    except (EOFError, zlib.error) as error:
+        raise ValueError(f"the compressed file is damaged: {error}") from None
+    if plain_name(path).endswith(".json"):
         entries = json.loads(text)
         if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
             raise ValueError("expected a JSON list of strings")
@@ -172,9 +179,10 @@ def _read_entries(path: str) -> list[str]:
     return [entry for entry in dict.fromkeys(_normalised(pa.array(entries, pa.string())).to_pylist()) if entry]
 
 
-def _normalised(texts: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """Lower-case words (letters, marks and digits) with one space between them; "" for null."""
-    texts = pc.utf8_lower(pc.utf8_normalize(pc.fill_null(texts.cast(pa.string()), ""), "NFKC"))
+def _normalised(texts: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """Lower-case words (letters, marks and digits) with one space between them; "" for null. In scripts without spaces
+    between words, each character counts as a word."""
+    texts = pc.replace_substring_regex(pc.utf8_lower(normal(texts)), rf"({UNSPACED})", r" \1 ")
     return pc.utf8_trim(pc.replace_substring_regex(texts, r"[^\pL\pM\pN]+", " "), " ")
 
 
@@ -209,7 +217,7 @@ def _tally(part: pd.DataFrame, listed: pd.DataFrame) -> pd.DataFrame:
 
 def _grams(part: pd.DataFrame) -> pd.DataFrame:
     """How many captions of this part hold each word and each pair of neighbouring words."""
-    captions = _normalised(pa.Table.from_pandas(part[["caption"]], preserve_index=False)["caption"]).combine_chunks()
+    captions = _normalised(pa.Table.from_pandas(part[["caption"]], preserve_index=False)["caption"])
     split = pc.split_pattern(captions, " ")
     words, row = pc.list_flatten(split), pc.list_parent_indices(split).to_numpy()
     neighbours = row[1:] == row[:-1]

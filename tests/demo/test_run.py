@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
 from pipeline import pool, recipe
@@ -19,6 +20,24 @@ def test_the_recipe_is_sound(tmp_path):
     checked = recipe.load(run.RECIPE, [f"pool.path={tmp_path}/pool.parquet"], pool.columns)
     assert checked.run == str(run.RUN)
     assert [step.name() for step in checked.steps][-1] == "write_shards"
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--help"], 0, "--pictures"),
+        (["--pictures", "0"], 2, "--pictures"),
+        (["--picture=many"], 2, "--pictures"),
+        (["extra"], 2, "unrecognized arguments: extra"),
+    ],
+)
+def test_a_question_or_an_unknown_word_builds_nothing(words, status, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        run.main(words)
+    assert end.value.code == status
+    assert said in "".join(capsys.readouterr())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_caption_has_an_entry():

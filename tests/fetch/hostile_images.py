@@ -58,6 +58,32 @@ def jpeg_claiming(width: int, height: int, *, progressive: bool = False) -> byte
     return bytes(body)
 
 
+def jpeg_lossless(pixels: np.ndarray) -> bytes:
+    """(height, width, 3) uint8 RGB as a lossless JPEG (ITU-T T.81, annex H): each sample as its difference from the one
+    on its left, the first of a row from the one above it."""
+    height, width, _ = pixels.shape
+    samples = pixels.astype(np.int32)
+    before = np.roll(samples, 1, axis=1)
+    before[1:, 0] = samples[:-1, 0]
+    before[0, 0] = 128
+    bits = []
+    for step in (samples - before).ravel().tolist():
+        category = abs(step).bit_length()
+        bits.append(f"{category:04b}")  # every category from 0 to 9 has a code of four bits
+        bits.append(f"{step if step >= 0 else step + (1 << category) - 1:0{category}b}" if category else "")
+    stream = "".join(bits)
+    stream += "1" * (-len(stream) % 8)
+    scan = bytes(int(stream[i : i + 8], 2) for i in range(0, len(stream), 8)).replace(b"\xff", b"\xff\0")
+
+    def segment(marker: int, data: bytes) -> bytes:
+        return struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data
+
+    codes = bytes([0, *(10 if length == 4 else 0 for length in range(1, 17)), *range(10)])
+    frame = struct.pack(">BHHB", 8, height, width, 3) + b"R\x11\0G\x11\0B\x11\0"
+    head = segment(0xC4, codes) + segment(0xC3, frame) + segment(0xDA, b"\x03R\0G\0B\0\x01\0\0")
+    return b"\xff\xd8" + head + scan + b"\xff\xd9"
+
+
 def noise(width: int, height: int, kind: str = "JPEG", seed: int = 0, **options: object) -> bytes:
     """A picture that does not compress: the largest body for its size."""
     pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)

@@ -16,10 +16,11 @@ import cv2
 import imagehash
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
-from pipeline.fetch.decoder import Rules, bare_size, decode, header_size, plan_resize, sniff
+from pipeline.fetch.decoder import Rules, _has_scales, bare_size, decode, header_size, plan_resize, sniff
 from pipeline.fetch.reasons import REASONS, FetchError
+from tests.fetch.hostile_images import chunk, jpeg_lossless
 
 NO = Rules(resize_mode="no", encode_format="png", encode_quality=1)
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -58,9 +59,6 @@ def close(found: np.ndarray, expected: Image.Image | tuple[int, ...], tolerance:
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes, **chunks: bytes) -> bytes:
     """A PNG of the given raw rows (without filter bytes), with what Pillow cannot write."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     stride = len(rows) // height
     raw = b"".join(b"\0" + rows[i * stride : (i + 1) * stride] for i in range(height))
@@ -163,6 +161,45 @@ def test_broken_files_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     assert "".join(capfd.readouterr()) == ""
 
 
+@pytest.mark.parametrize("mode", ["exact", "scaled", "fast"])
+@pytest.mark.parametrize("side", [64, 256, 600])
+def test_a_lossless_jpeg_is_decoded_in_full(side: int, mode: Any) -> None:
+    image = scene(side, side)
+    body = jpeg_lossless(np.asarray(image))
+    rules = Rules(image_size=32, decode=mode, encode_format="png", encode_quality=1)
+    assert close(pixels(body), image, 0)
+    assert close(pixels(body, rules), cv2.resize(np.asarray(image), (32, 32), interpolation=cv2.INTER_AREA), 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "scales"),
+    [
+        (lambda body: body, True),
+        (lambda body: body.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc3\0\x11\x08"), False),
+        (lambda body: body.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc9\0\x11\x08"), False),
+        (lambda body: body.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"), False),
+        (lambda body: body[:2] + b"\xff\xfe\0\x04\xff\xc3" + body[2:], True),  # in a comment
+        (lambda body: body[:2] + b"\0" + body[2:], False),
+        (lambda body: body[:2] + b"\xff\xff" + body[3:], False),
+        (lambda body: body[:2] + b"\xff\xfe\0\0" + body[2:], False),
+        (lambda body: body[:2] + b"\xff\xd8" + body[2:], False),
+        (lambda body: body[:20], False),
+    ],
+)
+def test_which_jpegs_have_scales(change: Callable[[bytes], bytes], scales: bool) -> None:
+    assert _has_scales(change(BARE["jpeg"])) == scales
+
+
+def test_of_a_jpeg_with_further_pictures_the_first_is_taken() -> None:
+    body = encoded(scene(), "MPO", save_all=True, append_images=[Image.new("RGB", (320, 200), RED)])
+    assert Image.open(io.BytesIO(body)).n_frames == 2  # type: ignore[attr-defined]
+    picture = decode(body, NO)
+    assert close(pixels(body), scene(), 4)
+    assert (picture.original_format, picture.animated) == ("jpeg", False)
+    at = body.index(b"MPF\0")
+    assert close(pixels(body[: at + 12] + b"\xff" * 60 + body[at + 72 :]), scene(), 4)  # its table is broken
+
+
 def test_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (40, 30), colour) for colour in (RED, GREEN, BLUE)]
     for kind in ("GIF", "WEBP", "PNG", "AVIF"):
@@ -187,6 +224,59 @@ def test_orientation_is_applied_and_sizes_are_upright(orientation: int, kind: st
     small = decode(body, Rules(image_size=64))
     assert (small.width, small.height) == (64, 40)
     assert "exif" not in Image.open(io.BytesIO(small.image)).info
+
+
+def xmp(orientation: int, form: str = 'tiff:Orientation="{}"/>') -> bytes:
+    head = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    inner = f'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" {form.format(orientation)}'
+    return f"{head}{inner}</rdf:RDF></x:xmpmeta>".encode()
+
+
+def with_xmp(kind: str, data: bytes, **options: Any) -> bytes:
+    """The scene in some format, with this XMP."""
+    if kind == "GIF":
+        body = encoded(scene().quantize(64), kind)
+        trailer = b"\x01" + bytes(range(255, -1, -1)) + b"\0"
+        at = 13 + 3 * (2 << (body[10] & 7))
+        return body[:at] + b"\x21\xff\x0bXMP DataXMP" + data + trailer + body[at:]
+    if kind == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", data.decode(), zip=True)
+        return encoded(scene(), kind, pnginfo=info, **options)
+    return encoded(scene(), kind, xmp=data, quality=95, **options)
+
+
+WITH_METADATA = ["JPEG", "PNG", "WEBP", "AVIF"]
+
+
+@pytest.mark.parametrize("kind", [*WITH_METADATA, "GIF"])
+@pytest.mark.parametrize("form", ['tiff:Orientation="{}"/>', "tiff:Orientation = '{}'/>", "><tiff:Orientation>{}<"])
+def test_orientation_in_xmp_counts_as_in_exif(kind: str, form: str) -> None:
+    size = {0: (320, 200), 1: (320, 200), 6: (200, 320), 8: (200, 320), 9: (320, 200), 66: (320, 200)}
+    for orientation, expected in size.items():
+        picture = decode(with_xmp(kind, xmp(orientation, form)), NO)
+        assert (picture.original_width, picture.original_height) == expected, orientation
+    turned = scene().transpose(Image.Transpose.ROTATE_270)
+    assert close(pixels(with_xmp(kind, xmp(6, form))), turned, 20 if kind == "GIF" else 4)
+
+
+@pytest.mark.parametrize("kind", WITH_METADATA)
+@pytest.mark.parametrize(("in_exif", "turned"), [(1, False), (3, False), (None, True), (0, True), (9, True)])
+def test_exif_comes_before_xmp(kind: str, in_exif: int | None, turned: bool) -> None:
+    if kind == "AVIF" and in_exif == 1:
+        pytest.skip("Pillow does not write it")
+    exif = Image.Exif()
+    exif[0x010F] = "Maker"
+    if in_exif is not None:
+        exif[0x0112] = in_exif
+    picture = decode(with_xmp(kind, xmp(6), exif=exif.tobytes()), NO)
+    assert (picture.original_width < picture.original_height) == turned
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_is_passed_over(kind: str) -> None:
+    body = with_xmp(kind, xmp(6), exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    assert decode(body, NO).original_width == 200
 
 
 def test_transparency_is_laid_on_white() -> None:
@@ -222,6 +312,92 @@ def test_profiles_are_converted_to_srgb() -> None:
     swapped = swapped_primaries(srgb)
     assert close(pixels(encoded(Image.new("RGB", (8, 8), RED), "PNG", icc_profile=swapped)), GREEN, 12)
     assert close(pixels(encoded(Image.new("RGB", (8, 8), RED), "JPEG", icc_profile=swapped, quality=95)), GREEN, 12)
+
+
+@pytest.mark.parametrize("kind", WITH_METADATA)
+def test_a_profile_is_converted_in_every_format(kind: str) -> None:
+    swapped = swapped_primaries(SRGB)
+    red = Image.new("RGB", (32, 32), RED)
+    for profile in (swapped, swapped + bytes(3_000_000)):
+        if kind == "JPEG" or len(profile) < 1_000_000:
+            assert close(pixels(encoded(red, kind, icc_profile=profile, quality=95)), GREEN, 12)
+    see_through = Image.new("RGBA", (32, 32), (255, 0, 0, 128))
+    if kind != "JPEG":
+        assert close(pixels(encoded(see_through, kind, icc_profile=swapped, quality=95)), (127, 255, 127), 12)
+    if kind == "PNG":
+        palette = red.quantize(4)
+        assert close(pixels(encoded(palette, kind, icc_profile=swapped)), GREEN, 12)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "L"), ("PNG", "L"), ("PNG", "LA"), ("PNG", "I;16")])
+def test_a_grey_profile_is_converted_with_and_without_transparency(kind: str, mode: str) -> None:
+    value = {"LA": (128, 255), "I;16": 128 * 257}.get(mode, 128)
+    body = encoded(Image.new(mode, (32, 32), value), kind, icc_profile=grey_profile())
+    assert close(pixels(body), (188, 188, 188), 2)  # half of the light, as sRGB has it
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def grey_profile() -> bytes:
+    """An ICC profile (version 2) of grey whose values are proportional to the light."""
+    tags = [(b"wtpt", b"XYZ \0\0\0\0" + struct.pack(">iii", 0xF6D6, 0x10000, 0xD32D)),
+            (b"kTRC", b"curv\0\0\0\0" + struct.pack(">IHH", 1, 0x0100, 0))]  # fmt: skip
+    table, data = struct.pack(">I", len(tags)), b""
+    for name, tag in tags:
+        table += name + struct.pack(">II", 128 + 4 + 12 * len(tags) + len(data), len(tag))
+        data += tag
+    head = b"\0\0\0\0" + b"lcms\x02\x10\0\0mntrGRAYXYZ " + bytes(12) + b"acsp" + bytes(28)
+    head += struct.pack(">iii", 0xF6D6, 0x10000, 0xD32D) + bytes(48)
+    profile = head + table + data
+    return struct.pack(">I", len(profile)) + profile[4:]
+
+
+MUCH = b"x" * 2_000_000
+MANY = zlib.compress(bytes(10_000_000))
+METADATA = {
+    "zTXt": [(b"zTXt", b"workflow\0\0" + zlib.compress(MUCH))],
+    "iTXt": [(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(MUCH))],
+    "tEXt": [(b"tEXt", b"parameters\0" + MUCH)],
+    "iCCP": [(b"iCCP", b"p\0\0" + zlib.compress(SRGB + MUCH))],
+    "bombs": [(b"zTXt", b"%d\0\0" % i + MANY) for i in range(300)],
+    "broken zlib": [(b"zTXt", b"a\0\0no"), (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0no"), (b"iCCP", b"p\0\0no")],
+    "no keyword": [(b"tEXt", b""), (b"zTXt", b""), (b"iTXt", b"\xff"), (b"iCCP", b""), (b"eXIf", b"")],
+    "other methods": [(b"zTXt", b"a\0\7" + zlib.compress(b"a")), (b"iCCP", b"p\0\7" + zlib.compress(b"a"))],
+    "short": [(b"gAMA", b""), (b"cHRM", b""), (b"pHYs", b""), (b"sRGB", b""), (b"acTL", b""), (b"fcTL", b"")],
+    "frames": [(b"fcTL", struct.pack(">IIIIIHHBB", 7, 9, 9, 900, 900, 1, 1, 0, 0)), (b"fdAT", b"\0\0\0\5")],
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+@pytest.mark.parametrize("behind", [33, -12], ids=["before the pixels", "behind them"])
+def test_metadata_of_a_png_is_passed_over_whatever_it_is(name: str, behind: int) -> None:
+    body = encoded(scene(), "PNG")
+    extra = b"".join(chunk(kind, data) for kind, data in METADATA[name])
+    found = body[:behind] + extra + body[behind:]
+    picture = decode(found, NO)
+    assert close(pixels(found), scene(), 1 if name == "iCCP" else 0)
+    assert (picture.exif, picture.animated) == ("{}", False)
+
+
+def test_of_a_png_only_damage_to_what_a_reader_must_know_counts() -> None:
+    body = encoded(scene(mode="RGBA"), "PNG")
+    broken = chunk(b"tEXt", b"Title\0a")[:-1] + b"!"
+    assert close(pixels(body[:33] + broken + body[33:]), scene(), 0)
+    assert reason(body[:-12]) == reason(body[:-13]) == "decode_error"
+    for name in (b"IHDR", b"IDAT"):
+        at = body.index(name)
+        assert reason(body[: at + 6] + bytes([body[at + 6] ^ 1]) + body[at + 7 :]) == "decode_error"
+
+
+def test_an_animated_png_shows_its_first_picture_even_if_the_others_are_broken() -> None:
+    frames = [Image.new("RGB", (40, 30), colour) for colour in (RED, GREEN, BLUE)]
+    body = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    apart = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:], default_image=True)
+    for whole in (body, apart):
+        for found in (whole, whole.replace(b"fdAT", b"fdAX"), whole.replace(b"fcTL\0\0\0\1", b"fcTL\0\0\0\7")):
+            assert close(pixels(found), RED, 0)
+            assert decode(found, NO).animated
 
 
 def swapped_primaries(profile: bytes) -> bytes:
@@ -452,6 +628,59 @@ def test_exif_is_the_json_of_img2dataset() -> None:
     assert stored["Image Make"] == "Maker"
     assert decode(encoded(scene(), "JPEG"), Rules()).exif == "{}"
     assert decode(body, Rules(extract_exif=False)).exif is None
+
+
+@pytest.mark.parametrize("kind", WITH_METADATA)
+def test_exif_is_the_same_in_every_format(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x010F], exif[0x9286] = "Maker", b"comment"
+    exif.get_ifd(0x8769)[0x9003] = "2020:01:02 03:04:05"
+    found = json.loads(decode(encoded(scene(), kind, exif=exif.tobytes()), Rules()).exif or "")
+    assert found["Image Make"] == "Maker"
+    assert found["EXIF DateTimeOriginal"] == "2020:01:02 03:04:05"
+
+
+def test_exif_in_hex_as_imagemagick_writes_it() -> None:
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "Maker", 6
+    digits = f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n"
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Raw profile type exif", digits, zip=True)
+    picture = decode(encoded(scene(), "PNG", pnginfo=info), NO)
+    assert json.loads(picture.exif or "")["Image Make"] == "Maker"
+    assert (picture.original_width, picture.original_height) == (200, 320)
+    info.add_text("Raw profile type APP1", "no hex")
+    assert decode(encoded(scene(), "PNG", pnginfo=info), NO).original_width == 200
+
+
+def ifd(entries: list[tuple[int, int, int, bytes]], following: int = 0) -> bytes:
+    """A table of EXIF: tag, type, count and value or place of each entry."""
+    body = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return struct.pack("<H", len(entries)) + body + struct.pack("<I", following)
+
+
+def test_exif_has_a_bound_and_costs_no_picture() -> None:
+    long = Image.Exif()
+    long[0x010F] = "M\0" + "x" * 5_000
+    long[0x010E] = "y" * 40_000
+    found = json.loads(decode(encoded(scene(), "WEBP", exif=long.tobytes()), Rules()).exif or "")
+    assert {name: len(value) for name, value in found.items()} == {"Image ImageDescription": 1000, "Image Make": 1}
+    names = [struct.pack("<I", 8)] * 600
+    place = 8 + len(ifd([(0, 2, 900, b"")] * 600))
+    many = b"II*\0\x08\0\0\0" + ifd([(0x8000 + i, 2, 900, struct.pack("<I", place)) for i in range(600)]) + b"z" * 900
+    stored = decode(encoded(scene(), "PNG", exif=b"Exif\0\0" + many), Rules()).exif or ""
+    assert 60_000 < len(stored) <= 1 << 16
+    assert len(names) > len(json.loads(stored)) > 60
+
+
+def test_exif_that_takes_for_ever_is_given_up() -> None:
+    # Tables of thousands of entries that lie over one another, each followed by the next.
+    at = range(8, 60_000, 12)
+    hostile = bytearray(b"II*\0\x08\0\0\0" + b"\x88\x13\x07\0\x01\0\0\0\xe7\x03\0\0" * len(at))
+    picture = decode(encoded(scene(), "WEBP", exif=b"Exif\0\0" + bytes(hostile)), Rules())
+    assert picture.exif is None
+    loop = b"II*\0\x08\0\0\0" + ifd([(0x8769, 4, 1, struct.pack("<I", 8))])
+    assert decode(encoded(scene(), "PNG", exif=b"Exif\0\0" + loop), Rules()).width == 256
 
 
 def test_failures_cross_process_borders() -> None:

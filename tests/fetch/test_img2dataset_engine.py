@@ -158,6 +158,8 @@ class Downloader:
         for n, url in enumerate(pa.ipc.open_file(row[1]).read_all()["url"].to_pylist()):
             if "deadly" in url:
                 os.kill(os.getpid(), signal.SIGSEGV)
+            if "starved" in url:
+                os.kill(os.getpid(), signal.SIGKILL)
             if "silent" in url:
                 time.sleep(1000)
             if "lost" not in url:
@@ -174,8 +176,8 @@ def reasons(names: list[str], **options: Any) -> list[str | None]:
 
 @pytest.mark.usefixtures("stand_in")
 def test_a_row_that_kills_it_costs_only_itself() -> None:
-    names = ["a", "deadly", "b", "c", "deadly", "lost"]
-    expected = ["http_404", "decoder_crash", "http_404", "http_404", "decoder_crash", "unexpected"]
+    names = ["a", "deadly", "b", "starved", "deadly", "lost"]
+    expected = ["http_404", "decoder_crash", "http_404", "decoder_killed", "decoder_crash", "unexpected"]
     assert reasons(names) == expected
 
 

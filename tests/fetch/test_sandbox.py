@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from pipeline.fetch.decoder import Decoder, Rules, decode
-from pipeline.fetch.reasons import FetchError
-from pipeline.fetch.sandbox import STARTS, Sandbox, SandboxError
+from pipeline.fetch.reasons import REASONS, FetchError
+from pipeline.fetch.sandbox import BEGINS, STARTS, Sandbox, SandboxError
 from tests.fetch.hostile_images import smooth
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="what only Linux offers")
@@ -139,6 +139,48 @@ def test_nobody_is_blamed_for_a_process_that_dies_between_calls() -> None:
             process, _, _ = await box(b"process")
             os.kill(process, signal.SIGKILL)
             assert await box(b"next") == b"txen"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_process_killed_from_outside_is_no_verdict_on_its_call(number: signal.Signals, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with sandbox(processes=1) as box:
+            calls = [asyncio.create_task(box(b"wait%d" % i, str(tmp_path))) for i in range(3)]
+            for begun in range(1, BEGINS):
+                name, process = (await started(tmp_path, begun))[-1]
+                assert name == "wait0"
+                os.kill(process, number)
+            await started(tmp_path, BEGINS)
+            (tmp_path / "go").touch()
+            assert await asyncio.gather(*calls) == [b"0tiaw", b"1tiaw", b"2tiaw"]
+
+    asyncio.run(run())
+
+
+def test_a_call_whose_processes_are_killed_again_and_again_ends_for_a_reason_that_may_pass(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with sandbox(processes=1) as box:
+            call = asyncio.create_task(outcome(box(b"wait", str(tmp_path))))
+            for begun in range(1, BEGINS + 1):
+                os.kill((await started(tmp_path, begun))[-1][1], signal.SIGKILL)
+            assert await call == ("decoder_killed", f"signal SIGKILL, {BEGINS} times")
+            assert await box(b"next") == b"txen"
+
+    asyncio.run(run())
+    assert REASONS["decoder_killed"].transient
+
+
+def test_a_call_that_kills_its_process_is_found_though_another_was_killed_from_outside(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with sandbox(processes=1) as box:
+            calls = [asyncio.create_task(outcome(box(body, str(tmp_path)))) for body in (b"wait", b"segfault", b"ok")]
+            os.kill((await started(tmp_path, 1))[-1][1], signal.SIGKILL)
+            await started(tmp_path, 2)
+            (tmp_path / "go").touch()
+            assert await asyncio.gather(*calls) == [b"tiaw", LOSSES["segfault"], b"ko"]
+            assert [name for name, _ in await started(tmp_path, 4)] == ["wait", "wait", "segfault", "ok"]
 
     asyncio.run(run())
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipeline.filters.balance import Balance
@@ -16,7 +18,7 @@ CUT, NONE = "balance", "no_entry"
 @pytest.fixture
 def entries(tmp_path: Path) -> str:
     path = tmp_path / "entries.json"
-    path.write_text(json.dumps(["Cat", "black cat", "T-shirt", "café", "zebra", "cat", "!"]))
+    path.write_text(json.dumps(["Cat", "black cat", "T-shirt", "café", "zebra", "cat", "!", "黑狗", "แมว"]))
     return str(path)
 
 
@@ -34,12 +36,32 @@ def entries(tmp_path: Path) -> str:
         ("cafe", NONE),
         ("黑猫", NONE),
         ("cat\ncat", None),
+        ("ｃａｔ", None),
+        ("c\u00ada\u200bt", None),
+        ("a &#99;at", None),
+        ("小黑狗在草地上", None),  # wherever it occurs, where no spaces divide words
+        ("白狗", NONE),
+        ("แมวดำนั่ง", None),
         ("", NONE),
         (None, NONE),
     ],
 )
 def test_entries_match_on_word_boundaries(entries: str, caption: str | None, reason: str | None) -> None:
     check_barrier(Balance(entries=entries), [{"caption": caption}, {"caption": "a zebra"}], [reason, None])
+
+
+@pytest.mark.parametrize("name", ["entries.json", "entries.txt", "entries.JSON"])
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_entries_are_read_as_a_pool_is(tmp_path: Path, name: str, ending: str) -> None:
+    listed = ["black cat", "café"]
+    text = json.dumps(listed) if name.lower().endswith("json") else "\ufeff" + "\r\n".join(listed)
+    path = tmp_path / (name + ending)
+    if ending == ".zst":
+        path.write_bytes(pa.compress(text.encode(), "zstd", asbytes=True))
+    else:
+        path.write_bytes(gzip.compress(text.encode()) if ending else text.encode())
+    rows = [{"caption": "a black cat"}, {"caption": "café"}, {"caption": "cat"}]
+    check_barrier(Balance(entries=str(path)), rows, [None, None, NONE])
 
 
 def test_no_match_spans_two_captions(tmp_path: Path) -> None:
@@ -119,6 +141,9 @@ def test_the_contents_of_the_entries_determine_the_result(tmp_path: Path) -> Non
         ("empty.json", b"[]", "has no entry"),
         ("blank.txt", b"\n  \n--\n", "has no entry"),
         ("latin1.txt", b"caf\xe9", "can't decode"),
+        ("plain.txt.gz", b"cat", "gzip"),
+        ("cut.txt.gz", gzip.compress(b"cat " * 1000)[:-20], "damaged"),
+        ("cut.txt.zst", b"(\xb5/\xfd", "cannot read"),
         ("surrogate.json", b'["\\ud800"]', "surrogates"),
     ],
 )

@@ -8,7 +8,7 @@ CUT = "caption_frequency"
 
 
 def test_all_rows_of_a_caption_go_once_too_many_share_it() -> None:
-    captions = ["logo", "a cat", "logo", "a dog", "logo", "a cat", "Logo", "logo "]
+    captions = ["logo", "a cat", " lo\u200bgo", "a dog", "l&#111;go\n", "a cat", "Logo", "logo!"]
     check_barrier(
         CaptionFrequency(max_count=2),
         [{"caption": caption} for caption in captions],

@@ -68,7 +68,7 @@ BOILERPLATE = {
         "Add to cart",
         "Read more »",
     ],
-    "markup": ["<br/>", "{{ product.title }}", "%title%", "&nbsp;", "<img src='a.jpg'"],
+    "markup": ["<br/>", "{{ product.title }}", "%title%", "&lt;br/&gt;", "&amp;nbsp;", "<img src='a.jpg'"],
 }
 
 CAPTIONS = [

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -54,6 +55,39 @@ def test_hostile_captions_are_measured_like_any_other() -> None:
     check_filter(Language(), rows, [None] * len(rows))
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda text: text.replace(" ", "\u200b "),
+        lambda text: "\u202d" + "\u00ad".join(text),
+        lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text),
+        lambda text: "".join(chr(0x1D41A + ord(c) - 97) if "a" <= c <= "z" else c for c in text),
+        lambda text: "".join(f"&#{ord(c)};" for c in text),
+    ],
+    ids=["zero-width", "soft hyphens", "full-width", "mathematical", "entities"],
+)
+def test_unusual_characters_are_read_as_the_letters_they_stand_for(write: Callable[[str], str]) -> None:
+    captions = [*ENGLISH, *OTHER.values()]
+    plain, _ = run_step(Language(keep=None), make_batch([{"caption": caption} for caption in captions]))
+    found, _ = run_step(Language(keep=None), make_batch([{"caption": write(caption)} for caption in captions]))
+    assert found["language"].to_pylist() == plain["language"].to_pylist()
+    assert found["language_score"].to_pylist() == plain["language_score"].to_pylist()
+    assert found["caption"].to_pylist() == [write(caption) for caption in captions]
+
+
+# English that is not the most likely language, or not by much: photographs' captions, with unusual words.
+UNLIKELY = ["A girl climbs a rock wall .", "An Arabic man in a white hat .", "a dirt biker lands on a ramp ."]
+
+
+def test_plain_english_is_kept_by_its_own_probability() -> None:
+    rows = [{"caption": caption} for caption in [*UNLIKELY, *OTHER.values()]]
+    check_filter(Language(), rows, [None] * len(UNLIKELY) + ["language"] * len(OTHER))
+    check_filter(Language(min_score=0.5), rows, ["language"] * len(rows))
+    check_filter(Language(keep=["es", "en"]), rows[:1], [None])
+    _, drops = run_step(Language(min_score=0.5), make_batch(rows[:1]))
+    assert drops["detail"].to_pylist() == ["es 0.1558, en 0.1434"]
+
+
 def test_invalid_utf8_does_not_fail_the_batch() -> None:
     batch = make_batch([{}, {}])
     raw = pa.array([b"a brown dog runs across a field of gr\xff\xed\xa0\x80ss", b"\xff\xfe"], pa.binary())
@@ -79,6 +113,7 @@ def test_a_caption_is_measured_the_same_in_any_company() -> None:
         ({"keep": ["xx"]}, "keep", "ISO 639"),
         ({"keep": []}, "keep", "null"),
         ({"min_score": 30.0}, "min_score", "0 to 1"),
+        ({"min_score": 0.0}, "min_score", "above 0"),
         ({"min_score": float("nan")}, "min_score", "0 to 1"),
         ({"model": "no/such.bin"}, "model", "no such file"),
     ],

@@ -1,0 +1,47 @@
+"""Opening a file that may be compressed, local or in an object store: the name says which, `.gz` or `.zst`."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+
+COMPRESSIONS = ("gz", "zst")
+
+
+@contextlib.contextmanager
+def open_plain(path: str) -> Iterator[io.BufferedReader]:
+    """The decompressed bytes of a file. Reading raises OSError, EOFError or zlib.error where the file is damaged."""
+    with contextlib.ExitStack() as stack:
+        file: Any = stack.enter_context(fsspec.open(path, "rb"))
+        if path.lower().endswith(".gz"):
+            file = stack.enter_context(gzip.open(file))
+        elif path.lower().endswith(".zst"):
+            file = pa.CompressedInputStream(pa.PythonFile(file), "zstd")
+        yield io.BufferedReader(_Raw(file), 1 << 20)
+
+
+def plain_name(path: str) -> str:
+    """The name in lower case, without the ending that says how the file is compressed."""
+    name = path.lower()
+    return name.rpartition(".")[0] if name.endswith(tuple(f".{ending}" for ending in COMPRESSIONS)) else name
+
+
+class _Raw(io.RawIOBase):
+    """What BufferedReader wants of a stream, over anything that has read()."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
