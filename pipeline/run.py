@@ -12,11 +12,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
 from rich.console import Console
 
 from pipeline import pool, recipe
 from pipeline.fetch.outage import OutageError
-from pipeline.ledger import BooksError
+from pipeline.ledger import BooksError, Funnel
 from pipeline.passes import Pass, make_passes
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.storage import Store
@@ -86,8 +87,7 @@ def _run(console: Console, checked: Recipe) -> int:
     if Store(checked.run).local:
         # Workers have working directories of their own.
         checked.run = Store(checked.run).root
-    extras = pool.columns(checked.pool)
-    types = pool.extra_types(checked.pool, extras)
+    types = pool.columns(checked.pool)
     passes = make_passes(checked, _pool_key(checked), types)
     _claim(checked, passes)
     _adopt(checked, passes)
@@ -113,10 +113,11 @@ def _run(console: Console, checked: Recipe) -> int:
         said = f": nothing was {' or '.join(quiet)} again" if quiet else ""
         console.print(f"reused {', '.join(outcome.reused)}{said}", highlight=False)
     print_funnel(console, outcome.funnel)
+    # A run without shards is there for its measurements and its drops.
+    empty = not outcome.funnel.kept and shards and not checked.allow_empty
     if not outcome.funnel.kept:
-        console.print(
-            "No row was kept: the dataset is valid and empty. The funnel shows which step took the last rows."
-        )
+        why = _why_empty(outcome.funnel)
+        console.print(f"No row was kept: {why}", markup=False, highlight=False, soft_wrap=True)
     where = f"shards in {checked.run}/shards, " if shards else ""
     seconds = time.monotonic() - started
     console.print(
@@ -124,22 +125,36 @@ def _run(console: Console, checked: Recipe) -> int:
         highlight=False,
         soft_wrap=True,
     )
-    return 0
+    if empty:
+        Console(stderr=True).print(
+            f"error: no row was kept: {why}. If that is what you want, say so in the recipe: allow_empty: true",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    return 1 if empty else 0
 
 
-def _columns_if_near(spec: recipe.PoolSpec) -> list[str]:
+def _why_empty(funnel: Funnel) -> str:
+    """The step that took the last rows, and its reasons."""
+    took = [(step, line) for step, line in funnel.lines.items() if line.dropped]
+    if not took:
+        return "the pool has no rows"
+    step, line = took[-1]
+    reasons = sorted(line.dropped.items(), key=lambda item: -item[1])
+    counts = ", ".join(f"{reason} {n:,}" for reason, n in reasons[:3]) + (", …" if len(reasons) > 3 else "")
+    return f"{step} dropped the last {sum(line.dropped.values()):,} of {funnel.rows_in:,} rows ({counts})"
+
+
+def _columns_if_near(spec: recipe.PoolSpec) -> dict[str, pa.DataType] | None:
     """The columns of a pool that can be looked at without a network; a plan can do without the others."""
     paths = [spec.path] if isinstance(spec.path, str) else spec.path
-    if any("://" in path for path in paths):
-        return list(spec.columns or [])
-    return pool.columns(spec)
+    return None if any("://" in path for path in paths) else pool.columns(spec)
 
 
 def _pool_key(checked: Recipe) -> dict[str, Any]:
     spec = dataclasses.asdict(checked.pool)
     del spec["rows"], spec["path"]
     spec |= {"retry": True} if spec.pop("retry") else {}
-    return {"version": 1, "files": pool.stamp(checked.pool), "unit_rows": checked.unit_rows, **spec}
+    return {"version": 2, "files": pool.stamp(checked.pool), "unit_rows": checked.unit_rows, **spec}
 
 
 def _claim(checked: Recipe, passes: list[Pass]) -> None:
@@ -234,7 +249,7 @@ def _explain(error: BaseException, checked: Recipe) -> str:
         return f"the disk of {checked.run} is full; what was committed stays. Make room and give the same command again"
     if isinstance(cause, BooksError):
         return f"the books do not balance: {cause}"
-    if isinstance(cause, OutageError):
+    if isinstance(cause, OutageError | pool.PoolError):
         return said
     return f"{type(cause).__name__}: {said} (WINNOW_DEBUG=1 shows the traceback)"
 

@@ -7,7 +7,7 @@ the keys of their recipe line. Nothing here knows about Ray: a step can be tried
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -55,6 +55,13 @@ class Step:
         """Yields `(key, problem)` for every unusable option, before anything starts."""
         yield from ()
 
+    def check_types(self, types: Mapping[str, pa.DataType]) -> Iterator[str]:
+        """Yields a problem for each needed column whose type is of no use to the step, before anything starts.
+
+        `types` are the columns above the step; a pool that cannot be looked at from here has none.
+        """
+        yield from ()
+
     def fingerprint(self) -> object:
         """What besides the options determines the output (the contents of a file named by one, say); JSON-able."""
         return None
@@ -67,7 +74,7 @@ class Stage(Step):
     """Measures: gives back the same rows with more columns.
 
     A row that cannot be measured is dropped by filling the columns `drop_reason` (null: keep) and, if there is more to
-    say, `drop_detail`.
+    say, `drop_detail` (text) and `drop_value` (the number that decided).
     """
 
     def process(self, batch: pa.Table) -> pa.Table:
@@ -103,8 +110,12 @@ class Filter(Step):
         """Free text about each dropped row (the number that fell short, say), null where there is none."""
         return pa.nulls(len(dropped), pa.string())
 
+    def value(self, dropped: pa.Table) -> pa.DoubleArray:
+        """The number that decided about each dropped row, null where none did."""
+        return pa.nulls(len(dropped), pa.float64())
+
     def decide(self, frame: dd.DataFrame) -> dd.DataFrame:
-        """For scope "run": the drops (`unit, row, reason, detail`) among all rows of the run.
+        """For scope "run": the drops (`unit, row, reason, detail, value`) among all rows of the run.
 
         `frame` is a lazy Dask frame with `unit, row, uid` and the needed columns. Only small aggregates may be computed
         here on the driver; whatever grows with the pool stays in the graph.
@@ -161,6 +172,9 @@ class FrequencyFilter(KeyedFilter):
         # Rows that share a value are dropped together, so they are all here to be counted.
         return pa.array([f"shared by {n} rows" for n in self._rows_sharing(dropped).tolist()], pa.string())
 
+    def value(self, dropped: pa.Table) -> pa.DoubleArray:
+        return pa.array(self._rows_sharing(dropped), pa.float64())
+
     def _rows_sharing(self, batch: pa.Table) -> np.ndarray:
         codes = pc.dictionary_encode(batch[self.column].combine_chunks())
         counts = np.bincount(codes.indices.drop_null().to_numpy(), minlength=len(codes.dictionary) or 1)
@@ -169,9 +183,15 @@ class FrequencyFilter(KeyedFilter):
 
 
 def drops_frame(drops: pa.Table | None = None):  # type: ignore[no-untyped-def]
-    """`unit, row, reason, detail` as pandas: what `decide` hands back; empty without an argument."""
+    """`unit, row, reason, detail, value` as pandas: what `decide` hands back; empty without an argument.
+
+    `detail` and `value` may be left out.
+    """
     table = DROP.empty_table() if drops is None else drops
-    return table.select(["unit", "row", "reason", "detail"]).to_pandas()
+    for name in ("detail", "value"):
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table), DROP.field(name).type))
+    return table.select(["unit", "row", "reason", "detail", "value"]).to_pandas()
 
 
 def apply(step: Stage | Filter, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -182,7 +202,8 @@ def apply(step: Stage | Filter, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
     if pc.all(mask, min_count=0).as_py():
         return batch, DROP.empty_table()
     dropped = batch.filter(pc.invert(mask))
-    return batch.filter(mask), drops_table(dropped, step.label, step.reason(dropped), step.detail(dropped))
+    drops = drops_table(dropped, step.label, step.reason(dropped), step.detail(dropped), step.value(dropped))
+    return batch.filter(mask), drops
 
 
 def split_marked(step: Stage, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -191,17 +212,18 @@ def split_marked(step: Stage, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
         return batch, DROP.empty_table()
     marked = pc.is_valid(batch["drop_reason"])
     dropped = batch.filter(marked)
-    has_detail = "drop_detail" in batch.column_names
-    detail = dropped["drop_detail"] if has_detail else None
-    drops = drops_table(dropped, step.label, dropped["drop_reason"], detail)
-    kept = batch.filter(pc.invert(marked)).drop_columns(["drop_reason", *(["drop_detail"] if has_detail else [])])
-    return kept, drops
+    said = {name: dropped[name] for name in ("drop_detail", "drop_value") if name in batch.column_names}
+    drops = drops_table(dropped, step.label, dropped["drop_reason"], said.get("drop_detail"), said.get("drop_value"))
+    return batch.filter(pc.invert(marked)).drop_columns(["drop_reason", *said]), drops
 
 
-def drops_table(rows: pa.Table, label: str, reason: pa.Array | str, detail: pa.Array | None = None) -> pa.Table:
+def drops_table(
+    rows: pa.Table, label: str, reason: pa.Array | str, detail: pa.Array | None = None, value: pa.Array | None = None
+) -> pa.Table:
     """The drops (`schema.DROP`) of the rows of a table with `unit, row`, for one reason or for a reason each."""
     n = len(rows)
     reasons = pa.array([reason] * n, pa.string()) if isinstance(reason, str) else reason
     details = pa.nulls(n, pa.string()) if detail is None else detail
-    columns = [rows["unit"], rows["row"], pa.array([label] * n, pa.string()), reasons, details]
+    values = pa.nulls(n, pa.float64()) if value is None else value.cast(pa.float64())
+    columns = [rows["unit"], rows["row"], pa.array([label] * n, pa.string()), reasons, details, values]
     return pa.table(columns, schema=DROP)

@@ -30,7 +30,7 @@ def ingested(folder: Path, files: int, text: bool = False) -> tuple[list[pa.Tabl
     recipe = Recipe(name="t", pool=PoolSpec(path=str(folder / "pool")), run=str(folder / "run"))
     passes = make_passes(recipe, {}, {})
     splits = pool.splits(recipe.pool)
-    starts = ingest.pieces([pool.count(split) for split in splits])
+    starts = ingest.pieces([pool.count(recipe.pool, split) for split in splits])
     for piece, (first, last) in enumerate(zip(starts, [*starts[1:], len(splits)])):
         ingest.scatter(passes[0], piece, first, splits[first:last], recipe.pool, {}, UNITS, PARTS)
     spool = [name for name in passes[0].store.names("spool") if name.endswith(".arrow")]

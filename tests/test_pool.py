@@ -60,11 +60,11 @@ def _zstd(data: bytes) -> bytes:
 
 def read(**spec: Any) -> list[dict[str, Any]]:
     asked = PoolSpec(**spec)
-    types = pool.extra_types(asked, pool.columns(asked))
+    types = pool.columns(asked)
     rows = [
         row for split in pool.splits(asked) for table in pool.read(asked, split, types) for row in table.to_pylist()
     ]
-    assert len(rows) == sum(pool.count(split) for split in pool.splits(asked))
+    assert len(rows) == sum(pool.count(asked, split) for split in pool.splits(asked))
     return rows
 
 
@@ -73,7 +73,7 @@ def read(**spec: Any) -> list[dict[str, Any]]:
 )
 def test_every_format_gives_the_same_rows(name: str) -> None:
     write(name)
-    rows = read(path=name)
+    rows = read(path=name, quoted=True)  # csv.writer encloses a tab, which a tsv file as it comes could not hold
     assert [(r["url"], r["caption"], r["extra"]) for r in rows] == ROWS
     assert [r["drop_reason"] for r in rows] == [None] * 3
     assert rows[0]["uid"] == hashlib.sha256(b"http://a/1.jpg\0a first caption").hexdigest()[:32]
@@ -123,11 +123,6 @@ def test_invalid_utf8_in_csv_and_parquet() -> None:
     assert [r["drop_reason"] for r in read(path="bad.parquet")] == [None, "invalid_utf8", "null_caption"]
 
 
-def test_a_column_of_another_type() -> None:
-    pq.write_table(pa.table({"url": ["http://a", None], "caption": [1, 2]}), "n.parquet")
-    assert [r["drop_reason"] for r in read(path="n.parquet")] == ["not_text", "null_url"]
-
-
 def test_own_uids() -> None:
     write("u.csv", [("http://a", "c", "A" * 32), ("http://b", "c", "short")], ("url", "caption", "id"))
     rows = read(path="u.csv", uid="id")
@@ -151,14 +146,12 @@ def test_the_end_of_a_parquet_file_is_read_once_until_it_changes(
     for i in range(20):
         pq.write_table(pa.table({"url": ["u"] * i, "caption": ["c"] * i}), tmp_path / f"{i:02d}.parquet")
     spec = PoolSpec(path=str(tmp_path))
-    assert pool.columns(spec) == []
-    assert [pool.count(split) for split in pool.splits(spec)] == list(range(20))
-    assert pool.extra_types(spec, []) == {}
+    assert pool.columns(spec) == {}
+    assert [pool.count(spec, split) for split in pool.splits(spec)] == list(range(20))
     assert sorted(opened) == [f"{i:02d}.parquet" for i in range(20)]
     pq.write_table(pa.table({"url": ["u"], "caption": ["c"], "more": [1]}), tmp_path / "07.parquet")
-    assert pool.columns(spec) == ["more"]
-    assert pool.extra_types(spec, ["more"]) == {"more": pa.int64()}
-    assert pool.count(pool.splits(spec)[7]) == 1
+    assert pool.columns(spec) == {"more": pa.int64()}
+    assert pool.count(spec, pool.splits(spec)[7]) == 1
 
 
 def test_an_empty_table() -> None:
@@ -173,9 +166,9 @@ def test_an_empty_table() -> None:
     [
         ("x.parquet", b"not parquet at all", "x.parquet cannot be read as parquet"),
         ("x.csv.gz", b"not gzip", "x.csv.gz cannot be read"),
-        ("x.txt", b"url caption", "is not one of parquet, csv, tsv, jsonl"),
+        ("x.txt", b"url caption", "is not one of parquet, csv, tsv, jsonl, json"),
         ("x.csv", b"a,b\n1,2\n", "has no column 'url'; it has a, b"),
-        ("x.csv", b"", "has no column 'url'; it has none"),
+        ("x.csv", b"", "x.csv is empty"),
     ],
 )
 def test_a_file_that_is_no_pool_is_a_clear_error(name: str, data: bytes, said: str) -> None:

@@ -85,7 +85,8 @@ class Language(Stage):
         reason[~np.isin(language, self.keep)] = "language"
         detail = [f"{code} {p:.4f}" for code, p in zip(language, score)]
         batch = batch.append_column("drop_reason", pa.array(reason, pa.string()))
-        return batch.append_column("drop_detail", pa.array(detail, pa.string()))
+        batch = batch.append_column("drop_detail", pa.array(detail, pa.string()))
+        return batch.append_column("drop_value", pa.array(score, pa.float64()))
 
 
 def _clean(caption: bytes | None) -> str:

@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.schema import POSITION, is_heavy
+from pipeline.schema import INLINE, POSITION, is_heavy
 from pipeline.step import Stage
 from pipeline.storage import Store
 
@@ -66,7 +66,7 @@ class WriteShards(Stage):
         digits = max(9, len(str(shard)) + math.ceil(math.log10(max(self.samples_per_shard, 2))))
         first_key = shard * 10 ** math.ceil(math.log10(max(self.samples_per_shard, 2)))
         # The pool may come with keys of its own, from other shards; here they would name nothing.
-        columns = [c for c in types if c not in ("image", "key")]
+        columns = [c for c in types if c not in ("image", INLINE, "key")]
         rest: list[pa.Table] = []
         index: list[list[int]] = []
         extensions: set[str] = set()
