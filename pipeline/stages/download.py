@@ -266,7 +266,7 @@ class Download(Stage):
     ) -> Picture | FetchError:
         """A picture that came with the pool, in place of a body from the web."""
         if len(body) > self.max_bytes:
-            return FetchError("too_large", f"{len(body):,} bytes")
+            return FetchError("body_too_large", f"{len(body):,} bytes")
         await begin()
         try:
             return await decode(body, *extra)
