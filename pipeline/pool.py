@@ -230,7 +230,7 @@ def columns(spec: PoolSpec) -> dict[str, pa.DataType]:
             types[name] = wider
             first.setdefault(name, path)
     for key, found in texts.items():
-        if not found:
+        if not found and any(sum(head.groups or ()) for head in heads.values()):
             raise PoolError(f"{key}: the column {mapped[key]!r} is of the type null in every file: it holds no value")
     for option, named in (("columns", spec.columns or []), ("types", spec.types or {})):
         if missing := [c for c in named if c not in types]:
@@ -343,6 +343,9 @@ def _wider(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
             return other
         if pa.types.is_uint64(one) and pa.types.is_signed_integer(other):
             return pa.decimal128(20, 0)
+        if pa.types.is_decimal(one) and pa.types.is_integer(other):
+            digits = max(one.precision - one.scale, len(str(1 << other.bit_width - 1)))
+            return (pa.decimal128 if digits + one.scale <= 38 else pa.decimal256)(digits + one.scale, one.scale)
     try:
         schemas = [pa.schema([("", dtype)]) for dtype in (a, b)]
         return pa.unify_schemas(schemas, promote_options="permissive").field(0).type

@@ -83,9 +83,7 @@ class PoolSpec:
         if self.names is not None:
             for key in ("url", "caption", "uid"):
                 if (column := getattr(self, key)) is not None and column not in self.names:
-                    raise ValueError(
-                        f"names: {', '.join(self.names) or 'none'}: {column!r}, the {key}, is not among them"
-                    )
+                    raise ValueError(f"names: {column!r}, the {key}, is not among {', '.join(self.names) or 'none'}")
         if self.captions == "each" and self.uid is not None:
             raise ValueError("captions: each makes several rows of one uid; leave out uid, or take the first")
         mapped = (self.url, self.caption, self.uid, self.image)

@@ -163,7 +163,7 @@ def _claim(checked: Recipe, passes: list[Pass]) -> None:
     A changed filter or threshold is welcome: its passes get new keys and the old downloads and scores stay in use.
     """
     store = Store(checked.run)
-    source = {**checked.source, "workers": None, "reuse": None}
+    source = {**checked.source, "workers": None, "reuse": None, "allow_empty": None}
     claim: dict[str, Any] = {
         "name": checked.name,
         "recipe": source,
