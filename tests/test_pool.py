@@ -181,7 +181,7 @@ def test_a_file_that_is_no_pool_is_a_clear_error(name: str, data: bytes, said: s
 
 TEXTS = [
     # name, contents, options of the pool, (url, caption) or the reason of each row
-    ("p.tsv", 'url\tcaption\nu1\t"open quote\nu2\ttwo\nu3\tsaid "so"\n', {}, ['u1|"open quote', "u2|two", 'u3|said "so"']),
+    ("p.tsv", 'url\tcaption\nu1\t"open quote\nu2\ttwo\nu3\t"so"\n', {}, ['u1|"open quote', "u2|two", 'u3|"so"']),
     ("p.tsv", 'url\tcaption\nu1\t"a\tb"\n', {"quoted": True}, ["u1|a\tb"]),
     ("p.csv", 'url,caption\nu1,"open, quote\nu2,two\n', {}, ["u1|open, quote", "u2|two"]),
     ("p.csv", 'url,caption\nu1,"open quote\nu2,"closed"\nu3,three\n', {}, ["u1|open quote", "u2|closed", "u3|three"]),
