@@ -1,7 +1,8 @@
-"""Opening a file that may be compressed, local or in an object store: the name says which, `.gz` or `.zst`."""
+"""Opening a file that may be compressed, local or in an object store: the name says which, `.gz`, `.zst` or `.bz2`."""
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import gzip
 import io
@@ -11,7 +12,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
-COMPRESSIONS = ("gz", "zst")
+COMPRESSIONS = ("gz", "zst", "bz2")
 
 
 @contextlib.contextmanager
@@ -21,6 +22,8 @@ def open_plain(path: str) -> Iterator[io.BufferedReader]:
         file: Any = stack.enter_context(fsspec.open(path, "rb"))
         if path.lower().endswith(".gz"):
             file = stack.enter_context(gzip.open(file))
+        elif path.lower().endswith(".bz2"):
+            file = stack.enter_context(bz2.open(file))
         elif path.lower().endswith(".zst"):
             file = pa.CompressedInputStream(pa.PythonFile(file), "zstd")
         yield io.BufferedReader(_Raw(file), 1 << 20)

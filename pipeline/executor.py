@@ -226,13 +226,14 @@ def _ingest(
 
         def count(batch: Sequence[tuple[int, pool.Split]]) -> Iterator[dict[str, Any]]:
             for i, split in batch:
-                yield {"split": i, "rows": pool.count(split)}
+                yield {"split": i, "rows": pool.count(spec, split)}
 
         for record in crew.over([(i, s) for i, s in enumerate(splits) if s.rows is None], count):
             sizes[record["split"]] = record["rows"]
         rows = sum(sizes)
-        units = ingest.unit_count(rows, recipe.unit_rows)
-        parts = ingest.partition_count(rows, units)
+        size = pool.size(spec)
+        units = ingest.unit_count(rows, recipe.unit_rows, size)
+        parts = ingest.partition_count(rows, units, size)
         plan = {"rows": rows, "units": units, "parts": parts, "pieces": ingest.pieces(sizes)}
         p.store.write("plan.json", sealed(plan))
     units, parts, starts = plan["units"], plan["parts"], plan["pieces"]
@@ -349,7 +350,8 @@ def _barrier(passes: list[Pass], index: int, units: int, rows: int, progress: Pr
             name = f"drops/{number:06d}-{attempt}.parquet"
             table = pa.table(
                 {**{c: drops[c].to_numpy() for c in POSITION.names}, "step": [p.label] * len(drops),
-                 **{c: pa.array(drops[c], pa.string(), from_pandas=True) for c in ("reason", "detail")}}
+                 **{c: pa.array(drops[c] if c in drops else [None] * len(drops), DROP.field(c).type, from_pandas=True)
+                    for c in ("reason", "detail", "value")}}
             ).cast(DROP)  # fmt: skip
             entry = json.dumps(p.store.write_table(name, table))
             counts = json.dumps({str(k): int(v) for k, v in drops["reason"].value_counts().items()})
@@ -509,19 +511,18 @@ def _rows_of(before: Sequence[Pass], ends: np.ndarray, low: int, high: int, colu
 def _export_drops(store: Store, passes: list[Pass], number: int, units: range) -> dict[str, Any]:
     """Joins the drops of a group of units with their urls and captions into one file for people and tools."""
     types = {"uid": pa.string(), "url": pa.string(), "caption": pa.string()}
-    schema = pa.schema([*types.items(), *(f for f in DROP if f.name not in POSITION.names)])
+    said = [name for name in DROP.names if name not in POSITION.names]
+    schema = pa.schema([*types.items(), *(DROP.field(name) for name in said)])
     name, rows = f"drops/{number:05d}.parquet", 0
     with store.output(name) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for unit in units:
             ledgers = [unit_drops(passes[: i + 1], unit) for i in range(len(passes))]
-            drops = pa.concat_tables([ledger.select(["row", "step", "reason", "detail"]) for ledger in ledgers])
+            drops = pa.concat_tables([ledger.select(["row", *said]) for ledger in ledgers])
             if not len(drops):
                 continue
             drops = drops.sort_by("row")
             (texts,) = read_unit(passes[:1], unit, types, drops["row"].to_numpy())
-            table = pa.table(
-                [*(texts[c] for c in types), *(drops[c] for c in ("step", "reason", "detail"))], schema=schema
-            )
+            table = pa.table([*(texts[c] for c in types), *(drops[c] for c in said)], schema=schema)
             writer.write_table(table)
             rows += len(table)
     return {"rows": rows, "entry": file.entry}

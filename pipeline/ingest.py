@@ -20,10 +20,10 @@ import pyarrow as pa
 
 from pipeline import spool
 from pipeline.hashing import hash64
-from pipeline.passes import Pass, check_unit, commit, new_attempt
+from pipeline.passes import HEAVY_ROWS, Pass, check_unit, commit, new_attempt
 from pipeline.pool import Split, read
 from pipeline.recipe import PoolSpec
-from pipeline.schema import SAMPLE
+from pipeline.schema import SAMPLE, is_heavy
 from pipeline.step import drops_table
 from pipeline.storage import DamagedError, Entry, sealed
 from pipeline.url import canonical
@@ -32,17 +32,22 @@ SPOOL_ROWS = 1_000_000
 SPOOL_BYTES = 1 << 30
 """What a piece may hold at a time, uncompressed: Arrow's texts end at two gigabytes."""
 PARTITION_ROWS = 1_000_000
+PARTITION_BYTES = 1 << 30
+UNIT_BYTES = 1 << 28
+"""What a partition and a unit may hold, about: a pool may come with its pictures."""
 LEAST_UNITS, LEAST_UNIT_ROWS = 8, 500
 LEAST_SPOOLS, LEAST_SPOOL_ROWS = 64, 50_000
 
 
-def unit_count(rows: int, unit_rows: int) -> int:
-    """How many units a pool is cut into: of `unit_rows` rows, smaller in a small pool so that every core has work."""
-    return max(1, math.ceil(rows / unit_rows), min(LEAST_UNITS, rows // LEAST_UNIT_ROWS))
+def unit_count(rows: int, unit_rows: int, size: int = 0) -> int:
+    """How many units a pool of `size` bytes is cut into: of `unit_rows` rows, smaller in a small pool so that every
+    core has work, and where rows are heavy."""
+    heavy = min(rows, size // UNIT_BYTES)
+    return max(1, math.ceil(rows / unit_rows), heavy, min(LEAST_UNITS, rows // LEAST_UNIT_ROWS))
 
 
-def partition_count(rows: int, units: int) -> int:
-    return max(1, min(units, math.ceil(rows / PARTITION_ROWS)))
+def partition_count(rows: int, units: int, size: int = 0) -> int:
+    return max(1, min(units, max(math.ceil(rows / PARTITION_ROWS), size // PARTITION_BYTES)))
 
 
 def pieces(rows: Sequence[int]) -> list[int]:
@@ -166,7 +171,13 @@ def _commit_unit(p: Pass, unit: int, table: pa.Table) -> dict[str, Any]:
     gone = pa.array([r is not None for r in reason], pa.bool_())
     dropped = stored.filter(gone).append_column("unit", pa.array(np.full(len(table), unit, np.int32)).filter(gone))
     drops = drops_table(dropped, p.label, pa.array(reason, pa.string()).filter(gone))
-    return commit(p, unit, new_attempt(unit), len(table), stored, None, drops, {})
+    attempt, heavy = new_attempt(unit), [c for c, dtype in p.adds.items() if is_heavy(dtype)]
+    if not heavy:
+        return commit(p, unit, attempt, len(table), stored, None, drops, {})
+    with p.store.output(f"{attempt}.arrow") as file, pa.ipc.new_file(file, stored.select(heavy).schema) as writer:
+        writer.write_table(stored.select(heavy), max_chunksize=HEAVY_ROWS)
+    light = stored.drop_columns(heavy).append_column("heavy_at", pa.array(rows))
+    return commit(p, unit, attempt, len(table), light, file.entry, drops, {})
 
 
 def _scale(place: np.ndarray, n: int) -> np.ndarray:

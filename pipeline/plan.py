@@ -24,14 +24,17 @@ def print_plan(console: Console, recipe: Recipe) -> None:
     paths = [recipe.pool.path] if isinstance(recipe.pool.path, str) else recipe.pool.path
     near = not any("://" in path for path in paths)
     if near:
-        rows = sum(pool.count(split) for split in pool.splits(recipe.pool))
+        try:
+            rows = sum(pool.count(recipe.pool, split) for split in pool.splits(recipe.pool))
+        except pool.PoolError as error:
+            raise RecipeError([f"pool: {error}"]) from None
         counted = "counted"
-        types = pool.extra_types(recipe.pool, pool.columns(recipe.pool))
+        types = pool.columns(recipe.pool)
     elif recipe.pool.rows:
         rows, counted, types = recipe.pool.rows, "pool.rows", {}
     else:
         raise RecipeError(["pool.rows: the pool cannot be counted from here; say how many rows to plan for"])
-    units = ingest.unit_count(rows, recipe.unit_rows)
+    units = ingest.unit_count(rows, recipe.unit_rows, pool.size(recipe.pool) if near else 0)
     passes = make_passes(recipe, {"files": pool.stamp(recipe.pool)} if near else {}, types)
     console.print(f"{recipe.name}: {rows:,} rows ({counted})\n", highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")

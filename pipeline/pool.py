@@ -1,19 +1,26 @@
-"""Reading a pool: parquet, csv, tsv or jsonl, one file or a thousand, into batches of clean rows.
+"""Reads a pool (parquet, csv, tsv, jsonl or json; one file or thousands) into batches of clean rows.
 
-Whatever a file holds, each of its rows comes out exactly once: clean, or with the reason why it cannot be used.
+`columns` checks everything that the files' heads tell: a parquet footer, or the first rows of a text file. What cannot
+be carried is refused there, before a run starts. `read` gives each row exactly once: clean, or with the reason why it
+cannot be used.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
+import urllib.parse
+import zlib
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,11 +35,19 @@ import pyarrow.parquet as pq
 from pipeline.compressed import COMPRESSIONS, open_plain
 from pipeline.fetch.reasons import find
 from pipeline.recipe import PoolSpec
+from pipeline.schema import INLINE, carried
 from pipeline.storage import Store
 
-FORMATS = ("parquet", "csv", "tsv", "jsonl")
+FORMATS = ("parquet", "csv", "tsv", "jsonl", "json")
 BATCH_ROWS = 50_000
+BATCH_BYTES = 64 << 20
 FOOTERS_AT_ONCE = 32
+HEAD_ROWS = 1_000
+"""Rows of a text file that tell its columns and their types."""
+MAX_LINE = 64 << 20
+"""Characters of a line; a longer one is a `bad_line`, and only so much of it is held."""
+MAX_RECORD_LINES = 1_000
+"""Lines that one quoted field of a csv file may run over."""
 MAX_CAPTION_BYTES = 1 << 20
 """A longer caption is no caption, and would only cost memory everywhere."""
 MAX_URL_BYTES = 1 << 16
@@ -44,13 +59,24 @@ REASONS = {
     "caption_oversized": f"the caption is larger than {MAX_CAPTION_BYTES:,} bytes",
     "url_oversized": f"the url is larger than {MAX_URL_BYTES:,} bytes",
     "bad_line": "the line is not a JSON object, or has too many or too few fields",
+    "bad_value": "a further column holds a value that is not of the column's type (`pool.types` sets it)",
     "bad_uid": "the pool's own uid is not 32 hex digits",
     "duplicate_uid": "an earlier row has the same uid",
 }
+TYPES = {"text": pa.string(), "int": pa.int64(), "float": pa.float64()}
+"""What `pool.types` may ask for."""
 
 
 _FETCHING = re.compile(r"(download|read_shards)(\.\d+)?")
 """The labels of the steps whose drops may be the web's fault."""
+# A number as programs write it. Leading zeros make it a code (a zip code, an id), which a number would not give back.
+_INT = re.compile(r"-?(?:0|[1-9][0-9]*)")
+_BLANK = re.compile(r"[ \t\r\n]*")
+_FLOAT = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|-?(?:nan|NaN|inf)")
+
+
+class PoolError(ValueError):
+    """A pool that cannot be read; says which file, and why."""
 
 
 @dataclass(frozen=True)
@@ -66,34 +92,48 @@ class Split:
 
 
 @dataclass(frozen=True)
-class _Footer:
-    """What the end of a parquet file says."""
+class _Head:
+    """What a file tells before its rows are read."""
 
     schema: pa.Schema
-    rows: tuple[int, ...]
-    """Of each row group."""
+    """Its columns, without those of its folders; in a text file as the first rows look."""
+    groups: tuple[int, ...] | None
+    """Rows of each row group of a parquet file; None: a text file."""
+    bytes: int
+    """Uncompressed, of a parquet file; as stored, of a text file."""
 
 
-def _files(spec: PoolSpec) -> dict[str, _Footer | None]:
-    """The files of a pool in their order, those that are parquet with their footers: read once until a file changes,
-    many at a time, since a store far away takes its time for each."""
+_known: dict[bytes, dict[str, _Head]] = {}
+
+
+def _heads(spec: PoolSpec) -> dict[str, _Head]:
+    """The files of a pool in their order with their heads: read once until a file or the recipe changes, many at a
+    time, since each costs a round trip where the store is remote."""
     paths = find_files(spec)
-    return _with_footers(tuple(paths), hashlib.sha256(json.dumps(_stamps(paths)).encode()).digest())
+    stamps = _stamps(paths)
+    state = hashlib.sha256(json.dumps([dataclasses.asdict(spec), paths, stamps]).encode()).digest()
+    if state not in _known:
+        schemas: dict[pa.Schema, pa.Schema] = {}  # mostly one and the same
+
+        def read(path: str, size: int) -> _Head:
+            head = _parquet_head(path) if _format(path) == "parquet" else _text_head(path, spec, size)
+            twins = [name for name, n in Counter(head.schema.names).items() if n > 1]
+            if twins:
+                raise PoolError(f"path: {path} has more than one column {twins[0]!r}; rename one of them")
+            return dataclasses.replace(head, schema=schemas.setdefault(head.schema, head.schema))
+
+        with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:
+            heads = dict(zip(paths, threads.map(read, paths, [size for _, size, _ in stamps])))
+        _known.clear()
+        _known[state] = heads
+    return _known[state]
 
 
-@functools.lru_cache(maxsize=1)
-def _with_footers(paths: tuple[str, ...], _state: bytes) -> dict[str, _Footer | None]:
-    schemas: dict[pa.Schema, pa.Schema] = {}  # mostly one and the same
-
-    def read(path: str) -> _Footer | None:
-        if _format(path) != "parquet":
-            return None
-        with _open_parquet(path) as file:
-            rows = tuple(file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))
-            return _Footer(schemas.setdefault(file.schema_arrow, file.schema_arrow), rows)
-
-    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:
-        return dict(zip(paths, threads.map(read, paths)))
+def _parquet_head(path: str) -> _Head:
+    with _open_parquet(path) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        size = sum(group.total_byte_size for group in groups)
+        return _Head(file.schema_arrow.remove_metadata(), tuple(group.num_rows for group in groups), size)
 
 
 def find_files(spec: PoolSpec) -> list[str]:
@@ -106,40 +146,45 @@ def find_files(spec: PoolSpec) -> list[str]:
             fs, root = fsspec.core.url_to_fs(path)
             found = fs.glob(root) if glob.has_magic(root) else fs.find(root) if fs.isdir(root) else [root]
             names = [fs.unstrip_protocol(name) for name in found]
-        elif os.path.isdir(path):
-            names = [os.path.join(folder, name) for folder, _, files_ in os.walk(path) for name in files_]
         else:
-            names = glob.glob(path, recursive=True) if glob.has_magic(path) else [path] if os.path.exists(path) else []
+            found = glob.glob(path, recursive=True) if glob.has_magic(path) else [path] if os.path.exists(path) else []
+            names = [name for one in found for name in (_walk(one) if os.path.isdir(one) else [one])]
         explicit = names == [path]
         usable = [n for n in names if _format(n) and not os.path.basename(n).startswith((".", "_"))]
+        kinds = ", ".join(FORMATS) + f" (also .{' and .'.join(COMPRESSIONS)})"
+        if not names and "://" not in path and os.path.isdir(path):
+            raise PoolError(f"path: {path} is an empty folder; expected {kinds}")
         if not names:
-            raise ValueError(
+            raise PoolError(
                 f"path: {path} does not exist" if not glob.has_magic(path) else f"path: {path} matches no file"
             )
         if not usable:
-            kinds = ", ".join(FORMATS) + f" (also .{' and .'.join(COMPRESSIONS)})"
-            raise ValueError(f"path: {path} is not one of {kinds}" if explicit else f"path: {path} holds no {kinds}")
+            raise PoolError(f"path: {path} is not one of {kinds}" if explicit else f"path: {path} holds no {kinds}")
         files += sorted(n if "://" in n else os.path.abspath(n) for n in usable)
     return list(dict.fromkeys(files))
+
+
+def _walk(folder: str) -> list[str]:
+    return [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names]
 
 
 def _check_retry(run: str) -> None:
     """ValueError unless `run` is a finished run with something to try again."""
     store = Store(run)
     if not store.exists("run.json"):
-        raise ValueError(f"retry: {run} is not the folder of a run")
+        raise PoolError(f"retry: {run} is not the folder of a run")
     books = store.read_if_there("funnel.json")
     if books is None:
-        raise ValueError(f"retry: {run} is not finished: there is no funnel.json; give its own command again first")
+        raise PoolError(f"retry: {run} is not finished: there is no funnel.json; give its own command again first")
     try:
         steps = {line["step"]: line["dropped"] for line in json.loads(books)["steps"]}
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"retry: {run}/funnel.json is not the funnel of a run") from None
+        raise PoolError(f"retry: {run}/funnel.json is not the funnel of a run") from None
     fetching = [step for step in steps if _FETCHING.fullmatch(step)]
     if not fetching:
-        raise ValueError(f"retry: {run} has no step download; its steps are {', '.join(steps)}")
+        raise PoolError(f"retry: {run} has no step download; its steps are {', '.join(steps)}")
     if not any(_is_transient(step, reason) for step in fetching for reason in steps[step]):
-        raise ValueError(f"retry: {run} dropped no row for a reason that may pass; see {run}/funnel.json")
+        raise PoolError(f"retry: {run} dropped no row for a reason that may pass; see {run}/funnel.json")
 
 
 @functools.lru_cache(maxsize=1000)
@@ -150,71 +195,250 @@ def _is_transient(step: str, reason: str) -> bool:
         return False
 
 
-def columns(spec: PoolSpec) -> list[str]:
-    """The further columns that come along with url and caption; ValueError if the pool cannot be read that way.
+# --- Columns and their types ------------------------------------------------------------------------------------------
+
+
+def columns(spec: PoolSpec) -> dict[str, pa.DataType]:
+    """The further columns that come along with url and caption, by the names that they have in the run, with the type
+    that holds the values of all files. ValueError if the pool cannot be read that way.
 
     Every file must have the mapped columns. Columns that are not in every file are filled with nulls.
     """
-    extras: dict[str, None] = {}
-    for path, footer in _files(spec).items():
-        names = footer.schema.names if footer else _column_names(path)
-        for key, column in (("url", spec.url), ("caption", spec.caption), ("uid", spec.uid)):
-            if column is not None and column not in names:
-                raise ValueError(f"{key}: {path} has no column {column!r}; it has {', '.join(names) or 'none'}")
-        extras |= dict.fromkeys(n for n in names if n not in (spec.url, spec.caption, spec.uid))
-    if spec.columns is not None:
-        missing = [c for c in spec.columns if c not in extras]
-        if missing:
-            raise ValueError(
-                f"columns: no file has {', '.join(missing)}; there are {', '.join(extras) or 'no further ones'}"
-            )
-        return list(spec.columns)
-    return list(extras)
-
-
-def extra_types(spec: PoolSpec, extras: list[str]) -> dict[str, pa.DataType]:
-    """The type of each further column: a parquet file's own, as long as all files agree; text otherwise."""
     types: dict[str, pa.DataType] = {}
-    for footer in _files(spec).values():
-        for name in extras:
-            if footer is None:
-                theirs = pa.string()
-            elif name in footer.schema.names:
-                theirs = _plain_type(footer.schema.field(name).type)
-            else:
+    first: dict[str, str] = {}
+    heads = _heads(spec)
+    mapped = _mapped(spec, heads)
+    texts = dict.fromkeys(mapped, False)
+    for path, head in heads.items():
+        known = {**_partition_types(spec, path), **dict(zip(head.schema.names, head.schema.types))}
+        for key, column in mapped.items():
+            if column not in known:
+                raise PoolError(_no_column(key, column, path, head, list(known)))
+            texts[key] |= _check_mapped(spec, key, column, path, known[column])
+        for name, dtype in known.items():
+            if name in mapped.values():
                 continue
-            types[name] = theirs if types.get(name, theirs) == theirs else pa.string()
-    return types
+            dtype = _plain_type(dtype, in_text=head.groups is None)
+            held = types.setdefault(name, dtype)
+            if (wider := _wider(held, dtype)) is None:
+                raise PoolError(
+                    f"columns: {name!r} is {_said(held)} in {first[name]} and {_said(dtype)} in {path}, which no one "
+                    "type holds; write both as one type, or leave it out: pool.columns lists those to carry"
+                )
+            types[name] = wider
+            first.setdefault(name, path)
+    for key, found in texts.items():
+        if not found and any(sum(head.groups or ()) for head in heads.values()):
+            raise PoolError(f"{key}: the column {mapped[key]!r} is of the type null in every file: it holds no value")
+    for option, named in (("columns", spec.columns or []), ("types", spec.types or {})):
+        if missing := [c for c in named if c not in types]:
+            raise PoolError(
+                f"{option}: no file has {', '.join(missing)}; there are {', '.join(types) or 'no further ones'}"
+            )
+    wanted = list(types) if spec.columns is None else spec.columns
+    asked = {name: TYPES[kind] for name, kind in (spec.types or {}).items()}
+    return _in_run({name: asked.get(name) or types[name] for name in wanted}, spec)
+
+
+def _in_run(types: dict[str, pa.DataType], spec: PoolSpec) -> dict[str, pa.DataType]:
+    result: dict[str, pa.DataType] = {}
+    for name, dtype in types.items():
+        if carried(name) in result or (carried(name) != name and carried(name) in types):
+            raise PoolError(f"columns: {name!r} is carried as {carried(name)!r}, which the pool has too; rename one")
+        result[carried(name)] = pa.string() if pa.types.is_null(dtype) else dtype
+    return result | ({INLINE: pa.binary()} if spec.image else {})
+
+
+def _mapped(spec: PoolSpec, heads: dict[str, _Head]) -> dict[str, str]:
+    """The column of each key that names one. With `image`, the default `url` need not be there."""
+    keys = {"url": spec.url, "caption": spec.caption, "uid": spec.uid, "image": spec.image}
+    if spec.image and spec.url == "url" and not any("url" in head.schema.names for head in heads.values()):
+        del keys["url"]
+    return {key: column for key, column in keys.items() if column is not None}
+
+
+def _no_column(key: str, column: str, path: str, head: _Head, known: list[str]) -> str:
+    said = f"{key}: {path} has no column {column!r}; it has {', '.join(name[:100] for name in known) or 'none'}"
+    if head.groups is None and _format(path) in ("csv", "tsv"):
+        said += ". If its first line is a row and does not name the columns, name them in pool.names"
+    return said
+
+
+def _check_mapped(spec: PoolSpec, key: str, column: str, path: str, dtype: pa.DataType) -> bool:
+    """PoolError if a mapped column is of a type that cannot be used; False if it holds no value at all."""
+    dtype = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
+    if pa.types.is_null(dtype):
+        return False
+    if key == "image":
+        if not (_is_binary(dtype) or _is_picture(dtype)):
+            raise PoolError(
+                f"image: {path}: the column {column!r} is of the type {_said(dtype)}; expected encoded pictures: "
+                "binary, or a struct of bytes and path"
+            )
+        return True
+    if key == "caption" and _is_list(dtype) and (_is_text(dtype.value_type) or pa.types.is_null(dtype.value_type)):
+        if spec.captions is None:
+            raise PoolError(
+                f"caption: {path}: the column {column!r} is a list of texts ({_said(dtype)}); pool.captions says what "
+                "to take: `each` makes a row of each caption, `first` takes the first"
+            )
+        return True
+    if not _is_text(dtype) and not _is_binary(dtype):
+        cure = "name the column that holds text"
+        if key == "url" and _is_picture(dtype):
+            cure = f"to read the pictures in it without a fetch, name it as pool.image: {column}"
+        raise PoolError(f"{key}: {path}: the column {column!r} is of the type {_said(dtype)}, not text; {cure}")
+    return True
+
+
+def _said(dtype: pa.DataType) -> str:
+    text = str(dtype)
+    return text if len(text) <= 80 else text[:80] + "…"
+
+
+def _is_text(dtype: pa.DataType) -> bool:
+    return bool(pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype))
+
+
+def _is_binary(dtype: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype) or pa.types.is_binary_view(dtype))
+
+
+def _is_list(dtype: pa.DataType) -> bool:
+    return bool(pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype))
+
+
+def _is_number(dtype: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(dtype) or pa.types.is_floating(dtype) or pa.types.is_decimal(dtype))
+
+
+def _is_picture(dtype: pa.DataType) -> bool:
+    """The image column of a Hugging Face folder."""
+    return pa.types.is_struct(dtype) and "bytes" in dtype.names and _is_binary(dtype.field("bytes").type)
+
+
+def _plain_type(dtype: pa.DataType, in_text: bool) -> pa.DataType:
+    """The type that a column has in a run: text in any encoding is text; nested JSON is carried as its text."""
+    if isinstance(dtype, pa.BaseExtensionType):
+        dtype = dtype.storage_type
+    if pa.types.is_dictionary(dtype):
+        dtype = dtype.value_type
+    if pa.types.is_binary_view(dtype):
+        return pa.large_binary()
+    return pa.string() if _is_text(dtype) or (in_text and pa.types.is_nested(dtype)) else dtype
+
+
+def _wider(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
+    """The type that holds the values of both, as a number where both are numbers; None: there is none."""
+    if a == b or pa.types.is_null(b):
+        return a
+    if pa.types.is_null(a):
+        return b
+    for one, other in ((a, b), (b, a)):
+        if pa.types.is_boolean(one) and _is_number(other):
+            return other
+        if pa.types.is_date(one) and pa.types.is_timestamp(other):
+            return other
+        if pa.types.is_uint64(one) and pa.types.is_signed_integer(other):
+            return pa.decimal128(20, 0)
+        if pa.types.is_decimal(one) and pa.types.is_integer(other):
+            digits = max(one.precision - one.scale, len(str(1 << other.bit_width - 1)))
+            return (pa.decimal128 if digits + one.scale <= 38 else pa.decimal256)(digits + one.scale, one.scale)
+    try:
+        schemas = [pa.schema([("", dtype)]) for dtype in (a, b)]
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except (pa.ArrowTypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        odd = any(pa.types.is_nested(t) or _is_binary(t) or pa.types.is_fixed_size_binary(t) for t in (a, b))
+        return None if odd else pa.string()
+
+
+def _partition(spec: PoolSpec, path: str) -> dict[str, str | None]:
+    """The columns that the folders of a file tell, Hive's `key=value`, below the folder or glob that `path` names."""
+    for named in [spec.path] if isinstance(spec.path, str) else spec.path:
+        base = named if "://" in named else os.path.abspath(named)
+        fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), base.rstrip("/").split("/")))
+        root = "/".join(fixed) + "/"
+        if path.startswith(root):
+            pairs = [folder.split("=", 1) for folder in path[len(root) :].split("/")[:-1] if "=" in folder]
+            return {
+                key: None if value == "__HIVE_DEFAULT_PARTITION__" else urllib.parse.unquote(value)
+                for key, value in pairs
+            }
+    return {}
+
+
+def _partition_types(spec: PoolSpec, path: str) -> dict[str, pa.DataType]:
+    return {key: _type_of_texts([value or ""]) for key, value in _partition(spec, path).items()}
+
+
+def _type_of_texts(values: Iterable[str]) -> pa.DataType:
+    """The type of the values of a csv column, by how they are written; an empty field says nothing."""
+    kind = pa.null()
+    for value in filter(None, values):
+        if _INT.fullmatch(value) and abs(int(value)) < 1 << 63:
+            kind = pa.int64() if pa.types.is_null(kind) else kind
+        elif _FLOAT.fullmatch(value) and not _INT.fullmatch(value):
+            kind = pa.float64()
+        else:
+            return pa.string()
+    return kind
+
+
+def _type_of_json(values: list[Any]) -> pa.DataType:
+    kinds = {type(value) for value in values if value is not None}
+    if kinds == {bool}:
+        return pa.bool_()
+    if kinds == {int}:
+        return pa.int64() if all(abs(v) < 1 << 63 for v in values if v is not None) else pa.string()
+    if kinds and kinds <= {int, float}:
+        return pa.float64()
+    if kinds == {list}:
+        return pa.list_(_type_of_json([item for value in values for item in value or ()]))
+    if kinds == {dict}:
+        return pa.struct([(name, pa.string()) for name in dict.fromkeys(k for v in values for k in v or ())])
+    return pa.string() if kinds else pa.null()
+
+
+# --- Splits -----------------------------------------------------------------------------------------------------------
 
 
 def splits(spec: PoolSpec, rows: int = 1_000_000) -> list[Split]:
     """The pieces to read in parallel, of about `rows` rows where the format allows it; the same on every machine."""
     pieces: list[Split] = []
     retry = spec.retry is not None
-    for path, footer in _files(spec).items():
-        if footer is None:
+    counted = not retry and spec.captions != "each"
+    for path, head in _heads(spec).items():
+        if head.groups is None:
             pieces.append(Split(path))
             continue
         groups: list[int] = []
         held = 0
-        for i, size in enumerate(footer.rows):
+        for i, size in enumerate(head.groups):
             groups.append(i)
             held += size
-            if held >= rows or i == len(footer.rows) - 1:
-                pieces.append(Split(path, tuple(groups), retry, None if retry else held))
+            if held >= rows or i == len(head.groups) - 1:
+                pieces.append(Split(path, tuple(groups), retry, held if counted else None))
                 groups, held = [], 0
-        if not footer.rows:
-            pieces.append(Split(path, (), retry, None if retry else 0))
+        if not head.groups:
+            pieces.append(Split(path, (), retry, 0 if counted else None))
     return pieces
 
 
-def count(split: Split) -> int:
+def size(spec: PoolSpec) -> int:
+    """Bytes of the pool, about: uncompressed where the files tell, else as stored."""
+    return sum(head.bytes for head in _heads(spec).values())
+
+
+def count(spec: PoolSpec, split: Split) -> int:
     """How many rows `read` will give for a split."""
     if split.rows is not None:
         return split.rows
-    if split.retry:
-        return sum(len(batch) for batch in _parquet_batches(split, {}, {}))
-    return sum(1 for _ in _text_rows(split.path))
+    if split.row_groups is not None:
+        wanted = {"caption": spec.caption} if spec.captions else {}
+        return sum(len(batch) for batch in _parquet_batches(spec, split, wanted, {}))
+    each = spec.captions == "each"
+    captions = (row.get(spec.caption) if row else None for row in _text_rows(split.path, spec))
+    return sum(max(1, len(caption)) if each and isinstance(caption, list) else 1 for caption in captions)
 
 
 def stamp(spec: PoolSpec) -> list[list[Any]]:
@@ -235,17 +459,23 @@ def _stamps(paths: list[str]) -> list[list[Any]]:
     return stamps
 
 
+# --- Rows -------------------------------------------------------------------------------------------------------------
+
+
 def read(spec: PoolSpec, split: Split, types: dict[str, pa.DataType]) -> Iterator[pa.Table]:
     """The rows of a split in batches with the columns `uid, url, caption, drop_reason` and the further ones of `types`.
 
     `drop_reason` is null for a usable row, else one of REASONS; then url and caption hold what could be saved.
+    PoolError names the file if it cannot be read to its end.
     """
-    wanted = {"url": spec.url, "caption": spec.caption, **({"uid": spec.uid} if spec.uid else {})}
-    if split.row_groups is None:
-        raw: Iterable[pa.Table] = _text_batches(split.path, wanted, types)
-    else:
-        raw = _parquet_batches(split, wanted, types)
-    for batch in raw:
+    wanted = {"url": spec.url, "caption": spec.caption}
+    wanted |= {key: column for key, column in (("uid", spec.uid), (INLINE, spec.image)) if column}
+    batches = _text_batches if split.row_groups is None else _parquet_batches
+    partition = {carried(name): value for name, value in _partition(spec, split.path).items()}
+    for batch in batches(spec, split, wanted, types):
+        for name, value in partition.items():
+            if name in types and name not in batch.column_names:
+                batch = batch.append_column(name, pa.array([value] * len(batch), pa.string()))
         yield _clean(batch, types)
 
 
@@ -260,6 +490,8 @@ def _clean(batch: pa.Table, types: dict[str, pa.DataType]) -> pa.Table:
     for flag in ("bad_line", "not_text"):  # what only the reader of a text file could see
         if flag in batch.column_names:
             mark(batch[flag].to_numpy(), flag)
+    if INLINE in types:
+        batch = _with_inline(batch)
     texts = {}
     for name, limit in (("url", MAX_URL_BYTES), ("caption", MAX_CAPTION_BYTES)):
         text, bad_type, bad_utf8 = _as_text(batch[name])
@@ -282,11 +514,33 @@ def _clean(batch: pa.Table, types: dict[str, pa.DataType]) -> pa.Table:
         good = pc.match_substring_regex(own, "^[0-9a-f]{32}$")
         mark(~good.to_numpy(zero_copy_only=False), "bad_uid")
         uid = pc.if_else(good, own, uid)
-    extras = {
-        name: _fit(batch[name], dtype) if name in batch.column_names else pa.nulls(n, dtype)
-        for name, dtype in types.items()
-    }
+    extras = {}
+    for name, dtype in types.items():
+        extras[name], bad = _fit(batch[name], dtype) if name in batch.column_names else (pa.nulls(n, dtype), None)
+        if bad is not None:
+            mark(bad, "bad_value")
     return pa.table({"uid": uid, **texts, **extras, "drop_reason": pa.array(reason, pa.string())})
+
+
+def _with_inline(batch: pa.Table) -> pa.Table:
+    """Takes the pictures out of their structs; a row without a url is named by the sha256 of its picture."""
+    column = batch[INLINE].combine_chunks()
+    paths = [None] * len(batch)
+    if pa.types.is_struct(column.type):
+        if "path" in column.type.names:
+            paths = [path if path and "://" in path else None for path in pc.struct_field(column, "path").to_pylist()]
+        column = pc.struct_field(column, "bytes")
+    pictures = column.cast(pa.binary())
+    urls = batch["url"].to_pylist() if "url" in batch.column_names else [None] * len(batch)
+    for i, url in enumerate(urls):
+        if not url:
+            body = pictures[i]
+            urls[i] = paths[i] or (
+                f"urn:sha256:{hashlib.sha256(body.as_buffer()).hexdigest()}" if body.is_valid else None
+            )
+    others = batch.drop_columns([name for name in (INLINE, "url") if name in batch.column_names])
+    url_type = batch["url"].type if "url" in batch.column_names else pa.string()
+    return others.append_column(INLINE, pictures).append_column("url", pa.array(urls, url_type))
 
 
 def _uids(urls: pa.Array, captions: pa.Array) -> pa.Array:
@@ -298,15 +552,11 @@ def _uids(urls: pa.Array, captions: pa.Array) -> pa.Array:
 def _as_text(column: pa.ChunkedArray | pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
     """A column as valid UTF-8, with masks of the values that are no text and of those that are not valid UTF-8."""
     n = len(column)
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
+    array = _decoded(column)
     none = np.zeros(n, dtype=bool)
     if pa.types.is_null(array.type):
         return pa.nulls(n, pa.string()), none, none
-    stringy = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-    if not any(test(array.type) for test in (*stringy, *binary)):
+    if not _is_text(array.type) and not _is_binary(array.type):
         return pa.nulls(n, pa.string()), pc.is_valid(array).to_numpy(zero_copy_only=False), none
     raw = array.cast(pa.large_binary())
     try:
@@ -327,120 +577,334 @@ def _as_text(column: pa.ChunkedArray | pa.Array) -> tuple[pa.Array, np.ndarray, 
     return pa.array(values, pa.string()), none, bad
 
 
-def _fit(column: pa.ChunkedArray, dtype: pa.DataType) -> pa.Array:
-    """A further column in the type that it has over the whole pool."""
+def _decoded(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+
+def _fit(column: pa.ChunkedArray, dtype: pa.DataType) -> tuple[pa.Array, np.ndarray | None]:
+    """A further column in the type that it has over the whole pool, with a mask of the values that are not of it."""
+    array = _decoded(column)
     if dtype == pa.string():
         text, not_text, _ = _as_text(array)
-        if not not_text.any():
-            return text
-        return pa.array([None if v is None else str(v) for v in array.to_pylist()], pa.string())
-    return array.cast(dtype)
+        return (pa.array(map(_said_value, array.to_pylist()), pa.string()) if not_text.any() else text), None
+    # Integers beyond 2^53 are rounded where another file holds floats.
+    safe = not (pa.types.is_integer(array.type) and pa.types.is_floating(dtype))
+    if _is_text(array.type):
+        array = _as_text(array)[0]
+        array = pc.if_else(pc.equal(array, ""), pa.scalar(None, pa.string()), array)
+    try:
+        return array.cast(dtype, safe=safe), None
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        pass
+    values, bad = [], np.zeros(len(array), bool)
+    for i, value in enumerate(array):
+        try:
+            values.append(value.cast(dtype, safe=safe))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            values.append(pa.scalar(None, dtype))
+            bad[i] = True
+    return pa.array([value.as_py() for value in values], dtype), bad
 
 
-def _plain_type(dtype: pa.DataType) -> pa.DataType:
-    """Text in any encoding is text."""
-    if pa.types.is_dictionary(dtype):
-        dtype = dtype.value_type
-    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    return pa.string() if pa.types.is_null(dtype) or any(test(dtype) for test in texts) else dtype
+def _said_value(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict | bool) else str(value)
+
+
+# --- Parquet ----------------------------------------------------------------------------------------------------------
 
 
 def _format(path: str) -> str | None:
     """The format that a file name promises, compression aside."""
     parts = os.path.basename(path).lower().split(".")[1:]
-    if parts and parts[-1] in COMPRESSIONS and parts[-1:] != ["parquet"]:
+    if parts and parts[-1] in COMPRESSIONS:
         parts.pop()
+        if parts[-1:] in (["parquet"], ["pq"]):
+            return None
     aliases = {"pq": "parquet", "ndjson": "jsonl"}
     kind = aliases.get(parts[-1], parts[-1]) if parts else None
     return kind if kind in FORMATS else None
 
 
-def _open_parquet(path: str) -> pq.ParquetFile:
+@contextlib.contextmanager
+def _reading(path: str, kind: str = "") -> Iterator[None]:
+    """Whatever a reader raises at a broken file, as a PoolError that names it."""
     try:
+        yield
+    except PoolError:
+        raise
+    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeError, csv.Error) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PoolError(f"path: {path} cannot be read{kind}: {said}; is it whole?") from None
+
+
+def _open_parquet(path: str) -> pq.ParquetFile:
+    with _reading(path, " as parquet"):
         if "://" in path:
             return pq.ParquetFile(fsspec.open(path, "rb").open())
         return pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"path: {path} cannot be read as parquet: {str(error).splitlines()[0]}") from None
 
 
-def _parquet_batches(split: Split, wanted: dict[str, str], types: dict[str, pa.DataType]) -> Iterator[pa.Table]:
+def _parquet_batches(
+    spec: PoolSpec, split: Split, wanted: dict[str, str], types: dict[str, pa.DataType]
+) -> Iterator[pa.Table]:
     file = _open_parquet(split.path)
-    here = [name for name in types if name in file.schema_arrow.names]
+    names = file.schema_arrow.names
+    # By the names of the file; a mapped column that is not there is the url of a pool of inline pictures.
+    mapped = {ours: theirs for ours, theirs in wanted.items() if theirs in names}
+    here = {name: carried(name) for name in names if carried(name) in types and name not in wanted.values()}
     why = ["step", "reason"] if split.retry else []
-    for batch in file.iter_batches(
-        BATCH_ROWS, row_groups=list(split.row_groups or ()), columns=[*wanted.values(), *here, *why]
-    ):
-        if split.retry:
-            whys = zip(batch["step"].to_pylist(), batch["reason"].to_pylist())
-            batch = batch.filter(pa.array([_is_transient(step, reason) for step, reason in whys], pa.bool_()))
-        columns = {**{ours: batch[theirs] for ours, theirs in wanted.items()}, **{name: batch[name] for name in here}}
-        yield pa.table(columns or {"step": batch["step"]})
+    groups = [file.metadata.row_group(i) for i in split.row_groups or ()]
+    row_bytes = max([group.total_byte_size // max(1, group.num_rows) for group in groups], default=0)
+    rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, row_bytes)))
+    with _reading(split.path, " as parquet"), file:
+        for batch in file.iter_batches(
+            rows, row_groups=list(split.row_groups or ()), columns=list(dict.fromkeys([*mapped.values(), *here, *why]))
+        ):
+            if split.retry:
+                whys = zip(batch["step"].to_pylist(), batch["reason"].to_pylist())
+                batch = batch.filter(pa.array([_is_transient(step, reason) for step, reason in whys], pa.bool_()))
+            columns = {**{ours: batch[theirs] for ours, theirs in mapped.items()}, **{here[n]: batch[n] for n in here}}
+            table = pa.table(columns or {"step": batch["step"]})
+            yield _unlisted(table, spec) if "caption" in mapped else table
+
+
+def _unlisted(table: pa.Table, spec: PoolSpec) -> pa.Table:
+    """A row for each caption of a list, or for the first; a list without any leaves a row without a caption."""
+    column = table["caption"].combine_chunks()
+    if not _is_list(column.type):
+        return table
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    starts = np.cumsum(lengths) - lengths
+    rows = np.maximum(lengths, 1) if spec.captions == "each" else np.ones(len(lengths), np.int64)
+    parent = np.repeat(np.arange(len(lengths)), rows)
+    nth = np.arange(len(parent)) - np.repeat(np.cumsum(rows) - rows, rows)
+    at = pa.array(starts[parent] + nth, mask=lengths[parent] == 0)
+    captions = column.drop_null().flatten().take(at)
+    table = table.take(pa.array(parent))
+    return table.set_column(table.column_names.index("caption"), "caption", captions)
+
+
+# --- Text -------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _open_text(path: str) -> Iterator[io.TextIOBase]:
-    """A text file, decompressed; bytes that are not UTF-8 come through as lone surrogates, to be found later."""
-    with open_plain(path) as file:
-        yield io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+    """A text file, decompressed; bytes that are not UTF-8 come through as lone surrogates, to be found later.
 
-
-def _column_names(path: str) -> list[str]:
-    """Of a text file."""
-    kind = _format(path)
-    try:
-        if kind == "jsonl":
-            names: dict[str, None] = {}
-            for i, row in enumerate(_text_rows(path)):
-                names |= dict.fromkeys(row or ())
-                if i == 1000:
-                    break
-            return list(names)
-        with _open_text(path) as text:
-            return next(csv.reader(text, delimiter="\t" if kind == "tsv" else ","), [])
-    except (OSError, EOFError, UnicodeError, csv.Error) as error:
-        raise ValueError(f"path: {path} cannot be read: {error}") from None
-
-
-def _text_rows(path: str) -> Iterator[dict[str, Any] | None]:
-    """The rows of a csv, tsv or jsonl file as dicts; None for a line that is no row."""
-    kind = _format(path)
-    with _open_text(path) as text:
-        if kind == "jsonl":
-            for line in text:
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    row = None
-                yield row if isinstance(row, dict) else None
-            return
-        csv.field_size_limit(1 << 30)
-        # A NUL ends the line for the csv module of Python 3.10; nobody means one.
-        lines = (line.replace("\0", "") for line in text)
-        if kind == "tsv":
-            rows: Iterator[list[str]] = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_MINIMAL)
+    A byte order mark tells UTF-16 and UTF-32, as spreadsheets save them.
+    """
+    with open_plain(path) as raw:
+        start = raw.peek(1 << 20)
+        for magic, kind in ((b"PAR1", "parquet"), (b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"),
+                            (b"BZh", "bzip2"), (b"PK\x03\x04", "zip or xlsx")):  # fmt: skip
+            if start.startswith(magic):
+                raise PoolError(f"path: {path} is {kind} by its first bytes; name or unpack it accordingly")
+        encoding, errors = "utf-8-sig", "surrogateescape"
+        for mark, name in ((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"),
+                           (b"\xfe\xff", "utf-16")):  # fmt: skip
+            if start.startswith(mark):
+                encoding, errors = name, "surrogatepass"
+                break
         else:
-            rows = csv.reader(lines)
-        header = next(rows, [])
-        for fields in rows:
-            if fields:
-                yield dict(zip(header, fields)) if len(fields) == len(header) else None
+            if start[:4].count(0) > 1:
+                raise PoolError(f"path: {path} is not text in UTF-8 (UTF-16 without a byte order mark?)")
+        # csv needs "\r" as it is; elsewhere it ends a line only in a file that has no other end of line.
+        newline = "" if _format(path) == "csv" else "\n" if b"\n" in start or b"\r" not in start else "\r"
+        yield io.TextIOWrapper(raw, encoding, errors, newline=newline)
 
 
-def _text_batches(path: str, wanted: dict[str, str], types: dict[str, pa.DataType]) -> Iterator[pa.Table]:
+def _text_head(path: str, spec: PoolSpec, stored: int) -> _Head:
+    rows = list(itertools.islice(_text_rows(path, spec), HEAD_ROWS))
+    good = [row for row in rows if row is not None]
+    if _format(path) in ("csv", "tsv"):
+        with _reading(path), _open_text(path) as text:
+            names = _header(path, spec, _records(_lines(text), path, spec))
+        fields = [(name, _type_of_texts(row[name] for row in good)) for name in names]
+    else:
+        if not good:
+            said = "is empty" if not rows else f"has no JSON object among its first {len(rows):,} lines"
+            raise PoolError(f"path: {path} {said}")
+        fields = [
+            (name, _type_of_json([row.get(name) for row in good])) for name in dict.fromkeys(k for r in good for k in r)
+        ]
+    return _Head(pa.schema(fields), None, stored)
+
+
+def _text_rows(path: str, spec: PoolSpec) -> Iterator[dict[str, Any] | None]:
+    """The rows of a text file as dicts; None for a line that is no row."""
+    with _reading(path), _open_text(path) as text:
+        if _format(path) not in ("csv", "tsv"):
+            yield from _json_rows(path, text)
+            return
+        records = _records(_lines(text), path, spec)
+        header = _header(path, spec, records)
+        for fields in records:
+            yield dict(zip(header, fields)) if fields is not None and len(fields) == len(header) else None
+
+
+def _lines(text: io.TextIOBase, begun: str = "") -> Iterator[str | None]:
+    """The lines of a text, ends included; None for one that is too long. `begun` was read of the first already."""
+    while line := begun + text.readline(MAX_LINE):
+        begun = ""
+        if len(line) < MAX_LINE or line.endswith(("\n", "\r")):
+            yield line
+            continue
+        while (more := text.readline(MAX_LINE)) and len(more) == MAX_LINE and not more.endswith(("\n", "\r")):
+            pass
+        yield None
+
+
+def _header(path: str, spec: PoolSpec, records: Iterator[list[str] | None]) -> list[str]:
+    """The names of the columns: `pool.names`, or the first line, which is taken from `records`."""
+    if spec.names is not None:
+        return spec.names
+    first = next(records, None)
+    if first is None:
+        raise PoolError(f"path: {path} is empty: expected a line with the names of the columns")
+    return [name or f"column_{i + 1}" for i, name in enumerate(first)]
+
+
+def _records(lines: Iterator[str | None], path: str, spec: PoolSpec) -> Iterator[list[str] | None]:
+    """The fields of each line that is not blank; None for a line that was too long.
+
+    Quoted fields (RFC 4180) may run over lines. A quotation mark that opens a field and is not closed as the RFC has
+    it is a mark like any other, so that it never swallows the rows behind it.
+    """
+    kind = _format(path)
+    delimiter = "\t" if kind == "tsv" else ","
+    quoted = spec.quoted if spec.quoted is not None else kind == "csv"
+    if not quoted:
+        for line in lines:
+            if line is None or line.strip("\r\n"):
+                yield None if line is None else line.rstrip("\r\n").split(delimiter)
+        return
+    csv.field_size_limit(2 * MAX_LINE)
+    waiting: deque[str | None] = deque()
+    while True:
+        if not waiting:
+            line = next(lines, "")
+            if line == "":
+                return
+            waiting.append(line)
+        line = waiting.popleft()
+        if line is None:
+            yield None
+        elif '"' not in line:
+            if stripped := line.rstrip("\r\n"):
+                yield stripped.replace("\0", "").split(delimiter)
+        else:
+            yield _record(line, waiting, lines, delimiter)
+
+
+def _record(first: str, waiting: deque[str | None], lines: Iterator[str | None], delimiter: str) -> list[str]:
+    """The record that begins with a line; takes further lines as a quoted field needs them, or gives them back."""
+    taken: list[str | None] = []
+
+    def pull() -> Iterator[str]:
+        yield first.replace("\0", "")
+        while len(taken) < MAX_RECORD_LINES:
+            line = waiting.popleft() if waiting else next(lines, "")
+            if not line:
+                if line is None:
+                    waiting.appendleft(None)
+                return
+            taken.append(line)
+            yield line.replace("\0", "")
+
+    try:
+        return next(csv.reader(pull(), delimiter=delimiter, strict=True))
+    except csv.Error:
+        waiting.extendleft(reversed(taken))
+        return [field.rstrip("\r\n") for field in next(csv.reader([first.replace("\0", "")], delimiter=delimiter))]
+
+
+def _json_rows(path: str, text: io.TextIOBase) -> Iterator[dict[str, Any] | None]:
+    """The objects of a file of JSON lines or, in a `.json` file that begins with a bracket, of one array."""
+    first = text.read(1)
+    while first.isspace():
+        first = text.read(1)
+    if first == "[" and _format(path) == "json":
+        yield from _array(path, text)
+        return
+    for line in _lines(text, first):
+        if line is not None and not line.strip():
+            continue
+        row = None
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line) if line is not None else None
+        yield row if isinstance(row, dict) else None
+
+
+def _array(path: str, text: io.TextIOBase) -> Iterator[dict[str, Any] | None]:
+    """The elements of a JSON array behind its opening bracket, with no more of it in hand than an element needs."""
+    decode = json.JSONDecoder().raw_decode
+    held, at, lines, want = "", 0, 1, 1 << 20
+    expected = "an element"
+    while True:
+        at = _BLANK.match(held, at).end()  # type: ignore[union-attr]
+        problem = f"expected {expected}"
+        if at < len(held):
+            if held[at] == "]" and expected != "an element behind the comma":
+                return
+            if expected == "a comma or the closing bracket":
+                if held[at] != ",":
+                    break
+                at, expected = at + 1, "an element behind the comma"
+                continue
+            try:
+                row, end = decode(held, at)
+                # A number may go on in what is not read yet; an object, an array or a text is closed.
+                if end < len(held) or isinstance(row, dict | list | str):
+                    at, expected = end, "a comma or the closing bracket"
+                    yield row if isinstance(row, dict) else None
+                    continue
+            except RecursionError:
+                problem = "nested too deeply"
+                break
+            except ValueError as error:
+                problem = str(error)
+            if len(held) - at > MAX_LINE:
+                break
+        # Twice as much each time, or a long element would be parsed once for each part of it.
+        more = text.read(want if at == len(held) else max(want, len(held) - at))
+        if not more:
+            problem = f"the array is not closed, the file may be cut ({problem})"
+            break
+        lines += held.count("\n", 0, at)
+        held, at = held[at:] + more, 0
+    lines += held.count("\n", 0, at)
+    raise PoolError(f"path: {path}: line {lines}: not a JSON array: {problem}")
+
+
+def _text_batches(
+    spec: PoolSpec, split: Split, wanted: dict[str, str], types: dict[str, pa.DataType]
+) -> Iterator[pa.Table]:
     rows: list[dict[str, Any] | None] = []
     held = 0
-    for row in _text_rows(path):
-        rows.append(row)
-        held += sum(len(v) for v in row.values() if isinstance(v, str)) if row else 0
-        if len(rows) == BATCH_ROWS or held > 64 << 20:
+    for row in _text_rows(split.path, spec):
+        for each in _captions(row, spec):
+            rows.append(each)
+            held += sum(len(v) for v in each.values() if isinstance(v, str)) if each else 0
+        if len(rows) >= BATCH_ROWS or held > BATCH_BYTES:
             yield _text_table(rows, wanted, types)
             rows, held = [], 0
     if rows:
         yield _text_table(rows, wanted, types)
+
+
+def _captions(row: dict[str, Any] | None, spec: PoolSpec) -> Iterator[dict[str, Any] | None]:
+    captions = row.get(spec.caption) if row and spec.captions else None
+    if not isinstance(captions, list):
+        yield row
+        return
+    assert row is not None
+    for caption in (captions if spec.captions == "each" else captions[:1]) or [None]:
+        yield row | {spec.caption: caption}
 
 
 def _text_table(rows: list[dict[str, Any] | None], wanted: dict[str, str], types: dict[str, pa.DataType]) -> pa.Table:
@@ -450,7 +914,10 @@ def _text_table(rows: list[dict[str, Any] | None], wanted: dict[str, str], types
     table = {
         ours: pa.array([_to_bytes(v) for v in values(theirs)], pa.large_binary()) for ours, theirs in wanted.items()
     }
-    table |= {name: pa.array([_plain(v) for v in values(name)], pa.string()) for name in types}
+    names = dict.fromkeys(name for row in rows if row for name in row if name not in wanted.values())
+    for name in names:
+        if carried(name) in types:
+            table[carried(name)] = pa.array([_plain(v) for v in values(name)], pa.string())
     # A number where text belongs: parquet tells it by the column's type, JSON only value by value.
     no_text = [any(v is not None and not isinstance(v, str) for v in row) for row in zip(*map(values, wanted.values()))]
     return pa.table({**table, "not_text": no_text, "bad_line": [row is None for row in rows]})

@@ -11,14 +11,14 @@ import os
 import pkgutil
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pydantic
 
-from pipeline.schema import POSITION, SAMPLE
+from pipeline.schema import INLINE, POSITION, SAMPLE, carried
 from pipeline.step import Step
 from pipeline.storage import Store
 from trainer.spelling import did_you_mean
@@ -43,7 +43,7 @@ class PoolSpec:
     """Where the candidates come from."""
 
     path: str | list[str] = ""
-    """A file, a glob, a folder, or a list of these: parquet, csv, tsv or jsonl, also `.gz` and `.zst`."""
+    """A file, a glob, a folder, or a list of these: parquet, csv, tsv, jsonl or json, also `.gz`, `.zst` and `.bz2`."""
     retry: str | None = None
     """Instead of all else: a finished run, whose rows that the web failed for the moment are the pool."""
     url: str = "url"
@@ -52,8 +52,18 @@ class PoolSpec:
     """The column that holds the caption."""
     uid: str | None = None
     """The column that holds the pool's own uids (32 hex digits); none: they are computed from url and caption."""
+    image: str | None = None
+    """The column that holds the pictures themselves, encoded: bytes, or Hugging Face's struct of bytes and path."""
     columns: list[str] | None = None
     """Further columns to carry along; none named: all."""
+    types: dict[str, Literal["text", "int", "float"]] | None = None
+    """Types of further columns, where the first rows of a text file would mislead."""
+    names: list[str] | None = None
+    """The names of the columns of csv and tsv files that have no line of names."""
+    quoted: bool | None = None
+    """Whether quotation marks enclose fields (RFC 4180) or are data like any other; none: they enclose in csv only."""
+    captions: Literal["each", "first"] | None = None
+    """Of a column of lists of captions: a row for each, or the first."""
     rows: int | None = None
     """How many rows to expect; only `--plan` reads it, for a pool that cannot be counted from here."""
 
@@ -63,6 +73,7 @@ class PoolSpec:
         if self.retry is None:
             if not self.path:
                 raise ValueError("path: is missing")
+            self._check()
             return
         own = (f for f in dataclasses.fields(self) if f.name not in ("retry", "rows"))
         given = [f.name for f in own if getattr(self, f.name) != f.default]
@@ -75,6 +86,25 @@ class PoolSpec:
     def paths(self) -> list[str]:
         """`path` as a list."""
         return [self.path] if isinstance(self.path, str) else self.path
+
+    def _check(self) -> None:
+        for key in ("names", "columns"):
+            names = getattr(self, key) or []
+            if twins := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{key}: {', '.join(twins)}: named more than once")
+        if self.names is not None:
+            for key in ("url", "caption", "uid"):
+                if (column := getattr(self, key)) is not None and column not in self.names:
+                    raise ValueError(f"names: {column!r}, the {key}, is not among {', '.join(self.names) or 'none'}")
+        if self.captions == "each" and self.uid is not None:
+            raise ValueError("captions: each makes several rows of one uid; leave out uid, or take the first")
+        mapped = (self.url, self.caption, self.uid, self.image)
+        for key in ("columns", "types"):
+            if twins := [name for name in getattr(self, key) or () if name in mapped]:
+                raise ValueError(f"{key}: {', '.join(twins)} is there already, as url, caption, uid or image")
+
+
+PoolColumns = Callable[[PoolSpec], Mapping[str, pa.DataType] | None]
 
 
 @dataclass(kw_only=True)
@@ -92,16 +122,21 @@ class Recipe:
     """Most worker processes at a time; none: as many as the cluster has cores. Never changes a result."""
     reuse: str | None = None
     """Another run whose committed passes are used where they are the same as this recipe's: a second arm of a study."""
+    allow_empty: bool = False
+    """Whether a run that keeps no row has done what was asked (exit status 0)."""
     source: dict[str, Any] = field(default_factory=dict)
 
 
 def load(
-    path: str, overrides: list[str] | None = None, pool_columns: Callable[[PoolSpec], list[str]] | None = None
+    path: str,
+    overrides: list[str] | None = None,
+    pool_columns: PoolColumns | None = None,
 ) -> Recipe:
     """Reads and checks a recipe file.
 
     `overrides` are `key=value` words: `seed=1`, `pool.path=x.parquet`, `steps.download.timeout=5`; the value is YAML.
-    `pool_columns` names the columns of the pool (ValueError if it cannot be read). Raises RecipeError.
+    `pool_columns` gives the further columns of the pool with their types, None where they cannot be known from here
+    (ValueError if it cannot be read). Raises RecipeError.
     """
     document = Document.read(path)
     problems = document.problems
@@ -171,7 +206,7 @@ class _Checker:
     def __init__(self, document: Document, problems: list[str]) -> None:
         self.document, self.problems = document, problems
 
-    def recipe(self, pool_columns: Callable[[PoolSpec], list[str]] | None) -> Recipe | None:
+    def recipe(self, pool_columns: PoolColumns | None) -> Recipe | None:
         data = dict(self.document.data)
         step_lines, pool_data = data.pop("steps", None), data.pop("pool", None)
         top = self._options(Recipe, data, (), hidden=frozenset({"steps", "pool", "source"}))
@@ -190,7 +225,7 @@ class _Checker:
         ]
         for step, label in zip(steps, labels([s.name() for s in steps]), strict=True):
             step.__dict__["_label"] = label
-        columns: list[str] | None = []
+        columns: Mapping[str, pa.DataType] | None = {}
         if pool is not None and pool_columns is not None:
             try:
                 columns = None if self._temporary(pool) else pool_columns(pool)
@@ -307,10 +342,10 @@ class _Checker:
             self._note(key, f"steps.{name}", str(error))
         return step if len(self.problems) == before else None
 
-    def _flow(self, steps: list[Step], pool_columns: list[str] | None) -> None:
-        """Every column is there before it is read, is written once, and the writer comes last."""
-        have = dict.fromkeys((*POSITION.names, *SAMPLE.names, *(pool_columns or [])), "the pool")
-        types: dict[str, pa.DataType] = {}
+    def _flow(self, steps: list[Step], pool_columns: Mapping[str, pa.DataType] | None) -> None:
+        """Every column is there before it is read, of a type that fits, is written once, and the writer comes last."""
+        types = {f.name: f.type for f in (*POSITION, *SAMPLE)} | dict(pool_columns or {})
+        have = dict.fromkeys(types, "the pool")
         for i, step in enumerate(steps):
             key = ("steps", i)
             for column in step.needs:
@@ -320,8 +355,12 @@ class _Checker:
                 cure = (
                     f"put it below {later[0]}, which adds it"
                     if later
+                    else "name the pool's column of pictures as pool.image"
+                    if column == INLINE
                     else f"nothing above it adds that{_providers(column) or did_you_mean(column, have)}"
                 )
+                if carried(column) in have:
+                    cure += f"; the pool's own is called {carried(column)} here"
                 self._note(key, f"steps.{step.label}", f"needs the column {column!r}; {cure}")
             for option, problem in step.check_columns(types):
                 self._note((*key, step.name(), option), f"steps.{step.label}.{option}", problem)
@@ -339,8 +378,11 @@ class _Checker:
                         f"adds the column {column!r}, which {have[column]} already has; {cure}",
                     )
                 have.setdefault(column, step.label)
+            types |= step.adds
             if step.name() == "write_shards" and i != len(steps) - 1:
                 self._note(key, f"steps.{step.label}", f"must be the last step; {steps[i + 1].label} comes after it")
+        if INLINE in have and not any(INLINE in step.needs for step in steps):
+            self._note(("pool", "image"), "pool.image", "no step reads the pictures; write `download: {inline: true}`")
 
 
 def find_step(name: str) -> type[Step]:

@@ -13,10 +13,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline import pool, recipe
 from pipeline.claim import Claim, InUseError, LostClaimError, hold
 from pipeline.fetch.outage import OutageError
-from pipeline.ledger import BooksError
+from pipeline.ledger import BooksError, Funnel
 from pipeline.lifetime import GOES_ON, Watch
 from pipeline.passes import Pass, make_passes
 from pipeline.recipe import Recipe, RecipeError
@@ -98,8 +100,7 @@ def _run(console: Console, checked: Recipe, watch: Watch) -> int:
 
 
 def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> int:
-    extras = pool.columns(checked.pool)
-    types = pool.extra_types(checked.pool, extras)
+    types = pool.columns(checked.pool)
     passes = make_passes(checked, _pool_key(checked), types)
     _claim(checked, passes)
     _adopt(checked, passes)
@@ -145,10 +146,11 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
         if known:
             console.print(f"{label}: {known:,} of {rows:,} rows had been measured before", highlight=False)
     print_funnel(console, outcome.funnel)
+    # A run without shards is there for its measurements and its drops.
+    empty = not outcome.funnel.kept and shards and not checked.allow_empty
     if not outcome.funnel.kept:
-        console.print(
-            "No row was kept: the dataset is valid and empty. The funnel shows which step took the last rows."
-        )
+        why = _why_empty(outcome.funnel)
+        console.print(f"No row was kept: {why}", markup=False, highlight=False, soft_wrap=True)
     where = f"shards in {checked.run}/shards, " if shards else ""
     seconds = time.monotonic() - started
     console.print(
@@ -156,22 +158,36 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
         highlight=False,
         soft_wrap=True,
     )
-    return 0
+    if empty:
+        Console(stderr=True).print(
+            f"error: no row was kept: {why}. If that is what you want, say so in the recipe: allow_empty: true",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    return 1 if empty else 0
 
 
-def _columns_if_near(spec: recipe.PoolSpec) -> list[str]:
+def _why_empty(funnel: Funnel) -> str:
+    """The step that took the last rows, and its reasons."""
+    took = [(step, line) for step, line in funnel.lines.items() if line.dropped]
+    if not took:
+        return "the pool has no rows"
+    step, line = took[-1]
+    reasons = sorted(line.dropped.items(), key=lambda item: -item[1])
+    counts = ", ".join(f"{reason} {n:,}" for reason, n in reasons[:3]) + (", …" if len(reasons) > 3 else "")
+    return f"{step} dropped the last {sum(line.dropped.values()):,} of {funnel.rows_in:,} rows ({counts})"
+
+
+def _columns_if_near(spec: recipe.PoolSpec) -> dict[str, pa.DataType] | None:
     """The columns of a pool that can be looked at without a network; a plan can do without the others."""
     paths = [spec.path] if isinstance(spec.path, str) else spec.path
-    if any("://" in path for path in paths):
-        return list(spec.columns or [])
-    return pool.columns(spec)
+    return None if any("://" in path for path in paths) else pool.columns(spec)
 
 
 def _pool_key(checked: Recipe) -> dict[str, Any]:
     spec = dataclasses.asdict(checked.pool)
     del spec["rows"], spec["path"]
     spec |= {"retry": True} if spec.pop("retry") else {}
-    return {"version": 1, "files": pool.stamp(checked.pool), "unit_rows": checked.unit_rows, **spec}
+    return {"version": 2, "files": pool.stamp(checked.pool), "unit_rows": checked.unit_rows, **spec}
 
 
 def _claim(checked: Recipe, passes: list[Pass]) -> None:
@@ -180,7 +196,7 @@ def _claim(checked: Recipe, passes: list[Pass]) -> None:
     A changed filter or threshold is welcome: its passes get new keys and the old downloads and scores stay in use.
     """
     store = Store(checked.run)
-    source = masked({**checked.source, "workers": None, "reuse": None})
+    source = masked({**checked.source, "workers": None, "reuse": None, "allow_empty": None})
     claim: dict[str, Any] = {
         "name": checked.name,
         "recipe": source,
@@ -289,7 +305,7 @@ def _explain(error: BaseException, where: str) -> str:
         return f"the disk of {where} is full; what was committed stays. Make room and give the same command again"
     if isinstance(cause, BooksError):
         return f"the books do not balance: {cause}"
-    if isinstance(cause, OutageError | DamagedError | LostClaimError):
+    if isinstance(cause, OutageError | DamagedError | LostClaimError | pool.PoolError):
         return said
     return f"{type(cause).__name__}: {said} (WINNOW_DEBUG=1 shows the traceback)"
 

@@ -78,7 +78,10 @@ class Step:
         yield from ()
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
-        """As `check`, of what only shows beside the columns that are read: `types` has those whose type is known."""
+        """Yields `(key, problem)` for every needed column whose type is of no use to the step, before anything starts.
+
+        `types` are the columns above the step; a pool that cannot be looked at from here has none.
+        """
         yield from ()
 
     def fingerprint(self) -> object:
@@ -101,7 +104,7 @@ class Stage(Step):
     """Measures: gives back the same rows with more columns.
 
     A row that cannot be measured is dropped by filling the columns `drop_reason` (null: keep) and, if there is more to
-    say, `drop_detail`.
+    say, `drop_detail` (text) and `drop_value` (the number that decided).
     """
 
     def process(self, batch: pa.Table) -> pa.Table:
@@ -143,8 +146,12 @@ class Filter(Step):
         """Free text about each dropped row (the number that fell short, say), null where there is none."""
         return pa.nulls(len(dropped), pa.string())
 
+    def value(self, dropped: pa.Table) -> pa.DoubleArray:
+        """The number that decided about each dropped row, null where none did."""
+        return pa.nulls(len(dropped), pa.float64())
+
     def decide(self, frame: dd.DataFrame) -> dd.DataFrame:
-        """For scope "run": the drops (`unit, row, reason, detail`) among all rows of the run.
+        """For scope "run": the drops (`unit, row, reason, detail, value`) among all rows of the run.
 
         `frame` is a lazy Dask frame with `unit, row, uid` and the needed columns. Only small aggregates may be computed
         here on the driver; whatever grows with the pool stays in the graph.
@@ -234,12 +241,12 @@ class FrequencyFilter(KeyedFilter):
         if self.max_count < 1:
             yield "max_count", f"must be at least 1, found {self.max_count}"
 
-    def value(self, batch: pa.Table) -> pa.Array | pa.ChunkedArray:
+    def compared(self, batch: pa.Table) -> pa.Array | pa.ChunkedArray:
         """What rows may share."""
         return batch[self.column]
 
     def key(self, batch: pa.Table) -> np.ndarray:
-        return hash64(pc.fill_null(self.value(batch).cast(pa.string()), "").to_pylist())
+        return hash64(pc.fill_null(self.compared(batch).cast(pa.string()), "").to_pylist())
 
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
         return pa.array(self._rows_sharing(batch) <= self.max_count)
@@ -248,8 +255,11 @@ class FrequencyFilter(KeyedFilter):
         # Rows that share a value are dropped together, so they are all here to be counted.
         return pa.array([f"shared by {n} rows" for n in self._rows_sharing(dropped).tolist()], pa.string())
 
+    def value(self, dropped: pa.Table) -> pa.DoubleArray:
+        return pa.array(self._rows_sharing(dropped), pa.float64())
+
     def _rows_sharing(self, batch: pa.Table) -> np.ndarray:
-        values = self.value(batch)
+        values = self.compared(batch)
         codes = pc.dictionary_encode(values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values)
         counts = np.bincount(codes.indices.drop_null().to_numpy(), minlength=len(codes.dictionary) or 1)
         shared = counts[pc.fill_null(codes.indices, 0).to_numpy(zero_copy_only=False)]
@@ -257,9 +267,15 @@ class FrequencyFilter(KeyedFilter):
 
 
 def drops_frame(drops: pa.Table | None = None):  # type: ignore[no-untyped-def]
-    """`unit, row, reason, detail` as pandas: what `decide` hands back; empty without an argument."""
+    """`unit, row, reason, detail, value` as pandas: what `decide` hands back; empty without an argument.
+
+    `detail` and `value` may be left out.
+    """
     table = DROP.empty_table() if drops is None else drops
-    return table.select(["unit", "row", "reason", "detail"]).to_pandas()
+    for name in ("detail", "value"):
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table), DROP.field(name).type))
+    return table.select(["unit", "row", "reason", "detail", "value"]).to_pandas()
 
 
 def apply(step: Stage | Filter, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -270,7 +286,8 @@ def apply(step: Stage | Filter, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
     if pc.all(mask, min_count=0).as_py():
         return batch, DROP.empty_table()
     dropped = batch.filter(pc.invert(mask))
-    return batch.filter(mask), drops_table(dropped, step.label, step.reason(dropped), step.detail(dropped))
+    drops = drops_table(dropped, step.label, step.reason(dropped), step.detail(dropped), step.value(dropped))
+    return batch.filter(mask), drops
 
 
 def split_marked(step: Stage, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -279,17 +296,18 @@ def split_marked(step: Stage, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
         return batch, DROP.empty_table()
     marked = pc.is_valid(batch["drop_reason"])
     dropped = batch.filter(marked)
-    has_detail = "drop_detail" in batch.column_names
-    detail = dropped["drop_detail"] if has_detail else None
-    drops = drops_table(dropped, step.label, dropped["drop_reason"], detail)
-    kept = batch.filter(pc.invert(marked)).drop_columns(["drop_reason", *(["drop_detail"] if has_detail else [])])
-    return kept, drops
+    said = {name: dropped[name] for name in ("drop_detail", "drop_value") if name in batch.column_names}
+    drops = drops_table(dropped, step.label, dropped["drop_reason"], said.get("drop_detail"), said.get("drop_value"))
+    return batch.filter(pc.invert(marked)).drop_columns(["drop_reason", *said]), drops
 
 
-def drops_table(rows: pa.Table, label: str, reason: pa.Array | str, detail: pa.Array | None = None) -> pa.Table:
+def drops_table(
+    rows: pa.Table, label: str, reason: pa.Array | str, detail: pa.Array | None = None, value: pa.Array | None = None
+) -> pa.Table:
     """The drops (`schema.DROP`) of the rows of a table with `unit, row`, for one reason or for a reason each."""
     n = len(rows)
     reasons = pa.array([reason] * n, pa.string()) if isinstance(reason, str) else reason
     details = pa.nulls(n, pa.string()) if detail is None else detail
-    columns = [rows["unit"], rows["row"], pa.array([label] * n, pa.string()), reasons, details]
+    values = pa.nulls(n, pa.float64()) if value is None else value.cast(pa.float64())
+    columns = [rows["unit"], rows["row"], pa.array([label] * n, pa.string()), reasons, details, values]
     return pa.table(columns, schema=DROP)

@@ -30,7 +30,7 @@ def ingested(folder: Path, files: int, text: bool = False) -> tuple[list[pa.Tabl
     recipe = Recipe(name="t", pool=PoolSpec(path=str(folder / "pool")), run=str(folder / "run"))
     passes = make_passes(recipe, {}, {})
     splits = pool.splits(recipe.pool)
-    starts = ingest.pieces([pool.count(split) for split in splits])
+    starts = ingest.pieces([pool.count(recipe.pool, split) for split in splits])
     for piece, (first, last) in enumerate(zip(starts, [*starts[1:], len(splits)])):
         ingest.scatter(passes[0], piece, first, splits[first:last], recipe.pool, {}, UNITS, PARTS)
     spool = [name for name in passes[0].store.names("spool") if name.endswith(".arrow")]
@@ -70,3 +70,32 @@ def test_pieces_are_large_in_a_large_pool_and_many_in_a_small_one() -> None:
     assert len(ingest.pieces([10_000] * 1_000)) == 63, "ten million rows: 16 files each"
     assert len(ingest.pieces([10_000] * 100_000)) == 1_000, "a billion rows: a million each"
     assert ingest.pieces([3_000_000, 10, 2_000_000]) == [0, 1]
+
+
+def test_vectors_and_bytes_of_a_pool_come_back_row_by_row(tmp_path: Path) -> None:
+    rows = range(600)
+    table = pa.table(
+        {
+            "url": [f"http://h/{r}" for r in rows],
+            "caption": [f"number {r}" if r % 3 else "" for r in rows],
+            "vector": pa.array([[float(r), 0.5] for r in rows], pa.list_(pa.float32(), 2)),
+            "blob": pa.array([str(r).encode() for r in rows]),
+        }
+    )
+    pq.write_table(table, tmp_path / "p.parquet")
+    recipe = Recipe(name="t", pool=PoolSpec(path=str(tmp_path / "p.parquet")), run=str(tmp_path / "run"))
+    types = pool.columns(recipe.pool)
+    passes = make_passes(recipe, {}, types)
+    ingest.scatter(passes[0], 0, 0, pool.splits(recipe.pool), recipe.pool, types, 1, 1)
+    list(ingest.gather(passes[0], 0, 1, types, 1, 1))
+    found = [row for part in read_unit(passes, 0, ["caption", "vector", "blob"]) for row in part.to_pylist()]
+    assert len(found) == 400
+    for row in found:
+        n = int(row["caption"].split()[1])
+        assert (row["vector"], row["blob"]) == ([float(n), 0.5], str(n).encode())
+
+
+def test_heavy_rows_make_more_units_and_partitions() -> None:
+    assert ingest.unit_count(10_000, 10_000) == 8
+    assert ingest.unit_count(10_000, 10_000, 10 << 30) == 40
+    assert ingest.partition_count(10_000, 40, 10 << 30) == 10

@@ -306,8 +306,13 @@ def test_a_full_disk_is_said_and_nothing_is_half_committed(run: Command, project
 def test_everything_dropped_is_an_empty_but_valid_dataset(run: Command, project: Path) -> None:
     (project / "pool.csv").write_text("url,caption\nhttp://h/1,LOUD\nhttp://h/2,LOUDER\n,\n")
     done = run("r.yaml")
+    assert done.returncode == 1
+    why = "no_shouting dropped the last 2 of 3 rows (no_shouting 2)"
+    assert f"no row was kept: {why}" in done.stderr
+    assert "allow_empty: true" in done.stderr
+    done = run("r.yaml", "allow_empty=true")
     assert done.returncode == 0, done.stderr
-    assert "No row was kept" in done.stdout
+    assert f"No row was kept: {why}" in done.stdout
     assert json.loads((project / "out/shards/manifest.json").read_text())["samples"] == 0
     assert (project / "out/shards/_SUCCESS").exists()
     books_balance(project / "out", 3)
@@ -315,7 +320,7 @@ def test_everything_dropped_is_an_empty_but_valid_dataset(run: Command, project:
 
 def test_an_empty_pool_and_a_short_last_shard(run: Command, project: Path) -> None:
     (project / "pool.csv").write_text("url,caption\n")
-    assert run("r.yaml", "run=empty").returncode == 0
+    assert run("r.yaml", "run=empty", "allow_empty=true").returncode == 0
     pool(project, 250)
     done = run("r.yaml", "steps.write_shards.drop_last=true")
     assert done.returncode == 0, done.stderr

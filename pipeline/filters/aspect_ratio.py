@@ -38,6 +38,9 @@ class AspectRatio(Filter):
     def detail(self, dropped: pa.Table) -> pa.StringArray:
         return pc.fill_null(pc.round(_ratio(dropped), 2).cast(pa.string()), "unknown")
 
+    def value(self, dropped: pa.Table) -> pa.DoubleArray:
+        return _ratio(dropped)
+
 
 def _ratio(batch: pa.Table) -> pa.ChunkedArray:
     # Floats, since a side of 0 must give infinity (dropped) and not an error.

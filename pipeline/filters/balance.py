@@ -147,6 +147,7 @@ class Balance(Filter):
                     "row": dropped["row"],
                     "reason": reasons,
                     "detail": pa.array(details, pa.string()),
+                    "value": pa.array((1 - missed)[drop], mask=unmatched[drop]),  # the chance that it had
                 }
             )
         )

@@ -36,3 +36,6 @@ class ByteSize(Filter):
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
         return pc.fill_null(dropped["original_bytes"].cast(pa.string()), "unknown")
+
+    def value(self, dropped: pa.Table) -> pa.DoubleArray:
+        return dropped["original_bytes"].cast(pa.float64())

@@ -29,5 +29,5 @@ class CaptionFrequency(FrequencyFilter):
     def estimate(self, rows: float) -> Estimate:
         return Estimate(0.90, 50_000, "keep assumed; COYO-700M drops captions shared by more than 10 rows")
 
-    def value(self, batch: pa.Table) -> pa.ChunkedArray:
+    def compared(self, batch: pa.Table) -> pa.ChunkedArray:
         return pc.if_else(pc.is_valid(batch["caption"]), normal(batch["caption"]), pa.scalar(None, pa.string()))

@@ -54,6 +54,11 @@ class CaptionLength(Filter):
         chars, words = (length.cast(pa.string()) for length in _lengths(dropped))
         return pc.binary_join_element_wise(chars, pa.scalar(" characters, "), words, pa.scalar(" words"), "")
 
+    def value(self, dropped: pa.Table) -> pa.DoubleArray:
+        """The words of a caption that has too few, the characters of others."""
+        chars, words = _lengths(dropped)
+        return pc.if_else(pc.equal(self.reason(dropped), "too_few_words"), words, chars).cast(pa.float64())
+
 
 def _lengths(batch: pa.Table) -> tuple[pa.Array, pa.Array]:
     text = caption.normal(batch["caption"])

@@ -29,8 +29,7 @@ class ImageSize(Filter):
             yield "min_side", f"{self.min_side} keeps everything; expected a number of pixels from 1"
 
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
-        shorter = pc.min_element_wise(batch["original_width"], batch["original_height"], skip_nulls=False)
-        return pc.greater_equal(shorter, self.min_side)
+        return pc.greater_equal(self.value(batch), self.min_side)
 
     def reason(self, dropped: pa.Table) -> pa.StringArray:
         return pa.array(["too_small"] * len(dropped), pa.string())
@@ -38,3 +37,7 @@ class ImageSize(Filter):
     def detail(self, dropped: pa.Table) -> pa.StringArray:
         width, height = (dropped[name].cast(pa.string()) for name in self.needs)
         return pc.fill_null(pc.binary_join_element_wise(width, height, "x"), "unknown")
+
+    def value(self, dropped: pa.Table) -> pa.DoubleArray:
+        shorter = pc.min_element_wise(dropped["original_width"], dropped["original_height"], skip_nulls=False)
+        return shorter.cast(pa.float64())

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -56,6 +56,11 @@ class Threshold(Filter):
         if self.top_fraction is not None and not 0 < self.top_fraction <= 1:
             yield "top_fraction", f"must be above 0 and at most 1, found {self.top_fraction}"
 
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        dtype = types.get(self.column)
+        if dtype is not None and not _comparable(dtype):
+            yield "column", f"the column {self.column!r} must hold numbers, but is of the type {dtype}"
+
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
         return pa.array(self._values(batch) >= self.min)
 
@@ -64,6 +69,9 @@ class Threshold(Filter):
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
         return _compared(self._values(dropped), self.min)
+
+    def value(self, dropped: pa.Table) -> pa.DoubleArray:
+        return pa.array(self._values(dropped), from_pandas=True)  # NaN decides nothing
 
     def decide(self, frame: dd.DataFrame) -> dd.DataFrame:
         return frame.map_partitions(self._below, self._cut(frame), meta=drops_frame())
@@ -81,9 +89,8 @@ class Threshold(Filter):
         values = values[~(kept | tied)]
         reasons = pc.if_else(pa.array(np.isnan(values)), "missing", "threshold")
         details = _compared(values, float(_decoded(cut[0])) if cut else math.nan)
-        return drops_frame(
-            pa.table({"unit": dropped["unit"], "row": dropped["row"], "reason": reasons, "detail": details})
-        )
+        columns = {"unit": dropped["unit"], "row": dropped["row"], "reason": reasons, "detail": details}
+        return drops_frame(pa.table({**columns, "value": pa.array(values, from_pandas=True)}))
 
     def _cut(self, frame: dd.DataFrame) -> list[int]:
         """The lowest key kept, as the first words of (value, hash of the uid, position); empty if no row has a value.
@@ -127,9 +134,14 @@ class Threshold(Filter):
 
     def _values(self, table: pa.Table) -> np.ndarray:
         column = table[self.column]
-        if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
+        if not _comparable(column.type):
             raise ValueError(f"{self.label}: column {self.column!r} must hold numbers, found {column.type}")
         return pc.fill_null(column.cast(pa.float64(), safe=False), math.nan).to_numpy()
+
+
+def _comparable(dtype: pa.DataType) -> bool:
+    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
+    return any(is_kind(dtype) for is_kind in kinds)
 
 
 def _word(table: pa.Table, values: np.ndarray, word: int) -> np.ndarray:

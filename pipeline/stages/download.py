@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from copy import copy
 from dataclasses import dataclass, field, fields
@@ -24,7 +24,7 @@ from pipeline.fetch.outage import OutageError
 from pipeline.fetch.overlap import Begin, Overlap, Work, as_drop, table_of, with_columns
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.sandbox import Sandbox, SandboxError, set_malloc
-from pipeline.schema import PICTURE
+from pipeline.schema import INLINE, PICTURE, carried
 from pipeline.step import Estimate, Stage
 
 GROUP_ROWS = 256
@@ -70,6 +70,9 @@ class Download(Stage):
     decode: DecodeMode = "scaled"
     """How a JPEG that shrinks is decoded: `exact` in full; `scaled` at the smallest scale that leaves 1.5 times the
     target or more; `fast` at the smallest that covers it. What each costs and saves: docs/fetching.md."""
+    inline: bool = False
+    """Take the pictures that came with the pool (`pool.image`), by the same rules as fetched ones; a row without one is
+    fetched by its url."""
     bbox_col: str | None = None
     """A column of boxes to blur, faces say: lists of [x_min, y_min, x_max, y_max] from 0 to 1 of the upright image."""
     min_image_size: int = 0
@@ -146,8 +149,11 @@ class Download(Stage):
     """Where workers agree on each host's share; set on the instance by who runs several."""
 
     def __post_init__(self) -> None:
-        further = ([self.bbox_col] if self.bbox_col else []) + (self.verify_hash or [])[:1]
-        self.needs = ("url", *further)  # type: ignore[misc]
+        # The pool's own columns: those called as one of ours are carried under another name.
+        self._boxes = carried(self.bbox_col) if self.bbox_col else None
+        self._claim = carried(self.verify_hash[0]) if self.verify_hash else None
+        further = (self._boxes, self._claim, INLINE if self.inline else None)
+        self.needs = ("url", *filter(None, further))  # type: ignore[misc]
         self.adds = dict(type(self).adds)  # type: ignore[misc]
         if not self.compute_phash:
             del self.adds["phash"]
@@ -182,6 +188,8 @@ class Download(Stage):
         for category in self.content_usage:
             if not re.fullmatch(r"[a-z*][a-z0-9_.*-]*", category):
                 yield "content_usage", f"{category!r} is not a category like train-ai, in lower case"
+        if self.inline and self.engine != "winnow":
+            yield "inline", f"the engine {self.engine} only fetches; leave `engine` out"
         if self.verify_hash is not None and (
             len(self.verify_hash) != 2 or self.verify_hash[1] not in get_args(HashType)
         ):
@@ -196,6 +204,13 @@ class Download(Stage):
                 parse_addr(addr)
             except ValueError as error:
                 yield "allow_addrs", str(error)
+
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        claim, boxes = types.get(self._claim or ""), types.get(self._boxes or "")
+        if claim is not None and not pa.types.is_string(claim):
+            yield "verify_hash", f"the column {self._claim!r} must hold digests in hex, but is of the type {claim}"
+        if boxes is not None and not pa.types.is_nested(boxes):
+            yield "bbox_col", f"the column {self._boxes!r} must hold lists of boxes, but is of the type {boxes}"
 
     def fingerprint(self) -> object:
         return hashlib.sha256(Path(self.deny_hashes).read_bytes()).hexdigest() if self.deny_hashes else None
@@ -224,7 +239,9 @@ class Download(Stage):
     def stream(self, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """Finished rows in order of completion, at most 256 a table, dropped ones marked; requests overlap batches."""
         if self.engine == "img2dataset":
-            options = {f.name: getattr(self, f.name) for f in fields(self)}
+            options = {f.name: getattr(self, f.name) for f in fields(self)} | {"bbox_col": self._boxes}
+            if self.verify_hash:
+                options["verify_hash"] = [self._claim, self.verify_hash[1]]
             for batch in batches:
                 for group in img2dataset_engine.download(batch, options):
                     yield table_of([(batch, row, self._columns(result)) for row, result in group], self.adds)
@@ -236,9 +253,10 @@ class Download(Stage):
     def _overlap(self) -> Overlap[dict[str, Any]]:
         return Overlap(
             copy(self)._open,  # of a copy, or the thread would keep its own end from coming
-            columns=["url", self.verify_hash[0] if self.verify_hash else "url", self.bbox_col or "url"],
+            columns=["url", self._claim or "url", self._boxes or "url", INLINE if self.inline else "url"],
             concurrency=self.concurrency,
-            admitted=max(ADMITTED_ROWS, 2 * self.concurrency),
+            # Rows that bring their pictures along are large.
+            admitted=2 * self.concurrency if self.inline else max(ADMITTED_ROWS, 2 * self.concurrency),
             group=GROUP_ROWS,
         )
 
@@ -262,9 +280,14 @@ class Download(Stage):
         async with decoders, Client(limits, manners=manners, board=self.board) as client:
 
             async def work(values: tuple[Any, ...], begin: Begin) -> dict[str, Any]:
-                url, claim, boxes = values
+                url, claim, boxes, body = values
                 extra = (claim if self.verify_hash else None, boxes or () if self.bbox_col else ())
                 try:
+                    if self.inline and body is not None:  # a picture that came with the pool
+                        if len(body) > self.max_bytes:
+                            raise FetchError("body_too_large", f"{len(body):,} bytes")
+                        await begin()
+                        return self._columns(await decoders(body, *extra)) | {"usage": None}
                     async with client.fetch(url, begin) as fetched:
                         return self._columns(await decoders(fetched.body, *extra)) | {"usage": fetched.usage}
                 except FetchError as failure:

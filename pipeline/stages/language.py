@@ -107,7 +107,8 @@ class Language(Stage):
         reason = np.where(wanted, "low_score", "language").astype(object)
         reason[kept >= self.min_score] = None
         batch = batch.append_column("drop_reason", pa.array(reason, pa.string()))
-        return batch.append_column("drop_detail", pa.array(detail, pa.string()))
+        batch = batch.append_column("drop_detail", pa.array(detail, pa.string()))
+        return batch.append_column("drop_value", pa.array(score, pa.float64()))
 
     def _probability(self, caption: str) -> float:
         """Of the languages to keep, together."""

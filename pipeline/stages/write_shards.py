@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 
 from pipeline.card import About, croissant, readme
 from pipeline.sample_json import json_values, sample_json
+from pipeline.schema import INLINE
 from pipeline.step import Estimate, Stage
 from pipeline.storage import Entry, Output, Store
 
@@ -59,7 +60,7 @@ class WriteShards(Stage):
         digits = max(9, len(str(shard)) + math.ceil(math.log10(max(self.samples_per_shard, 2))))
         first_key = shard * 10 ** math.ceil(math.log10(max(self.samples_per_shard, 2)))
         # The pool may come with keys of its own, from other shards; here they would name nothing.
-        columns = [c for c in types if c not in ("image", "key")]
+        columns = [c for c in types if c not in ("image", INLINE, "key")]
         rest: list[pa.Table] = []
         index: list[list[int]] = []
         extensions: set[str] = set()

@@ -34,7 +34,7 @@ def decide(step: Filter, batch: pa.Table) -> list[tuple[str, str | None] | None]
         with dask.config.set(scheduler="synchronous"):
             pool = dd.from_pandas(rows.reset_index(drop=True), npartitions=partitions, sort=False)
             drops = step.decide(pool).compute()
-        assert list(drops.columns) == ["unit", "row", "reason", "detail"]
+        assert list(drops.columns) == ["unit", "row", "reason", "detail", "value"]
         assert not drops.duplicated(["unit", "row"]).any(), "no row may be dropped twice"
         details = [None if pd.isna(detail) else detail for detail in drops["detail"]]
         found = dict(zip(zip(drops["unit"], drops["row"]), zip(drops["reason"], details)))

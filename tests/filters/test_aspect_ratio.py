@@ -26,6 +26,7 @@ def test_the_drop_gives_the_ratio() -> None:
     rows = [{"original_width": 120, "original_height": 4000}, {"original_width": None, "original_height": 300}]
     _, drops = run_step(AspectRatio(), make_batch(rows))
     assert drops["detail"].to_pylist() == ["33.33", "unknown"]
+    assert [value and round(value, 2) for value in drops["value"].to_pylist()] == [33.33, None]
 
 
 @pytest.mark.parametrize("limit", [0.5, float("nan")])

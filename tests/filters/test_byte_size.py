@@ -12,6 +12,7 @@ def test_small_files_go() -> None:
 def test_the_drop_gives_the_size() -> None:
     _, drops = run_step(ByteSize(), make_batch([{"original_bytes": 43}, {"original_bytes": None}]))
     assert drops["detail"].to_pylist() == ["43", "unknown"]
+    assert drops["value"].to_pylist() == [43.0, None]
 
 
 def test_a_limit_that_limits_nothing_is_refused() -> None:

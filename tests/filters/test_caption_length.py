@@ -62,6 +62,7 @@ def test_the_limits_are_the_recipes() -> None:
 def test_the_drop_says_by_how_much() -> None:
     _, drops = run_step(CaptionLength(), make_batch([{"caption": "Mona Lisa"}]))
     assert drops["detail"].to_pylist() == ["9 characters, 2 words"]
+    assert drops["value"].to_pylist() == [2.0]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ def test_the_drop_gives_the_size() -> None:
     rows = [{"original_width": 120, "original_height": 4000}, {"original_width": None, "original_height": 300}]
     _, drops = run_step(ImageSize(), make_batch(rows))
     assert drops["detail"].to_pylist() == ["120x4000", "unknown"]
+    assert drops["value"].to_pylist() == [120.0, None]
 
 
 def test_a_limit_that_limits_nothing_is_refused() -> None:

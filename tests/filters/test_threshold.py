@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipeline.filters.threshold import Threshold
@@ -120,3 +121,11 @@ def test_only_a_fraction_is_a_barrier() -> None:
     assert Threshold(column="x", min=1).scope == "row"
     assert Threshold(column="x", top_fraction=1).scope == "run"
     assert Threshold(column="x", min=1).needs == ("x",)
+
+
+def test_a_column_without_numbers_is_refused_before_the_start() -> None:
+    step = Threshold(column="score", min=0.3)
+    assert not list(step.check_columns({"score": pa.decimal128(5, 2)}))
+    assert list(step.check_columns({"score": pa.string()})) == [
+        ("column", "the column 'score' must hold numbers, but is of the type string")
+    ]

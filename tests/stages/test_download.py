@@ -358,3 +358,22 @@ def test_the_stage_travels_to_its_worker(server: Server) -> None:
 )
 def test_unusable_options_are_named(options: dict[str, Any], key: str) -> None:
     assert [found for found, _ in Download(**options).check()] == [key]
+
+
+def test_pictures_that_came_with_the_pool_are_not_fetched(server: Server) -> None:
+    asked = sum(server.hits.values())
+    batch = pa.table(
+        {
+            "unit": pa.array([0] * 4, pa.int32()),
+            "row": pa.array(range(4), pa.int32()),
+            "url": ["urn:sha256:0", "urn:sha256:1", f"{server.url}/ok", "urn:sha256:3"],
+            "inline_image": pa.array([jpeg(90, 70), b"no picture", None, b"\xff" * 5000]),
+        }
+    )
+    step = Download(inline=True, image_size=45, max_bytes=4000, allow_addrs=[server.addr])
+    kept, drops = apply(step, batch)
+    assert kept["row"].to_pylist() == [0, 2]
+    assert (kept["original_width"][0].as_py(), kept["width"][0].as_py()) == (90, 45)
+    assert kept["sha256"][0].as_py() == hashlib.sha256(jpeg(90, 70)).hexdigest()
+    assert drops["reason"].to_pylist() == ["not_an_image", "body_too_large"]
+    assert sum(server.hits.values()) <= asked + 2, "the one row without a picture, and robots.txt"
