@@ -3,8 +3,11 @@
     python benchmarks/scaling.py [ROWS …] [--rows-per-file N]        default: 50000 200000 800000
 
 For each size, makes a pool of made-up URLs and captions, in one file or in many, and runs the steps that need no
-network (text filters, exact deduplication, two barriers) with `python -m pipeline.run`, start of Ray included. Memory
-is the peak of the driver's process alone.
+network (text filters, exact deduplication, two barriers) with `python -m pipeline.run`, start of Ray included.
+
+Memory is the peak of the driver's process, and of the largest worker: its own pages (RssAnon), and beside them those of
+Ray's object store that it has touched (RssShmem), which all processes share and which `object_store_memory` bounds. The
+resident size that `top` shows is the sum of both, and of files that are mapped.
 """
 
 from __future__ import annotations
@@ -56,16 +59,25 @@ def main() -> None:
             for start in range(0, rows, each):
                 pq.write_table(table.slice(start, each), folder / f"pool/{start // each:06d}.parquet")
             figures.append((rows, *run(folder)))
-    print(f"{'rows':>10} {'seconds':>9} {'rows/s':>9} {'driver MB':>10}")
-    for rows, seconds, peak in figures:
-        print(f"{rows:>10,} {seconds:>9.1f} {rows / seconds:>9,.0f} {peak:>10,.0f}")
-    (few, quick, small), (many, slow, large) = figures[0], figures[-1]
-    print(f"RESULT rows_ratio={many / few:.1f} time_ratio={slow / quick:.2f} driver_memory_ratio={large / small:.2f}")
+    print(
+        f"{'rows':>10} {'seconds':>9} {'rows/s':>9} {'driver MB':>10} {'worker MB':>10} {'shared MB':>10} {'files':>7}"
+    )
+    for rows, seconds, peak, worker, shared, files in figures:
+        print(
+            f"{rows:>10,} {seconds:>9.1f} {rows / seconds:>9,.0f} {peak:>10,.0f} {worker:>10,.0f} {shared:>10,.0f} "
+            f"{files:>7,}"
+        )
+    (few, quick, small, one, _, _), (many, slow, large, other, _, _) = figures[0], figures[-1]
+    print(
+        f"RESULT rows_ratio={many / few:.1f} time_ratio={slow / quick:.2f} driver_memory_ratio={large / small:.2f} "
+        f"worker_memory_ratio={other / one:.2f}"
+    )
 
 
-def run(folder: Path) -> tuple[float, float]:
-    """Seconds of the whole command, and the peak of its own memory in MB."""
-    started, peak = time.perf_counter(), 0.0
+def run(folder: Path) -> tuple[float, float, float, float, int]:
+    """Seconds of the whole command; peaks in MB of its own memory, and of a worker's own and shared pages; the files
+    that the run has left."""
+    started, peak, worker, shared = time.perf_counter(), 0.0, 0.0, 0.0
     command = [sys.executable, "-m", "pipeline.run", "r.yaml"]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
     while process.poll() is None:
@@ -73,11 +85,41 @@ def run(folder: Path) -> tuple[float, float]:
             status = Path(f"/proc/{process.pid}/status").read_text()
         except OSError:
             break
-        peak = max([peak, *(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))])
+        peak = max(peak, megabytes(status, "VmHWM"))
+        for pid in workers(process.pid):
+            try:
+                status = Path(f"/proc/{pid}/status").read_text()
+            except OSError:
+                continue
+            worker = max(worker, megabytes(status, "RssAnon"))
+            shared = max(shared, megabytes(status, "RssShmem"))
         time.sleep(0.2)
     if process.wait():
         raise SystemExit(f"pipeline.run ended with status {process.returncode}")
-    return time.perf_counter() - started, peak
+    files = sum(path.is_file() for path in (folder / "run").rglob("*"))
+    return time.perf_counter() - started, peak, worker, shared, files
+
+
+def megabytes(status: str, key: str) -> float:
+    """A line of /proc/PID/status."""
+    return max((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(f"{key}:")), default=0.0)
+
+
+def workers(driver: int) -> list[int]:
+    """The processes below the driver that run steps: Ray names them `ray::…`."""
+    parents: dict[int, int] = {}
+    names: dict[int, bytes] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                names[int(entry.name)] = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+    below = {driver}
+    while more := {pid for pid, parent in parents.items() if parent in below} - below:
+        below |= more
+    return [pid for pid in below if names.get(pid, b"").startswith(b"ray::")]
 
 
 if __name__ == "__main__":

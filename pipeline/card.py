@@ -18,6 +18,7 @@ import yaml
 
 from pipeline.ledger import Funnel
 from pipeline.sample_json import sample_types
+from pipeline.storage import Entry
 
 _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7),
           ("10M<n<100M", 10**8), ("100M<n<1B", 10**9), ("1B<n<10B", 10**10), ("10B<n<100B", 10**11))  # fmt: skip
@@ -40,20 +41,11 @@ class About:
     """The wishes of publishers that the run honoured, as `robots.txt (RFC 9309)`."""
 
 
-@dataclass(frozen=True)
-class File:
-    """A file of the dataset: its name in the folder, its bytes and their SHA-256 in hex."""
-
-    name: str
-    size: int
-    sha256: str
-
-
 # --- README.md --------------------------------------------------------------------------------------------------------
 
 
-def readme(about: About, tars: Sequence[File], samples: int, extensions: Sequence[str]) -> str:
-    """The card: YAML front matter that `datasets.load_dataset` obeys, then Markdown for people.
+def readme(about: About, tars: Sequence[Entry], samples: int, extensions: Sequence[str]) -> str:
+    """The card of a dataset: YAML front matter that `datasets.load_dataset` obeys, then Markdown for people.
 
     Each block of Python in it runs as it stands, in the folder of the shards.
     """
@@ -98,8 +90,8 @@ _FILES = """\
 """
 
 
-def _summary(about: About, tars: Sequence[File], samples: int) -> str:
-    size = sum(tar.size for tar in tars)
+def _summary(about: About, tars: Sequence[Entry], samples: int) -> str:
+    size = sum(tar["bytes"] for tar in tars)
     of = f", what is left of {about.funnel.rows_in:,} candidates" if about.funnel.lines else ""
     return f"{samples:,} image–text pairs in {len(tars):,} WebDataset shards ({size / 1e9:.3f} GB){of}.\n"
 
@@ -235,7 +227,7 @@ _CONTEXT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def croissant(about: About, tars: Sequence[File], tables: Sequence[File], samples: int) -> dict[str, Any]:
+def croissant(about: About, tars: Sequence[Entry], tables: Sequence[Entry], samples: int) -> dict[str, Any]:
     """Metadata in MLCommons' Croissant 1.1: every tar and table with its digest, and the tables as one record set.
 
     The record set has the columns of text, numbers, truth values, dates, and flat lists of them; Croissant has no type
@@ -291,15 +283,15 @@ def croissant(about: About, tars: Sequence[File], tables: Sequence[File], sample
     }
 
 
-def _file_object(file: File, encoding: str) -> dict[str, Any]:
+def _file_object(file: Entry, encoding: str) -> dict[str, Any]:
     return {
         "@type": "cr:FileObject",
-        "@id": file.name,
-        "name": file.name,
-        "contentUrl": file.name,
-        "contentSize": f"{file.size} B",
+        "@id": file["name"],
+        "name": file["name"],
+        "contentUrl": file["name"],
+        "contentSize": f"{file['bytes']} B",
         "encodingFormat": encoding,
-        "sha256": file.sha256,
+        "sha256": file["sha256"],
     }
 
 

@@ -29,7 +29,7 @@ from pipeline import isolation
 from pipeline.fetch.hosts import Ask, Board, Grant
 from pipeline.fetch.outage import OutageError
 from pipeline.keeper import Keeper
-from pipeline.passes import Advance, Pass, run_pass
+from pipeline.passes import Advance, Pass, committed, run_pass
 from pipeline.stages.download import Download
 from pipeline.storage import Store
 
@@ -314,7 +314,7 @@ class _Worker:
 
         def fresh() -> Iterator[int]:
             for unit in chain([first], self._arrived()):
-                if (record := p.record(unit)) is not None:
+                if (record := committed(self._passes[: self._index + 1], unit)) is not None:
                     found.append(record)
                 elif isolation.attempt(p, unit) > isolation.ATTEMPTS:
                     hopeless.append(unit)

@@ -14,6 +14,7 @@ import itertools
 import json
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from pipeline import crew, ingest, pool, vectors
 from pipeline.card import About
 from pipeline.claim import Claim
 from pipeline.ledger import BooksError, Funnel, Line
-from pipeline.passes import Pass, alive, check_unit, read_unit, unit_drops
+from pipeline.passes import Pass, alive, check_measured, check_unit, read_unit, unit_drops
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.schema import DROP, POSITION
@@ -50,6 +51,8 @@ class Outcome:
     """The labels of the passes that were found complete, in order."""
     mended: list[str]
     """What was found damaged and made again: a line each."""
+    known: dict[str, tuple[int, int]]
+    """For each pass that measured anything, by its label: the rows that came, and those of them measured before."""
 
 
 def execute(
@@ -62,6 +65,7 @@ def execute(
     funnel = Funnel()
     reused: list[str] = []
     mended = _mend(recipe, passes)
+    known: dict[str, tuple[int, int]] = {}
     units = _ingest(recipe, passes[0], types, progress, reused, claim)
     index = 1
     funnel.add(_funnel(passes[0]))
@@ -81,15 +85,15 @@ def execute(
             chain = [index]
         else:
             end = index
-            while end < len(passes) and passes[end].kind == "map" and passes[end].complete() is None:
+            while end < len(passes) and passes[end].kind in ("map", "measure") and passes[end].complete() is None:
                 end += 1
             chain = list(range(index, end))
-            _map(recipe, passes, chain, units, progress, claim)
+            known |= _map(recipe, passes, chain, units, progress, claim)
         for i in chain:
             funnel.add(_funnel(passes[i]))
         index = chain[-1] + 1
     funnel.balance()
-    return Outcome(funnel, reused, mended)
+    return Outcome(funnel, reused, mended, known)
 
 
 def write_books(recipe: Recipe, passes: list[Pass], outcome: Outcome, claim: Claim) -> int:
@@ -101,6 +105,7 @@ def write_books(recipe: Recipe, passes: list[Pass], outcome: Outcome, claim: Cla
 
     def export(numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
         for number in numbers:
+            claim.check()
             yield _export_drops(store, passes, number, range(number * group, min(units, (number + 1) * group)))
 
     exported = list(crew.over(groups, export))
@@ -119,7 +124,7 @@ def write_books(recipe: Recipe, passes: list[Pass], outcome: Outcome, claim: Cla
     shards = passes[-1].kind == "write"
     files += [store.entry(f"shards/{name}") for name in (("OWNER", "manifest.json") if shards else ())]
     within = f"{recipe.run}/"
-    completes = [{"pass": p.root.removeprefix(within), **p.store.entry("complete.json")} for p in passes]
+    completes = [{"pass": p.root.removeprefix(within), **p.store.entry(p.complete_name)} for p in passes]
     for part in store.parts():
         if not part.startswith("claim/"):
             store.remove(part)
@@ -157,10 +162,18 @@ def _mend(recipe: Recipe, passes: list[Pass]) -> list[str]:
     if complete[0] is None:
         return []
     units = int(complete[0]["units"])
+    for i, p in enumerate(passes):
+        there = units if complete[i] or p.repeatable else len(p.store.names("commits"))
+        if there < units and any(complete[i:]):
+            raise DamagedError(
+                f"{p.root}: only {there:,} of {units:,} units are there, and later passes rest on the others. "
+                "To go on, restore it from a copy; or, to fetch again what the web still has, remove the folders of "
+                "all later passes and give the same command again."
+            )
     work = [
         (i, low, min(units, low + 64))
         for i, p in enumerate(passes)
-        if p.kind in ("pool", "map") and (complete[i] or p.store.names("commits"))
+        if p.kind in ("pool", "map", "measure") and (complete[i] or p.kind == "measure" or p.store.names("commits"))
         for low in range(0, units, 64)
     ]
 
@@ -168,7 +181,9 @@ def _mend(recipe: Recipe, passes: list[Pass]) -> list[str]:
         for i, low, high in ranges:
             for unit in range(low, high):
                 try:
-                    if complete[i] or passes[i].record(unit) is not None:
+                    if passes[i].kind == "measure":
+                        check_measured(passes, i, unit, digest=done, whole=complete[i] is not None)
+                    elif complete[i] or passes[i].record(unit) is not None:
                         check_unit(passes[i], unit, digest=done)
                 except DamagedError as error:
                     yield {"pass": i, "unit": unit, "error": str(error)}
@@ -226,11 +241,13 @@ def _ingest(
     def scatter(batch: Sequence[tuple[int, int, list[pool.Split]]]) -> Iterator[dict[str, Any]]:
         for piece, first, some in batch:
             ingest.scatter(p, piece, first, some, spec, types, units, parts)
+            pa.default_memory_pool().release_unused()  # the process lives on
             yield {}
 
     def gather(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
         for part in batch:
             yield from ingest.gather(p, part, len(starts), types, units, parts)
+            pa.default_memory_pool().release_unused()
 
     pieces = [
         (i, first, splits[first:last]) for i, (first, last) in enumerate(itertools.pairwise([*starts, len(splits)]))
@@ -256,23 +273,33 @@ def _ingest(
 # --- Passes over units ------------------------------------------------------------------------------------------------
 
 
-def _map(recipe: Recipe, passes: list[Pass], chain: list[int], units: int, progress: Progress, claim: Claim) -> None:
-    """Streams all units through neighbouring passes: while one downloads, the one before it is scored."""
+def _map(
+    recipe: Recipe, passes: list[Pass], chain: list[int], units: int, progress: Progress, claim: Claim
+) -> dict[str, tuple[int, int]]:
+    """Streams all units through neighbouring passes: while one downloads, the one before it is scored. Returns the rows
+    that came to each pass that measures, and how many of them had been measured before."""
     rows = _funnel(passes[chain[0] - 1]).kept
     progress.begin([(passes[i].label, rows if i == chain[0] else None) for i in chain], units)
     funnels = {i: _empty_funnel(passes[i]) for i in chain}
-    entries: dict[int, list[Entry | None]] = {i: [] for i in chain}
+    entries: dict[int, list[Entry]] = {i: [] for i in chain}
+    known: Counter[int] = Counter()
+    parts: dict[int, dict[str, int]] = {i: {} for i in chain}
+    """Units that have another number of records than one."""
     for i, advance in crew.stream(passes, chain, units, recipe.workers):
         claim.check()
         progress.add(passes[i].label, advance.rows, advance.kept, advance.reasons, units=len(advance.records))
         for record in advance.records:
             funnels[i].add(Funnel.from_json(record["funnel"]))
-            entries[i] += [record["table"], record["heavy"]]
+            entries[i] += record["entries"]
+            known[i] += record["known"]
+            if record.get("parts", 1) != 1:
+                parts[i][str(record["unit"])] = record["parts"]
     for i in chain:
         if funnels[i].rows_in != (rows if i == chain[0] else funnels[i - 1].kept):
             raise BooksError(f"{passes[i].label}: {rows:,} rows were due, {funnels[i].rows_in:,} came")
         passes[i].sweep(entries[i])
-        passes[i].finish(funnels[i])
+        passes[i].finish(funnels[i], **({"parts": parts[i]} if passes[i].kind == "measure" else {}))
+    return {passes[i].label: (funnels[i].rows_in, known[i]) for i in chain if passes[i].kind == "measure"}
 
 
 # --- Barriers ---------------------------------------------------------------------------------------------------------
@@ -486,7 +513,8 @@ def _export_drops(store: Store, passes: list[Pass], number: int, units: range) -
     name, rows = f"drops/{number:05d}.parquet", 0
     with store.output(name) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for unit in units:
-            drops = pa.concat_tables([unit_drops(p, unit).select(["row", "step", "reason", "detail"]) for p in passes])
+            ledgers = [unit_drops(passes[: i + 1], unit) for i in range(len(passes))]
+            drops = pa.concat_tables([ledger.select(["row", "step", "reason", "detail"]) for ledger in ledgers])
             if not len(drops):
                 continue
             drops = drops.sort_by("row")

@@ -42,7 +42,7 @@ def unit_count(rows: int, unit_rows: int) -> int:
 
 
 def partition_count(rows: int, units: int) -> int:
-    return max(1, min(units, rows // PARTITION_ROWS))
+    return max(1, min(units, math.ceil(rows / PARTITION_ROWS)))
 
 
 def pieces(rows: Sequence[int]) -> list[int]:
@@ -133,7 +133,8 @@ def gather(
     place = table["place"].to_numpy()
     unit_of = _scale(place, units)
     # By hash, then uid, then place in the pool: an order that nothing but the pool decides.
-    order = np.lexsort((np.arange(len(table)), table["uid"].to_numpy(), place))
+    uid = np.frombuffer(bytes.fromhex("".join(table["uid"].to_pylist())), ">u8").reshape(-1, 2)
+    order = np.lexsort((np.arange(len(table)), uid[:, 1], uid[:, 0], place))
     table, unit_of = table.take(pa.array(order)), unit_of[order]
     bounds = np.searchsorted(unit_of, np.arange(first, last + 1))
     for unit, low, high in zip(range(first, last), bounds, bounds[1:]):

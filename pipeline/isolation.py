@@ -17,7 +17,7 @@ import cloudpickle
 import numpy as np
 
 from pipeline.fetch.sandbox import die_with_parent
-from pipeline.passes import Pass, alive, run_pass
+from pipeline.passes import Pass, committed, missing_rows, run_pass
 
 ATTEMPTS = 3
 """How often a unit is tried in the ordinary way."""
@@ -43,10 +43,10 @@ def forgive(p: Pass, units: Iterable[int]) -> None:
 
 def run_isolated(passes: Sequence[Pass], index: int, unit: int) -> dict[str, Any]:
     """Commits a unit without the rows that crash; returns its record."""
-    rows = alive(passes[:index], unit)
+    rows = missing_rows(passes[: index + 1], unit)
     crashers = _find(passes, index, unit, rows)
     _child(passes, index, unit, rows, np.array(crashers, np.int32), commit=True)
-    record = passes[index].record(unit)
+    record = committed(passes[: index + 1], unit)
     if record is None:
         raise RuntimeError(f"unit {unit} of {passes[index].label} dies only as a whole: is there enough memory for it?")
     return record

@@ -5,6 +5,11 @@ attempt uses. The table (`.parquet`) has a line for each row that came in: `row`
 and, for a row that it dropped, which step did so and why (`drop_step, drop_reason, …`). Then one record, created
 exclusively, makes them count. A unit's present state is folded from the records of the passes before: nothing is
 copied from pass to pass.
+
+What an expensive step measured belongs to its rows, whatever filters stand above it. Such a step is a pass of its own
+(`measure`), stored under a key of what determines its values alone. A unit of it may have several records, each for
+other rows: when a filter above lets more rows through, only those that were never measured are, and they are one more
+record. So is what another run has measured of the same pool (`lenders`).
 """
 
 from __future__ import annotations
@@ -16,8 +21,9 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -33,25 +39,33 @@ from pipeline.storage import DamagedError, Entry, Output, Store, is_part, sealed
 HEAVY_ROWS = 256
 """Rows with pixels that are in hand at a time."""
 
+PART_BITS = 32
+"""Of a place in the pixels and vectors of a unit: bits of the place in a file; those above number the file."""
+
+File = tuple[Store, "Entry | None"]
+
 FATE = [pa.field(f"drop_{f.name}", f.type) for f in DROP if f.name not in POSITION.names]
 """What the table of a unit says of a dropped row; nulls for the others."""
 
-Kind = Literal["pool", "map", "barrier", "write"]
+Kind = Literal["pool", "map", "measure", "barrier", "write"]
 
 
 @dataclass
 class Pass:
-    """Neighbouring steps that run together over each unit and are committed once.
-
-    `key` is a hash of everything that determines the results: the pool, and every step up to the last of this pass.
-    """
+    """Neighbouring steps that run together over each unit and are committed once."""
 
     kind: Kind
     key: str
+    """A hash of all that determines what is stored: the pool, and every step up to the last of this pass; for a
+    `measure` pass, of the step and what its columns came from."""
     label: str
     steps: list[Step] = field(default_factory=list)
     adds: dict[str, pa.DataType] = field(default_factory=dict)
     root: str = ""
+    chain: str = ""
+    """For a `measure` pass, the hash of every step so far: it decides which rows must have been measured."""
+    lenders: list[str] = field(default_factory=list)
+    """For a `measure` pass, the folders of the same pass in other runs of the same pool."""
 
     @property
     def store(self) -> Store:
@@ -66,43 +80,58 @@ class Pass:
         """Whether the pass gives the same results again from the same inputs."""
         return all(step.repeatable for step in self.steps)
 
-    def record(self, unit: int) -> dict[str, Any] | None:
-        """What was committed of a unit (of a pass that writes: of a shard), or None.
-
-        DamagedError if the record was changed.
+    def record(self, unit: int, part: int | None = None) -> dict[str, Any] | None:
+        """What was committed of a unit (of a pass that writes: of a shard; of one that measures: of a part of a unit),
+        or None. DamagedError if the record was changed.
         """
-        record = self.store.read_record(_record_name(unit))
-        if record is not None and (record["pass"], record["unit"]) != (self.key, unit):
-            raise DamagedError(f"{self.store.path(_record_name(unit))}: damaged: this is the record of another unit")
+        name = record_name(unit, part)
+        record = self.store.read_record(name)
+        if record is not None and (record["pass"], record["unit"], record.get("part")) != (self.key, unit, part):
+            raise DamagedError(f"{self.store.path(name)}: damaged: this is the record of another unit")
         return record
+
+    def parts(self, unit: int) -> list[dict[str, Any]]:
+        """Of a pass that measures: the records of a unit, in the order in which they were committed."""
+        found: list[dict[str, Any]] = []
+        while (record := self.record(unit, len(found))) is not None:
+            found.append(record)
+        return found
+
+    @property
+    def complete_name(self) -> str:
+        return f"complete-{self.chain}.json" if self.chain else "complete.json"
 
     def complete(self) -> dict[str, Any] | None:
         """The record of the whole pass, written when every unit of it was committed; None before, or if it is damaged:
         all that it says can be found again."""
         with contextlib.suppress(DamagedError):
-            record = self.store.read_record("complete.json")
-            if record is not None and record["pass"] == self.key:
+            record = self.store.read_record(self.complete_name)
+            if record is not None and record["pass"] == (self.chain or self.key):
                 return record
         return None
 
     def commit(self, unit: int, record: dict[str, Any]) -> bool:
         """Creates the record of a unit; False: there is one already, which counts."""
-        return self.store.create(_record_name(unit), sealed({"pass": self.key, "unit": unit, **record}))
+        name = record_name(unit, record.get("part"))
+        return self.store.create(name, sealed({"pass": self.key, "unit": unit, **record}))
 
     def finish(self, funnel: Funnel, **more: Any) -> None:
         """Writes the record of the whole pass."""
-        record = {"pass": self.key, "label": self.label, "kind": self.kind, "funnel": funnel.to_json(), **more}
-        self.store.write("complete.json", sealed(record))
+        record = {"pass": self.chain or self.key, "key": self.key, "label": self.label, "kind": self.kind, **more}
+        self.store.write(self.complete_name, sealed({**record, "funnel": funnel.to_json()}))
 
     def forget(self, unit: int | None = None) -> None:
         """Takes back what was committed of a unit, and that the pass is complete."""
-        self.store.remove("complete.json")
+        self.store.remove(self.complete_name)
         if unit is not None:
-            self.store.remove(_record_name(unit))
+            names = self.store.names("commits") if self.kind == "measure" else []
+            for name in [n for n in names if n.startswith(f"{unit:07d}.")] or [f"{unit:07d}.json"]:
+                self.store.remove(f"commits/{name}")
 
     def sweep(self, entries: Iterable[Entry | None]) -> None:
         """Removes all files but records and those named by `entries`: what failed or killed attempts have left."""
-        keep = {entry["name"] for entry in entries if entry is not None} | {"complete.json"}
+        keep = {entry["name"] for entry in entries if entry is not None}
+        keep |= {name for name in self.store.names() if name.startswith("complete") and not is_part(name)}
         for folder in ("", "units", "drops", "attempts", "spool", "commits"):
             for file in self.store.names(folder):
                 name = f"{folder}/{file}" if folder else file
@@ -113,35 +142,47 @@ class Pass:
 def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.DataType]) -> list[Pass]:
     """Cuts a recipe into passes.
 
-    A pass ends at a barrier, behind a step whose results are dear, and where a step that needs whole units would not
-    get them. The first pass is the pool's own; `types` are the pool's further columns.
+    An expensive step, a barrier and a sink are passes of their own; a pass also ends where a step that needs whole
+    units would not get them. The first pass is the pool's own; `types` are the pool's further columns.
     """
     known = {**{f.name: f.type for f in SAMPLE}, **types}
     passes = [Pass("pool", _key("", pool_key), "pool", adds=dict(known))]
+    sources: dict[str, str] = {}
+    """For a column that a step added, a key of what determines its values."""
     steps: list[Step] = []
+    identities: list[dict[str, Any]] = []
 
     def close(kind: Kind = "map") -> None:
         if steps:
             adds = {k: v for step in steps for k, v in step.adds.items()}
-            key = _key(passes[-1].key, [identity(step) for step in steps])
-            passes.append(Pass(kind, key, steps[-1].label, list(steps), adds))
+            key = _key(passes[-1].chain or passes[-1].key, identities)
+            p = Pass(kind, key, steps[-1].label, list(steps), adds, f"{len(passes):02d}-{steps[-1].label}-{key}")
+            if kind == "measure":
+                p.chain, p.key = key, sources[next(iter(adds))]
+                p.root = f"{steps[-1].name()}-{p.key}"
+            passes.append(p)
             steps.clear()
+            identities.clear()
 
     for step in recipe.steps:
         scope = step.scope if isinstance(step, Filter) else "row"
-        alone = "barrier" if scope == "run" else "write" if step.name() == "write_shards" else None
+        alone: Kind | None = "barrier" if scope == "run" else "write" if step.name() == "write_shards" else None
+        alone = "measure" if step.commits else alone
         regroups = any(isinstance(s, Stage) and type(s).stream is not Stage.stream for s in steps)
         wants_units = any(isinstance(s, Filter) and s.scope == "unit" for s in steps)
         pixels = any(is_heavy(known[c]) for c in step.needs if c in known and not any(c in s.adds for s in steps))
         if alone or (scope == "unit" and (regroups or _reads_heavy(steps, known))) or (wants_units and pixels):
             close()
         steps.append(step)
+        identities.append(identity(step))
         known |= step.adds
-        if alone or step.commits:
-            close("barrier" if alone == "barrier" else "write" if alone == "write" else "map")
+        source = _key("", [identities[-1], {c: sources[c] for c in step.needs if c in sources}])
+        sources |= dict.fromkeys(step.adds, source)
+        if alone:
+            close(alone)
     close()
-    for i, p in enumerate(passes):
-        p.root = f"{recipe.run}/passes/{i:02d}-{p.label}-{p.key}"
+    for p in passes:
+        p.root = f"{recipe.run}/passes/{p.root or f'00-{p.label}-{p.key}'}"
     return passes
 
 
@@ -157,12 +198,15 @@ def source_columns(p: Pass) -> list[str]:
 
 def alive(before: Sequence[Pass], unit: int) -> np.ndarray:
     """The rows of a unit (int32, ascending) that the passes so far have kept."""
-    # Each pass over units tells of the rows that it kept: the last one speaks for those before it.
-    last = max(i for i, p in enumerate(before) if p.kind in ("pool", "map"))
-    table = _table(before[last], _must(before[last], unit), ["row", "drop_reason"])
-    rows = table["row"].to_numpy()[pc.is_null(table["drop_reason"]).to_numpy()]
-    gone = [barrier_drops(p, unit)["row"].to_numpy() for p in before[last + 1 :] if p.kind == "barrier"]
-    return np.setdiff1d(rows, np.concatenate(gone)).astype(np.int32) if gone else rows
+    earlier, last = before[:-1], before[-1]
+    if last.kind == "barrier":
+        return np.setdiff1d(alive(earlier, unit), barrier_drops(last, unit)["row"].to_numpy()).astype(np.int32)
+    if last.kind == "measure":
+        table = _of_rows(last, unit, ["drop_reason"], alive(earlier, unit))
+    else:
+        # A pass over units tells of every row that came: it speaks for those before it.
+        table = _table(last, _must(last, unit), ["row", "drop_reason"])
+    return table["row"].to_numpy()[pc.is_null(table["drop_reason"]).to_numpy()]
 
 
 def read_unit(
@@ -180,18 +224,20 @@ def read_unit(
     with contextlib.ExitStack() as stack:
         for p in before:
             mine = [c for c in wanted if c in p.adds]
-            if not mine or p.kind not in ("pool", "map"):
+            if not mine or p.kind in ("barrier", "write"):
                 continue
-            record = _must(p, unit)
             small = [c for c in mine if not is_heavy(p.adds[c])]
             big = [c for c in mine if is_heavy(p.adds[c])]
-            table = _table(p, record, ["row", *small, *(["heavy_at"] if big else [])])
+            table, files = _measured(p, unit, [*small, *(["heavy_at"] if big else [])])
             at = _places(table, rows)
             if not (at >= 0).all():
-                raise DamagedError(f"{p.root}: unit {unit} lacks rows that a later pass has: redo the later passes")
+                raise DamagedError(
+                    f"{p.root}: unit {unit} lacks rows that a later pass has. To go on, remove the folders of the "
+                    "passes after it and give the same command again."
+                )
             light |= {c: table[c].take(pa.array(at)) for c in small}
             if big:
-                source = stack.enter_context(_Heavy(p, unit, record["heavy"]))
+                source = stack.enter_context(_Heavy(p, unit, files))
                 heavy.append((source, big, table["heavy_at"].take(pa.array(at)).to_numpy()))
         order = [*POSITION.names, *wanted]
         table = pa.table({"unit": np.full(len(rows), unit, np.int32), "row": rows.astype(np.int32), **light})
@@ -227,22 +273,92 @@ def _barrier_file(root: str, **entry: Any) -> pa.Table:
     return Store(root).read_table(entry)
 
 
-def unit_drops(p: Pass, unit: int) -> pa.Table:
-    """The drops of one pass over one unit, whatever its kind: `row, step, reason, detail`."""
+def unit_drops(passes: Sequence[Pass], unit: int) -> pa.Table:
+    """The drops of the last of these passes over one unit, whatever its kind: `row, step, reason, detail`."""
+    p = passes[-1]
     if p.kind in ("barrier", "write"):
         return barrier_drops(p, unit)
-    table = _table(p, _must(p, unit), ["row", *(f.name for f in FATE)])
-    return table.filter(pc.is_valid(table["drop_reason"])).rename_columns([f.name for f in DROP if f.name != "unit"])
+    return _drops(p, unit, alive(passes[:-1], unit) if p.kind == "measure" else None)
+
+
+def _drops(p: Pass, unit: int, rows: np.ndarray | None) -> pa.Table:
+    """The drops of a pass over one unit; of one that measures, among these rows."""
+    names = [f.name for f in FATE]
+    if rows is None:
+        table = _table(p, _must(p, unit), ["row", *names])
+    else:
+        table = _of_rows(p, unit, names, rows)
+    table = table.filter(pc.is_valid(table["drop_reason"])).rename_columns([f.name for f in DROP if f.name != "unit"])
+    if rows is not None:  # the same step may have been called otherwise in another recipe
+        table = table.set_column(1, "step", pa.array([p.label] * len(table), pa.string()))
+    return table
+
+
+def missing_rows(passes: Sequence[Pass], unit: int, rows: np.ndarray | None = None) -> np.ndarray:
+    """Of the rows of a unit that reach the last of these passes, or of `rows`, those that it still has to look at."""
+    rows = alive(passes[:-1], unit) if rows is None else rows
+    if passes[-1].kind != "measure":
+        return rows
+    return np.setdiff1d(rows, _measured(passes[-1], unit, [])[0]["row"].to_numpy()).astype(np.int32)
+
+
+def committed(passes: Sequence[Pass], unit: int) -> dict[str, Any] | None:
+    """The account of a unit that the last of these passes is done with, None if it is not: `unit, rows_in, kept,
+    funnel, measured` (rows that this took no work for) and the entries of all files that are stored of it."""
+    p = passes[-1]
+    if p.kind == "measure":
+        return None if len(missing_rows(passes, unit)) else _account(passes, unit, 0, {})
+    record = p.record(unit)
+    return None if record is None else {**record, "entries": _entries([record]), "known": 0}
+
+
+def _account(passes: Sequence[Pass], unit: int, new: int, seconds: dict[str, float]) -> dict[str, Any]:
+    """What a pass that measures has to tell of a unit, whenever its rows were measured; `new` of them just now."""
+    p, rows = passes[-1], alive(passes[:-1], unit)
+    drops = _drops(p, unit, rows)
+    drops = drops.append_column("unit", pa.array(np.full(len(drops), unit, np.int32)))
+    parts = p.parts(unit)
+    return {
+        "unit": unit,
+        "rows_in": len(rows),
+        "kept": len(rows) - len(drops),
+        "funnel": Funnel.of(p.labels, len(rows), [drops], seconds).to_json(),
+        "entries": _entries(parts),
+        "parts": len(parts),
+        "known": len(rows) - new,
+    }
+
+
+def _entries(records: Iterable[dict[str, Any]]) -> list[Entry]:
+    return [entry for record in records for entry in (record["table"], record["heavy"]) if entry]
 
 
 def check_unit(p: Pass, unit: int, digest: bool) -> None:
     """DamagedError unless a committed unit is as its record says; its pixels and vectors by size, with `digest` byte
     for byte."""
-    record = _must(p, unit)
-    _table(p, record, [])
-    if record["heavy"]:
+    records = p.parts(unit) if p.kind == "measure" else [_must(p, unit)]
+    for record in records:
+        _table(p, record, [])
+        if record["heavy"]:
+            with _cure(p, unit):
+                p.store.check(record["heavy"], digest)
+
+
+def check_measured(passes: Sequence[Pass], index: int, unit: int, digest: bool, whole: bool) -> None:
+    """As `check_unit`, of a pass that measures. DamagedError too if rows were measured there once and are no longer:
+    those that have reached it, if it was `whole`; and those from whose results a later pass has measured something."""
+    p = passes[index]
+    check_unit(p, unit, digest)
+    lost = missing_rows(passes[: index + 1], unit) if whole else np.empty(0, np.int32)
+    for later in passes[index + 1 :]:
+        if later.kind == "measure" and set(p.adds) & {c for step in later.steps for c in step.needs}:
+            known, based = (_measured(q, unit, [])[0]["row"].to_numpy() for q in (p, later))
+            lost = np.union1d(lost, np.setdiff1d(based, known))
+    if len(lost):
         with _cure(p, unit):
-            p.store.check(record["heavy"], digest)
+            raise DamagedError(
+                f"{p.store.path(f'commits/{unit:07d}.*')}: {len(lost):,} rows that were measured are gone"
+            )
 
 
 @dataclass
@@ -294,8 +410,9 @@ def run_pass(
 
     def source() -> Iterator[pa.Table]:
         for unit in units:
-            living = alive(before, unit) if rows is None else rows
-            writers[unit] = UnitWriter(p, unit, living)
+            part = len(p.parts(unit)) if p.kind == "measure" else None  # before a look at which rows it has
+            living = missing_rows(passes[: index + 1], unit, rows)
+            writers[unit] = UnitWriter(p, unit, living, part)
             if crashers is not None:
                 dead = pa.table({"unit": np.full(len(crashers), unit, np.int32), "row": crashers.astype(np.int32)})
                 # The last step of a pass is the one that handles the bytes.
@@ -320,10 +437,19 @@ def run_pass(
         for unit in [u for u, w in writers.items() if w.done]:
             writer = writers.pop(unit)
             seconds = _self_times(clock, p.labels)
-            if commit:
-                yield writer.commit(seconds)
-            else:
+            if not commit:
                 writer.abort()
+            elif p.kind == "measure":
+                writer.commit(seconds)
+                account = _account(passes[: index + 1], unit, writer.rows_in, seconds)
+                whole = Advance.of(account)
+                advance.rows += whole.rows - writer.rows_in
+                advance.kept += whole.kept - writer.kept
+                advance.reasons.update(whole.reasons - writer.reasons)
+                yield account
+            else:
+                record = writer.commit(seconds)
+                yield {**record, "entries": _entries([record]), "known": 0}
 
     try:
         for batch in stream:
@@ -349,8 +475,9 @@ def run_pass(
 class UnitWriter:
     """Collects what one attempt at a unit produces, and commits it."""
 
-    def __init__(self, p: Pass, unit: int, rows: np.ndarray) -> None:
-        self.p, self.unit, self.rows_in = p, unit, len(rows)
+    def __init__(self, p: Pass, unit: int, rows: np.ndarray, part: int | None = None) -> None:
+        """`part`: of a pass that measures, the number of the next record of the unit."""
+        self.p, self.unit, self.rows_in, self._part = p, unit, len(rows), part
         self._store = p.store
         self._attempt = new_attempt(unit)
         self._light_schema = pa.schema([("row", pa.int32())] + [(k, v) for k, v in p.adds.items() if not is_heavy(v)])
@@ -370,6 +497,14 @@ class UnitWriter:
     @property
     def missing(self) -> int:
         return len(self._open)
+
+    @property
+    def kept(self) -> int:
+        return sum(map(len, self._kept))
+
+    @property
+    def reasons(self) -> Counter[str]:
+        return Counter(reason for drops in self._dropped for reason in drops["reason"].to_pylist())
 
     def add(self, batch: pa.Table) -> None:
         """Rows of this unit that went on; their pixels go to disk at once."""
@@ -394,10 +529,13 @@ class UnitWriter:
         if self._ipc is not None:
             self._ipc.close()
         self._stack.close()
+        if not self.rows_in and self._part is not None:
+            return {}
         kept = pa.concat_tables(self._kept) if self._kept else self._empty()
         drops = pa.concat_tables(self._dropped).sort_by("row") if self._dropped else DROP.empty_table()
         heavy = self._heavy.entry if self._heavy is not None else None
-        return commit(self.p, self.unit, self._attempt, self.rows_in, kept.sort_by("row"), heavy, drops, seconds)
+        kept = kept.sort_by("row")
+        return commit(self.p, self.unit, self._attempt, self.rows_in, kept, heavy, drops, seconds, self._part)
 
     def abort(self) -> None:
         """Gives up: nothing of this attempt stays."""
@@ -434,6 +572,7 @@ def commit(
     heavy: Entry | None,
     drops: pa.Table,
     seconds: dict[str, float],
+    part: int | None = None,
 ) -> dict[str, Any]:
     """Writes the table of an attempt and creates the record of the unit; returns the record that counts.
 
@@ -451,12 +590,13 @@ def commit(
         "heavy": heavy,
         "funnel": Funnel.of(p.labels, rows_in, [drops], seconds).to_json(),
     }
+    if part is not None:
+        record["part"] = part
     if p.commit(unit, record):
         return {"pass": p.key, "unit": unit, **record}
-    for entry in (record["table"], heavy):
-        if entry:
-            p.store.remove(entry["name"])
-    return _must(p, unit)
+    for entry in _entries([record]):
+        p.store.remove(entry["name"])
+    return _must(p, unit, part)
 
 
 def _spread(table: pa.Table, rows: np.ndarray) -> pa.Table:
@@ -474,6 +614,9 @@ def _places(table: pa.Table, rows: np.ndarray) -> np.ndarray:
 
 
 def _through(step: Step, stream: Iterator[pa.Table], dropped: Callable[[pa.Table], None]) -> Iterator[pa.Table]:
+    if (first := next(stream, None)) is None:  # no rows: nothing that a step would have to be prepared for
+        return
+    stream = chain([first], stream)
     if isinstance(step, Stage):
         outputs = (split_marked(step, batch) for batch in step.stream(stream))
     else:
@@ -508,22 +651,28 @@ def _self_times(clock: dict[str, float], labels: list[str]) -> dict[str, float]:
 class _Heavy:
     """The pixels and vectors of a unit, a few rows at a time."""
 
-    def __init__(self, p: Pass, unit: int, entry: Entry | None) -> None:
-        with _cure(p, unit):
-            self._file = p.store.mapped(entry) if entry else None
-        self._reader: Any = None
-        sizes: list[int] = []
-        if self._file is not None:  # None: every row of the unit was dropped
-            self._reader = pa.ipc.open_file(self._file)
-            sizes = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
-        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    def __init__(self, p: Pass, unit: int, files: Sequence[File]) -> None:
+        self._files: list[pa.NativeFile] = []
+        self._batches: list[tuple[Any, int]] = []
+        starts: list[int] = []
+        for number, (store, entry) in enumerate(files):
+            if entry is None:  # every row of this part was dropped
+                continue
+            with _cure(p, unit):
+                self._files.append(store.mapped(entry))
+            reader, at = pa.ipc.open_file(self._files[-1]), number << PART_BITS
+            for i in range(reader.num_record_batches):
+                self._batches.append((reader, i))
+                starts.append(at)
+                at += reader.get_batch(i).num_rows
+        self._starts = np.array(starts, np.int64)
 
     def __enter__(self) -> _Heavy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file:
-            self._file.close()
+        for file in self._files:
+            file.close()
 
     def take(self, positions: np.ndarray, names: list[str]) -> dict[str, pa.ChunkedArray]:
         chunk = np.searchsorted(self._starts, positions, side="right") - 1
@@ -531,7 +680,8 @@ class _Heavy:
         pieces = []
         for i in np.unique(chunk):
             local = pa.array(positions[chunk == i] - self._starts[i])
-            pieces.append(pa.Table.from_batches([self._reader.get_batch(int(i)).select(names).take(local)]))
+            reader, number = self._batches[i]
+            pieces.append(pa.Table.from_batches([reader.get_batch(number).select(names).take(local)]))
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         table = pa.concat_tables(pieces).combine_chunks().take(pa.array(back))
@@ -543,11 +693,49 @@ def _table(p: Pass, record: dict[str, Any], columns: list[str]) -> pa.Table:
         return p.store.read_table(record["table"], columns)
 
 
-def _must(p: Pass, unit: int) -> dict[str, Any]:
+def _measured(p: Pass, unit: int, columns: list[str]) -> tuple[pa.Table, list[File]]:
+    """Of a unit: `row` and columns, in the order of `row`, from all records of it, those of lenders included, each row
+    once; and the files of its pixels and vectors, one for each record. `heavy_at` says in which of them a row's are,
+    above PART_BITS bits, and at which place, in those below."""
+    wanted = ["row", *columns]
+    if p.kind != "measure":
+        record = _must(p, unit)
+        return _table(p, record, wanted), [(p.store, record["heavy"])]
+    tables: list[pa.Table] = []
+    files: list[File] = []
+    for owner in [p, *(replace(p, root=root, lenders=[]) for root in p.lenders)]:
+        for record in owner.parts(unit):
+            table = _table(owner, record, wanted)
+            if "heavy_at" in columns:
+                at = pc.add(table["heavy_at"].cast(pa.int64()), len(files) << PART_BITS)
+                table = table.set_column(table.schema.get_field_index("heavy_at"), "heavy_at", at)
+            tables.append(table)
+            files.append((owner.store, record["heavy"]))
+    if not tables:
+        schema = {"row": pa.int32(), "heavy_at": pa.int64(), **p.adds, **{f.name: f.type for f in FATE}}
+        return pa.schema([(name, schema[name]) for name in wanted]).empty_table(), files
+    if len(tables) == 1:
+        return tables[0], files
+    table = pa.concat_tables(tables)
+    _, first = np.unique(table["row"].to_numpy(), return_index=True)  # the first record that has a row counts
+    return table.take(pa.array(first)), files
+
+
+def _of_rows(p: Pass, unit: int, columns: list[str], rows: np.ndarray) -> pa.Table:
+    """What a pass has measured of just these rows; DamagedError if it lacks one."""
+    table = _measured(p, unit, columns)[0]
+    at = _places(table, rows)
     with _cure(p, unit):
-        record = p.record(unit)
+        if not (at >= 0).all():
+            raise DamagedError(f"{p.store.path('commits')}: the records of unit {unit} lack {np.sum(at < 0):,} rows")
+    return table.take(pa.array(at))
+
+
+def _must(p: Pass, unit: int, part: int | None = None) -> dict[str, Any]:
+    with _cure(p, unit):
+        record = p.record(unit, part)
         if record is None:
-            raise DamagedError(f"{p.store.path(_record_name(unit))}: missing")
+            raise DamagedError(f"{p.store.path(record_name(unit, part))}: missing")
         return record
 
 
@@ -558,7 +746,8 @@ def _cure(p: Pass, unit: int) -> Iterator[None]:
         yield
     except DamagedError as error:
         if p.repeatable:
-            cure = f"remove {p.store.path(_record_name(unit))} and give the same command again: the unit is made again"
+            name = p.store.path(f"commits/{unit:07d}.*" if p.kind == "measure" else record_name(unit))
+            cure = f"remove {name} and give the same command again: the unit is made again"
         else:
             cure = (
                 "restore it from a copy; or, to fetch again what the web still has, remove "
@@ -567,8 +756,9 @@ def _cure(p: Pass, unit: int) -> Iterator[None]:
         raise DamagedError(f"{error} (unit {unit} of the pass {p.label}). To go on, {cure}.") from None
 
 
-def _record_name(unit: int) -> str:
-    return f"commits/{unit:07d}.json"
+def record_name(unit: int, part: int | None = None) -> str:
+    """Of the record of a unit, or of a part of it that was measured together."""
+    return f"commits/{unit:07d}.json" if part is None else f"commits/{unit:07d}.{part:03d}.json"
 
 
 def _reads_heavy(steps: list[Step], known: dict[str, pa.DataType]) -> bool:

@@ -131,14 +131,19 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
         crew.stop_ray(orderly=not ending)
     shards = passes[-1].kind == "write"
     if shards:
+        claim.check()
         Store(checked.run).write("shards/_SUCCESS", b"")
-    for line in outcome.mended:
+    for line in outcome.mended[:10]:
         console.print(f"made again: {line}", markup=False, highlight=False, soft_wrap=True)
+    if len(outcome.mended) > 10:
+        console.print(f"made again: {len(outcome.mended) - 10:,} more", highlight=False)
     if outcome.reused:
-        again = {label for p in passes if p.label in outcome.reused for label in p.labels}
-        quiet = [what for step, what in (("download", "downloaded"), ("clip_score", "scored")) if step in again]
-        said = f": nothing was {' or '.join(quiet)} again" if quiet else ""
+        measured = [p.label for p in passes if p.kind == "measure" and p.label in outcome.reused]
+        said = f"; nothing was measured again by {' or '.join(measured)}" if measured else ""
         console.print(f"reused {', '.join(outcome.reused)}{said}", highlight=False)
+    for label, (rows, known) in outcome.known.items():
+        if known:
+            console.print(f"{label}: {known:,} of {rows:,} rows had been measured before", highlight=False)
     print_funnel(console, outcome.funnel)
     if not outcome.funnel.kept:
         console.print(
@@ -179,7 +184,7 @@ def _claim(checked: Recipe, passes: list[Pass]) -> None:
     claim: dict[str, Any] = {
         "name": checked.name,
         "recipe": source,
-        "passes": [{"root": os.path.basename(p.root), "dear": _is_dear(p)} for p in passes],
+        "passes": [{"root": os.path.basename(p.root), "measures": p.kind == "measure"} for p in passes],
     }
     data = json.dumps(claim, indent=1, default=str).encode()
     ours = _is_ours(store, passes)
@@ -200,7 +205,7 @@ def _claim(checked: Recipe, passes: list[Pass]) -> None:
         orphans = [
             p["root"]
             for p in old["passes"]
-            if p["dear"] and p["root"] not in kept and store.names(f"passes/{p['root']}/commits")
+            if p["measures"] and p["root"] not in kept and store.names(f"passes/{p['root']}/commits")
         ]
         same_pool = old["passes"][0]["root"] == claim["passes"][0]["root"]
         differences = _differences(old["recipe"], source)
@@ -229,21 +234,24 @@ def _is_ours(store: Store, passes: list[Pass]) -> bool:
         return False
     roots = {os.path.basename(p.root): p for p in passes}
     strangers = [name for name in store.folders("passes") if name not in roots]
-    return not strangers or all(store.names(f"passes/{root}/commits") for root, p in roots.items() if _is_dear(p))
-
-
-def _is_dear(p: Pass) -> bool:
-    return any(step.commits for step in p.steps)
+    return not strangers or all(
+        store.names(f"passes/{root}/commits") for root, p in roots.items() if p.kind == "measure"
+    )
 
 
 def _adopt(checked: Recipe, passes: list[Pass]) -> None:
-    """Points passes at the run named by `reuse` where it has them complete: same key, same bytes."""
+    """Points passes at the run named by `reuse` where it has them complete, and lets those that measure borrow what it
+    has measured: same key, same bytes."""
     if not checked.reuse:
         return
     theirs = Store(checked.reuse).root
+    roots = {os.path.basename(p.root): f"{theirs}/passes/{os.path.basename(p.root)}" for p in passes}
+    same_pool = dataclasses.replace(passes[0], root=roots[os.path.basename(passes[0].root)]).complete() is not None
     for p in passes:
-        root = f"{theirs}/passes/{os.path.basename(p.root)}"
-        if p.kind != "write" and p.complete() is None and dataclasses.replace(p, root=root).complete() is not None:
+        root = roots[os.path.basename(p.root)]
+        if p.kind == "measure":
+            p.lenders = [root] if same_pool else []
+        elif p.kind != "write" and p.complete() is None and dataclasses.replace(p, root=root).complete() is not None:
             p.root = root
 
 

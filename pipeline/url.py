@@ -1,8 +1,14 @@
-"""One spelling for the URLs that differ only in spelling."""
+"""URLs: as a browser sends them, and one spelling for those that differ only in spelling."""
 
 from __future__ import annotations
 
+import ipaddress
 import re
+import socket
+from typing import NamedTuple
+from urllib.parse import unquote
+
+from yarl import URL
 
 # What most URLs of a pool look like already: nothing to change, so one match settles them. The path has no "%", no
 # "#", and no segment that begins with a dot.
@@ -51,3 +57,112 @@ def _remove_dot_segments(path: str) -> str:
     if segments[-1] in (".", ".."):
         kept.append("")
     return "/" + "/".join(kept)
+
+
+class InvalidUrlError(ValueError):
+    """What the WHATWG URL standard calls a failure; the message says what is wrong."""
+
+
+class WebAddress(NamedTuple):
+    """An http(s) URL in the parts that go on the wire."""
+
+    scheme: str
+    user: str
+    """What stands before "@", as written."""
+    host: str
+    """Lower case: a name in Punycode, an IPv4 address in four numbers, or an IPv6 address in brackets."""
+    port: int | None
+    """None for the default of the scheme."""
+    target: str
+    """Path and query, as in the request line."""
+
+    @property
+    def authority(self) -> str:
+        return self.host if self.port is None else f"{self.host}:{self.port}"
+
+
+# The path and special-query percent-encode sets (WHATWG URL, 1.3), turned around: what these match is escaped. A "%"
+# is in neither set, so escapes stay as they are, whatever they stand for and however they are spelled.
+_NOT_IN_PATH = re.compile(r"[^!$-;=@-\]_a-z|~]")
+_NOT_IN_QUERY = re.compile(r"[^!$-&(-;=?-~]")
+_LINE_ENDS = str.maketrans("", "", "\t\n\r")
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE | re.ASCII)
+_AUTHORITY = re.compile(r"([/\\]*)([^/\\?]*)")
+_HOST_AND_PORT = re.compile(r"(\[[^\]]*\]|[^:]*)(?::([0-9]*))?", re.ASCII)
+_NAME = re.compile(r"(?=.{1,254}$)[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*\.?", re.ASCII)
+_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)\.?", re.ASCII)
+_DOTS = re.compile(r"/(?:\.|%2e){1,2}(?=/|$)", re.IGNORECASE)
+
+
+def web_address(text: str, base: WebAddress | None = None) -> WebAddress:
+    """The address that a browser requests for `text`: the basic URL parser of the WHATWG URL standard, http(s) only.
+
+    `base` is what a relative reference is relative to. Escapes stay as written and only what may not stand in a URL is
+    escaped; tabs and line ends are removed, "\\" is read as "/", dot segments are resolved, the fragment is dropped.
+    Raises InvalidUrlError for what a browser refuses, for other schemes, and for names that no DNS has.
+    """
+    text = text.strip(_SPACE_AND_CONTROLS).translate(_LINE_ENDS).partition("#")[0]
+    named = _SCHEME.match(text)
+    scheme = named[1].lower() if named else base.scheme if base else ""
+    if scheme not in _DEFAULT_PORT:
+        raise InvalidUrlError(f"scheme {scheme}" if scheme else "no scheme")
+    rest = text[named.end() :] if named else text
+    authority = _AUTHORITY.match(rest)
+    assert authority is not None
+    if base is None or scheme != base.scheme or len(authority[1]) >= 2:
+        user, _, place = authority[2].rpartition("@")
+        host, port = _host_and_port(place, scheme)
+        path, mark, query = rest[authority.end() :].partition("?")
+    else:
+        user, host, port = base.user, base.host, base.port
+        path, mark, query = rest.partition("?")
+        base_path, base_mark, base_query = base.target.partition("?")
+        if not path:
+            path = base_path
+            if not mark:
+                mark, query = base_mark, base_query
+        elif path[0] not in "/\\":
+            path = f"{base_path.rpartition('/')[0]}/{path}"
+    path = _NOT_IN_PATH.sub(_escaped, path.replace("\\", "/")) or "/"
+    if _DOTS.search(path):
+        path = _remove_dot_segments(_DOTS.sub(lambda dots: re.sub("%2e", ".", dots[0], flags=re.IGNORECASE), path))
+    return WebAddress(scheme, user, host, port, f"{path}{mark}{_NOT_IN_QUERY.sub(_escaped, query)}")
+
+
+def _escaped(character: re.Match[str]) -> str:
+    return "".join(f"%{byte:02X}" for byte in character[0].encode())
+
+
+def _host_and_port(place: str, scheme: str) -> tuple[str, int | None]:
+    parts = _HOST_AND_PORT.fullmatch(place)
+    if parts is None:
+        raise InvalidUrlError(f"not a host and port: {place}")
+    port = int(parts[2]) if parts[2] and len(parts[2].lstrip("0")) <= 5 else 65536 if parts[2] else None
+    if port is not None and port > 65535:
+        raise InvalidUrlError(f"port {parts[2]}")
+    return _host(parts[1]), None if f":{port}" == _DEFAULT_PORT[scheme] else port
+
+
+def _host(text: str) -> str:
+    if text.startswith("["):
+        try:
+            address = ipaddress.IPv6Address(text[1:-1])
+        except ValueError:
+            raise InvalidUrlError(f"not an IPv6 address: {text}") from None
+        if address.scope_id is not None:
+            raise InvalidUrlError(f"scoped IPv6 address: {text}")
+        return f"[{address}]"
+    try:
+        host = unquote(text, errors="strict").lower()
+        if not host.isascii():
+            host = (URL.build(scheme="http", host=host).raw_host or "").lower()  # UTS 46
+    except ValueError as error:
+        raise InvalidUrlError(f"not a host name: {error}") from None
+    if not _NAME.fullmatch(host):
+        raise InvalidUrlError(f"not a host name: {host}" if host else "no host")
+    if _NUMBER.fullmatch(host):
+        try:
+            return socket.inet_ntoa(socket.inet_aton(host.removesuffix(".")))
+        except OSError:
+            raise InvalidUrlError(f"not an IPv4 address: {host}") from None
+    return host

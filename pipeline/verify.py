@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from rich.progress import track
 
 from pipeline.ledger import BooksError, Funnel
+from pipeline.passes import record_name
 from pipeline.stages.write_shards import FORMAT
 from pipeline.storage import DamagedError, Entry, Store, is_part
 from trainer.terminal import Console, guarded
@@ -40,6 +41,7 @@ READS_AT_ONCE = 16
 SUFFIXES = ("json", "txt")
 
 T = TypeVar("T")
+R = TypeVar("R")
 Pass = tuple[Store, dict[str, Any]]
 """The folder of a pass, and its record."""
 File = tuple[Store, str]
@@ -77,14 +79,15 @@ class Audit:
         with self.reading(store.path(entry["name"])):
             store.check(entry, self.deep)
 
-    def over(self, what: str, work: Callable[[T], None], items: Sequence[T]) -> None:
+    def over(self, what: str, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """Does the work for many items, some at a time: hashing and waiting both let others go on."""
         todo = iter(items)
+        results: list[R] = []
         with ThreadPoolExecutor(READS_AT_ONCE) as threads:
             steps = range(0, len(items), 256)
             for _ in track(steps, what, console=self.console, transient=True, disable=not self.console.is_terminal):
-                for _ in threads.map(work, islice(todo, 256)):
-                    pass
+                results += threads.map(work, islice(todo, 256))
+        return results
 
     def strays(self, store: Store, folder: str, found: Iterable[str], named: Collection[str]) -> None:
         """Files in a folder that no record names. Hidden ones are none of the run's, but for those under way."""
@@ -108,7 +111,9 @@ def audit(store: Store, console: Console, deep: bool) -> Audit:
                 f"{store.path('seal.json')}: missing: the run is not finished, or this is not the folder of a run"
             )
             return found
-        found.deep = deep or (size := _size(store)) <= FULL_BYTES
+        roots = [Store(c["pass"]) if _elsewhere(c["pass"]) else store.folder(c["pass"]) for c in seal["passes"]]
+        size = sum(sum(place.sizes(folder).values()) for place, folder in _folders(store, roots))
+        found.deep = deep or size <= FULL_BYTES
         if not found.deep:
             found.unseen.append(f"what is in the files, {size / 1e9:,.0f} GB: their sizes only (--deep hashes them)")
         found.strays(store, "", store.names(), {"run.json", "funnel.json", "seal.json"})
@@ -117,36 +122,32 @@ def audit(store: Store, console: Console, deep: bool) -> Audit:
         found.strays(store, "drops", store.names("drops"), {name.partition("/")[2] for name in drops})
         found.over("tables of drops", lambda entry: found.check(store, entry), list(files.values()))
         manifest = _shards(found, files.get("shards/manifest.json"))
-        passes = _passes(found, seal["passes"])
-        _books(found, manifest)
+        passes = _passes(found, roots, seal["passes"])
+        _books(found, drops, manifest)
         if not found.problems:
             _uids(found, passes, [(store, name) for name in drops], manifest)
     found.problems = list(dict.fromkeys(found.problems))
     return found
 
 
-def _size(store: Store) -> int:
-    """Bytes of a run, by what the store lists."""
-    folders = ["", "drops", "shards"]
-    folders += [f"passes/{p}/{kind}" for p in store.folders("passes") for kind in ("units", "drops")]
-    return sum(sum(store.sizes(folder).values()) for folder in folders)
+def _folders(store: Store, roots: list[Store]) -> list[File]:
+    """Where the bytes of a run are."""
+    return [(store, name) for name in ("", "drops", "shards")] + [(r, n) for r in roots for n in ("units", "drops")]
 
 
 # --- What is committed of passes --------------------------------------------------------------------------------------
 
 
-def _passes(found: Audit, claimed: list[Entry]) -> list[Pass]:
+def _passes(found: Audit, roots: list[Store], claimed: list[Entry]) -> list[Pass]:
     """Looks at the passes; returns those that there are."""
-    store = found.store
-    roots = [Store(c["pass"]) if _elsewhere(c["pass"]) else store.folder(c["pass"]) for c in claimed]
     if not any(root.names() for root in roots):
         found.unseen.append("downloads, scores and whether all rows of the pool are there: passes/ was removed")
         return []
     passes: list[Pass] = []
     for root, entry in zip(roots, claimed):
-        with found.reading(root.path("complete.json")):
-            found.check(root, {**entry, "name": "complete.json"})
-            if (record := root.read_record("complete.json")) is not None:
+        with found.reading(root.path(entry["name"])):
+            found.check(root, entry)
+            if (record := root.read_record(entry["name"])) is not None:
                 passes.append((root, record))
     units = next((record["units"] for _, record in passes if record["kind"] == "pool"), None)
     for root, record in passes:
@@ -164,41 +165,46 @@ def _elsewhere(root: str) -> bool:
 def _units(found: Audit, root: Store, complete: dict[str, Any], units: int) -> None:
     """The records of a pass and the files that they name."""
     listed = {folder: root.sizes(folder) for folder in ("", "commits", "units", "drops", "attempts", "spool")}
-    named = {"complete.json"}
-    sums: Counter[str] = Counter()
+    # A pass that measures is complete for each recipe that it served.
+    named = {name for name in listed[""] if name.startswith("complete") and not is_part(name)}
     before = len(found.problems)
 
-    def look(unit: int) -> None:
-        name = f"commits/{unit:07d}.json"
+    def look(name: str) -> tuple[int, int]:
+        """Rows in and kept."""
         named.add(name)
         with found.reading(root.path(name)):
             record = root.read_record(name)
             if record is None:
                 raise FileNotFoundError
-            if (record["pass"], record["unit"]) != (complete["pass"], unit):
+            if (record["pass"], record_name(record["unit"], record.get("part"))) != (complete["key"], name):
                 raise DamagedError(f"{root.path(name)}: damaged: this is the record of another unit")
             if complete["kind"] == "write":  # its files are in the manifest
-                return
-            sums.update(rows_in=record["rows_in"], kept=record["kept"])
+                return 0, 0
             for entry in (record["table"], record["heavy"]):
                 if entry:
                     named.add(entry["name"])
                     found.check(root, entry)
+            return record["rows_in"], record["kept"]
+        return 0, 0
 
-    found.over(f"pass {complete['label']}", look, range(units))
+    if complete["kind"] == "measure":
+        parts = [complete["parts"].get(str(unit), 1) for unit in range(units)]
+        names = {record_name(unit, part) for unit, count in enumerate(parts) for part in range(count)}
+        # What was measured for other recipes is looked at too.
+        names |= {f"commits/{name}" for name in listed["commits"] if name.endswith(".json") and not is_part(name)}
+    else:
+        names = {record_name(unit) for unit in range(units)}
+    counts = found.over(f"pass {complete['label']}", look, sorted(names))
+    rows_in, kept = (sum(of) for of in zip((0, 0), *counts))
     for entry in complete.get("files", {}).values():
         named.add(entry["name"])
         found.check(root, entry)
     funnel = Funnel.from_json(complete["funnel"])
     whole = len(found.problems) == before
-    if (
-        whole
-        and complete["kind"] in ("pool", "map")
-        and (sums["rows_in"], sums["kept"]) != (funnel.rows_in, funnel.kept)
-    ):
+    if whole and complete["kind"] in ("pool", "map") and (rows_in, kept) != (funnel.rows_in, funnel.kept):
         found.say(
             f"{root.path('complete.json')}: {funnel.rows_in:,} rows in and {funnel.kept:,} kept, but the units have "
-            f"{sums['rows_in']:,} and {sums['kept']:,}"
+            f"{rows_in:,} and {kept:,}"
         )
     for folder, files in listed.items():
         if whole or folder != "units":  # what a damaged record names is no stray
@@ -251,7 +257,7 @@ def _members(found: Audit, store: Store, shard: dict[str, Any]) -> None:
 # --- The books --------------------------------------------------------------------------------------------------------
 
 
-def _books(found: Audit, manifest: dict[str, Any] | None) -> None:
+def _books(found: Audit, drops: list[str], manifest: dict[str, Any] | None) -> None:
     store, at = found.store, found.store.path("funnel.json")
     with found.reading(at):
         books = json.loads(store.read("funnel.json"))
@@ -261,9 +267,9 @@ def _books(found: Audit, manifest: dict[str, Any] | None) -> None:
         except BooksError as error:
             found.say(f"{at}: {error}")
         dropped: Counter[tuple[str, str]] = Counter()
-        for name in store.names("drops"):
-            with found.reading(store.path(f"drops/{name}")):
-                for table in _batches(store, f"drops/{name}", ["step", "reason"]):
+        for name in drops:
+            with found.reading(store.path(name)):
+                for table in _batches(store, name, ["step", "reason"]):
                     for group in table.group_by(["step", "reason"]).aggregate([([], "count_all")]).to_pylist():
                         dropped[group["step"], group["reason"]] += group["count_all"]
         claimed = {(step, why): n for step, line in funnel.lines.items() for why, n in line.dropped.items()}
@@ -333,15 +339,15 @@ def _uids(found: Audit, passes: list[Pass], drops: list[File], manifest: dict[st
                 yield from ((uid, place.path(name)) for uid in table["uid"].filter(pa.array(there)).to_pylist())
 
     balance = Counter(uid for uid, _ in in_doubt(came()))
-    where: dict[str, str] = {}
+    where: dict[str, list[str]] = {}
     for uid, path in in_doubt(out):
         balance[uid] -= 1
-        where[uid] = path
+        where.setdefault(uid, []).append(path)
     for uid, n in islice(((uid, n) for uid, n in balance.items() if n), 10):
         if n < 0:
-            found.say(f"{where[uid]}: {uid}: {-n:,} more rows with this uid than the pool has")
+            found.say(f"{' and '.join(where[uid])}: {uid} is there {-n:,} times more than in the pool")
         else:
-            found.say(f"{found.store.path('drops')}: {uid}: a row of the pool that is neither here nor in the shards")
+            found.say(f"{found.store.path('drops')}: {uid} of the pool is neither here nor in the shards")
 
 
 def _hashes(uids: pa.ChunkedArray) -> np.ndarray:

@@ -177,7 +177,7 @@ def started(cluster: Cluster, project: Path) -> Iterator[subprocess.Popen[str]]:
     argv = [sys.executable, "-m", "pipeline.run", "r.yaml"]
     with subprocess.Popen(argv, cwd=project, env=env, stdout=subprocess.PIPE, text=True) as driver:
         deadline = time.monotonic() + 200
-        while not list(project.glob("out/passes/01-*/commits/*")) and time.monotonic() < deadline:
+        while not list(project.glob("out/passes/dear-*/commits/*")) and time.monotonic() < deadline:
             time.sleep(0.05)
         yield driver
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +13,22 @@ import pyarrow.compute as pc
 import pytest
 
 from pipeline import ingest, pool
-from pipeline.passes import Advance, Pass, alive, make_passes, read_unit, run_pass, unit_drops
+from pipeline.ledger import Funnel
+from pipeline.passes import (
+    Advance,
+    Pass,
+    alive,
+    check_measured,
+    check_unit,
+    committed,
+    make_passes,
+    read_unit,
+    run_pass,
+    unit_drops,
+)
 from pipeline.recipe import PoolSpec, Recipe
 from pipeline.step import Filter, Stage, Step
+from pipeline.storage import DamagedError
 
 
 @dataclass(kw_only=True)
@@ -85,11 +98,12 @@ def records_of(advances: Iterable[Advance]) -> list[dict[str, Any]]:
     return [record for advance in advances for record in advance.records]
 
 
-def test_passes_are_cut_where_results_are_dear(recipe: Recipe) -> None:
+def test_an_expensive_step_is_a_pass_of_its_own(recipe: Recipe) -> None:
     recipe.steps = [Even(), Paint(), Bright(), Even()]
     assert [(p.kind, p.labels) for p in make_passes(recipe, {}, {})] == [
         ("pool", ["pool"]),
-        ("map", ["even", "paint"]),
+        ("map", ["even"]),
+        ("measure", ["paint"]),
         ("map", ["bright", "even"]),
     ]
 
@@ -100,13 +114,134 @@ def test_keys_change_from_the_changed_step_on(recipe: Recipe) -> None:
         return [p.key for p in make_passes(recipe, {}, {})]
 
     before, after = keys(1), keys(2)
-    assert before[:2] == after[:2]
-    assert before[2] != after[2]
+    assert before[:3] == after[:3]
+    assert before[3] != after[3]
+
+
+@dataclass(kw_only=True)
+class Score(Stage):
+    """Stands in for a model: looks at pixels, and counts how many it has seen."""
+
+    needs = ("image",)
+    adds = {"score": pa.float32()}  # noqa: RUF012
+    commits = True
+    shift: int = 0
+    seen: ClassVar[list[bytes]] = []
+
+    def process(self, batch: pa.Table) -> pa.Table:
+        self.seen.extend(batch["image"].to_pylist())
+        score = pc.add(pc.binary_length(batch["image"]), self.shift).cast(pa.float32())
+        return batch.append_column("score", score)
+
+
+def test_the_key_of_a_measurement_is_what_determines_its_value(recipe: Recipe) -> None:
+    def keys(*steps: Step) -> dict[str, str]:
+        recipe.steps = list(steps)
+        return {p.label: p.root for p in make_passes(recipe, {}, {}) if p.kind == "measure"}
+
+    plain = keys(Paint(), Score())
+    assert keys(Even(), Paint(), Bright(), Score(), Even()) == plain, "filters above it do not matter"
+    shifted = keys(Paint(), Score(shift=1))
+    assert shifted["paint"] == plain["paint"]
+    assert shifted["score"] != plain["score"], "its options do"
+    other = keys(Repainted(), Score())
+    assert other["score"] != plain["score"], "and so do the pictures it looks at"
+
+
+class Repainted(Paint):
+    version = 2
+
+
+def run_all(passes: list[Pass], units: int = 3) -> list[list[dict[str, Any]]]:
+    """The accounts of every unit, pass by pass."""
+    return [records_of(run_pass(passes, i, range(units))) for i in range(1, len(passes))]
+
+
+def contents(passes: list[Pass], units: int = 3) -> list[dict[str, Any]]:
+    """What the rows that are left hold, in order, and why the others went."""
+    rows = [
+        row
+        for unit in range(units)
+        for table in read_unit(passes, unit, ["uid", "image", "size", "score"])
+        for row in table.to_pylist()
+    ]
+    return rows + [
+        d for u in range(units) for i in range(len(passes)) for d in unit_drops(passes[: i + 1], u).to_pylist()
+    ]
+
+
+def funnels(accounts: list[list[dict[str, Any]]]) -> list[dict[int, list[dict[str, Any]]]]:
+    """Of each pass and unit, without the seconds."""
+    return [{r["unit"]: [{**line, "seconds": 0} for line in r["funnel"]] for r in records} for records in accounts]
+
+
+def known_of(accounts: list[list[dict[str, Any]]], index: int) -> tuple[int, int]:
+    """Rows that came to a pass, and those of them that had been measured before."""
+    return tuple(sum(record[key] for record in accounts[index - 1]) for key in ("rows_in", "known"))  # type: ignore[return-value]
+
+
+def test_filters_above_a_measurement_move_freely(recipe: Recipe, tmp_path: Path) -> None:
+    """Tighter, looser, none, moved: only what was never measured is, and all is as in a run from scratch."""
+    root = recipe.run
+    recipes: list[tuple[list[Step], tuple[int, int], int]] = [
+        ([Even(), Paint(), Score()], (1000, 0), 1000),
+        ([Even(), Paint(), Bright(limit=56), Score()], (1000, 1000), 0),
+        ([Paint(), Score()], (2000, 1000), 800),
+        ([Even(), Paint(), Score(), Even()], (1000, 1000), 0),
+        ([Paint(), Even(), Bright(limit=56), Score()], (2000, 2000), 0),
+        ([Paint(), Score(shift=1)], (2000, 2000), 1800),
+    ]
+    for number, (steps, painted, scored) in enumerate(recipes):
+        recipe.run = root
+        passes = ingested(recipe, steps)
+        Score.seen.clear()
+        accounts = run_all(passes)
+        paint = next(i for i, p in enumerate(passes) if p.label == "paint")
+        assert known_of(accounts, paint) == painted, steps
+        assert len(Score.seen) == scored, "just those that were never scored"
+        recipe.run = f"{root}-fresh{number}"
+        fresh = ingested(recipe, steps)
+        again = run_all(fresh)
+        assert contents(passes) == contents(fresh)
+        assert funnels(accounts) == funnels(again)
+
+
+def test_another_run_lends_what_it_has_measured(recipe: Recipe) -> None:
+    lender = ingested(recipe, [Even(), Paint(), Score()])
+    run_all(lender)
+    recipe.run += "-borrower"
+    steps: list[Step] = [Paint(), Score()]
+    passes = ingested(recipe, steps)
+    for p in passes:
+        p.lenders = [q.root for q in lender if q.kind == "measure" and q.key == p.key]
+    accounts = run_all(passes)
+    assert known_of(accounts, 1) == (2000, 1000)
+    assert known_of(accounts, 2)[1] == 1000
+    for account in accounts[0]:
+        (own,), (lent,) = (p.parts(account["unit"]) for p in (passes[1], lender[2]))
+        assert own["rows_in"] + lent["rows_in"] == account["rows_in"]
+    recipe.run += "-fresh"
+    fresh = ingested(recipe, steps)
+    run_all(fresh)
+    assert contents(passes) == contents(fresh)
+
+
+def test_rows_that_a_record_lost_are_named_and_not_passed_over(recipe: Recipe) -> None:
+    passes = ingested(recipe, [Paint(), Score()])
+    run_all(passes)
+    passes[1].store.remove("commits/0000001.000.json")
+    assert committed(passes[:2], 1) is None
+    with pytest.raises(DamagedError, match="the records of unit 1 lack"):
+        alive(passes[:2], 1)
+    # Whatever the filters above are now: scores were taken of pictures that are gone.
+    with pytest.raises(DamagedError, match=r"commits/0000001\.\*: \d+ rows that were measured are gone .unit 1 of the"):
+        check_measured(passes, 1, 1, digest=False, whole=False)
+    check_measured(passes, 1, 0, digest=True, whole=True)
 
 
 def test_every_row_comes_through_once_with_its_own_pixels(recipe: Recipe) -> None:
     passes = ingested(recipe, [Even(), Paint(), Bright(limit=55)])
-    for index in (1, 2):
+    for index in (1, 2, 3):
         records = records_of(run_pass(passes, index, range(3)))
         assert sorted(r["unit"] for r in records) == [0, 1, 2]
     seen = []
@@ -116,7 +251,9 @@ def test_every_row_comes_through_once_with_its_own_pixels(recipe: Recipe) -> Non
         for caption, image in zip(table["caption"].to_pylist(), table["image"].to_pylist()):
             assert image == caption.encode() * 3
             seen.append(int(caption.split()[-1]))
-        fates = [r for p in passes for r in unit_drops(p, unit)["row"].to_pylist()] + table["row"].to_pylist()
+        fates = [r for i in range(len(passes)) for r in unit_drops(passes[: i + 1], unit)["row"].to_pylist()] + table[
+            "row"
+        ].to_pylist()
         (pool_rows,) = read_unit(passes[:1], unit, ["uid"])
         assert sorted(fates) == pool_rows["row"].to_pylist(), "kept once or dropped once"
     assert sorted(seen) == [i for i in range(0, ROWS, 2) if len(f"picture number {i}") * 3 >= 55]
@@ -134,11 +271,12 @@ def test_the_order_of_rows_does_not_depend_on_the_number_of_units(recipe: Recipe
 def test_the_second_of_two_attempts_leaves_nothing_behind(recipe: Recipe) -> None:
     passes = ingested(recipe, [Paint()])
     slow = run_pass(passes, 1, [0])
+    next(slow)
     (first,) = records_of(run_pass(passes, 1, [0]))
-    files = passes[1].store.names("units")
     (second,) = records_of(slow)
-    assert second == first
-    assert passes[1].store.names("units") == files
+    for key in ("rows_in", "kept", "entries", "parts"):
+        assert second[key] == first[key]
+    assert passes[1].store.names("units") == sorted(entry["name"].partition("/")[2] for entry in first["entries"])
 
 
 def test_an_attempt_that_fails_leaves_nothing_behind(recipe: Recipe) -> None:
@@ -155,6 +293,99 @@ def test_a_restricted_attempt_drops_the_rows_it_must_not_touch(recipe: Recipe) -
     passes = ingested(recipe, [Paint()])
     rows = alive(passes[:1], 1)
     (record,) = records_of(run_pass(passes, 1, [1], rows=rows, crashers=np.array([5], np.int32)))
-    drops = {r["row"]: r["reason"] for r in unit_drops(passes[1], 1).to_pylist()}
+    drops = {r["row"]: r["reason"] for r in unit_drops(passes[:2], 1).to_pylist()}
     assert drops[5] == "decoder_crash"
     assert record["kept"] + len(drops) == len(rows)
+
+
+def test_the_table_of_a_unit_tells_the_fate_of_every_row_that_came_in(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Paint, "commits", False)
+    passes = ingested(recipe, [Paint()])
+    (record,) = records_of(run_pass(passes, 1, [0]))
+    table = passes[1].store.read_table(record["table"])
+    assert table["row"].to_pylist() == alive(passes[:1], 0).tolist()
+    for row in table.to_pylist():
+        dead = row["drop_reason"] == "dead"
+        assert (row["drop_step"], row["size"] is None, row["heavy_at"] is None) == (
+            "paint" if dead else None,
+            dead,
+            dead,
+        )
+    assert record["kept"] == table["drop_reason"].null_count
+    assert sorted(passes[1].store.names("units")) == sorted(
+        record[file]["name"].partition("/")[2] for file in ("table", "heavy")
+    ), "a unit with pixels costs two files and its record"
+
+
+@pytest.mark.parametrize(
+    ("what", "damage", "repeatable"),
+    [
+        ("record", "flip", True),
+        ("record", "delete", False),
+        ("table", "flip", False),
+        ("table", "cut", True),
+        ("heavy", "flip", True),
+        ("heavy", "delete", False),
+    ],
+)
+def test_what_is_damaged_is_named_with_unit_pass_and_cure(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, what: str, damage: str, repeatable: bool
+) -> None:
+    monkeypatch.setattr(Paint, "commits", False)
+    monkeypatch.setattr(Paint, "repeatable", repeatable)
+    passes = ingested(recipe, [Paint()])
+    record = records_of(run_pass(passes, 1, range(3)))[1]
+    unit, store = record["unit"], passes[1].store
+    name = f"commits/{unit:07d}.json" if what == "record" else record[what]["name"]
+    data = store.read(name)
+    store.remove(name)
+    if damage != "delete":
+        store.write(name, data[:-9] if damage == "cut" else data[:50] + bytes([data[50] ^ 1]) + data[51:])
+    for number in range(3):
+        if number != unit:
+            check_unit(passes[1], number, digest=True)
+    looks = [lambda: check_unit(passes[1], unit, digest=True), lambda: list(read_unit(passes, unit, ["image", "size"]))]
+    for look in looks:
+        with pytest.raises(DamagedError) as error:
+            look()
+        said = str(error.value)
+        assert said.startswith(f"{store.path(name)}: ")
+        assert f"(unit {unit} of the pass paint). To go on, " in said
+        cure = f"remove {store.path(f'commits/{unit:07d}.json')} and give the same" if repeatable else "from a copy; or"
+        assert cure in said
+    if what == "heavy" and damage != "flip":
+        with pytest.raises(DamagedError):
+            check_unit(passes[1], unit, digest=False)
+    passes[1].forget(unit)
+    again = records_of(run_pass(passes, 1, [unit]))
+    assert [r["kept"] for r in again] == [record["kept"]]
+    check_unit(passes[1], unit, digest=True)
+
+
+def test_a_record_in_the_place_of_another_is_noticed(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Paint, "commits", False)
+    passes = ingested(recipe, [Paint()])
+    list(run_pass(passes, 1, range(3)))
+    store = passes[1].store
+    store.write("commits/0000001.json", store.read("commits/0000002.json"))
+    with pytest.raises(DamagedError, match="this is the record of another unit"):
+        passes[1].record(1)
+    store.write("commits/0000000.json", passes[0].store.read("commits/0000000.json"))
+    with pytest.raises(DamagedError, match="this is the record of another unit"):
+        passes[1].record(0)
+
+
+def test_a_sweep_leaves_records_and_what_they_name(recipe: Recipe) -> None:
+    passes = ingested(recipe, [Paint()])
+    records = records_of(run_pass(passes, 1, range(3)))
+    p = passes[1]
+    p.finish(Funnel.of(p.labels, 0, [], {}))
+    folders = ("", "units", "drops", "attempts", "spool", "commits")
+    there = {folder: p.store.names(folder) for folder in folders}
+    for name in ("plan.json", "units/0000001-ab.arrow", "units/.0000001-ab.arrow.0123456789ab.part",
+                 "attempts/0000001.1", "spool/x.arrow", "commits/.0000001.json.0123456789ab.part"):  # fmt: skip
+        p.store.write(name, b"?")
+    p.sweep(entry for record in records for entry in record["entries"])
+    assert {folder: p.store.names(folder) for folder in folders} == there

@@ -5,6 +5,7 @@ It wants packages that nothing else here does, so they are fetched from the pack
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -12,12 +13,13 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from pipeline import verify
+from pipeline import claim, verify
 from pipeline.storage import Store
 from tests.conftest import ROOT, Command
 from tests.test_run import furnish, shards
@@ -71,6 +73,25 @@ def test_of_many_who_create_exactly_one_wins(s3: dict[str, str]) -> None:
     assert store.read("commits/0.json") == str(won.index(True)).encode()
 
 
+def test_a_run_directory_in_the_store_has_one_writer(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "WATCH", 1.0)
+    store = Store("s3://bucket/claimed")
+    dead = {"host": "node7", "boot": "b", "pids": "p", "pid": 4711, "started": "1", "since": 0, "token": "t", "beat": 0}
+    store.write("claim/0000003.json", json.dumps(dead).encode())
+
+    def enter(stack: ExitStack) -> bool:
+        try:
+            stack.enter_context(claim.hold(store))
+        except claim.InUseError:
+            return False
+        return True
+
+    with ExitStack() as stack, ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(enter, [stack] * 8)) == 1
+        assert store.names("claim") == ["0000004.json"]
+    assert store.names("claim") == []
+
+
 def test_a_run_has_the_bytes_of_a_local_one(s3: dict[str, str], run: Command, tmp_path: Path) -> None:
     furnish(tmp_path)
     assert run("r.yaml").returncode == 0
@@ -88,4 +109,11 @@ def test_a_run_has_the_bytes_of_a_local_one(s3: dict[str, str], run: Command, tm
     again = run(*remote, "steps.threshold.top_fraction=0.25", ray=False, **env)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "steps_of_mine" / "painted.log").read_text() == painted, "what was done is not done again"
+    assert not list(verify.problems(store, Console(quiet=True)))
+    store.remove("shards/00000.tar")
+    store.write("shards/manifest.json", b"{}")
+    named = {line.split(":")[1] for line in verify.problems(store, Console(quiet=True))}
+    assert named == {"//bucket/run/shards/manifest.json"}
+    healed = run(*remote, "steps.threshold.top_fraction=0.25", ray=False, **env)
+    assert healed.returncode == 0, healed.stderr
     assert not list(verify.problems(store, Console(quiet=True)))

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.storage import Store
+from pipeline.storage import DamagedError, Store, sealed
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -86,3 +92,91 @@ def test_what_is_read_at_random_is_all_there_and_leaves_nothing(
     store.write_table("t", table)
     assert store.read_table("t") == table
     assert store.read_table("t", ["b"]).column_names == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda data: data.replace(b"3", b"4"), "does not have the sha256"),
+        (lambda data: data[:-1], "does not have the sha256"),
+        (lambda data: data + b" ", "does not have the sha256"),
+        (lambda data: b"", "does not have the sha256"),
+        (lambda data: b"{}", "does not have the sha256"),
+        (lambda data: b"\xff" + data, "does not have the sha256"),
+    ],
+)
+def test_a_record_that_was_changed_is_none(store: Store, change: Callable[[bytes], bytes], said: str) -> None:
+    record = {"unit": 3, "names": ["a", 'b", "sha256": "c'], "none": None}
+    store.create("r.json", sealed(record))
+    assert store.read_record("r.json") == record
+    assert store.read_record("s.json") is None
+    store.write("r.json", change(sealed(record)))
+    with pytest.raises(DamagedError, match=said) as error:
+        store.read_record("r.json")
+    assert str(error.value).startswith(store.path("r.json"))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [(b"abd", "its sha256 is not the one on record"), (b"ab", "2 bytes, expected 3"), (None, "missing")],
+)
+def test_a_file_is_what_its_entry_says(store: Store, data: bytes | None, said: str) -> None:
+    entry = store.write("f", b"abc")
+    assert entry == {"name": "f", "bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()} == store.entry("f")
+    store.check(entry)
+    assert store.read_entry(entry) == b"abc"
+    store.remove("f")
+    if data is not None:
+        store.write("f", data)
+    for read in (store.check, store.read_entry, store.mapped, store.read_table):
+        with pytest.raises(DamagedError, match=said) as error:
+            read(entry)
+        assert str(error.value).startswith(store.path("f"))
+
+
+def test_every_writer_knows_what_it_wrote(store: Store) -> None:
+    with store.output("x.npy") as array, store.output("x.arrow") as ipc:
+        np.save(array, np.arange(1000))
+        with pa.ipc.new_file(ipc, pa.schema([("a", pa.binary())])) as writer:
+            writer.write_table(pa.table({"a": [b"x" * 5000] * 10}))
+    table = store.write_table("x.parquet", pa.table({"a": range(1000)}))
+    for entry in (array.entry, ipc.entry, table):
+        assert entry == store.entry(entry["name"])
+
+
+def test_a_file_and_its_folders_are_on_disk_before_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel is asked, in order: a file's bytes, its name, its folder; and the same again for a record."""
+    asked: list[str] = []
+
+    def watch(name: str, show: Callable[..., str]) -> None:
+        real = getattr(os, name)
+
+        def call(*args: Any, **more: Any) -> Any:
+            asked.append(f"{name} {show(*args)}")
+            return real(*args, **more)
+
+        monkeypatch.setattr(os, name, call)
+
+    def plain(path: str) -> str:
+        return os.path.relpath(re.sub(r"\.(\w+)\.[0-9a-f]{12}\.part", r"\1.part", path), tmp_path)
+
+    watch("fsync", lambda fd: plain(os.readlink(f"/proc/self/fd/{fd}")))
+    watch("replace", lambda part, final: plain(final))
+    watch("link", lambda part, final: plain(final))
+    store = Store(str(tmp_path / "run"))
+    store.write("units/a", b"data")
+    store.create("commits/a", b"record")
+    assert asked == [
+        "fsync .", "fsync run", "fsync run/units/a.part", "replace run/units/a", "fsync run/units",
+        "fsync run", "fsync run/commits/a.part", "link run/commits/a", "fsync run/commits",
+    ]  # fmt: skip
+
+
+def test_what_a_killed_process_leaves_is_told_from_all_else(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    with store.output("x/data"):
+        (part,) = store.parts()
+        assert part.startswith("x/.data.")
+        store.write("x/.hidden.part", b"somebody's")
+        assert store.parts() == [part]
+    assert store.parts() == []

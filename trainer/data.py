@@ -6,14 +6,12 @@ samples and crops whatever the number of workers and ranks.
 
 from __future__ import annotations
 
-import io
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from trainer.mixture import Mixture, open_shards
 from trainer.model import Tokenizer
 from trainer.order import mix, shuffled
+from trainer.pictures import decode
 from trainer.shards import CorruptSampleError, Shards, ShardsError
 
 __all__ = [
@@ -28,11 +27,6 @@ __all__ = [
     "decode", "mix", "open_shards", "shuffled", "square_crop",
 ]  # fmt: skip
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = 64_000_000
-"""A picture with more pixels than this (8000 x 8000) is counted as corrupt before it is decoded."""
-COVER = 1.5
-"""A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves its shorter side this many times the target."""
 MAX_REPLACEMENTS = 20
 """Samples tried in place of one that cannot be read; if half of all are corrupt, one in a million needs more."""
 _CROPS, _REPLACEMENTS = 1 << 32, 1 << 33  # streams of `mix`, apart from the Feistel network's small turns
@@ -138,28 +132,6 @@ def _delivered(part: Batch | ShardsError) -> Batch:
     if isinstance(part, ShardsError):
         raise ShardsError(*part.args)  # `part` itself would keep the workers alive, by the frames of its traceback
     return part
-
-
-def decode(encoded: bytes, size: int | None = None) -> Image.Image:
-    """A JPEG, PNG or WebP as RGB. Raises CorruptSampleError.
-
-    With `size`, a large JPEG comes out smaller, but with its shorter side at least 1.5 x size: libjpeg then leaves
-    out the high frequencies that resizing to `size` would discard.
-    """
-    try:
-        with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
-            if image.width * image.height <= MAX_PIXELS:
-                if size:
-                    least = math.ceil(size * COVER)
-                    image.draft(None, (least, least))
-                return image.convert("RGB")
-            shape = f"{image.width} x {image.height}"
-    except UnidentifiedImageError as error:  # whose own message names an address in memory
-        raise CorruptSampleError(f"UnidentifiedImageError: no whole header of a {', '.join(IMAGE_FORMATS)}") from error
-    # Pillow's decoders raise nearly anything on hostile bytes.
-    except Exception as error:
-        raise CorruptSampleError(f"{type(error).__name__}: {error}") from error
-    raise CorruptSampleError(f"{shape} pixels, more than {MAX_PIXELS:,}")
 
 
 def square_crop(image: Image.Image, size: int, place: float) -> Tensor:

@@ -30,6 +30,8 @@ from trainer.spelling import did_you_mean, nearest
 
 CONFIGS = Path(__file__).with_name("configs")
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
+MAX_ASPECT = 200
+"""Longer side over shorter side of the longest picture that is preprocessed."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Clip = Any
@@ -97,7 +99,12 @@ class Preprocess:
         return self.normalize(torch.stack([self.pixels(image) for image in images]))
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """One image, resized and cropped at the centre, as uint8 of shape (3, size, size)."""
+        """One image, resized and cropped at the centre, as uint8 of shape (3, size, size).
+
+        Raises ValueError where the shorter side cannot be resized without a picture of gigabytes.
+        """
+        if max(image.size) > MAX_ASPECT * min(image.size):
+            raise ValueError(f"{image.width} x {image.height} pixels: more than {MAX_ASPECT} times as long as wide")
         image = image.convert("RGB")
         for transform in self._geometry:
             image = transform(image)

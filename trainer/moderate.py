@@ -143,12 +143,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> None:
-        if args.output:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            with args.output.open("w", encoding="utf-8") as file:
-                moderate(args, file)
-        else:
+        if not args.output:
             moderate(args, sys.stdout)
+            return
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        # Whole or absent: of a file that ends early, nobody sees which pictures were not judged.
+        partial = args.output.with_name(f".{args.output.name}.partial")
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                moderate(args, file)
+            partial.replace(args.output)
+        finally:
+            partial.unlink(missing_ok=True)
 
     return exit_status(run)
 

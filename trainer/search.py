@@ -31,8 +31,16 @@ import torch
 
 from trainer.config import ConfigError
 from trainer.data import Shards, ShardsError
-from trainer.evaluate.features import Encoder, add_model_arguments, exit_status, open_encoder, progress, say
-from trainer.evaluate.samples import EvaluationError, Sample, read_pictures, read_shards
+from trainer.evaluate.features import Encoder, add_model_arguments, exit_status, open_encoder, progress, say, sound
+from trainer.evaluate.samples import (
+    EvaluationError,
+    Sample,
+    count_rows,
+    read_columns,
+    read_file,
+    read_shards,
+    read_vectors,
+)
 from trainer.terminal import guarded
 
 SETTINGS = "search.json"
@@ -107,6 +115,8 @@ def index(args: argparse.Namespace) -> None:
     """Builds the indexes over the embeddings of a folder, after making these where shards are given."""
     _faiss()
     folder = Path(args.source)
+    if "://" not in args.source and not set(args.source) & set("{*") and not folder.exists():
+        raise EvaluationError(f"{folder}: no such folder")
     if not (folder / "img_emb").is_dir():
         if not args.model or not args.out:
             raise ConfigError(args.source, ["has no img_emb/, so --model and --out are needed to embed it"])
@@ -126,8 +136,11 @@ def build(files: list[Path], out: Path, lists: int | None) -> None:
     Raises EvaluationError where there are no vectors or fewer than the lists need.
     """
     faiss = _faiss()
-    arrays = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
+    arrays = [read_vectors(file) for file in files]
     total = sum(map(len, arrays))
+    for file, array in zip(files, arrays):
+        if array.shape[1] != arrays[0].shape[1]:
+            raise EvaluationError(f"{file}: {array.shape[1]} dimensions, but {files[0].name} has {arrays[0].shape[1]}")
     if not total:
         raise EvaluationError(f"{out.parent}: no embeddings; `trainer.search embed` makes them")
     if lists is None:
@@ -143,9 +156,11 @@ def build(files: list[Path], out: Path, lists: int | None) -> None:
         built.train(np.concatenate([array[::share] for array in arrays]).astype(np.float32))
     else:
         built.train(np.asarray(arrays[0][:1], np.float32))
-    for array in progress(arrays, len(arrays), "parts"):
+    for file, array in progress(list(zip(files, arrays)), len(arrays), "parts"):
         for start in range(0, len(array), 65_536):
-            built.add(np.asarray(array[start : start + 65_536], np.float32))
+            block = np.array(array[start : start + 65_536], np.float32)
+            sound(torch.from_numpy(block), lambda row, file=file, start=start: f"{file}: row {start + row}")  # type: ignore[misc]
+            built.add(block)
     partial = out.with_name(f".{out.name}.partial")
     faiss.write_index(built, str(partial))
     partial.replace(out)
@@ -159,12 +174,17 @@ class Searcher:
         path = Path(folder) / ("text.index" if captions else "image.index")
         if not path.is_file():
             raise EvaluationError(f"{path}: missing; `python -m trainer.search index {folder}` builds it")
-        self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        try:
+            self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        except RuntimeError as error:
+            raise EvaluationError(
+                f"{path}: not an index of faiss's; build it again: python -m trainer.search index {folder}"
+            ) from error
         if hasattr(inner := faiss.downcast_index(self.index), "nprobe"):
             inner.nprobe = probes
         self.metadata = _parts(Path(folder), "metadata", "parquet")
-        ends = np.cumsum([pq.read_metadata(file).num_rows for file in self.metadata])
-        self._starts = np.concatenate([[0], ends]).astype(np.int64)
+        ends = np.cumsum([0, *(count_rows(file) for file in self.metadata)])
+        self._starts = ends.astype(np.int64)
         if self.index.ntotal != self._starts[-1]:
             raise EvaluationError(
                 f"{path}: {self.index.ntotal} vectors, but the metadata has {self._starts[-1]} rows;"
@@ -173,7 +193,11 @@ class Searcher:
 
     def nearest(self, vectors: np.ndarray, k: int) -> list[list[dict[str, Any]]]:
         """For each unit vector (a row) the `k` nearest, nearest first: `score` (cosine), `image_path`, `caption`."""
-        scores, rows = self.index.search(np.ascontiguousarray(vectors, np.float32), k)
+        if vectors.shape[1] != self.index.d:
+            raise EvaluationError(
+                f"--model: vectors of {vectors.shape[1]} dimensions, but the index has {self.index.d}: another model's"
+            )
+        scores, rows = self.index.search(np.ascontiguousarray(vectors, np.float32), min(k, self.index.ntotal))
         return [
             [{"score": round(float(s), 4), **self.row(int(r))} for s, r in zip(*found) if r >= 0]
             for found in zip(scores, rows)
@@ -182,7 +206,7 @@ class Searcher:
     def row(self, number: int) -> dict[str, Any]:
         """The metadata of a vector."""
         part = int(np.searchsorted(self._starts, number, side="right")) - 1
-        table = pq.read_table(self.metadata[part])
+        table = read_columns(self.metadata[part])
         found: dict[str, Any] = table.slice(number - int(self._starts[part]), 1).to_pylist()[0]
         return found
 
@@ -199,8 +223,8 @@ def query(args: argparse.Namespace) -> None:
     if args.text is not None:
         vectors = encoder.texts([args.text])
     else:
-        vectors = torch.cat([found for _, found in encoder.images(read_pictures(args.image)[0])])
-    for found in searcher.nearest(vectors.cpu().numpy()[:1], args.k)[0]:
+        ((_, vectors),) = encoder.images([read_file(Path(args.image))])
+    for found in searcher.nearest(vectors.cpu().numpy(), args.k)[0]:
         print(json.dumps(found, ensure_ascii=False))
 
 

@@ -31,11 +31,11 @@ from braceexpand import braceexpand
 from rich.progress import track
 
 from trainer.order import shuffled
-from trainer.tar import ABSENT, BLOCK, TarError, index_tar, member_name
+from trainer.tar import ABSENT, BLOCK, DOTTED, TarError, index_tar, member_name
 from trainer.terminal import Console
 
 FORMAT = "winnow-shards/1"
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 """Of the indexes built here. Their first row is `version, tar bytes, tar stamp, digest, digest, 0`."""
 MAX_IMAGE_BYTES = 1 << 26
 MAX_TEXT_BYTES = 1 << 20
@@ -158,7 +158,9 @@ class Shards:
         if in_json := text_size == ABSENT:
             text_at, text_size = json_at, json_size
         if image_size == ABSENT:
-            return CorruptSampleError("it has no jpg, png or webp")
+            return CorruptSampleError("it has no jpg, png, webp, gif or avif")
+        if image_size == DOTTED:
+            return CorruptSampleError("its picture's name has more dots than one, and a key ends at the first")
         if text_size == ABSENT:
             return CorruptSampleError("it has no caption: neither txt nor json")
         for at, size, most in ((image_at, image_size, MAX_IMAGE_BYTES), (text_at, text_size, MAX_TEXT_BYTES)):
@@ -178,7 +180,7 @@ class _Places(NamedTuple):
     text_at: int
     text_size: int
     in_json: bool
-    """the caption is in a JSON object's `caption`"""
+    """the caption is in a JSON object's `caption`, a text or a list of which the first counts"""
 
 
 def _read_local(places: _Places | CorruptSampleError) -> tuple[bytes, str] | CorruptSampleError:
@@ -229,12 +231,14 @@ def _sample(image: bytes, text: bytes, places: _Places) -> tuple[bytes, str] | C
         if not places.in_json:
             return image, text.decode("utf-8")
         caption = json.loads(text)["caption"]
+        if isinstance(caption, list) and caption:
+            caption = caption[0]
         caption.encode()  # JSON can spell a lone surrogate, which no tokenizer takes
         return image, str(caption)
     except UnicodeError:
         return CorruptSampleError("the caption is not UTF-8")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return CorruptSampleError("it has no txt, and its json has no caption")
+        return CorruptSampleError("it has no txt, and its json has no text as caption")
 
 
 class _File:

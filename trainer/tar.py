@@ -1,24 +1,32 @@
-"""Where the samples of a tar lie, from its headers alone.
+"""The one reader of WebDataset tars: which members make a sample, and where they lie, from the headers alone.
 
-Samples are grouped as webdataset and open_clip group them: neighbouring members whose names agree up to the first dot
-of the base name are one sample, a suffix met twice starts the next. Names are compared and never used as paths.
+Members are grouped by the `webdataset` package itself. It is handed names and places instead of streams, so it opens
+nothing, runs nothing (`pipe:`) and decodes nothing. Its rule: the key of a member ends at the first dot of its base
+name, folders belong to the key, what follows the dot is the suffix in lower case, and neighbours of one key are one
+sample. Where webdataset would stop at a member that comes a second time, the next sample begins, as in open_clip.
+Names are compared and never used as paths.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 BLOCK = 512
-IMAGE_SUFFIXES = (b"jpg", b"png", b"jpeg", b"webp")
-"""In open_clip's order: the first that a sample has is its image."""
+IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp", "gif", "avif")
+"""The first of these that a sample has is its image; open_clip's order first."""
 ABSENT = -1
 """The size of a member that a sample does not have."""
-_SUFFIXES = {*IMAGE_SUFFIXES, b"json", b"txt"}
+DOTTED = -2
+"""The size of an image that a sample has only under a suffix with more dots, such as `v2.jpg` or `seg.png`: whether it
+is the picture or something about it, nobody can tell."""
 _MAX_NAME = 1 << 20
 _MAX_PADDING = 1 << 20  # tar pads to 10 KiB unless told otherwise
+_META = re.compile(r"__[^/]*__($|/)")  # names that webdataset keeps for itself
 
 Read = Callable[[int, int], bytes]
 """`read(at, size)`: that many bytes from there, or fewer at the end of the file."""
@@ -28,36 +36,82 @@ class TarError(ValueError):
     """A file that is no whole tar; the message says at which byte."""
 
 
+class Place(NamedTuple):
+    """Where the contents of a member lie in the tar, in bytes."""
+
+    at: int
+    size: int
+
+
+class Group(NamedTuple):
+    """The members of a sample."""
+
+    key: str
+    """With its folder, as webdataset's `__key__`; bytes that are not UTF-8 are surrogates."""
+    members: dict[str, Place]
+    """By suffix, in lower case and without the first dot."""
+
+    def image(self) -> Place:
+        """The picture; without one its size is ABSENT or DOTTED, and it lies where the first member does."""
+        for suffix in IMAGE_SUFFIXES:
+            if suffix in self.members:
+                return self.members[suffix]
+        dotted = any(suffix.rpartition(".")[2] in IMAGE_SUFFIXES for suffix in self.members)
+        return Place(next(iter(self.members.values())).at, DOTTED if dotted else ABSENT)
+
+
+def samples(read: Read, size: int) -> Iterator[Group]:
+    """The samples of a tar of `size` bytes, in its order.
+
+    Raises TarError for a tar that is cut, damaged or without its end mark, after all that lies before the damage. A
+    member that the end of the file cuts is among that.
+    """
+    from webdataset.tariterators import base_plus_ext, group_by_keys  # imports torch, which takes seconds
+
+    damage: list[TarError] = []
+
+    def files() -> Iterator[dict[str, Any]]:
+        key, seen = None, set[str]()
+        try:
+            for raw, at, length in _members(read, size):
+                name = raw.decode("utf-8", "surrogateescape")
+                if _META.match(name):
+                    continue
+                prefix, suffix = base_plus_ext(name)
+                if prefix is None or prefix.endswith("/"):  # a hidden file, which macOS makes of every other
+                    continue
+                if prefix != key:
+                    key, seen = prefix, set()
+                if suffix.lower() in seen:
+                    yield {}  # ends the sample, as the end of a tar does
+                    seen = set()
+                seen.add(suffix.lower())
+                yield {"fname": name, "data": Place(at, length), "__url__": None}
+        except TarError as error:
+            damage.append(error)
+
+    for sample in group_by_keys(files()):
+        yield Group(sample["__key__"], {name: place for name, place in sample.items() if isinstance(place, Place)})
+    if damage:
+        raise damage[0]
+
+
 def index_tar(read: Read, size: int) -> tuple[np.ndarray, bytes]:
-    """The byte ranges of every sample, and a digest of them and of the samples' keys.
+    """The byte ranges of every sample with an image, a JSON or a text, and a digest of them and of the samples' keys.
 
     int64 (samples, 6): `image_offset, image_size, json_offset, json_size, txt_offset, txt_size`. What a sample lacks
-    has size -1; if that is the image, its offset is that of another member, so that the sample still has a name.
-    Raises TarError for a tar that is cut, damaged or without its end mark.
+    has size -1 (or DOTTED); if that is the image, its offset is that of another member, so that the sample still has a
+    name. Raises TarError as `samples` does.
     """
     rows: list[tuple[int, ...]] = []
     digest = hashlib.sha256()
-    key, found = b"", dict[bytes, tuple[int, int]]()
-
-    def close() -> None:
-        if found:
-            nowhere = (next(iter(found.values()))[0], ABSENT)
-            image = next((found[suffix] for suffix in IMAGE_SUFFIXES if suffix in found), nowhere)
-            rows.append((*image, *found.get(b"json", (0, ABSENT)), *found.get(b"txt", (0, ABSENT))))
-            digest.update(key + b"\0")
-
-    for name, at, length in _members(read, size):
-        folder, slash, base = name.rpartition(b"/")
-        stem, dot, suffix = base.partition(b".")
-        suffix = suffix.lower()
-        if not (stem and dot):
+    absent = Place(0, ABSENT)
+    for group in samples(read, size):
+        parts = group.image(), group.members.get("json", absent), group.members.get("txt", absent)
+        if all(part.size == ABSENT for part in parts):
             continue
-        if (here := folder + slash + stem) != key or suffix in found:
-            close()
-            key, found = here, {}
-        if suffix in _SUFFIXES:
-            found[suffix] = (at, length)
-    close()
+        rows.append(tuple(number for part in parts for number in part))
+        digest.update(group.key.encode("utf-8", "surrogateescape") + b"\0")
     index = np.array(rows, np.int64).reshape(-1, 6)
     digest.update(index.tobytes())
     return index, digest.digest()
@@ -76,6 +130,8 @@ def _members(read: Read, size: int) -> Iterator[tuple[bytes, int, int]]:
     at, long_name, long_size = 0, None, None
     while True:
         header = read(at, BLOCK)
+        if at == 0 and header.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+            raise TarError("a compressed tar, in which no sample can be found by its place; decompress it first")
         if len(header) < BLOCK:
             raise TarError(f"cut at byte {size:,}: a tar ends with an end mark, and here is none")
         if not header.strip(b"\0"):
@@ -90,12 +146,11 @@ def _members(read: Read, size: int) -> Iterator[tuple[bytes, int, int]]:
         name = member_name(header) if long_name is None else long_name
         if kind in b"123456":
             length = 0  # links, devices and folders have no data, whatever their header says
-        if data + length > size:
-            raise TarError(f"cut at byte {size:,}, inside a member that starts at byte {at:,}")
+        cut = f"cut at byte {size:,}, inside a member that starts at byte {at:,}" if data + length > size else ""
         at = data + -(-length // BLOCK) * BLOCK
         if kind in b"xL":
-            if length > _MAX_NAME:
-                raise TarError(f"a name of {length:,} bytes at byte {data:,}")
+            if length > _MAX_NAME or cut:
+                raise TarError(cut or f"a name of {length:,} bytes at byte {data:,}")
             extra = read(data, length)
             if kind == b"L":
                 long_name = extra.rstrip(b"\0")
@@ -106,6 +161,8 @@ def _members(read: Read, size: int) -> Iterator[tuple[bytes, int, int]]:
             raise TarError(f"a sparse member at byte {data:,}; shards hold plain files")
         if kind in b"07\0":
             yield name, data, length
+        if cut:
+            raise TarError(cut)
         if kind not in b"gK":
             long_name = long_size = None
 

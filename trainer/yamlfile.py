@@ -71,7 +71,8 @@ class Document:
     """
 
     def __init__(self, text: str, path: str = "") -> None:
-        self.path, self.data = path, None
+        self.path = path
+        self.data: Any = None
         self.problems: list[str] = []
         self._lines: dict[tuple[Any, ...], int] = {}
         self._values = 0
@@ -128,24 +129,26 @@ class Document:
             raise _UnreadableError(line, f"the tag {node.tag!r} is not read")
         if isinstance(node, yaml.SequenceNode):
             for i, item in enumerate(node.value):
-                self._lines[(*key, i)] = item.start_mark.line + 1
+                self._lines[key + (i,)] = item.start_mark.line + 1
             return [self._plain(item, (*key, i)) for i, item in enumerate(node.value)]
         result: dict[str, Any] = {}
         merged: list[Any] = []
         for name_node, value in node.value:
             line = name_node.start_mark.line + 1
             if not isinstance(name_node, yaml.ScalarNode):
-                raise _UnreadableError(line, "a list or a mapping cannot be a key; text that begins with { needs quotes")
+                raise _UnreadableError(
+                    line, "a list or a mapping cannot be a key; text that begins with { needs quotes"
+                )
             name = str(name_node.value)
             if name == "<<" and name_node.style is None:
                 found = self._plain(value, (*key, name))
                 merged += found if isinstance(found, list) else [found]
                 continue
             if name in result:
-                first = self._lines[(*key, name)]
+                first = self._lines[key + (name,)]
                 self._note(line, f"{'.'.join(map(str, (*key, name)))}: duplicate key (first on line {first})")
                 continue
-            self._lines[(*key, name)] = line
+            self._lines[key + (name,)] = line
             result[name] = self._plain(value, (*key, name))
         for other in merged:
             if not isinstance(other, dict):

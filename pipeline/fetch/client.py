@@ -1,13 +1,14 @@
 """Fetches bodies over HTTP from hosts that may be slow, broken, private or hostile.
 
 Built on aiohttp, whose 0.15 ms of CPU an image (0.3 without keep-alive) is small beside the 3 ms of decoding it;
-libcurl would save a tenth of a millisecond and cost callbacks in C. What decided: its socket factory sees every address
-that is dialled, IP literals and all, so the guard has no way around it.
+libcurl would save a tenth of a millisecond and cost callbacks in C. It was chosen because its socket factory sees every
+address that is dialled, IP literals included, so nothing gets around the guard.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import random
@@ -19,19 +20,21 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from types import TracebackType
+from typing import NamedTuple
 
 import aiohttp
 from yarl import URL
 
 from pipeline.fetch.budget import Budget, Lease
 from pipeline.fetch.guard import Guard, parse_url
+from pipeline.fetch.head import LenientResponse
 from pipeline.fetch.hosts import Exchange, Host, Hosts, Manners
-from pipeline.fetch.opt_out import disallowed_directive, reserves_mining
+from pipeline.fetch.opt_out import Reservations, disallowed_directive, preference, reservations, reserves_mining
 from pipeline.fetch.outage import Outage
-from pipeline.fetch.reasons import FetchError
+from pipeline.fetch.reasons import FetchError, one_line
 from pipeline.fetch.resolver import Lookup, Resolver, system_lookup
 from pipeline.fetch.robots import MAX_BYTES, Robots, parse
 
@@ -44,21 +47,49 @@ FREE_BYTES = 256 * 1024
 # The rate is judged over whole windows, so that a pause of a busy server is not taken for its rate.
 RATE_WINDOW = 3.0
 BACKOFF = 0.25
-# Transient, but no sooner than in another run: the row's time is up, or the answer would come from the cache.
+# Transient, but not worth a second attempt in this run: the row's time is up, or the answer would come from a cache.
 _NOT_AT_ONCE = frozenset({"deadline", "too_slow", "dns_unavailable", "robots_unavailable", "host_down", "host_busy"})
 
 ROBOTS_SECONDS = 5.0
-"""For a robots.txt in all, or `timeout` if that is less; the clocks of the rows that wait for it stand still."""
+"""Total time for a host's robots.txt and tdmrep.json, or `timeout` if that is less. The clocks of the rows that wait
+for them stand still."""
 ROBOTS_TTL = 24 * 3600.0
-"""The longest that RFC 9309, 2.4 lets a copy be used."""
+"""The longest that a copy may be used (RFC 9309, 2.4)."""
 ROBOTS_RETRY_TTL = 30.0
-# No answer at all about robots.txt would be none to the row itself, which is spared the attempt.
+# A host that does not answer for robots.txt would not answer for the row either, so the row fails at once.
 _NO_ANSWER = frozenset({"dns", "dns_unavailable", "addr_denied", "connect", "unreachable", "tls", "reset", "deadline"})
 # A redirect that leads nowhere is no file (RFC 9309, 2.3.1.2).
 _NO_FILE = frozenset({"too_many_redirects", "redirect_loop", "bad_url", "bad_scheme"})
 
-Answer = Callable[[aiohttp.ClientResponse, "Clock", Lease], Awaitable["bytes | str"]]
+TDMREP = "/.well-known/tdmrep.json"
+# Of what publishers say, this many statements are kept with a picture.
+STATEMENTS = 20
+_STATEMENT_HEADERS = ("X-Robots-Tag", "Content-Usage", "tdm-reservation", "tdm-policy")
+
+Answer = Callable[[aiohttp.ClientResponse, "Errand"], Awaitable["bytes | str"]]
 """Makes of a response the body, or where a redirect leads."""
+
+
+class Fetched(NamedTuple):
+    body: bytes
+    usage: str | None
+    """What the publisher said about the use of the picture, on any hop: one statement a line, "Content-Usage:
+    train-ai=y" or "robots.txt Content-Usage: search=n"; None where nothing was said."""
+
+
+@dataclass
+class Errand:
+    """What requests are made for: the picture of a row, or a file that speaks for a host."""
+
+    clock: Clock
+    lease: Lease
+    answer: Answer
+    said: list[str] = field(default_factory=list)
+
+    def note(self, statement: str) -> None:
+        statement = one_line(statement)
+        if statement not in self.said and len(self.said) < STATEMENTS:
+            self.said.append(statement)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +104,7 @@ class Limits:
     per_host: int = 8
     user_agent_token: str = "winnow"
     user_agent_contact: str = ""
-    disallowed_header_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
+    disallowed_header_directives: tuple[str, ...] = ("noai", "noimageai", "noml", "noindex", "noimageindex")
     allow_addrs: tuple[str, ...] = ()
 
 
@@ -88,7 +119,7 @@ def user_agent(token: str, contact: str) -> str:
 
 
 class Client:
-    """Use as `async with Client(limits) as client: async with client.fetch(url, begin) as body: ...`."""
+    """Use as `async with Client(limits) as client: async with client.fetch(url, begin) as fetched: ...`."""
 
     def __init__(
         self,
@@ -108,17 +139,27 @@ class Client:
         self._bytes = Budget(limits.bytes_in_flight)
         self._outage = Outage()
         self._hosts = Hosts(limits.per_host, manners, board)
-        self._asking: set[asyncio.Task[Robots | FetchError]] = set()
+        self._asking: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Client:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=0,  # rows and hosts have limits of their own
-                ssl=tls_context(),
-                resolver=self._resolver,
-                use_dns_cache=False,
-                socket_factory=self._open_socket,
-            ),
+        # Keep-alive pays only where more requests follow; else thousands of idle sockets would pile up.
+        self._kept, self._closed = self._open_session(force_close=False), self._open_session(force_close=True)
+        self._hosts.open()
+        return self
+
+    def _open_session(self, *, force_close: bool) -> aiohttp.ClientSession:
+        connector = aiohttp.TCPConnector(
+            limit=0,  # rows and hosts have limits of their own
+            ssl=tls_context(),
+            resolver=self._resolver,
+            use_dns_cache=False,
+            force_close=force_close,
+            socket_factory=self._open_socket,
+        )
+        # aiohttp has no public place for this; tests/fetch/test_wire.py fails where it moves.
+        connector._factory = functools.partial(LenientResponse, loop=asyncio.get_running_loop())  # type: ignore[assignment]
+        session = aiohttp.ClientSession(
+            connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
             trust_env=False,
@@ -129,15 +170,16 @@ class Client:
                 "Accept-Encoding": "identity",
             },
         )
-        self._hosts.open()
-        return self
+        session._retry_connection = False  # see `_get`
+        return session
 
     async def __aexit__(self, *exc: object) -> None:
         for task in self._asking:
             task.cancel()
         await asyncio.gather(*self._asking, return_exceptions=True)
         await self._hosts.close()
-        await self._session.close()
+        await self._kept.close()
+        await self._closed.close()
         await self._resolver.close()
 
     def _open_socket(self, info: tuple[int, int, int, str, tuple]) -> socket.socket:
@@ -146,8 +188,8 @@ class Client:
         return socket.socket(family, kind, protocol)
 
     @asynccontextmanager
-    async def fetch(self, url: str | None, begin: Callable[[], Awaitable[None]]) -> AsyncIterator[bytes]:
-        """The body behind `url`. Raises FetchError, and OutageError when the row is not to blame.
+    async def fetch(self, url: str | None, begin: Callable[[], Awaitable[None]]) -> AsyncIterator[Fetched]:
+        """What is behind `url`. Raises FetchError, and OutageError when the row is not to blame.
 
         `begin` is awaited once, when the row's first host has room for it: the caller's own limit on rows at work.
         The bytes count as in flight until the block is left.
@@ -158,7 +200,7 @@ class Client:
         finally:
             lease.give_back()
 
-    async def _row(self, url: URL, begin: Callable[[], Awaitable[None]], lease: Lease) -> bytes:
+    async def _row(self, url: URL, begin: Callable[[], Awaitable[None]], lease: Lease) -> Fetched:
         arrived = time.monotonic()
         # A row waits here while its host is busy, without taking one of the places among the rows at work: one slow
         # host with a thousand rows holds up none of the others.
@@ -170,72 +212,74 @@ class Client:
                     if longest and time.monotonic() - arrived > longest:
                         raise FetchError("host_busy", f"{longest:.0f} s in the queue of {host.name}")
                     await begin()
-                    return await self._persist(url, Clock(self.limits.timeout), lease, self._answer)
+                    errand = Errand(Clock(self.limits.timeout), lease, self._picture)
+                    body = await self._persist(url, errand)
+                    return Fetched(body, "\n".join(errand.said) or None)
             except FetchError as failure:
                 self._outage.failed(host.name, failure)
                 raise
 
-    async def _persist(self, url: URL, clock: Clock, lease: Lease, answer: Answer) -> bytes:
+    async def _persist(self, url: URL, errand: Errand) -> bytes:
         """Asks again after transient failures for as long as the clock allows."""
         earlier: FetchError | None = None
         for attempt in range(self.limits.retries + 1):
             try:
-                return await self._follow(url, clock, lease, answer)
+                return await self._follow(url, errand)
             except FetchError as failure:
-                lease.give_back()
+                errand.lease.give_back()
                 if failure.reason == "host_down" and earlier:
-                    raise earlier from None  # others have found it down meanwhile; this row has seen for itself
+                    raise earlier from None  # other rows found the host down meanwhile; report this row's own failure
                 pause = max(failure.retry_after or 0.0, BACKOFF * 2**attempt * random.uniform(1, 1.5))
                 hopeless = not failure.transient or failure.reason in _NOT_AT_ONCE
-                if hopeless or attempt == self.limits.retries or pause >= clock.left:
+                if hopeless or attempt == self.limits.retries or pause >= errand.clock.left:
                     raise
                 earlier = failure
-            with clock:
+            with errand.clock:
                 await asyncio.sleep(pause)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    async def _follow(self, url: URL, clock: Clock, lease: Lease, answer: Answer) -> bytes:
+    async def _follow(self, url: URL, errand: Errand) -> bytes:
+        errand.said.clear()
         seen = {url}
         for _ in range(MAX_REDIRECTS + 1):
-            found = await self._hop(url, clock, lease, answer)
+            found = await self._hop(url, errand)
             if isinstance(found, bytes):
                 return found
             url = parse_url(found, base=url)
             if url in seen:
                 raise FetchError("redirect_loop", str(url))
             seen.add(url)
-        raise FetchError("too_many_redirects", f"the {MAX_REDIRECTS + 1}th leads to {url}")
+        raise FetchError("too_many_redirects", f"redirect {MAX_REDIRECTS + 1} leads to {url}")
 
-    async def _hop(self, url: URL, clock: Clock, lease: Lease, answer: Answer) -> bytes | str:
+    async def _hop(self, url: URL, errand: Errand) -> bytes | str:
         """One request: the body, or where a redirect leads."""
         host = self._hosts.find(url)
         host.breaker.refuse()
-        if self.manners.robots_txt and answer != self._robots_answer:
-            await self._check_robots(url, host)
-        # Time spent waiting for our own politeness is not the host's slowness: the clock stands still.
+        if errand.answer == self._picture:
+            await self._check_host(url, host, errand)
+        # The clock stands still while we wait for our own limits: that time is not the host's.
         await host.begin()
         try:
             host.breaker.admit()
             if (pause := host.resumes - time.monotonic()) > 0:
-                if pause >= clock.left:
-                    detail = f"not asked: the host wants {pause:.0f} s of peace"
+                if pause >= errand.clock.left:
+                    detail = f"Skipped: the host asked us to wait {pause:.0f} s (Retry-After)"
                     raise FetchError(host.refusal, detail, retry_after=pause)
-                with clock:
+                with errand.clock:
                     await asyncio.sleep(pause)
-            return await self._exchange(url, host, clock, lease, answer)
+            return await self._exchange(url, host, errand)
         finally:
             host.end()
 
-    async def _exchange(self, url: URL, host: Host, clock: Clock, lease: Lease, answer: Answer) -> bytes | str:
-        # Keep-alive pays only where more requests follow; else thousands of idle sockets would pile up.
-        headers = None if host.busy or answer == self._robots_answer else _CLOSE
+    async def _exchange(self, url: URL, host: Host, errand: Errand) -> bytes | str:
+        clock = errand.clock
         left = clock.left
         try:
             with clock:
-                response = await self._session.get(url, allow_redirects=False, headers=headers)
+                response = await self._get(url, keep=host.busy or errand.answer == self._file)
                 self._outage.alive()
                 try:
-                    found = await answer(response, clock, lease)
+                    found = await errand.answer(response, errand)
                 finally:
                     response.release()  # closes the connection where a part of the body is still to come
             host.note(None)
@@ -248,30 +292,42 @@ class Client:
         if failure.reason != "deadline" or left > clock.seconds / 2:
             host.note(failure)
         if failure.retry_after and failure.reason in ("http_429", "http_503"):
-            host.wants_peace(failure.retry_after, failure.reason)
+            host.asks_to_wait(failure.retry_after, failure.reason)
         raise failure
 
-    async def _answer(self, response: aiohttp.ClientResponse, clock: Clock, lease: Lease) -> bytes | str:
-        headers, limits = response.headers, self.limits
-        if "X-Robots-Tag" in headers and (
-            directive := disallowed_directive(
-                headers.getall("X-Robots-Tag"), limits.user_agent_token, limits.disallowed_header_directives
-            )
-        ):
+    async def _get(self, url: URL, *, keep: bool) -> aiohttp.ClientResponse:
+        if keep:
+            try:
+                return await self._kept.get(url, allow_redirects=False)
+            except aiohttp.ClientConnectorError:
+                raise
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                pass  # a kept connection, most likely, that the server closed as we took it up
+        return await self._closed.get(url, allow_redirects=False)
+
+    async def _picture(self, response: aiohttp.ClientResponse, errand: Errand) -> bytes | str:
+        headers, limits, manners = response.headers, self.limits, self.manners
+        for name in _STATEMENT_HEADERS:
+            for value in headers.getall(name, ()):
+                errand.note(f"{name}: {value}")
+        tags = headers.getall("X-Robots-Tag", ())
+        if directive := disallowed_directive(tags, limits.user_agent_token, limits.disallowed_header_directives):
             raise FetchError("opted_out", f"X-Robots-Tag: {directive}")
-        if self.manners.tdm_reservation and reserves_mining(headers.getall("tdm-reservation", ())):
+        usage = ", ".join(headers.getall("Content-Usage", ()))
+        if preference(usage, manners.content_usage) is False:
+            raise FetchError("opted_out", f"Content-Usage: {usage}")
+        if manners.tdm_reservation and reserves_mining(headers.getall("tdm-reservation", ())):
             raise FetchError("opted_out", "tdm-reservation: 1")
         if response.status in _REDIRECTS:
             return _location(response)
         if response.status != 200:
             raise FetchError(f"http_{response.status:03d}", retry_after=_retry_after(response))
-        return await self._body(response, clock, lease)
+        return await self._body(response, errand.clock, errand.lease)
 
     async def _body(self, response: aiohttp.ClientResponse, clock: Clock, lease: Lease) -> bytes:
-        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-        if encoding not in ("", "identity"):
+        if compression := _compression(response):
             # Asked for as it is, an image comes compressed from one server in thousands; a bomb comes that way too.
-            raise FetchError("content_encoding", encoding)
+            raise FetchError("content_encoding", compression)
         length, cap = response.content_length, self.limits.max_bytes
         if length is not None and length > cap:
             raise FetchError("body_too_large", f"{length} bytes announced, at most {cap}")
@@ -296,7 +352,7 @@ class Client:
             # The traceback keeps this frame for as long as anyone keeps the exception, the lease gone long before.
             body.clear()
             if pace.too_slow and isinstance(error, aiohttp.ClientError):
-                raise FetchError("too_slow", f"{received} bytes until then") from None
+                raise FetchError("too_slow", f"after {received} bytes") from None
             raise
         finally:
             pace.stop()
@@ -305,44 +361,70 @@ class Client:
         lease.keep(len(body))
         return bytes(body)
 
-    async def _check_robots(self, url: URL, host: Host) -> None:
-        """Raises FetchError where the host's robots.txt forbids the url, or could not be had."""
-        robots = host.robots
-        if robots is None or host.robots_expire < time.monotonic():
-            if host.asking_robots is None:
-                host.asking_robots = asyncio.create_task(self._ask_robots(url, host))
-                self._asking.add(host.asking_robots)
-                host.asking_robots.add_done_callback(self._asking.discard)
+    async def _check_host(self, url: URL, host: Host, errand: Errand) -> None:
+        """Raises FetchError where the host's files forbid the url or its use, or its robots.txt could not be had."""
+        if not (self.manners.robots_txt or self.manners.tdmrep_json):
+            return
+        if host.robots is None or host.words_expire < time.monotonic():
+            if host.asking is None:
+                host.asking = asyncio.create_task(self._ask_host(url, host))
+                self._asking.add(host.asking)
+                host.asking.add_done_callback(self._asking.discard)
             # Shielded: the others wait for the answer too.
-            robots = await asyncio.shield(host.asking_robots)
+            await asyncio.shield(host.asking)
+        robots = host.robots
+        assert robots is not None
         if isinstance(robots, FetchError):
             raise FetchError(robots.reason, robots.detail)
-        if not robots.allows(url.raw_path_qs):
+        target = url.raw_path_qs
+        if not robots.allows(target):
             raise FetchError("robots_disallowed", f"{host.name}/robots.txt")
+        for usage in robots.usage(target):
+            errand.note(f"robots.txt Content-Usage: {usage}")
+            if preference(usage, self.manners.content_usage) is False:
+                raise FetchError("opted_out", f"robots.txt Content-Usage: {usage}")
+        reserved = host.reservations.reserved(target)
+        if reserved is not None:
+            errand.note(f"tdmrep.json tdm-reservation: {reserved:d}")
+        if reserved:
+            raise FetchError("opted_out", "tdmrep.json tdm-reservation: 1")
 
-    async def _ask_robots(self, url: URL, host: Host) -> Robots | FetchError:
-        """Whom status and failure let ask for what: RFC 9309, 2.3.1."""
-        robots: Robots | FetchError = Robots()
+    async def _ask_host(self, url: URL, host: Host) -> None:
+        """Fetches the files that speak for the host: robots.txt, then tdmrep.json where the first one lets us."""
         clock = Clock(min(self.limits.timeout, ROBOTS_SECONDS))
+        robots: Robots | FetchError = Robots()
+        found = Reservations()
         try:
-            file = url.with_path("/robots.txt")
-            text = await self._persist(file, clock, Lease(self._bytes), self._robots_answer)
+            if self.manners.robots_txt:
+                robots = await self._ask_robots(url, host, clock)
+            if self.manners.tdmrep_json and isinstance(robots, Robots) and robots.allows(TDMREP):
+                # Without the file, for whatever reason, nothing is reserved by it (TDMRep, "TDM File on the Origin
+                # Server"), so it is asked for once.
+                with contextlib.suppress(FetchError):
+                    errand = Errand(clock, Lease(self._bytes), self._file)
+                    found = reservations(await self._follow(url.with_path(TDMREP), errand))
+        finally:
+            host.asking = None
+        self._hosts.remember(host, robots, found, ROBOTS_TTL if isinstance(robots, Robots) else ROBOTS_RETRY_TTL)
+
+    async def _ask_robots(self, url: URL, host: Host, clock: Clock) -> Robots | FetchError:
+        """The rules, or a failure that forbids all requests to the host (RFC 9309, 2.3.1)."""
+        try:
+            text = await self._persist(url.with_path("/robots.txt"), Errand(clock, Lease(self._bytes), self._file))
             robots = parse(text, self.limits.user_agent_token)
             host.gap = max(host.gap, robots.crawl_delay)
+            return robots
         except FetchError as failure:
             status = failure.reason.removeprefix("http_")
             denied = status.isdigit() and (int(status) >= 500 or int(status) == 429)
             if failure.reason in _NO_ANSWER:
-                robots = FetchError(failure.reason, f"robots.txt: {failure.detail}".removesuffix(": "))
-            elif denied or not (status.isdigit() or failure.reason in _NO_FILE):
-                robots = FetchError("robots_unavailable", f"{failure.reason} {failure.detail}")
-        finally:
-            host.asking_robots = None
-        self._hosts.remember(host, robots, ROBOTS_TTL if isinstance(robots, Robots) else ROBOTS_RETRY_TTL)
-        return robots
+                return FetchError(failure.reason, f"robots.txt: {failure.detail}".removesuffix(": "))
+            if denied or not (status.isdigit() or failure.reason in _NO_FILE):
+                return FetchError("robots_unavailable", f"{failure.reason} {failure.detail}")
+            return Robots()
 
-    async def _robots_answer(self, response: aiohttp.ClientResponse, clock: Clock, lease: Lease) -> bytes | str:
-        # Headers that opt out are no matter here: many a site does not want its robots.txt in an index.
+    async def _file(self, response: aiohttp.ClientResponse, errand: Errand) -> bytes | str:
+        # Opt-out headers do not matter here: many sites keep their robots.txt out of search indexes.
         if response.status in _REDIRECTS:
             return _location(response)
         if not 200 <= response.status < 300:
@@ -350,22 +432,19 @@ class Client:
         text = bytearray()
         while len(text) <= MAX_BYTES and (chunk := await response.content.readany()):
             text += chunk
-        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-        if encoding in ("", "identity"):
+        compression = _compression(response)
+        if not compression:
             return bytes(text)
         try:
-            if encoding not in ("gzip", "x-gzip"):
+            if compression not in ("gzip", "x-gzip"):
                 raise zlib.error
             return zlib.decompressobj(wbits=31).decompress(text, MAX_BYTES + 1)
         except zlib.error:
-            raise FetchError("content_encoding", encoding) from None
-
-
-_CLOSE = {"Connection": "close"}
+            raise FetchError("content_encoding", compression) from None
 
 
 class Clock:
-    """A row's seconds. They run inside `with clock:` only; when they are used up, the block ends in FetchError."""
+    """A row's time budget. It runs inside `with clock:` only; when it is used up, the block raises FetchError."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -431,21 +510,38 @@ class Pace:
         self._timer.cancel()
 
 
+# IANA's registry of content codings, without identity, and what compression is called that is not registered.
+_COMPRESSIONS = frozenset(
+    "aes128gcm br brotli bzip bzip2 compress dcb dcz deflate exi gzip lz4 lzma pack200-gzip sdch snappy xz zlib zstd "
+    "x-brotli x-bzip x-bzip2 x-compress x-deflate x-gzip x-lzma x-xz x-zstd".split()
+)
+
+
+def _compression(response: aiohttp.ClientResponse) -> str:
+    """The first label of Content-Encoding that names a compression, else "".
+
+    Any other label (none, utf-8, binary, aws-chunked, a media type) is a mistake of the server. Browsers ignore it, and
+    the first bytes of the body tell what it is.
+    """
+    labels = ",".join(response.headers.getall("Content-Encoding", ())).lower().split(",")
+    return next((label for label in map(str.strip, labels) if label in _COMPRESSIONS), "")
+
+
 def _location(response: aiohttp.ClientResponse) -> str:
-    location = response.headers.get("Location", "").strip()
-    if not location:
-        raise FetchError("bad_response", f"status {response.status} without a Location")
-    # Header bytes that are not UTF-8 arrive as surrogates; Latin-1 is what HTTP once meant by them.
-    if any("\ud800" <= c <= "\udfff" for c in location):
-        return location.encode("utf-8", "surrogateescape").decode("latin-1")
-    return location
+    locations = {location for location in response.headers.getall("Location", ()) if location}
+    if len(locations) != 1:
+        raise FetchError("bad_response", f"status {response.status} with {len(locations)} different Locations")
+    # Bytes beyond ASCII go back as they came, escaped, as browsers and curl do it: the server knows in which encoding.
+    raw = locations.pop().encode("utf-8", "surrogateescape")
+    return _BEYOND_ASCII.sub(lambda byte: b"%%%02X" % byte[0][0], raw).decode("ascii")
 
 
+_BEYOND_ASCII = re.compile(rb"[\x80-\xff]")
 _SECONDS = re.compile(r"\d{1,9}")
 
 
 def _retry_after(response: aiohttp.ClientResponse) -> float | None:
-    """Seconds until then, from either form of the header (RFC 9110, 10.2.3); None where there is no sense in it."""
+    """Seconds to wait, from either form of the header (RFC 9110, 10.2.3); None if it has neither form."""
     text = response.headers.get("Retry-After", "").strip()
     if _SECONDS.fullmatch(text):
         return float(text)
@@ -467,10 +563,12 @@ def _translate(error: Exception) -> FetchError:
     if isinstance(error, aiohttp.ClientConnectorError):
         reason = "unreachable" if error.errno in _UNREACHABLE else "connect"
         return FetchError(reason, error.strerror or str(error.os_error))
+    if isinstance(error, aiohttp.ClientResponseError):
+        return FetchError("bad_response", error.message)
     if isinstance(error, aiohttp.ClientPayloadError):
         # Both mean an unfinished body, but garbage between chunks will be garbage again.
         unfinished = "Not enough data" in text or not isinstance(
-            error.__cause__, aiohttp.http_exceptions.BadHttpMessage
+            error.__cause__, aiohttp.http_exceptions.HttpProcessingError
         )
         return FetchError("body_truncated" if unfinished else "bad_response", str(error))
     if isinstance(error, (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError)):

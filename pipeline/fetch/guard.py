@@ -13,8 +13,10 @@ from collections.abc import Iterable
 from yarl import URL
 
 from pipeline.fetch.reasons import FetchError
+from pipeline.url import InvalidUrlError, WebAddress, web_address
 
-MAX_URL = 4096
+MAX_URL = 8000
+"""Characters of a url: Apache and nginx refuse request lines of more than 8 KB."""
 
 # IANA IPv4 Special-Purpose Address Registry, plus multicast and reserved space. `ipaddress.is_global` is not enough: it
 # lets 192.0.0.8 and 224.0.0.1 pass.
@@ -76,7 +78,7 @@ def is_public(address: str) -> bool:
 
 
 class Guard:
-    """Decides about each address and port; `allow_addrs` ("127.0.0.1:8765", "[::1]:80") opens exactly those pairs."""
+    """Checks each address and port; `allow_addrs` ("127.0.0.1:8765", "[::1]:80") allows exactly those pairs."""
 
     def __init__(self, allow_addrs: Iterable[str] = ()):
         self._allowed = {parse_addr(text) for text in allow_addrs}
@@ -88,7 +90,7 @@ class Guard:
         if not is_public(address):
             raise FetchError("addr_denied", f"{address} is not a public unicast address")
         if port in _BAD_PORTS:
-            raise FetchError("addr_denied", f"port {port} belongs to another protocol than HTTP")
+            raise FetchError("addr_denied", f"port {port} belongs to a protocol other than HTTP")
 
 
 def parse_addr(text: str) -> tuple[str, int]:
@@ -112,44 +114,39 @@ def _canonical(address: str) -> str:
         return address
 
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?")
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+# Lone surrogates: no text at all.
+_BROKEN = re.compile("[\ud800-\udfff]")
 
 
 def parse_url(text: str | None, base: URL | None = None) -> URL:
-    """The http(s) URL that `text` means (relative to `base` for a redirect), without fragment.
+    """The http(s) URL that a browser would request for `text` (relative to `base` for a redirect), without fragment.
 
-    Raises FetchError with `bad_url` or `bad_scheme`. Says nothing about the address behind the host: see `Guard`.
+    `raw_path_qs` of the result is what goes into the request line: see `pipeline.url.web_address`. Raises FetchError
+    with `bad_url` or `bad_scheme`. Does not check the address behind the host: see `Guard`.
     """
-    text = (text or "").strip()
-    if not text:
+    text = text or ""
+    if not text.strip():
         raise FetchError("bad_url", "empty")
     if len(text) > MAX_URL:
         raise FetchError("bad_url", f"{len(text)} characters, at most {MAX_URL}")
-    if _UNPRINTABLE.search(text):
-        raise FetchError("bad_url", "control characters or broken Unicode")
-    scheme = _SCHEME.match(text)
-    # `example.com:80/a.jpg` reads as the scheme "example.com"; without a base there is no other reading to offer.
-    if scheme and scheme[1].lower() not in ("http", "https"):
-        raise FetchError("bad_scheme", scheme[1])
-    if not scheme and base is None:
-        raise FetchError("bad_scheme", "no scheme")
+    if _BROKEN.search(text):
+        raise FetchError("bad_url", "broken Unicode")
     try:
-        url = URL(text) if base is None else base.join(URL(text))
-        if url.raw_fragment:
-            url = url.with_fragment(None)
-        host, port, user = url.raw_host, url.port, url.user or url.password
-    except (ValueError, TypeError) as error:  # yarl's and idna's refusals
-        raise FetchError("bad_url", str(error)) from None
-    if user is not None:
+        address = web_address(text, _address_of(base) if base else None)
+    except InvalidUrlError as error:
+        detail = str(error)
+        # `example.com:80/a.jpg` reads as the scheme "example.com"; without a base there is no other reading to offer.
+        raise FetchError("bad_scheme" if "scheme" in detail.split() else "bad_url", detail) from None
+    if address.user.strip(":"):
         # Credentials in a table of image urls are a leak or a trick (http://good.example@evil.example/).
         raise FetchError("bad_url", "carries a user name")
-    if not host or not port:
-        raise FetchError("bad_url", "no host" if not host else "port 0")
-    if ":" in host:
-        if "%" in host:
-            raise FetchError("bad_url", "scoped IPv6 address")
-    elif len(host) > 253 or not _NAME.fullmatch(host):
-        raise FetchError("bad_url", f"not a host name: {host}")
-    return url
+    if address.port == 0:
+        raise FetchError("bad_url", "port 0")
+    if len(address.target) > MAX_URL:
+        raise FetchError("bad_url", f"{len(address.target)} characters once escaped, at most {MAX_URL}")
+    # The query stands in the path: yarl would drop the "?" of an empty one.
+    return URL.build(scheme=address.scheme, authority=address.authority, path=address.target, encoded=True)
+
+
+def _address_of(url: URL) -> WebAddress:
+    return WebAddress(url.scheme, "", url.host_subcomponent or "", url.explicit_port, url.raw_path_qs)

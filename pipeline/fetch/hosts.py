@@ -1,4 +1,4 @@
-"""Manners: what all rows of one host share, on this worker and, through a board, across the cluster.
+"""Limits per host, shared by all rows of one host: on this worker and, through a board, across the cluster.
 
 A host is a scheme, a name and a port, as for robots.txt. The board is plain Python, asked a few times a second for all
 hosts at once; whoever runs several workers gives them one board to share, in an actor of its own, say.
@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 from yarl import URL
 
 from pipeline.fetch.budget import Budget
+from pipeline.fetch.opt_out import Reservations
 from pipeline.fetch.outage import OutageError
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.robots import Robots
@@ -58,7 +59,9 @@ class Manners:
     host_wait: float = 600.0
     host_failures: int = 10
     robots_txt: bool = True
+    content_usage: tuple[str, ...] = ("train-ai", "all")
     tdm_reservation: bool = True
+    tdmrep_json: bool = True
 
 
 class Breaker:
@@ -130,7 +133,7 @@ class Ask(NamedTuple):
     gap: float = 0.0
     """Least seconds between two requests, by Crawl-delay or the user's rate."""
     pause: float = 0.0
-    """Seconds of peace that the host has just asked for, and in which words."""
+    """Seconds that the host has just asked us to wait (Retry-After), and the reason for rows that cannot wait."""
     refusal: str = ""
     down: float = 0.0
     """Seconds for which the host has just been found down, and by which failure."""
@@ -169,7 +172,7 @@ class Host:
         "_hosts",
         "_next",
         "_starts",
-        "asking_robots",
+        "asking",
         "breaker",
         "entrance",
         "gap",
@@ -178,11 +181,12 @@ class Host:
         "news",
         "permits",
         "refusal",
+        "reservations",
         "resumes",
         "robots",
-        "robots_expire",
         "rows",
         "scarce",
+        "words_expire",
     )  # fmt: skip
 
     def __init__(self, name: str, hosts: Hosts):
@@ -200,10 +204,13 @@ class Host:
         """`time.monotonic()` before which the host wants no request, by its Retry-After."""
         self.refusal = "http_503"
         self.robots: Robots | FetchError | None = None
-        self.robots_expire = 0.0
-        self.asking_robots: asyncio.Task[Robots | FetchError] | None = None
+        self.reservations = Reservations()
+        self.words_expire = 0.0
+        """`time.monotonic()` until which `robots` and `reservations` may be used."""
+        self.asking: asyncio.Task[None] | None = None
+        """Asks for both."""
         self.news = _NO_NEWS
-        """What the board has not been told yet."""
+        """What the board does not know yet."""
         self._hosts = hosts
         self._next = 0.0
         self._starts: deque[float] = deque()
@@ -238,8 +245,8 @@ class Host:
         self._next = start + self.gap
         return start
 
-    def wants_peace(self, seconds: float, refusal: str) -> None:
-        """Retry-After: said to one row, meant for all."""
+    def asks_to_wait(self, seconds: float, refusal: str) -> None:
+        """Applies a Retry-After that one row received to all rows of the host."""
         self.resumes, self.refusal = time.monotonic() + seconds, refusal
         self.news = self.news._replace(pause=seconds, refusal=refusal)
 
@@ -259,7 +266,7 @@ class Host:
         return ask
 
     def hear(self, ask: Ask, grant: Grant) -> None:
-        """What the board has answered to `ask`."""
+        """Applies the board's answer to `ask`."""
         now = time.monotonic()
         self.scarce = grant.permits < ask.used + ask.wanted
         if grant.pause and now + grant.pause > self.resumes:
@@ -298,7 +305,7 @@ class Hosts:
         self.failures = manners.host_failures
         self.board = board
         self.touched: dict[str, Host] = {}
-        """Hosts about which the board must hear."""
+        """Hosts with something to report to the board."""
         self.lost: OutageError | None = None
         self._known: dict[str, Host] = {}
         self._rules = 0
@@ -338,10 +345,10 @@ class Hosts:
         finally:
             host.rows -= 1
 
-    def remember(self, host: Host, robots: Robots | FetchError, seconds: float) -> None:
-        for of, sign in ((host.robots, -1), (robots, 1)):
-            self._rules += sign * of.size if isinstance(of, Robots) else 0
-        host.robots, host.robots_expire = robots, time.monotonic() + seconds
+    def remember(self, host: Host, robots: Robots | FetchError, reservations: Reservations, seconds: float) -> None:
+        self._rules -= _size(host)
+        host.robots, host.reservations, host.words_expire = robots, reservations, time.monotonic() + seconds
+        self._rules += _size(host)
 
     def _forget(self) -> None:
         """Drops the hosts that were not used for longest, a tenth at once; those in use stay, however many they are."""
@@ -351,7 +358,7 @@ class Hosts:
             host = self._known[name]
             if host.forgettable:
                 del self._known[name]
-                self._rules -= host.robots.size if isinstance(host.robots, Robots) else 0
+                self._rules -= _size(host)
 
     async def _exchange(self, board: Exchange) -> None:
         heard = settled = time.monotonic()
@@ -390,6 +397,11 @@ class Hosts:
                     self.touched[name] = host
 
 
+def _size(host: Host) -> int:
+    """Bytes that the rules of a host take."""
+    return host.reservations.size + (host.robots.size if isinstance(host.robots, Robots) else 0)
+
+
 class _Shared:
     """A host as the board sees it; times are the board's own."""
 
@@ -409,7 +421,7 @@ class Board:
 
     Workers that want more than there is get equal shares; where there are more workers than permits, they take turns of
     one request. What a worker holds is what it said last, or was granted since, so the sum never exceeds `per_host`.
-    Memory is bounded by the requests under way and by the hosts that asked for peace.
+    Memory is bounded by the requests under way and by the hosts that asked us to wait.
     """
 
     def __init__(self, per_host: int, now: Now = time.monotonic):

@@ -14,29 +14,29 @@ class Reason(NamedTuple):
 
 REASONS: dict[str, Reason] = {
     # The address
-    "bad_url": Reason("the url is missing, malformed, over-long, or carries a user name", False),
+    "bad_url": Reason("the url is missing, malformed, longer than 8,000 characters, or has a user name", False),
     "bad_scheme": Reason("the url, or a redirect, is neither http nor https", False),
     "addr_denied": Reason("the host is not a public unicast address, or the port belongs to another protocol", False),
     "dns": Reason("the host name does not exist", False),
-    "dns_unavailable": Reason("the resolver gave no answer about the host name", True),
+    "dns_unavailable": Reason("the resolver did not answer for the host name", True),
     # The connection
-    "connect": Reason("the host refused the connection, or did not take it up", True),
-    "unreachable": Reason("no way leads to the host's network", True),
-    "reset": Reason("the server closed the connection before its answer began", True),
+    "connect": Reason("the host refused the connection, or did not answer it", True),
+    "unreachable": Reason("no route to host", True),
+    "reset": Reason("the server closed the connection before its response began", True),
     "tls": Reason("the TLS handshake failed or the certificate is not valid for the host", False),
     "deadline": Reason("not finished within `timeout` seconds, redirects and retries included", True),
     "too_slow": Reason("the body came in slower than the minimum rate", True),
-    "host_down": Reason("not asked: the host failed `host_failures` times in a row", True),
-    "host_busy": Reason("not asked: `host_wait` seconds were not enough to get to the row's turn at its host", True),
-    # The publisher's word
+    "host_down": Reason("skipped: the host failed `host_failures` times in a row", True),
+    "host_busy": Reason("skipped: the row waited `host_wait` seconds for its turn at the host", True),
+    # The publisher
     "robots_disallowed": Reason("the host's robots.txt forbids the path to us", False),
-    "robots_unavailable": Reason("not asked: the host's robots.txt could not be had, which counts as a refusal", True),
-    "opted_out": Reason("X-Robots-Tag or tdm-reservation asks for this image not to be used", False),
+    "robots_unavailable": Reason("skipped: the host's robots.txt could not be fetched, which counts as a no", True),
+    "opted_out": Reason("X-Robots-Tag, Content-Usage or TDMRep asks for this image not to be used", False),
     # The answer
-    "bad_response": Reason("the answer is not valid HTTP", False),
+    "bad_response": Reason("the response is not HTTP, or can be read in two ways", False),
     "redirect_loop": Reason("a redirect led back to a url already visited", False),
     "too_many_redirects": Reason("more than 5 redirects", False),
-    "content_encoding": Reason("the body is compressed in transit although we asked for it as it is", False),
+    "content_encoding": Reason("the body is compressed in transit although we asked for it uncompressed", False),
     "body_truncated": Reason("the connection ended before the announced end of the body", True),
     "body_too_large": Reason("the body is larger than `max_bytes`", False),
     "empty_body": Reason("status 200 and no body", False),
@@ -52,7 +52,7 @@ REASONS: dict[str, Reason] = {
     "decoder_timeout": Reason("the decoder was not done with this image within its time", False),
     "decoder_memory": Reason("the decoder needed more memory for this image than it may have", False),
     # Ourselves
-    "unexpected": Reason("a fault of the fetcher itself; the detail says which", False),
+    "unexpected": Reason("a fault of the fetcher itself, named in the detail", False),
 }
 
 _HTTP = re.compile(r"http_(\d{3})")

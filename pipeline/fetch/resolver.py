@@ -1,4 +1,4 @@
-"""Host names to public addresses, asked once for all rows."""
+"""Resolves host names to public addresses, once for all rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.fetch.reasons import FetchError
 
 RESOLVER_THREADS = 32
 DNS_SECONDS = 8.0
-"""How long a question may take, in the queue for a thread included; the system's resolver may try for half a minute."""
+"""The longest that a lookup may take, the wait for a thread included; the system's resolver may try for 30 s."""
 DNS_TTL = 300.0
 DNS_RETRY_TTL = 5.0
 DNS_ENTRIES = 50_000
@@ -29,9 +29,9 @@ def system_lookup(host: str) -> list[str]:
 
 
 class Resolver(AbstractResolver):
-    """Host names to public addresses: cached, refusals too, and one question at a time for each name.
+    """Resolves host names to public addresses. Caches answers and failures; one lookup at a time for each name.
 
-    The questions have threads of their own: names that never answer must not hold up anything but each other.
+    Lookups have threads of their own, so that names that never answer hold up nothing but each other.
     """
 
     def __init__(self, guard: Guard, lookup: Lookup):

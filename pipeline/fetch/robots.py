@@ -1,4 +1,7 @@
-"""robots.txt: which paths of a site we may ask for, read exactly as RFC 9309 (2022) says.
+"""robots.txt: which paths of a site we may request, read exactly as RFC 9309 (2022) says, and for which use.
+
+The latter are the Content-Usage rules of draft-ietf-aipref-attach-05, section 3; `pipeline.fetch.opt_out` reads their
+values.
 
 `urllib.robotparser` is no help: it takes the first rule that fits instead of the longest, and knows no wildcards.
 """
@@ -6,14 +9,20 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 MAX_BYTES = 500 * 1024
 """What is read of a file: the least that RFC 9309, 2.5 asks for."""
 MAX_CRAWL_DELAY = 10.0
 """The longest `Crawl-delay` that is granted, in seconds: it is no part of the RFC, and a day of it would be a ban."""
 
-_RECORD = re.compile(rb"^[ \t]*(user-agent|allow|disallow|crawl-delay)[ \t]*:[ \t]*([^#\n]*)", re.IGNORECASE | re.M)
+_RECORD = re.compile(
+    rb"^[ \t]*(user-agent|allow|disallow|crawl-delay|content-usage)[ \t]*:[ \t]*([^#\n]*)", re.IGNORECASE | re.M
+)
+_PATH = re.compile(rb"(?:(/[^ \t]*)[ \t]*)?(.*)", re.DOTALL)
 _TOKEN = re.compile(rb"\*(?=\s|$)|[A-Za-z0-9_-]+")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 _SPELT = re.compile(rb"[\x21-\x24\x26-\x7e]*")
@@ -23,42 +32,86 @@ _PCHAR = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456
 _IN_QUERY = _PCHAR | frozenset(b"/?")
 
 
-class Robots:
-    """The rules of one file that concern us: the longest that fits decides, and `Allow` where two are as long."""
+class Pattern:
+    """A path of robots.txt with its wildcards (RFC 9309, 2.2.3)."""
 
-    def __init__(self, rules: dict[str, bool] | None = None, crawl_delay: float = 0.0):
-        """`rules`: normalised patterns, True where they allow. `crawl_delay`: seconds between two requests."""
-        rules = rules or {}
-        self.crawl_delay = crawl_delay
+    __slots__ = ("_anchored", "_first", "_pieces", "text")
+
+    def __init__(self, text: str):
+        """`text` may be in any spelling."""
+        self.text = normal(text.encode("utf-8", "replace"), pattern=True)
+        self._anchored = self.text.endswith("$")
+        self._first, *self._pieces = self.text.removesuffix("$").split("*")
+
+    def matches(self, target: str) -> bool:
+        """`target`: path and query of a url, percent-encoded."""
+        return self.fits(comparable(target))
+
+    def fits(self, target: str) -> bool:
+        """As `matches`, for a target that is `comparable`."""
+        return target.startswith(self._first) and _fits(target, len(self._first), [*self._pieces], self._anchored)
+
+
+class Rules(Generic[T]):
+    """Values by pattern; for a target, those of the longest pattern that fits, and of all others as long as that."""
+
+    def __init__(self, rules: Mapping[str, T]):
+        """`rules`: by normalised pattern."""
         self.size = sum(map(len, rules)) + 100 * len(rules)
         """Bytes that the rules take in memory, roughly."""
         # Plain prefixes, most of all rules, are looked up: a file of 10,000 lines costs no more than one of ten.
-        self._plain = {rule: allow for rule, allow in rules.items() if "*" not in rule and not rule.endswith("$")}
+        self._plain = {rule: value for rule, value in rules.items() if "*" not in rule and not rule.endswith("$")}
         self._lengths = sorted(set(map(len, self._plain)), reverse=True)
-        wild = [(len(rule), allow, rule) for rule, allow in rules.items() if rule not in self._plain]
-        self._wild: list[Any] = [  # length, allow, anchored, the pieces between the wildcards
-            (length, allow, rule.endswith("$"), *rule.removesuffix("$").split("*"))
-            for length, allow, rule in sorted(wild, reverse=True)
-        ]
+        wild = sorted((rule for rule in rules if rule not in self._plain), key=len, reverse=True)
+        self._wild = [(len(rule), Pattern(rule), rules[rule]) for rule in wild]
+
+    def longest(self, target: str) -> list[T]:
+        """`target`: path and query of a url, percent-encoded."""
+        if not self._plain and not self._wild:
+            return []
+        target = comparable(target)
+        prefixes = (target[:length] for length in self._lengths if length <= len(target))
+        longest = next((prefix for prefix in prefixes if prefix in self._plain), None)
+        least = -1 if longest is None else len(longest)
+        found = []
+        for length, pattern, value in self._wild:
+            if length < least:
+                break
+            if pattern.fits(target):
+                least = length
+                found.append(value)
+        if longest is not None and len(longest) == least:
+            found.append(self._plain[longest])
+        return found
+
+
+class Robots:
+    """The rules of one file that concern us."""
+
+    def __init__(
+        self,
+        access: Mapping[str, bool] | None = None,
+        usage: Mapping[str, list[str]] | None = None,
+        crawl_delay: float = 0.0,
+    ):
+        """`access`: normalised patterns, True where they allow. `usage`: the values of Content-Usage by pattern.
+
+        `crawl_delay`: seconds between two requests.
+        """
+        self._access = Rules(access or {})
+        self._usage = Rules(usage or {})
+        self.crawl_delay = crawl_delay
+        self.size = self._access.size + self._usage.size + sum(len(v) for vs in (usage or {}).values() for v in vs)
+        """Bytes that the rules take in memory, roughly."""
 
     def allows(self, target: str) -> bool:
-        """`target`: path and query of a url, percent-encoded."""
-        if not self._lengths and not self._wild:
-            return True
-        if "%" in target or "*" in target or "$" in target:
-            target = normal(target.encode(), pattern=False)
-        longest, allowed = 0, True
-        for length in self._lengths:
-            found = self._plain.get(target[:length]) if length <= len(target) else None
-            if found is not None:
-                longest, allowed = length, found
-                break
-        for length, allow, anchored, first, *pieces in self._wild:
-            if length < longest or (length == longest and allowed):
-                break
-            if target.startswith(first) and _fits(target, len(first), pieces, anchored):
-                return allow
-        return allowed
+        """`target`: path and query of a url, percent-encoded. `Allow` decides where two rules are as long."""
+        found = self._access.longest(target)
+        return any(found) if found else True
+
+    def usage(self, target: str) -> list[str]:
+        """The preferences for what is at `target`. Several apply separately: each of them may disallow a use."""
+        return list(dict.fromkeys(value for values in self._usage.longest(target) for value in values))
 
 
 def parse(text: bytes, token: str) -> Robots:
@@ -70,6 +123,7 @@ def parse(text: bytes, token: str) -> Robots:
     text = text.removeprefix(b"\xef\xbb\xbf").replace(b"\r", b"\n")
     ours = token.lower().encode()
     rules: dict[bytes, dict[str, bool]] = {}
+    usage: dict[bytes, dict[str, list[str]]] = {}
     delays: dict[bytes, float] = {}
     agents: set[bytes] = set()
     in_rules = True
@@ -82,9 +136,17 @@ def parse(text: bytes, token: str) -> Robots:
             if agent and (name := agent[0].lower()) in (ours, b"*"):
                 agents.add(name)
                 rules.setdefault(name, {})
+                usage.setdefault(name, {})
         elif key == b"crawl-delay":
             for agent_name in agents:
                 delays[agent_name] = _seconds(value)
+        elif key == b"content-usage":
+            in_rules = True
+            # A path is optional, and always begins with a slash.
+            path, expression = _PATH.match(value).groups(b"")  # type: ignore[union-attr]
+            for agent_name in agents:
+                pattern = normal(path, pattern=True)
+                usage[agent_name].setdefault(pattern, []).append(expression.decode("utf-8", "replace"))
         else:
             in_rules = True
             if agents and value:
@@ -93,7 +155,14 @@ def parse(text: bytes, token: str) -> Robots:
                     group = rules[agent_name]
                     group[pattern] = group.get(pattern, False) or key == b"allow"
     chosen = ours if ours in rules else b"*"
-    return Robots(rules.get(chosen), delays.get(chosen, 0.0))
+    return Robots(rules.get(chosen), usage.get(chosen), delays.get(chosen, 0.0))
+
+
+def comparable(target: str) -> str:
+    """Path and query of a url in the spelling in which patterns are compared with it."""
+    if "%" in target or "*" in target or "$" in target:
+        return normal(target.encode(), pattern=False)
+    return target
 
 
 def normal(path: bytes, *, pattern: bool) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from copy import copy
 from dataclasses import dataclass, field, fields
@@ -41,11 +41,14 @@ class Download(Stage):
     Adds the encoded `image` and its measurements. `original_width` and `original_height` are those of the upright
     image; `animated` tells that more frames follow the one that was taken; `sha256` is of the bytes as fetched;
     `phash` is imagehash.phash, 64 bits with the first bit of its hex string highest, of the picture as it was encoded.
+    `usage` is what the publisher said about the use of the picture, one statement a line ("Content-Usage: search=n"),
+    null where nothing was said.
     A row without an image is dropped for one of the reasons of `pipeline.fetch.reasons`.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("url",)
-    adds: ClassVar[dict[str, pa.DataType]] = PICTURE
+    adds: ClassVar[dict[str, pa.DataType]] = {**PICTURE, "usage": pa.string()}
+    version: ClassVar[int] = 2
     commits: ClassVar[bool] = True
     repeatable: ClassVar[bool] = False
 
@@ -85,10 +88,10 @@ class Download(Stage):
     """`[column, md5 | sha1 | sha256 | sha512]`: the column holds the hash, in hex, that the bytes should have; a row
     with a null there is not checked."""
     hash_mismatch: Literal["reject", "flag"] = "reject"
-    """Of other bytes than expected: drop the row, or keep it and say so in the column `hash_matches`."""
+    """If the bytes differ: drop the row, or keep it and record that in the column `hash_matches`."""
     deny_hashes: str | None = None
-    """A file of md5, sha1 or sha256 digests in hex, one a line: bodies with one of them are dropped before anything of
-    them is decoded or stored."""
+    """A file of md5, sha1 or sha256 digests in hex, one a line. Bodies with one of them are dropped before they are
+    decoded or stored."""
 
     timeout: float = 10.0
     """Seconds for a row in all: redirects, retries and back-off; waiting for a place at a busy host is not counted."""
@@ -99,19 +102,24 @@ class Download(Stage):
     min_rate: int = 1000
     """Bytes per second under which a body, over 3 seconds, is given up."""
     user_agent_token: str = "winnow"
-    """The name we go by, in the User-Agent and when X-Robots-Tag addresses us."""
+    """The name of this crawler, in the User-Agent, robots.txt and X-Robots-Tag."""
     user_agent_contact: str = ""
-    """A url or mail address for the publishers, sent along."""
+    """A URL or mail address for publishers, sent with the User-Agent."""
     disallowed_header_directives: list[str] = field(
-        default_factory=lambda: ["noai", "noimageai", "noindex", "noimageindex"]
+        default_factory=lambda: ["noai", "noimageai", "noml", "noindex", "noimageindex"]
     )
-    """Directives of X-Robots-Tag that mean hands off."""
+    """X-Robots-Tag directives treated as opt-outs."""
     robots_txt: bool = True
-    """Heed robots.txt (RFC 9309)."""
+    """Obey robots.txt (RFC 9309)."""
+    content_usage: list[str] = field(default_factory=lambda: ["train-ai", "all"])
+    """Obey Content-Usage, the header and the rule of robots.txt (IETF aipref): of these categories, the first with a
+    stated preference decides. `[]`: ignore it."""
     tdm_reservation: bool = True
-    """Heed the header `tdm-reservation: 1` (TDMRep)."""
+    """Obey the header `tdm-reservation: 1` (TDMRep)."""
+    tdmrep_json: bool = True
+    """Obey `/.well-known/tdmrep.json` (TDMRep), which costs one request a host."""
     host_failures: int = 10
-    """Failures in a row after which a host is left alone for a while (`host_down`); 0: never."""
+    """Consecutive failures after which a host is skipped for a while (`host_down`); 0: never."""
     host_wait: float = 600.0
     """Seconds that a row waits for its turn at a busy host before it ends as `host_busy`; 0: for ever."""
     allow_addrs: list[str] = field(default_factory=list)
@@ -171,6 +179,9 @@ class Download(Stage):
             yield "user_agent_token", f"{self.user_agent_token!r} must be letters, digits, - and _"
         if not self.user_agent_contact.isprintable() or not self.user_agent_contact.isascii():
             yield "user_agent_contact", f"{self.user_agent_contact!r} must be printable ASCII"
+        for category in self.content_usage:
+            if not re.fullmatch(r"[a-z*][a-z0-9_.*-]*", category):
+                yield "content_usage", f"{category!r} is not a category like train-ai, in lower case"
         if self.verify_hash is not None and (
             len(self.verify_hash) != 2 or self.verify_hash[1] not in get_args(HashType)
         ):
@@ -235,6 +246,7 @@ class Download(Stage):
     async def _open(self) -> AsyncIterator[Work[dict[str, Any]]]:
         options = {f.name: getattr(self, f.name) for f in fields(self)}
         options["disallowed_header_directives"] = tuple(d.strip().lower() for d in self.disallowed_header_directives)
+        options["content_usage"] = tuple(self.content_usage)
         options["allow_addrs"] = tuple(self.allow_addrs)
         options["verify_hash"] = self.verify_hash[1] if self.verify_hash else None
         options["deny_hashes"] = DenyList(self.deny_hashes) if self.deny_hashes else None
@@ -252,7 +264,15 @@ class Download(Stage):
             async def work(values: tuple[Any, ...], begin: Begin) -> dict[str, Any]:
                 url, claim, boxes = values
                 extra = (claim if self.verify_hash else None, boxes or () if self.bbox_col else ())
-                return self._columns(await picture(client, decoders, url, begin, *extra))
+                try:
+                    async with client.fetch(url, begin) as fetched:
+                        return self._columns(await decoders(fetched.body, *extra)) | {"usage": fetched.usage}
+                except FetchError as failure:
+                    return as_drop(failure)
+                except (OutageError, SandboxError):  # not the row's fault
+                    raise
+                except Exception as error:
+                    return as_drop(FetchError("unexpected", f"{type(error).__name__}: {error}"))
 
             yield work
 
@@ -263,18 +283,3 @@ class Download(Stage):
         if self.compute_hash and self.compute_hash != "sha256":
             columns[self.compute_hash] = result.hash
         return columns
-
-
-async def picture(
-    client: Client, decode: Callable[..., Awaitable[Picture]], url: str | None, begin: Begin, *extra: Any
-) -> Picture | FetchError:
-    """One row, from url to picture; `extra` goes to `decode` behind the body. What befalls the row ends in a reason."""
-    try:
-        async with client.fetch(url, begin) as body:
-            return await decode(body, *extra)
-    except FetchError as failure:
-        return failure
-    except (OutageError, SandboxError):  # no verdict on the row
-        raise
-    except Exception as error:
-        return FetchError("unexpected", f"{type(error).__name__}: {error}")

@@ -6,11 +6,10 @@ import asyncio
 import hashlib
 import os
 import re
-import tarfile
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -29,6 +28,7 @@ from pipeline.fetch.sandbox import Sandbox
 from pipeline.schema import PICTURE
 from pipeline.step import Estimate, Stage
 from pipeline.storage import Store
+from trainer.tar import TarError, samples
 
 REASONS = {
     "no_image": "the shards hold no image under this row's key",
@@ -39,7 +39,7 @@ CONCURRENCY = 32
 """Images in hand at once."""
 DECODE_SECONDS = 20
 DECODE_BYTES = 1 << 29
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
 _INDEX = pa.schema(
     [
         ("key", pa.int64()),
@@ -54,7 +54,6 @@ _INDEX = pa.schema(
 )
 _TABLE_COLUMNS = _INDEX.names[3:]
 _KEY = re.compile(r"[0-9]{1,18}")
-_MEMBER = re.compile(r"(?:\./)?([0-9]{1,18})\.(?:jpg|jpeg|png|webp|gif|avif)")
 _TAR = re.compile(r"([0-9]{1,18})\.tar")
 _SPEED = {"speed": True}
 
@@ -67,11 +66,12 @@ class ReadShards(Stage):
     `pool: {path: FOLDER/*.parquet, columns: [key]}`, with `uid: uid` in a DataComp folder. Fits folders of img2dataset
     (its format `webdataset`), of DataComp's tools and Winnow's own.
 
-    Adds what `download` adds. The image's bytes are taken as they are once they decode, or re-encoded where they are
-    not plain 8-bit RGB or grey pixels, upright, as JPEG, PNG or WebP. `sha256`, `original_bytes` and `original_format`
-    are those of the bytes in the shard; `original_width`, `original_height` and `exif` come from the shard's table if
-    it has them, since the image was resized since. Rows that img2dataset had failed with are dropped for the reason
-    that its message means; others as `no_image`, `shard_truncated` or for the image's own reasons, as in `download`.
+    Adds what `download` adds, but for `usage`. The image's bytes are taken as they are once they decode, or re-encoded
+    where they are not plain 8-bit RGB or grey pixels, upright, as JPEG, PNG or WebP. `sha256`, `original_bytes` and
+    `original_format` are those of the bytes in the shard; `original_width`, `original_height` and `exif` come from the
+    shard's table if it has them, since the image was resized since. Rows that img2dataset had failed with are dropped
+    for the reason that its message means; others as `no_image`, `shard_truncated` or for the image's own reasons, as in
+    `download`.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("key",)
@@ -186,8 +186,9 @@ class Tar(NamedTuple):
 class Folder:
     """Shards `NNNNN.tar`, each with its table `NNNNN.parquet` or without, and the images in them by key.
 
-    img2dataset's keys are shard · 10^d + row, so a key leads to its shard. Of a tar only the headers are read, once,
-    and nothing is unpacked: names in it that are no keys mean nothing, links and the like neither.
+    img2dataset's keys are shard · 10^d + row, so a key leads to its shard. Of a tar only the headers are read, once, by
+    the reader that the trainer has (`trainer.tar`), and nothing is unpacked: samples whose key is not a number have no
+    row.
     """
 
     def __init__(self, path: str, index: str) -> None:
@@ -280,21 +281,18 @@ class Folder:
 
     def _members(self, shard: int) -> Iterator[tuple[int, int, int]]:
         """Key, offset and size of each image of a tar, as far as the tar can be read."""
-        with self._fs.open(f"{self._root}/{self.tars[shard].name}", "rb") as file:
-            try:
-                with tarfile.open(fileobj=file, mode="r:") as tar:
-                    last = -1
-                    while (member := tar.next()) is not None:
-                        tar.members = []  # type: ignore[attr-defined] # else it would keep them all
-                        if member.offset <= last:  # a forged size that leads back
-                            return
-                        last = member.offset
-                        match = _MEMBER.fullmatch(member.name)
-                        plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and member.sparse is None
-                        if match and plain and member.size >= 0:
-                            yield int(match[1]), member.offset_data, member.size
-            except tarfile.TarError:
-                return
+        path = f"{self._root}/{self.tars[shard].name}"
+        with self._fs.open(path, "rb") as file, suppress(TarError):
+
+            def read(at: int, size: int) -> bytes:
+                file.seek(at)
+                return bytes(file.read(size))
+
+            for sample in samples(read, self._fs.size(path)):
+                image = sample.image()
+                key = sample.key.removeprefix("./")
+                if image.size >= 0 and _KEY.fullmatch(key):
+                    yield int(key), image.at, image.size
 
     def _told(self, name: str) -> dict[int, dict[str, Any]]:
         """What the table beside a tar says, by key."""

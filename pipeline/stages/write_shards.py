@@ -17,9 +17,10 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.card import About, File, croissant, readme
-from pipeline.sample_json import sample_json
+from pipeline.card import About, croissant, readme
+from pipeline.sample_json import json_values, sample_json
 from pipeline.step import Estimate, Stage
 from pipeline.storage import Entry, Output, Store
 
@@ -101,9 +102,8 @@ class WriteShards(Stage):
         DataComp's subset format: the sorted uids as pairs of uint64, 16 bytes a sample in memory.
         """
         extensions = sorted({e for shard in shards for e in shard.pop("extensions")})
-        parquets = [shard["files"][0] for shard in shards]
-        tables = [File(entry["name"], entry["bytes"], entry["sha256"]) for entry in parquets]
         files = [entry for shard in shards for entry in shard.pop("files")]
+        tables = [entry for entry in files if entry["name"].endswith(".parquet")]
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "name": about.name,
@@ -125,14 +125,13 @@ class WriteShards(Stage):
         np.save(subset, _subset(store, [shard["parquet"] for shard in shards]))
         columns = {name: _readable_type(t) for name, t in about.types.items() if name not in ("image", "key")}
         about = replace(about, types=columns)
-        tars = [File(shard["name"], shard["bytes"], shard["sha256"]) for shard in shards]
         samples = manifest["samples"]
         documents = {
             "subset.npy": subset.getvalue(),
             "sizes.json": _dump(sizes),
             "wids.json": _dump(wids),
-            "croissant.json": _dump(croissant(about, tars, tables, samples)),
-            "README.md": readme(about, tars, samples, extensions).encode(),
+            "croissant.json": _dump(croissant(about, shards, tables, samples)),
+            "README.md": readme(about, shards, samples, extensions).encode(),
         }
         files += [store.write(file_name, data) for file_name, data in documents.items()]
         manifest["files"] = {entry["name"]: {k: entry[k] for k in ("bytes", "sha256")} for entry in files}
@@ -186,8 +185,31 @@ def _tar_header(name: bytes, size: bytes) -> bytes:
 
 
 def _readable(table: pa.Table) -> pa.Table:
-    """In types that pyarrow, `datasets`, DuckDB and Polars all read: a map becomes a list of `{key, value}`."""
-    return table.cast(pa.schema([(field.name, _readable_type(field.type)) for field in table.schema]))
+    """As pyarrow, `datasets`, DuckDB and Polars all read it: a map as a list of `{key, value}`, all text valid UTF-8.
+
+    One invalid text makes a whole file unreadable to some, and one within a list passes everything but a full check.
+    """
+    table = table.cast(pa.schema([(field.name, _readable_type(field.type)) for field in table.schema]))
+    for i, field in enumerate(table.schema):
+        try:
+            table.column(i).validate(full=True)
+        except pa.ArrowInvalid:
+            mended = _valid_text(table.column(i).combine_chunks()).cast(field.type)
+            table = table.set_column(i, field, mended)
+    return table
+
+
+def _valid_text(array: pa.Array) -> pa.Array:
+    """Invalid UTF-8 replaced, in lists and structs too."""
+    if pa.types.is_struct(array.type):
+        children = [_valid_text(array.field(i)) for i in range(array.type.num_fields)]
+        return pa.StructArray.from_arrays(children, array.type.names, mask=array.is_null())
+    if pa.types.is_list(array.type):
+        sizes = pc.fill_null(array.value_lengths(), 0).to_numpy()
+        offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
+        return pa.ListArray.from_arrays(offsets, _valid_text(array.flatten()), mask=array.is_null())
+    text = pa.types.is_string(array.type) or pa.types.is_large_string(array.type)
+    return pa.array(json_values(array), array.type) if text else array
 
 
 def _readable_type(dtype: pa.DataType) -> pa.DataType:

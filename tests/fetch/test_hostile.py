@@ -1,4 +1,4 @@
-"""A web with nothing but trouble: each misbehaviour at a host of its own, 25 rows each, all fetched in one go.
+"""A web with nothing but trouble: each misbehaviour at a host of its own, 15 rows each, all fetched in one go.
 
 The server runs in a process of its own, so that what is measured here is the fetcher's.
 """
@@ -20,23 +20,20 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
-from ipaddress import ip_address
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from PIL import Image
 
 from pipeline.fetch import client as client_module
+from pipeline.fetch import resolver as resolver_module
 from pipeline.fetch.reasons import find
 from pipeline.stages.download import Download
 from tests.fetch import process_tree
+from tests.fetch.certificates import issue
 from tests.fetch.hostile_images import chunk, encoded, gif, jpeg_claiming, png, webp_canvas, webp_lossless
 from tests.fetch.server import (
     JPEG,
@@ -55,11 +52,12 @@ from tests.fetch.server import (
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8, and /proc")
 
-ROWS = 25
+ROWS = 15
 TIMEOUT = 10.0
-# All slow rows run at once, and a row may wait for its host's robots.txt before its own time begins.
-DEADLINE = client_module.ROBOTS_SECONDS + TIMEOUT
-MAX_BYTES = 8_000_000
+MAX_BYTES = 2_000_000
+# For 300 rows of small pictures on a machine with nothing else to do, starting the decoder included. All times of this
+# test are stretched by as much as the machine takes longer.
+IDLE_SECONDS = 2.0
 # Where a host fails like this time after time, it is not asked any more.
 NO_ANSWER = {"connect", "reset", "tls", "deadline", "too_slow"}
 # Rows that must not wait for the slow ones have this many places among them.
@@ -202,7 +200,7 @@ TABLE: dict[str, Behaviour] = {
     "redirect_to_stalling_host": slow(redirect(f"http://{STALLING}:{{server.port}}/"), "deadline"),
     "redirect_with_password": one(redirect("http://a:b@127.0.0.1:{server.port}/ok"), "bad_url"),
     "redirect_nowhere": one(answer("302 Found"), "bad_response"),
-    "redirect_far": one(redirect("/" + "a" * 6000), "bad_url"),
+    "redirect_far": one(redirect("/" + "a" * 8100), "bad_url"),
     "redirect_without_scheme": one(redirect("//127.0.0.1:{server.port}/ok"), None),
     "redirect_without_slashes": one(redirect("www.example.com/ok"), "http_404"),
     "redirect_in_utf8": one(moved("/café".encode()), None),
@@ -224,9 +222,9 @@ TABLE: dict[str, Behaviour] = {
     "header_without_end": one(flood(HEAD + b"X-A: ", b"b" * 1000), "bad_response"),
     "headers_100_000": one(raw(HEAD + b"X-A: b\r\n" * 100_000 + LENGTH + b"\r\n" + JPEG), "bad_response"),
     "headers_one_byte_a_second": slow(flood(b"", b"H", pause=1.0), "deadline", "bad_response"),
-    "status_line_huge": one(raw(b"HTTP/1.1 200 " + b"O" * 100_000 + b"\r\n" + LENGTH + b"\r\n" + JPEG), "bad_response"),
+    "status_line_huge": one(raw(b"HTTP/1.1 200 " + b"O" * 300_000 + b"\r\n" + LENGTH + b"\r\n" + JPEG), "bad_response"),
     "header_with_zero_byte": one(raw(HEAD + b"X-A: \x00\r\n" + LENGTH + b"\r\n" + JPEG), "bad_response"),
-    "header_without_colon": one(raw(HEAD + b"nonsense\r\n" + LENGTH + b"\r\n" + JPEG), "bad_response"),
+    "header_without_colon": one(raw(HEAD + b"nonsense\r\n" + LENGTH + b"\r\n" + JPEG), None),
     "header_injection": one(raw(HEAD + b"X-A: b\rContent-Length: 3\r\n" + LENGTH + b"\r\n" + JPEG), "bad_response"),
     "http_1_0": one(raw(b"HTTP/1.0 200 OK\r\n\r\n" + JPEG), None),
     "http_0_9": one(raw(JPEG), "bad_response"),
@@ -242,10 +240,9 @@ TABLE: dict[str, Behaviour] = {
     # Bodies in transit
     "no_length": one(raw(HEAD + b"\r\n" + JPEG), None),
     "no_length_no_end": slow(flood(HEAD + b"\r\n" + JPEG, b"", pause=0.2), "too_slow"),
-    # Whether the rest is seen before the image is judged depends on how the bytes fall into packets.
-    "length_too_small": one(answer(body=JPEG, length="300", close=True), "bad_response", "decode_error"),
+    "length_too_small": one(answer(body=JPEG, length="300", close=True), "decode_error"),
     "length_short_of_a_newline": one(answer(body=JPEG + b"\r\n", length=str(len(JPEG))), None),
-    "length_repeated": one(raw(HEAD + LENGTH + LENGTH + b"\r\n" + JPEG), "bad_response", None),
+    "length_repeated": one(raw(HEAD + LENGTH + LENGTH + b"\r\n" + JPEG), None),
     "length_too_large": one(answer(body=JPEG, length=str(len(JPEG) + 1), close=True), "body_truncated"),
     "length_too_large_and_open": slow(answer(body=JPEG, length=str(len(JPEG) + 1)), "too_slow"),
     "length_negative": one(answer(body=JPEG, length="-1"), "bad_response"),
@@ -253,7 +250,7 @@ TABLE: dict[str, Behaviour] = {
     "length_beyond_64_bits": one(answer(body=JPEG, length="9" * 40), "bad_response", "body_too_large"),
     "length_beyond_the_cap": one(answer(body=JPEG, length="99999999999"), "body_too_large"),
     "length_twice": one(raw(HEAD + LENGTH + b"Content-Length: 7\r\n\r\n" + JPEG), "bad_response"),
-    "length_and_chunked": one(raw(HEAD + LENGTH + CHUNKED[len(HEAD):] + WHOLE_CHUNK), "bad_response"),
+    "length_and_chunked": one(raw(HEAD + LENGTH + CHUNKED[len(HEAD):] + WHOLE_CHUNK), None),
     "chunked": one(raw(CHUNKED + WHOLE_CHUNK), None),
     "chunked_garbage": one(raw(CHUNKED + b"5\r\nhello\r\nzz\r\nabc\r\n"), "bad_response"),
     "chunked_negative": one(raw(CHUNKED + b"-5\r\nhello\r\n"), "bad_response"),
@@ -317,6 +314,7 @@ PATHS: dict[str, Answer] = {
     **{f"chain{n}": redirect(f"/chain{n + 1}") for n in range(1, 7)},
     "chain7": OK,
     "caf%C3%A9": OK,
+    "caf%E9": OK,
 }
 HOSTS = {name: f"127.1.{i // 100}.{i % 100 + 1}" for i, name in enumerate(TABLE)}
 # What each question for a name is answered with, in turn; the last answer from then on.
@@ -327,34 +325,6 @@ NAMES = {
     "rebinding.example": [[HOSTS["name_that_rebinds"]], [NEIGHBOUR]],
     "moving.example": [[HOSTS["name_that_moves_to_canary"]], ["127.0.0.1"]],
 }
-
-
-def make_certificates(folder: Path) -> None:
-    """`ca.pem`, to be trusted, and for each kind of host `KIND.pem` with its key and its certificate."""
-    ca_key = ec.generate_private_key(ec.SECP256R1())
-    kinds = {"ca": "ca", "fine": "tls_fine", "wrong_host": "tls_fine", "expired": "tls_expired"}
-    for kind, host in {**kinds, "self_signed": "tls_self_signed"}.items():
-        key = ca_key if kind == "ca" else ec.generate_private_key(ec.SECP256R1())
-        signer, issuer = (key, kind) if kind == "self_signed" else (ca_key, "ca")
-        named = x509.DNSName("ca.example") if kind == "ca" else x509.IPAddress(ip_address(HOSTS[host]))
-        end = NOW - timedelta(days=1) if kind == "expired" else NOW + timedelta(days=1)
-        made = (
-            x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, kind)]))
-            .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(NOW - timedelta(days=30))
-            .not_valid_after(end)
-            .add_extension(x509.BasicConstraints(ca=kind == "ca", path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([named]), critical=False)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
-            .sign(signer, hashes.SHA256())
-        )
-        pem = serialization.Encoding.PEM
-        private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        (folder / f"{kind}.pem").write_bytes(private + made.public_bytes(pem))
 
 
 class Seen(NamedTuple):
@@ -394,7 +364,8 @@ def serve(pipe: Connection, folder: Path) -> None:
 class Outcome(NamedTuple):
     rows: int
     table: pa.Table
-    seconds: float
+    deadlines: float
+    """Seconds that the whole has taken / seconds that its slowest row may take."""
     grown: int
     """Bytes of memory above those before, at the highest."""
     threads: list[str]
@@ -407,7 +378,8 @@ class Outcome(NamedTuple):
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
     folder = tmp_path_factory.mktemp("certificates")
-    make_certificates(folder)
+    kinds = {"fine": "tls_fine", "wrong_host": "tls_fine", "expired": "tls_expired", "self_signed": "tls_self_signed"}
+    issue(folder, {kind: HOSTS[host] for kind, host in kinds.items()})
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, folder), daemon=True)
     process.start()
@@ -418,7 +390,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
 
     def lookup(host: str) -> list[str]:
         if host == "forever.example":
-            forever.wait(60)
+            forever.wait(600)
         if host in NAMES:
             asked[host] += 1
             return NAMES[host][min(asked[host], len(NAMES[host])) - 1]
@@ -429,7 +401,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
         patch.setattr(client_module, "system_lookup", lookup)
         client_module.tls_context.cache_clear()
         try:
-            yield fetch_all(port, canary, forever, ours, process.pid or 0)
+            yield fetch_all(port, canary, forever, ours, process.pid or 0, patch)
         finally:
             forever.set()
             client_module.tls_context.cache_clear()
@@ -437,7 +409,30 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
             process.join()
 
 
-def fetch_all(port: int, canary: int, forever: threading.Event, pipe: Connection, server: int) -> Outcome:
+def stage_for(port: int, timeout: float) -> Download:
+    stage = Download(
+        timeout=timeout,
+        concurrency=QUICK + ROWS * sum(b.slow for b in TABLE.values()),
+        per_host=ROWS,
+        max_bytes=MAX_BYTES,
+        max_aspect_ratio=1000,
+        allow_addrs=[f"{host}:{port}" for host in ("127.0.0.1", STALLING, *HOSTS.values())],
+    )
+    assert list(stage.check()) == []
+    stage.setup()
+    return stage
+
+
+def slowness(port: int) -> float:
+    """How many times longer than on an idle machine things take here and now, at least 1."""
+    started = time.monotonic()
+    list(stage_for(port, timeout=600).stream([unit([f"http://{HOSTS['ok']}:{port}/ok"] * 300)]))
+    return max(1.0, (time.monotonic() - started) / IDLE_SECONDS)
+
+
+def fetch_all(
+    port: int, canary: int, forever: threading.Event, pipe: Connection, server: int, patch: pytest.MonkeyPatch
+) -> Outcome:
     # The slow ones first: all of them run at the same time, so that the deadline of one row is that of the whole.
     names = sorted(TABLE, key=lambda name: not TABLE[name].slow)
     urls = [
@@ -447,16 +442,16 @@ def fetch_all(port: int, canary: int, forever: threading.Event, pipe: Connection
         for name in names
         if TABLE[name].slow is slow
     ]
-    stage = Download(
-        timeout=TIMEOUT,
-        concurrency=QUICK + ROWS * sum(b.slow for b in TABLE.values()),
-        per_host=ROWS,
-        max_bytes=MAX_BYTES,
-        max_aspect_ratio=1000,
-        allow_addrs=[f"{host}:{port}" for host in ("127.0.0.1", STALLING, *HOSTS.values())],
-    )
-    assert list(stage.check()) == []
-    stage.setup()
+    stretch = slowness(port)
+    for module, name in (
+        (client_module, "ROBOTS_SECONDS"),
+        (client_module, "RATE_WINDOW"),
+        (resolver_module, "DNS_SECONDS"),
+    ):
+        patch.setattr(module, name, getattr(module, name) * stretch)
+    stage = stage_for(port, TIMEOUT * stretch)
+    # All slow rows run at once, and a row may wait for its host's robots.txt before its own time begins.
+    deadline = client_module.ROBOTS_SECONDS + stage.timeout
     units = (unit(urls[at : at + 500], number) for number, at in enumerate(range(0, len(urls), 500)))
     threads, sockets, children = set(threading.enumerate()), process_tree.sockets(), process_tree.family()
     # A worker that is at work already: what it loads once is not growth.
@@ -478,7 +473,7 @@ def fetch_all(port: int, canary: int, forever: threading.Event, pipe: Connection
     return Outcome(
         rows=len(urls),
         table=out,
-        seconds=seconds,
+        deadlines=seconds / deadline,
         grown=peak[0] - before,
         threads=[thread.name for thread in left],
         sockets=process_tree.sockets() - sockets,
@@ -527,7 +522,8 @@ def test_nobody_has_been_where_nobody_may_go(outcome: Outcome) -> None:
 
 
 def test_the_whole_takes_no_longer_than_its_slowest_row(outcome: Outcome) -> None:
-    assert outcome.seconds <= 1.5 * DEADLINE
+    # One after the other, they would take hundreds.
+    assert outcome.deadlines <= 3
 
 
 @pytest.mark.skipif(not process_tree.CAN_MEASURE, reason="needs /proc/self/smaps_rollup")

@@ -79,6 +79,58 @@ def test_who_may_ask_for_what(name: str) -> None:
     }
 
 
+# The example of draft-ietf-aipref-attach, with and without the path that some revisions ask for.
+ATTACH = """\
+User-Agent: *
+Allow: /
+Disallow: /never/
+Content-Usage: {}train-ai=n
+Content-Usage: /ai-ok/ train-ai=y
+
+User-Agent: ExampleBot
+Allow: /
+Content-Usage: {}train-ai=y
+"""
+# (file, the preferences by path)
+USAGE: dict[str, tuple[str, dict[str, list[str]]]] = {
+    "draft": (ATTACH.format("", ""), {"/test": ["train-ai=n"], "/ai-ok/test": ["train-ai=y"]}),
+    "draft_with_paths": (ATTACH.format("/ ", "/ "), {"/test": ["train-ai=n"], "/ai-ok/test": ["train-ai=y"]}),
+    "first_example": ("User-Agent: *\nAllow: /\nContent-Usage: train-ai=n", {"/": ["train-ai=n"]}),
+    "none": ("User-Agent: *\nDisallow: /a", {"/": []}),
+    "own_group": (
+        "User-agent: *\nContent-Usage: train-ai=n\nUser-agent: winnow\nContent-Usage: search=n",
+        {"/a": ["search=n"]},
+    ),
+    "own_group_without": ("User-agent: *\nContent-Usage: train-ai=n\nUser-agent: winnow\nAllow: /", {"/a": []}),
+    "before_any_group": ("Content-Usage: train-ai=n\nUser-agent: *\nAllow: /", {"/a": []}),
+    "groups_merged": (
+        "User-agent: *\nContent-Usage: /a a=n\n\nUser-agent: *\nContent-Usage: /b b=n",
+        {"/a": ["a=n"], "/b": ["b=n"]},
+    ),
+    "longest": (
+        "User-agent: *\nContent-Usage: /a a=n\nContent-Usage: /a/b/ b=n\nContent-Usage: /*.jpg c=n",
+        {"/a/x": ["a=n"], "/a/b/x": ["b=n"], "/x.jpg": ["c=n"], "/a/b/x.jpg": ["c=n"], "/": []},
+    ),
+    "equal_paths_apply_separately": (
+        "User-agent: *\nContent-Usage: /a train-ai=y\nContent-Usage: /%61 train-ai=n\nContent-Usage: /* x=n",
+        {"/a": ["x=n", "train-ai=y", "train-ai=n"], "/b": ["x=n"]},
+    ),
+    "anchored": ("User-agent: *\nContent-Usage: /a$ a=n\nContent-Usage: b=n", {"/a": ["a=n"], "/ab": ["b=n"]}),
+    "blanks_and_comments": (
+        " user-agent : * \n\tCONTENT-usage\t:\t/a%20b \t a=n , b=y # not us\n",
+        {"/a%20b": ["a=n , b=y"], "/a": []},
+    ),
+    "path_alone": ("User-agent: *\nContent-Usage: /a", {"/a": [""]}),
+}
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_content_usage(name: str) -> None:
+    text, preferences = USAGE[name]
+    robots = parse(text.encode(), "winnow")
+    assert {path: robots.usage(path) for path in preferences} == preferences
+
+
 def test_only_whole_lines_of_the_first_500_kib_count() -> None:
     head = b"User-agent: *\nDisallow: /early\n"
     filler = b"#" * (MAX_BYTES - len(head) - len(b"\nDisallow: /")) + b"\n"

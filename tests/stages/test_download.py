@@ -101,6 +101,22 @@ def positions(table: pa.Table) -> list[tuple[int, int]]:
     return list(zip(table["unit"].to_pylist(), table["row"].to_pylist()))
 
 
+def test_what_the_publisher_said_is_kept_with_the_picture() -> None:
+    answers = {
+        "silent": answer(body=JPEG),
+        "said": answer(body=JPEG, Content_Usage="train-ai=y, search=n", tdm_reservation="0"),
+        "no": answer(body=JPEG, Content_Usage="train-ai=n"),
+    }
+    said = "Content-Usage: train-ai=y, search=n\ntdm-reservation: 0"
+    with serving(answers) as server:
+        urls: list[str | None] = [f"{server.url}/{name}" for name in answers]
+        obeyed = step(server, timeout=60).process(unit(urls))
+        ignored = step(server, timeout=60, content_usage=[]).process(unit(urls))
+    assert obeyed["drop_reason"].to_pylist() == [None, None, "opted_out"]
+    assert obeyed["usage"].to_pylist() == [None, said, None]
+    assert ignored["usage"].to_pylist() == [None, said, "Content-Usage: train-ai=n"]
+
+
 def test_every_row_ends_in_an_image_or_a_reason(server: Server) -> None:
     names = list(EXPECTED) * 30
     units = [
@@ -330,6 +346,7 @@ def test_the_stage_travels_to_its_worker(server: Server) -> None:
         ({"encode_quality": 101}, "encode_quality"),
         ({"encode_format": "png"}, "encode_quality"),
         ({"user_agent_token": "my bot\r\n"}, "user_agent_token"),
+        ({"content_usage": ["Train-AI"]}, "content_usage"),
         ({"user_agent_contact": "a\nb"}, "user_agent_contact"),
         ({"allow_addrs": ["127.0.0.1"]}, "allow_addrs"),
         ({"allow_addrs": ["localhost:80"]}, "allow_addrs"),

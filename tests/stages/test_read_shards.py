@@ -63,7 +63,7 @@ def tables(folder: Path) -> pa.Table:
 
 
 def test_it_adds_what_a_download_adds() -> None:
-    assert ReadShards.adds == Download.adds
+    assert {**ReadShards.adds, "usage": pa.string()} == Download.adds
 
 
 def test_every_row_of_a_folder_is_an_image_or_a_reason(folders: Path, tmp_path: Path) -> None:
@@ -179,6 +179,27 @@ def test_hostile_and_damaged_tars(tmp_path: Path) -> None:
     upright = Image.open(io.BytesIO(kept["image"][0].as_py()))
     assert (upright.size, dict(upright.getexif())) == ((30, 40), {})
     assert kept["image"][1].as_py() == good
+
+
+def test_names_are_read_as_webdataset_reads_them(tmp_path: Path) -> None:
+    (tmp_path / "f").mkdir()
+    add(
+        tmp_path / "f" / "00001.tar",
+        {
+            "000010000.JPG": jpeg(40, 30),
+            "./000010001.jpeg": jpeg(40, 30),
+            "000010002.seg.png": jpeg(40, 30),
+            "000010002.jpg": jpeg(50, 30),
+            "._000010003.jpg": b"what macOS puts beside a file",
+            "000010003.jpg": jpeg(40, 30),
+            "000010004.v2.jpg": jpeg(40, 30),
+            "folder.d/000010005.jpg": jpeg(40, 30),
+        },
+    )
+    batch = make_batch([{"key": f"{10000 + n:09d}"} for n in range(6)])
+    kept, drops = run_step(step(tmp_path / "f", tmp_path), batch)
+    assert verdicts(batch, kept, drops) == [None, None, None, None, "no_image", "no_image"]
+    assert kept["width"].to_pylist() == [40, 40, 50, 40]
 
 
 def test_a_forged_size_leads_nowhere(tmp_path: Path) -> None:

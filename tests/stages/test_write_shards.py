@@ -19,7 +19,7 @@ import webdataset as wds
 import wids
 from torch.utils.data import DataLoader
 
-from pipeline.stages.write_shards import _Tar, _tar_header
+from pipeline.stages.write_shards import _readable, _Tar, _tar_header
 from tests.stages import finished
 
 
@@ -88,6 +88,19 @@ def test_tables_hold_what_was_measured(folder: Path) -> None:
         assert repr(table[name].to_pylist()) == repr(rows[name].to_pylist())  # NaN is not equal to itself
     assert table["tags"].type == pa.list_(pa.struct([("key", pa.string()), ("value", pa.float32())]))
     assert [pair["key"] for pair in table["tags"].to_pylist()[0]] == ["cat"]
+
+
+def test_invalid_text_within_a_column_cannot_spoil_a_table() -> None:
+    words = pa.array([b"fine", b"a\xff", None], pa.binary()).view(pa.string())
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 3, None, 3], pa.int32()), words)
+    pairs = pa.StructArray.from_arrays([pa.array([1, 2, 3, 4]), lists], ["n", "words"])
+    table = pa.table({"number": [1, 2, 3, 4], "words": lists, "pairs": pairs}).slice(1)
+    found = _readable(table)
+    found.validate(full=True)
+    assert found.schema == table.schema
+    mended = [["a\ufffd", None], [], None]
+    assert found["words"].to_pylist() == mended
+    assert found["pairs"].to_pylist() == [{"n": n, "words": words} for n, words in zip((2, 3, 4), mended)]
 
 
 def test_webdataset_feeds_a_dataloader(folder: Path) -> None:

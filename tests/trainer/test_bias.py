@@ -44,7 +44,7 @@ def test_a_csv_and_folders_of_groups_give_the_same(evaluate, words: list[str], t
     ("csv", "labels", "said"),
     [
         ("image\nx.png\n", "crime: [thief]", "at least one column of groups"),
-        ("", "crime: [thief]", "at least one column of groups"),
+        ("", "crime: [thief]", "no rows below a line of column names"),
         ("image,age\nx.png,old\n", "crime: thief", "expected categories"),
         ("image,age\nx.png,old\n", "[thief]", "expected categories"),
         ("image,age\nx.png,old\n", "crime: [thief]", "x.png"),

@@ -81,7 +81,7 @@ def test_a_corrupt_sample_is_named_and_replaced_by_a_readable_one(tmp_path: Path
     assert len(batch.numbers) == 32
     assert min(batch.numbers) >= 12
     assert len({line.partition(": ")[0] for line in batch.corrupt}) >= 7  # of 37, only 5 are not in the batch
-    assert all(line.startswith("00000.tar:0000000") and "UnidentifiedImage" in line for line in batch.corrupt)
+    assert all(line.startswith("00000.tar:0000000") and "not a JPEG" in line for line in batch.corrupt)
     assert any(batch.numbers[i] != batches[1].numbers[i] for i in range(32))
 
 
@@ -149,20 +149,6 @@ def test_a_large_jpeg_is_decoded_small_but_never_below_one_and_a_half_times_the_
 
 def smooth(shape: tuple[int, int]) -> Image.Image:
     return picture("green", 1, (9, 7)).resize(shape, Image.Resampling.BICUBIC)
-
-
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
-def test_formats_that_are_read(kind: str) -> None:
-    assert decode(jpeg(picture("red", 0), kind)).mode == "RGB"
-
-
-@pytest.mark.parametrize(
-    "data",
-    [b"", b"<html>", jpeg(picture("red", 0), "GIF"), jpeg(picture("red", 0), "TIFF"), jpeg(picture("red", 0))[:400]],
-)
-def test_everything_else_is_a_corrupt_sample(data: bytes) -> None:
-    with pytest.raises(CorruptSampleError):
-        decode(data)
 
 
 def spoil_manifest(folder: Path, **changes: object) -> None:

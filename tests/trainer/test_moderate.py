@@ -59,7 +59,7 @@ def test_every_picture_gets_a_line(model: str, tmp_path: Path, capsys: pytest.Ca
         for line in lines:
             if line["image"] == "00000.tar:000000002":
                 assert line["flagged"] is None
-                assert "Unidentified" in line["error"]
+                assert "not a JPEG" in line["error"]
             else:
                 assert line["flagged"] == ["red"]
                 assert line["scores"]["red"]["prompt"] in ("red", "crimson")
@@ -76,7 +76,10 @@ def test_every_picture_gets_a_line(model: str, tmp_path: Path, capsys: pytest.Ca
         ("neutral: [a]\nlabels: {x: {threshold: 0.5, prompts: a}}", r"labels\.x: expected"),
         ("neutral: [a]\nlabels: {x: {treshold: 0.5, prompts: [a]}}", r"labels\.x: expected"),
         ("neutral: [a", r"policy\.yaml:1: not valid YAML"),
-        ("neutral: [a]\nlabels:\n  x: {threshold: 0, prompts: [a]}\n  x: {threshold: 0, prompts: [b]}", r":4: labels\.x: duplicate"),
+        (
+            "neutral: [a]\nlabels:\n  x: {threshold: 0, prompts: [a]}\n  x: {threshold: 0, prompts: [b]}",
+            r":4: labels\.x: duplicate",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_policy_is_named(tmp_path: Path, text: str, said: str) -> None:

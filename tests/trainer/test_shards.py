@@ -11,10 +11,12 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from unittest.mock import ANY
 
 import fsspec
 import numpy as np
 import pytest
+import webdataset as wds
 
 from tests.trainer.shards import samples, write_foreign, write_shards, write_tar
 from trainer import shards as module
@@ -81,14 +83,43 @@ def test_samples_are_grouped_as_webdataset_groups_them(tmp_path: Path, form: int
     ]
 
 
-def test_the_grouping_is_webdatasets_own(tmp_path: Path) -> None:
-    wds = pytest.importorskip("webdataset")
-    tar = write_tar(
-        tmp_path / "a.tar",
-        members("a.jpg", "a.txt", "x/a.jpg", "x/a.txt", "x.y/b.jpg", "x.y/b.txt", ".c.jpg", "A.TXT", "A.jpg"),
-    )  # fmt: skip
-    expected = [(s["jpg"], s["txt"].decode()) for s in wds.WebDataset(str(tar), shardshuffle=False)]
-    assert [sample for _, sample in contents(Shards(tar))] == expected
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a.jpg", "a.txt", "x/a.jpg", "x/a.txt", "x.y/b.jpg", "x.y/b.txt", ".c.jpg", "A.TXT", "A.jpg"],
+        ["v1.0/0.jpg", "v1.0/0.txt", "v1.0/1.JPG", "v1.0/1.TXT"],
+        ["a.jpg", "a.seg.png", "a.txt", "a.txt.bak"],
+        ["./a.jpg", "./a.txt", "a.jpg", "a.txt"],
+        ["a.jpg", "b.jpg", "a.txt", "b.txt"],
+        ["__meta__/a.jpg", "__index__", "a.jpg", "a.txt"],
+        ["Füße 1.jpg", "Füße 1.txt", "日本.jpg", "日本.txt"],
+        ["a b/c d.jpg", "a b/c d.txt", "a/.b/c.jpg", "a/.b/c.txt"],
+    ],
+)
+def test_the_grouping_is_webdatasets_own(tmp_path: Path, names: list[str]) -> None:
+    tar = write_tar(tmp_path / "a.tar", [(name, name.encode()) for name in names])
+    theirs = [s for s in wds.WebDataset(str(tar), shardshuffle=False) if {"jpg", "txt"} & set(s)]
+    assert [sample for _, sample in contents(Shards(tar))] == [
+        (s["jpg"], s["txt"].decode()) if {"jpg", "txt"} <= set(s) else ANY for s in theirs
+    ]
+
+
+def test_names_that_webdataset_gives_no_picture_end_in_a_reason(tmp_path: Path) -> None:
+    names = ["a.v2.jpg", "a.v2.txt", "b.1.JPG", "b.txt", "._c.jpg", "c.jpg", "c.txt", "x/._d.jpg", "x/d.jpg", "x/d.txt"]
+    assert contents(Shards(write_tar(tmp_path / "a.tar", members(*names)))) == [
+        ("a.tar:a", "its picture's name has more dots than one, and a key ends at the first"),
+        ("a.tar:b", "its picture's name has more dots than one, and a key ends at the first"),
+        ("a.tar:c", (b"c.jpg", "c.txt")),
+        ("a.tar:x/d", (b"x/d.jpg", "x/d.txt")),
+    ]
+
+
+@pytest.mark.parametrize("how", ["w:gz", "w:bz2", "w:xz"])
+def test_a_compressed_tar_is_refused_with_the_cure(tmp_path: Path, how: str) -> None:
+    with tarfile.open(tmp_path / "a.tar", how) as tar:  # type: ignore[call-overload]
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+    with pytest.raises(ShardsError, match=r"compressed tar.*decompress it first"):
+        Shards(tmp_path / "a.tar")
 
 
 def test_samples_with_a_part_missing_are_named(tmp_path: Path) -> None:
@@ -103,17 +134,25 @@ def test_samples_with_a_part_missing_are_named(tmp_path: Path) -> None:
             ("f.jpg", b"picture"), ("f.json", b'{"caption": "\\ud800"}'),
             ("g.jpg", b"picture"), ("g.txt", b"\xff\xfe"),
             ("h.jpg", b"picture"), ("h.txt", b"x" * (module.MAX_TEXT_BYTES + 1)),
+            ("i.jpg", b"picture"), ("i.json", b'{"caption": ["first", "second"]}'),
+            ("j.jpg", b"picture"), ("j.json", b'{"caption": []}'),
+            ("k.jpg", b"picture"), ("k.json", b'{"caption": null}'),
+            ("l.bmp", b"picture"), ("l.txt", b"text"),
         ],
     )  # fmt: skip
     assert contents(Shards(tar)) == [
-        ("a.tar:a", "it has no jpg, png or webp"),
+        ("a.tar:a", "it has no jpg, png, webp, gif or avif"),
         ("a.tar:b", "it has no caption: neither txt nor json"),
         ("a.tar:c", (b"picture", "from the json")),
-        ("a.tar:d", "it has no txt, and its json has no caption"),
-        ("a.tar:e", "it has no txt, and its json has no caption"),
+        ("a.tar:d", "it has no txt, and its json has no text as caption"),
+        ("a.tar:e", "it has no txt, and its json has no text as caption"),
         ("a.tar:f", "the caption is not UTF-8"),
         ("a.tar:g", "the caption is not UTF-8"),
         ("a.tar:h", "1,048,577 bytes, more than 1,048,576"),
+        ("a.tar:i", (b"picture", "first")),
+        ("a.tar:j", "it has no txt, and its json has no text as caption"),
+        ("a.tar:k", "it has no txt, and its json has no text as caption"),
+        ("a.tar:l", "it has no jpg, png, webp, gif or avif"),
     ]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from trainer.evaluate import bias, fewshot, overlap, probe, retrieval, robustness, zeroshot
 from trainer.evaluate.features import add_model_arguments, exit_status
+from trainer.evaluate.samples import EvaluationError
 from trainer.terminal import guarded
 
 TASKS = {
@@ -54,7 +55,10 @@ def report(args: argparse.Namespace) -> None:
         "metrics": metrics,
         "language": "en",
     }
-    text = json.dumps(result) + "\n"
+    try:
+        text = json.dumps(result, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise EvaluationError(f"{args.data}: a metric is not a number: {metrics}") from error
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(text, encoding="utf-8")

@@ -18,8 +18,6 @@ together with a choice of classes, and zero is no clean bill of health.
 from __future__ import annotations
 
 import argparse
-import csv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ import numpy as np
 
 from trainer.evaluate.classes import read_templates
 from trainer.evaluate.features import class_vectors, open_encoder
-from trainer.evaluate.samples import EvaluationError, Sample, image_files, read_lines
+from trainer.evaluate.samples import EvaluationError, image_files, read_csv, read_file, read_lines
 from trainer.evaluate.zeroshot import DEFAULT_TEMPLATES
 from trainer.yamlfile import Document
 
@@ -51,7 +49,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     vectors = class_vectors(encoder, [*names, *labels], templates)
     owners = np.array([None] * len(names) + [c for c, some in categories.items() for _ in some], dtype=object)
     given = [
-        owners[(batch @ vectors.T).argmax(dim=1).cpu().numpy()] for _, batch in encoder.images(_read(paths), len(paths))
+        owners[(batch @ vectors.T).argmax(dim=1).cpu().numpy()]
+        for _, batch in encoder.images(map(read_file, paths), len(paths))
     ]
     return rates(np.concatenate(given), list(categories), groups)
 
@@ -83,9 +82,13 @@ def read_labels(path: Path) -> dict[str, list[str]]:
     if document.problems:
         raise EvaluationError("\n".join(document.problems))
     found = document.data
-    if not isinstance(found, dict) or not found or not all(
-        isinstance(labels, list) and labels and all(isinstance(label, str) for label in labels)
-        for labels in found.values()
+    if (
+        not isinstance(found, dict)
+        or not found
+        or not all(
+            isinstance(labels, list) and labels and all(isinstance(label, str) for label in labels)
+            for labels in found.values()
+        )
     ):
         raise EvaluationError(f"{path}: expected categories, each with a list of labels: `crime: [thief, criminal]`")
     return found
@@ -97,26 +100,15 @@ def read_groups(data: Path) -> tuple[list[Path], dict[str, list[str]]]:
         pairs = [(file, g.name) for g in sorted(data.iterdir()) if g.is_dir() for file in image_files(g)]
         paths, groups = [file for file, _ in pairs], {"group": [group for _, group in pairs]}
     else:
-        try:
-            with data.open(encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise EvaluationError(f"{data}: {error}") from error
-        kinds = [name for name in rows[0] if name and name != "image"] if rows else []
+        rows = read_csv(data)
+        kinds = [name for name in rows[0] if name != "image"]
         if not kinds or "image" not in rows[0]:
-            raise EvaluationError(f"{data}: expected a CSV with the column `image` and at least one column of groups")
-        paths, groups = (
-            [data.parent / row["image"] for row in rows],
-            {kind: [row[kind] or "" for row in rows] for kind in kinds},
-        )
+            raise EvaluationError(
+                f"{data}: expected a CSV with the column `image` and at least one column of groups,"
+                f" separated by commas; its columns are {', '.join(rows[0])}"
+            )
+        paths = [data.parent / row["image"] for row in rows]
+        groups = {kind: [row[kind] for row in rows] for kind in kinds}
     if not paths:
         raise EvaluationError(f"{data}: no GROUP/*.jpg (or .png, .webp)")
     return paths, groups
-
-
-def _read(paths: list[Path]) -> Iterator[Sample]:
-    for path in paths:
-        try:
-            yield Sample(str(path), path.read_bytes())
-        except OSError as error:
-            raise EvaluationError(str(error)) from error

@@ -11,6 +11,7 @@ from trainer.evaluate.samples import (
     Sample,
     image_files,
     lines,
+    read_file,
     read_lines,
     read_webdataset,
     webdataset_shards,
@@ -34,9 +35,9 @@ class LabelledImages:
         if not self.shards:
             for label, name in enumerate(self.folders):
                 for path in image_files(self.folder / name):
-                    yield Sample(str(path), path.read_bytes(), label)
+                    yield read_file(path, label)
         for shard in self.shards:
-            for where, encoded, number in read_webdataset(shard, ".cls"):
+            for where, encoded, number in read_webdataset(shard, "cls"):
                 try:
                     label = int(number)
                 except ValueError as error:
@@ -57,7 +58,7 @@ def open_labelled(folder: Path, classnames: list[str] | None = None, split: str 
     Raises EvaluationError if there is nothing to evaluate on, or if names and classes differ in number.
     """
     if not folder.is_dir():
-        raise EvaluationError(f"{folder} is not a folder")
+        raise EvaluationError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     if (kind := lines(folder / "dataset_type.txt")) and kind[0].lower() != "classification":
         raise EvaluationError(f"{folder / 'dataset_type.txt'}: {kind[0]}, expected a classification dataset")
     names = classnames or lines(folder / "classnames.txt")
@@ -72,6 +73,14 @@ def open_labelled(folder: Path, classnames: list[str] | None = None, split: str 
     folders = _classes(place)
     if not folders:
         raise EvaluationError(f"{folder} has neither CLASS/*.jpg (or .png, .webp) nor *.tar with KEY.cls")
+    if empty := sorted(set(_folders(place)) - set(folders)):
+        raise EvaluationError(f"{place / empty[0]}: no pictures in it; with a class left out, the result is another's")
+    for name in folders:
+        for sub in _folders(place / name):
+            if below := image_files(place / name / sub):
+                raise EvaluationError(
+                    f"{below[0]}: in a folder below the class {name!r}, which is not read; move it up"
+                )
     if names and len(names) != len(folders):
         raise EvaluationError(f"{place}: {len(names)} class names for {len(folders)} folders of classes")
     return LabelledImages(place, names or [f.replace("_", " ") for f in folders], templates, [], folders)
@@ -92,4 +101,8 @@ def read_templates(value: str) -> list[str]:
 
 
 def _classes(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and image_files(path))
+    return [name for name in _folders(folder) if image_files(folder / name)]
+
+
+def _folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

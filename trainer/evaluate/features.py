@@ -49,7 +49,7 @@ class Encoder:
 
     @torch.inference_mode()
     def texts(self, texts: list[str]) -> Tensor:
-        """Unit vectors, float32 of shape (texts, embed_dim), on the model's device. Raises EvaluationError on others."""
+        """Unit vectors, float32 (texts, embed_dim), on the model's device. Raises EvaluationError if they are none."""
         vectors = []
         for batch in batched(texts, self.batch_size):
             found = encode_text(self.model, self.tokenizer(batch).to(self.device), normalize=True).float()
@@ -122,8 +122,8 @@ class Encoder:
             return CorruptSampleError(sample.problem)
         try:
             return self.preprocess.pixels(decode(sample.encoded))
-        except CorruptSampleError as error:
-            return error
+        except ValueError as error:  # CorruptSampleError, or a shape that cannot be resized
+            return CorruptSampleError(str(error))
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -189,10 +189,13 @@ def sound(vectors: Tensor, where: Callable[[int], str], unit: bool = True) -> Te
     good = (vectors.norm(dim=-1) - 1).abs() < 0.1 if unit else vectors.isfinite().all(dim=-1)
     if not bool(good.all()):
         row = int((~good).nonzero()[0])
-        found = "zero" if unit and bool(vectors[row].isfinite().all()) else "not numbers (NaN or infinite)"
+        finite = bool(vectors[row].isfinite().all())
+        found = (
+            f"a vector of length {vectors[row].norm():.3g} instead of 1" if finite else "not numbers (NaN or infinite)"
+        )
         raise EvaluationError(
-            f"{where(row)}: the features are {found}: the model's weights are damaged, or overflow in this precision;"
-            " try --precision bf16 or fp32"
+            f"{where(row)}: the features are {found}: the weights of the model are damaged, or overflow in its"
+            " precision; try --precision bf16 or fp32"
         )
     return vectors
 

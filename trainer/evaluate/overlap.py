@@ -25,14 +25,15 @@ from typing import Any, NamedTuple
 
 import imagehash
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from scipy.stats import binomtest
 
 from trainer.data import CorruptSampleError, Shards, decode
 from trainer.evaluate.classes import LabelledImages, open_labelled, read_classnames
-from trainer.evaluate.features import Encoder, batched, nearest, open_encoder, progress, say
-from trainer.evaluate.samples import EvaluationError, Sample, read_shards
+from trainer.evaluate.features import Encoder, batched, nearest, open_encoder, progress, say, sound
+from trainer.evaluate.samples import EvaluationError, Sample, count_rows, read_columns, read_shards, read_vectors
 from trainer.evaluate.zeroshot import add_class_arguments, classify
 
 TASK = "overlap"
@@ -61,12 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Accuracies and counts of All, Clean and Overlap (null where there is none), and the tests of their difference."""
+    if not -1 <= args.min_cosine <= 1:
+        raise EvaluationError(f"--min-cosine: found {args.min_cosine}, expected -1 to 1")
     data = open_labelled(Path(args.data), read_classnames(args.classnames))
     encoder = open_encoder(args)
     best, samples = classify(encoder, data, args.templates)
     right = (best[:, 0] == torch.tensor([sample.label for sample in samples])).numpy()
     matches = by_phash(data, args) if args.by == "phash" else by_embedding(encoder, data, args)
     if args.pairs:
+        args.pairs.parent.mkdir(parents=True, exist_ok=True)
         key, sign = ("distance", -1) if args.by == "phash" else ("cosine", 1)
         with args.pairs.open("w", encoding="utf-8") as file:
             for number in sorted(matches, key=lambda number: -matches[number].nearness):
@@ -110,7 +114,7 @@ def by_embedding(encoder: Encoder, data: LabelledImages, args: argparse.Namespac
     test, _ = encoder.matrix(data, data.count())
     best = torch.full((len(test),), -2.0)
     names = [""] * len(test)
-    for vectors, keys in _train_vectors(encoder, args.train):
+    for vectors, keys in _train_vectors(encoder, args.train, test.shape[1]):
         scores, numbers = nearest(test, vectors, 1, encoder.device)
         nearer = scores[:, 0] > best
         best[nearer] = scores[nearer, 0]
@@ -119,13 +123,20 @@ def by_embedding(encoder: Encoder, data: LabelledImages, args: argparse.Namespac
     return {i: Match(cosine, names[i]) for i, cosine in enumerate(best.tolist()) if cosine >= args.min_cosine}
 
 
-def _train_vectors(encoder: Encoder, train: str) -> Iterator[tuple[torch.Tensor, list[str]]]:
+def _train_vectors(encoder: Encoder, train: str, dim: int) -> Iterator[tuple[torch.Tensor, list[str]]]:
     """Unit vectors and names of the training images, some thousands at a time."""
     parts = sorted((Path(train) / "img_emb").glob("img_emb_*.npy"))
     for part in parts:
         metadata = Path(train) / "metadata" / f"{part.stem.replace('img_emb', 'metadata')}.parquet"
-        names = pq.read_table(metadata, columns=["image_path"])["image_path"].to_pylist()
-        yield torch.from_numpy(np.load(part, allow_pickle=False)).float(), names
+        names = read_columns(metadata, "image_path")["image_path"].to_pylist()
+        vectors = read_vectors(part)
+        if vectors.shape != (len(names), dim):
+            raise EvaluationError(
+                f"{part}: embeddings of shape {vectors.shape}, expected {(len(names), dim)}, the rows of"
+                f" {metadata.name} and the model's dimension; are they another model's?"
+            )
+        found = torch.from_numpy(np.array(vectors, np.float32))
+        yield sound(found, lambda row, part=part: f"{part}: row {row}"), names  # type: ignore[misc]
     if not parts:
         shards = Shards(train)
         batches = encoder.images(read_shards(shards), len(shards), corrupt=_name_corrupt)
@@ -191,7 +202,7 @@ def _train_hashes(shards: Shards) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         return
     start = 0
     for path in progress(tables, len(tables), "shards"):
-        column = pq.read_table(path, columns=["phash"])["phash"].combine_chunks()
+        column = read_columns(path, "phash")["phash"].combine_chunks()
         numbers = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
         if column.null_count:
             say(f"{path}: {column.null_count} samples without a hash; left out")
@@ -201,7 +212,10 @@ def _train_hashes(shards: Shards) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def _has_hashes(table: Path, samples: int) -> bool:
     # Tables of other tools, such as img2dataset's, have rows for pictures that are not in the tar.
-    return table.is_file() and "phash" in pq.read_schema(table).names and pq.read_metadata(table).num_rows == samples
+    if not table.is_file() or count_rows(table) != samples:
+        return False
+    schema = pq.read_schema(table)
+    return "phash" in schema.names and pa.types.is_integer(schema.field("phash").type)
 
 
 def _hashes(samples: Iterable[Sample], total: int | None, strict: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:

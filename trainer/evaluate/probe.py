@@ -14,6 +14,7 @@ name folders that are elsewhere. Without a validation split a tenth of each trai
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         features, labels = torch.cat([features, val_x]), torch.cat([labels, val_y])
     else:
         held = hold_out(labels, args.seed)
+        if args.l2 is None and not bool(held.any()):
+            raise EvaluationError(
+                f"{splits['train'].folder}: one picture of each class leaves none to choose the L2 strength on;"
+                " give --l2 or --val"
+            )
         fit_x, fit_y, val_x, val_y = features[~held], labels[~held], features[held], labels[held]
 
     def validate(l2: float) -> float:
@@ -84,6 +90,8 @@ def open_splits(args: argparse.Namespace) -> dict[str, LabelledImages]:
     """The splits `train` and `test`, and `val` where there is one. Raises EvaluationError if their classes differ."""
     if args.max_iterations < 1:
         raise EvaluationError(f"--max-iterations: found {args.max_iterations}, expected at least 1")
+    if args.l2 is not None and not 0 <= args.l2 < math.inf:
+        raise EvaluationError(f"--l2: found {args.l2}, expected a number from 0")
     names, data = read_classnames(args.classnames), Path(args.data)
     splits = {"test": open_labelled(data, names), "train": open_labelled(args.train or data, names, "train")}
     val = getattr(args, "val", None) or (data if (data / "val").is_dir() else None)
@@ -162,6 +170,8 @@ def fit(features: Tensor, labels: Tensor, classes: int, l2: float, max_iteration
 
     options = {"maxiter": max_iterations, "maxfun": 2 * max_iterations + 100, "gtol": 1e-4, "ftol": 64 * 2.0**-52}
     found = minimize(objective, np.zeros(classes * (dim + 1)), jac=True, method="L-BFGS-B", options=options).x
+    if not np.isfinite(found).all():
+        raise EvaluationError("the fit of the classifier does not converge to numbers: the features are too large")
     weights = torch.from_numpy(found).view(classes, dim + 1).to(features)
     return weights[:, :-1], weights[:, -1]
 

@@ -60,10 +60,12 @@ def recalls(images: Tensor, texts: Tensor, owners: Tensor, device: torch.device)
 def open_captioned(data: str) -> tuple[Iterator[Sample], int | None]:
     """The captioned pictures of shards or of CLIP_benchmark's layout, and how many where that is known."""
     folder = Path(data)
+    if folder.is_dir() and not any(folder.iterdir()):
+        raise EvaluationError(f"{folder}: an empty folder")
     if (kind := lines(folder / "dataset_type.txt")) is None:
         shards = Shards(data)
         return read_shards(shards), len(shards)
-    if kind != ["retrieval"]:
+    if [word.lower() for word in kind] != ["retrieval"]:
         raise EvaluationError(f"{folder / 'dataset_type.txt'}: {' '.join(kind)}, expected retrieval")
     place = folder / "test" if (folder / "test").is_dir() else folder
     tars = webdataset_shards(place)
@@ -73,9 +75,9 @@ def open_captioned(data: str) -> tuple[Iterator[Sample], int | None]:
 
 
 def _captioned(tar: Path) -> Iterator[Sample]:
-    for where, encoded, text in read_webdataset(tar, ".txt"):
+    for where, encoded, text in read_webdataset(tar, "txt"):
         try:
-            captions = tuple(text.decode("utf-8").splitlines())
+            captions = tuple(line for line in text.decode("utf-8-sig").splitlines() if line.strip())
         except UnicodeDecodeError as error:
             raise EvaluationError(f"{where}: the captions are not UTF-8") from error
         if not captions:

@@ -19,8 +19,8 @@ BASELINES has a line a model: `model`, then the accuracies, from 0 to 1, in colu
 from __future__ import annotations
 
 import argparse
-import csv
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from scipy.special import expit, logit
 from trainer.config import ConfigError
 from trainer.evaluate.classes import open_labelled, read_classnames
 from trainer.evaluate.features import Encoder, open_encoder
-from trainer.evaluate.samples import EvaluationError
+from trainer.evaluate.samples import EvaluationError, read_csv, read_text
 from trainer.evaluate.zeroshot import accuracy, add_class_arguments, classify
 
 TASK = "effective_robustness"
@@ -80,13 +80,16 @@ def effective_robustness(acc: float, shifted: float, baselines: list[tuple[float
 
     Raises ValueError where there is no such line.
     """
+    if not 0 <= acc <= 1 or not 0 <= shifted <= 1:
+        raise ValueError(f"accuracies {acc} and {shifted}, expected numbers from 0 to 1")
     if len({pair[0] for pair in baselines}) < 2:
         raise ValueError(f"{len(baselines)} models have both, expected two or more of different accuracy")
     if any(not 0 < value < 1 for pair in baselines for value in pair):
         raise ValueError("expected accuracies between 0 and 1 (divide percentages by 100)")
     x, y = logit(np.array(baselines, np.float64)).T
     slope, intercept = np.polyfit(x, y, 1)
-    expected = float(expit(slope * logit(acc) + intercept))
+    # The logits of 0 and 1 are infinite, which a line that falls or rises takes to 0 or 1, and a level one to nothing.
+    expected = float(expit(slope * logit(acc) + intercept if slope else intercept))
     explained = (
         1.0 if np.ptp(y) == 0 else 1 - np.square(y - slope * x - intercept).sum() / np.square(y - y.mean()).sum()
     )
@@ -103,20 +106,33 @@ def effective_robustness(acc: float, shifted: float, baselines: list[tuple[float
 
 def read_baselines(path: Path) -> dict[str, dict[str, float]]:
     """Accuracies by model and dataset; a cell may be empty. Raises EvaluationError."""
+    rows = _read_json(path) if path.suffix == ".json" else read_csv(path)
+    found: dict[str, dict[str, float]] = {}
+    for row in rows if isinstance(rows, list) and rows else [None]:
+        if not isinstance(row, Mapping) or "model" not in row:
+            columns = f"; it has the columns {', '.join(row)}" if isinstance(row, Mapping) else ""
+            raise EvaluationError(
+                f"{path}: expected rows with `model` and an accuracy per dataset, as a CSV separated by commas or as a"
+                f" JSON list of objects{columns}"
+            )
+        model = str(row["model"])
+        if model in found:
+            raise EvaluationError(f"{path}: two rows for the model {model!r}")
+        accuracies = {str(name): value for name, value in row.items() if name != "model" and value not in ("", None)}
+        try:
+            found[model] = {name: float(value) for name, value in accuracies.items()}
+        except (ValueError, TypeError) as error:
+            raise EvaluationError(f"{path}: {model}: {error}; expected accuracies as 0.633") from error
+    return found
+
+
+def _read_json(path: Path) -> Any:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = json.load(file) if path.suffix == ".json" else list(csv.DictReader(file))
-        return {
-            str(row["model"]): {
-                str(name): float(value) for name, value in row.items() if name != "model" and value not in ("", None)
-            }
-            for row in rows
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EvaluationError(
-            f"{path}: expected rows with `model` and an accuracy per dataset, as CSV or as a JSON list of objects"
-            f" ({type(error).__name__}: {error})"
-        ) from error
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, EvaluationError):
+            raise
+        raise EvaluationError(f"{path}: not JSON: {error}") from error
 
 
 def _path(source: str) -> Path:
@@ -133,11 +149,13 @@ def _accuracy(source: str, encoder: Encoder | None, args: argparse.Namespace) ->
     path = _path(source)
     name = source.partition("=")[0] if "=" in source else ""
     if path.suffix == ".json":
+        result = _read_json(path)
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
             acc1 = float(result["metrics"]["acc1"])
+            if not 0 <= acc1 <= 1:
+                raise ValueError(f"acc1 is {acc1}, not from 0 to 1")
             return _Result(name or str(result["dataset"]), acc1, str(result["model"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise EvaluationError(
                 f"{path}: expected the JSON of `evaluate zeroshot` ({type(error).__name__}: {error})"
             ) from error

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import tarfile
+import csv
+import io
+import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
-from trainer.data import CorruptSampleError, Shards
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+from trainer.data import CorruptSampleError, Shards
+from trainer.tar import ABSENT, TarError, samples
+
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif")
+FOREIGN = (".bmp", ".tif", ".tiff", ".heic", ".heif", ".jp2", ".svg", ".psd", ".jxl")
+"""Pictures that are not read."""
 AT_ONCE = 64
 """Samples asked of an object store together."""
 
@@ -31,9 +40,28 @@ class Sample(NamedTuple):
     """Why there are no bytes, where there are none."""
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The pictures directly in a folder, by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS)
+def image_files(folder: Path, pattern: str = "*") -> list[Path]:
+    """The pictures in a folder, by name; hidden files are left out. `**/*` finds those of all folders in it too.
+
+    Raises EvaluationError on a picture in a format that is not read: leaving it out would change the result.
+    """
+    found = []
+    for path in sorted(folder.glob(pattern)):
+        suffix = path.suffix.lower()
+        if path.name.startswith(".") or suffix not in EXTENSIONS + FOREIGN or path.is_dir():
+            continue
+        if suffix in FOREIGN:
+            raise EvaluationError(f"{path}: pictures are read as {', '.join(EXTENSIONS)}; convert it, or take it out")
+        found.append(path)
+    return found
+
+
+def read_file(path: Path, label: int = -1) -> Sample:
+    """The picture in a file; one that cannot be read says so in `problem`."""
+    try:
+        return Sample(str(path), path.read_bytes(), label)
+    except OSError as error:
+        return Sample(str(path), b"", label, problem=_reason(error))
 
 
 def read_pictures(path: str) -> tuple[Iterator[Sample], int]:
@@ -42,15 +70,15 @@ def read_pictures(path: str) -> tuple[Iterator[Sample], int]:
     Raises EvaluationError or ShardsError where there are none.
     """
     place = Path(path)
-    if place.is_file() and place.suffix.lower() in EXTENSIONS:
-        return iter([Sample(path, place.read_bytes())]), 1
+    if place.is_file() and place.suffix != ".tar":
+        return iter([read_file(place)]), 1
     if not place.is_dir() or any(any(place.glob(pattern)) for pattern in ("*.tar", "manifest.json", "shards")):
         shards = Shards(path)
         return read_shards(shards), len(shards)
-    files = sorted(file for file in place.rglob("*") if file.suffix.lower() in EXTENSIONS)
+    files = image_files(place, "**/*")
     if not files:
         raise EvaluationError(f"{path}: expected shards, a picture or a folder of pictures ({', '.join(EXTENSIONS)})")
-    return (Sample(str(file), file.read_bytes()) for file in files), len(files)
+    return map(read_file, files), len(files)
 
 
 def read_shards(shards: Shards, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
@@ -71,9 +99,9 @@ def webdataset_shards(folder: Path) -> list[Path]:
     counted = folder / "nshards.txt"
     if counted.is_file():
         try:
-            count = int(counted.read_text(encoding="utf-8"))
+            count = int(read_text(counted))
         except ValueError as error:
-            raise EvaluationError(f"{counted}: expected the number of shards") from error
+            raise EvaluationError(f"{counted}: {error}; expected the number of shards") from error
         shards = [folder / f"{number}.tar" for number in range(count)]
         if missing := next((path for path in shards if not path.is_file()), None):
             raise EvaluationError(f"{missing}: missing, but {counted} says {count} shards")
@@ -81,41 +109,116 @@ def webdataset_shards(folder: Path) -> list[Path]:
 
 
 def read_webdataset(shard: Path, companion: str) -> Iterator[tuple[str, bytes, bytes]]:
-    """`SHARD.tar:KEY`, picture and content of `KEY.companion` for each pair in a tar. Raises EvaluationError."""
-    wanted = (*EXTENSIONS, companion)
-    waiting: dict[str, dict[bool, bytes]] = {}
+    """`SHARD.tar:KEY`, picture and content of `KEY.companion` for each sample of a tar.
+
+    Raises EvaluationError on a damaged tar, and on a sample that has only one of the two.
+    """
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                path = PurePosixPath(member.name)
-                # A key ends at the first dot of the name, as in webdataset.
-                stem, _, extension = path.name.partition(".")
-                extension = f".{extension.lower()}"
-                file = tar.extractfile(member) if member.isfile() and extension in wanted else None
-                if file is None:
+        with shard.open("rb") as file:
+
+            def read(at: int, size: int) -> bytes:
+                return os.pread(file.fileno(), size, at)
+
+            # All headers before the first picture: a tar that is cut says so.
+            for sample in list(samples(read, os.fstat(file.fileno()).st_size)):
+                where, image, beside = f"{shard}:{sample.key}", sample.image(), sample.members.get(companion)
+                if beside is None and image.size == ABSENT:
                     continue
-                key = str(path.with_name(stem))
-                pair = waiting.setdefault(key, {})
-                pair[extension == companion] = file.read()
-                if len(pair) == 2:
-                    del waiting[key]
-                    yield f"{shard}:{key}", pair[False], pair[True]
-    except (tarfile.TarError, ValueError) as error:  # ValueError: a member with no name before the dot
-        raise EvaluationError(f"{shard}: {error}") from error
-    if waiting:
-        raise EvaluationError(f"{shard}: {next(iter(waiting))} has no image or no {companion} beside it")
+                if beside is None or image.size < 0:
+                    has = ", ".join(f".{suffix}" for suffix in sample.members)
+                    raise EvaluationError(f"{where} has no image or no .{companion} beside it; it has {has}")
+                yield where, read(*image), read(*beside)
+    except (TarError, OSError) as error:
+        raise EvaluationError(f"{shard}: {_reason(error)}") from error
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without a byte order mark. Raises EvaluationError."""
+    try:
+        encoded = path.read_bytes()
+        return encoded.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = encoded.count(b"\n", 0, error.start) + 1
+        raise EvaluationError(
+            f"{path}:{line}: not UTF-8 (byte 0x{encoded[error.start]:02x}); save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise EvaluationError(f"{path}: {_reason(error)}") from error
 
 
 def lines(path: Path) -> list[str] | None:
-    """The lines of a text file that are not empty, or None where there is no such file."""
-    if not path.is_file():
+    """The lines of a text file that are not empty, or None where there is no such file. Raises EvaluationError."""
+    if not path.exists():
         return None
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not empty. Raises EvaluationError where there are none."""
     found = lines(path)
+    if found is None:
+        raise EvaluationError(f"{path}: no such file")
     if not found:
-        raise EvaluationError(f"{path}: no such file, or nothing in it")
+        raise EvaluationError(f"{path}: empty; expected a line for each name or template")
     return found
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a comma-separated file by the names in its first line; blank lines are left out.
+
+    Raises EvaluationError where there are no rows, where a column has no name or another's, and where a row is longer
+    or shorter than the first line: such a row has lost or gained a comma, so that its values stand in wrong columns.
+    """
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    names: list[str] = []
+    rows = []
+    try:
+        for row in reader:
+            if not any(row):
+                continue
+            if not names:
+                names = [name.strip() for name in row]
+                if len({*names, ""}) <= len(names):
+                    raise EvaluationError(f"{path}:{reader.line_num}: columns need names of their own, found {names}")
+                continue
+            if len(row) != len(names):
+                raise EvaluationError(
+                    f"{path}:{reader.line_num}: {len(row)} values for the {len(names)} columns {', '.join(names)}"
+                )
+            rows.append({name: value.strip() for name, value in zip(names, row)})
+    except csv.Error as error:
+        raise EvaluationError(f"{path}:{reader.line_num}: not CSV: {error}") from error
+    if not rows:
+        raise EvaluationError(f"{path}: no rows below a line of column names")
+    return rows
+
+
+def read_vectors(path: Path) -> np.ndarray:
+    """The embeddings in a .npy file, (rows, dim) of floats, mapped into memory. Raises EvaluationError."""
+    try:
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise EvaluationError(f"{path}: {_reason(error)}; expected a .npy file of embeddings") from error
+    if vectors.ndim != 2 or vectors.dtype.kind != "f":
+        raise EvaluationError(f"{path}: {vectors.dtype} of shape {vectors.shape}, expected floats of shape (rows, dim)")
+    return vectors
+
+
+def read_columns(path: Path, *names: str) -> pa.Table:
+    """Columns of a parquet file, all without `names`. Raises EvaluationError."""
+    try:
+        return pq.read_table(path, columns=list(names) or None)
+    except (OSError, pa.ArrowException) as error:
+        raise EvaluationError(f"{path}: {_reason(error)}") from error
+
+
+def count_rows(path: Path) -> int:
+    """The rows of a parquet file. Raises EvaluationError."""
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, pa.ArrowException) as error:
+        raise EvaluationError(f"{path}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

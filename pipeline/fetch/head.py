@@ -1,0 +1,152 @@
+"""Reads the head of a response as leniently as browsers and curl do, and passes it on in one strict spelling.
+
+aiohttp's parser refuses much that is sloppy and still means one thing, and its limits are per line. So the head of each
+response is collected here, up to MAX_HEAD bytes, and rewritten: what has one meaning is spelled out, lines that nobody
+reads are left out, and what can be read in two ways is refused. docs/fetching.md lists each case and why it is safe.
+
+A client is the last reader of a response: there is nobody behind it who could be made to see other borders between
+messages. What remains to be guarded is the next response on the same connection, so a connection with anything doubtful
+is not used again.
+"""
+
+from __future__ import annotations
+
+import re
+
+import aiohttp
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.http_exceptions import BadHttpMessage
+
+MAX_HEAD = 256 * 1024
+"""Bytes of a response's head, interim responses included. Chrome allows as many, curl 300 KB, Firefox 384 KB; servers
+of pictures send 0.3 to 2 KB, and tens of KB where a site sends its whole content security policy along."""
+
+_READ = frozenset(
+    b"connection content-encoding content-length content-usage location retry-after tdm-policy tdm-reservation "
+    b"transfer-encoding x-robots-tag".split()
+)
+"""The headers that this package reads."""
+
+_STATUS = re.compile(rb"HTTP/1\.([0-9])[ \t]+([0-9]{3})(?:[ \t].*)?", re.IGNORECASE)
+_END = re.compile(rb"\n\r?\n")
+_BLANK = re.compile(rb"[\r\n]*")
+_LINE = re.compile(rb"\r?\n")
+_FOLD = re.compile(rb"\r?\n[ \t]+")
+_LENGTH = re.compile(rb"[0-9]{1,19}")
+
+
+class BadHeadError(ValueError):
+    """A head that has no meaning, or more than one; the message says which."""
+
+
+def strict(head: bytes) -> tuple[int, bytes]:
+    """The status, and the head as RFC 9112 spells it, for a status line, header lines and an empty line.
+
+    Raises BadHeadError.
+    """
+    first, *lines = _LINE.split(_FOLD.sub(b" ", head).strip(b"\r\n"))
+    status = _STATUS.fullmatch(first)
+    if status is None:
+        raise BadHeadError(f"not a status line of HTTP/1: {first[:80].decode('latin-1')}")
+    doubtful = False
+    read: dict[bytes, list[bytes]] = {}
+    for line in lines:
+        if b"\r" in line or b"\0" in line:
+            raise BadHeadError("carriage return or NUL inside a header line")
+        name, colon, value = line.partition(b":")
+        bare = name.strip(b" \t").lower()
+        if colon and bare in _READ:
+            doubtful |= len(bare) < len(name)
+            read.setdefault(bare, []).append(value.strip(b" \t"))
+    codings = _items(read.pop(b"transfer-encoding", [])) - {b"identity"}
+    lengths = read.pop(b"content-length", [])
+    named = _items(lengths)
+    connection = _items(read.pop(b"connection", []))
+    framing = b""
+    if codings:
+        if codings != {b"chunked"}:
+            raise BadHeadError(f"transfer coding {b', '.join(sorted(codings)).decode('latin-1')}")
+        framing = b"Transfer-Encoding: chunked\r\n"
+        doubtful |= bool(lengths) or status[1] == b"0"
+    elif named:
+        if not all(map(_LENGTH.fullmatch, named)) or len(set(map(int, named))) > 1:
+            raise BadHeadError(f"Content-Length {b', '.join(sorted(named)).decode('latin-1')}")
+        framing = b"Content-Length: %d\r\n" % int(named.pop())
+        doubtful |= len(lengths) > 1
+    if doubtful or b"close" in connection:
+        framing += b"Connection: close\r\n"
+    elif b"keep-alive" in connection:
+        framing += b"Connection: keep-alive\r\n"
+    kept = b"".join(b"%s: %s\r\n" % (name, value) for name, values in read.items() for value in values)
+    version = b"0" if status[1] == b"0" else b"1"
+    return int(status[2]), b"HTTP/1.%s %s \r\n%s%s\r\n" % (version, status[2], framing, kept)
+
+
+def _items(values: list[bytes]) -> set[bytes]:
+    """The different items of comma-separated lists, in lower case."""
+    return {item.strip(b" \t") for value in values for item in value.lower().split(b",")} - {b""}
+
+
+class LenientResponse(ResponseHandler):
+    """aiohttp's side of a connection, with `strict` between the socket and the parser."""
+
+    _head: bytearray | None = None
+    """What has come of a head; None while a body comes, and before the first request."""
+    _seen = 0
+    """Bytes of this response's heads."""
+    _sought = 0
+    """No head ends before this place of `_head`."""
+
+    def set_response_params(self, **options: object) -> None:
+        self._head, self._seen, self._sought = bytearray(), 0, 0
+        super().set_response_params(**options)  # type: ignore[arg-type]
+
+    def data_received(self, data: bytes) -> None:
+        if self._head is None:
+            self._body_received(data)
+            return
+        self._head += data
+        try:
+            while self._head is not None and (end := self._end_of_head()):
+                status, head = strict(bytes(self._head[:end]))
+                del self._head[:end]
+                self._seen, self._sought = self._seen + end, 0
+                if not 100 <= status < 200 or status == 101:
+                    rest, self._head = bytes(self._head), None
+                    super().data_received(head)
+                    if rest:
+                        self._body_received(rest)
+        except BadHeadError as error:
+            self._head = None
+            self.set_exception(BadHttpMessage(str(error)))
+            if self.transport is not None:
+                self.transport.close()
+
+    def _end_of_head(self) -> int:
+        """How many bytes of `_head` the first head takes; 0 while its end is still to come."""
+        assert self._head is not None
+        if self._sought == 0 and (blank := _BLANK.match(self._head)):
+            self._seen += blank.end()
+            del self._head[: blank.end()]
+        if not b"HTTP/".startswith(self._head[:5].upper()):
+            raise BadHeadError(f"not HTTP: {self._head[:20].decode('latin-1')}")
+        end = _END.search(self._head, max(0, self._sought - 2))
+        self._sought = len(self._head)
+        if self._seen + (end.end() if end else len(self._head)) > MAX_HEAD:
+            raise BadHeadError(f"a head of more than {MAX_HEAD} bytes")
+        return end.end() if end else 0
+
+    def _body_received(self, data: bytes) -> None:
+        payload = self._payload
+        if data and self._parser is not None and (payload is None or payload.is_eof()):
+            # Behind the end of the body: never the beginning of the next response, which nobody has asked for yet.
+            self._should_close = True
+            if self.transport is not None:
+                self.transport.close()
+            return
+        super().data_received(data)
+        error = self.exception()
+        if error is not None and payload is not None and not payload.is_eof():
+            failure = aiohttp.ClientPayloadError(str(error))
+            failure.__cause__ = error
+            payload.set_exception(failure)

@@ -1,0 +1,169 @@
+"""One writer for a run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+
+from pipeline import claim
+from pipeline.claim import InUseError, LostClaimError, hold
+from pipeline.storage import Store
+from tests.conftest import ROOT
+
+HOLDER = textwrap.dedent("""
+    import sys, time
+    from pipeline import claim
+    from pipeline.storage import Store
+    with claim.hold(Store(sys.argv[1])):
+        print("held", flush=True)
+        time.sleep(120)
+""")
+
+
+@pytest.fixture(params=["local", "remote"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return Store(
+        str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path.name}-{request.node.name}/run"
+    )
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[tuple[Store, subprocess.Popen[str]]]:
+    """A process that has claimed a directory."""
+    store = Store(str(tmp_path / "run"))
+    argv = [sys.executable, "-c", HOLDER, store.root]
+    with subprocess.Popen(
+        argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield store, process
+        process.kill()
+
+
+def of_another_machine(store: Store, age: float) -> dict[str, Any]:
+    """Leaves the claim of a machine that nobody can look at, with its last sign of life so many seconds ago."""
+    now = time.time()
+    owner = {"host": "node7", "boot": "b", "pids": "p", "pid": 4711, "started": "1", "since": now - 9000, "token": "t"}
+    store.write("claim/0000003.json", json.dumps(owner | {"beat": now - age}).encode())
+    return owner
+
+
+def test_a_claim_is_there_while_it_is_held_and_leaves_nothing(store: Store) -> None:
+    with hold(store) as held:
+        assert store.names("claim") == ["0000001.json"]
+        held.check()
+    assert store.names("claim") == []
+    if store.local:
+        assert os.listdir(store.root) == []
+
+
+def test_a_second_command_is_refused_and_told_whose_it_is(holder: tuple[Store, subprocess.Popen[str]]) -> None:
+    store, process = holder
+    with pytest.raises(InUseError) as refused, hold(store):
+        pass
+    said = str(refused.value)
+    assert f"{store.root} is in use by another command: pid {process.pid} on " in said
+    assert "last sign of life" in said
+    process.send_signal(signal.SIGSTOP)  # stopped is not dead
+    with pytest.raises(InUseError), hold(store):
+        pass
+
+
+def test_a_killed_process_of_this_machine_is_followed_at_once(holder: tuple[Store, subprocess.Popen[str]]) -> None:
+    store, process = holder
+    process.kill()  # and not waited for: a zombie is dead too
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    started = time.monotonic()
+    with hold(store):
+        assert time.monotonic() - started < claim.WATCH / 2
+        assert store.names("claim") == ["0000002.json"]
+
+
+def test_another_process_with_the_number_of_a_dead_one_is_not_taken_for_it(store: Store) -> None:
+    with hold(store):
+        owner = json.loads(store.read("claim/0000001.json"))
+    store.write("claim/0000001.json", json.dumps(owner | {"pid": os.getpid(), "started": "7"}).encode())
+    with hold(store):
+        pass
+
+
+@pytest.mark.parametrize(("age", "refused"), [(3.0, True), (-500.0, True), (claim.EXPIRY + 1, False)])
+def test_the_claim_of_another_machine_expires(
+    store: Store, monkeypatch: pytest.MonkeyPatch, age: float, refused: bool
+) -> None:
+    monkeypatch.setattr(claim, "WATCH", 0.2)
+    of_another_machine(store, age)
+    with ExitStack() as stack:
+        if refused:
+            stack.enter_context(pytest.raises(InUseError, match=r"pid 4711 on node7, started .* ago"))
+        with hold(store):
+            assert store.names("claim") == ["0000004.json"]
+
+
+def test_a_claim_that_looks_old_but_beats_is_alive(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of its machine is behind."""
+    monkeypatch.setattr(claim, "WATCH", 60.0)
+    owner = of_another_machine(store, 3600)
+    with ThreadPoolExecutor(1) as thread:
+
+        def enter() -> None:
+            with hold(store):
+                pass
+
+        entering = thread.submit(enter)
+        while not entering.done():
+            store.write("claim/0000003.json", json.dumps(owner | {"beat": time.time() - 3600}).encode())
+            time.sleep(0.2)
+        with pytest.raises(InUseError):
+            entering.result()
+
+
+def test_of_many_who_want_a_dead_one_s_directory_exactly_one_gets_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim, "WATCH", 0.2)
+    of_another_machine(store, 3600)
+
+    def enter(stack: ExitStack) -> bool:
+        try:
+            stack.enter_context(hold(store))
+        except InUseError:
+            return False
+        return True
+
+    with ExitStack() as stack, ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(enter, [stack] * 8)) == 1
+
+
+def test_who_has_lost_the_claim_is_told_before_it_writes(store: Store) -> None:
+    with hold(store) as held:
+        copy, later = (cloudpickle.loads(cloudpickle.dumps(held)) for _ in range(2))  # what workers have
+        copy.check()
+        store.write("claim/0000002.json", b"{}")
+        with pytest.raises(LostClaimError, match="another command has taken over"):
+            later.check()
+        held._confirmed -= 3 * claim.BEAT  # it was suspended for as long
+        with pytest.raises(LostClaimError):
+            held.check()
+    assert store.names("claim") == ["0000001.json", "0000002.json"], "what is another's is left alone"
+
+
+def test_a_claim_that_cannot_be_read_is_taken_over(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "WATCH", 0.2)
+    store.write("claim/0000001.json", b"\x00")
+    with hold(store):
+        pass

@@ -1,0 +1,231 @@
+"""Encoded pictures, of whatever source, to upright and opaque 8-bit sRGB.
+
+The rules are those for fetched pictures (`pipeline.fetch.decoder`; a test compares the two), so a model sees the same
+pixels whoever wrote the shards:
+
+- The format is what the first bytes say, and one of JPEG, PNG, WebP, GIF, AVIF.
+- The size in the header is checked before anything is decoded.
+- Of an animation, the first frame.
+- Orientation (EXIF, or XMP where there is no EXIF) is applied.
+- An ICC profile is converted to sRGB; a broken one is ignored. CMYK without a profile is converted by Pillow's formula.
+- Transparency is laid on white. Of 16 bits a channel, the high byte is taken.
+- Metadata is passed over: nothing in it costs the picture.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import warnings
+import zlib
+
+import numpy as np
+from PIL import AvifImagePlugin, Image, ImageCms, JpegImagePlugin, features
+
+from trainer.shards import CorruptSampleError
+
+MAX_PIXELS = 64_000_000
+"""A picture with more pixels than this (8000 x 8000) is counted as corrupt before it is decoded."""
+COVER = 1.5
+"""A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves its shorter side this many times the target."""
+# A progressive JPEG has some ten scans; each is a pass over all of it, so a small file of many takes minutes.
+_MOST_SCANS = 100
+_MAX_METADATA = 1 << 20  # Pillow's own limit on a text or profile of a PNG
+
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+# Broken metadata is everyday on the web, and said of no picture in particular it is noise.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # pictures are decoded side by side
+
+
+def decode(encoded: bytes, size: int | None = None) -> Image.Image:
+    """A picture as RGB. Raises CorruptSampleError, and nothing else, whatever the bytes are.
+
+    With `size`, a large JPEG comes out smaller, but with its shorter side at least 1.5 x size: libjpeg then leaves
+    out the high frequencies that resizing to `size` would discard.
+    """
+    kind = sniff(encoded)
+    if kind is None:
+        raise CorruptSampleError(f"not a JPEG, PNG, WebP, GIF or AVIF: it starts with {encoded[:16]!r}")
+    try:
+        return _decode(encoded, kind, size)
+    except CorruptSampleError:
+        raise
+    except Image.UnidentifiedImageError as error:  # whose own message names an address in memory
+        raise CorruptSampleError(f"no whole header of a {kind}") from error
+    # Pillow's decoders raise nearly anything on hostile bytes.
+    except Exception as error:
+        raise CorruptSampleError(f"{type(error).__name__}: {error}") from error
+
+
+def sniff(encoded: bytes) -> str | None:
+    """Pillow's name of the format that the first bytes announce; None where it is not on the allow list."""
+    if encoded.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if encoded.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if encoded.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
+        return "WEBP"
+    if encoded[4:12] in (b"ftypavif", b"ftypavis") and features.check("avif"):
+        return "AVIF"
+    return None
+
+
+def _decode(encoded: bytes, kind: str, size: int | None) -> Image.Image:
+    if kind == "WEBP":
+        _check_size(*_webp_size(encoded))  # opening one allocates its canvas
+    if kind == "PNG":
+        encoded = _essential(encoded)
+    file = io.BytesIO(encoded)
+    # Image.open would go through the further pictures of a JPEG that has some, and fail where their table is broken.
+    opened = JpegImagePlugin.JpegImageFile(file) if kind == "JPEG" else Image.open(file, formats=[kind])
+    with opened as image:
+        _check_size(*image.size)
+        if "progressive" in image.info and (scans := encoded.count(b"\xff\xda")) > _MOST_SCANS:
+            raise CorruptSampleError(f"a JPEG of {scans} scans")
+        # libjpeg-turbo writes a lossless JPEG in full, whatever the size of the buffer for a reduced one.
+        if size and kind == "JPEG" and _frame_type(encoded) in (0xC0, 0xC1, 0xC2):
+            least = math.ceil(size * COVER)
+            image.draft(None, (least, least))
+        image.load()
+        if kind == "GIF":  # where it stands as it is, behind this name and before a trailer that leads out of it
+            image.info["xmp"] = encoded.partition(b"\x21\xff\x0bXMP DataXMP")[2].partition(b"\x01\xff\xfe\xfd")[0]
+        turn = _orientation(image)
+        opaque = _to_rgb(image)
+    return opaque if turn is None else opaque.transpose(turn)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise CorruptSampleError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
+
+
+def _webp_size(encoded: bytes) -> tuple[int, int]:
+    """(width, height) in the header."""
+    chunk = encoded[12:16]
+    if chunk == b"VP8X":
+        return int.from_bytes(encoded[24:27], "little") + 1, int.from_bytes(encoded[27:30], "little") + 1
+    if chunk == b"VP8L":
+        bits = int.from_bytes(encoded[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return int.from_bytes(encoded[26:28], "little") & 0x3FFF, int.from_bytes(encoded[28:30], "little") & 0x3FFF
+
+
+def _essential(png: bytes) -> bytes:
+    """The PNG without further frames, and of its metadata only what decides about pixels: EXIF, XMP and the profile.
+
+    Pillow refuses a PNG for much or broken metadata. Damage in a chunk that readers must know is an error, since
+    loading skips the checksums of the pixels and would make noise of it; another chunk is passed over.
+    """
+    parts, at, kind = [png[:8]], 8, b""
+    while at + 12 <= len(png) and kind != b"IEND":
+        end = at + 12 + int.from_bytes(png[at : at + 4], "big")
+        kind, data = png[at + 4 : at + 8], png[at + 8 : end - 4]
+        critical = not kind[0] & 0x20  # a capital
+        if zlib.crc32(png[at + 4 : end - 4]) == int.from_bytes(png[end - 4 : end], "big"):
+            if critical or kind in (b"tRNS", b"eXIf") or _is_small(kind, data):
+                parts.append(png[at:end])
+        elif critical:
+            raise CorruptSampleError(f"damaged or cut at byte {at:,}")
+        at = end
+    if kind != b"IEND":
+        raise CorruptSampleError("cut: it has no end")
+    return b"".join(parts)
+
+
+def _is_small(kind: bytes, data: bytes) -> bool:
+    """Whether a chunk is a profile, or XMP that is not compressed, of no more than Pillow reads."""
+    if kind == b"iCCP":
+        try:
+            profile = zlib.decompressobj().decompress(data.partition(b"\0")[2][1:], _MAX_METADATA + 1)
+        except zlib.error:
+            return False
+        return len(profile) <= _MAX_METADATA
+    return kind == b"iTXt" and data.startswith(b"XML:com.adobe.xmp\0\0") and len(data) <= _MAX_METADATA
+
+
+def _frame_type(jpeg: bytes) -> int | None:
+    """The marker of the first frame header: 0xC0 baseline, 0xC1 extended, 0xC2 progressive, 0xC3 lossless, …"""
+    at = 2
+    while at + 4 <= len(jpeg) and jpeg[at] == 0xFF:
+        marker = jpeg[at + 1]
+        if marker == 0xFF:  # padding
+            at += 1
+            continue
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return marker
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return None
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    """What makes the picture upright; None where it is, or where its metadata is broken."""
+    try:
+        return _TURNS.get(image.getexif().get(0x0112, 1))
+    except Exception:  # broken metadata does not make a broken picture
+        return None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    icc = image.info.get("icc_profile")
+    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
+        image = _grey_from_16_bit(image)
+    alpha = None
+    if image.has_transparency_data:
+        alpha = (image if image.mode in ("LA", "RGBA") else image.convert("RGBA")).getchannel("A")
+    # A profile is made for one of these.
+    if image.mode in ("1", "LA"):
+        image = image.convert("L")
+    elif image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    if icc and (transform := _srgb_transform(icc, image.mode)):
+        image = transform.apply(image)
+    image = image.convert("RGB")
+    if alpha is None:
+        return image
+    opaque = Image.new("RGB", image.size, "white")
+    opaque.paste(image, mask=alpha)
+    return opaque
+
+
+def _grey_from_16_bit(image: Image.Image) -> Image.Image:
+    wide = np.asarray(image)
+    grey = (wide >> 8).clip(0, 255).astype(np.uint8)
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey[wide == clear] = 255
+    return Image.fromarray(grey)
+
+
+@functools.lru_cache(maxsize=64)
+def _srgb_transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """None where the profile is sRGB already, is broken, or is meant for another kind of picture."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(profile).lower():
+            return None
+        return ImageCms.buildTransform(
+            profile,
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            # One transform serves many threads, and the library's one-pixel cache is not made for that.
+            flags=ImageCms.Flags.NOCACHE | ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
