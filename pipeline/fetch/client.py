@@ -390,14 +390,19 @@ class Client:
             raise FetchError("opted_out", "tdmrep.json tdm-reservation: 1")
 
     async def _ask_host(self, url: URL, host: Host) -> None:
-        """Fetches the files that speak for the host: robots.txt, then tdmrep.json where the first one lets us."""
+        """Fetches the files that speak for the host: robots.txt and, if that is there and allows it, tdmrep.json.
+
+        A host without a robots.txt is not asked for tdmrep.json: most such hosts hold one picture of a pool, and the
+        request would cost them half as much again.
+        """
         clock = Clock(min(self.limits.timeout, ROBOTS_SECONDS))
         robots: Robots | FetchError = Robots()
         found = Reservations()
         try:
             if self.manners.robots_txt:
                 robots = await self._ask_robots(url, host, clock)
-            if self.manners.tdmrep_json and isinstance(robots, Robots) and robots.allows(TDMREP):
+            asks = self.manners.tdmrep_json and isinstance(robots, Robots) and robots.allows(TDMREP)
+            if asks and (robots.found or not self.manners.robots_txt):
                 # Without the file, for whatever reason, nothing is reserved by it (TDMRep, "TDM File on the Origin
                 # Server"), so it is asked for once.
                 with contextlib.suppress(FetchError):
