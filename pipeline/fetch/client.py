@@ -401,8 +401,7 @@ class Client:
         try:
             if self.manners.robots_txt:
                 robots = await self._ask_robots(url, host, clock)
-            asks = self.manners.tdmrep_json and isinstance(robots, Robots) and robots.allows(TDMREP)
-            if asks and (robots.found or not self.manners.robots_txt):
+            if isinstance(robots, Robots) and self._asks_for_tdmrep(robots):
                 # Without the file, for whatever reason, nothing is reserved by it (TDMRep, "TDM File on the Origin
                 # Server"), so it is asked for once.
                 with contextlib.suppress(FetchError):
@@ -411,6 +410,9 @@ class Client:
         finally:
             host.asking = None
         self._hosts.remember(host, robots, found, ROBOTS_TTL if isinstance(robots, Robots) else ROBOTS_RETRY_TTL)
+
+    def _asks_for_tdmrep(self, robots: Robots) -> bool:
+        return self.manners.tdmrep_json and (robots.found or not self.manners.robots_txt) and robots.allows(TDMREP)
 
     async def _ask_robots(self, url: URL, host: Host, clock: Clock) -> Robots | FetchError:
         """The rules, or a failure that forbids all requests to the host (RFC 9309, 2.3.1)."""
