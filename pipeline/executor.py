@@ -1,6 +1,6 @@
 """Runs the passes of a recipe, one after the other or, where they go from unit to unit, side by side.
 
-Nothing here holds rows: what a worker does with a unit is `passes.run_pass`, and how it gets the unit is `crew`.
+Nothing here holds rows: what a worker does with a unit is `passes.run_pass`, and how it gets the unit is `workers`.
 
 What an earlier command committed is looked at before it is reused: records, tables and the sizes of all other files;
 if there is nothing left to do, every byte. What is damaged is made again where that gives the same, and is an error
@@ -23,17 +23,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import crew, ingest, pool, vectors
+from pipeline import ingest, pool, vectors
 from pipeline.card import About
 from pipeline.claim import Claim
 from pipeline.ledger import BooksError, Funnel, Line
-from pipeline.passes import Pass, alive, check_measured, check_unit, read_unit, unit_drops
+from pipeline.passes import Pass, check_measured, check_unit, read_unit, surviving_rows, unit_drops
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.schema import DROP, POSITION
-from pipeline.stages.write_shards import WriteShards
-from pipeline.step import Filter, VectorFilter, drops_table
+from pipeline.step import Filter, Sink, VectorFilter, drops_table
 from pipeline.storage import DamagedError, Entry, Store, sealed
+from pipeline.workers import map_tasks, run_passes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,7 +72,7 @@ def execute(
     while index < len(passes):
         claim.check()
         p = passes[index]
-        if p.complete() is not None and (p.kind != "write" or _shards_whole(recipe, p)):
+        if p.complete() is not None and (p.kind != "write" or _written_whole(recipe, p)):
             reused.append(p.label)
             funnel.add(_funnel(p))
             index += 1
@@ -108,7 +108,7 @@ def write_books(recipe: Recipe, passes: list[Pass], outcome: Outcome, claim: Cla
             claim.check()
             yield _export_drops(store, passes, number, range(number * group, min(units, (number + 1) * group)))
 
-    exported = list(crew.over(groups, export))
+    exported = list(map_tasks(groups, export))
     rows = sum(record["rows"] for record in exported)
     claim.check()
     keep = {f"{number:05d}.parquet" for number in groups}
@@ -121,8 +121,10 @@ def write_books(recipe: Recipe, passes: list[Pass], outcome: Outcome, claim: Cla
     books = {"name": recipe.name, "rows_in": funnel.rows_in, "kept": funnel.kept, "steps": funnel.to_json()}
     files = [store.write("funnel.json", json.dumps(books, indent=1).encode()), store.entry("run.json")]
     files += sorted((record["entry"] for record in exported), key=lambda entry: str(entry["name"]))
-    shards = passes[-1].kind == "write"
-    files += [store.entry(f"shards/{name}") for name in (("OWNER", "manifest.json") if shards else ())]
+    if passes[-1].kind == "write" and (complete := passes[-1].complete()) is not None:
+        folder = complete["folder"]
+        files += [store.entry(f"{folder}/OWNER")]
+        files += [{**entry, "name": f"{folder}/{entry['name']}"} for entry in complete["documents"]]
     within = f"{recipe.run}/"
     completes = [{"pass": p.root.removeprefix(within), **p.store.entry(p.complete_name)} for p in passes]
     for part in store.parts():
@@ -188,7 +190,7 @@ def _mend(recipe: Recipe, passes: list[Pass]) -> list[str]:
                 except DamagedError as error:
                     yield {"pass": i, "unit": unit, "error": str(error)}
 
-    found = list(crew.over(work, look))
+    found = list(map_tasks(work, look))
     for i, record in enumerate(complete):
         if record is not None and passes[i].kind == "barrier":
             try:
@@ -228,7 +230,7 @@ def _ingest(
             for i, split in batch:
                 yield {"split": i, "rows": pool.count(spec, split)}
 
-        for record in crew.over([(i, s) for i, s in enumerate(splits) if s.rows is None], count):
+        for record in map_tasks([(i, s) for i, s in enumerate(splits) if s.rows is None], count):
             sizes[record["split"]] = record["rows"]
         rows = sum(sizes)
         size = pool.size(spec)
@@ -254,10 +256,10 @@ def _ingest(
         (i, first, splits[first:last]) for i, (first, last) in enumerate(itertools.pairwise([*starts, len(splits)]))
     ]
     started = time.perf_counter()
-    for _ in crew.over(pieces, scatter):
+    for _ in map_tasks(pieces, scatter):
         claim.check()
     funnel, entries = _empty_funnel(p), []
-    for record in crew.over(range(parts), gather):
+    for record in map_tasks(range(parts), gather):
         claim.check()
         entries += [record["table"], record["heavy"]]
         unit_funnel = Funnel.from_json(record["funnel"])
@@ -286,7 +288,7 @@ def _map(
     known: Counter[int] = Counter()
     parts: dict[int, dict[str, int]] = {i: {} for i in chain}
     """Units that have another number of records than one."""
-    for i, advance in crew.stream(passes, chain, units, recipe.workers):
+    for i, advance in run_passes(passes, chain, units, recipe.workers):
         claim.check()
         progress.add(passes[i].label, advance.rows, advance.kept, advance.reasons, units=len(advance.records))
         for record in advance.records:
@@ -327,7 +329,7 @@ def _barrier(passes: list[Pass], index: int, units: int, rows: int, progress: Pr
     started = time.perf_counter()
     per_file = max(1, GROUP_ROWS * units // rows)
     if isinstance(step, VectorFilter):
-        files, reasons = vectors.decide(p, before, units, rows, per_file, crew.over)
+        files, reasons = vectors.decide(p, before, units, rows, per_file, map_tasks)
         line = Line(rows, dict(sorted(reasons.items())), time.perf_counter() - started)
         progress.add(p.label, rows, line.kept, line.dropped)
         p.sweep(files.values())
@@ -389,28 +391,35 @@ def _to_pandas(table: pa.Table) -> pd.DataFrame:
     return table.to_pandas(types_mapper=dtype)
 
 
-# --- Shards -----------------------------------------------------------------------------------------------------------
+# --- What is written --------------------------------------------------------------------------------------------------
 
 
-def _owns_shards(recipe: Recipe, p: Pass) -> bool:
-    return Store(recipe.run).read_if_there("shards/OWNER") == p.key.encode()
+def _sink(p: Pass) -> Sink:
+    (step,) = p.steps
+    assert isinstance(step, Sink)
+    return step
 
 
-def _shards_whole(recipe: Recipe, p: Pass) -> bool:
-    """Whether the shards are those of this pass, every byte of them, and nothing else is among them."""
-    store, complete = Store(recipe.run).folder("shards"), p.complete()
-    if complete is None or not _owns_shards(recipe, p):
+def _owns_folder(recipe: Recipe, p: Pass) -> bool:
+    return Store(recipe.run).read_if_there(f"{_sink(p).folder}/OWNER") == p.key.encode()
+
+
+def _written_whole(recipe: Recipe, p: Pass) -> bool:
+    """Whether the sink's folder holds what this pass wrote, every byte of it, and nothing else."""
+    folder, complete = Store(recipe.run).folder(_sink(p).folder), p.complete()
+    if complete is None or not _owns_folder(recipe, p):
         return False
     try:
-        manifest = json.loads(store.read_entry(complete["manifest"]))
         for entry in complete["files"].values():
             p.store.check(entry)
+        records = [p.record(part) for part in range(complete["parts"])]
     except DamagedError:
         return False
-    entries = [*manifest["shards"], *({"name": name, **entry} for name, entry in manifest["files"].items())]
-    if set(store.names()) - {"_SUCCESS"} != {"OWNER", "manifest.json", *(entry["name"] for entry in entries)}:
+    entries = [*complete["documents"], *(entry for record in records if record for entry in record["files"])]
+    if None in records or set(folder.names()) - {"_SUCCESS"} != {"OWNER", *(entry["name"] for entry in entries)}:
         return False
-    return all(record["whole"] for record in crew.over(entries, lambda some: ({"whole": _whole(store, some)},), 16))
+    whole = map_tasks(entries, lambda some: ({"whole": _whole(folder, some)},), at_once=16)
+    return all(record["whole"] for record in whole)
 
 
 def _whole(store: Store, entries: Iterable[Entry]) -> bool:
@@ -423,63 +432,62 @@ def _whole(store: Store, entries: Iterable[Entry]) -> bool:
 
 
 def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress: Progress, claim: Claim) -> None:
-    """Writes the shards: each is a range of the run's rows in the order of units, whoever writes it and when."""
+    """Lets a sink write: each part is a range of the run's rows in the order of units, whoever writes it and when."""
     p, before = passes[index], passes[:index]
-    step = p.steps[0]
-    assert isinstance(step, WriteShards)
-    store = Store(recipe.run)
-    if not _owns_shards(recipe, p):
-        # Shards of an earlier variant of the recipe stand here: they are no longer whole from this moment on.
-        store.remove("shards/_SUCCESS")
+    step, store = _sink(p), Store(recipe.run)
+    folder = store.folder(step.folder)
+    if not _owns_folder(recipe, p):
+        # What an earlier variant of the recipe wrote stands here: it is no longer whole from this moment on.
+        folder.remove("_SUCCESS")
         store.remove("seal.json")
         for name in p.store.names("commits"):
             p.store.remove(f"commits/{name}")
-        store.write("shards/OWNER", p.key.encode())
+        folder.write("OWNER", p.key.encode())
     p.forget()
 
     def count(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
         for unit in batch:
-            yield {"unit": unit, "rows": len(alive(before, unit))}
+            yield {"unit": unit, "rows": len(surviving_rows(before, unit))}
 
     sizes = np.zeros(units, np.int64)
-    for record in crew.over(range(units), count, at_once=64):
+    for record in map_tasks(range(units), count, at_once=64):
         sizes[record["unit"]] = record["rows"]
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if units else 0
-    n = step.samples_per_shard
-    shards = total // n if step.drop_last else -(-total // n)
+    bounds = step.plan(total)
     progress.begin([(p.label, total)])
     types = {k: v for q in before for k, v in q.adds.items()}
 
     def write(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
-        folder = store.folder("shards")
-        for shard in batch:
+        for part in batch:
             claim.check()
             with contextlib.suppress(DamagedError):
-                record = p.record(shard)
-                if record is not None and _whole(folder, [record["shard"], *record["shard"]["files"]]):
-                    yield record["shard"]
+                record = p.record(part)
+                if record is not None and _whole(folder, record["files"]):
+                    yield record
                     continue
-            rows = _rows_of(before, ends, shard * n, min(total, (shard + 1) * n), list(types))
-            written = step.write(folder, shard, rows, types)
-            p.forget(shard)
-            p.commit(shard, {"shard": written})
-            yield written
+            rows = _rows_of(before, ends, bounds[part], bounds[part + 1], list(types))
+            written = step.write(folder, part, rows, types)
+            p.forget(part)
+            p.commit(part, written)
+            yield {**written, "unit": part}
 
     started = time.perf_counter()
     records: list[dict[str, Any]] = []
-    for record in crew.over(range(shards), write):
+    for record in map_tasks(range(len(bounds) - 1), write):
         claim.check()
         records.append(record)
-        progress.add(p.label, record["samples"], record["samples"], {})
-    kept = sum(record["samples"] for record in records)
+        progress.add(p.label, record["rows"], record["rows"], {})
+    kept = sum(record["rows"] for record in records)
+    if kept != bounds[-1]:
+        raise BooksError(f"{p.label} wrote {kept:,} of {bounds[-1]:,} rows")
     files, tail = {}, total - kept
     if tail:
         left = pa.concat_tables(_rows_of(before, ends, kept, total, []))
         name = f"drops/{secrets.token_hex(4)}.parquet"
-        files = {"0": p.store.write_table(name, drops_table(left, p.label, "last_shard_short"))}
-    line = Line(total, {"last_shard_short": tail} if tail else {}, time.perf_counter() - started)
-    records.sort(key=lambda record: record["name"])
+        files = {"0": p.store.write_table(name, drops_table(left, p.label, step.leftover))}
+    line = Line(total, {step.leftover: tail} if tail else {}, time.perf_counter() - started)
+    records.sort(key=lambda record: int(record["unit"]))
     books = Funnel()
     for lines in (*map(_funnel, before), Funnel({p.label: line})):
         books.add(lines)
@@ -488,11 +496,17 @@ def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress:
 
     def finish(_: Sequence[int]) -> Iterator[dict[str, Any]]:
         claim.check()
-        yield step.finish(store.folder("shards"), about, records)
+        documents = step.finish(folder, about, records)
+        named = {"OWNER", *(e["name"] for e in documents), *(e["name"] for r in records for e in r["files"])}
+        for name in folder.names():
+            if name not in named:
+                folder.remove(name)
+        yield {"documents": documents}
 
-    (manifest,) = crew.over([0], finish)  # not here: it holds the uids of all samples
+    (end,) = map_tasks([0], finish)  # not on the driver: it may hold the uids of all samples
     p.sweep(files.values())
-    p.finish(Funnel({p.label: line}), files=files, units_per_file=max(1, units), manifest=manifest, shards=shards)
+    funnel = Funnel({p.label: line})
+    p.finish(funnel, files=files, units_per_file=max(1, units), folder=step.folder, parts=len(records), **end)
 
 
 def _rows_of(before: Sequence[Pass], ends: np.ndarray, low: int, high: int, columns: list[str]) -> Iterator[pa.Table]:
@@ -502,7 +516,7 @@ def _rows_of(before: Sequence[Pass], ends: np.ndarray, low: int, high: int, colu
         start = int(ends[unit - 1]) if unit else 0
         take = min(high, int(ends[unit])) - low
         if take:
-            rows = alive(before, unit)[low - start : low - start + take]
+            rows = surviving_rows(before, unit)[low - start : low - start + take]
             yield from read_unit(before, unit, columns, rows)
         low += take
         unit += 1

@@ -33,7 +33,7 @@ import pyarrow.compute as pc
 from pipeline.ledger import Funnel
 from pipeline.recipe import Recipe, identity
 from pipeline.schema import DROP, POSITION, SAMPLE, is_heavy
-from pipeline.step import Filter, Stage, Step, apply, drops_table, split_marked
+from pipeline.step import Filter, Sink, Stage, Step, apply, drops_table, split_marked
 from pipeline.storage import DamagedError, Entry, Output, Store, is_part, sealed
 
 HEAVY_ROWS = 256
@@ -166,7 +166,7 @@ def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.Da
 
     for step in recipe.steps:
         scope = step.scope if isinstance(step, Filter) else "row"
-        alone: Kind | None = "barrier" if scope == "run" else "write" if step.name() == "write_shards" else None
+        alone: Kind | None = "barrier" if scope == "run" else "write" if isinstance(step, Sink) else None
         alone = "measure" if step.commits else alone
         regroups = any(isinstance(s, Stage) and type(s).stream is not Stage.stream for s in steps)
         wants_units = any(isinstance(s, Filter) and s.scope == "unit" for s in steps)
@@ -196,13 +196,13 @@ def source_columns(p: Pass) -> list[str]:
     return list(wanted)
 
 
-def alive(before: Sequence[Pass], unit: int) -> np.ndarray:
+def surviving_rows(before: Sequence[Pass], unit: int) -> np.ndarray:
     """The rows of a unit (int32, ascending) that the passes so far have kept."""
     earlier, last = before[:-1], before[-1]
     if last.kind == "barrier":
-        return np.setdiff1d(alive(earlier, unit), barrier_drops(last, unit)["row"].to_numpy()).astype(np.int32)
+        return np.setdiff1d(surviving_rows(earlier, unit), barrier_drops(last, unit)["row"].to_numpy()).astype(np.int32)
     if last.kind == "measure":
-        table = _of_rows(last, unit, ["drop_reason"], alive(earlier, unit))
+        table = _of_rows(last, unit, ["drop_reason"], surviving_rows(earlier, unit))
     else:
         # A pass over units tells of every row that came: it speaks for those before it.
         table = _table(last, _must(last, unit), ["row", "drop_reason"])
@@ -217,7 +217,7 @@ def read_unit(
     One table, or tables of HEAVY_ROWS rows where pixels or vectors are asked for.
     """
     if rows is None:
-        rows = alive(before, unit)
+        rows = surviving_rows(before, unit)
     light: dict[str, pa.ChunkedArray] = {}
     heavy: list[tuple[_Heavy, list[str], np.ndarray]] = []
     wanted = [c for c in columns if c not in POSITION.names]
@@ -278,7 +278,7 @@ def unit_drops(passes: Sequence[Pass], unit: int) -> pa.Table:
     p = passes[-1]
     if p.kind in ("barrier", "write"):
         return barrier_drops(p, unit)
-    return _drops(p, unit, alive(passes[:-1], unit) if p.kind == "measure" else None)
+    return _drops(p, unit, surviving_rows(passes[:-1], unit) if p.kind == "measure" else None)
 
 
 def _drops(p: Pass, unit: int, rows: np.ndarray | None) -> pa.Table:
@@ -296,7 +296,7 @@ def _drops(p: Pass, unit: int, rows: np.ndarray | None) -> pa.Table:
 
 def missing_rows(passes: Sequence[Pass], unit: int, rows: np.ndarray | None = None) -> np.ndarray:
     """Of the rows of a unit that reach the last of these passes, or of `rows`, those that it still has to look at."""
-    rows = alive(passes[:-1], unit) if rows is None else rows
+    rows = surviving_rows(passes[:-1], unit) if rows is None else rows
     if passes[-1].kind != "measure":
         return rows
     return np.setdiff1d(rows, _measured(passes[-1], unit, [])[0]["row"].to_numpy()).astype(np.int32)
@@ -314,7 +314,7 @@ def committed(passes: Sequence[Pass], unit: int) -> dict[str, Any] | None:
 
 def _account(passes: Sequence[Pass], unit: int, new: int, seconds: dict[str, float]) -> dict[str, Any]:
     """What a pass that measures has to tell of a unit, whenever its rows were measured; `new` of them just now."""
-    p, rows = passes[-1], alive(passes[:-1], unit)
+    p, rows = passes[-1], surviving_rows(passes[:-1], unit)
     drops = _drops(p, unit, rows)
     drops = drops.append_column("unit", pa.array(np.full(len(drops), unit, np.int32)))
     parts = p.parts(unit)
@@ -362,7 +362,7 @@ def check_measured(passes: Sequence[Pass], index: int, unit: int, digest: bool, 
 
 
 @dataclass
-class Advance:
+class UnitReport:
     """How far a pass has come since the last such account."""
 
     rows: int = 0
@@ -374,14 +374,14 @@ class Advance:
     """Of the units that were committed."""
 
     @classmethod
-    def of(cls, record: dict[str, Any]) -> Advance:
+    def of(cls, record: dict[str, Any]) -> UnitReport:
         """A whole unit."""
         advance = cls(record["rows_in"], record["kept"], records=[record])
         for line in Funnel.from_json(record["funnel"]).lines.values():
             advance.reasons.update(line.dropped)
         return advance
 
-    def __iadd__(self, other: Advance) -> Advance:
+    def __iadd__(self, other: UnitReport) -> UnitReport:
         self.rows += other.rows
         self.kept += other.kept
         self.reasons.update(other.reasons)
@@ -396,7 +396,7 @@ def run_pass(
     rows: np.ndarray | None = None,
     crashers: np.ndarray | None = None,
     commit: bool = True,
-) -> Iterator[Advance]:
+) -> Iterator[UnitReport]:
     """Runs a pass over units as one stream of batches and commits each unit as its last row comes out.
 
     Steps see rows of the next unit while stragglers of this one are still under way. `rows` restricts a single unit to
@@ -405,7 +405,7 @@ def run_pass(
     p, before = passes[index], passes[:index]
     columns = source_columns(p)
     writers: dict[int, UnitWriter] = {}
-    advance = Advance()
+    advance = UnitReport()
     clock = dict.fromkeys(["", *p.labels], 0.0)
 
     def source() -> Iterator[pa.Table]:
@@ -442,7 +442,7 @@ def run_pass(
             elif p.kind == "measure":
                 writer.commit(seconds)
                 account = _account(passes[: index + 1], unit, writer.rows_in, seconds)
-                whole = Advance.of(account)
+                whole = UnitReport.of(account)
                 advance.rows += whole.rows - writer.rows_in
                 advance.kept += whole.kept - writer.kept
                 advance.reasons.update(whole.reasons - writer.reasons)
@@ -460,7 +460,7 @@ def run_pass(
             advance.kept += len(batch)
             advance.records += finished()
             yield advance
-            advance = Advance()
+            advance = UnitReport()
         advance.records += finished()
         yield advance
         for unit, writer in writers.items():

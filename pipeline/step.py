@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +21,16 @@ from pipeline.schema import DROP, is_heavy
 if TYPE_CHECKING:
     import dask.dataframe as dd
 
+    from pipeline.card import About
+    from pipeline.storage import Entry, Store
+
 Scope = Literal["row", "unit", "run"]
 Resource = Literal["cpu", "gpu"]
+
+
+class HaltError(Exception):
+    """Raised by a step that cannot go on through no fault of its rows (no network, say). The run stops with this
+    message, and the attempts at the units in progress do not count."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class Step:
     @classmethod
     def name(cls) -> str:
         """The YAML name: `AspectRatio` is `aspect_ratio`, in `aspect_ratio.py`."""
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
 
     @property
     def label(self) -> str:
@@ -95,6 +103,16 @@ class Step:
     def estimate(self, rows: float) -> Estimate:
         """What `--plan` assumes of this step, with these options, for so many rows."""
         return Estimate(1.0, 10_000, "a step of your own: nothing known")
+
+    def shared(self) -> tuple[type, tuple[Any, ...]] | None:
+        """Class and arguments of one object that all workers of this step share; None if there is none.
+
+        It lives in a process of its own. `connect` hands each worker its side of it.
+        """
+        return None
+
+    def connect(self, shared: Any) -> None:
+        """Called on a worker before `setup`: the methods of `shared` are coroutines that run on the shared object."""
 
     def setup(self) -> None:
         """Runs once per worker, before the first batch: the place to load a model."""
@@ -157,6 +175,39 @@ class Filter(Step):
         here on the driver; whatever grows with the pool stays in the graph.
         """
         raise TypeError(f"{type(self).__name__} must define decide() for scope 'run'")
+
+
+class Sink(Step):
+    """Writes what is left, as the last step of a recipe: an output format is one file.
+
+    The rows of the run, in the order of its units, are cut into parts. Workers write parts in any order and possibly
+    twice, so equal rows must give equal bytes; `finish` then describes them all. Everything goes into the folder
+    `folder` of the run, and every file must be named by the entries that `write` and `finish` return: other files in
+    the folder are removed, and those named are checked by `verify`.
+    """
+
+    folder: ClassVar[str] = "shards"
+    leftover: ClassVar[str] = "last_part_short"
+    """The reason of a drop for rows behind the last part."""
+
+    def plan(self, rows: int) -> list[int]:
+        """The bounds of the parts, from 0: part i holds the rows from bounds[i] to bounds[i + 1]. Rows behind the last
+        bound are dropped as `leftover`."""
+        raise TypeError(f"{type(self).__name__} must define plan()")
+
+    def write(
+        self, store: Store, part: int, tables: Iterator[pa.Table], types: dict[str, pa.DataType]
+    ) -> dict[str, Any]:
+        """Writes one part into the folder `store`, from tables with the columns of `types`, some rows at a time.
+
+        Returns a JSON-able record with `rows` (how many were written) and `files` (the `Entry` of each file).
+        """
+        raise TypeError(f"{type(self).__name__} must define write()")
+
+    def finish(self, store: Store, about: About, parts: list[dict[str, Any]]) -> list[Entry]:
+        """Writes what describes all parts together, given their records in order; returns the entries of these files,
+        the one that readers start from first."""
+        return []
 
 
 class KeyedFilter(Filter):

@@ -35,7 +35,7 @@ MOST_DIVISIONS = 8
 """How often a crowded group is divided again before equal vectors are taken for what they are."""
 
 RunTasks = Callable[..., Iterable[dict[str, Any]]]
-"""Runs a function over items on the workers: `(items, work, at_once)`, as `crew.over` does."""
+"""Runs a function over items on the workers: `(items, work, at_once)`, as `workers.map_tasks` does."""
 
 
 @dataclass
