@@ -55,40 +55,56 @@ class Outcome:
     """For each pass that measured anything, by its label: the rows that came, and those of them measured before."""
 
 
-def execute(
-    recipe: Recipe, passes: list[Pass], types: dict[str, pa.DataType], progress: Progress, claim: Claim
-) -> Outcome:
+@dataclass
+class Job:
+    """What a run works with."""
+
+    recipe: Recipe
+    passes: list[Pass]
+    types: dict[str, pa.DataType]
+    """The pool's further columns."""
+    progress: Progress
+    claim: Claim
+    units: int = 0
+    """Known once the pool was ingested."""
+
+
+def execute(job: Job) -> Outcome:
     """Runs what is not done yet; afterwards every pass of the recipe is complete and the books of the run balance.
 
     DamagedError if something that was committed is lost or spoilt and cannot be made again.
     """
-    funnel = Funnel()
+    passes, funnel = job.passes, Funnel()
     reused: list[str] = []
-    mended = _mend(recipe, passes)
+    mended = _mend(job)
     known: dict[str, tuple[int, int]] = {}
-    units = _ingest(recipe, passes[0], types, progress, reused, claim)
+    if passes[0].complete() is None:
+        _ingest(job)
+    else:
+        reused.append(passes[0].label)
+    job.units = unit_total(passes)
     index = 1
     funnel.add(_funnel(passes[0]))
     while index < len(passes):
-        claim.check()
+        job.claim.check()
         p = passes[index]
-        if p.complete() is not None and (p.kind != "write" or _written_whole(recipe, p)):
+        if p.complete() is not None and (p.kind != "write" or _written_whole(job.recipe, p)):
             reused.append(p.label)
             funnel.add(_funnel(p))
             index += 1
             continue
         if p.kind == "barrier":
-            _barrier(passes, index, units, funnel.kept, progress)
+            _barrier(job, index, funnel.kept)
             chain = [index]
         elif p.kind == "write":
-            _write(recipe, passes, index, units, progress, claim)
+            _write(job, index)
             chain = [index]
         else:
             end = index
             while end < len(passes) and passes[end].kind in ("map", "measure") and passes[end].complete() is None:
                 end += 1
             chain = list(range(index, end))
-            known |= _map(recipe, passes, chain, units, progress, claim)
+            known |= _map(job, chain)
         for i in chain:
             funnel.add(_funnel(passes[i]))
         index = chain[-1] + 1
@@ -96,11 +112,14 @@ def execute(
     return Outcome(funnel, reused, mended, known)
 
 
-def write_books(recipe: Recipe, passes: list[Pass], outcome: Outcome, claim: Claim) -> int:
-    """Writes `drops/*.parquet`, `funnel.json` and, as the last, `seal.json`; returns the rows in the drops. BooksError
-    if rows are missing."""
-    store, units = Store(recipe.run), unit_total(passes)
-    group = _units_per_group(recipe)
+def write_books(job: Job, outcome: Outcome) -> int:
+    """Writes `drops/*.parquet`, `funnel.json` and, last, `seal.json`; returns the number of rows in the drops.
+
+    BooksError if rows are missing.
+    """
+    recipe, passes, units, claim = job.recipe, job.passes, job.units, job.claim
+    store = Store(recipe.run)
+    group = max(1, GROUP_ROWS // recipe.unit_rows)
     groups = list(range(-(-units // group)))
 
     def export(numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -154,11 +173,12 @@ def _empty_funnel(p: Pass) -> Funnel:
 # --- What earlier commands have left ---------------------------------------------------------------------------------
 
 
-def _mend(recipe: Recipe, passes: list[Pass]) -> list[str]:
+def _mend(job: Job) -> list[str]:
     """Looks at all that is committed, and takes back what is damaged, so that it is made again.
 
     DamagedError, and nothing is taken back, if any of it would not come out the same a second time.
     """
+    passes = job.passes
     complete = [p.complete() for p in passes]
     done = all(complete)
     if complete[0] is None:
@@ -198,7 +218,7 @@ def _mend(recipe: Recipe, passes: list[Pass]) -> list[str]:
                     passes[i].store.check(entry)
             except DamagedError as error:
                 found.append({"pass": i, "unit": None, "error": str(error)})
-    own = f"{Store(recipe.run).root}/"
+    own = f"{Store(job.recipe.run).root}/"
     if final := [d for d in found if not (passes[d["pass"]].repeatable and passes[d["pass"]].root.startswith(own))]:
         for damage in final:
             if not passes[damage["pass"]].root.startswith(own):
@@ -214,12 +234,9 @@ def _mend(recipe: Recipe, passes: list[Pass]) -> list[str]:
 # --- The pool ---------------------------------------------------------------------------------------------------------
 
 
-def _ingest(
-    recipe: Recipe, p: Pass, types: dict[str, pa.DataType], progress: Progress, reused: list[str], claim: Claim
-) -> int:
-    if p.complete() is not None:
-        reused.append(p.label)
-        return unit_total([p])
+def _ingest(job: Job) -> None:
+    """Cuts the pool into units: scatters its files by partition, then gathers each partition."""
+    recipe, types, claim, p = job.recipe, job.types, job.claim, job.passes[0]
     ingest.mend(p)
     spec, splits = recipe.pool, pool.splits(recipe.pool)
     plan = p.store.read_record("plan.json")
@@ -239,7 +256,7 @@ def _ingest(
         plan = {"rows": rows, "units": units, "parts": parts, "pieces": ingest.pieces(sizes)}
         p.store.write("plan.json", sealed(plan))
     units, parts, starts = plan["units"], plan["parts"], plan["pieces"]
-    progress.begin([(p.label, plan["rows"])], units)
+    job.progress.begin([(p.label, plan["rows"])], units)
 
     def scatter(batch: Sequence[tuple[int, int, list[pool.Split]]]) -> Iterator[dict[str, Any]]:
         for piece, first, some in batch:
@@ -264,34 +281,32 @@ def _ingest(
         entries += [record["table"], record["heavy"]]
         unit_funnel = Funnel.from_json(record["funnel"])
         funnel.add(unit_funnel)
-        progress.add(p.label, record["rows_in"], record["kept"], unit_funnel.lines[p.label].dropped, units=1)
+        job.progress.add(p.label, record["rows_in"], record["kept"], unit_funnel.lines[p.label].dropped, units=1)
     if funnel.rows_in != plan["rows"]:
         raise BooksError(f"the pool has {plan['rows']:,} rows, but its units hold {funnel.rows_in:,}")
     funnel.lines[p.label].seconds = time.perf_counter() - started
     p.sweep(entries)
     p.finish(funnel, units=units)
-    return units
 
 
 # --- Passes over units ------------------------------------------------------------------------------------------------
 
 
-def _map(
-    recipe: Recipe, passes: list[Pass], chain: list[int], units: int, progress: Progress, claim: Claim
-) -> dict[str, tuple[int, int]]:
+def _map(job: Job, chain: list[int]) -> dict[str, tuple[int, int]]:
     """Streams all units through neighbouring passes: while one downloads, the one before it is scored. Returns the rows
     that came to each pass that measures, and how many of them had been measured before."""
+    passes, units = job.passes, job.units
     rows = _funnel(passes[chain[0] - 1]).kept
-    progress.begin([(passes[i].label, rows if i == chain[0] else None) for i in chain], units)
+    job.progress.begin([(passes[i].label, rows if i == chain[0] else None) for i in chain], units)
     funnels = {i: _empty_funnel(passes[i]) for i in chain}
     entries: dict[int, list[Entry]] = {i: [] for i in chain}
     known: Counter[int] = Counter()
     parts: dict[int, dict[str, int]] = {i: {} for i in chain}
     """Units that have another number of records than one."""
-    for i, advance in run_passes(passes, chain, units, recipe.workers):
-        claim.check()
-        progress.add(passes[i].label, advance.rows, advance.kept, advance.reasons, units=len(advance.records))
-        for record in advance.records:
+    for i, report in run_passes(passes, chain, units, job.recipe.workers):
+        job.claim.check()
+        job.progress.add(passes[i].label, report.rows, report.kept, report.reasons, units=len(report.records))
+        for record in report.records:
             funnels[i].add(Funnel.from_json(record["funnel"]))
             entries[i] += record["entries"]
             known[i] += record["known"]
@@ -308,21 +323,17 @@ def _map(
 # --- Barriers ---------------------------------------------------------------------------------------------------------
 
 
-def _units_per_group(recipe: Recipe) -> int:
-    return max(1, GROUP_ROWS // recipe.unit_rows)
-
-
-def _barrier(passes: list[Pass], index: int, units: int, rows: int, progress: Progress) -> None:
+def _barrier(job: Job, index: int, rows: int) -> None:
     """Lets a whole-run filter decide on the column tables of all units, as a Dask graph that Ray computes."""
     import dask
     import dask.dataframe as dd
     import pandas as pd
     from ray.util.dask import ray_dask_get
 
-    p, before = passes[index], passes[:index]
+    p, before, units = job.passes[index], job.passes[:index], job.units
     step = p.steps[0]
     assert isinstance(step, Filter)
-    progress.begin([(p.label, rows)])
+    job.progress.begin([(p.label, rows)])
     if not rows:
         p.finish(_empty_funnel(p), files={}, units_per_file=units)
         return
@@ -331,7 +342,7 @@ def _barrier(passes: list[Pass], index: int, units: int, rows: int, progress: Pr
     if isinstance(step, VectorFilter):
         files, reasons = vectors.decide(p, before, units, rows, per_file, map_tasks)
         line = Line(rows, dict(sorted(reasons.items())), time.perf_counter() - started)
-        progress.add(p.label, rows, line.kept, line.dropped)
+        job.progress.add(p.label, rows, line.kept, line.dropped)
         p.sweep(files.values())
         p.finish(Funnel({p.label: line}), files=files, units_per_file=per_file)
         return
@@ -374,7 +385,7 @@ def _barrier(passes: list[Pass], index: int, units: int, rows: int, progress: Pr
             line.dropped[reason] = line.dropped.get(reason, 0) + n
     line.seconds = time.perf_counter() - started
     files = {str(number): json.loads(entry) for number, entry in zip(written["file"], written["entry"])}
-    progress.add(p.label, rows, line.kept, line.dropped)
+    job.progress.add(p.label, rows, line.kept, line.dropped)
     p.sweep(files.values())
     p.finish(Funnel({p.label: line}), files=files, units_per_file=per_file)
 
@@ -431,9 +442,10 @@ def _whole(store: Store, entries: Iterable[Entry]) -> bool:
     return True
 
 
-def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress: Progress, claim: Claim) -> None:
+def _write(job: Job, index: int) -> None:
     """Lets a sink write: each part is a range of the run's rows in the order of units, whoever writes it and when."""
-    p, before = passes[index], passes[:index]
+    recipe, claim, units = job.recipe, job.claim, job.units
+    p, before = job.passes[index], job.passes[:index]
     step, store = _sink(p), Store(recipe.run)
     folder = store.folder(step.folder)
     if not _owns_folder(recipe, p):
@@ -455,7 +467,7 @@ def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress:
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if units else 0
     bounds = step.plan(total)
-    progress.begin([(p.label, total)])
+    job.progress.begin([(p.label, total)])
     types = {k: v for q in before for k, v in q.adds.items()}
 
     def write(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -477,7 +489,7 @@ def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress:
     for record in map_tasks(range(len(bounds) - 1), write):
         claim.check()
         records.append(record)
-        progress.add(p.label, record["rows"], record["rows"], {})
+        job.progress.add(p.label, record["rows"], record["rows"], {})
     kept = sum(record["rows"] for record in records)
     if kept != bounds[-1]:
         raise BooksError(f"{p.label} wrote {kept:,} of {bounds[-1]:,} rows")

@@ -122,8 +122,9 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
             cluster.check_nodes(Store(checked.run), pool.find_files(checked.pool))
         except cluster.UnseenError as error:
             raise RefusedError(str(error)) from None
-        outcome = executor.execute(checked, passes, types, progress, claim)
-        dropped = executor.write_books(checked, passes, outcome, claim)
+        job = executor.Job(checked, passes, types, progress, claim)
+        outcome = executor.execute(job)
+        dropped = executor.write_books(job, outcome)
     finally:
         progress.end()
         ending = watch.is_ending()
