@@ -44,20 +44,20 @@ GROUP_ROWS = 1_000_000
 
 @dataclass
 class Outcome:
-    """What a run came to."""
+    """The result of a run."""
 
     funnel: Funnel
     reused: list[str]
-    """The labels of the passes that were found complete, in order."""
+    """Labels of the passes that were complete already, in order."""
     mended: list[str]
-    """What was found damaged and made again: a line each."""
+    """Descriptions of what was found damaged and made again."""
     known: dict[str, tuple[int, int]]
-    """For each pass that measured anything, by its label: the rows that came, and those of them measured before."""
+    """For each `measure` pass that ran, by label: rows that reached it, and rows among them measured before."""
 
 
 @dataclass
 class Job:
-    """What a run works with."""
+    """What the functions of this module need to know of a run."""
 
     recipe: Recipe
     passes: list[Pass]
@@ -66,11 +66,11 @@ class Job:
     progress: Progress
     claim: Claim
     units: int = 0
-    """Known once the pool was ingested."""
+    """Set when the pool is ingested."""
 
 
 def execute(job: Job) -> Outcome:
-    """Runs what is not done yet; afterwards every pass of the recipe is complete and the books of the run balance.
+    """Runs the passes that are not complete, and checks that the books of the run balance.
 
     DamagedError if something that was committed is lost or spoilt and cannot be made again.
     """
@@ -174,7 +174,7 @@ def _empty_funnel(p: Pass) -> Funnel:
 
 
 def _mend(job: Job) -> list[str]:
-    """Looks at all that is committed, and takes back what is damaged, so that it is made again.
+    """Checks everything that is committed, and removes the records of what is damaged, so that it is made again.
 
     DamagedError, and nothing is taken back, if any of it would not come out the same a second time.
     """
@@ -293,8 +293,10 @@ def _ingest(job: Job) -> None:
 
 
 def _map(job: Job, chain: list[int]) -> dict[str, tuple[int, int]]:
-    """Streams all units through neighbouring passes: while one downloads, the one before it is scored. Returns the rows
-    that came to each pass that measures, and how many of them had been measured before."""
+    """Streams all units through neighbouring passes: one unit is downloaded while another is scored.
+
+    Returns `Outcome.known` for these passes.
+    """
     passes, units = job.passes, job.units
     rows = _funnel(passes[chain[0] - 1]).kept
     job.progress.begin([(passes[i].label, rows if i == chain[0] else None) for i in chain], units)
@@ -302,7 +304,7 @@ def _map(job: Job, chain: list[int]) -> dict[str, tuple[int, int]]:
     entries: dict[int, list[Entry]] = {i: [] for i in chain}
     known: Counter[int] = Counter()
     parts: dict[int, dict[str, int]] = {i: {} for i in chain}
-    """Units that have another number of records than one."""
+    """Numbers of records of the units that have more or fewer than one."""
     for i, report in run_passes(passes, chain, units, job.recipe.workers):
         job.claim.check()
         job.progress.add(passes[i].label, report.rows, report.kept, report.reasons, units=len(report.records))
@@ -324,7 +326,7 @@ def _map(job: Job, chain: list[int]) -> dict[str, tuple[int, int]]:
 
 
 def _barrier(job: Job, index: int, rows: int) -> None:
-    """Lets a whole-run filter decide on the column tables of all units, as a Dask graph that Ray computes."""
+    """Runs a whole-run filter over columns of all units, as a Dask graph that Ray computes."""
     import dask
     import dask.dataframe as dd
     import pandas as pd
@@ -391,7 +393,7 @@ def _barrier(job: Job, index: int, rows: int) -> None:
 
 
 def _to_pandas(table: pa.Table) -> pd.DataFrame:
-    """With types that hold nulls: a null among 64-bit hashes must not turn them all into floats."""
+    """Converts with types that hold nulls, so that a null among 64-bit hashes does not turn them into floats."""
     import pandas as pd
 
     def dtype(of: pa.DataType) -> Any:
@@ -416,7 +418,7 @@ def _owns_folder(recipe: Recipe, p: Pass) -> bool:
 
 
 def _written_whole(recipe: Recipe, p: Pass) -> bool:
-    """Whether the sink's folder holds what this pass wrote, every byte of it, and nothing else."""
+    """Whether the sink's folder holds exactly what this pass wrote, compared byte for byte."""
     folder, complete = Store(recipe.run).folder(_sink(p).folder), p.complete()
     if complete is None or not _owns_folder(recipe, p):
         return False
@@ -443,13 +445,13 @@ def _whole(store: Store, entries: Iterable[Entry]) -> bool:
 
 
 def _write(job: Job, index: int) -> None:
-    """Lets a sink write: each part is a range of the run's rows in the order of units, whoever writes it and when."""
+    """Runs a sink. Each part is a fixed range of the run's rows in the order of units, whichever worker writes it."""
     recipe, claim, units = job.recipe, job.claim, job.units
     p, before = job.passes[index], job.passes[:index]
     step, store = _sink(p), Store(recipe.run)
     folder = store.folder(step.folder)
     if not _owns_folder(recipe, p):
-        # What an earlier variant of the recipe wrote stands here: it is no longer whole from this moment on.
+        # The folder holds the output of an earlier variant of the recipe, which is incomplete from now on.
         folder.remove("_SUCCESS")
         store.remove("seal.json")
         for name in p.store.names("commits"):
@@ -522,7 +524,7 @@ def _write(job: Job, index: int) -> None:
 
 
 def _rows_of(before: Sequence[Pass], ends: np.ndarray, low: int, high: int, columns: list[str]) -> Iterator[pa.Table]:
-    """The living rows low … high−1 of the run, in the order of units."""
+    """The surviving rows low … high − 1 of the run, in the order of units."""
     unit = int(np.searchsorted(ends, low, side="right"))
     while low < high:
         start = int(ends[unit - 1]) if unit else 0
@@ -535,7 +537,7 @@ def _rows_of(before: Sequence[Pass], ends: np.ndarray, low: int, high: int, colu
 
 
 def _export_drops(store: Store, passes: list[Pass], number: int, units: range) -> dict[str, Any]:
-    """Joins the drops of a group of units with their urls and captions into one file for people and tools."""
+    """Writes the drops of a group of units, with uid, url and caption, into one file for people and tools."""
     types = {"uid": pa.string(), "url": pa.string(), "caption": pa.string()}
     said = [name for name in DROP.names if name not in POSITION.names]
     schema = pa.schema([*types.items(), *(DROP.field(name) for name in said)])

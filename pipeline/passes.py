@@ -82,7 +82,7 @@ class Pass:
         return all(step.repeatable for step in self.steps)
 
     def record(self, unit: int, part: int | None = None) -> dict[str, Any] | None:
-        """The record of a unit, or None. In a `write` pass, of a sink's part; in a `measure` pass, of a `part` of a unit.
+        """The record of a unit, or None. In a `write` pass: of a sink's part. In a `measure` pass: of one `part`.
 
         DamagedError if the record was changed.
         """

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class RefusedError(Exception):
-    """The run directory belongs to something else."""
+    """The run directory holds something else."""
 
 
 def _run(console: Console, checked: Recipe, watch: Watch) -> int:
@@ -179,7 +179,7 @@ def _why_empty(funnel: Funnel) -> str:
 
 
 def _columns_if_near(spec: recipe.PoolSpec) -> dict[str, pa.DataType] | None:
-    """The columns of a pool that can be looked at without a network; a plan can do without the others."""
+    """The columns of a pool on local disk; a plan needs no others."""
     paths = [spec.path] if isinstance(spec.path, str) else spec.path
     return None if any("://" in path for path in paths) else pool.columns(spec)
 
@@ -192,9 +192,9 @@ def _pool_key(checked: Recipe) -> dict[str, Any]:
 
 
 def _claim(checked: Recipe, passes: list[Pass]) -> None:
-    """Takes the run directory for this recipe, or refuses where that would orphan what was dear to get.
+    """Records this recipe as the one of the run directory, unless that would orphan expensive results: RefusedError.
 
-    A changed filter or threshold is welcome: its passes get new keys and the old downloads and scores stay in use.
+    Filters and thresholds may change: their passes get new keys, and downloads and scores stay in use.
     """
     store = Store(checked.run)
     source = masked({**checked.source, "workers": None, "reuse": None, "allow_empty": None})
@@ -251,8 +251,7 @@ def _folder(passes: list[Pass]) -> str | None:
 
 
 def _is_ours(store: Store, passes: list[Pass]) -> bool:
-    """Whether what is committed in a directory without a readable run.json is of this recipe: its pool, and every
-    pass that is dear unless there are no others."""
+    """Whether the passes in a directory without a readable run.json are those of this recipe."""
     if passes[0].complete() is None:
         return False
     roots = {os.path.basename(p.root): p for p in passes}
@@ -263,8 +262,10 @@ def _is_ours(store: Store, passes: list[Pass]) -> bool:
 
 
 def _adopt(checked: Recipe, passes: list[Pass]) -> None:
-    """Points passes at the run named by `reuse` where it has them complete, and lets those that measure borrow what it
-    has measured: same key, same bytes."""
+    """Shares results of the run named by `reuse`: passes that are complete there, and measurements of the same pool.
+
+    Equal keys mean equal bytes.
+    """
     if not checked.reuse:
         return
     theirs = Store(checked.reuse).root
@@ -300,7 +301,7 @@ def _flat(data: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _explain(error: BaseException, where: str) -> str:
-    """One line for a person: the root of a chain of wrapped exceptions, and a cure where there is one."""
+    """One line for a person: the root of a chain of exceptions and, if there is one, the cure."""
     cause: BaseException = error
     while True:
         deeper = getattr(cause, "cause", None) or cause.__cause__
