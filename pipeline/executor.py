@@ -1,10 +1,10 @@
-"""Runs the passes of a recipe, one after the other or, where they go from unit to unit, side by side.
+"""Runs the passes of a recipe: barriers and sinks one after the other, neighbouring passes over units side by side.
 
-Nothing here holds rows: what a worker does with a unit is `passes.run_pass`, and how it gets the unit is `workers`.
+Nothing here holds rows. `passes.run_pass` is what a worker does with a unit, and `workers` is how units reach workers.
 
-What an earlier command committed is looked at before it is reused: records, tables and the sizes of all other files;
-if there is nothing left to do, every byte. What is damaged is made again where that gives the same, and is an error
-otherwise.
+Results of earlier commands are checked before they are reused: records, tables and the sizes of all other files, or
+every byte if nothing is left to do. What is damaged is made again if that gives the same result; otherwise it is an
+error.
 """
 
 from __future__ import annotations
