@@ -128,6 +128,7 @@ def check_nodes(store: Store, files: Sequence[str]) -> None:
         ): node
         for node in nodes
     }
+    silent: list[Any] = []
     try:
         _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_SECONDS)
         for answer, node in asked.items():
@@ -140,7 +141,7 @@ def check_nodes(store: Store, files: Sequence[str]) -> None:
                     "object store (s3://, gs://) or a shared file system under the same path. See docs/cluster.md"
                 )
     finally:
-        for answer in asked:
+        for answer in silent:  # canceling a task that has just ended can abort this process (Ray 2.60)
             ray.cancel(answer)
         for name in store.names(TOKENS):
             store.remove(f"{TOKENS}/{name}")

@@ -47,7 +47,7 @@ WHY = {
     "stalled": ("download", {"too_slow", "deadline"}),
     "endless": ("download", {"body_too_large", "deadline", "too_slow"}),
     "gzip_bomb": ("download", {"content_encoding"}),
-    "long_header": ("download", {"bad_response"}),
+    "long_header": ("download", {"empty_body"}),
     "not_http": ("download", {"bad_response"}),
     "reset": ("download", {"reset", "connect"}),
     "no_tls": ("download", {"tls"}),

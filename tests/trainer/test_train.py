@@ -290,7 +290,7 @@ def test_corrupt_samples_are_named_counted_and_replaced(tmp_path: Path, capsys: 
     shards = write_shards(tmp_path / "shards", pairs)
     assert train.main(words(shards, tmp_path / "out", epochs=2, log_every=1)) == 0
     said = " ".join(capsys.readouterr().err.split())
-    met = said.count("corrupt sample 00001.tar:000000019: UnidentifiedImageError")
+    met = said.count("corrupt sample 00001.tar:000000019: ")
     assert met >= 2
     assert f"{met} corrupt samples replaced" in said
     assert metrics(tmp_path / "out")[-1]["corrupt"] == met
