@@ -26,7 +26,7 @@ from ray.exceptions import NodeDiedError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import isolation
-from pipeline.fetch.hosts import Ask, Board, Grant
+from pipeline.fetch.hosts import Ask, Grant, HostLimiter
 from pipeline.fetch.outage import OutageError
 from pipeline.keeper import Keeper
 from pipeline.passes import Advance, Pass, committed, run_pass
@@ -295,7 +295,7 @@ class _Worker:
         """Sets the steps up, says so by an empty account, and works until there is no more."""
         for number, step in enumerate(self._passes[self._index].steps):
             if isinstance(step, Download) and number in self._boards:
-                step.board = _RemoteBoard(self._boards[number])  # type: ignore[misc]
+                step.limiter = _RemoteBoard(self._boards[number])  # type: ignore[misc]
             step.setup()
         # What is loaded by now stays, and thousands of rows under way are no garbage: the collector took a sixth of a
         # fetching worker's time looking at them.
@@ -442,5 +442,5 @@ class _Crew:
 
 def _boards(p: Pass) -> dict[int, Any]:
     """An actor for each step whose workers must agree about hosts, by the step's number."""
-    actor = ray.remote(num_cpus=0, max_restarts=-1)(Board)
+    actor = ray.remote(num_cpus=0, max_restarts=-1)(HostLimiter)
     return {n: actor.remote(step.per_host) for n, step in enumerate(p.steps) if isinstance(step, Download)}

@@ -19,9 +19,9 @@ from pipeline.fetch.client import Client, Limits, tls_context
 from pipeline.fetch.decoder import DecodeMode, Decoder, EncodeFormat, HashType, Picture, ResizeMode, Rules
 from pipeline.fetch.deny import DenyList
 from pipeline.fetch.guard import parse_addr
-from pipeline.fetch.hosts import Exchange, Manners
+from pipeline.fetch.hosts import Exchange, Politeness
 from pipeline.fetch.outage import OutageError
-from pipeline.fetch.overlap import Begin, Overlap, Work, as_drop, table_of, with_columns
+from pipeline.fetch.concurrent_rows import Begin, ConcurrentRows, Work, as_drop, table_of, with_columns
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.sandbox import Sandbox, SandboxError, set_malloc
 from pipeline.schema import INLINE, PICTURE, carried
@@ -53,7 +53,7 @@ class Download(Stage):
     repeatable: ClassVar[bool] = False
 
     engine: Literal["winnow", "img2dataset"] = "winnow"
-    """`img2dataset`: its own downloader, for exactly what it does, without our safety and manners: docs/fetching.md."""
+    """`img2dataset`: its own downloader, for exactly what it does, without our safety and politeness: docs/fetching.md."""
     image_size: int = 256
     """Pixels of the side that `resize_mode` sets."""
     resize_mode: ResizeMode = "keep_ratio_largest"
@@ -145,7 +145,7 @@ class Download(Stage):
     formats, for 33 megapixels of a progressive JPEG in full colour, for 29 of a WebP, and for 12 of a WebP with
     transparency, metadata or frames."""
 
-    board: ClassVar[Exchange | None] = None
+    limiter: ClassVar[Exchange | None] = None
     """Where workers agree on each host's share; set on the instance by who runs several."""
 
     def __post_init__(self) -> None:
@@ -246,12 +246,12 @@ class Download(Stage):
                 for group in img2dataset_engine.download(batch, options):
                     yield table_of([(batch, row, self._columns(result)) for row, result in group], self.adds)
             return
-        for finished in self._overlap(batches):
+        for finished in self._rows_at_work(batches):
             yield table_of(finished, self.adds)
 
     @cached_property
-    def _overlap(self) -> Overlap[dict[str, Any]]:
-        return Overlap(
+    def _rows_at_work(self) -> ConcurrentRows[dict[str, Any]]:
+        return ConcurrentRows(
             copy(self)._open,  # of a copy, or the thread would keep its own end from coming
             columns=["url", self._claim or "url", self._boxes or "url", INLINE if self.inline else "url"],
             concurrency=self.concurrency,
@@ -269,7 +269,7 @@ class Download(Stage):
         options["verify_hash"] = self.verify_hash[1] if self.verify_hash else None
         options["deny_hashes"] = DenyList(self.deny_hashes) if self.deny_hashes else None
         limits = Limits(**{f.name: options[f.name] for f in fields(Limits)})
-        manners = Manners(**{f.name: options[f.name] for f in fields(Manners)})
+        politeness = Politeness(**{f.name: options[f.name] for f in fields(Politeness)})
         rules = Rules(**{f.name: options[f.name] for f in fields(Rules)})
         decoders = Sandbox(
             Decoder(rules),
@@ -277,7 +277,7 @@ class Download(Stage):
             seconds=self.decode_timeout,
             memory=self.decode_memory,
         )
-        async with decoders, Client(limits, manners=manners, board=self.board) as client:
+        async with decoders, Client(limits, politeness=politeness, limiter=self.limiter) as client:
 
             async def work(values: tuple[Any, ...], begin: Begin) -> dict[str, Any]:
                 url, claim, boxes, body = values

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.fetch.decoder import EncodeFormat, Picture, Rules, decode, sniff
 from pipeline.fetch.img2dataset_engine import failure
-from pipeline.fetch.overlap import Begin, Overlap, Work, as_drop, table_of, with_columns
+from pipeline.fetch.concurrent_rows import Begin, ConcurrentRows, Work, as_drop, table_of, with_columns
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.sandbox import Sandbox
 from pipeline.schema import PICTURE
@@ -119,12 +119,12 @@ class ReadShards(Stage):
 
     def stream(self, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """Finished rows in the order of the shards, about, at most 256 a table, dropped ones marked."""
-        for finished in self._overlap(_by_key(batch) for batch in batches):
+        for finished in self._rows_at_work(_by_key(batch) for batch in batches):
             yield table_of(finished, self.adds)
 
     @cached_property
-    def _overlap(self) -> Overlap[dict[str, Any]]:
-        return Overlap(
+    def _rows_at_work(self) -> ConcurrentRows[dict[str, Any]]:
+        return ConcurrentRows(
             copy(self)._open,  # of a copy, or the thread would keep its own end from coming
             columns=("key",),
             concurrency=CONCURRENCY,

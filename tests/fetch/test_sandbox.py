@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipeline.fetch.decoder import Decoder, Rules, decode
 from pipeline.fetch.reasons import REASONS, FetchError
-from pipeline.fetch.sandbox import BEGINS, STARTS, Sandbox, SandboxError
+from pipeline.fetch.sandbox import MAX_ATTEMPTS, MAX_FAILED_STARTS, Sandbox, SandboxError
 from tests.fetch.hostile_images import smooth
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="what only Linux offers")
@@ -148,11 +148,11 @@ def test_a_process_killed_from_outside_is_no_verdict_on_its_call(number: signal.
     async def run() -> None:
         async with sandbox(processes=1) as box:
             calls = [asyncio.create_task(box(b"wait%d" % i, str(tmp_path))) for i in range(3)]
-            for begun in range(1, BEGINS):
+            for begun in range(1, MAX_ATTEMPTS):
                 name, process = (await started(tmp_path, begun))[-1]
                 assert name == "wait0"
                 os.kill(process, number)
-            await started(tmp_path, BEGINS)
+            await started(tmp_path, MAX_ATTEMPTS)
             (tmp_path / "go").touch()
             assert await asyncio.gather(*calls) == [b"0tiaw", b"1tiaw", b"2tiaw"]
 
@@ -163,9 +163,9 @@ def test_a_call_whose_processes_are_killed_again_and_again_ends_for_a_reason_tha
     async def run() -> None:
         async with sandbox(processes=1) as box:
             call = asyncio.create_task(outcome(box(b"wait", str(tmp_path))))
-            for begun in range(1, BEGINS + 1):
+            for begun in range(1, MAX_ATTEMPTS + 1):
                 os.kill((await started(tmp_path, begun))[-1][1], signal.SIGKILL)
-            assert await call == ("decoder_killed", f"signal SIGKILL, {BEGINS} times")
+            assert await call == ("decoder_killed", f"signal SIGKILL, {MAX_ATTEMPTS} times")
             assert await box(b"next") == b"txen"
 
     asyncio.run(run())
@@ -314,7 +314,7 @@ class Unloadable:
         (Unloadable(exec, "import no_such_module"), "No module named 'no_such_module'"),
         (
             Unloadable(os._exit, 3),
-            f"{STARTS} processes in a row died before they began a call, the last of exit status 3",
+            f"{MAX_FAILED_STARTS} processes in a row died before they began a call, the last of exit status 3",
         ),
     ],
 )

@@ -19,7 +19,7 @@ import pytest
 from pipeline.fetch import client as client_module
 from pipeline.fetch.client import Client, Limits
 from pipeline.fetch.head import MAX_HEAD, BadHeadError, strict
-from pipeline.fetch.hosts import Manners
+from pipeline.fetch.hosts import Politeness
 from pipeline.fetch.reasons import FetchError
 from tests.fetch.certificates import issue
 from tests.fetch.server import JPEG
@@ -92,7 +92,7 @@ def fetch(server: Wire, *urls: str) -> list[bytes | str]:
     async def go() -> list[bytes | str]:
         results: list[bytes | str] = []
         limits = Limits(timeout=PATIENCE, retries=0, min_rate=0, allow_addrs=(server.addr,))
-        silent = Manners(robots_txt=False, tdmrep_json=False, host_failures=0)
+        silent = Politeness(robots_txt=False, tdmrep_json=False, host_failures=0)
         async with Client(limits, lambda host: ["127.0.0.1"], silent) as client:
             for url in urls:
                 try:

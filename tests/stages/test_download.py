@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from pipeline.fetch import client as client_module
-from pipeline.fetch import overlap as overlap_module
+from pipeline.fetch import concurrent_rows as rows_module
 from pipeline.fetch.client import Client
 from pipeline.fetch.decoder import Decoder, Picture
 from pipeline.stages import download as download_module
@@ -68,7 +68,7 @@ def no_thread_is_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     for _ in range(100):
-        left = [t.name for t in set(threading.enumerate()) - before if t.name.startswith(("overlap", "decode", "dns"))]
+        left = [t.name for t in set(threading.enumerate()) - before if t.name.startswith(("rows", "decode", "dns"))]
         if not left:
             return
         time.sleep(0.02)
@@ -212,7 +212,7 @@ def test_input_is_pulled_only_when_there_is_room(server: Server, monkeypatch: py
             pulled.append(number)
             yield unit([f"{server.url}/ok"] * 20, number)
 
-    monkeypatch.setattr(overlap_module, "HOLD_SECONDS", 0.05)
+    monkeypatch.setattr(rows_module, "HOLD_SECONDS", 0.05)
     stream = step(server, concurrency=4).stream(units())
     assert len(next(stream)) > 0
     time.sleep(0.5)
