@@ -16,12 +16,12 @@ import pyarrow as pa
 
 from pipeline.fetch import img2dataset_engine
 from pipeline.fetch.client import Client, Limits, tls_context
+from pipeline.fetch.concurrent_rows import Begin, ConcurrentRows, Work, as_drop, table_of, with_columns
 from pipeline.fetch.decoder import DecodeMode, Decoder, EncodeFormat, HashType, Picture, ResizeMode, Rules
 from pipeline.fetch.deny import DenyList
 from pipeline.fetch.guard import parse_addr
 from pipeline.fetch.hosts import Exchange, Politeness
 from pipeline.fetch.outage import OutageError
-from pipeline.fetch.concurrent_rows import Begin, ConcurrentRows, Work, as_drop, table_of, with_columns
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.sandbox import Sandbox, SandboxError, set_malloc
 from pipeline.schema import INLINE, PICTURE, carried

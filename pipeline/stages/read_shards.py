@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.fetch.concurrent_rows import Begin, ConcurrentRows, Work, as_drop, table_of, with_columns
 from pipeline.fetch.decoder import EncodeFormat, Picture, Rules, decode, sniff
 from pipeline.fetch.img2dataset_engine import failure
-from pipeline.fetch.concurrent_rows import Begin, ConcurrentRows, Work, as_drop, table_of, with_columns
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.sandbox import Sandbox
 from pipeline.schema import PICTURE

@@ -17,7 +17,7 @@ import pytest
 from pipeline.fetch import client as client_module
 from pipeline.fetch import hosts as hosts_module
 from pipeline.fetch.client import Client, Limits
-from pipeline.fetch.hosts import DOWN_MOST, DOWN_SECONDS, LEASE, Ask, HostLimiter, Breaker, Grant, Politeness
+from pipeline.fetch.hosts import DOWN_MOST, DOWN_SECONDS, LEASE, Ask, Breaker, Grant, HostLimiter, Politeness
 from pipeline.fetch.outage import HOSTS, ROWS, Outage, OutageError
 from pipeline.fetch.reasons import FetchError
 from tests.fetch.server import JPEG, Answer, Server, answer, in_turn, redirect, reset, serving, silence
@@ -97,7 +97,7 @@ def test_answers_in_between_and_no_limit_keep_a_host_open() -> None:
         assert not refused(unlimited)
 
 
-# --- The limiter --------------------------------------------------------------------------------------------------------
+# --- The limiter ------------------------------------------------------------------------------------------------------
 
 
 def ask(limiter: HostLimiter, worker: str, used: int, wanted: int, **more: Any) -> Grant:
