@@ -12,8 +12,8 @@ from scipy.sparse.csgraph import connected_components
 _ALL_BITS = (1 << 64) - 1
 # Largest bucket that is compared pairwise. Splitting a bucket with more comparisons is cheaper.
 _LARGEST_BUCKET = 256
-# Members of a bucket that are compared with its others first. In dense buckets, that connects most members and makes the
-# remaining comparisons unnecessary.
+# Members of a bucket that are compared with its others first. In dense buckets, that connects most members and saves
+# most of the remaining comparisons.
 _PIVOTS = 8
 # Found pairs are joined at this number, so memory is bounded by the number of hashes, not of pairs.
 _MOST_PENDING = 1 << 20
