@@ -279,8 +279,8 @@ def _check_mapped(spec: PoolSpec, key: str, column: str, path: str, dtype: pa.Da
     if key == "caption" and _is_list(dtype) and (_is_text(dtype.value_type) or pa.types.is_null(dtype.value_type)):
         if spec.captions is None:
             raise PoolError(
-                f"caption: {path}: the column {column!r} is a list of strings ({_type_name(dtype)}); set pool.captions: "
-                "`each` makes a row of each caption, `first` takes the first"
+                f"caption: {path}: the column {column!r} is a list of strings ({_type_name(dtype)}); set "
+                "pool.captions: `each` makes a row of each caption, `first` takes the first"
             )
         return True
     if not _is_text(dtype) and not _is_binary(dtype):

@@ -98,8 +98,8 @@ class CaptionPattern(Filter):
 
     The built-in classes (`DEFAULTS`) match whole captions only. A pattern of the recipe matches anywhere, unless it is
     anchored with `^` and `$`; its reason is `custom`. Patterns match the normal caption (`pipeline.caption.normal`)
-    and ignore case. They are RE2 (linear time; no look-around, no back-references). The built-in classes drop none of 35,000
-    captions written for photographs (COCO, Flickr8k) and 0.4% of 10,000 alt texts from the web.
+    and ignore case. They are RE2 (linear time; no look-around, no back-references). The built-in classes drop none of
+    35,000 captions written for photographs (COCO, Flickr8k) and 0.4% of 10,000 alt texts from the web.
     """
 
     defaults: bool = True
