@@ -72,7 +72,7 @@ def test_pieces_are_large_in_a_large_pool_and_many_in_a_small_one() -> None:
     assert ingest.pieces([3_000_000, 10, 2_000_000]) == [0, 1]
 
 
-def test_vectors_and_bytes_of_a_pool_come_back_row_by_row(tmp_path: Path) -> None:
+def test_vectors_and_bytes_of_a_pool_are_preserved(tmp_path: Path) -> None:
     rows = range(600)
     table = pa.table(
         {

@@ -108,7 +108,7 @@ BAD_JSONL = [
 ]
 
 
-def test_rows_that_cannot_be_used_are_named_not_lost() -> None:
+def test_unusable_rows_are_marked() -> None:
     Path("bad.jsonl").write_text("\n".join(line for line, _ in BAD_JSONL) + "\n")
     rows = read(path="bad.jsonl")
     assert [r["drop_reason"] for r in rows] == [reason for _, reason in BAD_JSONL]
@@ -131,16 +131,14 @@ def test_own_uids() -> None:
     assert rows[0]["uid"] == "a" * 32
 
 
-def test_files_with_different_further_columns() -> None:
+def test_files_with_different_columns() -> None:
     write("a.parquet", [("http://a", "c", 1)], ("url", "caption", "n"))
     write("b.parquet", [("http://b", "c", 0.5)], ("url", "caption", "score"))
     rows = read(path=["a.parquet", "b.parquet"])
     assert [(r["n"], r["score"]) for r in rows] == [(1, None), (None, 0.5)]
 
 
-def test_the_end_of_a_parquet_file_is_read_once_until_it_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parquet_footers_are_cached_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     real = pool._open_parquet
     monkeypatch.setattr(pool, "_open_parquet", lambda path: opened.append(Path(path).name) or real(path))
@@ -172,7 +170,7 @@ def test_an_empty_table() -> None:
         ("x.csv", b"", "x.csv is empty"),
     ],
 )
-def test_a_file_that_is_no_pool_is_a_clear_error(name: str, data: bytes, said: str) -> None:
+def test_an_invalid_file_is_reported(name: str, data: bytes, said: str) -> None:
     Path(name).write_bytes(data)
     with pytest.raises(ValueError, match=r"path|url") as caught:
         pool.columns(PoolSpec(path=name))
@@ -205,7 +203,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(("name", "data", "options", "expected"), TEXTS)
-def test_text_as_people_write_it(name: str, data: str | bytes, options: dict[str, Any], expected: list[str]) -> None:
+def test_text_files(name: str, data: str | bytes, options: dict[str, Any], expected: list[str]) -> None:
     Path(name).write_bytes(data.encode() if isinstance(data, str) else data)
     rows = read(path=name, **options)
     assert [row["drop_reason"] or f"{row['url']}|{row['caption']}" for row in rows] == expected
@@ -248,7 +246,7 @@ def twice(**columns: pa.Array) -> pa.Table:
         (pa.list_(pa.float32()), pa.list_(pa.float64()), pa.list_(pa.float64())),
     ],
 )
-def test_the_wider_type_holds_the_values_of_all_files(first: Any, second: Any, wider: Any) -> None:
+def test_the_common_type_fits_the_values_of_all_files(first: Any, second: Any, wider: Any) -> None:
     for name, dtype in (("a", first), ("b", second)):
         values = pa.nulls(2, dtype) if not pa.types.is_integer(dtype) else pa.array([1, 2], dtype)
         pq.write_table(twice(x=values), f"{name}.parquet")
@@ -272,7 +270,7 @@ def test_numbers_in_text_are_numbers_unless_they_are_codes() -> None:
     assert (row["n"], row["code"]) == (2.5, "7")
 
 
-def test_a_value_that_the_first_rows_did_not_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_value_that_does_not_fit_the_inferred_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "HEAD_ROWS", 1)
     Path("n.csv").write_text("url,caption,n\nu1,a,1\nu2,b,n/a\nu3,c,\n")
     assert [(row["n"], row["drop_reason"]) for row in read(path="n.csv")] == [
@@ -282,7 +280,7 @@ def test_a_value_that_the_first_rows_did_not_promise(monkeypatch: pytest.MonkeyP
     assert [(row["n"], row["drop_reason"]) for row in rows] == [("1", None), ("n/a", None), ("", None)]
 
 
-def test_columns_called_as_ours_get_a_prefix() -> None:
+def test_clashing_columns_get_a_prefix() -> None:
     names = ["uid", "row", "unit", "place", "drop_reason", "width", "sha256", "status", "mine"]
     pq.write_table(twice(**{name: pa.array([1, 2]) for name in names}), "p.parquet")
     carried = [f"pool_{name}" for name in names[:-1]] + ["mine"]
@@ -295,7 +293,7 @@ def test_columns_called_as_ours_get_a_prefix() -> None:
         pool.columns(PoolSpec(path="p.parquet"))
 
 
-def test_folders_of_hive() -> None:
+def test_hive_partitions() -> None:
     for lang, year in (("en", "2024"), ("de", "2025"), ("a%20b", "__HIVE_DEFAULT_PARTITION__")):
         Path(f"h=1/lang={lang}/year={year}").mkdir(parents=True)
         pq.write_table(twice(), f"h=1/lang={lang}/year={year}/0.parquet")
@@ -344,7 +342,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("table", "options", "said"), REFUSED)
-def test_what_a_footer_tells_is_refused_before_the_start(table: pa.Table, options: dict[str, Any], said: str) -> None:
+def test_unsupported_schemas_are_refused_before_the_start(table: pa.Table, options: dict[str, Any], said: str) -> None:
     pq.write_table(table, "p.parquet")
     with pytest.raises(pool.PoolError) as caught:
         pool.columns(PoolSpec(path="p.parquet", **options))
@@ -369,7 +367,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("name", "data"), BROKEN)
-def test_a_broken_file_is_named(name: str, data: bytes) -> None:
+def test_the_error_names_a_broken_file(name: str, data: bytes) -> None:
     Path("pool").mkdir()
     write("pool/whole.csv")
     Path("pool", name).write_bytes(data)
@@ -377,7 +375,7 @@ def test_a_broken_file_is_named(name: str, data: bytes) -> None:
         read(path="pool")
 
 
-def test_a_parquet_file_with_a_broken_page_is_named() -> None:
+def test_the_error_names_a_parquet_file_with_a_broken_page() -> None:
     pq.write_table(pa.table({"url": [f"http://a/{n}" for n in range(9_000)], "caption": ["c"] * 9_000}), "p.parquet")
     data = bytearray(Path("p.parquet").read_bytes())
     data[4:2_000] = bytes(1_996)
@@ -474,14 +472,14 @@ LEDGER = [
 ]
 
 
-def test_retry_takes_what_may_pass_and_keeps_its_uid() -> None:
+def test_retry_takes_transient_failures_and_keeps_uids() -> None:
     uids = drops("old", LEDGER)
     rows = read(retry="old")
     assert [row["uid"] for row in rows] == [uids[0], uids[2], uids[4]]
     assert rows[0] == {"uid": uids[0], "url": "http://a/0", "caption": "caption 0", "drop_reason": None}
 
 
-def test_a_run_that_cannot_be_retried_is_a_clear_error() -> None:
+def test_a_run_that_cannot_be_retried_is_reported() -> None:
     drops("unfinished", LEDGER, finished=False)
     drops("steady", [("download", "http_404"), ("my_check", "deadline")])
     drops("texts", [("caption_length", "too_short")])
@@ -520,7 +518,7 @@ steps:
 """
 
 
-def test_a_retry_run_gets_what_the_first_one_missed(run: Command, tmp_path: Path) -> None:
+def test_a_retry_run_fetches_what_the_first_one_missed(run: Command, tmp_path: Path) -> None:
     ok = answer(body=JPEG)
     answers = {
         "ok": ok,

@@ -49,7 +49,7 @@ def results(of: ConcurrentRows[int], numbers: range) -> list[int]:
     return sorted(result for group in of([pa.table({"n": list(numbers)})]) for _, _, result in group)
 
 
-def test_what_is_open_serves_stream_after_stream() -> None:
+def test_resources_are_reused_between_streams() -> None:
     doubling = Doubling()
     working = rows_at_work(doubling)
     for start in (100, 200, 300):
@@ -57,7 +57,7 @@ def test_what_is_open_serves_stream_after_stream() -> None:
     assert (doubling.opened, doubling.closed) == (1, 0)
 
 
-def test_after_an_error_all_is_opened_anew() -> None:
+def test_resources_are_reopened_after_an_error() -> None:
     doubling = Doubling()
     working = rows_at_work(doubling)
     with pytest.raises(RuntimeError, match="thirteen"):
@@ -67,7 +67,7 @@ def test_after_an_error_all_is_opened_anew() -> None:
     assert doubling.opened == 2
 
 
-def test_an_overlap_that_nobody_has_any_more_ends_its_thread() -> None:
+def test_the_thread_ends_when_the_object_is_collected() -> None:
     doubling = Doubling()
     working = rows_at_work(doubling)
     results(working, range(5))
@@ -78,7 +78,7 @@ def test_an_overlap_that_nobody_has_any_more_ends_its_thread() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "rows"]
 
 
-def test_rows_wait_for_a_consumer_that_is_slow() -> None:
+def test_rows_wait_for_a_slow_consumer() -> None:
     """At most `concurrency` rows at work and two groups finished, beyond what was handed out."""
     doubling = Doubling()
 

@@ -186,7 +186,7 @@ def test_the_same_sizes_metadata_and_pixels(
 
 
 @pytest.mark.parametrize("encode_format", list(QUALITY))
-def test_the_same_bytes_where_nothing_is_to_be_done(peer: Peer, encode_format: EncodeFormat) -> None:
+def test_equal_bytes_if_nothing_changes(peer: Peer, encode_format: EncodeFormat) -> None:
     """`skip_reencode`: a small enough image of the wanted format comes through untouched."""
     rules = Rules(
         image_size=48, encode_format=encode_format, encode_quality=QUALITY[encode_format], decode="exact",
@@ -263,7 +263,7 @@ def test_the_same_shard(peer: Peer, tmp_path: Path) -> None:
     assert tables[0].select(shared).sort_by("key").to_pylist() == tables[1].select(shared).sort_by("key").to_pylist()
 
 
-def test_where_we_differ_on_purpose(peer: Peer) -> None:
+def test_intended_differences(peer: Peer) -> None:
     names = ["deep", "turned", "private", "file"]
     theirs = {row["source"]: row for row in peer.table("special")}
     kept, drops = download(peer, names, resize_mode="no", encode_format="jpg")
@@ -281,7 +281,7 @@ def test_where_we_differ_on_purpose(peer: Peer) -> None:
     assert np.abs(pixels(ours["deep"]["image"])[..., 0] - ramp).mean() < 2
 
 
-def test_the_page_has_every_option_of_theirs_and_every_reason_of_ours() -> None:
+def test_the_docs_list_every_img2dataset_option_and_every_reason() -> None:
     """docs/fetching.md: a newer img2dataset, or a new reason, must be written into it."""
     page = (ROOT / "docs" / "fetching.md").read_text()
     spec = importlib.util.find_spec("img2dataset")

@@ -34,7 +34,7 @@ PUBLIC = """
 """
 
 
-def test_the_lists_are_long_enough_to_mean_something() -> None:
+def test_the_lists_are_not_empty() -> None:
     assert len(set(DENIED.split())) >= 40
     assert len(set(PUBLIC.split())) >= 20
     assert len(set(DENIED_URL) | set(REDIRECTS)) >= 60
@@ -135,7 +135,7 @@ REDIRECTS = [
 @pytest.mark.parametrize(
     ("url", "reason"), [*((u, "bad_url") for u in BAD_URL), *((u, "bad_scheme") for u in BAD_SCHEME)]
 )
-def test_urls_that_are_none(url: str | None, reason: str) -> None:
+def test_invalid_urls(url: str | None, reason: str) -> None:
     with pytest.raises(FetchError) as caught:
         parse_url(url)
     assert caught.value.reason == reason
@@ -157,7 +157,7 @@ def test_urls_that_are_none(url: str | None, reason: str) -> None:
         ("http://" + "example.com" + "/" + "a" * 7000, "http://example.com/" + "a" * 7000),
     ],
 )
-def test_urls_that_are_fine(text: str, meant: str) -> None:
+def test_valid_urls(text: str, meant: str) -> None:
     assert str(parse_url(text)) == meant
 
 
@@ -166,7 +166,7 @@ def test_urls_that_are_fine(text: str, meant: str) -> None:
     [("b.jpg", "http://h.example/x/b.jpg"), ("/b", "http://h.example/b"), ("//o.example/b", "http://o.example/b")]
     + [("?q", "http://h.example/x/a?q"), ("https://o.example:444/", "https://o.example:444/")],
 )
-def test_redirects_are_relative_to_the_url_before(location: str, meant: str) -> None:
+def test_redirects_are_relative_to_the_previous_url(location: str, meant: str) -> None:
     assert str(parse_url(location, base=parse_url("http://h.example/x/a"))) == meant
 
 
@@ -241,7 +241,7 @@ def test_no_redirect_reaches_the_canary() -> None:
         assert server.canary_hits == 0
 
 
-def test_a_name_that_changes_its_address_is_judged_by_each_one() -> None:
+def test_each_address_of_a_changing_name_is_checked() -> None:
     answers = iter([["127.0.0.1"], ["127.0.0.2"], ["::1"], ["10.0.0.1"]])
     with serving({"a": redirect("http://two.example:{server.port}/b"), "b": answer(body=JPEG)}) as server:
         urls = [f"http://{name}.example:{server.port}/b" for name in ("one", "two", "three", "four")]
@@ -260,5 +260,5 @@ def test_reasons_are_a_closed_list() -> None:
         FetchError("no_such_reason")
 
 
-def test_details_are_one_clean_line() -> None:
+def test_details_are_one_printable_line() -> None:
     assert one_line("a\r\n\x1b[31mb\ud800 c" + "x" * 500) == ("a [31mb c" + "x" * 500)[:200]

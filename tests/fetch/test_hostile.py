@@ -493,12 +493,12 @@ def behaviour(url: str) -> str:
     return next(name for name, b in TABLE.items() if HOSTS[name] == host or f"://{host}" in b.url)
 
 
-def test_there_is_no_lack_of_trouble() -> None:
+def test_there_are_enough_hostile_behaviours() -> None:
     assert len(TABLE) >= 40
     assert all(reason is None or find(reason) for b in TABLE.values() for reason in b.reasons)
 
 
-def test_every_row_ends_once_and_as_expected(outcome: Outcome) -> None:
+def test_every_row_has_one_outcome_as_expected(outcome: Outcome) -> None:
     at = list(zip(outcome.table["unit"].to_pylist(), outcome.table["row"].to_pylist()))
     assert len(at) == len(set(at)) == outcome.rows == ROWS * len(TABLE)
     found: dict[str, Counter[str | None]] = {name: Counter() for name in TABLE}
@@ -517,31 +517,31 @@ def test_every_row_ends_once_and_as_expected(outcome: Outcome) -> None:
     assert not wrong, "\n".join(f"{name}: {what}" for name, what in wrong.items())
 
 
-def test_nobody_has_been_where_nobody_may_go(outcome: Outcome) -> None:
+def test_no_denied_address_was_reached(outcome: Outcome) -> None:
     assert outcome.seen.canary_hits == 0
 
 
-def test_the_whole_takes_no_longer_than_its_slowest_row(outcome: Outcome) -> None:
+def test_the_run_takes_no_longer_than_its_slowest_row(outcome: Outcome) -> None:
     # One after the other, they would take hundreds.
     assert outcome.deadlines <= 3
 
 
 @pytest.mark.skipif(not process_tree.CAN_MEASURE, reason="needs /proc/self/smaps_rollup")
-def test_memory_stays_where_it_was(outcome: Outcome) -> None:
+def test_memory_does_not_grow(outcome: Outcome) -> None:
     assert outcome.grown < 200_000_000
 
 
-def test_nothing_is_left_behind(outcome: Outcome) -> None:
+def test_no_resources_leak(outcome: Outcome) -> None:
     assert (outcome.threads, outcome.sockets, outcome.children) == ([], 0, [])
 
 
-def test_the_server_learns_nothing_that_it_has_set(outcome: Outcome) -> None:
+def test_no_cookies_are_returned_to_the_server(outcome: Outcome) -> None:
     assert outcome.seen.cookies == []
     assert not outcome.seen.headers & {"cookie", "referer", "authorization", "x-injected"}
     assert outcome.seen.hits["cookies"] == 2 * ROWS
 
 
-def test_what_is_kept_is_a_clean_image(outcome: Outcome) -> None:
+def test_kept_images_are_clean(outcome: Outcome) -> None:
     kept = outcome.table.filter(pa.compute.is_null(outcome.table["drop_reason"]))
     images = set(kept["image"].to_pylist())
     for image in images:

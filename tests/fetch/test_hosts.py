@@ -53,7 +53,7 @@ def refused(breaker: Breaker) -> bool:
     return False
 
 
-def test_a_host_that_fails_is_left_alone_and_tried_after_pauses_that_double() -> None:
+def test_a_failing_host_is_skipped_and_retried_after_doubling_pauses() -> None:
     clock = Time()
     breaker = Breaker(3, clock)
     for _ in range(3):
@@ -76,7 +76,7 @@ def test_a_host_that_fails_is_left_alone_and_tried_after_pauses_that_double() ->
     assert [refused(breaker) for _ in range(5)] == [False] * 5
 
 
-def test_a_try_that_is_lost_does_not_close_a_host_for_ever() -> None:
+def test_a_cancelled_probe_does_not_block_a_host_forever() -> None:
     clock = Time()
     breaker = Breaker(1, clock)
     breaker.note(RESET)
@@ -87,7 +87,7 @@ def test_a_try_that_is_lost_does_not_close_a_host_for_ever() -> None:
     assert not refused(breaker)
 
 
-def test_answers_in_between_and_no_limit_keep_a_host_open() -> None:
+def test_responses_reset_the_breaker_and_zero_disables_it() -> None:
     breaker, unlimited = Breaker(3), Breaker(0)
     for failure in (RESET, RESET, FetchError("http_500"), RESET, RESET, None, RESET, RESET):
         breaker.note(failure)
@@ -112,7 +112,7 @@ def test_one_worker_gets_what_it_wants_up_to_the_limit() -> None:
     assert ask(limiter, "b", 0, 9).permits == 3
 
 
-def test_a_worker_gives_way_to_others_as_its_requests_end() -> None:
+def test_a_worker_yields_permits_as_its_requests_end() -> None:
     limiter = HostLimiter(4)
     assert ask(limiter, "a", 0, 99).permits == 4
     assert ask(limiter, "b", 0, 99).permits == 0
@@ -142,7 +142,7 @@ def test_more_workers_than_permits_take_turns() -> None:
     assert served.total() > 60
 
 
-def test_a_dead_workers_permits_come_back_and_nothing_else_is_kept() -> None:
+def test_a_dead_workers_permits_are_released_and_idle_hosts_forgotten() -> None:
     clock = Time()
     limiter = HostLimiter(2, clock)
     assert ask(limiter, "dead", 0, 5).permits == 2
@@ -159,7 +159,7 @@ def test_a_dead_workers_permits_come_back_and_nothing_else_is_kept() -> None:
     assert not limiter._hosts
 
 
-def test_starts_keep_the_gap_whoever_gets_them() -> None:
+def test_start_times_keep_the_gap_across_workers() -> None:
     clock = Time()
     limiter = HostLimiter(8, clock)
     starts: list[float] = []
@@ -177,7 +177,7 @@ def test_starts_keep_the_gap_whoever_gets_them() -> None:
     assert min(used.values()) > 5
 
 
-def test_what_a_host_has_told_one_worker_is_told_to_all() -> None:
+def test_news_of_a_host_reaches_all_workers() -> None:
     clock = Time()
     limiter = HostLimiter(8, clock)
     ask(limiter, "a", 1, 0, pause=20.0, refusal="http_429", down=0.0)
@@ -231,7 +231,7 @@ def slow(seconds: float) -> Answer:
     return reply
 
 
-def test_clients_with_one_board_never_exceed_the_limit_in_total() -> None:
+def test_clients_with_one_limiter_never_exceed_the_limit_in_total() -> None:
     async def go(server: Server) -> list[list[Result]]:
         limiter = HostLimiter(3)
         urls = [f"{server.url}/a"] * 15
@@ -244,7 +244,7 @@ def test_clients_with_one_board_never_exceed_the_limit_in_total() -> None:
         assert server.most_open["a"] <= 3
 
 
-def test_clients_with_one_board_keep_the_rate_in_total() -> None:
+def test_clients_with_one_limiter_keep_the_rate_in_total() -> None:
     begun: list[float] = []
 
     async def noted(server: Server, writer: asyncio.StreamWriter, headers: dict[str, str]) -> None:
@@ -265,7 +265,7 @@ def test_clients_with_one_board_keep_the_rate_in_total() -> None:
     assert begun[-1] - started >= 23 * 0.05 - 0.1
 
 
-def test_retry_after_seen_by_one_client_holds_the_others() -> None:
+def test_retry_after_received_by_one_client_applies_to_all() -> None:
     async def go(server: Server) -> list[Result]:
         limiter = HostLimiter(8)
         politeness = Politeness(robots_txt=False)
@@ -278,7 +278,7 @@ def test_retry_after_seen_by_one_client_holds_the_others() -> None:
         assert (server.hits["busy"], server.hits["fine"]) == (1, 0)
 
 
-def test_a_board_that_is_gone_is_no_verdict_on_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_limiter_does_not_drop_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     class Gone:
         async def exchange(self, worker: str, asks: dict[str, Ask]) -> dict[str, Grant]:
             raise ConnectionError("the actor died")
@@ -288,7 +288,7 @@ def test_a_board_that_is_gone_is_no_verdict_on_rows(monkeypatch: pytest.MonkeyPa
         asyncio.run(run_client(server, [f"{server.url}/a"], Politeness(), Gone()))  # type: ignore[arg-type]
 
 
-def test_the_rate_holds_on_one_client_without_a_board() -> None:
+def test_one_client_keeps_the_rate_without_a_limiter() -> None:
     with serving({"a": OK}) as server:
         started = time.monotonic()
         results = fetch_all(server, [f"{server.url}/a"] * 10, Politeness(per_host_rate=25.0))
@@ -310,21 +310,21 @@ def test_a_dead_host_with_a_thousand_rows_costs_the_time_of_a_few() -> None:
         assert "the last one deadline" in downs[-1].detail
 
 
-def test_a_row_keeps_the_failure_that_it_has_seen_itself() -> None:
+def test_a_row_reports_its_own_failure() -> None:
     with serving({"a": reset, "robots.txt": answer("404 None")}) as server:
         results = fetch_all(server, [f"{server.url}/a"] * 8, Politeness(host_failures=10))
         assert reasons(results) == {"reset": 8}
         assert server.hits["a"] < 8 * 3 * 2  # aiohttp asks once more where a kept connection is reset
 
 
-def test_rows_do_not_wait_for_ever_at_a_busy_host() -> None:
+def test_rows_do_not_wait_forever_for_a_busy_host() -> None:
     with serving({"a": slow(0.1)}) as server:
         found = reasons(fetch_all(server, [f"{server.url}/a"] * 100, Politeness(host_wait=0.5), per_host=1))
         assert found.keys() == {"ok", "host_busy"}
         assert server.hits["a"] == found["ok"] < 20
 
 
-def test_the_host_in_use_longest_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_host_is_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts_module, "KNOWN_HOSTS", 10)
     with serving({"a": OK}) as server:
         urls = [f"http://h{n}.example:{server.port}/a" for n in range(40)]
@@ -352,7 +352,7 @@ def robots(text: str, **headers: Any) -> Answer:
 DISALLOW = robots("User-agent: *\nDisallow: /no")
 
 
-def test_robots_txt_is_asked_once_and_heeded_on_every_hop() -> None:
+def test_robots_txt_is_fetched_once_and_obeyed_on_every_hop() -> None:
     answers = {"robots.txt": DISALLOW, "yes": OK, "no": OK, "to_no": redirect("/no"), "to_yes": redirect("/yes")}
     with serving(answers) as server:
         urls = [f"{server.url}/{name}" for name in ("yes", "no", "to_no", "to_yes")] * 10
@@ -362,7 +362,7 @@ def test_robots_txt_is_asked_once_and_heeded_on_every_hop() -> None:
         assert reasons(fetch_all(server, urls, Politeness(robots_txt=False))) == {"ok": 40}
 
 
-def test_robots_txt_is_each_hosts_own() -> None:
+def test_robots_txt_is_per_host() -> None:
     by_host = {"a.example": DISALLOW, "b.example": answer("404 None")}
 
     async def file(server: Server, writer: asyncio.StreamWriter, headers: dict[str, str]) -> None:
@@ -404,7 +404,7 @@ ROBOTS: dict[str, tuple[Answer, str | None]] = {
 
 
 @pytest.mark.parametrize("name", ROBOTS)
-def test_what_becomes_of_rows_when_robots_txt_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outcome_of_rows_by_robots_txt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "silent":
         monkeypatch.setattr(client_module, "ROBOTS_SECONDS", 0.5)
     behaviour, reason = ROBOTS[name]
@@ -416,14 +416,14 @@ def test_what_becomes_of_rows_when_robots_txt_is(name: str, monkeypatch: pytest.
         assert server.canary_hits == 0
 
 
-def test_crawl_delay_is_kept() -> None:
+def test_crawl_delay_is_obeyed() -> None:
     with serving({"robots.txt": robots("User-agent: *\nCrawl-delay: 0.2"), "a": OK}) as server:
         started = time.monotonic()
         assert fetch_all(server, [f"{server.url}/a"] * 4) == [JPEG] * 4
         assert time.monotonic() - started >= 0.6
 
 
-def test_the_rows_clock_stands_still_while_robots_txt_is_asked() -> None:
+def test_fetching_robots_txt_does_not_count_against_timeout() -> None:
     async def late(server: Server, writer: asyncio.StreamWriter, headers: dict[str, str]) -> None:
         await asyncio.sleep(1.5)
         await answer("404 None")(server, writer, headers)
@@ -472,7 +472,7 @@ def usages(server: Server, urls: list[str], politeness: Politeness = DEFAULT) ->
     return asyncio.run(go())
 
 
-def test_tdmrep_json_is_asked_once_and_obeyed_on_every_hop() -> None:
+def test_tdmrep_json_is_fetched_once_and_obeyed_on_every_hop() -> None:
     answers = {
         TDMREP: answer(body=json.dumps(RESERVED).encode()),
         **dict.fromkeys(("yes", "no", "free"), OK),
@@ -508,7 +508,7 @@ TDMREPS: dict[str, tuple[Answer, str]] = {
 
 
 @pytest.mark.parametrize("name", TDMREPS)
-def test_what_becomes_of_rows_when_tdmrep_json_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outcome_of_rows_by_tdmrep_json(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "silent":
         monkeypatch.setattr(client_module, "ROBOTS_SECONDS", 3.0)  # enough for robots.txt
     behaviour, reason = TDMREPS[name]

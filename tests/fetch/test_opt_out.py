@@ -193,5 +193,5 @@ def test_tdmrep_json(name: str) -> None:
 
 
 @pytest.mark.parametrize("text", [b"", b"<html>", b"\xff", b"[" * 200_000, b'[{"location": "/"', b"NaN"])
-def test_what_is_no_tdmrep_json_reserves_nothing(text: bytes) -> None:
+def test_an_invalid_tdmrep_json_reserves_nothing(text: bytes) -> None:
     assert reservations(text).reserved("/") is None

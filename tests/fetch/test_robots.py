@@ -70,7 +70,7 @@ FILES: dict[str, tuple[bytes, list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_who_may_ask_for_what(name: str) -> None:
+def test_access_rules(name: str) -> None:
     text, allowed, disallowed = FILES[name]
     robots = parse(text, "winnow")
     assert {path: robots.allows(path) for path in (*allowed, *disallowed)} == {

@@ -113,7 +113,7 @@ if sys.platform != "linux":
     del LOSSES["eat"]
 
 
-def test_a_loss_costs_its_row_and_no_other() -> None:
+def test_a_lost_process_fails_only_its_row() -> None:
     bodies = [f"harmless {i}".encode() for i in range(200)]
     for i, name in enumerate(LOSSES):
         bodies[3 + 19 * i] = name.encode()
@@ -133,7 +133,7 @@ def test_the_row_behind_a_crash_is_not_blamed() -> None:
     assert asyncio.run(run()) == [LOSSES["exit"] if i % 2 else b"%d" % i for i in range(10)]
 
 
-def test_nobody_is_blamed_for_a_process_that_dies_between_calls() -> None:
+def test_a_process_that_dies_between_calls_fails_no_call() -> None:
     async def run() -> None:
         async with sandbox(processes=1) as box:
             process, _, _ = await box(b"process")
@@ -144,7 +144,7 @@ def test_nobody_is_blamed_for_a_process_that_dies_between_calls() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_process_killed_from_outside_is_no_verdict_on_its_call(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_call_is_retried_if_its_process_is_killed_externally(number: signal.Signals, tmp_path: Path) -> None:
     async def run() -> None:
         async with sandbox(processes=1) as box:
             calls = [asyncio.create_task(box(b"wait%d" % i, str(tmp_path))) for i in range(3)]
@@ -159,7 +159,7 @@ def test_a_process_killed_from_outside_is_no_verdict_on_its_call(number: signal.
     asyncio.run(run())
 
 
-def test_a_call_whose_processes_are_killed_again_and_again_ends_for_a_reason_that_may_pass(tmp_path: Path) -> None:
+def test_a_call_whose_processes_keep_being_killed_fails_for_a_transient_reason(tmp_path: Path) -> None:
     async def run() -> None:
         async with sandbox(processes=1) as box:
             call = asyncio.create_task(outcome(box(b"wait", str(tmp_path))))
@@ -172,7 +172,7 @@ def test_a_call_whose_processes_are_killed_again_and_again_ends_for_a_reason_tha
     assert REASONS["decoder_killed"].transient
 
 
-def test_a_call_that_kills_its_process_is_found_though_another_was_killed_from_outside(tmp_path: Path) -> None:
+def test_a_crashing_call_is_found_despite_external_kills(tmp_path: Path) -> None:
     async def run() -> None:
         async with sandbox(processes=1) as box:
             calls = [asyncio.create_task(outcome(box(body, str(tmp_path)))) for body in (b"wait", b"segfault", b"ok")]
@@ -185,7 +185,7 @@ def test_a_call_that_kills_its_process_is_found_though_another_was_killed_from_o
     asyncio.run(run())
 
 
-def test_what_cannot_be_pickled_is_a_fault_of_ours_and_the_process_goes_on() -> None:
+def test_an_unpicklable_result_is_unexpected_and_the_process_continues() -> None:
     async def run() -> None:
         async with sandbox(processes=1) as box:
             before = await box(b"process")
@@ -196,7 +196,7 @@ def test_what_cannot_be_pickled_is_a_fault_of_ours_and_the_process_goes_on() -> 
     asyncio.run(run())
 
 
-def test_libraries_in_c_say_nothing_and_python_does(capfd: pytest.CaptureFixture[str]) -> None:
+def test_stderr_of_c_libraries_is_silenced_and_pythons_is_not(capfd: pytest.CaptureFixture[str]) -> None:
     def say(body: bytes) -> None:
         os.write(2, b"libpng error: not by us\n")
         print(body.decode(), file=sys.stderr)
@@ -209,7 +209,7 @@ def test_libraries_in_c_say_nothing_and_python_does(capfd: pytest.CaptureFixture
     assert capfd.readouterr().err == "by us\n"
 
 
-def test_a_row_cancelled_in_the_queue_is_never_begun(tmp_path: Path) -> None:
+def test_a_call_cancelled_in_the_queue_never_begins(tmp_path: Path) -> None:
     async def run() -> None:
         async with sandbox(processes=1) as box:
             calls = [asyncio.create_task(box(b"wait%d" % i, str(tmp_path))) for i in range(5)]
@@ -237,7 +237,7 @@ def test_bodies_and_answers_of_20_megabytes() -> None:
     asyncio.run(run())
 
 
-def test_closing_amid_work_leaves_no_process_and_no_file(tmp_path: Path) -> None:
+def test_closing_during_work_leaves_no_process_and_no_file(tmp_path: Path) -> None:
     async def run() -> list[int]:
         before = set(os.listdir("/dev/fd"))
         with contextlib.suppress(ZeroDivisionError):
@@ -282,7 +282,7 @@ def test_a_killed_parent_leaves_no_process() -> None:
     assert parent.communicate(timeout=60) == (b"", None)
 
 
-def test_a_child_is_out_of_the_terminals_reach_and_has_no_file_of_its_parents() -> None:
+def test_a_child_has_no_terminal_and_no_files_of_its_parent() -> None:
     async def files() -> int:
         async with sandbox(processes=1) as box:
             _, session, count = await box(b"process")
@@ -318,7 +318,7 @@ class Unloadable:
         ),
     ],
 )
-def test_a_target_that_cannot_be_loaded_is_said_to_every_caller(target: Unloadable, said: str) -> None:
+def test_a_target_that_cannot_be_loaded_fails_every_call(target: Unloadable, said: str) -> None:
     async def run() -> list[Any]:
         async with sandbox(target) as box:
             waiting = await asyncio.gather(*(box(b"") for _ in range(5)), return_exceptions=True)
@@ -357,7 +357,9 @@ def test_decode_gives_the_same_as_in_this_process() -> None:
     [("RGB", "WEBP", {}), ("RGBA", "WEBP", {}), ("RGB", "JPEG", {"subsampling": 0}), ("CMYK", "JPEG", {})],
     ids=["webp", "webp_alpha", "jpeg", "jpeg_cmyk"],
 )
-def test_a_picture_too_large_for_the_memory_is_not_called_broken(mode: str, kind: str, options: dict[str, Any]) -> None:
+def test_a_picture_too_large_for_memory_is_not_called_broken(
+    mode: str, kind: str, options: dict[str, Any]
+) -> None:
     """These decoders say of both that they have failed; and whatever failed, the next picture has all the memory."""
     if kind == "JPEG":
         options = {**options, "progressive": True}

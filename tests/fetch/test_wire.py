@@ -151,7 +151,7 @@ SENT = {
 }
 
 
-def test_urls_go_out_as_browsers_send_them() -> None:
+def test_urls_are_sent_as_browsers_send_them() -> None:
     with wire(plain) as server:
         assert fetch(server, *(f"http://{server.addr}{text}" for text in SENT)) == [JPEG] * len(SENT)
         assert dict(zip(SENT, server.targets)) == SENT
@@ -173,7 +173,7 @@ HOSTS = {
 }
 
 
-def test_hosts_go_out_as_browsers_send_them() -> None:
+def test_hosts_are_sent_as_browsers_send_them() -> None:
     with wire(plain) as server:
         port = server.addr.rpartition(":")[2]
         urls = [text.format(addr=server.addr, port=port) for text in HOSTS]
@@ -321,7 +321,7 @@ ANSWERS: dict[str, tuple[bytes, str | None]] = {
 
 
 @pytest.mark.parametrize("pieces", [0, 7], ids=["whole", "in pieces"])
-def test_sloppy_answers(pieces: int) -> None:
+def test_malformed_responses(pieces: int) -> None:
     names = [name for name in ANSWERS if not pieces or len(ANSWERS[name][0]) < 20_000]
 
     def answer(target: str) -> bytes:
@@ -333,7 +333,7 @@ def test_sloppy_answers(pieces: int) -> None:
     assert wrong == {}
 
 
-def test_tls_may_end_without_a_goodbye(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tls_may_end_without_close_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many servers close the connection instead of TLS. What is missing then, the length or the decoder tells."""
     issue(tmp_path, {"fine": "127.0.0.1"})
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
@@ -375,12 +375,12 @@ def test_tls_may_end_without_a_goodbye(tmp_path: Path, monkeypatch: pytest.Monke
         ),
     ],
 )
-def test_a_head_gets_one_spelling(head: bytes, spelled: bytes) -> None:
+def test_a_head_is_normalised(head: bytes, spelled: bytes) -> None:
     assert strict(head)[1] == spelled
     assert strict(spelled)[1] == spelled
 
 
 @pytest.mark.parametrize("line", [b"Content-Length: 5 5", b"Content-Length: 0x5", b"Transfer-Encoding: br", b"\rX: a"])
-def test_a_head_with_two_meanings_has_none(line: bytes) -> None:
+def test_an_ambiguous_head_is_refused(line: bytes) -> None:
     with pytest.raises(BadHeadError):
         strict(b"HTTP/1.1 200 OK\r\n%s\r\n\r\n" % line)

@@ -54,14 +54,14 @@ def test_the_formula(name: str, output: str, tmp_path: Path) -> None:
         ({"weight": WEIGHT * np.inf, "bias": BIAS}, "NaN or infinity"),
     ],
 )
-def test_a_head_that_is_none(arrays: dict[str, np.ndarray], said: str, tmp_path: Path) -> None:
+def test_an_invalid_head_is_refused(arrays: dict[str, np.ndarray], said: str, tmp_path: Path) -> None:
     ((key, problem),) = LinearHead(head=save(tmp_path / "h.npz", **arrays), column="s").check()
     assert key == "head"
     assert said in problem
 
 
 @pytest.mark.parametrize("name", ["h.pth", "h.safetensors", "h.npz", "h.csv"])
-def test_foreign_bytes(name: str, tmp_path: Path) -> None:
+def test_invalid_files_are_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"no weights at all")
     ((key, problem),) = LinearHead(head=str(tmp_path / name), column="s").check()
     assert key == "head"

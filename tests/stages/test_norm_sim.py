@@ -51,7 +51,7 @@ def test_the_formula(p: str, targets: int, tmp_path: Path) -> None:
         (np.array([{}]), "not a .npy file of numbers"),
     ],
 )
-def test_a_target_set_that_is_none(saved: np.ndarray, said: str, tmp_path: Path) -> None:
+def test_an_invalid_target_set_is_refused(saved: np.ndarray, said: str, tmp_path: Path) -> None:
     np.save(tmp_path / "t.npy", saved)
     ((key, problem),) = NormSim(target=str(tmp_path / "t.npy")).check()
     assert key == "target"

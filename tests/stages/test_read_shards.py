@@ -62,11 +62,11 @@ def tables(folder: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("*.parquet"))])
 
 
-def test_it_adds_what_a_download_adds() -> None:
+def test_it_adds_the_columns_of_download() -> None:
     assert {**ReadShards.adds, "usage": pa.string()} == Download.adds
 
 
-def test_every_row_of_a_folder_is_an_image_or_a_reason(folders: Path, tmp_path: Path) -> None:
+def test_every_row_of_a_folder_has_an_image_or_a_reason(folders: Path, tmp_path: Path) -> None:
     told = tables(folders / "laion").to_pylist()
     rows = [{"key": row["key"], "caption": row["caption"]} for row in told]
     rows += [{"key": key} for key in ("000000017", "000000999", "x/../../etc", "٣", "", None, "9" * 5000)]
@@ -119,7 +119,7 @@ def test_a_remote_folder(folders: Path, tmp_path: Path) -> None:
     assert len(kept) == 10
 
 
-def test_changed_tars_are_another_input(folders: Path, tmp_path: Path) -> None:
+def test_changed_tars_change_the_fingerprint(folders: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     fsspec.filesystem("file").put(str(folders / "laion"), str(folder), recursive=True)
     before = step(folder, tmp_path)
@@ -202,7 +202,7 @@ def test_names_are_read_as_webdataset_reads_them(tmp_path: Path) -> None:
     assert kept["width"].to_pylist() == [40, 40, 50, 40]
 
 
-def test_a_forged_size_leads_nowhere(tmp_path: Path) -> None:
+def test_a_forged_size_is_harmless(tmp_path: Path) -> None:
     (tmp_path / "f").mkdir()
     info = tarfile.TarInfo("000010000.jpg")
     header = bytearray(info.tobuf())
@@ -229,7 +229,7 @@ def test_our_own_shards(tmp_path: Path) -> None:
     assert kept["image"].to_pylist() == images
 
 
-def test_what_is_no_such_folder_is_said_before_anything_starts(tmp_path: Path) -> None:
+def test_an_invalid_folder_is_reported_before_the_start(tmp_path: Path) -> None:
     assert dict(step(tmp_path / "nowhere", tmp_path).check()) == {"path": f"{tmp_path}/nowhere does not exist"}
     (tmp_path / "f").mkdir()
     assert "holds no NNNNN.tar" in dict(step(tmp_path / "f", tmp_path).check())["path"]
