@@ -37,9 +37,9 @@ def test_the_front_matter_states_every_type(folder: Path) -> None:
 
 def test_the_card_has_the_provenance(folder: Path) -> None:
     text = (folder / "README.md").read_text()
-    assert "25 image–text pairs in 3 WebDataset shards (0.000 GB), what is left of 100 candidates." in text
+    assert "25 image–text pairs in 3 WebDataset shards (0.000 GB), selected from 100 candidates." in text
     assert "| download | 97 | 25 | http\\_404 60, opted\\_out 12 |" in text
-    assert "Wishes of publishers that were honoured: robots.txt (RFC 9309)." in text
+    assert "Publisher opt-outs honoured: robots.txt (RFC 9309)." in text
     assert "- Licence: Unknown." in text
 
 

@@ -289,7 +289,7 @@ def test_clashing_columns_get_a_prefix() -> None:
     assert [[row[name] for row in rows] for name in carried] == [[1, 2]] * len(carried)
     assert list(read(path="p.parquet", columns=["width"])[0]) == ["uid", "url", "caption", "pool_width", "drop_reason"]
     pq.write_table(twice(width=pa.array([1, 2]), pool_width=pa.array([3, 4])), "p.parquet")
-    with pytest.raises(ValueError, match="'width' is carried as 'pool_width', which the pool has too"):
+    with pytest.raises(ValueError, match="'width' is carried as 'pool_width', which also exists"):
         pool.columns(PoolSpec(path="p.parquet"))
 
 
@@ -329,14 +329,14 @@ def test_pictures_in_the_pool(url: bool) -> None:
 
 STRUCT = pa.array([{"bytes": b"x", "path": "p"}] * 2)
 REFUSED = [
-    (twice(url=pa.array([1, 2])), {}, "url: {}: the column 'url' is of the type int64, not text"),
-    (twice(url=STRUCT), {}, "the type struct<bytes: binary, path: string>, not text; to read the pictures in it"),
-    (twice(url=pa.array([["a"]] * 2)), {}, "url: {}: the column 'url' is of the type list<"),
-    (twice(url=pa.nulls(2)), {}, "url: the column 'url' is of the type null in every file"),
-    (twice(caption=pa.array([["a"]] * 2)), {}, "a list of texts (list<"),
-    (twice(caption=pa.array([[1]] * 2)), {"captions": "each"}, "{}: the column 'caption' is of the type list<"),
-    (twice(id=pa.array([1, 2])), {"uid": "id"}, "uid: {}: the column 'id' is of the type int64"),
-    (twice(image=pa.array([1, 2])), {"image": "image"}, "image: {}: the column 'image' is of the type int64"),
+    (twice(url=pa.array([1, 2])), {}, "url: {}: the column 'url' has type int64, expected text"),
+    (twice(url=STRUCT), {}, "has type struct<bytes: binary, path: string>, expected text; to read its pictures"),
+    (twice(url=pa.array([["a"]] * 2)), {}, "url: {}: the column 'url' has type list<"),
+    (twice(url=pa.nulls(2)), {}, "url: the column 'url' has type null in every file"),
+    (twice(caption=pa.array([["a"]] * 2)), {}, "a list of strings (list<"),
+    (twice(caption=pa.array([[1]] * 2)), {"captions": "each"}, "{}: the column 'caption' has type list<"),
+    (twice(id=pa.array([1, 2])), {"uid": "id"}, "uid: {}: the column 'id' has type int64"),
+    (twice(image=pa.array([1, 2])), {"image": "image"}, "image: {}: the column 'image' has type int64"),
     (pa.Table.from_arrays([pa.array(["u"])] * 4, ["url", "caption", "x", "x"]), {}, "more than one column 'x'"),
 ]  # fmt: skip
 
@@ -486,7 +486,7 @@ def test_a_run_that_cannot_be_retried_is_reported() -> None:
     for run, said in (
         ("nowhere", "nowhere is not the folder of a run"),
         ("unfinished", "unfinished is not finished: there is no funnel.json"),
-        ("steady", "steady dropped no row for a reason that may pass"),
+        ("steady", "steady dropped no row for a transient reason"),
         ("texts", "texts has no step download; its steps are pool, caption_length"),
     ):
         with pytest.raises(ValueError, match=f"^retry: {said}"):

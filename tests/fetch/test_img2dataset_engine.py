@@ -205,7 +205,7 @@ def _children() -> list[str]:
 @pytest.mark.usefixtures("stand_in")
 def test_a_broken_installation_is_reported_and_drops_nothing(tmp_path: Path) -> None:
     (tmp_path / "img2dataset" / "__init__.py").write_text("raise ImportError('no such thing')")
-    with pytest.raises(RuntimeError, match="img2dataset does not run here: ImportError: no such thing"):
+    with pytest.raises(RuntimeError, match="img2dataset failed to run: ImportError: no such thing"):
         reasons(["a"])
 
 

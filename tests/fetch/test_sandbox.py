@@ -104,7 +104,7 @@ LOSSES = {
     "quit": ("unexpected", "SystemExit: 5"),
     "spin": ("decoder_timeout", "over 0.6 s of CPU time"),
     "sleep": ("decoder_timeout", "over 3 s"),
-    "garble": ("decoder_crash", "an answer that cannot be read, EOFError: Ran out of input"),
+    "garble": ("decoder_crash", "unreadable answer: EOFError: Ran out of input"),
     "raise": ("unexpected", "ZeroDivisionError: a bug"),
     "refuse": ("too_small", "1 x 1"),
     "eat": ("decoder_memory", f"over {100 << 20} bytes"),

@@ -127,5 +127,5 @@ def test_a_column_without_numbers_is_refused_before_the_start() -> None:
     step = Threshold(column="score", min=0.3)
     assert not list(step.check_columns({"score": pa.decimal128(5, 2)}))
     assert list(step.check_columns({"score": pa.string()})) == [
-        ("column", "the column 'score' must hold numbers, but is of the type string")
+        ("column", "the column 'score' must hold numbers, found type string")
     ]

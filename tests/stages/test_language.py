@@ -112,9 +112,9 @@ def test_a_measurement_does_not_depend_on_the_batch() -> None:
         ({"keep": ["EN"]}, "keep", "did you mean 'en'"),
         ({"keep": ["xx"]}, "keep", "ISO 639"),
         ({"keep": []}, "keep", "null"),
-        ({"min_score": 30.0}, "min_score", "0 to 1"),
+        ({"min_score": 30.0}, "min_score", "above 0 and at most 1"),
         ({"min_score": 0.0}, "min_score", "above 0"),
-        ({"min_score": float("nan")}, "min_score", "0 to 1"),
+        ({"min_score": float("nan")}, "min_score", "above 0 and at most 1"),
         ({"model": "no/such.bin"}, "model", "no such file"),
     ],
 )

@@ -82,4 +82,4 @@ def test_a_head_of_another_model(tmp_path: Path) -> None:
     step = LinearHead(head=save(tmp_path / "h.npz", weight=WEIGHT, bias=BIAS), column="s")
     ((key, problem),) = step.check_columns({"image_embedding": pa.list_(pa.float16(), 512)})
     assert key == "head"
-    assert "is for 8 dimensions, and image_embedding has 512" in problem
+    assert "expects 8 dimensions, but image_embedding has 512" in problem

@@ -232,7 +232,7 @@ def test_our_own_shards(tmp_path: Path) -> None:
 def test_an_invalid_folder_is_reported_before_the_start(tmp_path: Path) -> None:
     assert dict(step(tmp_path / "nowhere", tmp_path).check()) == {"path": f"{tmp_path}/nowhere does not exist"}
     (tmp_path / "f").mkdir()
-    assert "holds no NNNNN.tar" in dict(step(tmp_path / "f", tmp_path).check())["path"]
+    assert "contains no NNNNN.tar" in dict(step(tmp_path / "f", tmp_path).check())["path"]
     add(tmp_path / "f" / "00007.tar", {"000000001.jpg": jpeg()})
     with pytest.raises(ValueError, match="not a folder that img2dataset wrote"):
         step(tmp_path / "f", tmp_path).setup()
