@@ -1,4 +1,4 @@
-"""What the card and the Croissant file of a dataset say, and what they leave out."""
+"""The card and the Croissant file of a dataset."""
 
 from __future__ import annotations
 

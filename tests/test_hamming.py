@@ -69,7 +69,7 @@ def test_crowded_hashes_are_not_compared_pairwise(monkeypatch: pytest.MonkeyPatc
             return np.bitwise_count(values)
 
     monkeypatch.setattr(hamming, "np", Counting())
-    # All numbers of 16 bits: no two blocks of the upper 48 tell any of them apart.
+    # All 16-bit numbers: no two blocks of the upper 48 bits distinguish any of them.
     hashes = np.arange(1 << 16, dtype=np.uint64)
     assert not clusters(hashes, 4).any()
     assert compared < len(hashes) ** 2 / 100

@@ -74,7 +74,7 @@ def read(**spec: Any) -> list[dict[str, Any]]:
 )
 def test_every_format_gives_the_same_rows(name: str) -> None:
     write(name)
-    rows = read(path=name, quoted=True)  # csv.writer encloses a tab, which a tsv file as it comes could not hold
+    rows = read(path=name, quoted=True)  # csv.writer quotes the tab
     assert [(r["url"], r["caption"], r["extra"]) for r in rows] == ROWS
     assert [r["drop_reason"] for r in rows] == [None] * 3
     assert rows[0]["uid"] == hashlib.sha256(b"http://a/1.jpg\0a first caption").hexdigest()[:32]
@@ -433,7 +433,7 @@ def test_published_tables_run_without_listing_columns(recipe: str, table: dict[s
 
 
 def drops(run: str, rows: list[tuple[str, str]], finished: bool = True) -> list[str]:
-    """A run's ledger: a drop for each step and reason; their uids."""
+    """Writes a run's ledger with a drop for each step and reason. Returns their uids."""
     Path(run, "drops").mkdir(parents=True)
     Path(run, "run.json").write_text("{}")
     uids = [f"{n:032x}" for n in range(len(rows))]

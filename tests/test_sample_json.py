@@ -1,4 +1,4 @@
-"""One JSON form for each Arrow type, and nothing that a strict reader refuses."""
+"""One JSON form per Arrow type, accepted by strict parsers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_each_type_has_one_json_form(dtype: pa.DataType, values: list[Any], expe
     found = json_values(array)
     assert found == [*expected, *expected][start:]
     json.dumps(found, allow_nan=False)
-    json_form = pa.array(found, json_type(dtype))  # as a reader would hold it
+    json_form = pa.array(found, json_type(dtype))  # as a reader would store it
     assert json_form.null_count == pa.array([*expected, *expected][start:]).null_count
 
 

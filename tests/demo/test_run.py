@@ -1,4 +1,4 @@
-"""What `make demo` stands on: its recipe, its entries, its scorer and its held-out scenes."""
+"""The parts of `make demo`: its recipe, entries, scorer and held-out scenes."""
 
 import json
 import random

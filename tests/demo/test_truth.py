@@ -4,7 +4,7 @@ from pipeline.demo.truth import judge
 
 
 def rows(*entries):
-    """(name, kind, good, picture) to rows of the truth; a row's url is its name."""
+    """Makes rows of the truth from (name, kind, good, picture). A row's url is its name."""
     return [{"url": n, "caption": "c", "kind": k, "good": g, "picture": p} for n, k, g, p in entries]
 
 
@@ -26,7 +26,7 @@ def test_precision_and_recall_by_kind():
     assert (kinds["mismatched"].recall, kinds["mismatched"].precision) == (0.5, 0.5)
     assert kinds["mismatched"].caught_by == cut
     assert (kinds["dead"].recall, kinds["dead"].precision) == (1.0, 1.0)
-    # c was thinned by balancing, so it was not lost: two of three were kept.
+    # c was dropped by balancing, so it is not lost: two of three were kept.
     assert (kinds["clean"].kept, kinds["clean"].thinned) == (2, 1)
     assert kinds["clean"].recall == pytest.approx(2 / 3)
     assert (score.precision, score.recall) == pytest.approx((2 / 3, 2 / 3))

@@ -57,7 +57,7 @@ def status(url, follow=True):
 
 
 def raw(url, limit=400_000, timeout=3):
-    """What a socket receives until the server closes, `limit` bytes or a second of silence."""
+    """Reads a socket until the server closes, `limit` bytes, or a second without data."""
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname, parts.port), timeout=timeout) as connection:
         connection.sendall(f"GET {parts.path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())

@@ -1,4 +1,4 @@
-"""Each misbehaviour of a server, and the reason that the row must end with."""
+"""Misbehaviours of servers, and the reason that each gives."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def noai(value: str) -> Answer:
     return answer(body=JPEG, X_Robots_Tag=value)
 
 
-# name -> (behaviour, expected reason or None for a body, requests that it takes)
+# name -> (behaviour, expected reason or None for a body, number of requests)
 TABLE: dict[str, tuple[Answer, str | None, int]] = {
     "plain": (OK, None, 1),
     "http10": (raw(b"HTTP/1.0 200 OK\r\n\r\n" + JPEG), None, 1),
@@ -166,7 +166,7 @@ def fetch(server: Server, path: str, **options: object) -> bytes | FetchError:
 
 
 def test_each_behaviour_gives_its_reason(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    # One client each, so that one behaviour's Retry-After is not heard by the others.
+    # One client each, so that a Retry-After does not affect the other behaviours.
     wrong = {}
     slow = {"silent", "stalled", "stalls_at_once", "429_then_fine"}
     for name in TABLE.keys() - slow:
@@ -317,7 +317,7 @@ def test_byte_budget_serves_in_order_and_survives_cancelled_waiters() -> None:
         tasks[0].cancel()
         first.keep(1)
         await asyncio.sleep(0)
-        assert order == []  # b wants all of it and is first in line
+        assert order == []  # b waits for all of it and is first in the queue
         first.give_back()
         await asyncio.gather(*tasks, return_exceptions=True)
         await done.take(10)
@@ -327,7 +327,7 @@ def test_byte_budget_serves_in_order_and_survives_cancelled_waiters() -> None:
 
 
 def test_names_that_never_resolve_block_others_only_until_their_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More such names than there are threads: the rows behind them end as well, and those whose name is known go on."""
+    """With more such names than threads, later rows end as well, and rows with cached names proceed."""
     monkeypatch.setattr(resolver_module, "RESOLVER_THREADS", 4)
     monkeypatch.setattr(resolver_module, "DNS_SECONDS", 0.4)
     done = threading.Event()
@@ -363,7 +363,7 @@ def test_names_that_never_resolve_block_others_only_until_their_timeout(monkeypa
         results, seconds = asyncio.run(go())
     found = [r.reason if isinstance(r, FetchError) else r for r in results]
     assert found == ["dns_unavailable"] * 11 + [JPEG]
-    assert seconds < 10  # the threads are busy for twenty
+    assert seconds < 10  # the threads are busy for 20 s
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The loop that rows are worked on in: what it keeps from stream to stream, and what it never holds more of."""
+"""The event loop for rows: resources reused between streams, and its limits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.fetch.concurrent_rows import Begin, ConcurrentRows, Work
 
 
 class Doubling:
-    """Doubles numbers; 13 fails. Counts how often it is opened and closed, and how many rows are begun."""
+    """Doubles numbers; fails on 13. Counts opens, closes and begun rows."""
 
     def __init__(self) -> None:
         self.opened = self.closed = self.begun = 0
@@ -79,7 +79,7 @@ def test_the_thread_ends_when_the_object_is_collected() -> None:
 
 
 def test_rows_wait_for_a_slow_consumer() -> None:
-    """At most `concurrency` rows at work and two groups finished, beyond what was handed out."""
+    """At most `concurrency` rows run and two groups are finished, beyond those taken."""
     doubling = Doubling()
 
     def tables() -> Iterator[pa.Table]:

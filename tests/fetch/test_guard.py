@@ -1,4 +1,4 @@
-"""Addresses and urls that must never be dialled, in every notation that leads to them."""
+"""Addresses and urls that must never be dialled, in every notation."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ BAD_SCHEME = [
     "view-source:http://127.0.0.1/", "about:blank", "//127.0.0.1/a.jpg", "/etc/passwd", "a.jpg",
     "www.example.com/a.jpg", "example.com:80/a.jpg", "unix:/run/docker.sock",
 ]  # fmt: skip
-# {port} is the canary's: if the guard failed, these would reach it or its neighbours.
+# {port} is the canary's: without the guard, these would reach it or its neighbours.
 DENIED_URL = [
     "http://127.0.0.1:{port}/", "http://127.1:{port}/", "http://127.0.1:{port}/", "http://2130706433:{port}/",
     "http://0x7f000001:{port}/", "http://0x7f.0.0.1:{port}/", "http://0177.0.0.1:{port}/",
@@ -183,13 +183,13 @@ NAMES = {
 def resolve(host: str) -> list[str]:
     if host in NAMES:
         return NAMES[host]
-    # Numbers are the system's to read, in whatever notation; names would be asked for on the network.
+    # Let the system parse numeric addresses in any notation; never resolve names over the network.
     flags = 0 if "localhost" in host else socket.AI_NUMERICHOST
     return [str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=flags)]
 
 
 def ends(urls: list[str], addr: str, lookup: Lookup = resolve) -> list[str]:
-    """What each url ends with; the allow list is open for `addr`, the canary's neighbour, as it would be in a run."""
+    """The outcome of each url. The allow list contains `addr`, the canary's neighbour, as in a run."""
 
     async def begin() -> None:
         pass
@@ -212,7 +212,7 @@ def test_no_notation_reaches_the_canary() -> None:
     with serving({"": answer(body=JPEG)}) as server:
         urls = [url.format(port=server.canary, open=server.port) for url in DENIED_URL]
         reasons = ends(urls, server.addr)
-        # Legacy numbers are refused as malformed or, where they are resolved, for what they resolve to.
+        # Legacy notations are refused as malformed or, if resolved, for their address.
         assert {url: r for url, r in zip(urls, reasons) if r not in ("addr_denied", "bad_url", "dns")} == {}
         assert reasons.count("addr_denied") >= 40
         assert server.canary_hits == 0
@@ -234,7 +234,7 @@ def test_no_redirect_reaches_the_canary() -> None:
     with serving(answers | chains) as server:
         names = [*answers, *chains]
         found = dict(zip(names, ends([f"{server.url}/{name}" for name in names], server.addr)))
-        # A path that only looks like an address stays on the host that sent it, which has nothing there.
+        # A path that looks like an address stays on the same host, which has no such file.
         refusals = {"addr_denied", "bad_url", "bad_scheme", "dns", "http_404"}
         wrong = {name: (REDIRECTS[int(name.strip("tochain"))], r) for name, r in found.items() if r not in refusals}
         assert wrong == {}

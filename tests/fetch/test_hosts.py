@@ -1,4 +1,4 @@
-"""Politeness towards hosts: who is left alone, for how long, and that all workers together keep to it."""
+"""Politeness towards hosts: which are skipped, for how long, and limits across workers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PATIENCE = 60.0
 
 
 class Time:
-    """A clock that a test sets."""
+    """A clock set by the test."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -62,17 +62,17 @@ def test_a_failing_host_is_skipped_and_retried_after_doubling_pauses() -> None:
     pause = DOWN_SECONDS
     for _ in range(7):
         assert refused(breaker)
-        breaker.note(RESET)  # of a request that was on its way: prolongs nothing
+        breaker.note(RESET)  # from a request in flight: does not prolong the pause
         clock.now += pause - 1
         assert refused(breaker)
         clock.now += 2
-        assert not refused(breaker)  # the one that tries
+        assert not refused(breaker)  # the probe
         assert refused(breaker)
         breaker.note(RESET)
         pause = min(2 * pause, DOWN_MOST)
     clock.now += pause + 1
     assert not refused(breaker)
-    breaker.note(FetchError("http_404"))  # an answer, if not the one hoped for
+    breaker.note(FetchError("http_404"))  # an error response is a response
     assert [refused(breaker) for _ in range(5)] == [False] * 5
 
 
@@ -81,7 +81,7 @@ def test_a_cancelled_probe_does_not_block_a_host_forever() -> None:
     breaker = Breaker(1, clock)
     breaker.note(RESET)
     clock.now += DOWN_SECONDS + 1
-    assert not refused(breaker)  # and its row is cancelled
+    assert not refused(breaker)  # the probe's row is cancelled
     assert refused(breaker)
     clock.now += 2 * DOWN_SECONDS + 1
     assert not refused(breaker)
@@ -116,7 +116,7 @@ def test_a_worker_yields_permits_as_its_requests_end() -> None:
     limiter = HostLimiter(4)
     assert ask(limiter, "a", 0, 99).permits == 4
     assert ask(limiter, "b", 0, 99).permits == 0
-    assert ask(limiter, "a", 4, 99).permits == 2  # finishes four, begins two at a time from now on
+    assert ask(limiter, "a", 4, 99).permits == 2  # finishes four, then begins two at a time
     assert ask(limiter, "b", 0, 99).permits == 0
     assert ask(limiter, "a", 2, 99).permits == 2
     assert ask(limiter, "b", 0, 99).permits == 2
@@ -304,7 +304,7 @@ def test_a_dead_host_with_a_thousand_rows_costs_the_time_of_a_few() -> None:
         assert time.monotonic() - started < 30  # eight at a time, all of them would take 37 s
         found = reasons(results)
         assert found.keys() == {"deadline", "host_down"}
-        assert found["deadline"] < 10 + 8  # those that make it ten in a row, and those on their way then
+        assert found["deadline"] < 10 + 8  # ten consecutive failures, and those in flight by then
         assert server.hits["a"] < 10 + 8
         downs = [r for r in results if isinstance(r, FetchError) and r.reason == "host_down"]
         assert "last: deadline" in downs[-1].detail
@@ -314,7 +314,7 @@ def test_a_row_reports_its_own_failure() -> None:
     with serving({"a": reset, "robots.txt": answer("404 None")}) as server:
         results = fetch_all(server, [f"{server.url}/a"] * 8, Politeness(host_failures=10))
         assert reasons(results) == {"reset": 8}
-        assert server.hits["a"] < 8 * 3 * 2  # aiohttp asks once more where a kept connection is reset
+        assert server.hits["a"] < 8 * 3 * 2  # aiohttp retries once if a kept-alive connection is reset
 
 
 def test_rows_do_not_wait_forever_for_a_busy_host() -> None:
@@ -445,14 +445,14 @@ def test_tdm_reservation_on_any_hop() -> None:
         assert reasons(fetch_all(server, urls, Politeness(tdm_reservation=False))) == {"ok": 3}
 
 
-# --- What publishers say about the use of pictures --------------------------------------------------------------------
+# --- Publisher statements ---------------------------------------------------------------------------------------------
 
 RESERVED = [{"location": "/no", "tdm-reservation": 1}, {"location": "/free", "tdm-reservation": 0}]
 TDMREP = ".well-known/tdmrep.json"
 
 
 def usages(server: Server, urls: list[str], politeness: Politeness = DEFAULT) -> list[str | None]:
-    """What is kept with each picture; for rows without one, the detail."""
+    """The statements kept with each picture; for dropped rows, the detail."""
 
     async def begin() -> None:
         pass
@@ -515,7 +515,7 @@ def test_outcome_of_rows_by_tdmrep_json(name: str, monkeypatch: pytest.MonkeyPat
     moved = answer(body=json.dumps(RESERVED).encode())
     with serving({TDMREP: behaviour, "moved": moved, "no": OK}) as server:
         assert reasons(fetch_all(server, [f"{server.url}/no"] * 3)) == {reason: 3}
-        assert server.hits[TDMREP] <= 2  # one more where the connection was kept and is lost
+        assert server.hits[TDMREP] <= 2  # one more if a kept-alive connection is lost
         assert server.canary_hits == 0
 
 

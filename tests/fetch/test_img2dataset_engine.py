@@ -1,4 +1,4 @@
-"""img2dataset as the engine: its pictures and its failures come back as rows of ours, whatever it does."""
+"""img2dataset as the engine: its pictures and failures always become rows of ours."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_other_bytes_than_claimed_are_rejected() -> None:
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package in img2dataset's place that finds nothing, at once, and misbehaves when a url says so."""
+    """A stand-in for img2dataset that finds nothing and misbehaves as told by a url."""
     package = tmp_path / "img2dataset"
     package.mkdir()
     (package / "__init__.py").touch()

@@ -1,4 +1,4 @@
-"""What the sandbox contains, whom it blames, and that it leaves nothing behind."""
+"""What the sandbox contains, which call it fails, and that it leaks nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="what only Linux offe
 
 
 def hostile() -> Callable[..., Any]:
-    """A target that does as its body says. Made in a function, it is pickled as it is and the children start fast."""
+    """A target that does what its body says. Defined in a function, so it is pickled by value: children start fast."""
 
     def act(body: bytes, directory: str = "") -> Any:
         import ctypes
@@ -89,7 +89,7 @@ def sandbox(target: Callable[..., Any] | None = None, **options: Any) -> Sandbox
 
 
 async def started(directory: Path, count: int) -> list[tuple[str, int]]:
-    """(name, process) of the calls in order of their begin, as soon as there are `count`."""
+    """(name, process) of the calls in the order they began, once there are `count`."""
     while True:
         lines = (directory / "calls").read_text().splitlines() if (directory / "calls").exists() else []
         if len(lines) >= count:
@@ -297,7 +297,7 @@ def test_a_child_has_no_terminal_and_no_files_of_its_parent() -> None:
 
 
 class Unloadable:
-    """Pickles here; loading it there does as told."""
+    """Pickles here; misbehaves when loaded in the child."""
 
     def __init__(self, function: Callable[..., Any], *args: Any):
         self.reduced = function, args
@@ -357,10 +357,8 @@ def test_decode_gives_the_same_as_in_this_process() -> None:
     [("RGB", "WEBP", {}), ("RGBA", "WEBP", {}), ("RGB", "JPEG", {"subsampling": 0}), ("CMYK", "JPEG", {})],
     ids=["webp", "webp_alpha", "jpeg", "jpeg_cmyk"],
 )
-def test_a_picture_too_large_for_memory_is_not_called_broken(
-    mode: str, kind: str, options: dict[str, Any]
-) -> None:
-    """These decoders say of both that they have failed; and whatever failed, the next picture has all the memory."""
+def test_a_picture_too_large_for_memory_is_not_called_broken(mode: str, kind: str, options: dict[str, Any]) -> None:
+    """These decoders report both as failures. After a failure, the next picture has the full memory."""
     if kind == "JPEG":
         options = {**options, "progressive": True}
     large, small = (smooth(side, side, mode, kind, quality=50, **options) for side in (3000, 1000))

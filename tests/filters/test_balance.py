@@ -95,7 +95,7 @@ def test_the_cap_can_be_set_by_tail_mass(tmp_path: Path) -> None:
     (tmp_path / "entries.txt").write_text("a\nb\nc\nd\n")
     captions = [word for word, n in [("a", 1), ("b", 4), ("c", 15), ("d", 80)] for _ in range(n)]
     batch = make_batch([{"caption": caption, "uid": f"{i:032x}"} for i, caption in enumerate(captions)])
-    # a and b hold 5% of the matches; with c it is 20%, so from 6% on c's count is the cap.
+    # a and b have 5% of the matches, with c 20%, so from 6% on c's count is the cap.
     found = decide(Balance(entries=str(tmp_path / "entries.txt"), tail_mass=0.06), batch)
     assert found == decide(Balance(entries=str(tmp_path / "entries.txt"), max_per_entry=15), batch)
     assert found[:20] == [None] * 20

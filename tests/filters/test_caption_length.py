@@ -20,7 +20,7 @@ from tests.tables import check_filter, make_batch, run_step
         ("red\u00a0car\u3000here", None),
         ("x" * 996 + " y z", None),
         ("x" * 997 + " y z", "too_long"),
-        # What nobody sees, and what is written in place of a character.
+        # Invisible characters and entities.
         ("a b\u200b\u200b\u200b c", "too_short"),
         ("\u200ba\u00ad \u2060b \ufeffcd", None),
         ("a&nbsp;b&#32;cd", None),

@@ -12,7 +12,7 @@ A, B = 0x0123456789ABCDEF, 0xFEDCBA9876543210
 
 
 def pictures(*hashes: int | None, **columns: list) -> list[dict]:
-    """Rows of the given hashes, their uids in the order of the rows."""
+    """Rows with the given hashes, and uids in the same order."""
     size = {"original_width": [9] * len(hashes), "original_height": [9] * len(hashes)}
     columns = {"uid": [f"{i:032x}" for i in range(len(hashes))], **size, **columns, "phash": list(hashes)}
     return [dict(zip(columns, values)) for values in zip(*columns.values(), strict=True)]

@@ -53,7 +53,7 @@ def test_the_count_is_exact_despite_ties(fraction: float, n: int, distinct: int)
     values = np.random.default_rng(n).integers(-distinct, distinct, n) / 7
     found = decide(Threshold(column="score", top_fraction=fraction), make_batch([{"score": v} for v in values]))
     kept = sorted(value for value, drop in zip(values, found) if drop is None)
-    # In whole thousandths: neither binary fraction nor rounding can add a row.
+    # In exact thousandths: binary rounding must not add a row.
     assert len(kept) == -(-round(fraction * 1000) * n // 1000)
     assert kept == sorted(values)[-len(kept) :]
 

@@ -19,7 +19,7 @@ from tests.tables import check_filter, make_batch, run_step
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a small dual encoder: untrained, but every score is defined and its own."""
+    """A folder with a small, untrained dual encoder. All scores are defined and distinct."""
     import torch
     from safetensors.torch import save_file
 
@@ -50,7 +50,7 @@ def rows(n: int, first: int = 0) -> list[dict]:
 
 
 def scores(step: ClipScore, batches: list[pa.Table]) -> dict[tuple[int, int], float]:
-    """By unit and row."""
+    """Scores by unit and row."""
     step.setup()
     tables = [split_marked(step, out)[0] for out in step.stream(batches)]
     return {

@@ -1,4 +1,4 @@
-"""The stage as the executor drives it: every row comes out once, no host holds up another, nothing is left behind."""
+"""The stage as driven by the executor: each row comes out once, hosts do not block each other, nothing leaks."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_every_row_has_an_image_or_a_reason(server: Server) -> None:
         unit([f"{server.url}/{n}" for n in names[i : i + 90]], i // 90, extra=list(range(90)))
         for i in range(0, 270, 90)
     ]
-    # Never down: which rows are in flight together, and so how many fail in a row, is a matter of luck.
+    # Breaker off: how many rows fail consecutively depends on timing.
     tables = list(step(server, host_failures=0).stream(iter(units)))
     out = pa.concat_tables(tables)
     assert all(len(table) <= 256 for table in tables)
@@ -174,7 +174,7 @@ def test_urls_that_are_not_utf8_are_handled(server: Server) -> None:
 
 
 def test_slow_hosts_overlap_with_the_next_units(server: Server) -> None:
-    """Five units, each with silent rows: the whole takes one deadline, not five, and the quick rows do not wait."""
+    """Five units with silent rows take one deadline, not five, and fast rows do not wait."""
     urls = [f"{server.url}/silent"] * 3 + [f"{server.url}/quick"] * 40
     started = time.monotonic()
     first_of_last = None
@@ -183,7 +183,7 @@ def test_slow_hosts_overlap_with_the_next_units(server: Server) -> None:
         out.append(table)
         if first_of_last is None and 4 in table["unit"].to_pylist():
             first_of_last = time.monotonic() - started
-    assert time.monotonic() - started < 12  # and not 25
+    assert time.monotonic() - started < 12  # not 25
     assert first_of_last is not None
     assert first_of_last < 5
     counts = Counter(pa.concat_tables(out)["drop_reason"].to_pylist())
@@ -191,9 +191,9 @@ def test_slow_hosts_overlap_with_the_next_units(server: Server) -> None:
 
 
 def test_a_busy_host_does_not_hold_up_the_others() -> None:
-    """Hundreds of rows of one slow host first, two at a time; a row of another host after them is served at once."""
+    """After hundreds of rows of a slow host, two at a time, a row of another host is served at once."""
     with serving({"quick": quick}) as slow:
-        # The other host is one that may not be dialled: its refusal is the answer to wait for.
+        # The other host may not be dialled, so its row is refused at once.
         urls = [f"{slow.url}/quick"] * 300 + ["http://127.0.0.2/ok"]
         started = time.monotonic()
         stream = step(slow, per_host=2, concurrency=8).stream([unit(urls)])
@@ -216,7 +216,7 @@ def test_input_is_pulled_only_when_there_is_room(server: Server, monkeypatch: py
     stream = step(server, concurrency=4).stream(units())
     assert len(next(stream)) > 0
     time.sleep(0.5)
-    # What has been handed out, what may be admitted, and one table on its way.
+    # Rows taken, rows admitted, and one table in transit.
     assert len(pulled) <= 16 + 2 + 2
     rest = sum(len(table) for table in stream)
     assert len(pulled) == 50
@@ -255,7 +255,7 @@ def test_an_internal_error_drops_only_its_row(server: Server, monkeypatch: pytes
 
 
 def test_a_lost_decoder_drops_only_its_row(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoder that dies, hangs, or eats memory on some bodies, among many good ones."""
+    """A decoder that dies, hangs or exhausts memory on some bodies, among many good ones."""
     monkeypatch.setattr(download_module, "Decoder", Treacherous)
     names = ["ok", "kill", "ok", "hang", "ok", "eat", "ok"] + ["large"] * 60
     out = step(server, decode_timeout=1.0).process(unit([f"{server.url}/{n}" for n in names]))

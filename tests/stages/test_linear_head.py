@@ -1,4 +1,4 @@
-"""Linear heads from the files that people keep them in."""
+"""Linear heads from the usual file formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NormSim against its formulas, written down again in plain NumPy."""
+"""NormSim against its formulas in plain NumPy."""
 
 from __future__ import annotations
 

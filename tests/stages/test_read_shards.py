@@ -1,4 +1,4 @@
-"""Runs that begin with shards instead of urls: img2dataset's, DataComp's, our own, and damaged ones."""
+"""Runs from shards of img2dataset, DataComp and our own, and damaged ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`laion`: three shards of 10, some rows of which failed; `datacomp`: 8 digits in a name, uids of its own."""
+    """`laion`: three shards of 10, with some failed rows; `datacomp`: names of 8 digits, and its own uids."""
     root = tmp_path_factory.mktemp("folders")
     names = [*PICTURES, *BAD]
     with serving({**PICTURES, **BAD}) as server:
@@ -81,7 +81,7 @@ def test_every_row_of_a_folder_has_an_image_or_a_reason(folders: Path, tmp_path:
         if name not in by_name:
             continue
         assert (row["width"], row["height"]) == Image.open(io.BytesIO(row["image"])).size == (64, 64)
-        # The image was resized since, so its published size is in the table alone.
+        # The image has been resized, so only the table has its published size.
         assert (row["original_width"], row["original_height"]) == (100 + 20 * int(name), 90)
         assert row["original_bytes"] == len(row["image"])
         assert (row["original_format"], row["animated"]) == ("jpeg", False)
@@ -132,7 +132,7 @@ def test_changed_tars_change_the_fingerprint(folders: Path, tmp_path: Path) -> N
 
 
 def add(path: Path, members: dict[str, bytes | str]) -> None:
-    """Writes a tar; a text is the target of a symbolic link."""
+    """Writes a tar. A string value is the target of a symbolic link."""
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
@@ -175,7 +175,7 @@ def test_hostile_and_damaged_tars(tmp_path: Path) -> None:
         *["no_image"] * 3, "not_an_image", None, "not_an_image", "too_large", None, "shard_truncated",
         "no_image", "no_image", "no_image",
     ]  # fmt: skip
-    # What a reader would show turned is stored upright, without the tag.
+    # Rotated pictures are stored upright, without the tag.
     upright = Image.open(io.BytesIO(kept["image"][0].as_py()))
     assert (upright.size, dict(upright.getexif())) == ((30, 40), {})
     assert kept["image"][1].as_py() == good
@@ -215,7 +215,7 @@ def test_a_forged_size_is_harmless(tmp_path: Path) -> None:
 
 
 def test_our_own_shards(tmp_path: Path) -> None:
-    """Their keys have as many digits for the row as `samples_per_shard` needs, whatever the width of the names."""
+    """Their keys have as many row digits as `samples_per_shard` needs, independent of the width of names."""
     images = [jpeg(50 + n, 50, seed=n) for n in range(7)]
     batch = make_batch([{"image": image, "original_width": 50 + n} for n, image in enumerate(images)])
     types = {name: batch.schema.field(name).type for name in ("uid", "url", "caption", "image", "original_width")}

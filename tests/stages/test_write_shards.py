@@ -1,6 +1,6 @@
-"""What the shards' own tar writer shares with everybody else's, and what everybody else's readers find in the shards.
+"""Our tar writer compared with the standard library, and the shards as read by other tools.
 
-Readers that are no dependency of the project: `test_readers.py`.
+Readers that are not dependencies of the project: `test_readers.py`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def test_names_and_sizes_too_large_for_a_header_are_refused(name: bytes, size: b
         _tar_header(name, size)
 
 
-# --- What others read -------------------------------------------------------------------------------------------------
+# --- Other readers ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def expected_captions() -> list[str]:
 
 
 def snippet(folder: Path, package: str) -> str:
-    """The block of the card that begins to use a package."""
+    """The code block of the card for a package."""
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     (block,) = [block for block in blocks if f"import {package}" in block]
     return block
@@ -127,7 +127,7 @@ def test_the_snippets_of_the_card_run(folder: Path, package: str, monkeypatch: p
 
 
 def test_datacomps_resharder_finds_every_sample_once(folder: Path) -> None:
-    # Its steps, since it comes with no package: sizes.json says what to read, the subset is searched for each uid.
+    # A copy of its algorithm, since it has no package: sizes.json lists the shards, each uid is looked up in the subset.
     sizes = json.loads((folder / "sizes.json").read_text())
     subset = np.load(folder / "subset.npy", mmap_mode="r")
     assert subset.dtype == np.dtype("u8,u8")
