@@ -161,7 +161,7 @@ def test_an_empty_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "said"),
+    ("name", "data", "message"),
     [
         ("x.parquet", b"not parquet at all", "x.parquet cannot be read as parquet"),
         ("x.csv.gz", b"not gzip", "x.csv.gz cannot be read"),
@@ -170,11 +170,11 @@ def test_an_empty_table() -> None:
         ("x.csv", b"", "x.csv is empty"),
     ],
 )
-def test_an_invalid_file_is_reported(name: str, data: bytes, said: str) -> None:
+def test_an_invalid_file_is_reported(name: str, data: bytes, message: str) -> None:
     Path(name).write_bytes(data)
     with pytest.raises(ValueError, match=r"path|url") as caught:
         pool.columns(PoolSpec(path=name))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 TEXTS = [
@@ -256,11 +256,11 @@ def test_the_common_type_fits_the_values_of_all_files(first: Any, second: Any, w
 
 
 def test_numbers_in_text_are_numbers_unless_they_are_codes() -> None:
-    Path("n.csv").write_text("url,caption,n,x,code,said\nu1,a,1,0.5,007,7\nu2,b,,1e-3,012,seven\nu3,c,-3,4,000,\n")
+    Path("n.csv").write_text("url,caption,n,x,code,message\nu1,a,1,0.5,007,7\nu2,b,,1e-3,012,seven\nu3,c,-3,4,000,\n")
     asked = PoolSpec(path="n.csv")
-    assert pool.columns(asked) == {"n": pa.int64(), "x": pa.float64(), "code": pa.string(), "said": pa.string()}
+    assert pool.columns(asked) == {"n": pa.int64(), "x": pa.float64(), "code": pa.string(), "message": pa.string()}
     rows = read(path="n.csv")
-    assert [(row["n"], row["x"], row["code"], row["said"]) for row in rows] == [
+    assert [(row["n"], row["x"], row["code"], row["message"]) for row in rows] == [
         (1, 0.5, "007", "7"), (None, 0.001, "012", "seven"), (-3, 4.0, "000", ""),
     ]  # fmt: skip
     Path("n.jsonl").write_text('{"url": "u", "caption": "c", "n": 2.5, "code": 7, "tags": ["a"], "ok": true}\n')
@@ -341,12 +341,12 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("table", "options", "said"), REFUSED)
-def test_unsupported_schemas_are_refused_before_the_start(table: pa.Table, options: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize(("table", "options", "message"), REFUSED)
+def test_unsupported_schemas_are_refused(table: pa.Table, options: dict[str, Any], message: str) -> None:
     pq.write_table(table, "p.parquet")
     with pytest.raises(pool.PoolError) as caught:
         pool.columns(PoolSpec(path="p.parquet", **options))
-    assert said.format(Path("p.parquet").absolute()) in str(caught.value)
+    assert message.format(Path("p.parquet").absolute()) in str(caught.value)
 
 
 WHOLE = "url,caption\n" + "".join(f"http://a/{n},{n * n} is a square\n" for n in range(20_000))
@@ -385,7 +385,7 @@ def test_the_error_names_a_parquet_file_with_a_broken_page() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "message"),
     [
         ("names: [url, caption, url]", "names: url: named more than once"),
         ("names: [address, caption]", "names: 'url', the url, is not among address, caption"),
@@ -396,12 +396,12 @@ def test_the_error_names_a_parquet_file_with_a_broken_page() -> None:
         ("captions: all", "pool.captions: expected one of each, first"),
     ],
 )
-def test_keys_of_the_pool_in_a_recipe(keys: str, said: str) -> None:
+def test_keys_of_the_pool_in_a_recipe(keys: str, message: str) -> None:
     write("p.csv")
     Path("r.yaml").write_text(f"name: t\npool: {{path: p.csv, {keys}}}\nrun: new\nsteps:\n  - caption_length\n")
     with pytest.raises(RecipeError) as caught:
         load("r.yaml", pool_columns=pool.columns)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 COYO: dict[str, Any] = {
@@ -483,29 +483,29 @@ def test_a_run_that_cannot_be_retried_is_reported() -> None:
     drops("unfinished", LEDGER, finished=False)
     drops("steady", [("download", "http_404"), ("my_check", "deadline")])
     drops("texts", [("caption_length", "too_short")])
-    for run, said in (
+    for run, message in (
         ("nowhere", "nowhere is not the folder of a run"),
         ("unfinished", "unfinished is not finished: there is no funnel.json"),
         ("steady", "steady dropped no row for a transient reason"),
         ("texts", "texts has no step download; its steps are pool, caption_length"),
     ):
-        with pytest.raises(ValueError, match=f"^retry: {said}"):
+        with pytest.raises(ValueError, match=f"^retry: {message}"):
             pool.columns(PoolSpec(retry=run))
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "message"),
     [
         ("retry: old, path: p.csv, uid: id", "pool: retry: leaves no room for path, uid"),
         ("url: u", "pool: path: is missing"),
         ("retri: old", "pool.retri: unknown key; did you mean retry?"),
     ],
 )
-def test_retry_in_a_recipe(keys: str, said: str) -> None:
+def test_retry_in_a_recipe(keys: str, message: str) -> None:
     Path("r.yaml").write_text(f"name: again\npool: {{{keys}}}\nrun: new\nsteps:\n  - caption_length\n")
     with pytest.raises(RecipeError) as caught:
         load("r.yaml", pool_columns=pool.columns)
-    assert f"r.yaml:2: {said}" in str(caught.value)
+    assert f"r.yaml:2: {message}" in str(caught.value)
 
 
 RETRY = """

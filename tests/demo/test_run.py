@@ -23,7 +23,7 @@ def test_the_recipe_is_valid(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "status", "said"),
+    ("words", "status", "message"),
     [
         (["--help"], 0, "--pictures"),
         (["--pictures", "0"], 2, "--pictures"),
@@ -31,12 +31,12 @@ def test_the_recipe_is_valid(tmp_path):
         (["extra"], 2, "unrecognized arguments: extra"),
     ],
 )
-def test_help_or_a_usage_error_builds_nothing(words, status, said, tmp_path, monkeypatch, capsys):
+def test_help_or_a_usage_error_builds_nothing(words, status, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         run.main(words)
     assert end.value.code == status
-    assert said in "".join(capsys.readouterr())
+    assert message in "".join(capsys.readouterr())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -309,7 +309,7 @@ class Unloadable:
 
 
 @pytest.mark.parametrize(
-    ("target", "said"),
+    ("target", "message"),
     [
         (Unloadable(exec, "import no_such_module"), "No module named 'no_such_module'"),
         (
@@ -318,7 +318,7 @@ class Unloadable:
         ),
     ],
 )
-def test_a_target_that_cannot_be_loaded_fails_every_call(target: Unloadable, said: str) -> None:
+def test_a_target_that_cannot_be_loaded_fails_every_call(target: Unloadable, message: str) -> None:
     async def run() -> list[Any]:
         async with sandbox(target) as box:
             waiting = await asyncio.gather(*(box(b"") for _ in range(5)), return_exceptions=True)
@@ -326,7 +326,7 @@ def test_a_target_that_cannot_be_loaded_fails_every_call(target: Unloadable, sai
 
     failures = asyncio.run(run())
     assert [type(failure) for failure in failures] == [SandboxError] * 6
-    assert all(said in str(failure) for failure in failures)
+    assert all(message in str(failure) for failure in failures)
 
 
 def test_decode_gives_the_same_as_in_this_process() -> None:

@@ -150,10 +150,10 @@ def test_the_contents_of_the_entries_determine_the_result(tmp_path: Path) -> Non
 def test_an_invalid_file_is_reported(tmp_path: Path, name: str, content: bytes | None, problem: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    ((key, said),) = Balance(entries=str(tmp_path / name)).check()
+    ((key, message),) = Balance(entries=str(tmp_path / name)).check()
     assert key == "entries"
-    assert problem in said
-    assert name in said
+    assert problem in message
+    assert name in message
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_the_formula(name: str, output: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arrays", "said"),
+    ("arrays", "message"),
     [
         ({"weight": WEIGHT}, "found weight (1, 8)"),
         ({"weight": WEIGHT[0], "bias": BIAS}, "found weight (8,), bias (1,)"),
@@ -54,10 +54,10 @@ def test_the_formula(name: str, output: str, tmp_path: Path) -> None:
         ({"weight": WEIGHT * np.inf, "bias": BIAS}, "NaN or infinity"),
     ],
 )
-def test_an_invalid_head_is_refused(arrays: dict[str, np.ndarray], said: str, tmp_path: Path) -> None:
+def test_an_invalid_head_is_refused(arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
     ((key, problem),) = LinearHead(head=save(tmp_path / "h.npz", **arrays), column="s").check()
     assert key == "head"
-    assert said in problem
+    assert message in problem
 
 
 @pytest.mark.parametrize("name", ["h.pth", "h.safetensors", "h.npz", "h.csv"])

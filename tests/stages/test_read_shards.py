@@ -234,7 +234,7 @@ def test_an_invalid_folder_is_reported_before_the_start(tmp_path: Path) -> None:
     (tmp_path / "f").mkdir()
     assert "contains no NNNNN.tar" in dict(step(tmp_path / "f", tmp_path).check())["path"]
     add(tmp_path / "f" / "00007.tar", {"000000001.jpg": jpeg()})
-    with pytest.raises(ValueError, match="not a folder that img2dataset wrote"):
+    with pytest.raises(ValueError, match="expected a folder written by img2dataset"):
         step(tmp_path / "f", tmp_path).setup()
 
 

@@ -185,7 +185,7 @@ def run_here(code: str, folder: Path, *path: Path) -> list[str]:
 
 def test_open_clip_train_reads_every_sample(fetched: Callable[[str], Path], folder: Path) -> None:
     # It uses webdataset internals of 0.2.86, the newest version that it allows.
-    said = run_here(
+    lines = run_here(
         """
 import argparse, json
 import numpy, torch
@@ -202,13 +202,13 @@ print(json.dumps([loader.num_samples, sorted(caption for _, captions in loader f
         folder,
         fetched("webdataset==0.2.86"),
     )
-    assert json.loads(said[-1]) == [finished.SAMPLES, sorted(expected_captions())]
+    assert json.loads(lines[-1]) == [finished.SAMPLES, sorted(expected_captions())]
 
 
 def test_clip_retrieval_reads_every_sample(fetched: Callable[[str], Path], tmp_path: Path) -> None:
     # Only its reader: importing the package imports servers and models.
     reader = fetched("clip-retrieval==2.45.0") / "clip_retrieval" / "clip_inference" / "reader.py"
-    said = run_here(
+    lines = run_here(
         f"""
 import importlib.util, json
 import numpy, torch
@@ -226,4 +226,4 @@ print(json.dumps([[text, json.loads(about)["key"]] for b in batches for text, ab
         finished.write(tmp_path / "shards"),
     )
     keys = [f"{shard}{row:01d}".zfill(9) for shard in range(3) for row in range(finished.PER_SHARD)]
-    assert json.loads(said[-1]) == [list(pair) for pair in zip(expected_captions(), keys)]
+    assert json.loads(lines[-1]) == [list(pair) for pair in zip(expected_captions(), keys)]

@@ -127,7 +127,7 @@ def test_the_snippets_of_the_card_run(folder: Path, package: str, monkeypatch: p
 
 
 def test_datacomps_resharder_finds_every_sample_once(folder: Path) -> None:
-    # A copy of its algorithm, since it has no package: sizes.json lists the shards, each uid is looked up in the subset.
+    # A copy of its algorithm, since it has no package: sizes.json lists the shards, uids are looked up in the subset.
     sizes = json.loads((folder / "sizes.json").read_text())
     subset = np.load(folder / "subset.npy", mmap_mode="r")
     assert subset.dtype == np.dtype("u8,u8")
