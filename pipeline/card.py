@@ -1,8 +1,8 @@
-"""What a finished dataset says of itself: `README.md`, a Hugging Face dataset card, and `croissant.json`.
+"""Metadata of a finished dataset: `README.md`, a Hugging Face dataset card, and `croissant.json`.
 
-Both are functions of what the dataset holds and of how it came about, so equal runs have equal cards. What only a
-publisher can know (licence, creator, address, date) is said to be unknown. Neither shows where the pool lay or what its
-options were, since an address may carry a password.
+Both depend only on the dataset's content and its run, so equal runs have equal cards. Facts known only to the publisher
+(licence, creator, address, date) are stated as unknown. Neither contains the pool's location or options, since an
+address may contain a password.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from pipeline.storage import Entry
 _SIZES = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7),
           ("10M<n<100M", 10**8), ("100M<n<1B", 10**9), ("1B<n<10B", 10**10), ("10B<n<100B", 10**11))  # fmt: skip
 _RIGHTS = (
-    "Unknown. Each image and caption belongs to its owner, under terms that were not recorded; their addresses are in "
-    "the column url."
+    "Unknown. Each image and caption belongs to its owner, under terms that were not recorded. The column url has the "
+    "source of each image."
 )
 
 
 @dataclass(frozen=True)
 class About:
-    """What there is to say of a dataset beyond its files."""
+    """A description of a dataset beyond its files."""
 
     name: str
     types: dict[str, pa.DataType]
-    """The columns of its rows, those of the pool and of every step."""
+    """The columns of its rows, from the pool and every step."""
     funnel: Funnel = field(default_factory=Funnel)
-    """How many rows each step of the run dropped, and why."""
+    """Rows dropped by each step of the run, by reason."""
     honours: Sequence[str] = ()
-    """The wishes of publishers that the run honoured, as `robots.txt (RFC 9309)`."""
+    """The publisher opt-outs that the run honoured, such as `robots.txt (RFC 9309)`."""
 
 
 # --- README.md --------------------------------------------------------------------------------------------------------
 
 
 def readme(about: About, tars: Sequence[Entry], samples: int, extensions: Sequence[str]) -> str:
-    """The card of a dataset: YAML front matter that `datasets.load_dataset` obeys, then Markdown for people.
+    """The card of a dataset: YAML front matter for `datasets.load_dataset`, then Markdown for people.
 
-    Each block of Python in it runs as it stands, in the folder of the shards.
+    Each Python block in it runs unchanged in the folder of the shards.
     """
     front: dict[str, Any] = {
         "pretty_name": about.name,
@@ -57,7 +57,7 @@ def readme(about: About, tars: Sequence[Entry], samples: int, extensions: Sequen
         "size_categories": [next((name for name, end in _SIZES if samples < end), "100B<n<1T")],
     }
     if tars:
-        # Stated, and not left to be inferred: a column may be null in all the samples that a reader looks at first.
+        # State the types: readers that infer them fail if a column is null in the first samples.
         images = [{"name": e, "dtype": "binary" if e == "bin" else "image"} for e in extensions]
         measured = {
             "name": "json",
@@ -83,16 +83,16 @@ _FILES = """\
 ## Files
 
 - `NNNNN.tar`: WebDataset; per sample {pictures}, `KEY.json`, `KEY.txt`
-- `NNNNN.parquet`: the same samples with every column that was measured; `key` names the sample in the tar
-- `NNNNN.index.npy`: int64, a row per sample: offset and size of the picture, the JSON and the text in the tar
-- `manifest.json`: samples, bytes and sha256; `sizes.json`, `wids.json` and `subset.npy` (DataComp) as their tools
-  expect them; `croissant.json`: Croissant 1.1 metadata of the tables
+- `NNNNN.parquet`: the same samples with all columns; `key` identifies the sample in the tar
+- `NNNNN.index.npy`: int64, one row per sample: offset and size of the picture, the JSON and the text in the tar
+- `manifest.json`: samples, bytes and sha256; `sizes.json`, `wids.json` and `subset.npy` (DataComp): for their tools;
+  `croissant.json`: Croissant 1.1 metadata of the tables
 """
 
 
 def _summary(about: About, tars: Sequence[Entry], samples: int) -> str:
     size = sum(tar["bytes"] for tar in tars)
-    of = f", what is left of {about.funnel.rows_in:,} candidates" if about.funnel.lines else ""
+    of = f", selected from {about.funnel.rows_in:,} candidates" if about.funnel.lines else ""
     return f"{samples:,} image–text pairs in {len(tars):,} WebDataset shards ({size / 1e9:.3f} GB){of}.\n"
 
 
@@ -101,7 +101,7 @@ def _use(extensions: Sequence[str]) -> str:
     return f"""\
 ## Use
 
-Each of these runs in this folder. With Hugging Face `datasets`:
+Run each example in this folder. With Hugging Face `datasets`:
 
 ```python
 import os
@@ -127,8 +127,8 @@ for image, caption in DataLoader(samples.to_tuple("{picture}", "txt"), batch_siz
     break
 ```
 
-By number, with `wids` (in webdataset before 1.0); `localname=str` reads the tars where they are, since copies in its
-cache are known by name alone:
+Random access with `wids` (in webdataset before 1.0). `localname=str` reads the tars in place, because its cache
+identifies copies by name only:
 
 ```python
 import wids
@@ -167,18 +167,18 @@ def _origin(about: About) -> str:
         most_first = sorted(line.dropped.items(), key=lambda item: (-item[1], item[0]))
         dropped = ", ".join(f"{_inline(reason)} {n:,}" for reason, n in most_first)
         lines.append(f"| {_inline(label)} | {line.rows_in:,} | {line.kept:,} | {dropped} |")
-    told = "Every row that was dropped is in the run's `drops/*.parquet`, with step and reason."
-    return "## How it came about\n\n" + "\n".join(lines) + f"\n\n{told}\n"
+    note = "The run's `drops/*.parquet` contains every dropped row with step and reason."
+    return "## Provenance\n\n" + "\n".join(lines) + f"\n\n{note}\n"
 
 
 def _wishes(about: About) -> str:
     if not about.honours:
-        return "Wishes of publishers: the run that made this dataset fetched nothing itself, or heeded none."
-    return f"Wishes of publishers that were honoured: {'; '.join(about.honours)}."
+        return "Publisher opt-outs: the run that made this dataset fetched nothing itself, or honoured none."
+    return f"Publisher opt-outs honoured: {'; '.join(about.honours)}."
 
 
 def _feature(dtype: pa.DataType) -> dict[str, Any]:
-    """A type of `sample_types` as the YAML of a dataset card spells it."""
+    """A type of `sample_types` in the YAML of a dataset card."""
     if pa.types.is_struct(dtype):
         return {"struct": [{"name": child.name, **_feature(child.type)} for child in dtype]}
     if pa.types.is_list(dtype):
@@ -189,7 +189,7 @@ def _feature(dtype: pa.DataType) -> dict[str, Any]:
 
 
 def _inline(text: str) -> str:
-    """Text that comes from outside, within a line of Markdown."""
+    """Escapes untrusted text for a line of Markdown."""
     printable = "".join(c if c.isprintable() else " " for c in text)
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", printable)
 
@@ -230,9 +230,9 @@ _CONTEXT: dict[str, Any] = {
 def croissant(about: About, tars: Sequence[Entry], tables: Sequence[Entry], samples: int) -> dict[str, Any]:
     """Metadata in MLCommons' Croissant 1.1: every tar and table with its digest, and the tables as one record set.
 
-    The record set has the columns of text, numbers, truth values, dates, and flat lists of them; Croissant has no type
-    for the others. It has no pictures: mlcroissant 1.1 unpacks a tar into a cache that knows it by its name alone, and
-    would show those of another dataset's `00000.tar`.
+    The record set has columns of text, numbers, booleans, dates, and flat lists of them; Croissant has no type for
+    others. It has no pictures: mlcroissant 1.1 caches unpacked tars by name only, so it could show pictures of another
+    dataset's `00000.tar`.
     """
     fields = {
         name: found for name, dtype in {"key": pa.string(), **about.types}.items() if (found := _data_type(dtype))
@@ -266,7 +266,7 @@ def croissant(about: About, tars: Sequence[Entry], tables: Sequence[Entry], samp
                 "@type": "cr:RecordSet",
                 "@id": "samples",
                 "name": "samples",
-                "description": "One record a sample; `key` names it in its tar.",
+                "description": "One record per sample; `key` identifies it in its tar.",
                 "key": {"@id": "samples/key"},
                 "field": [
                     {
@@ -296,7 +296,7 @@ def _file_object(file: Entry, encoding: str) -> dict[str, Any]:
 
 
 def _data_type(dtype: pa.DataType) -> dict[str, Any]:
-    """Croissant's type of a column; empty where it has none."""
+    """Croissant's type of a column; empty if there is none."""
     if pa.types.is_fixed_size_list(dtype) or pa.types.is_list(dtype) or pa.types.is_large_list(dtype):
         length = dtype.list_size if pa.types.is_fixed_size_list(dtype) else -1
         inner = {} if pa.types.is_nested(dtype.value_type) else _data_type(dtype.value_type)

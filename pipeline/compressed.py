@@ -1,4 +1,4 @@
-"""Opening a file that may be compressed, local or in an object store: the name says which, `.gz`, `.zst` or `.bz2`."""
+"""Opens files that may be compressed (`.gz`, `.zst` or `.bz2` by name), local or in an object store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMPRESSIONS = ("gz", "zst", "bz2")
 
 @contextlib.contextmanager
 def open_plain(path: str) -> Iterator[io.BufferedReader]:
-    """The decompressed bytes of a file. Reading raises OSError, EOFError or zlib.error where the file is damaged."""
+    """Opens the decompressed bytes of a file. Reading raises OSError, EOFError or zlib.error if the file is damaged."""
     with contextlib.ExitStack() as stack:
         file: Any = stack.enter_context(fsspec.open(path, "rb"))
         if path.lower().endswith(".gz"):
@@ -30,13 +30,13 @@ def open_plain(path: str) -> Iterator[io.BufferedReader]:
 
 
 def plain_name(path: str) -> str:
-    """The name in lower case, without the ending that says how the file is compressed."""
+    """The name in lower case, without the compression extension."""
     name = path.lower()
     return name.rpartition(".")[0] if name.endswith(tuple(f".{ending}" for ending in COMPRESSIONS)) else name
 
 
 class _Raw(io.RawIOBase):
-    """What BufferedReader wants of a stream, over anything that has read()."""
+    """Adapts an object with read() for BufferedReader."""
 
     def __init__(self, file: Any) -> None:
         self._file = file

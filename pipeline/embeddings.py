@@ -1,4 +1,4 @@
-"""Embeddings as matrices: out of Arrow columns, and out of the files in which people keep vectors and linear heads."""
+"""Reads embeddings as matrices, from Arrow columns and from files of vectors and linear heads."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def matrix(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def finite(column: pa.ChunkedArray) -> np.ndarray:
-    """Bool of shape (n,): true for the vectors that are there and have no NaN or infinity."""
+    """Bool of shape (n,): true for vectors that are not null and have no NaN or infinity."""
     there = pc.is_valid(column).to_numpy()
     there[there] = np.isfinite(matrix(column.filter(pa.array(there)))).all(axis=1)
     return there
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Each vector divided by its length; a vector of zeros stays one."""
+    """Each vector divided by its norm, as float32. Zero vectors stay zero."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.ascontiguousarray(vectors / np.maximum(norms, 1e-12), np.float32)
 
 
 def load_vectors(path: str | Path) -> np.ndarray:
-    """The vectors of a `.npy` file, float32 of shape (m, d). ValueError says what is wrong with it, OSError why it
-    cannot be read."""
+    """The vectors of a `.npy` file, float32 of shape (m, d). Raises OSError if the file cannot be read, ValueError if
+    it is invalid."""
     try:
         vectors = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -42,7 +42,7 @@ def load_vectors(path: str | Path) -> np.ndarray:
         shape = getattr(vectors, "shape", "several arrays")
         raise ValueError(f"{path}: expected vectors of shape (m, d), found {shape}")
     if vectors.dtype.kind != "f" or not np.isfinite(vectors).all():
-        raise ValueError(f"{path}: expected finite floats, found {vectors.dtype} with NaN, infinity or no fractions")
+        raise ValueError(f"{path}: expected finite floats, found {vectors.dtype} with NaN, infinity or integers")
     return vectors.astype(np.float32)
 
 
@@ -55,8 +55,8 @@ class Head(NamedTuple):
 
 
 def load_head(path: str | Path) -> Head:
-    """The linear head in a file: a torch state (`.pth`, `.pt`), `.safetensors`, or `.npz`, with `weight` (1, d) and
-    `bias` (1,) under any prefix. Nothing is unpickled but tensors. ValueError says what is wrong."""
+    """Loads a linear head from a torch state dict (`.pth`, `.pt`), `.safetensors` or `.npz`, with `weight` (1, d) and
+    `bias` (1,) under any prefix. Unpickles only tensors. Raises OSError or ValueError."""
     suffix = Path(path).suffix
     try:
         if suffix == ".npz":
@@ -75,7 +75,7 @@ def load_head(path: str | Path) -> Head:
             raise ValueError("expected .pth, .pt, .safetensors or .npz")
     except OSError:
         raise
-    except Exception as error:  # each library has errors of its own for foreign bytes
+    except Exception as error:  # each library raises its own errors for invalid files
         raise ValueError(f"{path}: not a linear head: {' '.join(str(error).split())[:200]}") from None
     weights = [a for name, a in arrays.items() if name.rpartition(".")[2] == "weight"]
     biases = [a for name, a in arrays.items() if name.rpartition(".")[2] == "bias"]
@@ -84,7 +84,7 @@ def load_head(path: str | Path) -> Head:
         raise ValueError(f"{path}: expected one `weight` of shape (1, d) and one `bias` of shape (1,), found {shapes}")
     head = Head(weights[0][0].astype(np.float32), float(biases[0].reshape(())))
     if not (np.isfinite(head.weight).all() and np.isfinite(head.bias)):
-        raise ValueError(f"{path}: the weights hold NaN or infinity")
+        raise ValueError(f"{path}: the weights contain NaN or infinity")
     return head
 
 

@@ -1,4 +1,4 @@
-"""Clusters of 64-bit hashes that lie close together, without comparing every two of them."""
+"""Clusters 64-bit hashes by Hamming distance without comparing all pairs."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 _ALL_BITS = (1 << 64) - 1
-# With more comparisons than those of so many hashes, each with each, it is cheaper to divide a bucket once more.
+# Largest bucket that is compared pairwise. Splitting a bucket with more comparisons is cheaper.
 _LARGEST_BUCKET = 256
-# So many members of a bucket are compared with its rest first. Where hashes are crowded, that connects most of
-# them and makes the remaining comparisons needless.
+# Members of a bucket that are compared with its others first. In dense buckets, that connects most members and saves
+# most of the remaining comparisons.
 _PIVOTS = 8
-# Found pairs are joined when there are so many, which bounds memory by the number of hashes, not of pairs.
+# Found pairs are joined at this number, so memory is bounded by the number of hashes, not of pairs.
 _MOST_PENDING = 1 << 20
 
 
 def masks(max_hamming: int, bits: int = _ALL_BITS) -> list[int]:
-    """Bit masks, under at least one of which any two hashes that differ in at most `max_hamming` of `bits` are equal.
+    """Bit masks such that any two hashes that differ in at most `max_hamming` of `bits` are equal under one of them.
 
-    The bits are cut into max_hamming + 2 blocks. Differences can touch all blocks but two at most (pigeonhole), so each
-    mask is one pair of blocks: 15 masks of 21 or 22 bits for a distance of 4.
+    Splits the bits into max_hamming + 2 blocks. At least two blocks have no difference (pigeonhole), so each mask is a
+    pair of blocks: 15 masks of 21 or 22 bits for a distance of 4.
     """
     places = [place for place in range(64) if bits >> place & 1]
     blocks = [sum(1 << int(place) for place in block) for block in np.array_split(places, max_hamming + 2)]
@@ -33,20 +33,20 @@ def masks(max_hamming: int, bits: int = _ALL_BITS) -> list[int]:
 def clusters(
     hashes: np.ndarray, max_hamming: int, probes: Iterable[tuple[int, np.ndarray]] | None = None
 ) -> np.ndarray:
-    """The connected components of the graph that joins any two hashes at a Hamming distance ≤ `max_hamming`.
+    """Connected components of the graph that links hashes at a Hamming distance ≤ `max_hamming`. Exact.
 
-    `hashes`: distinct uint64, shape (n,). Returns int64 labels, shape (n,): each hash's label is the index of the first
-    hash of its component. Exact. `probes` limits the search to pairs that are equal under one of these `(mask, indices
-    of the hashes to compare)`; by default all hashes under each of `masks(max_hamming)`.
+    `hashes`: distinct uint64 of shape (n,). Returns int64 labels of shape (n,): the index of the first hash of each
+    hash's component. `probes` limits the search to pairs that are equal under one of these `(mask, indices of the
+    hashes to compare)`; by default, all hashes under each of `masks(max_hamming)`.
 
-    Linear in practice: hashes are compared only within buckets that are equal under a mask; a crowded bucket is divided
-    again, by the same pigeonhole, on the bits that vary in it; and members already known to be connected are not
-    compared with each other.
+    Linear in practice: hashes are compared only within buckets of hashes that are equal under a mask. Crowded buckets
+    are split again by the same pigeonhole on the bits that vary in them. Members known to be connected are not compared
+    with each other.
     """
     if probes is None:
         probes = [(mask, np.arange(len(hashes))) for mask in masks(max_hamming)]
     forest = Forest(len(hashes))
-    # So many distinct hashes differ in more than max_hamming + 2 bits: a bucket to divide has bits for every block.
+    # More distinct hashes than this differ in over max_hamming + 2 bits, so a bucket to split has bits for every block.
     largest = max(_LARGEST_BUCKET, 1 << max_hamming + 2)
     todo = [(mask, members, _PIVOTS) for mask, members in probes]
     while todo:
@@ -58,7 +58,7 @@ def clusters(
         if (unfinished := minors > most).any():
             todo.append((mask, members[np.repeat(unfinished, sizes)], len(hashes)))
         if crowded.any():
-            # Hashes of different buckets differ under `mask`, so under the finer masks they do not meet either.
+            # Hashes of different buckets differ under `mask`, so the finer masks separate them too.
             members, sizes = members[~compare], sizes[crowded]
             first = np.repeat(members[np.cumsum(sizes) - sizes], sizes)
             varying = int(np.bitwise_or.reduce(hashes[members] ^ hashes[first]))
@@ -67,13 +67,13 @@ def clusters(
 
 
 class Forest:
-    """Sets of connected nodes 0…n-1, each named by its smallest node."""
+    """Disjoint sets of nodes 0…n-1, each identified by its smallest node."""
 
     def __init__(self, n: int) -> None:
         self._parent = np.arange(n)
 
     def roots(self, nodes: np.ndarray) -> np.ndarray:
-        """The name of each node's set."""
+        """The smallest node of each node's set."""
         roots = self._parent[nodes]
         while True:
             above = self._parent[roots]
@@ -84,7 +84,7 @@ class Forest:
         return roots
 
     def join(self, left: np.ndarray, right: np.ndarray) -> None:
-        """Unites the sets of left[i] and right[i] for every i."""
+        """Merges the sets of left[i] and right[i] for every i."""
         nodes, ends = np.unique(self.roots(np.concatenate([left, right])), return_inverse=True)
         edges = coo_array((np.ones(len(left), bool), ends.reshape(2, -1)), shape=(len(nodes), len(nodes)))
         _, component = connected_components(edges, directed=False)
@@ -95,10 +95,10 @@ class Forest:
 def _buckets(
     hashes: np.ndarray, members: np.ndarray, mask: int, forest: Forest
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The buckets in which unconnected members meet: all their members, end to end, and each one's size and minors.
+    """The buckets with unconnected members: their concatenated members, and the size and number of minors of each.
 
-    Minors are the members outside the bucket's largest connected set. They come first in it, since every pair that is
-    still to be compared has a minor in it.
+    Minors are the members outside the bucket's largest connected set. They come first, because every pair that remains
+    to be compared contains a minor.
     """
     key = hashes[members] & np.uint64(mask)
     order = np.argsort(key)
@@ -114,7 +114,7 @@ def _buckets(
     starts = np.flatnonzero(_begins(bucket))
     runs = np.flatnonzero(_begins(bucket) | _begins(roots))
     lengths = np.diff(runs, append=len(members))
-    rank = lengths * len(runs) + np.arange(len(runs))  # the index makes them distinct
+    rank = lengths * len(runs) + np.arange(len(runs))  # the index breaks ties
     longest = np.maximum.reduceat(rank, np.flatnonzero(_begins(bucket[runs])))
     major = np.repeat(np.isin(rank, longest), lengths)
     sizes = np.diff(starts, append=len(members))
@@ -127,14 +127,14 @@ def _buckets(
 def _join_close(
     hashes: np.ndarray, members: np.ndarray, sizes: np.ndarray, minors: np.ndarray, max_hamming: int, forest: Forest
 ) -> None:
-    """Joins every close pair of one of the first `minors` members of a bucket and any other member."""
+    """Joins every close pair of a bucket that has one of its first `minors` members."""
     values, roots = hashes[members], forest.roots(members)
     right = np.arange(len(members))
     left = np.repeat(np.cumsum(sizes) - sizes, sizes)
     last = left + np.repeat(minors, sizes)
     pending: list[tuple[np.ndarray, np.ndarray]] = []
     count = 0
-    # The first of each bucket against all others of the bucket, then the second, and so on.
+    # Compare the first member of each bucket with all others of the bucket, then the second, and so on.
     while len(right):
         near = np.flatnonzero(np.bitwise_count(values[left] ^ values[right]) <= max_hamming)
         near = near[roots[left[near]] != roots[right[near]]]
@@ -143,7 +143,7 @@ def _join_close(
             count += len(near)
         left += 1
         active = (left < last) & (left < right)
-        # Compressing costs as much as comparing, so it waits for an eighth to be done with.
+        # Compacting costs as much as comparing, so do it only when an eighth of the entries is finished.
         if np.count_nonzero(active) < 0.875 * len(active) or left[-1] >= len(values):
             left, right, last = left[active], right[active], last[active]
         if count > _MOST_PENDING or (count and not len(right)):

@@ -1,7 +1,7 @@
-"""Hashes of strings that stay the same for good: on every machine, in every version of every library.
+"""Stable hashes of strings: the same on every machine and with every library version.
 
-Decisions "by chance" (a random tenth, a tie, the cap of a concept) are functions of a row's uid through these, so
-that a run repeated or resumed, on one worker or a thousand, decides the same.
+All random decisions (sampling, ties, the cap of a concept) are functions of these hashes of a row's uid, so a repeated
+or resumed run decides the same on any number of workers.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import pyarrow as pa
 
 
 def hash64(strings: pa.Array | pa.ChunkedArray | Iterable[str], *, seed: int = 0, purpose: str = "") -> np.ndarray:
-    """BLAKE2b of each string as uint64, keyed by the seed: about 0.6 µs a string of 32 characters on one core.
+    """BLAKE2b of each string as uint64, keyed by the seed. About 0.6 µs per string of 32 characters on one core.
 
-    `purpose` (at most 16 bytes) makes two uses of one seed independent: without it, the rows that survive a random
-    tenth would be just those to which every later draw is kind.
+    `purpose` (at most 16 bytes) makes uses of the same seed independent. Otherwise the rows kept by one sample would
+    also be favoured by every later one.
     """
     if isinstance(strings, pa.Array | pa.ChunkedArray):
         strings = strings.to_pylist()
@@ -32,5 +32,5 @@ def hash64(strings: pa.Array | pa.ChunkedArray | Iterable[str], *, seed: int = 0
 
 
 def uniform(strings: pa.Array | pa.ChunkedArray | Iterable[str], *, seed: int = 0, purpose: str = "") -> np.ndarray:
-    """A number in [0, 1) for each string, uniform over strings, as float64: the upper 53 bits of `hash64`."""
+    """A uniform float64 in [0, 1) for each string: the upper 53 bits of `hash64`."""
     return (hash64(strings, seed=seed, purpose=purpose) >> np.uint64(11)) * 2.0**-53

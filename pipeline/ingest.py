@@ -1,10 +1,10 @@
-"""From pool files to units: the one shuffle of a run, and it moves text, never images.
+"""Shuffles the rows of the pool into units. This is the only full shuffle of a run, and it moves text, not images.
 
-A row's unit is a hash of its canonical URL. Equal URLs therefore meet in one unit, every unit is a uniform sample of
-the pool, and the rows of one host are spread evenly over all units. `scatter` sorts each piece of the pool by
-partition, a range of neighbouring units; `gather` collects a partition from all pieces and commits its units. Pieces
-and partitions are as large as a task can hold, whatever the files of the pool: a pair of them is a read. Rows are
-ordered by that same hash, so the order of the whole run does not depend on how many units there are.
+A row's unit is a hash of its canonical URL. So rows with equal URLs share a unit, every unit is a uniform sample of the
+pool, and the rows of a host are spread evenly over all units. `scatter` sorts each piece of the pool by partition (a
+range of adjacent units). `gather` collects a partition from all pieces and commits its units. Pieces and partitions are
+sized for the memory of a task, independent of the pool's files; each pair of them costs one read. Rows are ordered by
+the same hash, so the order of the run does not depend on the number of units.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from pipeline.url import canonical
 
 SPOOL_ROWS = 1_000_000
 SPOOL_BYTES = 1 << 30
-"""What a piece may hold at a time, uncompressed: Arrow's texts end at two gigabytes."""
+"""Bytes of a piece held in memory at a time, uncompressed. Arrow string arrays are limited to 2 GB."""
 PARTITION_ROWS = 1_000_000
 PARTITION_BYTES = 1 << 30
 UNIT_BYTES = 1 << 28
-"""What a partition and a unit may hold, about: a pool may come with its pictures."""
+"""Approximate limits of a partition and a unit, for pools with inline pictures."""
 LEAST_UNITS, LEAST_UNIT_ROWS = 8, 500
 LEAST_SPOOLS, LEAST_SPOOL_ROWS = 64, 50_000
 
 
 def unit_count(rows: int, unit_rows: int, size: int = 0) -> int:
-    """How many units a pool of `size` bytes is cut into: of `unit_rows` rows, smaller in a small pool so that every
-    core has work, and where rows are heavy."""
+    """Number of units for a pool of `size` bytes: `unit_rows` rows each, fewer if rows are large or the pool is small,
+    so that every core has work."""
     heavy = min(rows, size // UNIT_BYTES)
     return max(1, math.ceil(rows / unit_rows), heavy, min(LEAST_UNITS, rows // LEAST_UNIT_ROWS))
 
@@ -51,8 +51,8 @@ def partition_count(rows: int, units: int, size: int = 0) -> int:
 
 
 def pieces(rows: Sequence[int]) -> list[int]:
-    """Where each piece begins in a list of splits with so many rows each: pieces of SPOOL_ROWS, smaller in a small pool
-    so that every core has work."""
+    """The index of the first split of each piece, for splits with these numbers of rows. Pieces have about SPOOL_ROWS
+    rows, fewer in a small pool, so that every core has work."""
     enough = min(SPOOL_ROWS, max(LEAST_SPOOL_ROWS, sum(rows) // LEAST_SPOOLS))
     starts, held = [], enough
     for number, size in enumerate(rows):
@@ -67,9 +67,9 @@ def scatter(
     p: Pass, piece: int, first: int, splits: Sequence[Split], spec: PoolSpec, types: dict[str, pa.DataType],
     units: int, parts: int,
 ) -> None:  # fmt: skip
-    """Reads the splits of one piece, numbered from `first`, and stores their rows by partition, a record batch each.
+    """Reads the splits of one piece, numbered from `first`, and writes their rows to spool files by partition.
 
-    The record names the files: more than one only where a single split is larger than a piece should be.
+    The record lists the files: more than one only if a split exceeds the size of a piece.
     """
     record_name = f"spool/{piece:06d}.json"
     if p.store.exists(record_name):
@@ -88,7 +88,7 @@ def scatter(
         position = 0
         for batch in read(spec, split, types):
             place = hash64([canonical(url) for url in batch["url"].to_pylist()]).copy()
-            # Rows without a URL would all meet in one unit; their place in the pool spreads them.
+            # Spread rows without a URL over all units by their position in the pool.
             blank = np.flatnonzero(batch["url"].to_numpy() == "")
             place[blank] = hash64([f"{number} {position + i}" for i in blank.tolist()])
             position += len(batch)
@@ -101,9 +101,9 @@ def scatter(
 
 
 def mend(p: Pass) -> None:
-    """Takes back what an interrupted command has spooled and is damaged, so that it is scattered again.
+    """Removes damaged spool records of an interrupted command, so that their pieces are scattered again.
 
-    Of spool files, which live for the time of an ingestion, only the size is looked at.
+    Checks only the sizes of spool files, which exist only during ingestion.
     """
     sizes = p.store.sizes("spool")
     for name in sizes:
@@ -123,7 +123,7 @@ def mend(p: Pass) -> None:
 def gather(
     p: Pass, part: int, pieces: int, types: dict[str, pa.DataType], units: int, parts: int
 ) -> Iterator[dict[str, Any]]:
-    """Collects one partition from all pieces and commits the units in it; yields their records."""
+    """Collects one partition from all pieces and commits its units. Yields their records."""
     first, last = -(-part * units // parts), -(-(part + 1) * units // parts)
     known = {unit: _known(p, unit) for unit in range(first, last)}
     if all(known.values()):
@@ -137,7 +137,7 @@ def gather(
     table = spool.read(p.store, names, part, schema)
     place = table["place"].to_numpy()
     unit_of = _scale(place, units)
-    # By hash, then uid, then place in the pool: an order that nothing but the pool decides.
+    # Order by hash, uid, then position in the pool: depends only on the pool.
     uid = np.frombuffer(bytes.fromhex("".join(table["uid"].to_pylist())), ">u8").reshape(-1, 2)
     order = np.lexsort((np.arange(len(table)), uid[:, 1], uid[:, 0], place))
     table, unit_of = table.take(pa.array(order)), unit_of[order]
@@ -147,7 +147,7 @@ def gather(
 
 
 def _known(p: Pass, unit: int) -> dict[str, Any] | None:
-    """The record of a unit that an interrupted command has committed; one that is damaged is taken back."""
+    """The record of a unit committed by an interrupted command. Withdraws a damaged unit."""
     try:
         if p.record(unit) is not None:
             check_unit(p, unit, digest=True)

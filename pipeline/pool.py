@@ -1,8 +1,8 @@
 """Reads a pool (parquet, csv, tsv, jsonl or json; one file or thousands) into batches of clean rows.
 
-`columns` checks everything that the files' heads tell: a parquet footer, or the first rows of a text file. What cannot
-be carried is refused there, before a run starts. `read` gives each row exactly once: clean, or with the reason why it
-cannot be used.
+`columns` checks everything in the files' heads (a parquet footer, or the first rows of a text file) and rejects
+unsupported columns before a run starts. `read` yields each row exactly once: clean, or with the reason why it is
+unusable.
 """
 
 from __future__ import annotations
@@ -43,77 +43,77 @@ BATCH_ROWS = 50_000
 BATCH_BYTES = 64 << 20
 FOOTERS_AT_ONCE = 32
 HEAD_ROWS = 1_000
-"""Rows of a text file that tell its columns and their types."""
+"""Rows of a text file from which its columns and types are inferred."""
 MAX_LINE = 64 << 20
-"""Characters of a line; a longer one is a `bad_line`, and only so much of it is held."""
+"""Maximum characters of a line. A longer one is a `bad_line` and is never held whole."""
 MAX_RECORD_LINES = 1_000
-"""Lines that one quoted field of a csv file may run over."""
+"""Maximum number of lines in a quoted csv record."""
 MAX_CAPTION_BYTES = 1 << 20
-"""A longer caption is no caption, and would only cost memory everywhere."""
+"""Maximum size of a caption; bounds memory in all steps."""
 MAX_URL_BYTES = 1 << 16
 REASONS = {
     "null_url": "the row has no url",
     "null_caption": "the row has no caption",
     "not_text": "the url or the caption is not text",
-    "invalid_utf8": "the url or the caption is not valid UTF-8, or holds a lone surrogate",
+    "invalid_utf8": "the url or the caption is not valid UTF-8 or contains a lone surrogate",
     "caption_oversized": f"the caption is larger than {MAX_CAPTION_BYTES:,} bytes",
     "url_oversized": f"the url is larger than {MAX_URL_BYTES:,} bytes",
     "bad_line": "the line is not a JSON object, or has too many or too few fields",
-    "bad_value": "a further column holds a value that is not of the column's type (`pool.types` sets it)",
-    "bad_uid": "the pool's own uid is not 32 hex digits",
+    "bad_value": "another column has a value that does not fit the column's type (set it in `pool.types`)",
+    "bad_uid": "the uid in the pool is not 32 hex digits",
     "duplicate_uid": "an earlier row has the same uid",
 }
 TYPES = {"text": pa.string(), "int": pa.int64(), "float": pa.float64()}
-"""What `pool.types` may ask for."""
+"""The types supported by `pool.types`."""
 
 
 _FETCHING = re.compile(r"(download|read_shards)(\.\d+)?")
-"""The labels of the steps whose drops may be the web's fault."""
-# A number as programs write it. Leading zeros make it a code (a zip code, an id), which a number would not give back.
+"""Labels of the steps whose drops may be transient."""
+# Integers. Leading zeros mark a code (a zip code, an id), which an integer column would not preserve.
 _INT = re.compile(r"-?(?:0|[1-9][0-9]*)")
 _BLANK = re.compile(r"[ \t\r\n]*")
 _FLOAT = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|-?(?:nan|NaN|inf)")
 
 
 class PoolError(ValueError):
-    """A pool that cannot be read; says which file, and why."""
+    """The pool cannot be read. The message names the file and the cause."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """A piece of the pool that one task reads: some row groups of a parquet file, or a whole text file."""
+    """A part of the pool read by one task: row groups of a parquet file, or a whole text file."""
 
     path: str
     row_groups: tuple[int, ...] | None = None
     retry: bool = False
-    """The file is a ledger of drops, and only its transient failures are rows of the pool."""
+    """True if the file is a ledger of drops, of which only the transient failures are read."""
     rows: int | None = None
-    """How many there are, where that is known without reading them."""
+    """The number of rows, if known without reading them."""
 
 
 @dataclass(frozen=True)
 class _Head:
-    """What a file tells before its rows are read."""
+    """The metadata of a file, known before its rows are read."""
 
     schema: pa.Schema
-    """Its columns, without those of its folders; in a text file as the first rows look."""
+    """Its columns, without partition columns. Inferred from the first rows in a text file."""
     groups: tuple[int, ...] | None
-    """Rows of each row group of a parquet file; None: a text file."""
+    """Rows of each row group of a parquet file; None for a text file."""
     bytes: int
-    """Uncompressed, of a parquet file; as stored, of a text file."""
+    """Uncompressed size of a parquet file; stored size of a text file."""
 
 
 _known: dict[bytes, dict[str, _Head]] = {}
 
 
 def _heads(spec: PoolSpec) -> dict[str, _Head]:
-    """The files of a pool in their order with their heads: read once until a file or the recipe changes, many at a
-    time, since each costs a round trip where the store is remote."""
+    """The heads of a pool's files, in order. Cached until a file or the recipe changes. Read concurrently, since each
+    costs a round trip to a remote store."""
     paths = find_files(spec)
     stamps = _stamps(paths)
     state = hashlib.sha256(json.dumps([dataclasses.asdict(spec), paths, stamps]).encode()).digest()
     if state not in _known:
-        schemas: dict[pa.Schema, pa.Schema] = {}  # mostly one and the same
+        schemas: dict[pa.Schema, pa.Schema] = {}  # most files share one
 
         def read(path: str, size: int) -> _Head:
             head = _parquet_head(path) if _format(path) == "parquet" else _text_head(path, spec, size)
@@ -137,7 +137,7 @@ def _parquet_head(path: str) -> _Head:
 
 
 def find_files(spec: PoolSpec) -> list[str]:
-    """The files of a pool in a fixed order; ValueError says what was not found."""
+    """The files of a pool in a fixed order. Raises PoolError if there are none."""
     files: list[str] = []
     if spec.retry is not None:
         _check_retry(spec.retry)
@@ -159,7 +159,7 @@ def find_files(spec: PoolSpec) -> list[str]:
                 f"path: {path} does not exist" if not glob.has_magic(path) else f"path: {path} matches no file"
             )
         if not usable:
-            raise PoolError(f"path: {path} is not one of {kinds}" if explicit else f"path: {path} holds no {kinds}")
+            raise PoolError(f"path: {path} is not one of {kinds}" if explicit else f"path: {path} contains no {kinds}")
         files += sorted(n if "://" in n else os.path.abspath(n) for n in usable)
     return list(dict.fromkeys(files))
 
@@ -169,29 +169,29 @@ def _walk(folder: str) -> list[str]:
 
 
 def _check_retry(run: str) -> None:
-    """ValueError unless `run` is a finished run with something to try again."""
+    """Raises PoolError unless `run` is a finished run with transient failures."""
     store = Store(run)
     if not store.exists("run.json"):
         raise PoolError(f"retry: {run} is not the folder of a run")
     books = store.read_if_there("funnel.json")
     if books is None:
-        raise PoolError(f"retry: {run} is not finished: there is no funnel.json; give its own command again first")
+        raise PoolError(f"retry: {run} is not finished: there is no funnel.json; run its command again first")
     try:
         steps = {line["step"]: line["dropped"] for line in json.loads(books)["steps"]}
     except (ValueError, KeyError, TypeError):
-        raise PoolError(f"retry: {run}/funnel.json is not the funnel of a run") from None
+        raise PoolError(f"retry: {run}/funnel.json is not a valid funnel") from None
     fetching = [step for step in steps if _FETCHING.fullmatch(step)]
     if not fetching:
         raise PoolError(f"retry: {run} has no step download; its steps are {', '.join(steps)}")
     if not any(_is_transient(step, reason) for step in fetching for reason in steps[step]):
-        raise PoolError(f"retry: {run} dropped no row for a reason that may pass; see {run}/funnel.json")
+        raise PoolError(f"retry: {run} dropped no row for a transient reason; see {run}/funnel.json")
 
 
 @functools.lru_cache(maxsize=1000)
 def _is_transient(step: str, reason: str) -> bool:
     try:
         return bool(_FETCHING.fullmatch(step)) and find(reason).transient
-    except KeyError:  # a reason of the step's own
+    except KeyError:  # a reason specific to the step
         return False
 
 
@@ -199,10 +199,10 @@ def _is_transient(step: str, reason: str) -> bool:
 
 
 def columns(spec: PoolSpec) -> dict[str, pa.DataType]:
-    """The further columns that come along with url and caption, by the names that they have in the run, with the type
-    that holds the values of all files. ValueError if the pool cannot be read that way.
+    """The columns carried besides url and caption, by their names in the run, with types that fit the values of all
+    files. Raises PoolError if there are none or the pool cannot be read.
 
-    Every file must have the mapped columns. Columns that are not in every file are filled with nulls.
+    Every file must have the mapped columns. Other columns may be missing in some files and are null there.
     """
     types: dict[str, pa.DataType] = {}
     first: dict[str, str] = {}
@@ -222,18 +222,18 @@ def columns(spec: PoolSpec) -> dict[str, pa.DataType]:
             held = types.setdefault(name, dtype)
             if (wider := _wider(held, dtype)) is None:
                 raise PoolError(
-                    f"columns: {name!r} is {_said(held)} in {first[name]} and {_said(dtype)} in {path}, which no one "
-                    "type holds; write both as one type, or leave it out: pool.columns lists those to carry"
+                    f"columns: {name!r} is {_type_name(held)} in {first[name]} and {_type_name(dtype)} in {path}; no "
+                    "common type exists. Convert one of them, or leave the column out of pool.columns"
                 )
             types[name] = wider
             first.setdefault(name, path)
     for key, found in texts.items():
         if not found and any(sum(head.groups or ()) for head in heads.values()):
-            raise PoolError(f"{key}: the column {mapped[key]!r} is of the type null in every file: it holds no value")
+            raise PoolError(f"{key}: the column {mapped[key]!r} has type null in every file, so it has no values")
     for option, named in (("columns", spec.columns or []), ("types", spec.types or {})):
         if missing := [c for c in named if c not in types]:
             raise PoolError(
-                f"{option}: no file has {', '.join(missing)}; there are {', '.join(types) or 'no further ones'}"
+                f"{option}: no file has {', '.join(missing)}; the files have {', '.join(types) or 'no other columns'}"
             )
     wanted = list(types) if spec.columns is None else spec.columns
     asked = {name: TYPES[kind] for name, kind in (spec.types or {}).items()}
@@ -244,13 +244,13 @@ def _in_run(types: dict[str, pa.DataType], spec: PoolSpec) -> dict[str, pa.DataT
     result: dict[str, pa.DataType] = {}
     for name, dtype in types.items():
         if carried(name) in result or (carried(name) != name and carried(name) in types):
-            raise PoolError(f"columns: {name!r} is carried as {carried(name)!r}, which the pool has too; rename one")
+            raise PoolError(f"columns: {name!r} is carried as {carried(name)!r}, which also exists; rename one")
         result[carried(name)] = pa.string() if pa.types.is_null(dtype) else dtype
     return result | ({INLINE: pa.binary()} if spec.image else {})
 
 
 def _mapped(spec: PoolSpec, heads: dict[str, _Head]) -> dict[str, str]:
-    """The column of each key that names one. With `image`, the default `url` need not be there."""
+    """The column of each key that names one. With `image`, the default `url` column may be missing."""
     keys = {"url": spec.url, "caption": spec.caption, "uid": spec.uid, "image": spec.image}
     if spec.image and spec.url == "url" and not any("url" in head.schema.names for head in heads.values()):
         del keys["url"]
@@ -258,40 +258,40 @@ def _mapped(spec: PoolSpec, heads: dict[str, _Head]) -> dict[str, str]:
 
 
 def _no_column(key: str, column: str, path: str, head: _Head, known: list[str]) -> str:
-    said = f"{key}: {path} has no column {column!r}; it has {', '.join(name[:100] for name in known) or 'none'}"
+    text = f"{key}: {path} has no column {column!r}; it has {', '.join(name[:100] for name in known) or 'none'}"
     if head.groups is None and _format(path) in ("csv", "tsv"):
-        said += ". If its first line is a row and does not name the columns, name them in pool.names"
-    return said
+        text += ". If the first line is data and not a header, name the columns in pool.names"
+    return text
 
 
 def _check_mapped(spec: PoolSpec, key: str, column: str, path: str, dtype: pa.DataType) -> bool:
-    """PoolError if a mapped column is of a type that cannot be used; False if it holds no value at all."""
+    """Raises PoolError if the type of a mapped column is not supported. Returns False if the type is null."""
     dtype = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
     if pa.types.is_null(dtype):
         return False
     if key == "image":
         if not (_is_binary(dtype) or _is_picture(dtype)):
             raise PoolError(
-                f"image: {path}: the column {column!r} is of the type {_said(dtype)}; expected encoded pictures: "
+                f"image: {path}: the column {column!r} has type {_type_name(dtype)}; expected encoded pictures: "
                 "binary, or a struct of bytes and path"
             )
         return True
     if key == "caption" and _is_list(dtype) and (_is_text(dtype.value_type) or pa.types.is_null(dtype.value_type)):
         if spec.captions is None:
             raise PoolError(
-                f"caption: {path}: the column {column!r} is a list of texts ({_said(dtype)}); pool.captions says what "
-                "to take: `each` makes a row of each caption, `first` takes the first"
+                f"caption: {path}: the column {column!r} is a list of strings ({_type_name(dtype)}); set "
+                "pool.captions: `each` makes a row of each caption, `first` takes the first"
             )
         return True
     if not _is_text(dtype) and not _is_binary(dtype):
-        cure = "name the column that holds text"
+        cure = "name a column of text"
         if key == "url" and _is_picture(dtype):
-            cure = f"to read the pictures in it without a fetch, name it as pool.image: {column}"
-        raise PoolError(f"{key}: {path}: the column {column!r} is of the type {_said(dtype)}, not text; {cure}")
+            cure = f"to read its pictures without fetching, set pool.image: {column}"
+        raise PoolError(f"{key}: {path}: the column {column!r} has type {_type_name(dtype)}, expected text; {cure}")
     return True
 
 
-def _said(dtype: pa.DataType) -> str:
+def _type_name(dtype: pa.DataType) -> str:
     text = str(dtype)
     return text if len(text) <= 80 else text[:80] + "…"
 
@@ -313,12 +313,12 @@ def _is_number(dtype: pa.DataType) -> bool:
 
 
 def _is_picture(dtype: pa.DataType) -> bool:
-    """The image column of a Hugging Face folder."""
+    """True for the type of a Hugging Face image column."""
     return pa.types.is_struct(dtype) and "bytes" in dtype.names and _is_binary(dtype.field("bytes").type)
 
 
 def _plain_type(dtype: pa.DataType, in_text: bool) -> pa.DataType:
-    """The type that a column has in a run: text in any encoding is text; nested JSON is carried as its text."""
+    """The type of a column in a run. All string encodings become string; nested JSON becomes its text."""
     if isinstance(dtype, pa.BaseExtensionType):
         dtype = dtype.storage_type
     if pa.types.is_dictionary(dtype):
@@ -329,7 +329,7 @@ def _plain_type(dtype: pa.DataType, in_text: bool) -> pa.DataType:
 
 
 def _wider(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
-    """The type that holds the values of both, as a number where both are numbers; None: there is none."""
+    """The common type of both, numeric if both are numbers; None if there is none."""
     if a == b or pa.types.is_null(b):
         return a
     if pa.types.is_null(a):
@@ -353,7 +353,7 @@ def _wider(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
 
 
 def _partition(spec: PoolSpec, path: str) -> dict[str, str | None]:
-    """The columns that the folders of a file tell, Hive's `key=value`, below the folder or glob that `path` names."""
+    """The Hive partition columns (`key=value` folders) of a file, below the folder or glob in `path`."""
     for named in [spec.path] if isinstance(spec.path, str) else spec.path:
         base = named if "://" in named else os.path.abspath(named)
         fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), base.rstrip("/").split("/")))
@@ -372,7 +372,7 @@ def _partition_types(spec: PoolSpec, path: str) -> dict[str, pa.DataType]:
 
 
 def _type_of_texts(values: Iterable[str]) -> pa.DataType:
-    """The type of the values of a csv column, by how they are written; an empty field says nothing."""
+    """Infers the type of a csv column from its values. Ignores empty fields."""
     kind = pa.null()
     for value in filter(None, values):
         if _INT.fullmatch(value) and abs(int(value)) < 1 << 63:
@@ -403,7 +403,7 @@ def _type_of_json(values: list[Any]) -> pa.DataType:
 
 
 def splits(spec: PoolSpec, rows: int = 1_000_000) -> list[Split]:
-    """The pieces to read in parallel, of about `rows` rows where the format allows it; the same on every machine."""
+    """The splits to read in parallel, of about `rows` rows if the format allows it. The same on every machine."""
     pieces: list[Split] = []
     retry = spec.retry is not None
     counted = not retry and spec.captions != "each"
@@ -425,12 +425,12 @@ def splits(spec: PoolSpec, rows: int = 1_000_000) -> list[Split]:
 
 
 def size(spec: PoolSpec) -> int:
-    """Bytes of the pool, about: uncompressed where the files tell, else as stored."""
+    """Approximate size of the pool in bytes: uncompressed for parquet, as stored for text files."""
     return sum(head.bytes for head in _heads(spec).values())
 
 
 def count(spec: PoolSpec, split: Split) -> int:
-    """How many rows `read` will give for a split."""
+    """The number of rows that `read` yields for a split."""
     if split.rows is not None:
         return split.rows
     if split.row_groups is not None:
@@ -442,7 +442,7 @@ def count(spec: PoolSpec, split: Split) -> int:
 
 
 def stamp(spec: PoolSpec) -> list[list[Any]]:
-    """What tells one state of the pool from another without reading it: name, size and time or tag of each file."""
+    """Identifies the version of the pool without reading it: name, size, and time or ETag of each file."""
     return _stamps(find_files(spec))
 
 
@@ -463,10 +463,10 @@ def _stamps(paths: list[str]) -> list[list[Any]]:
 
 
 def read(spec: PoolSpec, split: Split, types: dict[str, pa.DataType]) -> Iterator[pa.Table]:
-    """The rows of a split in batches with the columns `uid, url, caption, drop_reason` and the further ones of `types`.
+    """Yields the rows of a split in batches with the columns `uid, url, caption, drop_reason` and those of `types`.
 
-    `drop_reason` is null for a usable row, else one of REASONS; then url and caption hold what could be saved.
-    PoolError names the file if it cannot be read to its end.
+    `drop_reason` is null for a usable row, else one of REASONS; url and caption then hold whatever is readable. Raises
+    PoolError that names the file if it cannot be read to its end.
     """
     wanted = {"url": spec.url, "caption": spec.caption}
     wanted |= {key: column for key, column in (("uid", spec.uid), (INLINE, spec.image)) if column}
@@ -480,14 +480,14 @@ def read(spec: PoolSpec, split: Split, types: dict[str, pa.DataType]) -> Iterato
 
 
 def _clean(batch: pa.Table, types: dict[str, pa.DataType]) -> pa.Table:
-    """Decides which rows can be used and names the rest; gives every row a uid."""
+    """Marks unusable rows with their reason. Gives every row a uid."""
     n = len(batch)
     reason = np.full(n, None, dtype=object)
 
     def mark(rows: np.ndarray, why: str) -> None:
-        reason[rows & (reason == np.array(None))] = why  # the first reason found stands
+        reason[rows & (reason == np.array(None))] = why  # the first reason wins
 
-    for flag in ("bad_line", "not_text"):  # what only the reader of a text file could see
+    for flag in ("bad_line", "not_text"):  # detected by the reader of text files
         if flag in batch.column_names:
             mark(batch[flag].to_numpy(), flag)
     if INLINE in types:
@@ -496,7 +496,7 @@ def _clean(batch: pa.Table, types: dict[str, pa.DataType]) -> pa.Table:
     for name, limit in (("url", MAX_URL_BYTES), ("caption", MAX_CAPTION_BYTES)):
         text, bad_type, bad_utf8 = _as_text(batch[name])
         sizes = pc.fill_null(pc.binary_length(text), 0).to_numpy(zero_copy_only=False)
-        blank = sizes == 0  # an empty field is how csv spells null
+        blank = sizes == 0  # csv has no null, only empty fields
         for mask, why in (
             (bad_type, "not_text"),
             (bad_utf8, "invalid_utf8"),
@@ -505,7 +505,7 @@ def _clean(batch: pa.Table, types: dict[str, pa.DataType]) -> pa.Table:
         ):
             mark(mask, why)
         if (sizes > limit).any():
-            # What the ledger keeps of it is enough to recognise it by.
+            # The ledger keeps a prefix, enough to identify the row.
             text = pa.array([t[:1000] if s > limit else t for t, s in zip(text.to_pylist(), sizes)], pa.string())
         texts[name] = pc.fill_null(text, "")
     uid = _uids(texts["url"], texts["caption"])
@@ -523,7 +523,7 @@ def _clean(batch: pa.Table, types: dict[str, pa.DataType]) -> pa.Table:
 
 
 def _with_inline(batch: pa.Table) -> pa.Table:
-    """Takes the pictures out of their structs; a row without a url is named by the sha256 of its picture."""
+    """Extracts the pictures from their structs. The sha256 of the picture identifies a row without a url."""
     column = batch[INLINE].combine_chunks()
     paths = [None] * len(batch)
     if pa.types.is_struct(column.type):
@@ -550,7 +550,7 @@ def _uids(urls: pa.Array, captions: pa.Array) -> pa.Array:
 
 
 def _as_text(column: pa.ChunkedArray | pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
-    """A column as valid UTF-8, with masks of the values that are no text and of those that are not valid UTF-8."""
+    """A column as valid UTF-8, with masks of the values that are not text and of those with invalid UTF-8."""
     n = len(column)
     array = _decoded(column)
     none = np.zeros(n, dtype=bool)
@@ -560,7 +560,7 @@ def _as_text(column: pa.ChunkedArray | pa.Array) -> tuple[pa.Array, np.ndarray, 
         return pa.nulls(n, pa.string()), pc.is_valid(array).to_numpy(zero_copy_only=False), none
     raw = array.cast(pa.large_binary())
     try:
-        # The cast alone trusts what claims to be text already; from binary it validates.
+        # Arrow validates UTF-8 only when casting from binary, not from string.
         return raw.cast(pa.string()), none, none
     except pa.ArrowInvalid:
         pass
@@ -585,12 +585,12 @@ def _decoded(column: pa.ChunkedArray | pa.Array) -> pa.Array:
 
 
 def _fit(column: pa.ChunkedArray, dtype: pa.DataType) -> tuple[pa.Array, np.ndarray | None]:
-    """A further column in the type that it has over the whole pool, with a mask of the values that are not of it."""
+    """Converts a carried column to its type in the whole pool. Returns it with a mask of the values that do not fit."""
     array = _decoded(column)
     if dtype == pa.string():
         text, not_text, _ = _as_text(array)
-        return (pa.array(map(_said_value, array.to_pylist()), pa.string()) if not_text.any() else text), None
-    # Integers beyond 2^53 are rounded where another file holds floats.
+        return (pa.array(map(_value_text, array.to_pylist()), pa.string()) if not_text.any() else text), None
+    # Integers beyond 2^53 are rounded if another file has floats.
     safe = not (pa.types.is_integer(array.type) and pa.types.is_floating(dtype))
     if _is_text(array.type):
         array = _as_text(array)[0]
@@ -609,7 +609,7 @@ def _fit(column: pa.ChunkedArray, dtype: pa.DataType) -> tuple[pa.Array, np.ndar
     return pa.array([value.as_py() for value in values], dtype), bad
 
 
-def _said_value(value: Any) -> str | None:
+def _value_text(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict | bool) else str(value)
@@ -619,7 +619,7 @@ def _said_value(value: Any) -> str | None:
 
 
 def _format(path: str) -> str | None:
-    """The format that a file name promises, compression aside."""
+    """The format by the file name, ignoring the compression extension."""
     parts = os.path.basename(path).lower().split(".")[1:]
     if parts and parts[-1] in COMPRESSIONS:
         parts.pop()
@@ -632,14 +632,14 @@ def _format(path: str) -> str | None:
 
 @contextlib.contextmanager
 def _reading(path: str, kind: str = "") -> Iterator[None]:
-    """Whatever a reader raises at a broken file, as a PoolError that names it."""
+    """Converts any exception of a reader to a PoolError that names the file."""
     try:
         yield
     except PoolError:
         raise
     except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeError, csv.Error) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PoolError(f"path: {path} cannot be read{kind}: {said}; is it whole?") from None
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PoolError(f"path: {path} cannot be read{kind}: {cause}; it may be truncated or damaged") from None
 
 
 def _open_parquet(path: str) -> pq.ParquetFile:
@@ -654,7 +654,7 @@ def _parquet_batches(
 ) -> Iterator[pa.Table]:
     file = _open_parquet(split.path)
     names = file.schema_arrow.names
-    # By the names of the file; a mapped column that is not there is the url of a pool of inline pictures.
+    # By the file's own names. A missing mapped column is the url of a pool with inline pictures.
     mapped = {ours: theirs for ours, theirs in wanted.items() if theirs in names}
     here = {name: carried(name) for name in names if carried(name) in types and name not in wanted.values()}
     why = ["step", "reason"] if split.retry else []
@@ -670,11 +670,11 @@ def _parquet_batches(
                 batch = batch.filter(pa.array([_is_transient(step, reason) for step, reason in whys], pa.bool_()))
             columns = {**{ours: batch[theirs] for ours, theirs in mapped.items()}, **{here[n]: batch[n] for n in here}}
             table = pa.table(columns or {"step": batch["step"]})
-            yield _unlisted(table, spec) if "caption" in mapped else table
+            yield _explode_captions(table, spec) if "caption" in mapped else table
 
 
-def _unlisted(table: pa.Table, spec: PoolSpec) -> pa.Table:
-    """A row for each caption of a list, or for the first; a list without any leaves a row without a caption."""
+def _explode_captions(table: pa.Table, spec: PoolSpec) -> pa.Table:
+    """Makes a row of each caption in a list, or of the first. An empty list gives a row without a caption."""
     column = table["caption"].combine_chunks()
     if not _is_list(column.type):
         return table
@@ -694,16 +694,16 @@ def _unlisted(table: pa.Table, spec: PoolSpec) -> pa.Table:
 
 @contextlib.contextmanager
 def _open_text(path: str) -> Iterator[io.TextIOBase]:
-    """A text file, decompressed; bytes that are not UTF-8 come through as lone surrogates, to be found later.
+    """Opens a text file, decompressed. Invalid UTF-8 becomes lone surrogates, which are detected later.
 
-    A byte order mark tells UTF-16 and UTF-32, as spreadsheets save them.
+    Detects UTF-16 and UTF-32, as saved by spreadsheets, by their byte order mark.
     """
     with open_plain(path) as raw:
         start = raw.peek(1 << 20)
         for magic, kind in ((b"PAR1", "parquet"), (b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"),
                             (b"BZh", "bzip2"), (b"PK\x03\x04", "zip or xlsx")):  # fmt: skip
             if start.startswith(magic):
-                raise PoolError(f"path: {path} is {kind} by its first bytes; name or unpack it accordingly")
+                raise PoolError(f"path: {path} is {kind} by its first bytes; rename or unpack it accordingly")
         encoding, errors = "utf-8-sig", "surrogateescape"
         for mark, name in ((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"),
                            (b"\xfe\xff", "utf-16")):  # fmt: skip
@@ -713,7 +713,7 @@ def _open_text(path: str) -> Iterator[io.TextIOBase]:
         else:
             if start[:4].count(0) > 1:
                 raise PoolError(f"path: {path} is not text in UTF-8 (UTF-16 without a byte order mark?)")
-        # csv needs "\r" as it is; elsewhere it ends a line only in a file that has no other end of line.
+        # csv handles "\r" itself. In other formats it ends a line only if the file has no other line ends.
         newline = "" if _format(path) == "csv" else "\n" if b"\n" in start or b"\r" not in start else "\r"
         yield io.TextIOWrapper(raw, encoding, errors, newline=newline)
 
@@ -727,8 +727,8 @@ def _text_head(path: str, spec: PoolSpec, stored: int) -> _Head:
         fields = [(name, _type_of_texts(row[name] for row in good)) for name in names]
     else:
         if not good:
-            said = "is empty" if not rows else f"has no JSON object among its first {len(rows):,} lines"
-            raise PoolError(f"path: {path} {said}")
+            problem = "is empty" if not rows else f"has no JSON object in its first {len(rows):,} lines"
+            raise PoolError(f"path: {path} {problem}")
         fields = [
             (name, _type_of_json([row.get(name) for row in good])) for name in dict.fromkeys(k for r in good for k in r)
         ]
@@ -736,7 +736,7 @@ def _text_head(path: str, spec: PoolSpec, stored: int) -> _Head:
 
 
 def _text_rows(path: str, spec: PoolSpec) -> Iterator[dict[str, Any] | None]:
-    """The rows of a text file as dicts; None for a line that is no row."""
+    """Yields the rows of a text file as dicts; None for an invalid line."""
     with _reading(path), _open_text(path) as text:
         if _format(path) not in ("csv", "tsv"):
             yield from _json_rows(path, text)
@@ -748,7 +748,7 @@ def _text_rows(path: str, spec: PoolSpec) -> Iterator[dict[str, Any] | None]:
 
 
 def _lines(text: io.TextIOBase, begun: str = "") -> Iterator[str | None]:
-    """The lines of a text, ends included; None for one that is too long. `begun` was read of the first already."""
+    """Yields lines with their ends; None for a line over MAX_LINE. `begun` is the part of the first already read."""
     while line := begun + text.readline(MAX_LINE):
         begun = ""
         if len(line) < MAX_LINE or line.endswith(("\n", "\r")):
@@ -760,20 +760,20 @@ def _lines(text: io.TextIOBase, begun: str = "") -> Iterator[str | None]:
 
 
 def _header(path: str, spec: PoolSpec, records: Iterator[list[str] | None]) -> list[str]:
-    """The names of the columns: `pool.names`, or the first line, which is taken from `records`."""
+    """The column names: `pool.names`, or the first line, which is consumed from `records`."""
     if spec.names is not None:
         return spec.names
     first = next(records, None)
     if first is None:
-        raise PoolError(f"path: {path} is empty: expected a line with the names of the columns")
+        raise PoolError(f"path: {path} is empty; expected a header line with column names")
     return [name or f"column_{i + 1}" for i, name in enumerate(first)]
 
 
 def _records(lines: Iterator[str | None], path: str, spec: PoolSpec) -> Iterator[list[str] | None]:
-    """The fields of each line that is not blank; None for a line that was too long.
+    """Yields the fields of each non-blank line; None for a line over MAX_LINE.
 
-    Quoted fields (RFC 4180) may run over lines. A quotation mark that opens a field and is not closed as the RFC has
-    it is a mark like any other, so that it never swallows the rows behind it.
+    Quoted fields (RFC 4180) may span lines. An opening quotation mark without a valid closing one is an ordinary
+    character, so it never swallows the following rows.
     """
     kind = _format(path)
     delimiter = "\t" if kind == "tsv" else ","
@@ -802,7 +802,7 @@ def _records(lines: Iterator[str | None], path: str, spec: PoolSpec) -> Iterator
 
 
 def _record(first: str, waiting: deque[str | None], lines: Iterator[str | None], delimiter: str) -> list[str]:
-    """The record that begins with a line; takes further lines as a quoted field needs them, or gives them back."""
+    """The record that begins with `first`. Consumes further lines if a quoted field spans them, else returns them."""
     taken: list[str | None] = []
 
     def pull() -> Iterator[str]:
@@ -824,7 +824,7 @@ def _record(first: str, waiting: deque[str | None], lines: Iterator[str | None],
 
 
 def _json_rows(path: str, text: io.TextIOBase) -> Iterator[dict[str, Any] | None]:
-    """The objects of a file of JSON lines or, in a `.json` file that begins with a bracket, of one array."""
+    """Yields the objects of a JSON Lines file, or of the array in a `.json` file that begins with a bracket."""
     first = text.read(1)
     while first.isspace():
         first = text.read(1)
@@ -841,7 +841,7 @@ def _json_rows(path: str, text: io.TextIOBase) -> Iterator[dict[str, Any] | None
 
 
 def _array(path: str, text: io.TextIOBase) -> Iterator[dict[str, Any] | None]:
-    """The elements of a JSON array behind its opening bracket, with no more of it in hand than an element needs."""
+    """Yields the elements of a JSON array after its opening bracket. Holds little more than one element."""
     decode = json.JSONDecoder().raw_decode
     held, at, lines, want = "", 0, 1, 1 << 20
     expected = "an element"
@@ -849,16 +849,16 @@ def _array(path: str, text: io.TextIOBase) -> Iterator[dict[str, Any] | None]:
         at = _BLANK.match(held, at).end()  # type: ignore[union-attr]
         problem = f"expected {expected}"
         if at < len(held):
-            if held[at] == "]" and expected != "an element behind the comma":
+            if held[at] == "]" and expected != "an element after the comma":
                 return
             if expected == "a comma or the closing bracket":
                 if held[at] != ",":
                     break
-                at, expected = at + 1, "an element behind the comma"
+                at, expected = at + 1, "an element after the comma"
                 continue
             try:
                 row, end = decode(held, at)
-                # A number may go on in what is not read yet; an object, an array or a text is closed.
+                # A number may continue in the part not yet read; objects, arrays and strings are complete.
                 if end < len(held) or isinstance(row, dict | list | str):
                     at, expected = end, "a comma or the closing bracket"
                     yield row if isinstance(row, dict) else None
@@ -870,10 +870,10 @@ def _array(path: str, text: io.TextIOBase) -> Iterator[dict[str, Any] | None]:
                 problem = str(error)
             if len(held) - at > MAX_LINE:
                 break
-        # Twice as much each time, or a long element would be parsed once for each part of it.
+        # Double the size each time, so that a long element is parsed only a logarithmic number of times.
         more = text.read(want if at == len(held) else max(want, len(held) - at))
         if not more:
-            problem = f"the array is not closed, the file may be cut ({problem})"
+            problem = f"the array is not closed; the file may be truncated ({problem})"
             break
         lines += held.count("\n", 0, at)
         held, at = held[at:] + more, 0
@@ -918,13 +918,13 @@ def _text_table(rows: list[dict[str, Any] | None], wanted: dict[str, str], types
     for name in names:
         if carried(name) in types:
             table[carried(name)] = pa.array([_plain(v) for v in values(name)], pa.string())
-    # A number where text belongs: parquet tells it by the column's type, JSON only value by value.
+    # Numbers in place of text: parquet shows them in the column's type, JSON only in each value.
     no_text = [any(v is not None and not isinstance(v, str) for v in row) for row in zip(*map(values, wanted.values()))]
     return pa.table({**table, "not_text": no_text, "bad_line": [row is None for row in rows]})
 
 
 def _to_bytes(value: Any) -> bytes | None:
-    """Text as bytes, undoing surrogateescape; a lone surrogate stays invalid UTF-8."""
+    """Encodes text, reversing surrogateescape. Lone surrogates give invalid UTF-8."""
     if value is None:
         return None
     if not isinstance(value, str):

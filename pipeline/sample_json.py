@@ -1,7 +1,7 @@
-"""The `KEY.json` of a sample: img2dataset's names in its order, and one form for each Arrow type.
+"""The `KEY.json` of a sample: img2dataset's names in its order, and one JSON form per Arrow type.
 
-A column has one JSON type in every sample, so that readers which infer types from the first samples are right about the
-rest. JSON (RFC 8259) has no NaN, no bytes and no dates, and many readers hold whole numbers in 64 bits with a sign.
+A column has the same JSON type in every sample, so readers may infer types from the first samples. JSON (RFC 8259) has
+no NaN, bytes or dates, and many readers store integers as int64.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ORDER = (
     "sha256",
     "uid",
 )
-"""The keys that come last: img2dataset's own, then DataComp's `uid`. Further columns come before them."""
+"""The last keys: img2dataset's, then DataComp's `uid`. Other columns come before them."""
 
 _ALWAYS: dict[str, tuple[pa.DataType, str | None]] = {
     "status": (pa.string(), "success"),
@@ -43,9 +43,9 @@ _types = pa.types
 
 
 def sample_types(types: dict[str, pa.DataType]) -> dict[str, pa.DataType]:
-    """The keys of a sample's JSON, in order, and the type of each value, for rows with the columns of `types`.
+    """The keys of a sample's JSON, in order, and the types of their values, for rows with the columns of `types`.
 
-    Pixels, bytes and vectors of a fixed size are in the parquet files alone: as text they would outweigh the pictures.
+    Pixels, bytes and fixed-size vectors are only in the parquet files: as text they would be larger than the pictures.
     """
     light = {
         name: json_type(dtype) for name, dtype in types.items() if name not in POSITION.names and not is_heavy(dtype)
@@ -55,7 +55,7 @@ def sample_types(types: dict[str, pa.DataType]) -> dict[str, pa.DataType]:
 
 
 def sample_json(table: pa.Table) -> Iterator[bytes]:
-    """One JSON object a row, on one line."""
+    """Yields one JSON object per row, on one line."""
     order = list(sample_types({field.name: field.type for field in table.schema}))
     columns: list[Iterable[Any]] = []
     for name in order:
@@ -73,16 +73,15 @@ def _hash_digits(value: int) -> str:
 
 
 def json_values(column: pa.Array | pa.ChunkedArray, text: Callable[[Any], str] = str) -> list[Any]:
-    """The values of a column as `json.dumps` writes them without further ado; null is None everywhere.
+    """The values of a column as Python objects that `json.dumps` accepts. Null becomes None.
 
-    - NaN and infinities are None; a float16 or float32 is the shortest decimal that means it (0.2813)
-    - uint64 is text, as `text` spells it: decimal digits, unless the caller knows better. It overflows the readers
-      that hold whole numbers as int64
-    - decimals are text, digit for digit; bytes are base64 (RFC 4648)
-    - dates and times are text in ISO 8601, instants in UTC with a Z, None outside of Arrow's own calendar; durations
-      are seconds
-    - lists and vectors are arrays, structs are objects, a map is an array of `{"key": …, "value": …}`
-    - invalid UTF-8 is replaced by U+FFFD
+    - NaN and infinities become None; float16 and float32 become their shortest decimal (0.2813)
+    - uint64 becomes a string by `text` (default: decimal digits), because it overflows int64
+    - decimals become strings of all digits; bytes become base64 (RFC 4648)
+    - dates and times become ISO 8601 strings, instants in UTC with a Z, None outside Arrow's calendar; durations become
+      seconds
+    - lists and vectors become arrays, structs objects, maps arrays of `{"key": …, "value": …}`
+    - invalid UTF-8 becomes U+FFFD
     """
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     dtype = array.type
@@ -108,7 +107,7 @@ def json_values(column: pa.Array | pa.ChunkedArray, text: Callable[[Any], str] =
     if _is_bytes(dtype):
         return _spelt(array, lambda value: base64.b64encode(value).decode())
     if _types.is_struct(dtype):
-        # `flatten` knows of the nulls of the struct itself, `field` does not.
+        # `flatten` applies the struct's own nulls; `field` does not.
         children = [json_values(child, text) for child in array.flatten()]
         rows = zip(array.is_valid().to_pylist(), zip(*children) if children else [()] * len(array))
         return [dict(zip(dtype.names, values)) if valid else None for valid, values in rows]
@@ -122,7 +121,7 @@ def json_values(column: pa.Array | pa.ChunkedArray, text: Callable[[Any], str] =
 
 
 def json_type(dtype: pa.DataType) -> pa.DataType:
-    """The type as which `json_values` hands out a column: what a reader may declare for it."""
+    """The type of the values returned by `json_values`, for readers to declare."""
     if isinstance(dtype, pa.BaseExtensionType):
         return json_type(dtype.storage_type)
     if _types.is_dictionary(dtype):
@@ -179,8 +178,8 @@ def _floats(array: pa.Array) -> list[Any]:
 def _moments(array: pa.Array) -> list[Any]:
     aware = _types.is_timestamp(array.type) and array.type.tz is not None
     if aware:
-        array = array.cast(pa.timestamp(array.type.unit))  # the same instant, as UTC tells it
-    # Not through Python's datetime, which has neither nanoseconds nor years over 9999.
+        array = array.cast(pa.timestamp(array.type.unit))  # the same instant in UTC
+    # Not via Python's datetime, which lacks nanoseconds and years over 9999.
     spelt = array.cast(pa.string()).to_pylist()
     end = "Z" if aware else ""
     return [None if value is None or value[0] == "<" else value.replace(" ", "T") + end for value in spelt]

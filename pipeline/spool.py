@@ -1,8 +1,8 @@
-"""Rows on their way to where they meet: the one way in which rows of different units change places.
+"""Shuffles rows between units through files.
 
-A spool file is an Arrow IPC file with one record batch for each partition. Whoever holds rows writes one; whoever
-wants a partition reads that batch of every file. So a shuffle costs one read for each pair of a file and a partition,
-and neither the driver nor the object store holds a row.
+A spool file is an Arrow IPC file with one record batch per partition. Each source of rows writes one file; a partition
+is read as one batch of every file. A shuffle costs one read per pair of file and partition. Rows never pass through the
+driver or the object store.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ READS_AT_ONCE = 8
 def write(
     store: Store, name: str, table: pa.Table, part: np.ndarray, parts: int, compression: str | None = "zstd"
 ) -> Entry:
-    """Writes the rows of a table, each to its partition `part`, from 0 to `parts` − 1; returns the file's entry.
-    Vectors gain nothing from `compression`."""
+    """Writes the rows of a table by their partition `part`, 0 to `parts` − 1. Returns the file's entry.
+
+    Set `compression` to None for vectors, which do not compress.
+    """
     order = np.argsort(part, kind="stable")
     bounds = np.searchsorted(part[order], np.arange(parts + 1))
     table = table.take(pa.array(order))
@@ -42,5 +44,5 @@ def read(store: Store, names: Iterable[str], part: int, schema: pa.Schema) -> pa
         with store.input(name, apart=True) as file:
             return pa.Table.from_batches([pa.ipc.open_file(file).get_batch(part)]).select(schema.names)
 
-    with ThreadPoolExecutor(READS_AT_ONCE) as threads:  # a remote store takes its time for each
+    with ThreadPoolExecutor(READS_AT_ONCE) as threads:  # hides the latency of a remote store
         return pa.concat_tables([schema.empty_table(), *threads.map(batch, names)])

@@ -1,4 +1,4 @@
-"""URLs: as a browser sends them, and one spelling for those that differ only in spelling."""
+"""Parses URLs as browsers do, and normalises equivalent URLs to one canonical form."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from urllib.parse import unquote
 
 from yarl import URL
 
-# What most URLs of a pool look like already: nothing to change, so one match settles them. The path has no "%", no
-# "#", and no segment that begins with a dot.
+# Fast path: most URLs of a pool are canonical already. Their path has no "%", no "#", and no segment that begins with
+# a dot.
 _CANONICAL = re.compile(r"https?://[a-z0-9-]+(?:\.[a-z0-9-]+)*(?:/(?:[^\s.#%?/][^\s#%?/]*)?)+(?:\?[^\s#%]*)?", re.ASCII)
 _PARTS = re.compile(r"([a-z][a-z0-9+.-]*)://([^/?#]*)([^?#]*)(\?[^#]*)?", re.IGNORECASE | re.ASCII | re.DOTALL)
 _ESCAPE = re.compile(r"%[0-9a-f]{2}", re.IGNORECASE | re.ASCII)
@@ -20,12 +20,12 @@ _SPACE_AND_CONTROLS = "".join(map(chr, range(0x21)))
 
 
 def canonical(url: str) -> str:
-    """The URL as RFC 3986 §6.2.2–6.2.3 normalises it; two URLs of one canonical form name one resource.
+    """Normalises a URL by RFC 3986 §6.2.2–6.2.3. URLs with equal canonical forms name the same resource.
 
     Lower-case scheme and host, no default or empty port, no dot segments, "/" for the empty path, upper-case
-    percent-escapes; beyond the RFC, the fragment goes (it is never sent) and so does white space around the URL.
-    Escapes are not decoded, and the order of query parameters stays: servers may tell those apart. What is not a URL
-    comes back as it is, but for white space around it; nothing raises. About 1.2 µs for a URL of the web.
+    percent-escapes. Beyond the RFC, strips the fragment (it is never sent) and surrounding white space. Does not decode
+    escapes or sort query parameters, since servers may distinguish them. Text that is not a URL is only stripped of
+    white space; never raises. Takes about 1.2 µs for a typical URL.
     """
     if _CANONICAL.fullmatch(url):
         return url
@@ -46,7 +46,7 @@ def canonical(url: str) -> str:
 
 
 def _remove_dot_segments(path: str) -> str:
-    """RFC 3986 §5.2.4, for a path that begins with a slash."""
+    """RFC 3986 §5.2.4, for a path that starts with a slash."""
     kept: list[str] = []
     segments = path.split("/")[1:]
     for segment in segments:
@@ -60,19 +60,19 @@ def _remove_dot_segments(path: str) -> str:
 
 
 class InvalidUrlError(ValueError):
-    """What the WHATWG URL standard calls a failure; the message says what is wrong."""
+    """A URL that the WHATWG URL standard rejects."""
 
 
 class WebAddress(NamedTuple):
-    """An http(s) URL in the parts that go on the wire."""
+    """An http(s) URL, split into the parts that are sent."""
 
     scheme: str
     user: str
-    """What stands before "@", as written."""
+    """The part before "@", as written."""
     host: str
     """Lower case: a name in Punycode, an IPv4 address in four numbers, or an IPv6 address in brackets."""
     port: int | None
-    """None for the default of the scheme."""
+    """None for the scheme's default port."""
     target: str
     """Path and query, as in the request line."""
 
@@ -81,8 +81,8 @@ class WebAddress(NamedTuple):
         return self.host if self.port is None else f"{self.host}:{self.port}"
 
 
-# The path and special-query percent-encode sets (WHATWG URL, 1.3), turned around: what these match is escaped. A "%"
-# is in neither set, so escapes stay as they are, whatever they stand for and however they are spelled.
+# The path and special-query percent-encode sets (WHATWG URL, 1.3): characters to escape. "%" is in neither set, so
+# existing escapes are unchanged.
 _NOT_IN_PATH = re.compile(r"[^!$-;=@-\]_a-z|~]")
 _NOT_IN_QUERY = re.compile(r"[^!$-&(-;=?-~]")
 _LINE_ENDS = str.maketrans("", "", "\t\n\r")
@@ -97,9 +97,9 @@ _DOTS = re.compile(r"/(?:\.|%2e){1,2}(?=/|$)", re.IGNORECASE)
 def web_address(text: str, base: WebAddress | None = None) -> WebAddress:
     """The address that a browser requests for `text`: the basic URL parser of the WHATWG URL standard, http(s) only.
 
-    `base` is what a relative reference is relative to. Escapes stay as written and only what may not stand in a URL is
-    escaped; tabs and line ends are removed, "\\" is read as "/", dot segments are resolved, the fragment is dropped.
-    Raises InvalidUrlError for what a browser refuses, for other schemes, and for names that no DNS has.
+    Relative references are resolved against `base`. Existing escapes are kept and only invalid characters are escaped.
+    Tabs and line ends are removed, "\\" becomes "/", dot segments are resolved, and the fragment is dropped. Raises
+    InvalidUrlError for URLs that a browser rejects, other schemes, and invalid DNS names.
     """
     text = text.strip(_SPACE_AND_CONTROLS).translate(_LINE_ENDS).partition("#")[0]
     named = _SCHEME.match(text)

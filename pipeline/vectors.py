@@ -3,8 +3,8 @@
     units ──sample──▶ fit, once ──▶ units ──by group──▶ spool ──a partition of groups at a time──▶ drops, by unit
 
 Costs, for n rows of d dimensions in fp16: about two reads and one write of n·d·2 bytes, then one read for each pair of
-a piece and a partition, both of some 256 MB. A worker holds one piece, one partition, or the largest group. For 10⁹ rows
-of 512 dimensions that is 1 TB, 4,000 pieces and 4,000 partitions: 16 million reads of 64 KB.
+a piece and a partition, both of some 256 MB. A worker holds one piece, one partition, or the largest group. For 10⁹
+rows of 512 dimensions that is 1 TB, 4,000 pieces and 4,000 partitions: 16 million reads of 64 KB.
 """
 
 from __future__ import annotations

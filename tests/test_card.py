@@ -1,4 +1,4 @@
-"""What the card and the Croissant file of a dataset say, and what they leave out."""
+"""The card and the Croissant file of a dataset."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def test_the_front_matter_states_every_type(folder: Path) -> None:
     assert "# a set: \\*of\\* pictures\n" in text
 
 
-def test_the_card_tells_how_the_dataset_came_about(folder: Path) -> None:
+def test_the_card_has_the_provenance(folder: Path) -> None:
     text = (folder / "README.md").read_text()
-    assert "25 image–text pairs in 3 WebDataset shards (0.000 GB), what is left of 100 candidates." in text
+    assert "25 image–text pairs in 3 WebDataset shards (0.000 GB), selected from 100 candidates." in text
     assert "| download | 97 | 25 | http\\_404 60, opted\\_out 12 |" in text
-    assert "Wishes of publishers that were honoured: robots.txt (RFC 9309)." in text
+    assert "Publisher opt-outs honoured: robots.txt (RFC 9309)." in text
     assert "- Licence: Unknown." in text
 
 
@@ -54,11 +54,11 @@ def test_the_card_tells_how_the_dataset_came_about(folder: Path) -> None:
         ({"engine": "img2dataset", "disallowed_header_directives": ["noai"]}, ["X-Robots-Tag (noai)"]),
     ],
 )  # fmt: skip
-def test_no_wish_is_claimed_that_was_not_honoured(options: dict[str, object], expected: list[str]) -> None:
+def test_only_honoured_opt_outs_are_listed(options: dict[str, object], expected: list[str]) -> None:
     assert list(Download(**options).honours()) == expected  # type: ignore[arg-type]
 
 
-def test_what_comes_from_outside_stays_in_its_line() -> None:
+def test_untrusted_text_is_escaped() -> None:
     about = About("x\n# y <b>", {"uid": pa.string(), "a`b\n## c": pa.string()})
     text = readme(about, [], 0, [])
     assert "# x \\# y \\<b\\>\n" in text
@@ -72,7 +72,7 @@ def test_an_empty_dataset_has_a_card_too() -> None:
     assert croissant(about, [], [], 0)["description"] == "0 image–text pairs in 0 WebDataset shards (0.000 GB)."
 
 
-def test_croissant_names_every_tar_and_table_with_its_digest(folder: Path) -> None:
+def test_croissant_lists_every_tar_and_table_with_its_digest(folder: Path) -> None:
     found = json.loads((folder / "croissant.json").read_text(), parse_constant=pytest.fail)
     assert found["conformsTo"] == "http://mlcommons.org/croissant/1.1"
     assert {"name", "description", "url", "license", "creator", "citeAs", "version"} <= set(found)

@@ -33,7 +33,7 @@ def _bucket_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     "crowd", ["random", "copies", "one centre", "equal but for some bits", "counting", "all sorts"]
 )
-def test_the_clusters_are_those_of_comparing_all_pairs(crowd: str, max_hamming: int) -> None:
+def test_the_clusters_equal_those_of_comparing_all_pairs(crowd: str, max_hamming: int) -> None:
     rng = np.random.default_rng(max_hamming)
     random = rng.integers(0, 2**64, 300, np.uint64)
     kinds = {
@@ -56,7 +56,7 @@ def test_any_two_close_hashes_are_equal_under_a_mask(max_hamming: int) -> None:
     assert met.all()
 
 
-def test_a_crowd_of_hashes_is_not_compared_pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crowded_hashes_are_not_compared_pairwise(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = 0
 
     class Counting:
@@ -69,7 +69,7 @@ def test_a_crowd_of_hashes_is_not_compared_pair_by_pair(monkeypatch: pytest.Monk
             return np.bitwise_count(values)
 
     monkeypatch.setattr(hamming, "np", Counting())
-    # All numbers of 16 bits: no two blocks of the upper 48 tell any of them apart.
+    # All 16-bit numbers: no two blocks of the upper 48 bits distinguish any of them.
     hashes = np.arange(1 << 16, dtype=np.uint64)
     assert not clusters(hashes, 4).any()
     assert compared < len(hashes) ** 2 / 100

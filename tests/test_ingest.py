@@ -1,4 +1,4 @@
-"""Ingesting a pool: its units do not depend on how the pool is cut into files, nor on what is read in one go."""
+"""Ingestion: units depend neither on the files of the pool nor on the size of pieces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS, UNITS, PARTS = 1_000, 7, 3
 
 
 def ingested(folder: Path, files: int, text: bool = False) -> tuple[list[pa.Table], list[str], int]:
-    """The units of a pool in so many files; the names of the files in between; and how many pieces it was read in."""
+    """Ingests a pool of this many files. Returns its units, the names of spool files, and the number of pieces."""
     (folder / "pool").mkdir(parents=True)
     each = ROWS // files
     for i in range(files):
@@ -57,7 +57,7 @@ def test_units_do_not_depend_on_the_files_of_a_pool(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(pool, "BATCH_ROWS", 100)
     text, spool, pieces = ingested(tmp_path / "text", 1, text=True)
     assert text == whole
-    assert (len(spool), pieces) == (4, 1), "a file that cannot be cut is held in parts"
+    assert (len(spool), pieces) == (4, 1), "a file that cannot be split is spooled in parts"
     monkeypatch.setattr(ingest, "SPOOL_BYTES", 1)
     wide, spool, _ = ingested(tmp_path / "wide", 1, text=True)
     assert wide == whole
@@ -72,7 +72,7 @@ def test_pieces_are_large_in_a_large_pool_and_many_in_a_small_one() -> None:
     assert ingest.pieces([3_000_000, 10, 2_000_000]) == [0, 1]
 
 
-def test_vectors_and_bytes_of_a_pool_come_back_row_by_row(tmp_path: Path) -> None:
+def test_vectors_and_bytes_of_a_pool_are_preserved(tmp_path: Path) -> None:
     rows = range(600)
     table = pa.table(
         {

@@ -74,7 +74,7 @@ def read(**spec: Any) -> list[dict[str, Any]]:
 )
 def test_every_format_gives_the_same_rows(name: str) -> None:
     write(name)
-    rows = read(path=name, quoted=True)  # csv.writer encloses a tab, which a tsv file as it comes could not hold
+    rows = read(path=name, quoted=True)  # csv.writer quotes the tab
     assert [(r["url"], r["caption"], r["extra"]) for r in rows] == ROWS
     assert [r["drop_reason"] for r in rows] == [None] * 3
     assert rows[0]["uid"] == hashlib.sha256(b"http://a/1.jpg\0a first caption").hexdigest()[:32]
@@ -108,7 +108,7 @@ BAD_JSONL = [
 ]
 
 
-def test_rows_that_cannot_be_used_are_named_not_lost() -> None:
+def test_unusable_rows_are_marked() -> None:
     Path("bad.jsonl").write_text("\n".join(line for line, _ in BAD_JSONL) + "\n")
     rows = read(path="bad.jsonl")
     assert [r["drop_reason"] for r in rows] == [reason for _, reason in BAD_JSONL]
@@ -131,16 +131,14 @@ def test_own_uids() -> None:
     assert rows[0]["uid"] == "a" * 32
 
 
-def test_files_with_different_further_columns() -> None:
+def test_files_with_different_columns() -> None:
     write("a.parquet", [("http://a", "c", 1)], ("url", "caption", "n"))
     write("b.parquet", [("http://b", "c", 0.5)], ("url", "caption", "score"))
     rows = read(path=["a.parquet", "b.parquet"])
     assert [(r["n"], r["score"]) for r in rows] == [(1, None), (None, 0.5)]
 
 
-def test_the_end_of_a_parquet_file_is_read_once_until_it_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parquet_footers_are_cached_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     real = pool._open_parquet
     monkeypatch.setattr(pool, "_open_parquet", lambda path: opened.append(Path(path).name) or real(path))
@@ -163,7 +161,7 @@ def test_an_empty_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "said"),
+    ("name", "data", "message"),
     [
         ("x.parquet", b"not parquet at all", "x.parquet cannot be read as parquet"),
         ("x.csv.gz", b"not gzip", "x.csv.gz cannot be read"),
@@ -172,11 +170,11 @@ def test_an_empty_table() -> None:
         ("x.csv", b"", "x.csv is empty"),
     ],
 )
-def test_a_file_that_is_no_pool_is_a_clear_error(name: str, data: bytes, said: str) -> None:
+def test_an_invalid_file_is_reported(name: str, data: bytes, message: str) -> None:
     Path(name).write_bytes(data)
     with pytest.raises(ValueError, match=r"path|url") as caught:
         pool.columns(PoolSpec(path=name))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 TEXTS = [
@@ -205,7 +203,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(("name", "data", "options", "expected"), TEXTS)
-def test_text_as_people_write_it(name: str, data: str | bytes, options: dict[str, Any], expected: list[str]) -> None:
+def test_text_files(name: str, data: str | bytes, options: dict[str, Any], expected: list[str]) -> None:
     Path(name).write_bytes(data.encode() if isinstance(data, str) else data)
     rows = read(path=name, **options)
     assert [row["drop_reason"] or f"{row['url']}|{row['caption']}" for row in rows] == expected
@@ -248,7 +246,7 @@ def twice(**columns: pa.Array) -> pa.Table:
         (pa.list_(pa.float32()), pa.list_(pa.float64()), pa.list_(pa.float64())),
     ],
 )
-def test_the_wider_type_holds_the_values_of_all_files(first: Any, second: Any, wider: Any) -> None:
+def test_the_common_type_fits_the_values_of_all_files(first: Any, second: Any, wider: Any) -> None:
     for name, dtype in (("a", first), ("b", second)):
         values = pa.nulls(2, dtype) if not pa.types.is_integer(dtype) else pa.array([1, 2], dtype)
         pq.write_table(twice(x=values), f"{name}.parquet")
@@ -258,11 +256,11 @@ def test_the_wider_type_holds_the_values_of_all_files(first: Any, second: Any, w
 
 
 def test_numbers_in_text_are_numbers_unless_they_are_codes() -> None:
-    Path("n.csv").write_text("url,caption,n,x,code,said\nu1,a,1,0.5,007,7\nu2,b,,1e-3,012,seven\nu3,c,-3,4,000,\n")
+    Path("n.csv").write_text("url,caption,n,x,code,message\nu1,a,1,0.5,007,7\nu2,b,,1e-3,012,seven\nu3,c,-3,4,000,\n")
     asked = PoolSpec(path="n.csv")
-    assert pool.columns(asked) == {"n": pa.int64(), "x": pa.float64(), "code": pa.string(), "said": pa.string()}
+    assert pool.columns(asked) == {"n": pa.int64(), "x": pa.float64(), "code": pa.string(), "message": pa.string()}
     rows = read(path="n.csv")
-    assert [(row["n"], row["x"], row["code"], row["said"]) for row in rows] == [
+    assert [(row["n"], row["x"], row["code"], row["message"]) for row in rows] == [
         (1, 0.5, "007", "7"), (None, 0.001, "012", "seven"), (-3, 4.0, "000", ""),
     ]  # fmt: skip
     Path("n.jsonl").write_text('{"url": "u", "caption": "c", "n": 2.5, "code": 7, "tags": ["a"], "ok": true}\n')
@@ -272,7 +270,7 @@ def test_numbers_in_text_are_numbers_unless_they_are_codes() -> None:
     assert (row["n"], row["code"]) == (2.5, "7")
 
 
-def test_a_value_that_the_first_rows_did_not_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_value_that_does_not_fit_the_inferred_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "HEAD_ROWS", 1)
     Path("n.csv").write_text("url,caption,n\nu1,a,1\nu2,b,n/a\nu3,c,\n")
     assert [(row["n"], row["drop_reason"]) for row in read(path="n.csv")] == [
@@ -282,7 +280,7 @@ def test_a_value_that_the_first_rows_did_not_promise(monkeypatch: pytest.MonkeyP
     assert [(row["n"], row["drop_reason"]) for row in rows] == [("1", None), ("n/a", None), ("", None)]
 
 
-def test_columns_called_as_ours_get_a_prefix() -> None:
+def test_clashing_columns_get_a_prefix() -> None:
     names = ["uid", "row", "unit", "place", "drop_reason", "width", "sha256", "status", "mine"]
     pq.write_table(twice(**{name: pa.array([1, 2]) for name in names}), "p.parquet")
     carried = [f"pool_{name}" for name in names[:-1]] + ["mine"]
@@ -291,11 +289,11 @@ def test_columns_called_as_ours_get_a_prefix() -> None:
     assert [[row[name] for row in rows] for name in carried] == [[1, 2]] * len(carried)
     assert list(read(path="p.parquet", columns=["width"])[0]) == ["uid", "url", "caption", "pool_width", "drop_reason"]
     pq.write_table(twice(width=pa.array([1, 2]), pool_width=pa.array([3, 4])), "p.parquet")
-    with pytest.raises(ValueError, match="'width' is carried as 'pool_width', which the pool has too"):
+    with pytest.raises(ValueError, match="'width' is carried as 'pool_width', which also exists"):
         pool.columns(PoolSpec(path="p.parquet"))
 
 
-def test_folders_of_hive() -> None:
+def test_hive_partitions() -> None:
     for lang, year in (("en", "2024"), ("de", "2025"), ("a%20b", "__HIVE_DEFAULT_PARTITION__")):
         Path(f"h=1/lang={lang}/year={year}").mkdir(parents=True)
         pq.write_table(twice(), f"h=1/lang={lang}/year={year}/0.parquet")
@@ -331,24 +329,24 @@ def test_pictures_in_the_pool(url: bool) -> None:
 
 STRUCT = pa.array([{"bytes": b"x", "path": "p"}] * 2)
 REFUSED = [
-    (twice(url=pa.array([1, 2])), {}, "url: {}: the column 'url' is of the type int64, not text"),
-    (twice(url=STRUCT), {}, "the type struct<bytes: binary, path: string>, not text; to read the pictures in it"),
-    (twice(url=pa.array([["a"]] * 2)), {}, "url: {}: the column 'url' is of the type list<"),
-    (twice(url=pa.nulls(2)), {}, "url: the column 'url' is of the type null in every file"),
-    (twice(caption=pa.array([["a"]] * 2)), {}, "a list of texts (list<"),
-    (twice(caption=pa.array([[1]] * 2)), {"captions": "each"}, "{}: the column 'caption' is of the type list<"),
-    (twice(id=pa.array([1, 2])), {"uid": "id"}, "uid: {}: the column 'id' is of the type int64"),
-    (twice(image=pa.array([1, 2])), {"image": "image"}, "image: {}: the column 'image' is of the type int64"),
+    (twice(url=pa.array([1, 2])), {}, "url: {}: the column 'url' has type int64, expected text"),
+    (twice(url=STRUCT), {}, "has type struct<bytes: binary, path: string>, expected text; to read its pictures"),
+    (twice(url=pa.array([["a"]] * 2)), {}, "url: {}: the column 'url' has type list<"),
+    (twice(url=pa.nulls(2)), {}, "url: the column 'url' has type null in every file"),
+    (twice(caption=pa.array([["a"]] * 2)), {}, "a list of strings (list<"),
+    (twice(caption=pa.array([[1]] * 2)), {"captions": "each"}, "{}: the column 'caption' has type list<"),
+    (twice(id=pa.array([1, 2])), {"uid": "id"}, "uid: {}: the column 'id' has type int64"),
+    (twice(image=pa.array([1, 2])), {"image": "image"}, "image: {}: the column 'image' has type int64"),
     (pa.Table.from_arrays([pa.array(["u"])] * 4, ["url", "caption", "x", "x"]), {}, "more than one column 'x'"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("table", "options", "said"), REFUSED)
-def test_what_a_footer_tells_is_refused_before_the_start(table: pa.Table, options: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize(("table", "options", "message"), REFUSED)
+def test_unsupported_schemas_are_refused(table: pa.Table, options: dict[str, Any], message: str) -> None:
     pq.write_table(table, "p.parquet")
     with pytest.raises(pool.PoolError) as caught:
         pool.columns(PoolSpec(path="p.parquet", **options))
-    assert said.format(Path("p.parquet").absolute()) in str(caught.value)
+    assert message.format(Path("p.parquet").absolute()) in str(caught.value)
 
 
 WHOLE = "url,caption\n" + "".join(f"http://a/{n},{n * n} is a square\n" for n in range(20_000))
@@ -369,7 +367,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("name", "data"), BROKEN)
-def test_a_broken_file_is_named(name: str, data: bytes) -> None:
+def test_the_error_names_a_broken_file(name: str, data: bytes) -> None:
     Path("pool").mkdir()
     write("pool/whole.csv")
     Path("pool", name).write_bytes(data)
@@ -377,7 +375,7 @@ def test_a_broken_file_is_named(name: str, data: bytes) -> None:
         read(path="pool")
 
 
-def test_a_parquet_file_with_a_broken_page_is_named() -> None:
+def test_the_error_names_a_parquet_file_with_a_broken_page() -> None:
     pq.write_table(pa.table({"url": [f"http://a/{n}" for n in range(9_000)], "caption": ["c"] * 9_000}), "p.parquet")
     data = bytearray(Path("p.parquet").read_bytes())
     data[4:2_000] = bytes(1_996)
@@ -387,7 +385,7 @@ def test_a_parquet_file_with_a_broken_page_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "message"),
     [
         ("names: [url, caption, url]", "names: url: named more than once"),
         ("names: [address, caption]", "names: 'url', the url, is not among address, caption"),
@@ -398,12 +396,12 @@ def test_a_parquet_file_with_a_broken_page_is_named() -> None:
         ("captions: all", "pool.captions: expected one of each, first"),
     ],
 )
-def test_keys_of_the_pool_in_a_recipe(keys: str, said: str) -> None:
+def test_keys_of_the_pool_in_a_recipe(keys: str, message: str) -> None:
     write("p.csv")
     Path("r.yaml").write_text(f"name: t\npool: {{path: p.csv, {keys}}}\nrun: new\nsteps:\n  - caption_length\n")
     with pytest.raises(RecipeError) as caught:
         load("r.yaml", pool_columns=pool.columns)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 COYO: dict[str, Any] = {
@@ -435,7 +433,7 @@ def test_published_tables_run_without_listing_columns(recipe: str, table: dict[s
 
 
 def drops(run: str, rows: list[tuple[str, str]], finished: bool = True) -> list[str]:
-    """A run's ledger: a drop for each step and reason; their uids."""
+    """Writes a run's ledger with a drop for each step and reason. Returns their uids."""
     Path(run, "drops").mkdir(parents=True)
     Path(run, "run.json").write_text("{}")
     uids = [f"{n:032x}" for n in range(len(rows))]
@@ -474,40 +472,40 @@ LEDGER = [
 ]
 
 
-def test_retry_takes_what_may_pass_and_keeps_its_uid() -> None:
+def test_retry_takes_transient_failures_and_keeps_uids() -> None:
     uids = drops("old", LEDGER)
     rows = read(retry="old")
     assert [row["uid"] for row in rows] == [uids[0], uids[2], uids[4]]
     assert rows[0] == {"uid": uids[0], "url": "http://a/0", "caption": "caption 0", "drop_reason": None}
 
 
-def test_a_run_that_cannot_be_retried_is_a_clear_error() -> None:
+def test_a_run_that_cannot_be_retried_is_reported() -> None:
     drops("unfinished", LEDGER, finished=False)
     drops("steady", [("download", "http_404"), ("my_check", "deadline")])
     drops("texts", [("caption_length", "too_short")])
-    for run, said in (
+    for run, message in (
         ("nowhere", "nowhere is not the folder of a run"),
         ("unfinished", "unfinished is not finished: there is no funnel.json"),
-        ("steady", "steady dropped no row for a reason that may pass"),
+        ("steady", "steady dropped no row for a transient reason"),
         ("texts", "texts has no step download; its steps are pool, caption_length"),
     ):
-        with pytest.raises(ValueError, match=f"^retry: {said}"):
+        with pytest.raises(ValueError, match=f"^retry: {message}"):
             pool.columns(PoolSpec(retry=run))
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "message"),
     [
         ("retry: old, path: p.csv, uid: id", "pool: retry: leaves no room for path, uid"),
         ("url: u", "pool: path: is missing"),
         ("retri: old", "pool.retri: unknown key; did you mean retry?"),
     ],
 )
-def test_retry_in_a_recipe(keys: str, said: str) -> None:
+def test_retry_in_a_recipe(keys: str, message: str) -> None:
     Path("r.yaml").write_text(f"name: again\npool: {{{keys}}}\nrun: new\nsteps:\n  - caption_length\n")
     with pytest.raises(RecipeError) as caught:
         load("r.yaml", pool_columns=pool.columns)
-    assert f"r.yaml:2: {said}" in str(caught.value)
+    assert f"r.yaml:2: {message}" in str(caught.value)
 
 
 RETRY = """
@@ -520,7 +518,7 @@ steps:
 """
 
 
-def test_a_retry_run_gets_what_the_first_one_missed(run: Command, tmp_path: Path) -> None:
+def test_a_retry_run_fetches_what_the_first_one_missed(run: Command, tmp_path: Path) -> None:
     ok = answer(body=JPEG)
     answers = {
         "ok": ok,

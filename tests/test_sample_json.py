@@ -1,4 +1,4 @@
-"""One JSON form for each Arrow type, and nothing that a strict reader refuses."""
+"""One JSON form per Arrow type, accepted by strict parsers."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ STRANGE = pa.struct([("a", pa.float64()), ("b", pa.list_(U64))])
     ids=str,
 )
 @pytest.mark.parametrize("start", [0, 1])
-def test_each_type_has_one_form(dtype: pa.DataType, values: list[Any], expected: list[Any], start: int) -> None:
+def test_each_type_has_one_json_form(dtype: pa.DataType, values: list[Any], expected: list[Any], start: int) -> None:
     array = pa.array([*values, *values], dtype).slice(start)
     found = json_values(array)
     assert found == [*expected, *expected][start:]
     json.dumps(found, allow_nan=False)
-    json_form = pa.array(found, json_type(dtype))  # as a reader would hold it
+    json_form = pa.array(found, json_type(dtype))  # as a reader would store it
     assert json_form.null_count == pa.array([*expected, *expected][start:]).null_count
 
 
-def test_uuids_read_as_people_write_them() -> None:
+def test_uuids_have_their_usual_form() -> None:
     one = uuid.UUID("12345678-1234-5678-1234-567812345678")
     assert json_values(pa.array([one.bytes, None], pa.uuid())) == [str(one), None]
 
@@ -74,7 +74,7 @@ def test_invalid_utf8_of_a_table_stays_out_of_the_json() -> None:
     assert json_values(nested) == [["a\ufffd"]]
 
 
-def test_keys_are_img2datasets_in_its_order_behind_further_columns() -> None:
+def test_img2datasets_keys_come_last_in_its_order() -> None:
     types = {"unit": pa.int32(), "uid": pa.string(), "caption": pa.string(), "url": pa.string(), "score": pa.float32(),
              "vector": pa.list_(pa.float16(), 4), "key": pa.string(), **PICTURE}  # fmt: skip
     further = ["score", "original_bytes", "original_format", "animated", "phash"]

@@ -34,7 +34,7 @@ from pipeline.url import canonical
         ("  http://example.org/a\n", "http://example.org/a"),
     ],
 )
-def test_one_spelling(url: str, expected: str) -> None:
+def test_canonical_form(url: str, expected: str) -> None:
     assert canonical(url) == expected
 
 

@@ -1,4 +1,4 @@
-"""Captions for scenes: true ones in English and in six other languages, and the kinds of text that describe nothing."""
+"""Captions for scenes: true ones in English and six other languages, and texts that describe nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.demo.scenes import Scene
 
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
-PLACES = {  # what a caption may call a background
+PLACES = {  # phrases for each background
     "sunset": ("at sunset", "in front of an evening sky", "at the end of a warm summer day"),
     "sea": ("over the sea", "above the blue ocean", "by the sea"),
     "hills": ("over green hills", "above the meadows in spring", "in a green valley"),
@@ -21,7 +21,7 @@ PLACES = {  # what a caption may call a background
     "water": ("under water", "at the bottom of the sea", "deep under the waves"),
     "paper": ("on a sheet of paper", "on a plain wall", "on a soft background"),
 }
-TEMPLATES = (  # half of them leave the place out: then the picture must be known by what stands in it
+TEMPLATES = (  # half of them omit the place, so that the objects must identify the picture
     "this is a picture of {thing}",
     "I made this card with {thing} for my sister",
     "{Thing}, drawn for the children's room",
@@ -35,7 +35,7 @@ TEMPLATES = (  # half of them leave the place out: then the picture must be know
 )
 PLURALS = {"crescent": "crescents", "fish": "fish", "cross": "crosses"}
 
-# Other languages say colours with a noun ("of the colour red"), which spares them agreement with the shape.
+# Other languages use a noun ("of the colour red"), which avoids agreement between colour and shape.
 LANGUAGES: dict[str, dict] = json.loads(Path(__file__).with_name("languages.json").read_text(encoding="utf-8"))
 
 BOILERPLATE = (
@@ -52,7 +52,7 @@ SPAM = (
 
 
 def english(scene: Scene, rng: random.Random) -> str:
-    """A true caption. It always names the main object's shape and colour; what else it tells varies."""
+    """A true caption. It always names the main object's shape and colour; other content varies."""
     thing, place = _thing(scene, rng), rng.choice(PLACES[scene.background])
     return rng.choice(TEMPLATES).format(
         thing=thing,
@@ -65,7 +65,7 @@ def english(scene: Scene, rng: random.Random) -> str:
 
 def _thing(scene: Scene, rng: random.Random) -> str:
     words = [scene.colour, scene.shape]
-    # The colour stays next to the shape: "a striped red star" still contains the concept "red star".
+    # Keep the colour next to the shape: "a striped red star" contains the concept "red star".
     if scene.texture != "plain" and rng.random() < 0.7:
         words.insert(0, scene.texture)
     if rng.random() < 0.4:

@@ -1,9 +1,9 @@
-"""The demo, as `make demo` runs it: a small web is built and served, curated, trained on, and all of it is judged.
+"""The demo (`make demo`): builds and serves a small web, curates it, trains on the result, and evaluates both.
 
     python -m pipeline.demo.run [--pictures N] [--seed S] [--port P]
 
-Everything happens on this machine. The commands it prints are those that a user would give; the web is left in
-`runs/demo-web/`, the run in `runs/demo/`, the model in `runs/demo/model/`. A former demo in those folders is replaced.
+Runs entirely on this machine. The commands it prints can be run by hand. Writes the web to `runs/demo-web/`, the run to
+`runs/demo/` and the model to `runs/demo/model/`, and replaces an earlier demo there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trainer.terminal import Console, guarded
 WEB, RUN, HELDOUT = Path("runs/demo-web"), Path("runs/demo"), Path("runs/demo-heldout")
 RECIPE, TRAINING = "conf/demo.yaml", "conf/train_demo.yaml"
 PICTURES, SEED, PORT = 1400, 0, 8765
-# By task the words of a scene that name its class, and the prompts: what is not asked for is averaged out.
+# For each task: the attributes of a scene that make up its class, and the prompts, averaged over the other attributes.
 TASKS = {
     "colour": (("colour",), [f"this is a picture of a {{c}} {shape}" for shape in SHAPES]),
     "shape": (("shape",), [f"this is a picture of a {colour} {{c}}" for colour in COLOURS]),
@@ -39,10 +39,10 @@ PER_CONCEPT = 4
 
 
 def draw_heldout(folder: Path, seed: int) -> dict[str, Path]:
-    """Scenes that neither the web nor the scorer has shown, equally many of every colour and shape.
+    """Draws scenes that occur neither in the web nor in the scorer's training, equally many per colour and shape.
 
-    For each task a folder with one folder of pictures per class, named by the words of the class, and beside it a file
-    of prompts.
+    Returns a folder per task, with one folder of pictures per class, named after the class. Next to each is a file of
+    prompts.
     """
     rng = random.Random(seed)
     scenes = [class_scene(colour, shape, rng) for colour in COLOURS for shape in SHAPES for _ in range(PER_CONCEPT)]
@@ -61,15 +61,15 @@ def draw_heldout(folder: Path, seed: int) -> dict[str, Path]:
 
 @guarded()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status of the command; 2, by SystemExit, for a word that it does not know."""
+    """Returns the exit status. Raises SystemExit(2) on a usage error."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.demo.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--pictures", type=_positive, default=PICTURES, help="clean rows of the web, noise comes on top (%(default)s)"
+        "--pictures", type=_positive, default=PICTURES, help="number of clean rows, noise not included (%(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=SEED, help="another seed draws another web (%(default)s)")
-    parser.add_argument("--port", type=int, default=PORT, help="of the web on 127.0.0.1, if it is free (%(default)s)")
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of the web (%(default)s)")
+    parser.add_argument("--port", type=int, default=PORT, help="port on 127.0.0.1, if free (%(default)s)")
     args = parser.parse_args(argv)
     console = Console()
     if not console.is_terminal:
@@ -85,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with web.open_port(args.port) as server:
             rows = web.build(WEB, args.pictures, args.seed, server.server_port)
-            console.print(f"A web of {rows} captioned pictures, good and bad: http://127.0.0.1:{server.server_port}")
+            console.print(
+                f"Serving {rows} captioned pictures, clean and noisy, at http://127.0.0.1:{server.server_port}"
+            )
             with web.serving(server, WEB):
                 allow = f'steps.download.allow_addrs=["127.0.0.1:{server.server_port}"]'
                 command("pipeline.run", RECIPE, *([allow] if server.server_port != PORT else []))
@@ -96,14 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = {task: zero_shot(folder) for task, folder in tasks.items()}
     except subprocess.CalledProcessError as error:
         console.print(
-            f"error: `{shlex.join(error.cmd[1:])}` ended with status {error.returncode}; see above", markup=False
+            f"error: `{shlex.join(error.cmd[1:])}` exited with status {error.returncode}; see above", markup=False
         )
         return 1
     _show_accuracy(console, results, tasks)
     report = "" if not (RUN / "report" / "index.html").exists() else f", report in {RUN}/report/index.html"
     console.print(
         f"\nrun in {RUN}/{report}, model in {RUN}/model/ (open_clip: local-dir:{RUN}/model), web and truth in {WEB}/\n"
-        f"{time.monotonic() - started:.0f} s in all",
+        f"{time.monotonic() - started:.0f} s in total",
         highlight=False,
     )
     return 0
@@ -117,7 +119,7 @@ def _positive(text: str) -> int:
 
 
 def zero_shot(data: Path) -> float:
-    """Top-1 accuracy of the trained model on a folder of classes."""
+    """Top-1 accuracy of the trained model on a folder of classes, 0 to 1."""
     words = ["--model", str(RUN / "model"), "--data", str(data), "--templates", str(data.with_suffix(".txt"))]
     command = [sys.executable, "-m", "trainer.evaluate", "zeroshot", *words]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

@@ -1,8 +1,8 @@
-"""Scenes: small posters of shapes in front of landscapes, drawn from a seed, with captions that fit them.
+"""Scenes: small posters of shapes in front of landscapes, drawn from a seed.
 
-A scene is a handful of words (`Scene`): what stands where, in which colour and texture, in front of what. `draw`
-turns it into a picture, `pipeline.demo.captions` into a sentence. Concepts are long-tailed, as on the web: the most
-frequent pair of colour and shape is some forty times as frequent as the rarest.
+A `Scene` holds a few attributes: objects, their positions, colours and textures, and a background. `draw` renders it,
+`pipeline.demo.captions` describes it. Concepts are long-tailed, as on the web: the most frequent pair of colour and
+shape is about forty times as frequent as the rarest.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Pixels = np.ndarray  # float32 (height, width, 3) in 0…1, or (height, width) f
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `companion` is a (colour, shape), with the main object `relation` of it."""
+    """The content of a picture. `companion` is a (colour, shape); the main object is at `relation` to it."""
 
     shape: str
     colour: str
@@ -62,7 +62,7 @@ class Scene:
         return f"{self.colour} {self.shape}"
 
     def differs_from(self, other: Scene) -> bool:
-        """True if a caption of one is plainly wrong about the other: nothing that it names is in both."""
+        """True if a caption of one is clearly wrong for the other: they share nothing that a caption names."""
         return self.background != other.background and not (self._words & other._words)
 
     @property
@@ -96,14 +96,14 @@ def random_scene(rng: random.Random) -> Scene:
 
 
 def class_scene(colour: str, shape: str, rng: random.Random) -> Scene:
-    """A scene with one kind of object in it, so that it has one right answer."""
+    """A scene with only one kind of object, so that its class is unambiguous."""
     return replace(random_scene(rng), colour=colour, shape=shape, companion=None, relation=None)
 
 
 def draw(scene: Scene) -> Image.Image:
     """The picture of a scene: RGB, sides of 176 to 240 pixels. The same scene gives the same pixels."""
     rng = random.Random(scene.seed)
-    # Never far from a square: a dual encoder sees a square cut from the middle.
+    # Nearly square: a dual encoder sees only the central square crop.
     width, height = rng.choice(((240, 192), (224, 192), (208, 176), (208, 208), (176, 176), (192, 240), (176, 208)))
     canvas = BACKGROUNDS[scene.background](height, width, rng)
     for spot in _arrange(scene, width, height, rng):
@@ -146,7 +146,7 @@ def _glow(canvas: Pixels, x: float, y: float, reach: float, colour: str, strengt
 
 
 def _wave(width: int, level: float, swing: float, rng: random.Random, waves: float = 1.5) -> Pixels:
-    """A smooth line across the picture: its height at every column."""
+    """A smooth line across the picture, as its height in every column."""
     x = np.linspace(0, 2 * math.pi, width, dtype=np.float32)
     line = np.full(width, level, np.float32)
     for octave in (1, 2, 4):
@@ -185,7 +185,7 @@ def _disc(canvas: Pixels, x: float, y: float, size: float, soft: float, colour: 
 
 
 def _sprinkle(canvas: Pixels, count: int, colour: str, sizes: tuple[float, float], rng: random.Random) -> None:
-    """Discs of `sizes` (radius in pixels) all over the picture, more and less transparent."""
+    """Draws discs of `sizes` (radius in pixels) all over the picture, with random transparency."""
     height, width = canvas.shape[:2]
     for _ in range(count):
         x, y, size = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(*sizes)
@@ -387,7 +387,7 @@ def _arrange(scene: Scene, width: int, height: int, rng: random.Random) -> list[
         if all(math.hypot(new.x - s.x, new.y - s.y) > 0.98 * max(side, s.side) for s in spots):
             spots.append(new)
         else:
-            side *= 0.995  # a crowded draw shrinks until all fit
+            side *= 0.995  # shrink until all objects fit
         if len(spots) == scene.count:
             break
     for s in spots:
@@ -408,7 +408,7 @@ def _place(canvas: Pixels, spot: Spot, rng: random.Random) -> None:
     left, top = round(spot.x - box / 2), round(spot.y - box / 2)
     drop = max(2, side // 18)
     surround = canvas[max(0, top) : top + box, max(0, left) : left + box].mean()
-    # A shadow is lost in the dark: there the object gets a halo, which also keeps black on night readable.
+    # On a dark background, draw a halo instead of a shadow. It also keeps black objects visible at night.
     if surround < 0.35:
         _stamp(canvas, left, top, np.clip(1.3 * soft, 0, 1) * 0.55, np.full((box, box, 3), 0.85, np.float32))
     else:
@@ -417,7 +417,7 @@ def _place(canvas: Pixels, spot: Spot, rng: random.Random) -> None:
 
 
 def _stamp(canvas: Pixels, left: int, top: int, alpha: Pixels, colour: Pixels) -> None:
-    """Blends a square onto the canvas, cut where it sticks out."""
+    """Blends a square onto the canvas, clipped to its bounds."""
     height, width = canvas.shape[:2]
     box = len(alpha)
     x0, y0, x1, y1 = max(0, left), max(0, top), min(width, left + box), min(height, top + box)
@@ -434,7 +434,7 @@ def _paint(spot: Spot, box: int, soft: Pixels, rng: random.Random) -> Pixels:
         np.float32,
     )
     dark = value < 0.3
-    # Textures are a tint of the same colour: a striped red star is still a red star.
+    # Textures are tints of the same colour: a striped red star is still a red star.
     tint = base + (1 - base) * 0.28 if dark else base * 0.72 if value > 0.9 else base + (1 - base) * 0.42
     y, x = np.mgrid[0:box, 0:box].astype(np.float32)
     scale = max(5.0, box / rng.uniform(7, 9))
@@ -454,7 +454,7 @@ def _paint(spot: Spot, box: int, soft: Pixels, rng: random.Random) -> Pixels:
 
 
 def _edge(distance: Pixels) -> Pixels:
-    """0…1 across one pixel around distance 0: an edge without steps."""
+    """An anti-aliased edge: 0…1 across one pixel around distance 0."""
     return np.clip(distance + 0.5, 0, 1)
 
 
@@ -495,7 +495,7 @@ def _polar(radius: Callable[[float], float], x: float = 0, y: float = 0, points:
 
 
 def _regular(corners: int, inner: float | None = None) -> Polygon:
-    """A regular polygon, or with `inner` a star whose dents have that radius; one corner points up."""
+    """A regular polygon, or a star with inner radius `inner`. One corner points up."""
     radii = [1.0] if inner is None else [1.0, inner]
     count = corners * len(radii)
     angles = [2 * math.pi * i / count for i in range(count)]
@@ -506,7 +506,7 @@ def _curve(x: Callable[[float], float], y: Callable[[float], float], points: int
     return [(x(2 * math.pi * i / points), y(2 * math.pi * i / points)) for i in range(points)]
 
 
-# What is filled and what is cut out of it, in a square from -1 to 1 with y downwards.
+# Filled and cut-out polygons of each shape, in a square from -1 to 1 with y downwards.
 OUTLINES: dict[str, tuple[list[Polygon], list[Polygon]]] = {
     "star": ([_regular(5, inner=0.45)], []),
     "circle": ([_polar(lambda a: 0.95)], []),

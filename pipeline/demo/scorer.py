@@ -1,10 +1,10 @@
-"""Rebuilds the scorer of the demo: a dual encoder that our own trainer makes on clean scenes.
+"""Rebuilds the demo's scorer: a dual encoder trained on clean scenes by our own trainer.
 
     python -m pipeline.demo.scorer [WORK]
 
-draws 24,000 scenes from seeds that the demo web never uses, trains `conf/train_demo_scorer.yaml` on them in WORK (by
-default `runs/demo-scorer`, resumed where it was stopped) and leaves fp16 weights in `pipeline/demo/scorer/`, for
-`clip_score: {model: pipeline/demo/scorer}`. Then it prints how well the scorer tells true captions from wrong ones.
+Draws 24,000 scenes from seeds not used by the demo web and trains `conf/train_demo_scorer.yaml` on them in WORK
+(default `runs/demo-scorer`; resumes an interrupted training). Writes fp16 weights to `pipeline/demo/scorer/`, for
+`clip_score: {model: pipeline/demo/scorer}`. Then prints how well the scorer separates true captions from wrong ones.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ MAX_BYTES = 8_000_000
 
 
 def _small(scene: Scene) -> bytes:
-    """A scene as the demo's recipe stores it: the longer side at 128 pixels."""
+    """A scene as stored by the demo's recipe: longer side 128 pixels."""
     picture = draw(scene)
     picture.thumbnail((128, 128))
     return jpeg(picture)
 
 
 def make_shards(folder: Path) -> None:
-    """Clean scenes with true captions, in the shard format of every run."""
+    """Writes clean scenes with true captions as shards."""
     rng = random.Random(SEED)
     writer = WriteShards(samples_per_shard=4000)
     store = Store(str(folder))
@@ -65,7 +65,7 @@ def make_shards(folder: Path) -> None:
 
 
 def separation(model: Path, pairs: int = 1000, seed: int = 7) -> float:
-    """The area under the ROC curve of the CLIP score, true captions against mismatched ones, on unseen scenes."""
+    """Area under the ROC curve of the CLIP score for true against mismatched captions, on unseen scenes."""
     import torch
 
     from trainer.model import encode_text, load
@@ -104,7 +104,7 @@ def main() -> None:
     size = sum(file.stat().st_size for file in HERE.iterdir())
     print(f"{HERE}: {size:,} bytes, AUC {separation(HERE):.4f}")
     if size > MAX_BYTES:
-        raise SystemExit(f"{HERE}: larger than {MAX_BYTES:,} bytes; make the model in {CONF} smaller")
+        raise SystemExit(f"{HERE}: larger than {MAX_BYTES:,} bytes; use a smaller model in {CONF}")
 
 
 if __name__ == "__main__":

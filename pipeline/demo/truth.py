@@ -1,8 +1,8 @@
-"""Judges a curation against the truth of the demo web: what it caught of each kind of noise, and what that cost.
+"""Evaluates a curation of the demo web against the truth: recall of each kind of noise, and loss of good rows.
 
     python -m pipeline.demo.truth RUN WEB
 
-compares `RUN/shards` and `RUN/drops` with `WEB/truth/truth.parquet`.
+Compares `RUN/shards` and `RUN/drops` with `WEB/truth/truth.parquet`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Pair = tuple[str, str]
 Drop = tuple[str, str]
 """(step, reason)."""
 DEDUPLICATION = ("exact_dedup", "near_dedup")
-# What balancing takes out is sound and merely too much of one thing: neither caught nor lost.
+# Rows dropped by balancing are good but redundant, so they count neither as caught nor as lost.
 THINNING = ("balance",)
 
 
 @dataclass(frozen=True)
 class KindScore:
-    """How one kind of row fared. For noise, `recall` is the share dropped; for good rows, the share kept.
+    """The result for one kind of row. `recall` is the share dropped for noise, the share kept for good rows.
 
-    `caught_by` is the step and reason that took most of a noise out, and `precision` the share of noise, of whatever
-    kind, among all rows that were dropped so. None where nothing was dropped, and for good rows.
+    `caught_by` is the step and reason that dropped most of a kind of noise. `precision` is the share of noise of any
+    kind among all rows dropped for it. Both are None for good rows and if nothing was dropped.
     """
 
     kind: str
@@ -49,16 +49,16 @@ class KindScore:
 class Score:
     kinds: list[KindScore]
     precision: float
-    """Share of good rows among those kept."""
+    """Share of good rows among the rows kept."""
     recall: float
-    """Share of the good rows that were kept, those that balancing took out left aside."""
+    """Share of good rows that were kept, without those dropped by balancing."""
 
 
 def judge(truth: list[dict[str, Any]], kept: set[Pair], drops: dict[Pair, Drop]) -> Score:
     """Compares outcomes with the truth: rows of `url, caption, kind, good, picture`.
 
-    Of rows that show one picture any may stand for it: where a copy outlived its original, the two change places
-    before anything is counted. Raises ValueError if a row of the truth is neither kept nor dropped, or both.
+    Rows with the same picture are interchangeable: if a copy was kept instead of its original, their outcomes are
+    swapped before counting. Raises ValueError if a row of the truth is neither kept nor dropped, or both.
     """
     for row in truth:
         pair = (row["url"], row["caption"])
@@ -93,7 +93,7 @@ def judge(truth: list[dict[str, Any]], kept: set[Pair], drops: dict[Pair, Drop])
 
 
 def _outcomes(truth: list[dict[str, Any]], kept: set[Pair], drops: dict[Pair, Drop]) -> list[Drop | None]:
-    """What became of each row, None for kept, with every original in the place of the copy that stood for it."""
+    """The outcome of each row, None if kept, with those of originals and kept copies swapped."""
     outcomes = [drops.get((row["url"], row["caption"])) for row in truth]
     rows_of: defaultdict[int, list[int]] = defaultdict(list)
     for position, row in enumerate(truth):
@@ -120,7 +120,7 @@ def _share(part: int, whole: int) -> float:
 
 
 def read(run: Path, web: Path) -> tuple[list[dict[str, Any]], set[Pair], dict[Pair, Drop]]:
-    """The arguments of `judge` for a finished run over the demo web in `web`, the kinds in the order of `KINDS`."""
+    """The arguments of `judge` for a finished run on the demo web in `web`, with kinds in the order of `KINDS`."""
     truth = pq.read_table(web / "truth" / "truth.parquet").to_pylist()
     truth.sort(key=lambda row: list(KINDS).index(row["kind"]))
     kept = {
@@ -137,7 +137,7 @@ def read(run: Path, web: Path) -> tuple[list[dict[str, Any]], set[Pair], dict[Pa
 
 
 def show(score: Score, console: Console) -> None:
-    table = Table(title="The curation against the truth", title_justify="left", caption_justify="left")
+    table = Table(title="Curation against the truth", title_justify="left", caption_justify="left")
     for name in ("kind of row", "rows", "kept", "recall", "caught by", "precision"):
         table.add_column(name, justify="left" if name in ("kind of row", "caught by") else "right", no_wrap=True)
     for good, heading in ((True, "good: should be kept"), (False, "noise: should be dropped")):
@@ -151,8 +151,8 @@ def show(score: Score, console: Console) -> None:
         table.add_section()
     console.print(table)
     console.print(
-        "recall: share of good rows kept (balancing aside), of noise dropped; precision: share of noise in what that\n"
-        "step dropped for that reason. Where a copy outlived its original, it counts as the original."
+        "recall: share of good rows kept (balancing aside) or of noise dropped; precision: share of noise among rows\n"
+        "dropped by that step for that reason. A copy kept instead of its original counts as the original."
     )
     console.print(f"kept set: precision [bold]{score.precision:.3f}[/bold], recall [bold]{score.recall:.3f}[/bold]")
 

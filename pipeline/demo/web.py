@@ -1,11 +1,11 @@
-"""The demo web: a site of captioned scenes on loopback, with everything that goes wrong on the real one.
+"""The demo web: a site of captioned scenes on loopback, with the failures of the real web.
 
     python -m pipeline.demo.web DIR [--pictures N] [--seed S] [--port P]
 
-builds `DIR/pool.parquet` (columns `url, caption`: what a user would hand to the pipeline), `DIR/site/` and
-`DIR/truth/truth.parquet`, then serves the site on 127.0.0.1 until interrupted. The truth has the pool's rows plus
-`kind` (a key of `KINDS`), `good` (whether the row belongs into a dataset) and `picture` (rows with one number show one
-picture). It is there to judge the pipeline, which is never told where it lies.
+Builds `DIR/pool.parquet` (columns `url, caption`), `DIR/site/` and `DIR/truth/truth.parquet`, then serves the site on
+127.0.0.1 until interrupted. The truth has the pool's rows plus `kind` (a key of `KINDS`), `good` (whether a dataset
+should keep the row) and `picture` (rows with equal numbers show the same picture). It serves to evaluate the pipeline,
+which never reads it.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from pipeline.demo.scenes import Scene, draw, random_scene
 class Kind:
     meaning: str
     share: float
-    """Rows of this kind, as a share of the clean rows."""
+    """Number of rows of this kind relative to clean rows."""
     good: bool = False
 
 
 KINDS = {
-    "clean": Kind("nothing is wrong", 1, good=True),
+    "clean": Kind("no defect", 1, good=True),
     # The caption
     "mismatched": Kind("the caption belongs to another picture", 0.35),
     "boilerplate": Kind("a file name, a button, a date", 0.08),
@@ -54,18 +54,18 @@ KINDS = {
     "short": Kind("two words", 0.02),
     "not_english": Kind("a true caption in another language", 0.10),
     # Copies
-    "same_url": Kind("an earlier url again, with another caption", 0.04),
+    "same_url": Kind("a repeated url with another caption", 0.04),
     "exact_copy": Kind("the same bytes under another url", 0.05),
     "near_copy": Kind("the same picture re-encoded, resized or slightly cropped", 0.12),
     "placeholder": Kind("the “no image” picture that many rows share", 0.04),
     # The picture
     "tiny": Kind("24 pixels wide", 0.02),
-    "banner": Kind("eight times as wide as high", 0.02),
+    "banner": Kind("eight times as wide as it is high", 0.02),
     "other_format": Kind("PNG, WebP, GIF, CMYK, or turned by EXIF", 0.05, good=True),
     "html": Kind("a web page with status 200", 0.02),
     "svg": Kind("a vector drawing", 0.005),
     "empty": Kind("status 200 and no bytes", 0.005),
-    "garbage": Kind("noise under an image's name", 0.005),
+    "garbage": Kind("random bytes under an image name", 0.005),
     "corrupt": Kind("a PNG with damaged data", 0.005),
     "pixel_bomb": Kind("a PNG header that claims 50,000 × 50,000 pixels", 0.003),
     # The server
@@ -76,20 +76,20 @@ KINDS = {
     "flaky": Kind("status 503 once, then the picture", 0.02, good=True),
     "throttled": Kind("status 429 with Retry-After once, then the picture", 0.003, good=True),
     "moved": Kind("redirects to the picture", 0.03, good=True),
-    "loop": Kind("redirects to itself in the end", 0.005),
-    "truncated": Kind("half of the bytes that Content-Length announces", 0.01),
-    "wrong_length": Kind("Content-Length announces half of the bytes", 0.005),
-    "stalled": Kind("headers, then a byte a second", 0.003),
+    "loop": Kind("a redirect loop", 0.005),
+    "truncated": Kind("half of the bytes stated by Content-Length", 0.01),
+    "wrong_length": Kind("Content-Length states half of the bytes", 0.005),
+    "stalled": Kind("headers, then one byte per second", 0.003),
     "endless": Kind("a body that never ends", 0.002),
     "gzip_bomb": Kind("50 KB that unpack to 50 MB", 0.003),
     "long_header": Kind("a header line of 200 KB", 0.003),
-    "not_http": Kind("an answer that is not HTTP", 0.003),
-    "reset": Kind("the connection is reset before any answer", 0.003),
+    "not_http": Kind("a response that is not HTTP", 0.003),
+    "reset": Kind("the connection is reset before a response", 0.003),
     "no_tls": Kind("an https url of a server that speaks plain HTTP", 0.003),
-    # The publisher's word, and addresses that must never be dialled
+    # Opt-outs, and addresses that must never be dialled
     "opted_out": Kind("X-Robots-Tag: noai, noimageai or noindex", 0.02),
     "other_bot": Kind("X-Robots-Tag addressed to another crawler", 0.01, good=True),
-    "private": Kind("points, or redirects, to an address inside the network", 0.008),
+    "private": Kind("points or redirects to a private address", 0.008),
     "bad_url": Kind("not an http url", 0.008),
     "bad_redirect": Kind("redirects to a local file", 0.003),
 }
@@ -103,7 +103,7 @@ _INSIDE = ("http://127.0.0.1:1/", "http://localhost:1/", "http://[::1]:1/", "htt
 
 @dataclass
 class Site:
-    """What the server has to know: the files, and the paths that it answers in some other way than with a file."""
+    """The content of the server: files, and paths with another response than a file."""
 
     folder: Path
     base: str
@@ -112,7 +112,7 @@ class Site:
     """Path to (name of a function in `ANSWERS`, its argument)."""
 
     def publish(self, body: bytes | None, answer: str | None = None, argument: str = "") -> str:
-        """The url of a new path that gives `body`, or `answer`."""
+        """Adds a path that returns `body` or `answer`. Returns its url."""
         name = f"{self.rng.getrandbits(48):012x}.jpg"
         if body is not None:
             (self.folder / name).write_bytes(body)
@@ -122,9 +122,9 @@ class Site:
 
 
 def build(folder: Path, pictures: int, seed: int, port: int) -> int:
-    """Makes pool, site and truth with `pictures` clean rows, for a server on `port`; returns the number of rows.
+    """Writes pool, site and truth with `pictures` clean rows, for a server on `port`. Returns the number of rows.
 
-    The same arguments give the same files.
+    Equal arguments give equal files.
     """
     rng = random.Random(seed)
     site = Site(folder / "site", f"http://127.0.0.1:{port}", rng)
@@ -134,7 +134,7 @@ def build(folder: Path, pictures: int, seed: int, port: int) -> int:
     counts = {name: max(2, round(kind.share * pictures)) for name, kind in KINDS.items()}
     kinds = [name for name, count in counts.items() for _ in range(count)]
     scenes = [random_scene(rng) for _ in kinds]
-    # A copy shows what a clean row shows; a kind that has no picture needs none drawn.
+    # A copy shows the picture of a clean row. Kinds without a picture need none drawn.
     originals = {row: rng.randrange(pictures) for row, kind in enumerate(kinds) if kind in _COPIES}
     own = [row for row, kind in enumerate(kinds) if kind not in _COPIES and kind not in _NO_PICTURE]
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -185,10 +185,10 @@ def _caption(kind: str, scene: Scene, scenes: list[Scene], rng: random.Random) -
 
 
 def _publish(kind: str, site: Site, body: bytes, original: str) -> str:
-    """Puts one row of a kind on the site; returns its url. `original` is the url of what it copies."""
+    """Publishes a row of a kind on the site. Returns its url. `original` is the url of the row that it copies."""
     rng = site.rng
     if kind == "same_url":
-        return original + rng.choice(("", "#main", "#top"))  # a fragment is no part of the address
+        return original + rng.choice(("", "#main", "#top"))  # a fragment does not change the resource
     if kind == "near_copy":
         return site.publish(_near_copy(body, rng))
     if kind == "other_format":
@@ -283,7 +283,7 @@ def _other_format(body: bytes, rng: random.Random) -> bytes:
         return _encode(image.convert("CMYK"), "JPEG", quality=90)
     if way == "turned":
         exif = Image.Exif()
-        exif[0x0112] = 6  # orientation: to be shown turned clockwise, so stored turned the other way
+        exif[0x0112] = 6  # orientation: displayed rotated clockwise, so stored rotated counter-clockwise
         return _encode(image.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=90, exif=exif)
     return _encode(image, {"webp": "WEBP", "gif": "GIF"}.get(way, "PNG"))
 
@@ -323,11 +323,11 @@ _FILES: dict[str, Callable[[random.Random], bytes]] = {
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers a path with its file, or in the way that `answers.json` says."""
+    """Responds with the file of a path, or as stated in `answers.json`."""
 
     server: Server
     protocol_version = "HTTP/1.1"
-    # Headers and body are two writes: without this the second waits 40 ms for the first to be acknowledged.
+    # Headers and body are two writes. Without this, the second waits 40 ms for the first to be acknowledged.
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
@@ -336,13 +336,13 @@ class Handler(BaseHTTPRequestHandler):
         ANSWERS[answer](self, argument)
 
     def body(self) -> bytes | None:
-        """The file of this path; only plain names are looked up."""
+        """The file of this path. Only plain names are looked up."""
         name = self.path.removeprefix("/").partition("?")[0]
         file = self.server.folder / name
         return file.read_bytes() if name.endswith(".jpg") and "/" not in name and file.is_file() else None
 
     def reply(self, status: int, body: bytes, length: int | None = None, **headers: str) -> None:
-        """`length` overrides the announced Content-Length; in header names `_` stands for `-`."""
+        """`length` overrides Content-Length. In header names, `_` stands for `-`."""
         self.send_response(status)
         self.send_header("Content-Length", str(len(body) if length is None else length))
         self.send_header("Content-Type", _content_type(body))
@@ -352,11 +352,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def handle(self) -> None:
-        with suppress(ConnectionError, TimeoutError):  # clients that hang up are everyday for this server
+        with suppress(ConnectionError, TimeoutError):  # clients disconnect all the time
             super().handle()
 
     def log_message(self, *args: object) -> None:
-        """A failure here is the point of the site, not news."""
+        """Logs nothing: failures are intended."""
 
 
 def _content_type(body: bytes) -> str:
@@ -405,14 +405,14 @@ def _stalled(request: Handler, argument: str) -> None:
 
 def _endless(request: Handler, argument: str) -> None:
     request.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nConnection: close\r\n\r\n\xff\xd8\xff\xe0")
-    for _ in range(6000):  # a minute: longer than anyone should wait
+    for _ in range(6000):  # one minute, longer than any client should wait
         request.wfile.write(bytes(10_000))
         time.sleep(0.01)
     request.close_connection = True
 
 
 def _reset(request: Handler, argument: str) -> None:
-    # Closing with a linger time of zero sends RST; detached, or the server would say a polite FIN first.
+    # Closing with a linger time of zero sends RST. Detach the socket, or the server would send FIN first.
     request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     os.close(request.connection.detach())
     request.close_connection = True
@@ -445,7 +445,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 512
 
     def __init__(self, port: int) -> None:
-        """`port` 0 takes any free one; `server_port` says which. Raises OSError if the port is taken."""
+        """`port` 0 chooses a free one; see `server_port`. Raises OSError if the port is taken."""
         super().__init__(("127.0.0.1", port), Handler)
         self.folder = Path()
         self.answers: dict[str, list[str]] = {}
@@ -463,14 +463,14 @@ class Server(ThreadingHTTPServer):
             return first
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Sockets that this server broke on purpose raise on closing; nobody needs to read of it."""
+        """Ignores errors from closing sockets that this server broke on purpose."""
 
 
 @contextmanager
 def open_port(port: int) -> Iterator[Server]:
-    """A bound server, not yet serving: its port goes into the urls that `build` makes. Call `start` when they exist.
+    """A bound server that does not serve yet, since `build` needs its port for the urls. Call `start` afterwards.
 
-    Where `port` is taken, any free one is.
+    Uses any free port if `port` is taken.
     """
     try:
         server = Server(port)
@@ -484,7 +484,7 @@ def open_port(port: int) -> Iterator[Server]:
 
 @contextmanager
 def serving(server: Server, folder: Path) -> Iterator[None]:
-    """Serves a built web from a thread of this process."""
+    """Serves a built web in a thread of this process."""
     server.load(folder)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -498,7 +498,7 @@ def serving(server: Server, folder: Path) -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--pictures", type=int, default=1400, help="clean rows; noise comes on top")
+    parser.add_argument("--pictures", type=int, default=1400, help="number of clean rows, noise not included")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--port", type=int, default=8765)
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""What rows share and must wait for: bytes in flight, requests at a host."""
+"""Resources that rows share and wait for: bytes in flight, requests to a host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 class Budget:
-    """A number of things that rows reserve and give back, first come, first served."""
+    """A counted resource that rows reserve and release, first come, first served."""
 
     def __init__(self, total: int):
         self.total = total
@@ -21,7 +21,7 @@ class Budget:
 
     @property
     def wanted(self) -> int:
-        """What those who wait have asked for."""
+        """The total requested by all waiters."""
         return sum(size for size, turn in self._waiting if not turn.done())
 
     async def reserve(self, size: int) -> None:
@@ -46,12 +46,12 @@ class Budget:
                 turn.set_result(None)
 
     def resize(self, total: int) -> None:
-        """A smaller total than is in use is reached as things are given back."""
+        """Changes the total. If more is in use than that, the excess is withdrawn as it is released."""
         more, self.total = total - self.total, total
         self.release(more)
 
     def fail(self, error: Exception) -> None:
-        """Ends the wait of all who wait now."""
+        """Raises `error` in all current waiters."""
         while self._waiting:
             _, turn = self._waiting.popleft()
             if not turn.done():
@@ -60,7 +60,7 @@ class Budget:
 
 @dataclass
 class Lease:
-    """One row's share of a budget: taken at most once at a time, given back as a whole."""
+    """One row's reservation of a budget. Taken at most once at a time, returned as a whole."""
 
     budget: Budget
     size: int = 0
@@ -71,7 +71,7 @@ class Lease:
         self.size = size
 
     def keep(self, size: int) -> None:
-        """Gives back what is over `size`."""
+        """Releases all but `size`."""
         if self.size > size:
             self.budget.release(self.size - size)
             self.size = size

@@ -1,8 +1,8 @@
 """Fetches bodies over HTTP from hosts that may be slow, broken, private or hostile.
 
-Built on aiohttp, whose 0.15 ms of CPU an image (0.3 without keep-alive) is small beside the 3 ms of decoding it;
-libcurl would save a tenth of a millisecond and cost callbacks in C. It was chosen because its socket factory sees every
-address that is dialled, IP literals included, so nothing gets around the guard.
+Built on aiohttp because its socket factory sees every address that is dialled, IP literals included, so nothing
+bypasses the guard. It takes 0.15 ms of CPU per image (0.3 without keep-alive), against 3 ms for decoding. libcurl would
+save 0.1 ms but needs callbacks in C.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from yarl import URL
 from pipeline.fetch.budget import Budget, Lease
 from pipeline.fetch.guard import Guard, parse_url
 from pipeline.fetch.head import LenientResponse
-from pipeline.fetch.hosts import Exchange, Host, Hosts, Manners
+from pipeline.fetch.hosts import Exchange, Host, Hosts, Politeness
 from pipeline.fetch.opt_out import Reservations, disallowed_directive, preference, reservations, reserves_mining
 from pipeline.fetch.outage import Outage
 from pipeline.fetch.reasons import FetchError, one_line
@@ -41,55 +41,55 @@ from pipeline.fetch.robots import MAX_BYTES, Robots, parse
 MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
-# A body that needs more first reserves it, all at once, from the bytes shared by all rows: no two rows can then wait
-# for each other's last bytes. Nine of ten web images fit into the free part.
+# A larger body first reserves all of its bytes from the budget shared by all rows, so rows cannot deadlock. Nine of
+# ten web images are smaller.
 FREE_BYTES = 256 * 1024
-# The rate is judged over whole windows, so that a pause of a busy server is not taken for its rate.
+# Seconds over which the rate is averaged, so that a short stall of a busy server does not count as a slow transfer.
 RATE_WINDOW = 3.0
 BACKOFF = 0.25
-# Transient, but not worth a second attempt in this run: the row's time is up, or the answer would come from a cache.
+# Transient, but not retried within the row: its time is up, or the answer would come from a cache.
 _NOT_AT_ONCE = frozenset({"deadline", "too_slow", "dns_unavailable", "robots_unavailable", "host_down", "host_busy"})
 
 ROBOTS_SECONDS = 5.0
-"""Total time for a host's robots.txt and tdmrep.json, or `timeout` if that is less. The clocks of the rows that wait
-for them stand still."""
+"""Total time for a host's robots.txt and tdmrep.json, or `timeout` if that is less. The clocks of waiting rows are
+stopped meanwhile."""
 ROBOTS_TTL = 24 * 3600.0
-"""The longest that a copy may be used (RFC 9309, 2.4)."""
+"""Longest use of a cached copy (RFC 9309, 2.4)."""
 ROBOTS_RETRY_TTL = 30.0
-# A host that does not answer for robots.txt would not answer for the row either, so the row fails at once.
+# If robots.txt fails this way, the row would fail the same way, so it fails at once.
 _NO_ANSWER = frozenset({"dns", "dns_unavailable", "addr_denied", "connect", "unreachable", "tls", "reset", "deadline"})
-# A redirect that leads nowhere is no file (RFC 9309, 2.3.1.2).
+# A redirect that leads nowhere counts as no file (RFC 9309, 2.3.1.2).
 _NO_FILE = frozenset({"too_many_redirects", "redirect_loop", "bad_url", "bad_scheme"})
 
 TDMREP = "/.well-known/tdmrep.json"
-# Of what publishers say, this many statements are kept with a picture.
+# Publisher statements kept with a picture.
 STATEMENTS = 20
 _STATEMENT_HEADERS = ("X-Robots-Tag", "Content-Usage", "tdm-reservation", "tdm-policy")
 
-Answer = Callable[[aiohttp.ClientResponse, "Errand"], Awaitable["bytes | str"]]
-"""Makes of a response the body, or where a redirect leads."""
+Handler = Callable[[aiohttp.ClientResponse, "FetchContext"], Awaitable["bytes | str"]]
+"""Reads a response. Returns the body (bytes) or the target of a redirect (str)."""
 
 
 class Fetched(NamedTuple):
     body: bytes
     usage: str | None
-    """What the publisher said about the use of the picture, on any hop: one statement a line, "Content-Usage:
-    train-ai=y" or "robots.txt Content-Usage: search=n"; None where nothing was said."""
+    """The publisher's statements about use of the picture, from all hops, one per line: "Content-Usage: train-ai=y" or
+    "robots.txt Content-Usage: search=n". None if there are none."""
 
 
 @dataclass
-class Errand:
-    """What requests are made for: the picture of a row, or a file that speaks for a host."""
+class FetchContext:
+    """State shared by the requests (redirects and retries) for one picture, robots.txt or tdmrep.json."""
 
     clock: Clock
     lease: Lease
-    answer: Answer
-    said: list[str] = field(default_factory=list)
+    handler: Handler
+    statements: list[str] = field(default_factory=list)
 
     def note(self, statement: str) -> None:
         statement = one_line(statement)
-        if statement not in self.said and len(self.said) < STATEMENTS:
-            self.said.append(statement)
+        if statement not in self.statements and len(self.statements) < STATEMENTS:
+            self.statements.append(statement)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class Limits:
 
 @functools.cache
 def tls_context() -> ssl.SSLContext:
-    """One for the process: loading the certificate authorities takes tens of milliseconds."""
+    """One context per process: loading the certificate authorities takes tens of milliseconds."""
     return ssl.create_default_context()
 
 
@@ -125,24 +125,24 @@ class Client:
         self,
         limits: Limits,
         lookup: Lookup | None = None,
-        manners: Manners = Manners(),  # noqa: B008 (frozen)
-        board: Exchange | None = None,
+        politeness: Politeness = Politeness(),  # noqa: B008 (frozen)
+        limiter: Exchange | None = None,
     ):
-        """`lookup` gives the addresses of a host name, and may block; the system's resolver by default.
+        """`lookup` returns the addresses of a host name and may block; the default is the system resolver.
 
-        `board` shares the limits per host with other clients (`pipeline.fetch.hosts.Board`).
+        `limiter` shares per-host limits with other clients (`pipeline.fetch.hosts.HostLimiter`).
         """
         self.limits = limits
-        self.manners = manners
+        self.politeness = politeness
         self._guard = Guard(limits.allow_addrs)
         self._resolver = Resolver(self._guard, lookup or system_lookup)
         self._bytes = Budget(limits.bytes_in_flight)
         self._outage = Outage()
-        self._hosts = Hosts(limits.per_host, manners, board)
-        self._asking: set[asyncio.Task[None]] = set()
+        self._hosts = Hosts(limits.per_host, politeness, limiter)
+        self._rules_tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Client:
-        # Keep-alive pays only where more requests follow; else thousands of idle sockets would pile up.
+        # Keep-alive is used only if more requests follow. Otherwise thousands of idle sockets would pile up.
         self._kept, self._closed = self._open_session(force_close=False), self._open_session(force_close=True)
         self._hosts.open()
         return self
@@ -156,7 +156,7 @@ class Client:
             force_close=force_close,
             socket_factory=self._open_socket,
         )
-        # aiohttp has no public place for this; tests/fetch/test_wire.py fails where it moves.
+        # aiohttp has no public API for this. tests/fetch/test_wire.py fails if the attribute moves.
         connector._factory = functools.partial(LenientResponse, loop=asyncio.get_running_loop())  # type: ignore[assignment]
         session = aiohttp.ClientSession(
             connector=connector,
@@ -174,9 +174,9 @@ class Client:
         return session
 
     async def __aexit__(self, *exc: object) -> None:
-        for task in self._asking:
+        for task in self._rules_tasks:
             task.cancel()
-        await asyncio.gather(*self._asking, return_exceptions=True)
+        await asyncio.gather(*self._rules_tasks, return_exceptions=True)
         await self._hosts.close()
         await self._kept.close()
         await self._closed.close()
@@ -189,10 +189,10 @@ class Client:
 
     @asynccontextmanager
     async def fetch(self, url: str | None, begin: Callable[[], Awaitable[None]]) -> AsyncIterator[Fetched]:
-        """What is behind `url`. Raises FetchError, and OutageError when the row is not to blame.
+        """Fetches `url`. Raises FetchError, or OutageError if the local network is down.
 
-        `begin` is awaited once, when the row's first host has room for it: the caller's own limit on rows at work.
-        The bytes count as in flight until the block is left.
+        `begin` is awaited once, when the row's first host has room for it, and applies the caller's own limit on
+        concurrent rows. The body counts as bytes in flight until the block exits.
         """
         lease = Lease(self._bytes)
         try:
@@ -202,47 +202,47 @@ class Client:
 
     async def _row(self, url: URL, begin: Callable[[], Awaitable[None]], lease: Lease) -> Fetched:
         arrived = time.monotonic()
-        # A row waits here while its host is busy, without taking one of the places among the rows at work: one slow
-        # host with a thousand rows holds up none of the others.
+        # A row waits here while its host is busy, before it counts as running, so a slow host with a thousand rows
+        # does not block the others.
         with self._hosts.row(url) as host:
             try:
                 async with host.entrance:
                     host.breaker.refuse()
-                    longest = self.manners.host_wait
+                    longest = self.politeness.host_wait
                     if longest and time.monotonic() - arrived > longest:
-                        raise FetchError("host_busy", f"{longest:.0f} s in the queue of {host.name}")
+                        raise FetchError("host_busy", f"waited {longest:.0f} s for {host.name}")
                     await begin()
-                    errand = Errand(Clock(self.limits.timeout), lease, self._picture)
-                    body = await self._persist(url, errand)
-                    return Fetched(body, "\n".join(errand.said) or None)
+                    context = FetchContext(Clock(self.limits.timeout), lease, self._read_picture)
+                    body = await self._with_retries(url, context)
+                    return Fetched(body, "\n".join(context.statements) or None)
             except FetchError as failure:
                 self._outage.failed(host.name, failure)
                 raise
 
-    async def _persist(self, url: URL, errand: Errand) -> bytes:
-        """Asks again after transient failures for as long as the clock allows."""
+    async def _with_retries(self, url: URL, context: FetchContext) -> bytes:
+        """Retries after transient failures while the clock allows."""
         earlier: FetchError | None = None
         for attempt in range(self.limits.retries + 1):
             try:
-                return await self._follow(url, errand)
+                return await self._follow_redirects(url, context)
             except FetchError as failure:
-                errand.lease.give_back()
+                context.lease.give_back()
                 if failure.reason == "host_down" and earlier:
-                    raise earlier from None  # other rows found the host down meanwhile; report this row's own failure
+                    raise earlier from None  # other rows tripped the breaker meanwhile; report this row's own failure
                 pause = max(failure.retry_after or 0.0, BACKOFF * 2**attempt * random.uniform(1, 1.5))
                 hopeless = not failure.transient or failure.reason in _NOT_AT_ONCE
-                if hopeless or attempt == self.limits.retries or pause >= errand.clock.left:
+                if hopeless or attempt == self.limits.retries or pause >= context.clock.left:
                     raise
                 earlier = failure
-            with errand.clock:
+            with context.clock:
                 await asyncio.sleep(pause)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    async def _follow(self, url: URL, errand: Errand) -> bytes:
-        errand.said.clear()
+    async def _follow_redirects(self, url: URL, context: FetchContext) -> bytes:
+        context.statements.clear()
         seen = {url}
         for _ in range(MAX_REDIRECTS + 1):
-            found = await self._hop(url, errand)
+            found = await self._request(url, context)
             if isinstance(found, bytes):
                 return found
             url = parse_url(found, base=url)
@@ -251,48 +251,48 @@ class Client:
             seen.add(url)
         raise FetchError("too_many_redirects", f"redirect {MAX_REDIRECTS + 1} leads to {url}")
 
-    async def _hop(self, url: URL, errand: Errand) -> bytes | str:
-        """One request: the body, or where a redirect leads."""
+    async def _request(self, url: URL, context: FetchContext) -> bytes | str:
+        """Sends one request. Returns the body or the target of a redirect."""
         host = self._hosts.find(url)
         host.breaker.refuse()
-        if errand.answer == self._picture:
-            await self._check_host(url, host, errand)
-        # The clock stands still while we wait for our own limits: that time is not the host's.
+        if context.handler == self._read_picture:
+            await self._check_host(url, host, context)
+        # Not on the clock: time spent waiting for our own limits is not the host's.
         await host.begin()
         try:
             host.breaker.admit()
             if (pause := host.resumes - time.monotonic()) > 0:
-                if pause >= errand.clock.left:
+                if pause >= context.clock.left:
                     detail = f"Skipped: the host asked us to wait {pause:.0f} s (Retry-After)"
                     raise FetchError(host.refusal, detail, retry_after=pause)
-                with errand.clock:
+                with context.clock:
                     await asyncio.sleep(pause)
-            return await self._exchange(url, host, errand)
+            return await self._exchange(url, host, context)
         finally:
             host.end()
 
-    async def _exchange(self, url: URL, host: Host, errand: Errand) -> bytes | str:
-        clock = errand.clock
+    async def _exchange(self, url: URL, host: Host, context: FetchContext) -> bytes | str:
+        clock = context.clock
         left = clock.left
         try:
             with clock:
-                response = await self._get(url, keep=host.busy or errand.answer == self._file)
-                self._outage.alive()
+                response = await self._get(url, keep=host.busy or context.handler == self._read_rules_file)
+                self._outage.host_answered()
                 try:
-                    found = await errand.answer(response, errand)
+                    found = await context.handler(response, context)
                 finally:
-                    response.release()  # closes the connection where a part of the body is still to come
+                    response.release()  # closes the connection if part of the body is unread
             host.note(None)
             return found
         except (aiohttp.ClientError, OSError, ValueError) as error:
             failure = _translate(error)
         except FetchError as caught:
             failure = caught
-        # A row that came with little time left says nothing about this host.
+        # A row that arrived with little time left says nothing about this host.
         if failure.reason != "deadline" or left > clock.seconds / 2:
             host.note(failure)
         if failure.retry_after and failure.reason in ("http_429", "http_503"):
-            host.asks_to_wait(failure.retry_after, failure.reason)
+            host.apply_retry_after(failure.retry_after, failure.reason)
         raise failure
 
     async def _get(self, url: URL, *, keep: bool) -> aiohttp.ClientResponse:
@@ -302,35 +302,35 @@ class Client:
             except aiohttp.ClientConnectorError:
                 raise
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-                pass  # a kept connection, most likely, that the server closed as we took it up
+                pass  # most likely a kept-alive connection that the server closed as we reused it
         return await self._closed.get(url, allow_redirects=False)
 
-    async def _picture(self, response: aiohttp.ClientResponse, errand: Errand) -> bytes | str:
-        headers, limits, manners = response.headers, self.limits, self.manners
+    async def _read_picture(self, response: aiohttp.ClientResponse, context: FetchContext) -> bytes | str:
+        headers, limits, politeness = response.headers, self.limits, self.politeness
         for name in _STATEMENT_HEADERS:
             for value in headers.getall(name, ()):
-                errand.note(f"{name}: {value}")
+                context.note(f"{name}: {value}")
         tags = headers.getall("X-Robots-Tag", ())
         if directive := disallowed_directive(tags, limits.user_agent_token, limits.disallowed_header_directives):
             raise FetchError("opted_out", f"X-Robots-Tag: {directive}")
         usage = ", ".join(headers.getall("Content-Usage", ()))
-        if preference(usage, manners.content_usage) is False:
+        if preference(usage, politeness.content_usage) is False:
             raise FetchError("opted_out", f"Content-Usage: {usage}")
-        if manners.tdm_reservation and reserves_mining(headers.getall("tdm-reservation", ())):
+        if politeness.tdm_reservation and reserves_mining(headers.getall("tdm-reservation", ())):
             raise FetchError("opted_out", "tdm-reservation: 1")
         if response.status in _REDIRECTS:
             return _location(response)
         if response.status != 200:
             raise FetchError(f"http_{response.status:03d}", retry_after=_retry_after(response))
-        return await self._body(response, errand.clock, errand.lease)
+        return await self._body(response, context.clock, context.lease)
 
     async def _body(self, response: aiohttp.ClientResponse, clock: Clock, lease: Lease) -> bytes:
         if compression := _compression(response):
-            # Asked for as it is, an image comes compressed from one server in thousands; a bomb comes that way too.
+            # One server in thousands compresses an image that we asked for as identity. So do decompression bombs.
             raise FetchError("content_encoding", compression)
         length, cap = response.content_length, self.limits.max_bytes
         if length is not None and length > cap:
-            raise FetchError("body_too_large", f"{length} bytes announced, at most {cap}")
+            raise FetchError("body_too_large", f"Content-Length {length}, limit {cap} bytes")
         if length is not None and length > FREE_BYTES:
             with clock.stopped():
                 await lease.take(length)
@@ -349,7 +349,7 @@ class Client:
                     pace = Pace(self.limits.min_rate, response)
         except BaseException as error:
             received = len(body)
-            # The traceback keeps this frame for as long as anyone keeps the exception, the lease gone long before.
+            # The exception's traceback keeps this frame, and so the body, alive after the lease is returned.
             body.clear()
             if pace.too_slow and isinstance(error, aiohttp.ClientError):
                 raise FetchError("too_slow", f"after {received} bytes") from None
@@ -361,17 +361,17 @@ class Client:
         lease.keep(len(body))
         return bytes(body)
 
-    async def _check_host(self, url: URL, host: Host, errand: Errand) -> None:
-        """Raises FetchError where the host's files forbid the url or its use, or its robots.txt could not be had."""
-        if not (self.manners.robots_txt or self.manners.tdmrep_json):
+    async def _check_host(self, url: URL, host: Host, context: FetchContext) -> None:
+        """Raises FetchError if robots.txt or tdmrep.json forbids the url, or if robots.txt is unavailable."""
+        if not (self.politeness.robots_txt or self.politeness.tdmrep_json):
             return
-        if host.robots is None or host.words_expire < time.monotonic():
-            if host.asking is None:
-                host.asking = asyncio.create_task(self._ask_host(url, host))
-                self._asking.add(host.asking)
-                host.asking.add_done_callback(self._asking.discard)
-            # Shielded: the others wait for the answer too.
-            await asyncio.shield(host.asking)
+        if host.robots is None or host.rules_expire < time.monotonic():
+            if host.rules_task is None:
+                host.rules_task = asyncio.create_task(self._fetch_rules(url, host))
+                self._rules_tasks.add(host.rules_task)
+                host.rules_task.add_done_callback(self._rules_tasks.discard)
+            # Shielded: other rows wait for the same answer.
+            await asyncio.shield(host.rules_task)
         robots = host.robots
         assert robots is not None
         if isinstance(robots, FetchError):
@@ -380,17 +380,17 @@ class Client:
         if not robots.allows(target):
             raise FetchError("robots_disallowed", f"{host.name}/robots.txt")
         for usage in robots.usage(target):
-            errand.note(f"robots.txt Content-Usage: {usage}")
-            if preference(usage, self.manners.content_usage) is False:
+            context.note(f"robots.txt Content-Usage: {usage}")
+            if preference(usage, self.politeness.content_usage) is False:
                 raise FetchError("opted_out", f"robots.txt Content-Usage: {usage}")
         reserved = host.reservations.reserved(target)
         if reserved is not None:
-            errand.note(f"tdmrep.json tdm-reservation: {reserved:d}")
+            context.note(f"tdmrep.json tdm-reservation: {reserved:d}")
         if reserved:
             raise FetchError("opted_out", "tdmrep.json tdm-reservation: 1")
 
-    async def _ask_host(self, url: URL, host: Host) -> None:
-        """Fetches the files that speak for the host: robots.txt and, if that is there and allows it, tdmrep.json.
+    async def _fetch_rules(self, url: URL, host: Host) -> None:
+        """Fetches the host's robots.txt, then its tdmrep.json if there is a robots.txt that allows it.
 
         A host without a robots.txt is not asked for tdmrep.json: most such hosts hold one picture of a pool, and the
         request would cost them half as much again.
@@ -399,25 +399,28 @@ class Client:
         robots: Robots | FetchError = Robots()
         found = Reservations()
         try:
-            if self.manners.robots_txt:
-                robots = await self._ask_robots(url, host, clock)
+            if self.politeness.robots_txt:
+                robots = await self._fetch_robots(url, host, clock)
             if isinstance(robots, Robots) and self._asks_for_tdmrep(robots):
-                # Without the file, for whatever reason, nothing is reserved by it (TDMRep, "TDM File on the Origin
-                # Server"), so it is asked for once.
+                # A missing file, for whatever reason, reserves nothing (TDMRep, "TDM File on the Origin Server"), so
+                # it is not retried.
                 with contextlib.suppress(FetchError):
-                    errand = Errand(clock, Lease(self._bytes), self._file)
-                    found = reservations(await self._follow(url.with_path(TDMREP), errand))
+                    context = FetchContext(clock, Lease(self._bytes), self._read_rules_file)
+                    found = reservations(await self._follow_redirects(url.with_path(TDMREP), context))
         finally:
-            host.asking = None
+            host.rules_task = None
         self._hosts.remember(host, robots, found, ROBOTS_TTL if isinstance(robots, Robots) else ROBOTS_RETRY_TTL)
 
     def _asks_for_tdmrep(self, robots: Robots) -> bool:
-        return self.manners.tdmrep_json and (robots.found or not self.manners.robots_txt) and robots.allows(TDMREP)
+        wanted = self.politeness.tdmrep_json and (robots.found or not self.politeness.robots_txt)
+        return wanted and robots.allows(TDMREP)
 
-    async def _ask_robots(self, url: URL, host: Host, clock: Clock) -> Robots | FetchError:
-        """The rules, or a failure that forbids all requests to the host (RFC 9309, 2.3.1)."""
+    async def _fetch_robots(self, url: URL, host: Host, clock: Clock) -> Robots | FetchError:
+        """Returns the rules, or the failure that forbids all requests to the host (RFC 9309, 2.3.1)."""
         try:
-            text = await self._persist(url.with_path("/robots.txt"), Errand(clock, Lease(self._bytes), self._file))
+            text = await self._with_retries(
+                url.with_path("/robots.txt"), FetchContext(clock, Lease(self._bytes), self._read_rules_file)
+            )
             robots = parse(text, self.limits.user_agent_token)
             host.gap = max(host.gap, robots.crawl_delay)
             return robots
@@ -430,8 +433,8 @@ class Client:
                 return FetchError("robots_unavailable", f"{failure.reason} {failure.detail}")
             return Robots()
 
-    async def _file(self, response: aiohttp.ClientResponse, errand: Errand) -> bytes | str:
-        # Opt-out headers do not matter here: many sites keep their robots.txt out of search indexes.
+    async def _read_rules_file(self, response: aiohttp.ClientResponse, context: FetchContext) -> bytes | str:
+        # Opt-out headers are ignored here: many sites keep their robots.txt out of search indexes.
         if response.status in _REDIRECTS:
             return _location(response)
         if not 200 <= response.status < 300:
@@ -451,7 +454,8 @@ class Client:
 
 
 class Clock:
-    """A row's time budget. It runs inside `with clock:` only; when it is used up, the block raises FetchError."""
+    """A row's time budget, in seconds. Runs only inside `with clock:`. The block raises FetchError("deadline") when it
+    is used up."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -459,7 +463,7 @@ class Clock:
 
     def __enter__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._struck = False
+        self._expired = False
         task = asyncio.current_task()
         assert task is not None
         self._task = task
@@ -474,12 +478,12 @@ class Clock:
         self.left -= self._loop.time() - self._started
 
     def _strike(self) -> None:
-        self._struck = True
+        self._expired = True
         self._task.cancel()
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Inside `with clock:`, a wait that is not the row's own."""
+        """Stops the clock within `with clock:`, for waits that are not charged to the row."""
         self._stop()
         try:
             yield
@@ -488,14 +492,14 @@ class Clock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._stop()
-        if self._struck:
+        if self._expired:
             if sys.version_info >= (3, 11):
                 self._task.uncancel()
             raise FetchError("deadline") from None
 
 
 class Pace:
-    """Closes a response whose body comes in at less than `min_rate` bytes/s over a whole window."""
+    """Closes a response whose body arrives at less than `min_rate` bytes/s over a whole RATE_WINDOW."""
 
     def __init__(self, min_rate: int, response: aiohttp.ClientResponse):
         self.received = 0
@@ -517,7 +521,7 @@ class Pace:
         self._timer.cancel()
 
 
-# IANA's registry of content codings, without identity, and what compression is called that is not registered.
+# IANA's registry of content codings without identity, plus common unregistered names.
 _COMPRESSIONS = frozenset(
     "aes128gcm br brotli bzip bzip2 compress dcb dcz deflate exi gzip lz4 lzma pack200-gzip sdch snappy xz zlib zstd "
     "x-brotli x-bzip x-bzip2 x-compress x-deflate x-gzip x-lzma x-xz x-zstd".split()
@@ -527,8 +531,8 @@ _COMPRESSIONS = frozenset(
 def _compression(response: aiohttp.ClientResponse) -> str:
     """The first label of Content-Encoding that names a compression, else "".
 
-    Any other label (none, utf-8, binary, aws-chunked, a media type) is a mistake of the server. Browsers ignore it, and
-    the first bytes of the body tell what it is.
+    Any other label (none, utf-8, binary, aws-chunked, a media type) is a server mistake. Browsers ignore it, and the
+    format is detected from the first bytes of the body.
     """
     labels = ",".join(response.headers.getall("Content-Encoding", ())).lower().split(",")
     return next((label for label in map(str.strip, labels) if label in _COMPRESSIONS), "")
@@ -537,8 +541,8 @@ def _compression(response: aiohttp.ClientResponse) -> str:
 def _location(response: aiohttp.ClientResponse) -> str:
     locations = {location for location in response.headers.getall("Location", ()) if location}
     if len(locations) != 1:
-        raise FetchError("bad_response", f"status {response.status} with {len(locations)} different Locations")
-    # Bytes beyond ASCII go back as they came, escaped, as browsers and curl do it: the server knows in which encoding.
+        raise FetchError("bad_response", f"status {response.status} with {len(locations)} different Location headers")
+    # Percent-encode non-ASCII bytes unchanged, as browsers and curl do: only the server knows their encoding.
     raw = locations.pop().encode("utf-8", "surrogateescape")
     return _BEYOND_ASCII.sub(lambda byte: b"%%%02X" % byte[0][0], raw).decode("ascii")
 
@@ -548,7 +552,7 @@ _SECONDS = re.compile(r"\d{1,9}")
 
 
 def _retry_after(response: aiohttp.ClientResponse) -> float | None:
-    """Seconds to wait, from either form of the header (RFC 9110, 10.2.3); None if it has neither form."""
+    """Seconds to wait, from either form of the header (RFC 9110, 10.2.3). None if absent or invalid."""
     text = response.headers.get("Retry-After", "").strip()
     if _SECONDS.fullmatch(text):
         return float(text)
@@ -573,7 +577,7 @@ def _translate(error: Exception) -> FetchError:
     if isinstance(error, aiohttp.ClientResponseError):
         return FetchError("bad_response", error.message)
     if isinstance(error, aiohttp.ClientPayloadError):
-        # Both mean an unfinished body, but garbage between chunks will be garbage again.
+        # Truncation is transient. Invalid chunk framing is not.
         unfinished = "Not enough data" in text or not isinstance(
             error.__cause__, aiohttp.http_exceptions.HttpProcessingError
         )

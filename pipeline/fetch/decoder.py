@@ -1,22 +1,21 @@
-"""Bytes from the web to a clean, small image: 8-bit sRGB, upright, opaque, without metadata.
+"""Decodes untrusted bytes into a clean, small image: 8-bit sRGB, upright, opaque, without metadata.
 
-`decode` is a pure function from bytes and options to a picture, with arguments and results that pickle. It reads what
-anyone sent: run it in a process that can be lost (`pipeline.fetch.sandbox`).
+`decode` is a pure function of bytes and options; its arguments and results pickle. Decoders may crash on hostile input,
+so run it in an expendable process (`pipeline.fetch.sandbox`).
 
-The rules, one per case, the same for every format:
+The rules, the same for every format:
 
-- The format is what the first bytes say, and one of JPEG, PNG, WebP, GIF, AVIF; no name or header is believed.
-- The size in the file's header is checked before anything is decoded.
-- Of an animation, the first frame; `animated` says so. Of a JPEG with further pictures (MPO), the first.
-- Orientation is applied, EXIF's or, where EXIF says none, that of XMP; sizes are those of the upright image.
-- An ICC profile is converted to sRGB (relative colorimetric); a broken one, or a part beyond PROFILE_BYTES, is ignored,
-  and so is everything else that a file says about its colours. CMYK without a profile is converted by Pillow's formula.
-- Transparency is laid on white.
-- Of 16 bits a channel, the high byte is taken, never clipped.
-- Metadata is passed over: nothing in it, broken, huge or hostile, costs the picture.
-- A JPEG is decoded at a reduced DCT scale that still covers the target, as `Rules.decode` says, if it is one that has
-  such scales (`_has_scales`).
-- What shrinks is averaged by area (`shrink`), what grows is interpolated by Lanczos, as img2dataset does.
+- The format is detected from the first bytes: JPEG, PNG, WebP, GIF or AVIF. File names and headers are ignored.
+- The size in the file's header is checked before decoding.
+- Animations yield the first frame and set `animated`. A JPEG with further pictures (MPO) yields the first.
+- Orientation is applied, from EXIF or else from XMP. Sizes are those of the upright image.
+- An ICC profile is converted to sRGB (relative colorimetric). A broken profile, any part of one beyond PROFILE_BYTES,
+  and all other colour information are ignored. CMYK without a profile is converted by Pillow's formula.
+- Transparency is composited on white.
+- 16-bit channels keep their high byte; values are not clipped.
+- Broken, huge or hostile metadata never fails the picture.
+- A JPEG that supports it (`_has_scales`) is decoded at a reduced DCT scale that covers the target; see `Rules.decode`.
+- Downscaling averages by area (`shrink`); upscaling interpolates by Lanczos, as img2dataset does.
 """
 
 from __future__ import annotations
@@ -52,39 +51,39 @@ EncodeFormat = Literal["jpg", "png", "webp"]
 DecodeMode = Literal["scaled", "fast", "exact"]
 HashType = Literal["md5", "sha1", "sha256", "sha512"]
 Box = Sequence[float]
-"""x_min, y_min, x_max, y_max of the upright image, from 0 to 1."""
+"""x_min, y_min, x_max, y_max in the upright image, from 0 to 1."""
 
-# The longest side that the encoded format can express.
+# The longest side supported by the encoded format, in pixels.
 MAX_SIDE = {"jpg": 65_500, "png": 65_500, "webp": 16_383}
 
-# How many times the target's size a reduced decoding has at least, in both directions.
+# Minimum size of a reduced decoding relative to the target, in both directions.
 _COVER = {"scaled": 1.5, "fast": 1.0}
-# Formats without a reduced decoding are averaged down in steps from this size on, unless `exact`.
+# Formats without reduced decoding are averaged down in steps from this size on, unless `exact`.
 _LARGE_PIXELS = 4_000_000
-# A progressive JPEG has some ten scans; each is a pass over all of it, so a small file of many takes minutes.
+# A progressive JPEG has about ten scans. Each passes over the whole picture, so a small file with many takes minutes.
 _MOST_SCANS = 100
-# What is read of one ICC profile: CMYK profiles have up to 3 MB.
+# Bytes read of an ICC profile. CMYK profiles have up to 3 MB.
 PROFILE_BYTES = 4 << 20
-# What is read of one text (XMP, EXIF in hex): its beginning, where a writer puts what counts.
+# Bytes read of a text chunk (XMP, EXIF in hex). The relevant fields come first.
 _TEXT_BYTES = 1 << 20
 # The column `exif`: characters of a value, bytes of the JSON. Longer values are cut, further tags left out.
 _EXIF_VALUE, _EXIF_BYTES = 1_000, 1 << 16
-# Reads of a block of EXIF: a few thousand are usual, and overlapping tables could ask for millions.
+# Reads per EXIF block. A few thousand are usual; overlapping tables could cause millions.
 _EXIF_READS = 20_000
 _SAME_FORMAT = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-# Broken metadata is everyday on the web, and said of no image in particular it is noise.
+# Broken metadata is common on the web, and these warnings do not name the image.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 logging.getLogger("exifread").setLevel(logging.CRITICAL)
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-# One image, one thread: the images are what runs in parallel.
+# One thread per image: images run in parallel.
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What to make of an image; names and meanings are img2dataset's."""
+    """Options of `decode`. Names and meanings are img2dataset's; see `pipeline.stages.download`."""
 
     image_size: int = 256
     resize_mode: ResizeMode = "keep_ratio_largest"
@@ -116,20 +115,20 @@ class Picture:
     animated: bool
     sha256: str
     phash: int | None
-    """imagehash.phash (64 bits, the first bit of its hex string highest) of the picture as it was encoded; None where
-    it was not asked for."""
+    """imagehash.phash of the picture as encoded: 64 bits, most significant bit first. None unless
+    `Rules.compute_phash`."""
     exif: str | None
     hash: str | None = None
-    """The digest that `Rules.compute_hash` asks for."""
+    """The digest selected by `Rules.compute_hash`."""
     hash_matches: bool | None = None
-    """Whether the body is the one that was claimed; None where nothing was."""
+    """Whether the body has the claimed digest; None without a claim."""
 
 
 def decode(body: bytes, rules: Rules, claim: str | None = None, blur: Sequence[Box] = ()) -> Picture:
-    """The picture in `body` by `rules`, with the parts in `blur` made unrecognisable.
+    """Decodes, resizes and re-encodes `body` by `rules`, and blurs the boxes in `blur`.
 
-    `claim` is the digest, in hex, that the body should have, where `rules.verify_hash` names its kind.
-    Raises FetchError, and only that, for whatever is wrong with the bytes.
+    `claim` is the expected digest of the body in hex, of the kind `rules.verify_hash`.
+    Raises only FetchError for bad input, and MemoryError.
     """
     try:
         return _decode(body, rules, claim, blur)
@@ -141,15 +140,15 @@ def decode(body: bytes, rules: Rules, claim: str | None = None, blur: Sequence[B
         raise FetchError("decode_error", str(error)) from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise FetchError("too_large", str(error)) from None
-    except UnidentifiedImageError:  # its message holds a memory address, and equal runs have equal ledgers
+    except UnidentifiedImageError:  # its message has a memory address, which would make ledgers differ between runs
         raise FetchError("decode_error", "broken header") from None
-    except Exception as error:  # decoders raise about everything (struct.error, SyntaxError, ...) on broken files
+    except Exception as error:  # decoders raise all kinds of errors (struct.error, SyntaxError, ...) on broken files
         raise FetchError("decode_error", f"{type(error).__name__}: {error}") from None
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """`decode` by the same rules again and again, to be sent to the process where it is to run."""
+    """`decode` with fixed rules, picklable for the process that runs it."""
 
     rules: Rules
 
@@ -159,8 +158,8 @@ class Decoder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self.rules.compute_phash:
-            # SciPy, which imagehash loads at first use, and the buffers of the BLAS: 80 MB of address space that would
-            # count against the first picture, and an end of the process where that leaves too little.
+            # Load SciPy (imagehash imports it at first use) and allocate BLAS buffers now. Their 80 MB of address space
+            # would otherwise count against the first picture's memory limit.
             phash(np.zeros((512, 512, 3), np.uint8))
 
 
@@ -197,24 +196,24 @@ def _decode(body: bytes, rules: Rules, claim: str | None, blur: Sequence[Box]) -
 
 
 _COSINES = np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1))
-"""(8, 32): the lowest frequencies of the DCT-II of 32 samples."""
+"""(8, 32): the lowest frequencies of a DCT-II of 32 samples."""
 _PILLOW_ONE = 1 << 22
-"""Pillow's weights are fixed-point numbers with so many parts."""
+"""1.0 in Pillow's fixed-point weights."""
 
 
 def phash(pixels: np.ndarray) -> int:
-    """imagehash.phash of (height, width, 3) uint8 RGB as an unsigned 64-bit number, in less than half the time."""
+    """Equals imagehash.phash of (height, width, 3) uint8 RGB, as an unsigned 64-bit integer, in under half the time."""
     image = Image.fromarray(pixels)
     small = _to_32(np.asarray(image.convert("L"))).astype(np.float64)
     low = _COSINES @ small @ _COSINES.T
     above = low - np.sort(low, axis=None)[31:33].mean()  # the median
-    # imagehash transforms by SciPy. Where rounding decides, it is to be its rounding.
+    # imagehash uses SciPy's DCT. If a bit depends on rounding, use SciPy's rounding.
     bits = above > 0 if np.abs(above).min() > 1e-6 else imagehash.phash(image).hash
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
 def _to_32(grey: np.ndarray) -> np.ndarray:
-    """Exactly Pillow's Lanczos resize of (height, width) uint8 to 32 by 32, by products of matrices of integers."""
+    """Bit-exact Pillow Lanczos resize of (height, width) uint8 to 32 × 32, as products of integer matrices."""
     height, width = grey.shape
     horizontal_first = _horizontal_first(width, height) if 32 < width <= 512 and 32 < height <= 512 else None
     if horizontal_first is None:
@@ -235,42 +234,41 @@ def _rounded(sums: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def _weights(side: int) -> np.ndarray:
-    """(side, 32) float64, what each of `side` pixels adds to each of 32: Pillow's own, by resizing pulses."""
+    """Pillow's resize weights from `side` to 32 pixels, (side, 32) float64, obtained by resizing unit pulses."""
     pulses = Image.fromarray(np.eye(side, dtype=np.int32) * _PILLOW_ONE)
     return np.asarray(pulses.resize((32, side), Image.Resampling.LANCZOS)).astype(np.float64)
 
 
 @functools.lru_cache(maxsize=4096)
 def _horizontal_first(width: int, height: int) -> bool | None:
-    """The order in which this Pillow resizes pictures of this size, found by trying; None: in another way."""
+    """Whether this Pillow resizes the horizontal axis first at this size, found by trial. None: neither order fits."""
     noise = np.random.default_rng(0).integers(0, 256, (height, width), np.uint8)
     wanted = np.asarray(Image.fromarray(noise).resize((32, 32), Image.Resampling.LANCZOS))
     return next((order for order in (True, False) if np.array_equal(_product(noise, order), wanted)), None)
 
 
 class _Found(NamedTuple):
-    """What a file holds."""
+    """The decoded content of a file."""
 
     pixels: np.ndarray
-    """(height, width, 3) RGB, upright; smaller than the picture where a reduced decoding covers the target."""
+    """(height, width, 3) RGB, upright; smaller than the picture if a reduced decoding covers the target."""
     size: tuple[int, int]
-    """(width, height) of the whole, upright picture."""
+    """(width, height) of the full-size, upright picture."""
     plan: Plan
     clean: bool
-    """The pixels are the plain samples of the file: not turned, neither converted from another colour space nor laid on
-    white, and the only ones."""
+    """True if the pixels are the file's own samples, of a single frame: not rotated, colour-converted or composited."""
     animated: bool
     exif: str | None
 
 
 def _read_bare(body: bytes, kind: str, rules: Rules) -> _Found | None:
-    """A picture without anything about it, as most are on the web, without Pillow; None where it is not one, or broken.
+    """Fast path without Pillow, for pictures without metadata, as most on the web are. None for others or broken ones.
 
-    Opening a JPEG in Pillow takes a twentieth of the time of decoding it; a PNG as a whole takes half again as long
-    there, and a WebP, since it might be animated, twice the time and thrice the memory.
+    Pillow would add 5% to decoding a JPEG and 50% to a PNG. A WebP would take twice the time and three times the
+    memory, since it may be animated.
     """
     size = bare_size(body, kind)
-    if size is None or (kind == "PNG" and size[0] * size[1] > _LARGE_PIXELS):  # which OpenCV would hold twice
+    if size is None or (kind == "PNG" and size[0] * size[1] > _LARGE_PIXELS):  # OpenCV would hold it twice
         return None
     _check_size(*size, rules)
     plan = plan_resize(*size, rules)
@@ -297,10 +295,10 @@ def _read(body: bytes, kind: str, rules: Rules) -> _Found:
 
 
 def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Rules) -> tuple[np.ndarray, bool]:
-    """The picture as (height, width, 3) RGB, not yet turned upright; and whether these are the plain samples of the
-    file, neither converted from another colour space nor laid on white.
+    """Returns (height, width, 3) RGB before rotation, and whether these are the file's own samples, neither
+    colour-converted nor composited.
 
-    `target` is the (width, height) that it will be resized to.
+    `target` is the (width, height) of the later resize.
     """
     if "progressive" in source.info and (scans := body.count(b"\xff\xda")) > _MOST_SCANS:
         raise FetchError("decode_error", f"{scans} scans")
@@ -315,22 +313,22 @@ def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Ru
     cover = _COVER.get(rules.decode)
     wanted = _reduced_size(body, source.size, target, rules) if source.format == "JPEG" else None
     if wanted:
-        # The mode is kept: draft to RGB would make a lie of a CMYK or grey profile.
+        # Keep the mode: a draft in RGB would no longer match a CMYK or grey profile.
         source.draft(source.mode, wanted)
     _load(source, area)
     clean = source.mode in ("RGB", "L") and not source.has_transparency_data and "icc_profile" not in source.info
-    if source.format == "PNG" and body[24] > 8:  # bits a channel, which Pillow reads as 8
+    if source.format == "PNG" and body[24] > 8:  # bits per channel; Pillow converts to 8
         clean = False
     image = _to_rgb(source)
     if cover and image.width * image.height > _LARGE_PIXELS:
-        # Before there is a second copy of it: what Pillow holds takes four bytes a pixel already.
+        # Reduce before making a second copy: Pillow already uses four bytes per pixel.
         image = image.reduce(max(1, int(min(image.width / target[0], image.height / target[1]) / cover)))
     return np.asarray(image), clean
 
 
 def _turbo_pixels(body: bytes, size: tuple[int, int], target: tuple[int, int], rules: Rules) -> np.ndarray | None:
-    """A JPEG in YCbCr, RGB or grey as (height, width, 3) RGB; None where it is broken: libjpeg mends what it can and
-    only warns, Pillow knows a truncated file from another."""
+    """Decodes a JPEG in YCbCr, RGB or grey to (height, width, 3) RGB. None if it is broken: libjpeg repairs what it can
+    and only warns, whereas Pillow detects truncated files."""
     least = _reduced_size(body, size, target, rules) or (0, 0)
     averaged = rules.decode in _COVER and min(size[0] / target[0], size[1] / target[1]) >= 1.5
     try:
@@ -339,7 +337,7 @@ def _turbo_pixels(body: bytes, size: tuple[int, int], target: tuple[int, int], r
             "RGB",
             min_width=least[0],
             min_height=least[1],
-            # Colour at half the resolution need not be interpolated where it is averaged right after.
+            # Subsampled chroma need not be interpolated if it is averaged right after.
             fastupsample=averaged,
             strict=True,
         )
@@ -350,15 +348,15 @@ def _turbo_pixels(body: bytes, size: tuple[int, int], target: tuple[int, int], r
 
 
 def _opencv_pixels(body: bytes) -> np.ndarray | None:
-    """(height, width, 3) RGB; None where it is broken."""
+    """(height, width, 3) RGB; None if broken."""
     return cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR_RGB)
 
 
 def _reduced_size(body: bytes, size: tuple[int, int], target: tuple[int, int], rules: Rules) -> tuple[int, int] | None:
-    """The least of a half, a quarter and an eighth of `size` (rounded up) that covers `target` as `rules.decode` says;
-    None where that is none, or the JPEG has no such scales.
+    """The smallest of 1/2, 1/4 and 1/8 of `size` (rounded up) that covers `target` by `rules.decode`; None if there is
+    none or the JPEG does not support scaling.
 
-    libjpeg-turbo knows other scales, but has no SIMD for them: most take longer than decoding in full.
+    libjpeg-turbo's other scales lack SIMD, and most take longer than decoding in full.
     """
     cover = _COVER.get(rules.decode)
     for divisor in (8, 4, 2):
@@ -368,14 +366,14 @@ def _reduced_size(body: bytes, size: tuple[int, int], target: tuple[int, int], r
 
 
 def _open(body: bytes, kind: str, size: tuple[int, int] | None) -> Image.Image:
-    """The picture in Pillow, its metadata as `exif`, `xmp` and `icc_profile` in `info`, where there are any."""
+    """Opens the picture in Pillow. `info` has any metadata as `exif`, `xmp` and `icc_profile`."""
     try:
         if kind == "PNG":
             picture, info, animated = _png_parts(body)
             source = Image.open(io.BytesIO(picture), formats=[kind])
             source.info.update(info, animated=animated)
         elif kind == "JPEG":
-            # Image.open would go through the further pictures of an MPO file, and fail where their table is broken.
+            # Image.open would parse the further pictures of an MPO file and fail if their table is broken.
             source = JpegImagePlugin.JpegImageFile(io.BytesIO(body))
             if source.width * source.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise FetchError("too_large", f"{source.width}x{source.height} pixels")
@@ -384,23 +382,23 @@ def _open(body: bytes, kind: str, size: tuple[int, int] | None) -> Image.Image:
             if kind == "GIF":
                 source.info["xmp"] = _gif_xmp(body)
     except OSError as error:
-        # libwebp's canvas, and its copy of the last frame.
+        # The memory of libwebp's canvas and its copy of the last frame.
         if kind == "WEBP" and size and _lacks(8 * size[0] * size[1]):
             raise MemoryError(str(error)) from None
         raise
     if icc := source.info.get("icc_profile"):
-        # Whatever is padded on behind the profile is none of it.
+        # Strip padding after the profile.
         source.info["icc_profile"] = icc[: min(int.from_bytes(icc[:4], "big"), PROFILE_BYTES)]
     return source
 
 
 def _load(source: Image.Image, area: int) -> None:
-    """`area` is that of the whole picture, in pixels, whatever part or scale of it is decoded."""
+    """`area` is that of the full-size picture in pixels, at whatever scale it is decoded."""
     try:
         source.load()
     except OSError as error:
-        # What a decoder holds beside the pixels: libjpeg 16 bits for each sample, of which Pillow tells the most that
-        # there may be; libwebp a plane of transparency and some rows.
+        # Memory beside the pixels: libjpeg holds 16 bits per sample (at most `layers` samples per pixel), libwebp an
+        # alpha plane and some rows.
         layers = len(getattr(source, "layer", ())) if "progressive" in source.info else 0
         if _lacks({"JPEG": 2 * layers, "WEBP": 4}.get(source.format or "", 0) * area):
             raise MemoryError(str(error)) from None
@@ -408,7 +406,7 @@ def _load(source: Image.Image, area: int) -> None:
 
 
 def _lacks(size: int) -> bool:
-    """Whether this process may not take `size` bytes more; asked where a decoder has failed and does not say why."""
+    """True if this process cannot allocate `size` more bytes. Called when a decoder fails without saying why."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if not size or limit == resource.RLIM_INFINITY:
         return False
@@ -416,7 +414,7 @@ def _lacks(size: int) -> bool:
 
 
 def sniff(body: bytes) -> str | None:
-    """Pillow's name of the format that the first bytes announce, None where it is not on the allow list."""
+    """Pillow's name of the format detected from the first bytes; None if it is not supported."""
     if body.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if body.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -431,9 +429,9 @@ def sniff(body: bytes) -> str | None:
 
 
 def header_size(body: bytes, kind: str) -> tuple[int, int] | None:
-    """(width, height) that the header claims, read without a decoder; None where opening decodes nothing (JPEG, AVIF).
+    """(width, height) from the header, parsed without a decoder; None for formats that are safe to open (JPEG, AVIF).
 
-    Opening a WebP makes the decoder allocate its canvas: the claim must be known before.
+    Opening a WebP allocates its canvas, so the size must be checked before.
     """
     if kind == "PNG" and body[12:16] == b"IHDR":
         return int.from_bytes(body[16:20], "big"), int.from_bytes(body[20:24], "big")
@@ -452,22 +450,21 @@ def header_size(body: bytes, kind: str) -> tuple[int, int] | None:
     return None
 
 
-# Segments of a JPEG that say nothing about its pixels: JFIF, comments, tables, restart intervals.
+# JPEG segments that do not affect the interpretation of pixels: JFIF, comments, tables, restart intervals.
 _BARE_SEGMENTS = frozenset({0xE0, 0xFE, 0xDB, 0xC4, 0xDD})
-# Markers of a JPEG with a frame header: all of C0 to CF but those for Huffman tables, extensions and arithmetic coding.
+# JPEG markers of frame headers: C0 to CF except those for Huffman tables, extensions and arithmetic coding.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-# Markers that no segment follows, or none that may come before a frame: TEM, RST0 to RST7, SOI, EOI, SOS.
+# Markers without a segment, or invalid before a frame: TEM, RST0 to RST7, SOI, EOI, SOS.
 _LONE_MARKERS = frozenset({0x00, 0x01, *range(0xD0, 0xDB), 0xFF})
 
 
 def bare_size(body: bytes, kind: str) -> tuple[int, int] | None:
-    """(width, height) of a baseline JPEG, a PNG of 8 bits without a palette, or a WebP, that has neither metadata nor a
-    profile, transparency or further frames: its header is all there is to know. None for any other file, and for a PNG
-    with a wrong checksum."""
+    """(width, height) of a baseline JPEG, an 8-bit PNG without a palette, or a WebP that has no metadata, profile,
+    transparency or further frames. None for any other file, and for a PNG with a wrong checksum."""
     if kind == "PNG":
         return header_size(body, kind) if _is_bare_png(body) else None
     if kind == "WEBP":
-        # The second: lossless, without its bit for transparency.
+        # VP8L: lossless; the bit is its alpha flag.
         opaque = body[12:16] == b"VP8 " or (body[12:16] == b"VP8L" and len(body) > 24 and not body[24] & 0x10)
         return header_size(body, kind) if opaque else None
     if kind == "JPEG" and (frame := _jpeg_frame(body)) and frame.bare and frame.marker in (0xC0, 0xC1):
@@ -483,11 +480,11 @@ class _Frame(NamedTuple):
     size: tuple[int, int]
     components: int
     bare: bool
-    """Only _BARE_SEGMENTS come before it."""
+    """True if only _BARE_SEGMENTS come before it."""
 
 
 def _jpeg_frame(body: bytes) -> _Frame | None:
-    """None where something else than segments comes before it: then libjpeg may find another one."""
+    """Finds the first frame header. None if anything but segments comes before it: libjpeg may find another one."""
     at, bare = 2, True
     while at + 10 <= len(body) and body[at] == 0xFF:
         marker, length = body[at + 1], int.from_bytes(body[at + 2 : at + 4], "big")
@@ -502,15 +499,15 @@ def _jpeg_frame(body: bytes) -> _Frame | None:
 
 
 def _has_scales(body: bytes) -> bool:
-    """Whether a JPEG can be decoded at a reduced scale: baseline, extended or progressive, Huffman-coded, 8 bits.
+    """True if a JPEG can be decoded at a reduced scale: baseline, extended or progressive, Huffman-coded, 8 bits.
 
-    libjpeg-turbo ignores the scale of a lossless one, and writes the whole picture into a buffer for the reduced one.
+    For a lossless JPEG, libjpeg-turbo ignores the scale and overflows the buffer sized for the reduced picture.
     """
     frame = _jpeg_frame(body)
     return frame is not None and frame.marker in (0xC0, 0xC1, 0xC2) and frame.bits == 8
 
 
-# Chunks of a PNG that say nothing about its pixels, and those that hold them. (Its gamma is ignored.)
+# PNG chunks with pixels, or with nothing that affects them here (gamma is ignored).
 _BARE_CHUNKS = frozenset({b"IHDR", b"IDAT", b"pHYs", b"tIME", b"gAMA", b"cHRM", b"sRGB"})
 
 
@@ -518,13 +515,13 @@ class _Chunk(NamedTuple):
     name: bytes
     data: memoryview
     whole: memoryview
-    """With its length, name and checksum."""
+    """Including length, name and checksum."""
     intact: bool
-    """Its checksum is right."""
+    """True if the checksum is correct."""
 
 
 def _chunks(body: bytes) -> Iterator[_Chunk]:
-    """The chunks of a PNG up to IEND, which does not come where the file is cut."""
+    """The chunks of a PNG up to IEND, or up to the end of a truncated file."""
     view, at = memoryview(body), 8
     while at + 12 <= len(body):
         end = at + 12 + int.from_bytes(view[at : at + 4], "big")
@@ -543,7 +540,7 @@ def _is_bare_png(body: bytes) -> bool:
         if not chunk.intact:
             return False
         if chunk.name == b"IEND":
-            # Bits a channel; grey or RGB.
+            # 8 bits per channel; grey or RGB.
             return body[12:16] == b"IHDR" and body[24] == 8 and body[25] in (0, 2)
         if chunk.name not in _BARE_CHUNKS:
             return False
@@ -551,18 +548,17 @@ def _is_bare_png(body: bytes) -> bool:
 
 
 def _png_parts(body: bytes) -> tuple[bytes, dict[str, bytes], bool]:
-    """A PNG without its metadata and further frames; its EXIF, XMP and profile as Pillow names them; and whether it has
-    further frames.
+    """Splits a PNG into: the file without metadata and further frames; its EXIF, XMP and profile by Pillow's names; and
+    whether it is animated.
 
-    Pillow refuses a PNG for much or broken metadata, and for frames that are out of order; browsers show it. As they
-    do, this passes over what is broken in a chunk that a reader need not know, and in no other: damage in the middle of
-    the pixels would come out as noise. Raises FetchError.
+    Pillow rejects a PNG with large or broken metadata, or with frames out of order; browsers show it. Like them, this
+    ignores damage in ancillary chunks. Damage in critical chunks raises FetchError: decoded pixels would be noise.
     """
     parts: list[bytes | memoryview] = [body[:8]]
     info: dict[str, bytes] = {}
     frames, pixels, name = 0, False, b""
     for name, data, whole, intact in _chunks(body):
-        if not name[0] & 0x20:  # a capital: critical
+        if not name[0] & 0x20:  # upper case: a critical chunk
             if not intact:
                 raise FetchError("decode_error", f"wrong checksum of {name!r}")
             pixels = pixels or name == b"IDAT"
@@ -571,7 +567,7 @@ def _png_parts(body: bytes) -> tuple[bytes, dict[str, bytes], bool]:
         elif name == b"acTL" and not pixels and not frames:
             frames = int.from_bytes(data[:4], "big")
         elif name == b"fcTL" and not pixels and frames:
-            frames -= 1  # the picture itself is the first of them
+            frames -= 1  # the default image is the first frame
         elif name != b"tRNS":
             for key, value in _png_metadata(name, data):
                 info.setdefault(key, value)
@@ -582,7 +578,7 @@ def _png_parts(body: bytes) -> tuple[bytes, dict[str, bytes], bool]:
     return b"".join(parts), info, 0 < frames < 1 << 31
 
 
-# Texts of a PNG that hold metadata, by their keyword; the raw profiles are ImageMagick's, in hex.
+# PNG text chunks with metadata, by keyword. The raw profiles are ImageMagick's, in hex.
 _PNG_TEXTS = {
     b"XML:com.adobe.xmp": "xmp",
     b"Raw profile type xmp": "xmp",
@@ -592,7 +588,7 @@ _PNG_TEXTS = {
 
 
 def _png_metadata(name: bytes, data: memoryview) -> Iterator[tuple[str, bytes]]:
-    """What an ancillary chunk of a PNG holds of EXIF, XMP or a profile, if anything."""
+    """Yields EXIF, XMP or a profile from an ancillary chunk of a PNG, if it has any."""
     if name == b"eXIf":
         yield "exif", bytes(data)
     if name not in (b"iCCP", b"tEXt", b"zTXt", b"iTXt"):
@@ -608,7 +604,7 @@ def _png_metadata(name: bytes, data: memoryview) -> Iterator[tuple[str, bytes]]:
             found = _unpacked(key, rest[1:], _TEXT_BYTES) if name == b"zTXt" else iter([(key, rest)])
         for _, text in found:
             if keyword.startswith(b"Raw"):
-                # A line with the kind, a line with the length, then hex.
+                # A line with the kind, a line with the length, then hex digits.
                 digits = b"".join(text.split()[2:])
                 with contextlib.suppress(ValueError):
                     yield key, bytes.fromhex(digits[: len(digits) & ~1].decode("ascii", "replace"))
@@ -617,14 +613,14 @@ def _png_metadata(name: bytes, data: memoryview) -> Iterator[tuple[str, bytes]]:
 
 
 def _unpacked(key: str, packed: bytes, most: int) -> Iterator[tuple[str, bytes]]:
-    """The first `most` bytes at most; nothing where they are broken."""
+    """Decompresses at most `most` bytes. Yields nothing if they are broken."""
     with contextlib.suppress(zlib.error):
         yield key, zlib.decompressobj().decompress(packed, most)
 
 
 def _gif_xmp(body: bytes) -> bytes:
-    """XMP stands in a GIF as it is, behind this name and before a trailer that leads out of it (Adobe's XMP
-    Specification, Part 3)."""
+    """The XMP of a GIF: raw text between this application name and the "magic trailer" (Adobe's XMP Specification,
+    Part 3)."""
     _, name, rest = body.partition(b"\x21\xff\x0bXMP DataXMP")
     return rest[:_TEXT_BYTES].partition(b"\x01\xff\xfe\xfd")[0] if name else b""
 
@@ -642,7 +638,7 @@ def _check_size(width: int, height: int, rules: Rules) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes are (width, height) in pixels: first scale, then cut or pad about the middle."""
+    """Sizes are (width, height) in pixels: first scale, then crop or pad about the centre."""
 
     scaled: tuple[int, int]
     final: tuple[int, int]
@@ -651,7 +647,7 @@ class Plan:
 
 
 def plan_resize(width: int, height: int, rules: Rules) -> Plan:
-    """Sizes by `resize_mode`, equal to img2dataset's for every input. Raises FetchError("too_large") if huge."""
+    """Sizes by `resize_mode`, equal to img2dataset's for every input. Raises FetchError("too_large")."""
     mode, target = rules.resize_mode, rules.image_size
     side = min(width, height) if mode in ("keep_ratio", "center_crop") else max(width, height)
     if mode == "no" or (rules.resize_only_if_bigger and side <= target):
@@ -690,14 +686,14 @@ def _resize(pixels: np.ndarray, plan: Plan, rules: Rules, blur: Sequence[Box]) -
 
 
 def shrink(pixels: np.ndarray, size: tuple[int, int], least: int = 2) -> np.ndarray:
-    """(height, width, 3) uint8 averaged by area down to `size` (width, height), in a third of cv2.INTER_AREA's time.
+    """Averages (height, width, 3) uint8 by area down to `size` (width, height), in a third of cv2.INTER_AREA's time.
 
-    OpenCV has SIMD for linear interpolation and for means of 2 by 2 pixels, but not for areas of other sizes. So:
-    linearly to `least` times the size, or to twice that as often as it takes for no pixel to be missed, and means from
-    there. With 2 that is a median 53 dB, and 45 dB at worst, from INTER_AREA, where encoding at quality 95 is 39
-    (photographs of benchmarks/corpus.py, ratios of 1.05 to 6); with 1, for ratios under 2, 48 and 43.
+    OpenCV has SIMD for linear interpolation and for 2 × 2 means, but not for other areas. So this interpolates linearly
+    to `least` times the size, doubled until no pixel is skipped, and halves from there. With `least` 2 the PSNR against
+    INTER_AREA is 53 dB in the median and 45 dB at worst (photographs of benchmarks/corpus.py, ratios of 1.05 to 6);
+    with 1, for ratios under 2, 48 and 43 dB. JPEG at quality 95 has 39 dB.
     """
-    if min(size) < 32:  # slivers: little to do, and what rounding does to their sides is much
+    if min(size) < 32:  # slivers: cheap, and rounding of their sides matters
         return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
     factor = least
     while min(pixels.shape[1] / size[0], pixels.shape[0] / size[1]) > 2 * factor:
@@ -710,8 +706,8 @@ def shrink(pixels: np.ndarray, size: tuple[int, int], least: int = 2) -> np.ndar
 
 
 def _blur(pixels: np.ndarray, boxes: Sequence[Box]) -> np.ndarray:
-    """Blurs the boxes, each widened by a tenth of its longer side, with soft edges (Yang et al. 2022, "A Study of Face
-    Obfuscation in ImageNet", as img2dataset does it): σ is a tenth of the longest side of any box."""
+    """Blurs the boxes, each widened by 10% of its longer side, with soft edges. σ is 10% of the longest side of any box
+    (Yang et al. 2022, "A Study of Face Obfuscation in ImageNet", as in img2dataset)."""
     height, width = pixels.shape[:2]
     mask = np.zeros((height, width, 1), np.float32)
     longest = 0.0
@@ -743,7 +739,7 @@ _ORIENTATION_TAG = 0x0112
 
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Upright pixels from those that EXIF calls turned and mirrored (2 to 8)."""
+    """Applies an EXIF orientation (2 to 8)."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
@@ -757,9 +753,9 @@ _XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])\s
 
 
 def _orientation(exif: object, xmp: object) -> int:
-    """1 to 8 as EXIF counts them: EXIF's, else that of XMP; 1 (upright) where both have none or are broken."""
+    """EXIF orientation, 1 to 8, from EXIF or else from XMP; 1 (upright) if absent or broken."""
     if isinstance(exif, bytes):
-        with contextlib.suppress(Exception):  # broken metadata does not make a broken image
+        with contextlib.suppress(Exception):  # broken metadata must not fail the image
             tags = Image.Exif()
             tags.load(exif)
             value = tags.get(_ORIENTATION_TAG)
@@ -772,7 +768,7 @@ def _orientation(exif: object, xmp: object) -> int:
 def _is_animated(image: Image.Image) -> bool:
     try:
         return bool(image.info.get("animated", getattr(image, "is_animated", False)))
-    except Exception:  # a broken second frame does not make the first one broken
+    except Exception:  # a broken second frame must not fail the first
         return False
 
 
@@ -783,7 +779,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     alpha = None
     if image.has_transparency_data:
         alpha = (image if image.mode in ("LA", "RGBA") else image.convert("RGBA")).getchannel("A")
-    # A profile is made for one of these.
+    # A profile applies to one of these modes.
     if image.mode in ("1", "LA"):
         image = image.convert("L")
     elif image.mode not in ("RGB", "L", "CMYK"):
@@ -808,10 +804,10 @@ def _grey_from_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
-# So few of them may be as large as PROFILE_BYTES, and what one image leaves behind counts against the next.
+# Small, since each profile may have PROFILE_BYTES and cached ones count against the memory limit of the next image.
 @functools.lru_cache(maxsize=16)
 def _srgb_transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """None where the profile is sRGB already, is broken, or is meant for another kind of image."""
+    """The transform to sRGB; None if the profile is sRGB already, broken, or for another mode."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(profile).lower():
@@ -822,7 +818,7 @@ def _srgb_transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
             mode,
             "RGB",
             renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            # One transform serves many threads, and the library's one-pixel cache is not made for that.
+            # Threads share the transform, and lcms's one-pixel cache is not thread-safe.
             flags=ImageCms.Flags.NOCACHE | ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
@@ -830,8 +826,8 @@ def _srgb_transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _exif(block: object) -> str | None:
-    """The EXIF tags as a JSON object of strings, as img2dataset stores them: `{}` without any, None where they are
-    broken or take more than _EXIF_READS to read."""
+    """The EXIF tags as a JSON object of strings, as in img2dataset: `{}` if there are none, None if they are broken or
+    need more than _EXIF_READS reads."""
     if not isinstance(block, bytes):
         return "{}"
     try:
@@ -844,12 +840,12 @@ def _exif(block: object) -> str | None:
                 break
             found[name] = text
         return json.dumps(found)
-    except Exception:  # as with orientation: broken metadata does not make a broken image
+    except Exception:  # broken metadata must not fail the image
         return None
 
 
 class _Metered(io.BytesIO):
-    """Raises EOFError when _EXIF_READS are used up, a read of a kilobyte or a part of one counted as one."""
+    """Raises EOFError after _EXIF_READS reads, each counted per started kilobyte."""
 
     left = _EXIF_READS
 

@@ -1,4 +1,4 @@
-"""Lists of hashes of files that must never be kept, whatever the url: known abuse, takedowns by content."""
+"""Lists of hashes of files that must never be kept, whatever their url: known abuse material, takedowns by content."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _KINDS = {32: "md5", 40: "sha1", 64: "sha256"}
 
 
 class DenyList:
-    """The digests of a text file: one a line in hex, md5, sha1 or sha256 by their length; `#` begins a comment.
+    """The digests in a text file: one per line in hex, md5, sha1 or sha256 by length. `#` begins a comment.
 
-    Compares bodies as they were fetched, byte for byte. Takes 16 to 32 bytes of memory a digest. Raises ValueError that
-    names file and line, or OSError.
+    Compares bodies as fetched, byte for byte. Uses 16 to 32 bytes of memory per digest. Raises OSError, or ValueError
+    that names file and line.
     """
 
     def __init__(self, path: str | Path):
@@ -39,11 +39,11 @@ class DenyList:
         return sum(len(digests) for digests in self._digests.values())
 
     def find(self, body: bytes) -> str | None:
-        """Under which hash `body` is listed, as "sha256 1f…"; None if it is not."""
+        """The listed digest of `body`, as "sha256 1f…"; None if it is not listed."""
         for kind, digests in self._digests.items():
             digest = hashlib.new(kind, body).digest()
             at = int(np.searchsorted(digests, np.array(digest)))
-            # As numpy keeps byte strings: without the zeros at their end, which at a fixed length loses nothing.
+            # numpy strips trailing zero bytes. At a fixed length that is unambiguous.
             if at < len(digests) and digests[at] == digest.rstrip(b"\0"):
                 return f"{kind} {digest.hex()}"
         return None

@@ -1,12 +1,11 @@
-"""Reads the head of a response as leniently as browsers and curl do, and passes it on in one strict spelling.
+"""Parses the head of a response as leniently as browsers and curl do, and rewrites it strictly for aiohttp.
 
-aiohttp's parser refuses much that is sloppy and still means one thing, and its limits are per line. So the head of each
-response is collected here, up to MAX_HEAD bytes, and rewritten: what has one meaning is spelled out, lines that nobody
-reads are left out, and what can be read in two ways is refused. docs/fetching.md lists each case and why it is safe.
+aiohttp's parser rejects many heads that are malformed but unambiguous, and its limits are per line. So each head is
+collected here, up to MAX_HEAD bytes, and rewritten: unambiguous parts are normalised, unused headers are dropped, and
+ambiguous heads are refused. docs/fetching.md lists each case and why it is safe.
 
-A client is the last reader of a response: there is nobody behind it who could be made to see other borders between
-messages. What remains to be guarded is the next response on the same connection, so a connection with anything doubtful
-is not used again.
+A client is the last reader of a response, so response smuggling can only affect the next response on the same
+connection. A connection with an ambiguous response is therefore not reused.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import BadHttpMessage
 
 MAX_HEAD = 256 * 1024
-"""Bytes of a response's head, interim responses included. Chrome allows as many, curl 300 KB, Firefox 384 KB; servers
-of pictures send 0.3 to 2 KB, and tens of KB where a site sends its whole content security policy along."""
+"""Largest head of a response in bytes, including interim responses. Chrome allows the same, curl 300 KB, Firefox
+384 KB. Image servers send 0.3 to 2 KB, or tens of KB with a long content security policy."""
 
 _READ = frozenset(
     b"connection content-encoding content-length content-usage location retry-after tdm-policy tdm-reservation "
     b"transfer-encoding x-robots-tag".split()
 )
-"""The headers that this package reads."""
+"""The headers used by this package."""
 
 _STATUS = re.compile(rb"HTTP/1\.([0-9])[ \t]+([0-9]{3})(?:[ \t].*)?", re.IGNORECASE)
 _END = re.compile(rb"\n\r?\n")
@@ -36,11 +35,11 @@ _LENGTH = re.compile(rb"[0-9]{1,19}")
 
 
 class BadHeadError(ValueError):
-    """A head that has no meaning, or more than one; the message says which."""
+    """A head that is invalid or ambiguous."""
 
 
 def strict(head: bytes) -> tuple[int, bytes]:
-    """The status, and the head as RFC 9112 spells it, for a status line, header lines and an empty line.
+    """Parses a status line, header lines and an empty line. Returns the status and the head in RFC 9112 form.
 
     Raises BadHeadError.
     """
@@ -83,19 +82,19 @@ def strict(head: bytes) -> tuple[int, bytes]:
 
 
 def _items(values: list[bytes]) -> set[bytes]:
-    """The different items of comma-separated lists, in lower case."""
+    """The distinct items of comma-separated lists, in lower case."""
     return {item.strip(b" \t") for value in values for item in value.lower().split(b",")} - {b""}
 
 
 class LenientResponse(ResponseHandler):
-    """aiohttp's side of a connection, with `strict` between the socket and the parser."""
+    """aiohttp's response protocol with `strict` between the socket and the parser."""
 
     _head: bytearray | None = None
-    """What has come of a head; None while a body comes, and before the first request."""
+    """The partial head; None while a body is read, and before the first request."""
     _seen = 0
-    """Bytes of this response's heads."""
+    """Bytes of this response's heads so far."""
     _sought = 0
-    """No head ends before this place of `_head`."""
+    """Offset in `_head` up to which no end of head was found."""
 
     def set_response_params(self, **options: object) -> None:
         self._head, self._seen, self._sought = bytearray(), 0, 0
@@ -123,7 +122,7 @@ class LenientResponse(ResponseHandler):
                 self.transport.close()
 
     def _end_of_head(self) -> int:
-        """How many bytes of `_head` the first head takes; 0 while its end is still to come."""
+        """Length of the first head in `_head`; 0 if it is incomplete."""
         assert self._head is not None
         if self._sought == 0 and (blank := _BLANK.match(self._head)):
             self._seen += blank.end()
@@ -139,7 +138,7 @@ class LenientResponse(ResponseHandler):
     def _body_received(self, data: bytes) -> None:
         payload = self._payload
         if data and self._parser is not None and (payload is None or payload.is_eof()):
-            # Behind the end of the body: never the beginning of the next response, which nobody has asked for yet.
+            # Data after the end of the body: no further request was sent, so this is not the next response.
             self._should_close = True
             if self.transport is not None:
                 self.transport.close()

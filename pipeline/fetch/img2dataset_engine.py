@@ -1,12 +1,12 @@
-"""img2dataset's own downloader behind our columns: for those who want exactly its behaviour, and as a second opinion.
+"""Runs img2dataset's own downloader behind our columns, for exactly its behaviour and as a test oracle.
 
-It runs in a process of its own: it swaps the standard streams for every image, which no neighbour survives, and a
-decoder that dies there takes only its row with it. Its results come back one by one through a pipe.
+It runs in its own process: it replaces the standard streams for every image, which breaks other threads, and a decoder
+crash there costs only its row. Results come back one by one through a pipe.
 
-It is img2dataset that talks to the web here, so our safety and manners do NOT hold. It follows redirects to private
-addresses, has neither a deadline for a row nor a cap on a body, asks no robots.txt, spares no host, and introduces
-itself as Firefox. Only urls that are not http or https (`file://` would read this machine's disk) are kept from it.
-Use it where nothing private can be reached.
+img2dataset does the fetching here, so our safety and politeness do NOT apply. It follows redirects to private
+addresses, has no deadline per row and no limit on body size, ignores robots.txt, has no per-host limits, and identifies
+itself as Firefox. Only urls other than http and https are withheld from it (`file://` would read the local disk). Use
+it only where no private service is reachable.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from PIL import Image
 from pipeline.fetch.decoder import Picture, phash, sniff
 from pipeline.fetch.deny import DenyList
 from pipeline.fetch.reasons import FetchError
-from pipeline.fetch.sandbox import FROM_OUTSIDE
+from pipeline.fetch.sandbox import EXTERNAL_SIGNALS
 
 GROUP_ROWS = 256
 PATIENCE = 120
-"""Seconds without a finished row, beyond what `timeout` and `retries` explain, after which it is taken to hang."""
+"""Seconds without a finished row, beyond what `timeout` and `retries` allow, after which it counts as hung."""
 RESIZER_OPTIONS = (
     "image_size",
     "resize_mode",
@@ -60,7 +60,8 @@ OUR_OPTIONS = (
 )
 Result = tuple[int, "Picture | FetchError"]
 
-# What img2dataset says (urllib's and OpenCV's words, mostly), the first that fits. It has no list of its own.
+# img2dataset has no closed list of errors. These patterns match its messages (mostly urllib's and OpenCV's); the first
+# match decides.
 _MESSAGES: tuple[tuple[str, str], ...] = (
     (r"infinite loop", "redirect_loop"),
     (r"HTTP Error (\d{3})", "http_"),
@@ -83,7 +84,7 @@ _MESSAGES: tuple[tuple[str, str], ...] = (
 
 
 def failure(status: str | None, message: str | None) -> FetchError:
-    """Our reason for a row that img2dataset gave up, from the `status` and `error_message` of its tables."""
+    """Maps `status` and `error_message` of img2dataset's tables to our reason."""
     detail = f"img2dataset: {message or status or 'no message'}"
     for pattern, reason in _MESSAGES:
         if found := re.search(pattern, message or ""):
@@ -92,11 +93,11 @@ def failure(status: str | None, message: str | None) -> FetchError:
 
 
 def download(table: pa.Table, options: Mapping[str, Any]) -> Iterator[list[Result]]:
-    """Runs img2dataset over the rows of a table: yields groups of (position in the table, picture or failure).
+    """Runs img2dataset over the rows of a table. Yields groups of (position in the table, picture or failure).
 
-    Every row comes out exactly once, in order of completion. `options` are those of `pipeline.stages.download`: of
-    them, RESIZER_OPTIONS and DOWNLOADER_OPTIONS have img2dataset's meanings (`timeout` is for a single wait on the
-    network, not for the row), OUR_OPTIONS ours, and all others none. RuntimeError if img2dataset cannot run at all.
+    Yields each row exactly once, in order of completion. `options` are those of `pipeline.stages.download`.
+    RESIZER_OPTIONS and DOWNLOADER_OPTIONS have img2dataset's meanings (`timeout` limits a single network wait, not the
+    row), OUR_OPTIONS have ours, and all others have no effect. Raises RuntimeError if img2dataset cannot run.
     """
     group: list[Result] = []
     for result in _rows(table, options):
@@ -137,29 +138,29 @@ def _rows(table: pa.Table, options: Mapping[str, Any]) -> Iterator[Result]:
                     yield rows[position], result
         rest = sorted(left)
         if child.stalled:
-            yield from ((row, FetchError("deadline", "img2dataset made no headway on any row")) for row in rest)
+            yield from ((row, FetchError("deadline", "img2dataset made no progress on any row")) for row in rest)
         elif not child.died:
             yield from ((row, FetchError("unexpected", "img2dataset lost the row")) for row in rest)
         elif len(rest) == 1:
             reason = "decoder_killed" if child.killed else "decoder_crash"
             yield rest[0], FetchError(reason, "img2dataset died on this row")
-        elif rest:  # whoever killed it is among these
+        elif rest:  # bisect to find the row that crashed it
             todo += [rest[: len(rest) // 2], rest[len(rest) // 2 :]]
 
 
 class _Child:
-    """One img2dataset at work: iterates over (position, result); afterwards tells how it ended."""
+    """One img2dataset process. Iterates over (position, result), then sets `died`, `killed` or `stalled`."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.died = self.killed = self.stalled = False
-        # A thread of it waits `timeout` for each byte, so servers that drip can hold all of them for ever.
+        # Its threads wait `timeout` for each byte, so slow servers can block all of them forever.
         self._patience = PATIENCE + job["timeout"] * (job["retries"] + 1)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         reader, writer = os.pipe()
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-            "NO_ALBUMENTATIONS_UPDATE": "1",  # it would ask the network for its newest version
+            "NO_ALBUMENTATIONS_UPDATE": "1",  # disables its online version check
         }
         try:
             self._process = subprocess.Popen(
@@ -174,24 +175,24 @@ class _Child:
             os.close(writer)
         self._results = Connection(reader, writable=False)
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:  # what it died of is told below
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:  # __iter__ reports why it died
             stdin.write(json.dumps(job).encode())
 
     def __iter__(self) -> Iterator[tuple[int, Picture | FetchError]]:
         try:
             while self._results.poll(self._patience):
-                told = json.loads(self._results.recv_bytes())
+                fields = json.loads(self._results.recv_bytes())
                 image = self._results.recv_bytes()
-                yield told.pop("position"), _result(told, image)
+                yield fields.pop("position"), _result(fields, image)
             self.stalled = True
             self._process.kill()
         except (EOFError, OSError):  # OSError: it died in the middle of a message
             status = self._process.wait()
-            self.died, self.killed = status < 0, -status in FROM_OUTSIDE
+            self.died, self.killed = status < 0, -status in EXTERNAL_SIGNALS
             if status > 0:
                 self._errors.seek(0)
-                said = self._errors.read().decode(errors="replace").strip().splitlines()
-                raise RuntimeError(f"engine: img2dataset does not run here: {said[-1] if said else status}") from None
+                stderr = self._errors.read().decode(errors="replace").strip().splitlines()
+                raise RuntimeError(f"engine: img2dataset failed to run: {stderr[-1] if stderr else status}") from None
 
     def close(self) -> None:
         self._process.kill()
@@ -200,19 +201,19 @@ class _Child:
         self._errors.close()
 
 
-def _result(told: dict[str, Any], image: bytes) -> Picture | FetchError:
-    if "reason" in told:
-        return FetchError(told["reason"], told["detail"])
-    status, message = told.pop("status"), told.pop("error_message")
-    return Picture(image=image, **told) if status == "success" else failure(status, message)
+def _result(fields: dict[str, Any], image: bytes) -> Picture | FetchError:
+    if "reason" in fields:
+        return FetchError(fields["reason"], fields["detail"])
+    status, message = fields.pop("status"), fields.pop("error_message")
+    return Picture(image=image, **fields) if status == "success" else failure(status, message)
 
 
 # --- In the child -----------------------------------------------------------------------------------------------------
 
 
 class _Resizer:
-    """img2dataset's resizer behind our list of denied hashes. Keeps the body for the writer, whose turn comes next in
-    the same thread, since img2dataset tells little of it."""
+    """img2dataset's resizer with our denied hashes in front. Keeps the body for the writer, which runs next in the same
+    thread and needs more about the body than img2dataset passes on."""
 
     def __init__(self, resizer: Any, denied: DenyList | None) -> None:
         self._resizer, self._denied = resizer, denied
@@ -228,23 +229,23 @@ class _Resizer:
 
 
 class _Writer:
-    """What img2dataset calls a sample writer: sends each row to the parent."""
+    """An img2dataset sample writer that sends each row to the parent."""
 
     def __init__(self, results: Connection, resizer: _Resizer, job: dict[str, Any], *_: object) -> None:
         self._results, self._resizer, self._job = results, resizer, job
 
     def write(self, image: bytes | None, key: str, _: object, meta: dict[str, Any]) -> None:
-        told: dict[str, Any] = {"status": meta["status"], "error_message": meta["error_message"]}
+        fields: dict[str, Any] = {"status": meta["status"], "error_message": meta["error_message"]}
         if self._resizer.refused:
-            told, self._resizer.refused = {"reason": "denied_hash", "detail": self._resizer.refused}, None
+            fields, self._resizer.refused = {"reason": "denied_hash", "detail": self._resizer.refused}, None
         elif image is not None:
-            told |= self._measured(image, meta)
-            told |= self._hashes(self._job["columns"].get("claim", {int(key): None})[int(key)])
-        told["position"] = int(key)
+            fields |= self._measured(image, meta)
+            fields |= self._hashes(self._job["columns"].get("claim", {int(key): None})[int(key)])
+        fields["position"] = int(key)
         try:
-            self._results.send_bytes(json.dumps(told).encode())
+            self._results.send_bytes(json.dumps(fields).encode())
             self._results.send_bytes(image or b"")
-        except OSError:  # the parent is gone, and img2dataset would go on without it
+        except OSError:  # the parent is gone; img2dataset would continue
             os._exit(0)
 
     def _measured(self, image: bytes, meta: dict[str, Any]) -> dict[str, Any]:
@@ -268,13 +269,13 @@ class _Writer:
 
     def _hashes(self, claim: str | None) -> dict[str, Any]:
         body, kind = self._resizer.body, self._job["compute_hash"]
-        told: dict[str, Any] = {"hash": hashlib.new(kind, body).hexdigest() if kind else None}
+        fields: dict[str, Any] = {"hash": hashlib.new(kind, body).hexdigest() if kind else None}
         if claim is not None:
             kind = self._job["verify_hash"][1]
-            told["hash_matches"] = hashlib.new(kind, body).hexdigest() == claim.strip().lower()
-            if not told["hash_matches"] and self._job["hash_mismatch"] == "reject":
-                told |= {"reason": "hash_mismatch", "detail": f"{kind} is not {claim}"}
-        return told
+            fields["hash_matches"] = hashlib.new(kind, body).hexdigest() == claim.strip().lower()
+            if not fields["hash_matches"] and self._job["hash_mismatch"] == "reject":
+                fields |= {"reason": "hash_mismatch", "detail": f"{kind} is not {claim}"}
+        return fields
 
     def close(self) -> None:
         pass

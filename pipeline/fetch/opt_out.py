@@ -1,8 +1,8 @@
-"""What publishers say about the use of an image: X-Robots-Tag, Content-Usage (IETF aipref) and TDMRep.
+"""Parses publishers' opt-outs: X-Robots-Tag, Content-Usage (IETF aipref) and TDMRep.
 
-X-Robots-Tag is of the search engines (developers.google.com/search/docs/crawling-indexing/robots-meta-tag), its
-directives `noai` and `noimageai` of DeviantArt, `noml` of noml.info. Content-Usage is a header and a rule of robots.txt
-(draft-ietf-aipref-attach-05, draft-ietf-aipref-vocab-08). TDMRep (W3C Community Group, final report of 2024) has a
+X-Robots-Tag comes from search engines (developers.google.com/search/docs/crawling-indexing/robots-meta-tag); DeviantArt
+added the directives `noai` and `noimageai`, noml.info added `noml`. Content-Usage is a header and a robots.txt rule
+(draft-ietf-aipref-attach-05, draft-ietf-aipref-vocab-08). TDMRep (W3C Community Group, final report of 2024) defines a
 header and the file `/.well-known/tdmrep.json`.
 """
 
@@ -14,18 +14,18 @@ from collections.abc import Collection, Iterable, Sequence
 
 from pipeline.fetch.robots import Pattern
 
-# Directives that carry a value after a colon; any other name before a colon is that of the crawler that is addressed.
+# Directives with a value after a colon. Any other name before a colon is the crawler that is addressed.
 _VALUED = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
-# A comma may stand within a date as well: in "Wed, 25 Jun 2030 15:00:00 GMT", "25 Jun 2030 15" is nobody's name.
+# Dates contain commas and colons too: "25 Jun 2030 15" in "Wed, 25 Jun 2030 15:00:00 GMT" is not a crawler name.
 _NAME = re.compile(r"\*|[a-z_-][a-z0-9._/-]*")
 
 
 def disallowed_directive(headers: Iterable[str], user_agent_token: str, disallowed: Collection[str]) -> str | None:
-    """The first directive of `headers` (the values of X-Robots-Tag) that forbids us the image, or None.
+    """The first directive in `headers` (the values of X-Robots-Tag) that disallows the image, or None.
 
-    `otherbot: noai` concerns otherbot alone, and so does what follows it in the same header, up to the next name
+    `otherbot: noai` applies only to otherbot, and so do the directives after it in the same header, up to the next name
     (developers.google.com/search/docs/crawling-indexing/robots-meta-tag). `none` means `noindex, nofollow`.
-    `disallowed` is in lower case.
+    `disallowed` must be lower case.
     """
     ours = user_agent_token.lower()
     for value in headers:
@@ -43,14 +43,14 @@ def disallowed_directive(headers: Iterable[str], user_agent_token: str, disallow
 
 
 def reserves_mining(headers: Iterable[str]) -> bool:
-    """True if a value of `tdm-reservation` reserves the rights in text and data mining."""
-    # The report knows 0 and 1; a proxy may have joined two headers.
+    """True if a `tdm-reservation` header reserves text and data mining rights."""
+    # TDMRep defines 0 and 1. A proxy may have joined two headers.
     return any(item.strip() == "1" for value in headers for item in value.split(","))
 
 
 # --- Content-Usage ----------------------------------------------------------------------------------------------------
 
-# A dictionary of structured fields (RFC 9651, 4.2.2), each alternative as strict as the RFC's algorithm.
+# A structured-fields dictionary (RFC 9651, 4.2.2), as strict as the RFC's parsing algorithm.
 _KEY = r"[a-z*][a-z0-9_.*-]*"
 _BARE_ITEM = (
     r"(?:-?[0-9]{1,12}\.[0-9]{1,3}|@?-?[0-9]{1,15}"  # decimal, integer, date
@@ -63,14 +63,14 @@ _MEMBER = re.compile(rf"({_KEY})(?:=({_INNER_LIST}|{_BARE_ITEM}))?{_PARAMETERS}(
 
 
 MAX_EXPRESSION = 8190
-"""Characters of an expression that is read: as much as the parser of headers lets through."""
+"""Longest expression parsed, in characters: aiohttp's header limit."""
 
 
 def preference(expression: str, categories: Sequence[str]) -> bool | None:
-    """True if `expression` allows the use of an image, False if it disallows it, None if it says neither.
+    """True if `expression` allows the use of an image, False if it disallows it, None if it states no preference.
 
-    The first of `categories` ("train-ai") with a stated preference decides. A preference is one of the tokens y and n,
-    the last one of a repeated key; an expression that is not a dictionary of RFC 9651 states none
+    The first of `categories` ("train-ai") with a stated preference decides. A preference is the token y or n; the last
+    value of a repeated key counts. An expression that is not an RFC 9651 dictionary states no preference
     (draft-ietf-aipref-vocab, "Processing Algorithm").
     """
     stated: dict[str, str] = {}
@@ -90,23 +90,23 @@ def preference(expression: str, categories: Sequence[str]) -> bool | None:
 
 
 class Reservations:
-    """The rules of one `/.well-known/tdmrep.json`: the first whose `location` matches decides."""
+    """The rules of a `/.well-known/tdmrep.json`. The first rule whose `location` matches decides."""
 
     def __init__(self, rules: Iterable[tuple[str, bool | None]] = ()):
-        """`rules`: patterns as in robots.txt; True where rights are reserved, None where the value is an error."""
+        """`rules`: robots.txt-style patterns with True if rights are reserved, False if not, None if invalid."""
         self._rules = [(Pattern(location), reserved) for location, reserved in rules]
         self.size = sum(len(pattern.text) + 200 for pattern, _ in self._rules)
-        """Bytes that the rules take in memory, roughly."""
+        """Approximate memory use, in bytes."""
 
     def reserved(self, target: str) -> bool | None:
-        """`target`: path and query of a url, percent-encoded. None where the file says nothing."""
+        """`target`: percent-encoded path and query. Returns None if no rule applies."""
         if not self._rules:
             return None
         return next((reserved for pattern, reserved in self._rules if pattern.matches(target)), None)
 
 
 def reservations(text: bytes) -> Reservations:
-    """A tdmrep.json. What is not an array of rules says nothing, and neither does a rule without a location."""
+    """Parses a tdmrep.json. Ignores anything that is not an array of rules, and rules without a location."""
     try:
         rules = json.loads(text)
     except (ValueError, RecursionError):
@@ -115,7 +115,7 @@ def reservations(text: bytes) -> Reservations:
     for rule in rules if isinstance(rules, list) else ():
         location = rule.get("location") if isinstance(rule, dict) else None
         if isinstance(location, str) and location:
-            value = str(rule.get("tdm-reservation"))  # "1" in quotes is a slip that means 1
+            value = str(rule.get("tdm-reservation"))  # accept the string "1" as 1
             path = location if location[0] in "/*" else f"/{location}"
             found.append((path, {"0": False, "1": True}.get(value)))
     return Reservations(found)

@@ -1,4 +1,4 @@
-"""Resolves host names to public addresses, once for all rows."""
+"""Resolves host names to public addresses, with a cache shared by all rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.fetch.reasons import FetchError
 
 RESOLVER_THREADS = 32
 DNS_SECONDS = 8.0
-"""The longest that a lookup may take, the wait for a thread included; the system's resolver may try for 30 s."""
+"""Timeout of a lookup, including the wait for a thread. The system resolver may try for 30 s."""
 DNS_TTL = 300.0
 DNS_RETRY_TTL = 5.0
 DNS_ENTRIES = 50_000
@@ -29,9 +29,9 @@ def system_lookup(host: str) -> list[str]:
 
 
 class Resolver(AbstractResolver):
-    """Resolves host names to public addresses. Caches answers and failures; one lookup at a time for each name.
+    """Resolves host names to public addresses. Caches answers and failures. Runs one lookup at a time per name.
 
-    Lookups have threads of their own, so that names that never answer hold up nothing but each other.
+    Lookups run in their own threads, so names that never resolve block only other lookups.
     """
 
     def __init__(self, guard: Guard, lookup: Lookup):
@@ -39,12 +39,12 @@ class Resolver(AbstractResolver):
         self._lookup = lookup
         self._threads = ThreadPoolExecutor(RESOLVER_THREADS, thread_name_prefix="dns")
         self._known: dict[str, tuple[float, list[str] | FetchError]] = {}
-        self._asking: dict[str, asyncio.Task[list[str] | FetchError]] = {}
+        self._lookups: dict[str, asyncio.Task[list[str] | FetchError]] = {}
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        """Raises FetchError: `dns`, `dns_unavailable`, or `addr_denied` where no address of the host is public."""
+        """Raises FetchError: `dns`, `dns_unavailable`, or `addr_denied` if the host has no public address."""
         addresses = await self._addresses(host.lower().removesuffix("."))
         allowed = []
         for address in addresses:
@@ -68,26 +68,26 @@ class Resolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        # A question cannot be taken back; its thread ends with the answer.
+        # A running lookup cannot be cancelled; its thread ends with the answer.
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _addresses(self, host: str) -> list[str]:
         expires, known = self._known.get(host, (0.0, []))
         if expires < time.monotonic():
-            if host not in self._asking:
-                self._asking[host] = asyncio.create_task(self._ask(host))
-            # Shielded: the row that asked may run out of time while others still wait for the answer.
-            known = await asyncio.shield(self._asking[host])
+            if host not in self._lookups:
+                self._lookups[host] = asyncio.create_task(self._query(host))
+            # Shielded: this row may run out of time while others still wait for the answer.
+            known = await asyncio.shield(self._lookups[host])
         if isinstance(known, FetchError):
-            # A fresh one: an exception raised again would drag every earlier row's traceback along.
+            # A new instance: raising the same exception again would accumulate tracebacks.
             raise FetchError(known.reason, known.detail)
         return known
 
-    async def _ask(self, host: str) -> list[str] | FetchError:
+    async def _query(self, host: str) -> list[str] | FetchError:
         answer: list[str] | FetchError
         try:
             loop = asyncio.get_running_loop()
-            # Given up while it still waits for a thread, a question is not asked at all.
+            # On timeout, a lookup that still waits for a thread is cancelled.
             answer = await asyncio.wait_for(loop.run_in_executor(self._threads, self._lookup, host), DNS_SECONDS)
             if not answer:
                 answer = FetchError("dns", f"{host} has no address")
@@ -96,10 +96,10 @@ class Resolver(AbstractResolver):
         except socket.gaierror as error:
             gone = error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
             answer = FetchError("dns" if gone else "dns_unavailable", f"{host}: {error.strerror}")
-        except (OSError, ValueError) as error:  # ValueError: a name that cannot be encoded
+        except (OSError, ValueError) as error:  # ValueError: the name cannot be encoded
             answer = FetchError("dns", f"{host}: {error}")
         finally:
-            del self._asking[host]
+            del self._lookups[host]
         if len(self._known) >= DNS_ENTRIES:
             del self._known[next(iter(self._known))]
         lasting = isinstance(answer, list) or not answer.transient

@@ -1,9 +1,7 @@
-"""robots.txt: which paths of a site we may request, read exactly as RFC 9309 (2022) says, and for which use.
+"""Parses robots.txt (RFC 9309, 2022) with the Content-Usage rules of draft-ietf-aipref-attach-05, section 3.
 
-The latter are the Content-Usage rules of draft-ietf-aipref-attach-05, section 3; `pipeline.fetch.opt_out` reads their
-values.
-
-`urllib.robotparser` is no help: it takes the first rule that fits instead of the longest, and knows no wildcards.
+`pipeline.fetch.opt_out` parses the values of Content-Usage. `urllib.robotparser` is not used: it takes the first
+matching rule instead of the longest, and does not support wildcards.
 """
 
 from __future__ import annotations
@@ -15,9 +13,9 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 MAX_BYTES = 500 * 1024
-"""What is read of a file: the least that RFC 9309, 2.5 asks for."""
+"""Bytes parsed of a file: the minimum required by RFC 9309, 2.5."""
 MAX_CRAWL_DELAY = 10.0
-"""The longest `Crawl-delay` that is granted, in seconds: it is no part of the RFC, and a day of it would be a ban."""
+"""Longest `Crawl-delay` honoured, in seconds. It is not in the RFC, and a delay of a day would amount to a ban."""
 
 _RECORD = re.compile(
     rb"^[ \t]*(user-agent|allow|disallow|crawl-delay|content-usage)[ \t]*:[ \t]*([^#\n]*)", re.IGNORECASE | re.M
@@ -27,46 +25,46 @@ _TOKEN = re.compile(rb"\*(?=\s|$)|[A-Za-z0-9_-]+")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 _SPELT = re.compile(rb"[\x21-\x24\x26-\x7e]*")
 _OUTSIDE = re.compile(rb"[^\x21-\x7e]")
-# What may stand in a path as it is (RFC 3986, pchar), less the two characters that mean something in a rule.
+# Characters allowed unescaped in a path (RFC 3986, pchar), except `*` and `$`, which are special in a rule.
 _PCHAR = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~!&'()+,;=:@")
 _IN_QUERY = _PCHAR | frozenset(b"/?")
 
 
 class Pattern:
-    """A path of robots.txt with its wildcards (RFC 9309, 2.2.3)."""
+    """A robots.txt path with wildcards (RFC 9309, 2.2.3)."""
 
     __slots__ = ("_anchored", "_first", "_pieces", "text")
 
     def __init__(self, text: str):
-        """`text` may be in any spelling."""
+        """`text` need not be normalised."""
         self.text = normal(text.encode("utf-8", "replace"), pattern=True)
         self._anchored = self.text.endswith("$")
         self._first, *self._pieces = self.text.removesuffix("$").split("*")
 
     def matches(self, target: str) -> bool:
-        """`target`: path and query of a url, percent-encoded."""
+        """`target`: percent-encoded path and query of a url."""
         return self.fits(comparable(target))
 
     def fits(self, target: str) -> bool:
-        """As `matches`, for a target that is `comparable`."""
+        """Like `matches`, for a target normalised by `comparable`."""
         return target.startswith(self._first) and _fits(target, len(self._first), [*self._pieces], self._anchored)
 
 
 class Rules(Generic[T]):
-    """Values by pattern; for a target, those of the longest pattern that fits, and of all others as long as that."""
+    """Maps patterns to values. A lookup returns the values of the longest matching patterns."""
 
     def __init__(self, rules: Mapping[str, T]):
-        """`rules`: by normalised pattern."""
+        """`rules`: values by normalised pattern."""
         self.size = sum(map(len, rules)) + 100 * len(rules)
-        """Bytes that the rules take in memory, roughly."""
-        # Plain prefixes, most of all rules, are looked up: a file of 10,000 lines costs no more than one of ten.
+        """Approximate memory use, in bytes."""
+        # Most rules are plain prefixes. They are looked up by hash, so a file of 10,000 lines costs no more than ten.
         self._plain = {rule: value for rule, value in rules.items() if "*" not in rule and not rule.endswith("$")}
         self._lengths = sorted(set(map(len, self._plain)), reverse=True)
         wild = sorted((rule for rule in rules if rule not in self._plain), key=len, reverse=True)
         self._wild = [(len(rule), Pattern(rule), rules[rule]) for rule in wild]
 
     def longest(self, target: str) -> list[T]:
-        """`target`: path and query of a url, percent-encoded."""
+        """`target`: percent-encoded path and query of a url."""
         if not self._plain and not self._wild:
             return []
         target = comparable(target)
@@ -95,31 +93,31 @@ class Robots:
         crawl_delay: float = 0.0,
         found: bool = False,
     ):
-        """`access`: normalised patterns, True where they allow. `usage`: the values of Content-Usage by pattern.
+        """`access`: normalised patterns, True for Allow. `usage`: Content-Usage values by normalised pattern.
 
-        `crawl_delay`: seconds between two requests. `found`: the host has such a file.
+        `crawl_delay`: seconds between requests. `found`: whether the host has a robots.txt.
         """
         self.found = found
         self._access = Rules(access or {})
         self._usage = Rules(usage or {})
         self.crawl_delay = crawl_delay
         self.size = self._access.size + self._usage.size + sum(len(v) for vs in (usage or {}).values() for v in vs)
-        """Bytes that the rules take in memory, roughly."""
+        """Approximate memory use, in bytes."""
 
     def allows(self, target: str) -> bool:
-        """`target`: path and query of a url, percent-encoded. `Allow` decides where two rules are as long."""
+        """`target`: percent-encoded path and query of a url. `Allow` wins between rules of equal length."""
         found = self._access.longest(target)
         return any(found) if found else True
 
     def usage(self, target: str) -> list[str]:
-        """The preferences for what is at `target`. Several apply separately: each of them may disallow a use."""
+        """The Content-Usage values that apply to `target`. Each of them may disallow a use."""
         return list(dict.fromkeys(value for values in self._usage.longest(target) for value in values))
 
 
 def parse(text: bytes, token: str) -> Robots:
-    """What a robots.txt says to the crawler `token`: all groups that name it together, else those for `*`."""
+    """Parses the rules for the crawler `token`: all groups that name it, merged, else the groups for `*`."""
     if len(text) > MAX_BYTES:
-        # Half a rule would be another rule: "/" is half of "/private".
+        # Cut at a line end: a truncated rule is another rule ("/" is half of "/private").
         text = text[:MAX_BYTES]
         text = text[: max(text.rfind(b"\n"), text.rfind(b"\r")) + 1]
     text = text.removeprefix(b"\xef\xbb\xbf").replace(b"\r", b"\n")
@@ -144,7 +142,7 @@ def parse(text: bytes, token: str) -> Robots:
                 delays[agent_name] = _seconds(value)
         elif key == b"content-usage":
             in_rules = True
-            # A path is optional, and always begins with a slash.
+            # The path is optional and begins with a slash.
             path, expression = _PATH.match(value).groups(b"")  # type: ignore[union-attr]
             for agent_name in agents:
                 pattern = normal(path, pattern=True)
@@ -161,17 +159,17 @@ def parse(text: bytes, token: str) -> Robots:
 
 
 def comparable(target: str) -> str:
-    """Path and query of a url in the spelling in which patterns are compared with it."""
+    """Normalises the path and query of a url for comparison with patterns."""
     if "%" in target or "*" in target or "$" in target:
         return normal(target.encode(), pattern=False)
     return target
 
 
 def normal(path: bytes, *, pattern: bool) -> str:
-    """A path or a pattern in the one spelling in which they are compared (RFC 9309, 2.2.2).
+    """Normalises a path or a pattern for comparison (RFC 9309, 2.2.2).
 
-    Escapes that need not be are resolved, the others are in upper case, and what is no printable ASCII is escaped.
-    `*` and `$` of a url are escaped; those of a pattern mean something (2.2.3).
+    Decodes unnecessary escapes, upper-cases the others, and escapes everything that is not printable ASCII. Escapes `*`
+    and `$` in a url; in a pattern they are special (2.2.3).
     """
     text = path
     if not _SPELT.fullmatch(path):
@@ -193,7 +191,7 @@ def _spelling(text: bytes, plain: frozenset[int]) -> bytes:
 
 
 def _fits(target: str, at: int, pieces: list[str], anchored: bool) -> bool:
-    """Piece by piece from the left, each as early as possible: no pattern makes this go back and try again."""
+    """Matches the pieces greedily from the left, without backtracking."""
     if not pieces:
         return not anchored or at == len(target)
     last = pieces.pop() if anchored else ""

@@ -1,14 +1,13 @@
-"""Calls a function in processes that can be lost: a call that kills, hangs or fills one costs only itself.
+"""Calls a function in expendable processes: a call that crashes, hangs or exhausts memory fails only itself.
 
     async with Sandbox(partial(decode, rules=rules), processes=2, seconds=20, memory=512_000_000) as sandbox:
         picture = await sandbox(body)
 
-The processes are fresh interpreters, never forks: the parent may have threads. Each works on one call at a time, with
-the next already in its socket, so that it need not wait for a busy event loop. A call is one write and one read for the
-parent; slots of shared memory save a third of that, 1% of decoding an image, and would have to fit every size of body.
+The processes are fresh interpreters, never forks, because the parent may have threads. Each runs one call at a time and
+has the next one in its socket, so it does not wait for a busy event loop. A call costs the parent one write and one
+read. Shared memory would save a third of that (1% of decoding an image) but need slots for every size of body.
 
-This is for accidents, not a wall against attackers: a child has the rights of its parent, and its answers are
-unpickled.
+This protects against accidents, not attackers: a child has the privileges of its parent, and its answers are unpickled.
 """
 
 from __future__ import annotations
@@ -39,45 +38,45 @@ from pipeline.fetch.reasons import FetchError
 
 T = TypeVar("T")
 
-# A deadlock takes no CPU time; a machine with some times more work than cores is merely busy.
+# Wall time allowed per CPU time: catches deadlocks, which use no CPU, yet tolerates an overloaded machine.
 WALL_FACTOR = 5
-# Processes in a row that die before they begin a call. One may be bad luck (a kill for memory), this many are not.
-STARTS = 3
-FROM_OUTSIDE = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
-"""Signals that no picture raises in its decoder: someone else sends them (the OOM killer, an operator, a shutdown)."""
-# Times that a call is begun, if its process is killed from outside each time.
-BEGINS = 3
-# Calls that a child has at once: the one it works on and the next.
+# Consecutive processes that may die before they begin a call until the sandbox fails. One may be an OOM kill.
+MAX_FAILED_STARTS = 3
+EXTERNAL_SIGNALS = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
+"""Signals that a decoder never raises: they come from the OOM killer, an operator or a shutdown."""
+# Attempts at a call whose process is killed externally each time.
+MAX_ATTEMPTS = 3
+# Calls assigned to a child at once: the running one and the next.
 DEPTH = 2
-# Bytes of address space that calls may leave behind in a child, as imported modules do, at no cost for those to come.
-LEFT = 160_000_000
+# Bytes of address space that calls may leave allocated in a child, such as imported modules, free of charge.
+RETAINED_BYTES = 160_000_000
 
-_SOCKET_BYTES = 1 << 20  # most bodies as a whole, if the system grants it
+_SOCKET_BYTES = 1 << 20  # fits most bodies, if the system grants it
 _ANSWER_BYTES = 1 << 16  # most answers in one read
 _REQUEST = struct.Struct("=QQ")  # bytes of the pickled arguments, bytes of the body
 _SIZE = struct.Struct("=Q")
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
-_KEPT_BYTES = 16 << 20  # the largest of web pictures; more would count against what a worker may hold
-# The children are what runs in parallel; a pool of threads in each would only cost memory.
+_KEPT_BYTES = 16 << 20  # fits the largest web pictures; more would count against the worker's memory
+# Children run in parallel; a thread pool in each would only cost memory.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
 
-# Kinds of answers.
+# Kinds of answers from a child.
 _READY, _UNUSABLE, _RESULT, _FAILURE, _EXHAUSTED = range(5)
 
 
 class SandboxError(RuntimeError):
-    """There is no process to work in: a fault of ours or of the machine, not of what was to be worked on."""
+    """No process is available. An internal or system failure, not the fault of the input."""
 
 
 class Sandbox(Generic[T]):
-    """`await sandbox(body, *args)` is `target(body, *args)`, in one of `processes` children.
+    """`await sandbox(body, *args)` runs `target(body, *args)` in one of `processes` children.
 
-    A call may take `seconds` of CPU time or WALL_FACTOR times as much wall time, from when its child begins with it,
-    and `memory` bytes of address space beyond what the child held before, its body included (on Linux; elsewhere memory
-    is not limited). `target` and `args` are pickled, `body` goes as it is.
+    A call may use `seconds` of CPU time and WALL_FACTOR times as much wall time, counted from when its child begins it.
+    It may use `memory` bytes of address space on top of what the child already holds, including its body (Linux only).
+    `target` and `args` are pickled; `body` is sent as raw bytes.
 
-    Belongs to the event loop, and on Linux to the thread, that entered it: the children end with that thread.
+    Bound to the event loop that entered it and, on Linux, to its thread: the children die with that thread.
     """
 
     def __init__(self, target: Callable[..., T], *, processes: int, seconds: float, memory: int):
@@ -105,9 +104,9 @@ class Sandbox(Generic[T]):
         self._end_all()
 
     async def __call__(self, body: bytes, *args: Any) -> T:
-        """Raises FetchError: the target's own; `decoder_crash`, `decoder_timeout` or `decoder_memory` for the call that
-        a process was lost with; `decoder_killed` (transient) if its process was killed from outside BEGINS times;
-        `unexpected` for any other exception. Raises SandboxError if no process will start.
+        """Raises the target's own FetchError, or FetchError `decoder_crash`, `decoder_timeout` or `decoder_memory` if
+        the call lost its process; `decoder_killed` (transient) if the process was killed externally MAX_ATTEMPTS times;
+        `unexpected` for any other exception. Raises SandboxError if no process starts.
         """
         if self._closed is not None:
             raise SandboxError(self._closed)
@@ -117,7 +116,7 @@ class Sandbox(Generic[T]):
         try:
             return await call.answer
         finally:
-            # An exception keeps this frame, and the call would keep the exception: a circle with a body in it.
+            # Break the reference cycle exception → frame → call → exception, which would keep the body alive.
             del call
 
     def _start(self) -> None:
@@ -132,7 +131,7 @@ class Sandbox(Generic[T]):
             if not free:
                 return
             call = self._queue.popleft()
-            if not call.answer.done():  # else cancelled while it waited
+            if not call.answer.done():  # not cancelled while it waited
                 child = min(free, key=lambda child: len(child.calls))
                 child.calls.append(call)
                 self._send(child, call.request)
@@ -151,8 +150,8 @@ class Sandbox(Generic[T]):
         try:
             for kind, value in child.answers():
                 self._take(child, kind, value)
-        except Exception as error:  # whatever a process with a damaged memory may write
-            self._lost(child, f"an answer that cannot be read, {type(error).__name__}: {error}")
+        except Exception as error:  # a process with corrupted memory may write anything
+            self._lost(child, f"unreadable answer: {type(error).__name__}: {error}")
         else:
             if child.ended:
                 self._lost(child)
@@ -172,22 +171,24 @@ class Sandbox(Generic[T]):
             child.ended = True
 
     def _lost(self, child: _Child, cause: str | None = None) -> None:
-        """Blames the call that the child had begun, if any; the one behind it comes first in another child.
+        """Fails the call that the child had begun, if any, and requeues the next one first.
 
-        A process that was killed from outside is no verdict on its call, which is tried again.
+        If the process was killed externally, its call is retried.
         """
         begun = child.begun
         status = self._end(child)
         if begun > child.answered and child.calls:
             call = child.calls[0]
-            killed = cause is None and -status in FROM_OUTSIDE
+            killed = cause is None and -status in EXTERNAL_SIGNALS
             call.kills += killed
-            if not killed or call.kills == BEGINS:
+            if not killed or call.kills == MAX_ATTEMPTS:
                 child.calls.popleft().end(self._verdict(status, cause), failed=True)
         self._queue.extendleft(reversed(child.calls))
         self._failed_starts = 0 if begun else self._failed_starts + 1
-        if self._failed_starts == STARTS:
-            self._close(f"{STARTS} processes in a row died before they began a call, the last of {_ending(status)}")
+        if self._failed_starts == MAX_FAILED_STARTS:
+            self._close(
+                f"{MAX_FAILED_STARTS} processes in a row died before they began a call, the last of {_ending(status)}"
+            )
         if self._closed is None:
             try:
                 self._start()
@@ -199,12 +200,12 @@ class Sandbox(Generic[T]):
             return FetchError("decoder_timeout", f"over {self._seconds:g} s of CPU time")
         if status == -signal.SIGALRM:
             return FetchError("decoder_timeout", f"over {self._seconds * WALL_FACTOR:g} s")
-        if cause is None and -status in FROM_OUTSIDE:
-            return FetchError("decoder_killed", f"{_ending(status)}, {BEGINS} times")
+        if cause is None and -status in EXTERNAL_SIGNALS:
+            return FetchError("decoder_killed", f"{_ending(status)}, {MAX_ATTEMPTS} times")
         return FetchError("decoder_crash", cause or _ending(status))
 
     def _close(self, why: str) -> None:
-        """Ends every call, now and later, with a SandboxError."""
+        """Fails all current and future calls with SandboxError."""
         if self._closed is None:
             self._closed = why
         for call in [*self._queue, *(call for child in self._children for call in child.calls)]:
@@ -218,7 +219,7 @@ class Sandbox(Generic[T]):
         return child.end()
 
     def _end_all(self) -> None:
-        # Without an await, so that no cancellation comes between: a killed process takes milliseconds to end.
+        # No await here, so no cancellation can interrupt it. A killed process takes milliseconds to exit.
         for child in self._children:
             child.process.kill()
         for child in list(self._children):
@@ -230,7 +231,7 @@ class _Call:
     request: list[bytes]
     answer: asyncio.Future[Any]
     kills: int = 0
-    """Processes that were killed from outside while they worked on it."""
+    """Times that its process was killed externally."""
 
     def end(self, value: Any, *, failed: bool) -> None:
         self.request = []
@@ -254,9 +255,9 @@ class _Child:
         self._buffer = bytearray(_ANSWER_BYTES)
         self._filled = 0
         self.socket, theirs = socket.socketpair()
-        # The child counts the calls that it begins where this can be read after its death, at no cost for a call.
+        # The child counts its calls in a shared file mapping: readable after its death, without messages.
         with theirs, tempfile.TemporaryFile() as counter:
-            counter.write(bytes(_SIZE.size))  # no hole, which a full disk could not fill later
+            counter.write(bytes(_SIZE.size))  # allocate now: a full disk could not fill a hole later
             counter.flush()
             self._begun = mmap.mmap(counter.fileno(), _SIZE.size)
             self.socket.setblocking(False)
@@ -269,7 +270,7 @@ class _Child:
                     pass_fds=fds,
                     stdin=subprocess.DEVNULL,
                     env={**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-                    start_new_session=True,  # Ctrl-C is for the parent to answer
+                    start_new_session=True,  # only the parent handles Ctrl-C
                 )
             except BaseException:
                 self._begun.close()
@@ -281,12 +282,12 @@ class _Child:
         return int(_SIZE.unpack_from(self._begun)[0])
 
     def flush(self) -> bool:
-        """Sends what goes without waiting; True if nothing is left."""
+        """Sends as much as possible without blocking. True if nothing is left."""
         try:
             sent = self.socket.sendmsg(self.unsent)
         except BlockingIOError:
             return False
-        except OSError:  # it is dead, as reading will tell
+        except OSError:  # the child is dead; reading will detect that
             self.unsent.clear()
             return True
         while self.unsent and sent >= len(self.unsent[0]):
@@ -296,7 +297,7 @@ class _Child:
         return not self.unsent
 
     def answers(self) -> Iterator[tuple[int, Any]]:
-        """The answers that have come in; sets `ended` at the end of the stream."""
+        """Yields the answers received so far. Sets `ended` at the end of the stream."""
         try:
             read = self.socket.recv_into(memoryview(self._buffer)[self._filled :])
         except BlockingIOError:
@@ -320,7 +321,7 @@ class _Child:
             yield answer
 
     def end(self) -> int:
-        """Kills the process if it lives, leaves nothing of it; its status as subprocess has it."""
+        """Kills and reaps the process. Returns its status as in subprocess."""
         self.process.kill()
         status = self.process.wait()
         self.socket.close()
@@ -368,7 +369,7 @@ def _main() -> None:
             channel.sendall(_answer(_UNUSABLE, f"a process cannot load its target:\n{traceback.format_exc()}"))
             return
         limit = _MemoryLimit(memory)
-        # Prepared, since there will be no memory to make it with.
+        # Built in advance: there will be no memory for it later.
         exhausted = _answer(_EXHAUSTED, FetchError("decoder_memory", f"over {memory} bytes"))
         _silence_libraries()
         channel.sendall(_answer(_READY, None))
@@ -381,7 +382,7 @@ def _main() -> None:
             try:
                 args = pickle.loads(_read(channel, args_size))
                 body = _read(channel, body_size)
-                # The system ends a process at the limit, wherever it hangs and whether or not the parent has time.
+                # The kernel enforces the limits, wherever the process hangs and however busy the parent is.
                 signal.setitimer(signal.ITIMER_PROF, seconds)
                 signal.setitimer(signal.ITIMER_REAL, seconds * WALL_FACTOR)
                 answer = _work(target, body, args)
@@ -390,7 +391,7 @@ def _main() -> None:
             except MemoryError:
                 answer = exhausted
             channel.sendall(answer)
-            if answer is exhausted:  # what it left is not worth cleaning up
+            if answer is exhausted:  # do not reuse a process that ran out of memory
                 return
             del args, body, answer
 
@@ -402,13 +403,12 @@ def _work(target: Callable[..., Any], body: bytes, args: tuple[Any, ...]) -> byt
         raise
     except FetchError as error:
         return _answer(_FAILURE, error)
-    except BaseException as error:  # SystemExit is one more way to fail
+    except BaseException as error:  # SystemExit is a failure too
         return _answer(_FAILURE, FetchError("unexpected", f"{type(error).__name__}: {error}"))
 
 
 def set_malloc(*, mmap_threshold: int, trim_threshold: int, arenas: int | None = None) -> None:
-    """glibc's limits, in bytes, for blocks from the heap and for what the heap keeps, and the number of heaps it may
-    have; no effect with another malloc."""
+    """Sets glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes, and M_ARENA_MAX. No effect with another malloc."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         if arenas:
@@ -418,29 +418,28 @@ def set_malloc(*, mmap_threshold: int, trim_threshold: int, arenas: int | None =
 
 
 def die_with_parent() -> None:
-    """From now on the system kills this process when the thread that started it ends, on Linux."""
+    """Makes the kernel kill this process when the thread that started it ends (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _prepare() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    for number in (signal.SIGPROF, signal.SIGALRM, signal.SIGINT):  # a KeyboardInterrupt would pass for a failure
+    for number in (signal.SIGPROF, signal.SIGALRM, signal.SIGINT):  # KeyboardInterrupt would look like a failure
         signal.signal(number, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
-        # Pixels of one call go where those of the last one were: fetched anew from the system, their pages take a
-        # twentieth of the time of decoding.
-        # Where one heap has no room left, glibc would begin others: 64 MB of the limit each, for nothing.
+        # Reuse the pages of the last call's pixels: fresh pages from the kernel would take 5% of the decoding time.
+        # Use one arena: each further one would reserve 64 MB of the address space limit.
         set_malloc(mmap_threshold=_KEPT_BYTES, trim_threshold=_KEPT_BYTES, arenas=1)
-        # Everywhere else the end of the stream tells, once the call in hand is over.
+        # On other systems, the child exits at the end of the stream, after its current call.
         die_with_parent()
-        with contextlib.suppress(OSError):  # where memory is short, better a child than the worker
+        with contextlib.suppress(OSError):  # let the OOM killer choose a child before the worker
             Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _silence_libraries() -> None:
-    """What libraries in C print about a broken file would let anyone fill a log. Python's stderr stays."""
+    """Redirects the stderr of C libraries to /dev/null: broken files could fill the log. Keeps Python's sys.stderr."""
     with contextlib.suppress(OSError):
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -449,18 +448,17 @@ def _silence_libraries() -> None:
 
 
 class _MemoryLimit:
-    """Counts from what the process holds already: modules that one call makes it import are not charged to the next.
-
-    Of what calls leave behind, though, LEFT bytes at most.
+    """Limits each call's address space relative to what the process already holds, so that modules imported by one call
+    are not charged to the next. Calls may leave at most RETAINED_BYTES in total.
     """
 
     def __init__(self, memory: int):
         self._memory = memory
         self._statm = -1
-        with contextlib.suppress(OSError):  # not Linux: elsewhere such limits are ignored, or refused
+        with contextlib.suppress(OSError):  # other systems ignore or refuse such limits
             self._statm = os.open("/proc/self/statm", os.O_RDONLY)
             _, hard = resource.getrlimit(resource.RLIMIT_AS)
-            most = self._held() + memory + LEFT
+            most = self._held() + memory + RETAINED_BYTES
             self._hard = most if hard == resource.RLIM_INFINITY else min(most, hard)
 
     def _held(self) -> int:

@@ -11,14 +11,14 @@ from pipeline.step import Estimate, Filter
 
 @dataclass(kw_only=True)
 class AspectRatio(Filter):
-    """Drops pictures longer than `max` times their shorter side: banners, rules, skyscrapers (reason `too_elongated`).
+    """Drops pictures whose longer side is over `max` times the shorter: banners, rules (reason `too_elongated`).
 
-    The ratio is of the published size, longer over shorter side, so ≥ 1 whichever way the picture lies. A row whose
-    size is unknown is dropped too. Source: DataComp's basic filter (2023), ratio ≤ 3.
+    The ratio is longer over shorter side of the published size, so it is at least 1. Rows of unknown size are dropped
+    too. Source: DataComp's basic filter (2023), ratio ≤ 3.
     """
 
     max: float = 3.0
-    """The largest ratio kept, from 1.0 (only squares)."""
+    """Maximum ratio; 1.0 keeps only squares."""
 
     needs = ("original_width", "original_height")
 
@@ -27,7 +27,7 @@ class AspectRatio(Filter):
 
     def check(self) -> Iterator[tuple[str, str]]:
         if not self.max >= 1:
-            yield "max", f"{self.max} is below any picture's ratio of longer to shorter side; expected 1.0 or more"
+            yield "max", f"{self.max} drops every picture; expected 1.0 or more (longer side / shorter side)"
 
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
         return pc.less_equal(_ratio(batch), self.max)
@@ -43,7 +43,7 @@ class AspectRatio(Filter):
 
 
 def _ratio(batch: pa.Table) -> pa.ChunkedArray:
-    # Floats, since a side of 0 must give infinity (dropped) and not an error.
+    # Floats, so that a side of 0 gives infinity (dropped) instead of an error.
     width, height = (batch[name].cast(pa.float64()) for name in AspectRatio.needs)
     longer = pc.max_element_wise(width, height, skip_nulls=False)
     return pc.divide(longer, pc.min_element_wise(width, height, skip_nulls=False))

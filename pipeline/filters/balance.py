@@ -25,21 +25,20 @@ if TYPE_CHECKING:
     import dask.dataframe as dd
 
 _CAP = 20_000
-# Matches come back as Python tuples; so many captions at a time bound their memory.
+# Captions matched at a time. Bounds the memory of the matches, which are Python tuples.
 _CAPTIONS_AT_A_TIME = 10_000
 
 
 @dataclass(kw_only=True)
 class Balance(Filter):
-    """Evens out the concepts of a run: what everyone photographs is thinned, what few do is kept.
+    """Balances the concepts of a run: subsamples frequent concepts and keeps rare ones.
 
-    The concepts are entries: words and phrases. A caption matches an entry that occurs in it on word boundaries, in any
-    case and with any punctuation between the words; in scripts without spaces between words, wherever it occurs. Both
-    are compared in their normal form (`pipeline.caption.normal`). An entry e that count_e captions match keeps each of
-    them with probability min(1, t / count_e), and a row is kept if any of its entries keeps it:
-    if u < 1 − Π(1 − min(1, t / count_e)) with u in [0, 1) a hash of seed and uid. No row is repeated. Rows that match
-    nothing are dropped as `no_entry`, the others as `balance`. Follows the papers of CLIP (Radford et al., 2021) and
-    MetaCLIP (Xu et al., ICLR 2024).
+    Concepts are entries: words and phrases. A caption matches an entry that occurs in it at word boundaries, ignoring
+    case and punctuation between words; in scripts without spaces, anywhere. Both are compared in normal form
+    (`pipeline.caption.normal`). An entry e with count_e matching captions keeps each of them with probability
+    min(1, t / count_e). A row is kept if any of its entries keeps it: if u < 1 − Π(1 − min(1, t / count_e)), where u in
+    [0, 1) is a hash of seed and uid. Rows are never repeated. Rows without a match are dropped as `no_entry`, others as
+    `balance`. Follows CLIP (Radford et al., 2021) and MetaCLIP (Xu et al., ICLR 2024).
     """
 
     needs = ("caption",)
@@ -47,32 +46,32 @@ class Balance(Filter):
     scope = "run"
 
     entries: str | None = None
-    """A file of entries: a JSON list of strings (`.json`), or text with an entry on each line; `.gz` and `.zst` are
-    unpacked. None: the words and the pairs of neighbouring
-    words in at least `min_count` captions of this run."""
+    """A file of entries: a JSON list of strings (`.json`), or text with one entry per line; may be `.gz` or `.zst`.
+    None: the words and word pairs that occur in at least `min_count` captions of this run."""
     max_per_entry: int | None = None
-    """The cap t: about so many captions of each entry stay, or more. 20,000, as in CLIP, if there is no `tail_mass`."""
+    """The cap t: about this many captions are kept per entry, or more. Default without `tail_mass`: 20,000, as in
+    CLIP."""
     tail_mass: float | None = None
-    """Instead of t, the share of all matches, between 0 and 1, that the entries too rare to be capped hold: t is the
-    count at which the counts, added up from the rarest on, reach this share (MetaCLIP 2, Chuang et al., 2025: 0.06)."""
+    """Sets t from the share of all matches, between 0 and 1, held by entries too rare to be capped: t is the count at
+    which the cumulative count, from the rarest entry up, reaches this share (MetaCLIP 2, Chuang et al., 2025: 0.06)."""
     min_count: int = 100
-    """Without `entries`: captions that a word or pair must occur in (CLIP: 100 times in the English Wikipedia)."""
+    """Without `entries`: minimum number of captions with a word or pair (CLIP: 100 times in the English Wikipedia)."""
     max_entries: int = 500_000
-    """Without `entries`: only so many of the most frequent are taken (CLIP and MetaCLIP have 500,000)."""
+    """Without `entries`: maximum number of entries, most frequent first (CLIP and MetaCLIP have 500,000)."""
     keep_unmatched: bool = False
-    """Keep the rows that match no entry."""
+    """Keep rows that match no entry."""
     seed: int = 0
-    """Another seed keeps other rows of the capped entries."""
+    """Seed of the hash u."""
 
     def estimate(self, rows: float) -> Estimate:
-        # The kept share grows with the square root of the cap's share of all rows, through MetaCLIP's figures.
+        # The kept share is assumed to grow with √(cap / rows), calibrated on MetaCLIP's figures.
         cap = self.max_per_entry or _CAP
         keep = min(1.0, 0.25 * ((cap / max(rows, 1)) / (20_000 / 1.6e9)) ** 0.5)
         return Estimate(keep, 50_000, "MetaCLIP (2023): 400 of 1,600 million at a cap of 20,000; √(cap/rows) assumed")
 
     def check(self) -> Iterator[tuple[str, str]]:
         if self.max_per_entry is not None and self.tail_mass is not None:
-            yield "tail_mass", "at most one of `max_per_entry` and `tail_mass` may be given, found both"
+            yield "tail_mass", "give at most one of `max_per_entry` and `tail_mass`, found both"
         if self.max_per_entry is not None and self.max_per_entry < 1:
             yield "max_per_entry", f"must be at least 1, found {self.max_per_entry}"
         if self.tail_mass is not None and not 0 < self.tail_mass < 1:
@@ -83,7 +82,7 @@ class Balance(Filter):
         if self.entries is not None:
             try:
                 if not _read_entries(self.entries):
-                    yield "entries", f"{self.entries!r} has no entry with a letter or digit in it"
+                    yield "entries", f"{self.entries!r} has no entry with a letter or digit"
             except (OSError, ValueError) as error:
                 yield "entries", f"cannot read {self.entries!r}: {error}"
 
@@ -95,10 +94,10 @@ class Balance(Filter):
 
     def decide(self, frame: dd.DataFrame) -> dd.DataFrame:
         counts = self._vocabulary(frame) if self.entries is None else self._count(frame, _read_entries(self.entries))
-        return frame.map_partitions(self._unlucky, counts, meta=drops_frame(), align_dataframes=False)
+        return frame.map_partitions(self._dropped, counts, meta=drops_frame(), align_dataframes=False)
 
     def _count(self, frame: dd.DataFrame, entries: list[str]) -> dd.DataFrame:
-        """The captions that match each entry, for entries that any does; one partition."""
+        """The number of matching captions of each entry with a match, in one partition."""
         import dask.dataframe as dd
 
         listed = dd.from_pandas(pd.DataFrame({"entry": pd.Series(entries, dtype="string[pyarrow]")}), npartitions=1)
@@ -106,7 +105,7 @@ class Balance(Filter):
         return tallies.reduction(chunk=_total, combine=_total, aggregate=_total, meta=_COUNTS, split_every=8)
 
     def _vocabulary(self, frame: dd.DataFrame) -> dd.DataFrame:
-        """The most frequent words and pairs of words, with the captions that hold each; one partition."""
+        """The most frequent words and word pairs with the number of captions of each, in one partition."""
         most = self.max_entries
 
         def frequent(grams: pd.DataFrame, min_count: int) -> pd.DataFrame:
@@ -120,7 +119,7 @@ class Balance(Filter):
         grams = grams.map_partitions(frequent, self.min_count, meta=_COUNTS)
         return grams.reduction(chunk=top, combine=top, aggregate=top, meta=_COUNTS, split_every=8)
 
-    def _unlucky(self, part: pd.DataFrame, counts: pd.DataFrame) -> pd.DataFrame:
+    def _dropped(self, part: pd.DataFrame, counts: pd.DataFrame) -> pd.DataFrame:
         table = pa.Table.from_pandas(part, preserve_index=False)
         entries, count = tuple(counts["entry"]), counts["count"].to_numpy(dtype=np.int64)
         row, entry = _matches(_normalised(table["caption"]), entries)
@@ -147,13 +146,13 @@ class Balance(Filter):
                     "row": dropped["row"],
                     "reason": reasons,
                     "detail": pa.array(details, pa.string()),
-                    "value": pa.array((1 - missed)[drop], mask=unmatched[drop]),  # the chance that it had
+                    "value": pa.array((1 - missed)[drop], mask=unmatched[drop]),  # the probability of being kept
                 }
             )
         )
 
     def _cap(self, count: np.ndarray) -> int:
-        """t, in captions."""
+        """The cap t, in captions."""
         if self.tail_mass is None:
             return self.max_per_entry or _CAP
         ascending = np.sort(count)
@@ -165,7 +164,7 @@ _COUNTS = pd.DataFrame({"entry": pd.Series([], dtype="string[pyarrow]"), "count"
 
 
 def _read_entries(path: str) -> list[str]:
-    """The entries of a file, normalised, each once. OSError or ValueError if it is not there or not such a list."""
+    """The distinct, normalised entries of a file. Raises OSError or ValueError if it cannot be read."""
     try:
         with open_plain(path) as file:
             text = file.read().decode("utf-8-sig")
@@ -181,23 +180,23 @@ def _read_entries(path: str) -> list[str]:
 
 
 def _normalised(texts: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Lower-case words (letters, marks and digits) with one space between them; "" for null. In scripts without spaces
-    between words, each character counts as a word."""
+    """Lower-case words (letters, marks and digits) separated by single spaces; "" for null. In scripts without spaces
+    between words, each character is a word."""
     texts = pc.replace_substring_regex(pc.utf8_lower(normal(texts)), rf"({UNSPACED})", r" \1 ")
     return pc.utf8_trim(pc.replace_substring_regex(texts, r"[^\pL\pM\pN]+", " "), " ")
 
 
 @lru_cache(maxsize=2)
 def _automaton(entries: tuple[str, ...]) -> ahocorasick_rs.AhoCorasick:
-    # Spaces on both sides: a word's boundaries are part of what is searched for.
+    # Surrounding spaces make the search match whole words.
     return ahocorasick_rs.AhoCorasick([f" {entry} " for entry in entries], store_patterns=False)
 
 
 def _matches(captions: pa.ChunkedArray, entries: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Row and entry (indices) of every match, once each, by row and entry. 330,000 captions/s on one core."""
+    """Row and entry (indices) of every distinct match, sorted by row and entry. 330,000 captions/s on one core."""
     pairs = [np.empty(0, np.int64)]
     for low in range(0, len(captions), _CAPTIONS_AT_A_TIME):
-        # One long text is searched faster than many short ones; no match crosses the line feed.
+        # Searching one long text is faster than many short ones. No match crosses the line feed.
         lines = [f" {caption} \n" for caption in captions.slice(low, _CAPTIONS_AT_A_TIME).to_pylist()]
         found = _automaton(entries).find_matches_as_indexes("".join(lines), overlapping=True)
         entry, start, _ = np.fromiter(chain.from_iterable(found), np.int64, 3 * len(found)).reshape(-1, 3).T
@@ -209,7 +208,7 @@ def _matches(captions: pa.ChunkedArray, entries: tuple[str, ...]) -> tuple[np.nd
 
 
 def _tally(part: pd.DataFrame, listed: pd.DataFrame) -> pd.DataFrame:
-    """How many captions of this part match each entry."""
+    """The number of captions of this partition that match each entry."""
     entries = tuple(listed["entry"])
     captions = _normalised(pa.Table.from_pandas(part[["caption"]], preserve_index=False)["caption"])
     found, count = np.unique(_matches(captions, entries)[1], return_counts=True)
@@ -217,7 +216,7 @@ def _tally(part: pd.DataFrame, listed: pd.DataFrame) -> pd.DataFrame:
 
 
 def _grams(part: pd.DataFrame) -> pd.DataFrame:
-    """How many captions of this part hold each word and each pair of neighbouring words."""
+    """The number of captions of this partition with each word and each pair of adjacent words."""
     captions = _normalised(pa.Table.from_pandas(part[["caption"]], preserve_index=False)["caption"])
     split = pc.split_pattern(captions, " ")
     words, row = pc.list_flatten(split), pc.list_parent_indices(split).to_numpy()

@@ -11,13 +11,13 @@ from pipeline.step import Estimate, Filter
 
 @dataclass(kw_only=True)
 class ByteSize(Filter):
-    """Drops pictures that were published in fewer than `min` bytes: icons, spacers, placeholders (reason `too_small`).
+    """Drops pictures of fewer than `min` bytes as published: icons, spacers, placeholders (reason `too_small`).
 
-    A row whose size is unknown is dropped too. Source: LAION-400M (2021), which left out pictures under 5 KB.
+    Rows of unknown size are dropped too. Source: LAION-400M (2021), which dropped pictures under 5 KB.
     """
 
     min: int = 5000
-    """Bytes of the body as fetched, before any re-encoding."""
+    """Minimum size of the body as fetched, in bytes."""
 
     needs = ("original_bytes",)
 
@@ -26,7 +26,7 @@ class ByteSize(Filter):
 
     def check(self) -> Iterator[tuple[str, str]]:
         if self.min < 1:
-            yield "min", f"{self.min} keeps everything; expected a number of bytes from 1"
+            yield "min", f"{self.min} keeps everything; expected at least 1 byte"
 
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
         return pc.greater_equal(batch["original_bytes"], self.min)

@@ -14,18 +14,18 @@ from pipeline.step import Estimate, Filter
 class CaptionLength(Filter):
     """Drops captions that are `too_short`, have `too_few_words` or are `too_long`.
 
-    Characters are the Unicode code points of the normal caption (`pipeline.caption.normal`). Words are what white space
-    divides in it; in Chinese and Japanese every two characters, in Thai, Lao, Khmer, Burmese and Tibetan every four,
-    count as one. Sources: LAION-400M (2021) ≥ 5 characters; DataComp basic (2023) > 5 characters and > 2 words;
-    COYO-700M (2022) ≤ 1000 characters.
+    Characters are Unicode code points of the normal caption (`pipeline.caption.normal`). Words are separated by white
+    space; in scripts without spaces, every two characters (Chinese, Japanese) or four (Thai, Lao, Khmer, Burmese,
+    Tibetan) count as a word. Sources: LAION-400M (2021) ≥ 5 characters; DataComp basic (2023) > 5 characters and
+    > 2 words; COYO-700M (2022) ≤ 1000 characters.
     """
 
     min_chars: int = 6
-    """Least characters."""
+    """Minimum number of characters."""
     min_words: int = 3
-    """Least words."""
+    """Minimum number of words."""
     max_chars: int = 1000
-    """Most characters."""
+    """Maximum number of characters."""
 
     needs = ("caption",)
     version = 2
@@ -38,7 +38,7 @@ class CaptionLength(Filter):
             if getattr(self, key) < 0:
                 yield key, f"{getattr(self, key)} is negative; expected 0 (no limit) or more"
         if self.max_chars < max(self.min_chars, 1):
-            yield "max_chars", f"{self.max_chars} leaves no caption; expected at least min_chars, {self.min_chars}"
+            yield "max_chars", f"{self.max_chars} drops every caption; expected at least min_chars, {self.min_chars}"
 
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
         chars, words = _lengths(batch)
@@ -55,7 +55,7 @@ class CaptionLength(Filter):
         return pc.binary_join_element_wise(chars, pa.scalar(" characters, "), words, pa.scalar(" words"), "")
 
     def value(self, dropped: pa.Table) -> pa.DoubleArray:
-        """The words of a caption that has too few, the characters of others."""
+        """The number of words if there are too few, else the number of characters."""
         chars, words = _lengths(dropped)
         return pc.if_else(pc.equal(self.reason(dropped), "too_few_words"), words, chars).cast(pa.float64())
 

@@ -12,11 +12,11 @@ from pipeline.step import Estimate, Filter
 
 
 def _any(words: str) -> str:
-    """One of these expressions, which white space divides."""
+    """An alternation of the white-space-separated expressions."""
     return f"(?:{'|'.join(words.split())})"
 
 
-_MARKS = r"[^\p{L}\p{N}%]*"  # not \W, which in RE2 takes in every letter beyond ASCII
+_MARKS = r"[^\p{L}\p{N}%]*"  # not \W, which in RE2 includes all non-ASCII letters
 _FILE_TYPE = r"\.(?:jpe?g|jfif|png|gif|webp|avif|heic|bmp|tiff?|svg|cr2|nef|psd|mp4|mov|pdf|html?|php|aspx?)"
 _PICTURE = _any(
     "images? imgs? photos? photographs? pictures? pics? thumbnails? thumbs? graphics? logo icon avatar banner"
@@ -25,7 +25,7 @@ _CAMERA = _any(
     r"_?img[a-e]? _?mg _?dsc[fnt]? dji gopr imgp cimg pict pxl mvc mvimg hpim sam kif wp dcp fb_img burst pano p"
 )
 _CAPTURE = _any(r"screen\s?shots? whatsapp\simage snapchat scan clip\s?image capture")
-# What a copy, a re-upload or a content system hangs on a name: "(2)", "-1", " copy", "_edited", "-300x200", "@2x".
+# Suffixes added by copies, re-uploads and content systems: "(2)", "-1", " copy", "_edited", "-300x200", "@2x".
 _SUFFIX = _any(r"\(\d+\) \d+ copy edit(?:ed)? final web small large scaled cropped rotated hdr e\d+ \d+x\d+ @\dx")
 _MONTH = _any(
     """jan(?:uary)? feb(?:ruary)? mar(?:ch)? apr(?:il)? may june? july? aug(?:ust)? sept?(?:ember)? oct(?:ober)?
@@ -51,40 +51,40 @@ _OBJECT = _any(
     twitter pinterest instagram linkedin google youtube tumblr reddit"""
 )
 
-# Each expression has to match the whole of a caption, so that "Red vase, click to enlarge" and "Logo of the Red Cross"
-# stay: better a dull caption kept than a true one lost. RE2 runs in linear time, whatever a caption holds.
+# Each expression must match the whole caption, so "Red vase, click to enlarge" and "Logo of the Red Cross" are kept:
+# keeping a poor caption is better than losing a true one. RE2 runs in linear time.
 DEFAULTS = {
-    # No letter of any script: numbers, sizes, prices, dates in digits, rows of stars, emoji.
+    # No letters of any script: numbers, sizes, prices, numeric dates, rows of stars, emoji.
     "no_letters": r"\P{L}*",
-    # Names that cameras, phones and programs give: IMG_2187, DSC0042 (2).jpg, P1010023, PXL_20210101_101010,
+    # Names given by cameras, phones and programs: IMG_2187, DSC0042 (2).jpg, P1010023, PXL_20210101_101010,
     # image001.png, Screenshot 2020-01-31 at 10.15.00 PM. "Photo 12" is a placeholder below.
     "camera_name": (
         rf"{_CAMERA}[\s_-]*\d{{3,}}(?:[\s_-]*{_SUFFIX})*(?:{_FILE_TYPE})?"
         rf"|{_PICTURE}(?:[\s_-]*{_SUFFIX})*{_FILE_TYPE}"
         rf"|{_CAPTURE}[\s_-]*\d(?:[\d\s_.,:()-]|at|[ap]m)*(?:{_FILE_TYPE})?"
     ),
-    # One word with a file's ending: red-vase_02.jpg. With spaces it reads as a caption: "Red vase on a table.jpg".
+    # One word with a file extension: red-vase_02.jpg. With spaces it may be a caption: "Red vase on a table.jpg".
     "file_name": rf"(?:(?:file\s?)?(?:name)?:\s*)?\S+{_FILE_TYPE}",
     # Identifiers: hexadecimal digests and UUIDs.
     "hash": r"[0-9a-f]{16,}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}",
-    # 12 March 2014; Mar. 12th, 2014 at 10:15 pm; Monday, March 12; March 2014; 2014-03-12T10:15:00Z. A month alone is
-    # no date: April and May are names too.
+    # 12 March 2014; Mar. 12th, 2014 at 10:15 pm; Monday, March 12; March 2014; 2014-03-12T10:15:00Z. A month alone does
+    # not count: April and May are also first names.
     "date": (
         rf"(?:{_WEEKDAY}[.,]?\s*)?(?:{_DAY}[\s.,/-]*(?:of\s+)?{_MONTH}|{_MONTH}[\s.,/-]*(?:{_DAY}|\d{{4}}))"
         rf"(?:[\s.,/-]+\d{{2,4}})?(?:[\s,]*(?:at\s+)?{_TIME})?"
         r"|\d{4}-\d{2}-\d{2}t[\d:.]+(?:z|[+-][\d:]+)?"
     ),
-    # An address in place of a text.
+    # A bare URL.
     "url": r"(?:https?://|www\.)\S+",
-    # Words that say only that a picture is here, or is missing; alone, in brackets or numbered: "image", "[no title]",
+    # Text that says only that a picture exists or is missing, possibly bracketed or numbered: "image", "[no title]",
     # "Photo 3 of 12", "Sorry, no image available", "company logo", "Figure 2".
     "placeholder": (
         rf"{_MARKS}(?:{_WHICH}[\s,_-]+)*(?:{_PICTURE}|untitled|title|blank|cover|preview|attachment|spacer|null|none|undefined"
         rf"|n/a|alt|fig(?:ure)?\.?\s*\d)(?:[\s_-]+(?:{_STATE}|{_PICTURE}))*(?:[\s_-]*(?:no\.?|number|of)?[\s#/]*\d+)*{_MARKS}"
     ),
-    # Buttons and hints of a page: "Click here to enlarge", "View full-size image", "Follow us on Twitter".
+    # Buttons and hints: "Click here to enlarge", "View full-size image", "Follow us on Twitter".
     "interface": rf"(?:please )?(?:{_COMMAND}(?:[\s-]+(?:{_OBJECT}|{_PICTURE}))+|enlarge|zoom|next|previous){_MARKS}",
-    # Mark-up, or a template that was never filled in, and nothing but that: "<br/>", "{{ product.title }}", "%alt%".
+    # Only mark-up or unfilled templates: "<br/>", "{{ product.title }}", "%alt%".
     "markup": (
         r"(?:<[a-z!/?%][^>]*>?|&[a-z]+;|\[/?(?:caption|img|url)[^\]]*\]"
         r"|\{\{[^}]*\}\}|\{%[^}]*%\}|\$\{[^}]*\}|%\w+%|\s)+"
@@ -94,19 +94,18 @@ DEFAULTS = {
 
 @dataclass(kw_only=True)
 class CaptionPattern(Filter):
-    """Drops captions that are boilerplate: the reason is the class of the pattern (`camera_name`, `interface`, …).
+    """Drops boilerplate captions. The reason is the class of the matching pattern (`camera_name`, `interface`, …).
 
-    The built-in classes (`DEFAULTS`) match whole captions only; a pattern of the recipe matches anywhere in one, unless
-    it says otherwise with `^` and `$`, and its reason is `custom`. Patterns are matched against the normal caption
-    (`pipeline.caption.normal`), in any case of letters. They are RE2 (linear time; no look-around, no back-references).
-    On 35,000 captions that people wrote for photographs (COCO, Flickr8k) the built-in classes drop none; of 10,000 alt
-    texts of the web, 0.4%.
+    The built-in classes (`DEFAULTS`) match whole captions only. A pattern of the recipe matches anywhere, unless it is
+    anchored with `^` and `$`; its reason is `custom`. Patterns match the normal caption (`pipeline.caption.normal`)
+    and ignore case. They are RE2 (linear time; no look-around, no back-references). The built-in classes drop none of
+    35,000 captions written for photographs (COCO, Flickr8k) and 0.4% of 10,000 alt texts from the web.
     """
 
     defaults: bool = True
-    """Whether to use the built-in classes."""
+    """Use the built-in classes."""
     patterns: list[str] = field(default_factory=list)
-    """Further regular expressions, for what a particular pool is full of."""
+    """Further regular expressions, for boilerplate of a particular pool."""
 
     needs = ("caption",)
     version = 2
@@ -130,7 +129,7 @@ class CaptionPattern(Filter):
         return pc.is_null(self.reason(batch))
 
     def reason(self, dropped: pa.Table) -> pa.StringArray:
-        """Null for a row that passes."""
+        """The class of each row's first match; null if the row is kept."""
         caption = normal(dropped["caption"])
         classes = {name: rf"^(?:{pattern})$" for name, pattern in DEFAULTS.items()} if self.defaults else {}
         found = [(name, _matches(caption, pattern)) for name, pattern in classes.items()]
@@ -138,7 +137,7 @@ class CaptionPattern(Filter):
         return pc.case_when(pc.make_struct(*(match for _, match in found)), *(pa.scalar(name) for name, _ in found))
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
-        """The recipe's own pattern that matched; null where a built-in class did first."""
+        """The custom pattern that matched; null if a built-in class matched first."""
         caption, reason = normal(dropped["caption"]), self.reason(dropped)
         found = pa.nulls(len(dropped), pa.string())
         for pattern in reversed(self.patterns):

@@ -15,14 +15,14 @@ from pipeline.url import canonical
 
 @dataclass(kw_only=True)
 class ExactDedup(KeyedFilter):
-    """Keeps one row, that of the lowest uid, of those that agree in all columns of `by`.
+    """Of rows that agree in all columns of `by`, keeps the one with the lowest uid.
 
-    URLs are compared in canonical form (`pipeline.url`), other columns as they are. A row with a null among its `by`
-    columns equals no other and is kept. With `url` among them the step is no barrier: rows of one URL share a unit.
+    Compares URLs in canonical form (`pipeline.url`) and other columns verbatim. Keeps rows with a null in a `by`
+    column. If `by` contains `url`, the step is not a barrier: rows with equal URLs are in the same unit.
     """
 
     by: list[str] = field(default_factory=lambda: ["url"])
-    """The columns: `[url]`, `[url, caption]` or, after the download, `[sha256]`; any other will do."""
+    """The columns to compare, such as `[url]`, `[url, caption]` or, after the download, `[sha256]`."""
 
     def __post_init__(self) -> None:
         self.needs = ("uid", *(column for column in self.by if column != "uid"))  # type: ignore[misc]
@@ -47,7 +47,7 @@ class ExactDedup(KeyedFilter):
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
         compared = pd.concat([c.to_pandas(types_mapper=pd.ArrowDtype) for c in self._compared(batch)], axis=1)
         shared = (compared.duplicated(keep=False) & compared.notna().all(axis=1)).to_numpy()
-        # Only rows with a twin need sorting, and they are few.
+        # Only duplicate rows need sorting, and they are few.
         twins = compared[shared].set_axis(range(compared.shape[1]), axis=1)
         order = batch.select(["uid", "unit", "row"]).filter(pa.array(shared)).to_pandas()
         twins = twins.iloc[np.lexsort((order["row"], order["unit"], order["uid"].astype(str)))]
@@ -56,7 +56,7 @@ class ExactDedup(KeyedFilter):
         return pa.array(keep)
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
-        """What the row shares with the one that was kept: by this the two are found together."""
+        """The values shared with the row that was kept, by which to find it."""
         shared = [column.cast(pa.string()) for column in self._compared(dropped)]
         return pc.binary_join_element_wise(*shared, " ").combine_chunks()
 

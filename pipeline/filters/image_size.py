@@ -13,11 +13,11 @@ from pipeline.step import Estimate, Filter
 class ImageSize(Filter):
     """Drops pictures whose shorter side, as published, is under `min_side` pixels (reason `too_small`).
 
-    A row whose size is unknown is dropped too. Source: DataComp's basic filter (2023), shorter side ≥ 200.
+    Rows of unknown size are dropped too. Source: DataComp's basic filter (2023), shorter side ≥ 200.
     """
 
     min_side: int = 200
-    """Pixels of the shorter side, before any resizing."""
+    """Minimum shorter side before resizing, in pixels."""
 
     needs = ("original_width", "original_height")
 
@@ -26,7 +26,7 @@ class ImageSize(Filter):
 
     def check(self) -> Iterator[tuple[str, str]]:
         if self.min_side < 1:
-            yield "min_side", f"{self.min_side} keeps everything; expected a number of pixels from 1"
+            yield "min_side", f"{self.min_side} keeps everything; expected at least 1 pixel"
 
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
         return pc.greater_equal(self.value(batch), self.min_side)

@@ -18,18 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class NearDedup(Filter):
-    """Keeps one row of each cluster of near-duplicate pictures: those linked by perceptual hashes that nearly agree.
+    """Keeps one row of each cluster of near-duplicate pictures, by perceptual hash.
 
-    Two pictures are linked if their 64-bit hashes differ in at most `max_hamming` bits; a cluster is a connected
-    component, so its ends may lie further apart. Every link is found (pigeonhole on blocks of bits; Manku et al.,
-    WWW 2007) and none is guessed. The detail of a drop is the uid of the row kept in its place. Rows without a hash
-    are kept.
+    Two pictures are linked if their 64-bit hashes differ in at most `max_hamming` bits. A cluster is a connected
+    component, so two of its members may differ in more. The search is exact (pigeonhole on blocks of bits; Manku et
+    al., WWW 2007). The detail of a drop is the uid of the row kept instead. Rows without a hash are kept.
     """
 
     max_hamming: int = 4
-    """The most bits, 0 to 10, in which two linked hashes differ; those of unrelated pictures differ in about 32."""
+    """Maximum number of differing bits, 0 to 10. Hashes of unrelated pictures differ in about 32 bits."""
     keep: Literal["resolution", "caption", "uid"] = "resolution"  # type: ignore[assignment]
-    """Which row stays: most pixels as published, longest caption, or lowest uid; the lowest uid also settles ties."""
+    """The row to keep: most pixels as published, longest caption, or lowest uid. Ties keep the lowest uid."""
     column: str = "phash"
     """The column of hashes, uint64."""
 
@@ -46,9 +45,9 @@ class NearDedup(Filter):
             yield "max_hamming", f"must be from 0 to 10 of 64 bits, found {self.max_hamming}"
 
     def decide(self, frame: dd.DataFrame) -> dd.DataFrame:
-        """Rows of one hash meet, then the distinct hashes of a bucket, to be linked, and then the rows of a cluster.
+        """Groups rows by hash, then distinct hashes by bucket to find links, then rows by cluster.
 
-        Only the links come together in one place: a pair of hashes for each distinct hash that has a neighbour.
+        Only the links are collected in one place: a pair of hashes for each distinct hash with a neighbour.
         """
         n = frame.npartitions
 
@@ -64,7 +63,7 @@ class NearDedup(Filter):
         return shuffled(clustered, "cluster").map_partitions(_all_but_best, self.name(), meta=drops_frame())
 
     def _ranked(self, part: pd.DataFrame) -> pd.DataFrame:
-        """The rows that have a hash, with what they are ranked by, greatest first."""
+        """The rows with a hash, and the value by which they are ranked, highest first."""
         table = pa.Table.from_pandas(part, preserve_index=False)
         hashes = table[self.column]
         if not pa.types.is_integer(hashes.type) and not pa.types.is_null(hashes.type):
@@ -76,7 +75,7 @@ class NearDedup(Filter):
             rank = pc.multiply(width, height)
         elif self.keep == "caption":
             rank = pc.utf8_length(table["caption"]).cast(pa.int64())
-        # A signed column holds the same 64 bits under other names; casting would refuse the negative ones.
+        # Reinterpret signed hashes as unsigned; a safe cast would reject negative ones.
         hashes = table[self.column].cast(pa.uint64(), safe=False).to_numpy()
         return pd.DataFrame(
             {
@@ -110,10 +109,10 @@ _LINKS = pd.DataFrame({"hash": pd.Series([], dtype="uint64"), "cluster": pd.Seri
 
 
 def _probes(rows: pd.DataFrame, max_hamming: int) -> pd.DataFrame:
-    """Each distinct hash once per mask, with the bucket in which it meets all hashes that are equal under the mask."""
+    """Each distinct hash once per mask, with the bucket shared by all hashes that are equal under the mask."""
     hashes = np.unique(rows["hash"].to_numpy())
     under = masks(max_hamming)
-    # Buckets of different masks may fall together: that moves rows, it links none.
+    # Buckets of different masks may collide. That moves rows but links none.
     buckets = [hashes & np.uint64(mask) ^ np.uint64(i * 0x9E3779B97F4A7C15 % 2**64) for i, mask in enumerate(under)]
     return pd.DataFrame(
         {
@@ -125,7 +124,7 @@ def _probes(rows: pd.DataFrame, max_hamming: int) -> pd.DataFrame:
 
 
 def _links(probes: pd.DataFrame, max_hamming: int) -> pd.DataFrame:
-    """Each hash that has a neighbour in one of these buckets, with the cluster that these buckets show."""
+    """Each hash with a neighbour in these buckets, and its cluster within them."""
     hashes, indices = np.unique(probes["hash"].to_numpy(), return_inverse=True)
     mask_of = probes["mask"].to_numpy()
     probed = [(mask, indices[mask_of == i]) for i, mask in enumerate(masks(max_hamming))]
@@ -135,7 +134,7 @@ def _links(probes: pd.DataFrame, max_hamming: int) -> pd.DataFrame:
 
 
 def _united(links: pd.DataFrame) -> pd.DataFrame:
-    """One link for each hash, itself included, to the lowest hash it is connected with."""
+    """One link per hash, to the lowest hash of its component (possibly itself)."""
     hashes, ends = np.unique(links[["hash", "cluster"]].to_numpy(), return_inverse=True)
     forest = Forest(len(hashes))
     if len(hashes):
@@ -144,10 +143,10 @@ def _united(links: pd.DataFrame) -> pd.DataFrame:
 
 
 def _clustered(rows: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
-    """The rows that are not alone: their hash has a neighbour, or other rows have it too."""
+    """The rows with duplicates: their hash has a neighbour or is shared by other rows."""
     at = pd.Index(links["hash"]).get_indexer(rows["hash"])
     linked = at >= 0
-    cluster = np.array(rows["hash"])  # a copy: what comes out of Ray's object store is read-only
+    cluster = np.array(rows["hash"])  # a copy: arrays from Ray's object store are read-only
     cluster[linked] = links["cluster"].to_numpy()[at[linked]]
     return rows.assign(cluster=cluster)[linked | rows.duplicated("hash", keep=False).to_numpy()]
 

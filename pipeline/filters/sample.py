@@ -11,18 +11,18 @@ from pipeline.step import Estimate, Filter
 
 @dataclass(kw_only=True)
 class Sample(Filter):
-    """Keeps a random fraction of the rows: the control arm of a study.
+    """Keeps a random fraction of the rows, such as the control arm of a study.
 
-    A row is kept if u < fraction, where u is a hash of seed and uid. So with one seed a smaller sample is part of a
-    larger one, and a second `sample` in a recipe wants a seed of its own. About 0.7 µs a row.
+    Keeps a row if u < fraction, where u in [0, 1) is a hash of seed and uid. With equal seeds, a smaller sample is a
+    subset of a larger one, so give a second `sample` in a recipe another seed. Takes about 0.7 µs per row.
     """
 
     needs = ("uid",)
 
     fraction: float
-    """Share of the rows to keep, between 0 and 1; the count kept is binomial, not exact."""
+    """Share of the rows to keep, above 0 and at most 1. The number of rows kept is binomial, not exact."""
     seed: int = 0
-    """Another seed draws another sample."""
+    """Seed of the hash."""
 
     def estimate(self, rows: float) -> Estimate:
         return Estimate(self.fraction, 500_000, "keep as given")

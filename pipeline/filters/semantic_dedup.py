@@ -12,37 +12,37 @@ from pipeline import embeddings
 from pipeline.step import Estimate, VectorFilter
 
 _BLOCK = 2048
-"""Rows compared with all rows before them at a time: 1 GB of similarities in the largest group."""
+"""Rows per block of the similarity matrix: 1 GB in the largest group."""
 
 
 @dataclass(kw_only=True)
 class SemanticDedup(VectorFilter):
-    """Drops pictures that mean the same as one that is kept: SemDeDup (Abbas et al., 2023) on stored embeddings.
+    """Drops semantic near-duplicates of pictures, from stored embeddings: SemDeDup (Abbas et al., 2023).
 
-    Embeddings are clustered by k-means on the sphere, fitted to a sample. Within a cluster, rows are taken in the order
-    of `keep_highest` (of equal ones, the lower uid first), and a row is dropped if its cosine similarity to any row
-    before it is above 1 − `eps`, as in the paper. The detail of a drop names the most similar row before it. Rows of
-    different clusters are not compared: of the pairs above the limit, those on a border are missed.
+    Clusters the embeddings by spherical k-means, fitted to a sample. Within a cluster, rows are sorted by
+    `keep_highest` (ties by lower uid), and a row is dropped if its cosine similarity to any earlier row is above
+    1 − `eps`, as in the paper. The detail of a drop names the most similar earlier row. Rows of different clusters are
+    not compared, so pairs across a cluster border are missed.
 
-    The paper halves LAION-440M at a loss under half a point of ImageNet accuracy (its ε, like `eps`, depends on the
-    model of the embeddings). Rows without an embedding are kept.
+    The paper halves LAION-440M at a loss of under half a point of ImageNet accuracy (its ε, like `eps`, depends on the
+    embedding model). Rows without an embedding are kept.
     """
 
     eps: float = 0.03
-    """Largest distance, 1 − cosine, at which two rows count as the same, from 0 to 1."""
+    """Maximum distance, 1 − cosine, of duplicates, from 0 to 1."""
     vector: str = "image_embedding"
     """The column of embeddings: `clip_score` with `embeddings: true` adds it."""
     keep_highest: str | None = None
-    """A column of numbers, `clip_score` say: of two rows that mean the same, the one with the higher value stays. None:
-    the lower uid stays."""
+    """A numeric column, such as `clip_score`: of two duplicates, the one with the higher value is kept. None: the lower
+    uid is kept."""
     clusters: int | None = None
-    """Number of clusters; √rows if left out, where clustering and comparing cost the same."""
+    """Number of clusters. Default: √rows, at which clustering and comparing cost the same."""
     seed: int = 0
-    """Another seed starts k-means elsewhere."""
+    """Seed of k-means."""
 
     iterations: ClassVar[int] = 20
     per_cluster: ClassVar[int] = 64
-    """Sampled vectors for each centroid; faiss warns below 39."""
+    """Sampled vectors per centroid; faiss warns below 39."""
 
     def __post_init__(self) -> None:
         self.needs = (self.vector, *([self.keep_highest] if self.keep_highest else []))  # type: ignore[misc]
@@ -58,7 +58,7 @@ class SemanticDedup(VectorFilter):
         try:
             import faiss  # noqa: F401
         except ImportError:
-            yield "vector", "needs faiss, which is not installed: pip install 'winnow-clip[search]'"
+            yield "vector", "requires faiss, which is not installed: pip install 'winnow-clip[search]'"
 
     def _k(self, rows: int) -> int:
         return self.clusters or max(1, round(rows**0.5))
@@ -91,7 +91,7 @@ class SemanticDedup(VectorFilter):
         order = np.arange(n)
         if self.keep_highest:
             value = pc.fill_null(rows[self.keep_highest].cast(pa.float64()), -np.inf).to_numpy()
-            order = np.argsort(-np.nan_to_num(value, nan=-np.inf), kind="stable")  # rows come in the order of uids
+            order = np.argsort(-np.nan_to_num(value, nan=-np.inf), kind="stable")  # rows are sorted by uid
         units = embeddings.unit(vectors[order])
         nearest, similarity = np.zeros(n, np.int64), np.full(n, -np.inf, np.float32)
         for low in range(0, n, _BLOCK):

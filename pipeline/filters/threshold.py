@@ -24,20 +24,19 @@ _SHIFTS = (48, 32, 16, 0)
 
 @dataclass(kw_only=True)
 class Threshold(Filter):
-    """Keeps the rows with the highest values in a column: all from `min` up, or the `top_fraction` of the run.
+    """Keeps the rows with the highest values in a column: those of at least `min`, or the `top_fraction` of the run.
 
-    `top_fraction` keeps exactly ceil(fraction · n) of the n rows that have a value; among equal values at the cut, a
-    hash of the uid chooses. A score's best cut is better named as a fraction, since its scale changes with the model
-    that gave it (DataComp, Gadre et al. 2023: the top 30% by CLIP score). Rows without a value, null or NaN, are
-    dropped as `missing`, the others as `threshold`.
+    `top_fraction` keeps exactly ceil(fraction · n) of the n rows with a value; a hash of the uid breaks ties. Prefer a
+    fraction for scores, since their scale depends on the model (DataComp, Gadre et al. 2023: the top 30% by CLIP
+    score). Rows with null or NaN are dropped as `missing`, others as `threshold`.
     """
 
     column: str
-    """The column of numbers to compare."""
+    """The numeric column to compare."""
     min: float | None = None
-    """The lowest value kept; decided row by row."""
+    """Lowest value kept. Decided row by row."""
     top_fraction: float | None = None
-    """Share of the run's rows to keep, between 0 and 1; a barrier."""
+    """Share of the run's rows to keep, above 0 and at most 1. Makes the step a barrier."""
 
     def __post_init__(self) -> None:
         self.needs = (self.column,)  # type: ignore[misc]
@@ -59,7 +58,7 @@ class Threshold(Filter):
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
         dtype = types.get(self.column)
         if dtype is not None and not _comparable(dtype):
-            yield "column", f"the column {self.column!r} must hold numbers, but is of the type {dtype}"
+            yield "column", f"the column {self.column!r} must hold numbers, found type {dtype}"
 
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
         return pa.array(self._values(batch) >= self.min)
@@ -71,7 +70,7 @@ class Threshold(Filter):
         return _compared(self._values(dropped), self.min)
 
     def value(self, dropped: pa.Table) -> pa.DoubleArray:
-        return pa.array(self._values(dropped), from_pandas=True)  # NaN decides nothing
+        return pa.array(self._values(dropped), from_pandas=True)  # NaN becomes null
 
     def decide(self, frame: dd.DataFrame) -> dd.DataFrame:
         return frame.map_partitions(self._below, self._cut(frame), meta=drops_frame())
@@ -79,7 +78,7 @@ class Threshold(Filter):
     def _below(self, part: pd.DataFrame, cut: list[int]) -> pd.DataFrame:
         table = pa.Table.from_pandas(part, preserve_index=False)
         values = self._values(table)
-        # Lexicographic: each word of the key decides only where those before it are equal.
+        # Lexicographic comparison: a word of the key decides only if the words before it are equal.
         kept, tied = np.zeros(len(values), bool), ~np.isnan(values)
         for word, at in enumerate(cut):
             key = _word(table, values, word)
@@ -93,11 +92,11 @@ class Threshold(Filter):
         return drops_frame(pa.table({**columns, "value": pa.array(values, from_pandas=True)}))
 
     def _cut(self, frame: dd.DataFrame) -> list[int]:
-        """The lowest key kept, as the first words of (value, hash of the uid, position); empty if no row has a value.
+        """The lowest key kept, a prefix of the words (value, hash of the uid, position); empty if no row has a value.
 
-        A radix selection from the highest digit down: each round counts the rows by their next 16 bits, among those
-        that agree with the digits found so far. Four rounds find the value, and only a tie at the cut needs more. The
-        counts, at most 65,536 of them, are all that reaches the driver.
+        Radix selection from the highest digit down. Each round counts rows by their next 16 bits, among the rows that
+        match all digits found so far. Four rounds find the value; only ties at the cut need more. Only the counts, at
+        most 65,536, reach the driver.
         """
         cut: list[int] = []
         wanted: int | None = None
@@ -109,7 +108,7 @@ class Threshold(Filter):
                 if counts.empty:
                     return []
                 if wanted is None:
-                    # As the recipe spells it: 0.07 of 100 is 7, though the float nearest to 0.07 lies above it.
+                    # Exact decimal arithmetic: 0.07 of 100 is 7, although the float nearest to 0.07 is larger.
                     wanted = math.ceil(Fraction(str(self.top_fraction)) * int(counts.sum()))
                 reached = counts.to_numpy(dtype=np.int64).cumsum()
                 place = int(np.searchsorted(reached, wanted))
@@ -121,7 +120,7 @@ class Threshold(Filter):
         return cut
 
     def _digits(self, part: pd.DataFrame, cut: list[int], prefix: int, shift: int) -> pd.Series:
-        """The next digit of the rows that agree with all before it."""
+        """The next digit of the rows that match all previous digits."""
         table = pa.Table.from_pandas(part, preserve_index=False)
         values = self._values(table)
         table, values = table.filter(pa.array(~np.isnan(values))), values[~np.isnan(values)]
@@ -145,10 +144,10 @@ def _comparable(dtype: pa.DataType) -> bool:
 
 
 def _word(table: pa.Table, values: np.ndarray, word: int) -> np.ndarray:
-    """One of the three words by which rows are ranked. The position is the last: a pool's own uids may repeat."""
+    """One of the three words of a row's rank. The position comes last, because uids from the pool may repeat."""
     if word == 0:
-        bits = (values + 0.0).view(np.uint64)  # 0.0 and -0.0 are equal, their bits are not
-        # Read as integers, IEEE 754 numbers are in order but for the negative ones, whose order is reversed.
+        bits = (values + 0.0).view(np.uint64)  # maps -0.0 to 0.0
+        # As integers, IEEE 754 numbers sort correctly except the negative ones, whose order is reversed.
         return np.where(bits >> np.uint64(63), ~bits, bits | np.uint64(1 << 63))
     if word == 1:
         return hash64(table["uid"], purpose="threshold")
@@ -157,7 +156,7 @@ def _word(table: pa.Table, values: np.ndarray, word: int) -> np.ndarray:
 
 
 def _decoded(key: int) -> np.float64:
-    """The value whose word is `key`."""
+    """The value with the word `key`."""
     return np.uint64(key & ~(1 << 63) if key >> 63 else ~key & (1 << 64) - 1).view(np.float64)
 
 

@@ -11,39 +11,40 @@ from yarl import URL
 
 from pipeline.step import Estimate, Filter
 
-# RFC 3986 in one expression. The second branch lets "data:…" still show its scheme. A backslash before the path makes
-# browsers and libraries disagree on the host, so it is no part of a valid one.
+# RFC 3986 in one expression. The second branch still captures the scheme of "data:…". A backslash before the path is
+# invalid, because browsers and libraries disagree on the host.
 _URL = (
     r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*):"
     r"(?://(?:[^/?#\\]*@)?(?P<host>\[[0-9A-Fa-f:.]+\]|[^/?#@:\\\[\]]+)(?::(?P<port>[0-9]{0,5}))?"
     r"(?P<path>/[^?#]*)?(?:[?#].*)?|.*)$"
 )
 _CONTROL = r"[\x00-\x1f\x7f]"
-# Looser than RFC 1123 where real hosts are: underscores, hyphens at the end of a label.
+# Like real hosts, laxer than RFC 1123: underscores, and hyphens at the end of a label.
 _HOST = r"^(?:\[.*\]|[a-z0-9_\-]{1,63}(?:\.[a-z0-9_\-]{1,63})*)$"
 _MAX_HOST = 253  # RFC 1035, without the trailing dot
 
 
 @dataclass(kw_only=True)
 class UrlFilter(Filter):
-    """Drops rows by their URL alone: `bad_url`, `scheme`, `blocked_host`, `not_allowed_host`, `extension`, `too_long`.
+    """Drops rows by URL: `bad_url`, `scheme`, `blocked_host`, `not_allowed_host`, `extension`, `too_long`.
 
-    A host in a list covers its subdomains (`example.org` covers `img.example.org`, not `badexample.org`), in whatever
-    case and in Unicode or Punycode. If a host is on both lists, it is blocked: narrowing by one list never widens the
-    other. Whether an address may be dialled is not decided here but by the fetcher, on every hop.
+    A listed host includes its subdomains (`example.org` covers `img.example.org`, not `badexample.org`), in any case,
+    Unicode or Punycode. A host on both lists is blocked. This step does not check the host's address; the fetcher
+    does, on every hop.
     """
 
     schemes: list[str] = field(default_factory=lambda: ["http", "https"])
     """Schemes to keep."""
     block_hosts: list[str] | str = field(default_factory=list)
-    """Hosts to drop: a list, or the path of a file with one host a line (`#` starts a comment)."""
+    """Hosts to drop: a list, or the path of a file with one host per line (`#` starts a comment)."""
     allow_hosts: list[str] | str = field(default_factory=list)
     """If given, the only hosts to keep: a list or a file, as above."""
-    # What no decoder of photographs reads. Not `php` or `html`: many a picture is served under such a name.
+    # Formats that are not photographs. `php` and `html` are not listed: pictures are often served under such names.
     block_extensions: list[str] = field(default_factory=lambda: ["svg", "svgz", "ico", "pdf", "swf", "mp4", "webm"])
-    """File name endings to drop, without the dot, in any case."""
+    """File name extensions to drop, without the dot, in any case."""
     max_length: int = 2000
-    """Characters; longer URLs are mostly inlined data and session state, and many servers refuse them."""
+    """Maximum number of characters. Longer URLs are mostly inlined data or session state, and many servers refuse
+    them."""
 
     needs = ("url",)
 
@@ -57,11 +58,11 @@ class UrlFilter(Filter):
             if extension.startswith("."):
                 yield "block_extensions", f"{extension!r} has a dot; expected {extension.lstrip('.')!r}"
         if self.max_length < 1:
-            yield "max_length", f"{self.max_length} drops every row; expected a number of characters from 1"
+            yield "max_length", f"{self.max_length} drops every row; expected at least 1 character"
         for key in ("block_hosts", "allow_hosts"):
             try:
                 entries = list(_entries(getattr(self, key)))
-            except Exception as e:  # object stores have exceptions of their own
+            except Exception as e:  # object stores raise their own exceptions
                 yield key, f"cannot read the list of hosts {getattr(self, key)!r}: {e}"
                 continue
             wrong = [entry for entry in entries if not _is_host(_canonical(entry))]
@@ -81,7 +82,7 @@ class UrlFilter(Filter):
         return pc.is_null(self.reason(batch))
 
     def reason(self, dropped: pa.Table) -> pa.StringArray:
-        """Null for a row that passes."""
+        """The reason of each dropped row; null if the row is kept."""
         url = pc.utf8_trim_whitespace(pc.fill_null(dropped["url"], "")).combine_chunks()
         part = pc.extract_regex(url, _URL)
         scheme, host, port, path = (
@@ -98,7 +99,7 @@ class UrlFilter(Filter):
         wanted_scheme = pc.is_in(pc.utf8_lower(scheme), pa.array([s.lower() for s in self.schemes], pa.string()))
         endings = pa.array([e.lower() for e in self.block_extensions], pa.string())
         ending = pc.utf8_lower(pc.struct_field(pc.extract_regex(path, r"\.(?P<ending>[^./]+)$"), "ending"))
-        # The first that holds is the reason.
+        # The first that applies is the reason.
         verdicts = [
             ("bad_url", pc.or_(pc.equal(scheme, ""), pc.match_substring_regex(url, _CONTROL))),
             ("scheme", pc.invert(wanted_scheme)),
@@ -128,7 +129,7 @@ def _entries(hosts: list[str] | str) -> Iterable[str]:
 
 
 def _canonical(host: str) -> str:
-    """Lower case, Punycode, no trailing dot: as the fetcher will spell it; "" for what cannot be a host."""
+    """Lower case, Punycode, no trailing dot, as in the fetcher; "" if not a host name."""
     if len(host) > _MAX_HOST + 1:
         return ""
     host = host.lower()
@@ -145,7 +146,7 @@ def _is_host(host: str) -> bool:
 
 
 def _covered(host: str, listed: set[str]) -> bool:
-    """True if the host or a domain above it is listed."""
+    """True if the host or one of its parent domains is listed."""
     while host and host not in listed:
         host = host.partition(".")[2]
     return bool(host)

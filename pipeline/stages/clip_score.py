@@ -26,56 +26,55 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCORE_DECIMALS = 4
-"""Floating-point sums come out a few units of the seventh decimal apart on other hardware or in another order. Four
-decimals are far finer than any threshold is meaningful, and coarse enough that this hardly ever shows."""
+"""Floating-point sums differ in the seventh decimal between hardware and orders of summation. Four decimals are finer
+than any meaningful threshold and coarse enough to hide nearly all such differences."""
 
-# What `download` writes, and what other tools' shards hold.
+# The formats written by `download` and found in other tools' shards.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-_MAX_PIXELS = 89_478_485  # where Pillow begins to suspect a decompression bomb
-# Farther than a context reaches; and the tokenizer's time grows with the square of a word's length.
+_MAX_PIXELS = 89_478_485  # Pillow's limit for decompression bombs
+# Longer than any context. The tokenizer's time grows with the square of a word's length.
 _MAX_CHARS = 2000
-# On a CPU, captions run in groups of equal padded length, since most are far shorter than the context. On a GPU the
-# launches of many small groups would cost more than the padding does.
+# On a CPU, captions are grouped by padded length, since most are far shorter than the context. On a GPU, launching many
+# small groups would cost more than the padding.
 _TEXT_LENGTHS = (16, 32)
-_PREFETCH = 3  # batches being decoded while one is in the model
+_PREFETCH = 3  # batches decoded ahead of the model
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 
 
 @dataclass(kw_only=True)
 class ClipScore(Stage):
-    """Measures how well caption and picture agree: the cosine of their embeddings in a dual encoder (CLIPScore's basis,
-    Hessel et al., 2021; the filter of LAION-400M, 2021, and DataComp, 2023).
+    """Measures how well caption and picture match: the cosine of their embeddings in a dual encoder (the basis of
+    CLIPScore, Hessel et al., 2021; the filter of LAION-400M, 2021, and DataComp, 2023).
 
-    Adds `clip_score` (−1 to 1, mostly 0.1 to 0.4, rounded to 4 decimals; comparable only within one model), and with
-    `embeddings` the unit vectors `image_embedding` and `text_embedding` in fp16. A picture that cannot be decoded is
-    dropped (`decode_error`).
+    Adds `clip_score` (−1 to 1, mostly 0.1 to 0.4, rounded to 4 decimals; comparable only within one model). With
+    `embeddings`, also adds the unit vectors `image_embedding` and `text_embedding` in fp16. Pictures that cannot be
+    decoded are dropped (`decode_error`).
 
-    Rows are batched across units. Every batch that reaches the model has the same shape, padded where rows are lacking,
-    so that a row's score does not depend on the rows it happens to share a batch with: kernels are chosen by shape, and
-    within one shape every row takes the same path (measured on ViT-B/32: bit for bit).
+    Rows are batched across units. All batches are padded to the same shape, so a row's score does not depend on the
+    other rows in its batch: kernels are chosen by shape (bit-identical on ViT-B/32 as measured).
     """
 
     model: str = "ViT-B-32"
     """An architecture of open_clip by name, `hf-hub:owner/name`, or a folder with `open_clip_config.json` and
     `open_clip_model.safetensors`."""
     pretrained: str | None = None
-    """For a name: the tag of its published weights (`openai` if left out) or a checkpoint file."""
+    """For an architecture name: the tag of published weights (default `openai`) or a checkpoint file."""
     column: str = "clip_score"
-    """Name of the score; with another than the default, the embeddings are called `COLUMN_image_embedding` and so on,
-    so that several models can stand side by side."""
+    """Name of the score column. For other names than the default, the embeddings are `COLUMN_image_embedding` and
+    `COLUMN_text_embedding`, so that several models can be used in one recipe."""
     embeddings: bool = False
-    """Whether to store the embeddings too: what `semantic_dedup` and further scores work on."""
+    """Store the embeddings, as `semantic_dedup` and further scores need them."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Type of the weights. `auto` is fp16 on a GPU, whose error is an eighth of bf16's; on a CPU it is bf16 where there
-    are instructions for it (AMX, AVX-512 BF16), up to five times faster, else fp32. bf16 moves a score by some
-    thousandths (on the demo's pictures by 0.0005 on average, 0.0023 at most). Name a type where workers of several
-    kinds are to give equal scores."""
+    """Type of the weights. `auto` is fp16 on a GPU (an eighth of bf16's error). On a CPU it is bf16 if the CPU has
+    instructions for it (AMX, AVX-512 BF16), up to five times faster, else fp32. bf16 changes scores by some thousandths
+    (on the demo's pictures 0.0005 on average, at most 0.0023). Set a type if different kinds of workers must give equal
+    scores."""
     batch_size: int = 256
-    """Pictures in a batch; 32 to 64 is best on a CPU. Not only a matter of speed: another size is another order of
-    sums, which in bf16 moves scores by some thousandths."""
+    """Pictures per batch; 32 to 64 is best on a CPU. Also affects results: another size changes the order of sums,
+    which in bf16 changes scores by some thousandths."""
     decode_threads: int | None = field(default=None, metadata={"speed": True})
-    """Threads that decode and resize while the model runs; all available cores if left out."""
+    """Threads that decode and resize while the model runs. Default: all available cores."""
 
     needs = ("image", "caption")
     commits = True
@@ -85,7 +84,7 @@ class ClipScore(Stage):
         prefix = "" if self.column == "clip_score" else f"{self.column}_"
         self._vectors = (f"{prefix}image_embedding", f"{prefix}text_embedding") if self.embeddings else ()
         adds: dict[str, pa.DataType] = {self.column: pa.float32()}
-        # Without a dimension there is a problem that check() reports.
+        # check() reports an unknown dimension.
         adds |= dict.fromkeys(self._vectors, pa.list_(pa.float16(), self._dimension() or 1))
         self.adds = adds  # type: ignore[misc]
 
@@ -93,17 +92,17 @@ class ClipScore(Stage):
         return Estimate(1.0, 1500, "rate assumed: ViT-B/32 on one GPU, bound by decoding", stored=8)
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """Without importing torch, which takes seconds: tags are looked up only as words of open_clip's own list, and
-        whether weights fit their configuration shows when they are loaded."""
+        """Checks without importing torch, which takes seconds. Tags are looked up as words in open_clip's list. Whether
+        weights fit their configuration is checked when they are loaded."""
         if not self.column.isidentifier():
-            yield "column", f"{self.column!r} is no name for a column; expected one such as 'clip_score_l14'"
+            yield "column", f"{self.column!r} is not a valid column name; expected one such as 'clip_score_l14'"
         for key in ("batch_size", "decode_threads"):
             if (value := getattr(self, key)) is not None and value < 1:
-                yield key, f"{value} is less than one"
+                yield key, f"{value} must be at least 1"
         folder = _folder(self.model)
         if folder is not None:
             if self.pretrained is not None:
-                yield "pretrained", f"{self.model} is a folder with weights of its own; leave `pretrained` out"
+                yield "pretrained", f"the folder {self.model} has its own weights; leave `pretrained` out"
             for name in (CONFIG_FILE, WEIGHTS_FILE):
                 if not (folder / name).is_file():
                     yield "model", f"the folder {self.model} has no {name}"
@@ -111,18 +110,18 @@ class ClipScore(Stage):
             if self.embeddings:
                 yield (
                     "embeddings",
-                    "need a model of known dimension: a folder, or the name of an architecture",
+                    "requires a model of known dimension: a folder or an architecture name",
                 )
         elif _architecture(self.model) is None:
             near = _nearest(self.model, _architectures())
-            yield "model", f"no folder {self.model!r} and no architecture of that name{near}"
+            yield "model", f"no folder or architecture named {self.model!r}{near}"
         elif not Path(self._weights() or "").is_file():
             known = set(re.findall(r"\w+", (_package("open_clip") / "pretrained.py").read_text(encoding="utf-8")))
             if self._weights() not in known:
-                tag = f"{self.pretrained!r} is neither a file nor a tag of open_clip's"
+                tag = f"{self.pretrained!r} is neither a file nor an open_clip tag"
                 yield "pretrained", tag + _nearest(str(self.pretrained), known)
         if self.embeddings and folder is not None and self._dimension() is None:
-            yield "model", f"{folder / CONFIG_FILE} is no configuration of open_clip's: it has no model_cfg.embed_dim"
+            yield "model", f"{folder / CONFIG_FILE} is not an open_clip configuration: model_cfg.embed_dim is missing"
 
     def fingerprint(self) -> object:
         folder = _folder(self.model)
@@ -141,7 +140,7 @@ class ClipScore(Stage):
         self._model, self._preprocess, self._tokenize = load(self.model, self._weights(), device, precision.name)
 
     def stream(self, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """Decodes ahead on threads while the model runs; at most `_PREFETCH` + 1 batches are held."""
+        """Decodes ahead on threads while the model runs. Holds at most `_PREFETCH` + 1 batches."""
         pool = ThreadPoolExecutor(self.decode_threads or os.cpu_count(), "decode")
         waiting: deque[tuple[pa.Table, list[Future], Future]] = deque()
         try:
@@ -156,17 +155,17 @@ class ClipScore(Stage):
             pool.shutdown(cancel_futures=True)
 
     def _pixels(self, image: pa.Buffer | None) -> Tensor | str:
-        """uint8 (3, side, side), or what is wrong with the picture."""
+        """uint8 of shape (3, side, side), or an error message."""
         try:
             with Image.open(io.BytesIO(image or b""), formats=_FORMATS) as picture:
                 if picture.width * picture.height > _MAX_PIXELS:
                     return f"{picture.width}x{picture.height} is too large"
                 return self._preprocess.pixels(picture)
-        except Exception as error:  # Pillow answers hostile bytes with almost any exception
+        except Exception as error:  # Pillow raises all kinds of exceptions on hostile bytes
             return f"{type(error).__name__}: {error}"[:200]
 
     def _tokens(self, captions: pa.ChunkedArray) -> Tensor:
-        # Through bytes, since a column may hold invalid UTF-8.
+        # Via bytes, since a column may hold invalid UTF-8.
         texts = [(caption or b"").decode("utf-8", "replace") for caption in captions.cast(pa.binary()).to_pylist()]
         return self._tokenize([text[:_MAX_CHARS] for text in texts])
 
@@ -198,7 +197,7 @@ class ClipScore(Stage):
         return table
 
     def _encode_text(self, tokens: Tensor) -> Tensor:
-        """Unit vectors (captions, dimension) of token ids (captions, context)."""
+        """Unit vectors of shape (captions, dimension) for token ids of shape (captions, context)."""
         import torch
 
         from trainer.model import encode_text
@@ -212,8 +211,7 @@ class ClipScore(Stage):
         index, parts = [], []
         for shortest, longest in pairwise(bounds):
             for rows in torch.nonzero((lengths > shortest) & (lengths <= longest)).flatten().split(size):
-                # One row more than there are captions: it ends exactly at `longest`, so that this is the length that
-                # `encode_text` trims the group to.
+                # The extra row ends exactly at `longest`, so `encode_text` trims every group to that length.
                 group = torch.zeros(size + 1, context, dtype=tokens.dtype)
                 group[: len(rows)] = tokens[rows]
                 group[-1, longest - 1] = tokens.max()
@@ -236,7 +234,7 @@ class ClipScore(Stage):
 
 
 def _rebatch(batches: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
-    """The same rows in the same order in tables of `size` rows; the last may be shorter."""
+    """The same rows in the same order, in tables of `size` rows. The last may be shorter."""
     held: list[pa.Table] = []
     rows = 0
     for batch in batches:
@@ -253,7 +251,7 @@ def _rebatch(batches: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
 
 
 def _unit(features: Tensor) -> Tensor:
-    """In fp32, whatever the model computes in."""
+    """Normalises in fp32, whatever the model's precision."""
     import torch
 
     return torch.nn.functional.normalize(features.float(), dim=-1)
@@ -264,7 +262,7 @@ def _folder(model: str) -> Path | None:
 
 
 def _architectures() -> dict[str, Path]:
-    """The configurations of open_clip and of the trainer by name, found without importing either."""
+    """The configuration files of open_clip and the trainer by name, found without importing either."""
     folders = (_package("open_clip") / "model_configs", _package("trainer") / "configs")
     return {path.stem: path for folder in folders for path in folder.glob("*.json")}
 

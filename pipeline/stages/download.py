@@ -1,4 +1,4 @@
-"""The download stage: from urls to small, clean images."""
+"""The download stage: fetches urls and turns the responses into small, clean images."""
 
 from __future__ import annotations
 
@@ -16,34 +16,33 @@ import pyarrow as pa
 
 from pipeline.fetch import img2dataset_engine
 from pipeline.fetch.client import Client, Limits, tls_context
+from pipeline.fetch.concurrent_rows import Begin, ConcurrentRows, Work, as_drop, table_of, with_columns
 from pipeline.fetch.decoder import DecodeMode, Decoder, EncodeFormat, HashType, Picture, ResizeMode, Rules
 from pipeline.fetch.deny import DenyList
 from pipeline.fetch.guard import parse_addr
-from pipeline.fetch.hosts import Board, Exchange, Manners
+from pipeline.fetch.hosts import Exchange, HostLimiter, Politeness
 from pipeline.fetch.outage import OutageError
-from pipeline.fetch.overlap import Begin, Overlap, Work, as_drop, table_of, with_columns
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.sandbox import Sandbox, SandboxError, set_malloc
 from pipeline.schema import INLINE, PICTURE, carried
 from pipeline.step import Estimate, Stage
 
 GROUP_ROWS = 256
-# Rows that the event loop knows, most of them waiting for their host: 12 MB at most, and enough to see a unit's hosts
-# far ahead of the slow ones.
+# Rows held by the event loop, most of them waiting for their host. At most 12 MB, and enough to look far past the slow
+# hosts of a unit.
 ADMITTED_ROWS = 4096
-_SPEED = {"speed": True}  # options that change how fast rows come, and nothing about them
+_SPEED = {"speed": True}  # options that affect only speed, not results
 
 
 @dataclass(kw_only=True)
 class Download(Stage):
-    """Fetches each url, checks, decodes, resizes and re-encodes the image; names and meanings are img2dataset's.
+    """Fetches each url, then checks, decodes, resizes and re-encodes the image. Names and meanings are img2dataset's.
 
     Adds the encoded `image` and its measurements. `original_width` and `original_height` are those of the upright
-    image; `animated` tells that more frames follow the one that was taken; `sha256` is of the bytes as fetched;
-    `phash` is imagehash.phash, 64 bits with the first bit of its hex string highest, of the picture as it was encoded.
-    `usage` is what the publisher said about the use of the picture, one statement a line ("Content-Usage: search=n"),
-    null where nothing was said.
-    A row without an image is dropped for one of the reasons of `pipeline.fetch.reasons`.
+    image. `animated` is true if more frames follow the one taken. `sha256` is that of the bytes as fetched. `phash` is
+    imagehash.phash of the picture as encoded, 64 bits, most significant bit first. `usage` holds the publisher's
+    statements about use of the picture, one per line ("Content-Usage: search=n"), or null if there are none. A row
+    without an image is dropped for one of the reasons in `pipeline.fetch.reasons`.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("url",)
@@ -53,61 +52,60 @@ class Download(Stage):
     repeatable: ClassVar[bool] = False
 
     engine: Literal["winnow", "img2dataset"] = "winnow"
-    """`img2dataset`: its own downloader, for exactly what it does, without our safety and manners: docs/fetching.md."""
+    """`img2dataset` runs its own downloader, without our safety and politeness: docs/fetching.md."""
     image_size: int = 256
-    """Pixels of the side that `resize_mode` sets."""
+    """Length in pixels of the side chosen by `resize_mode`."""
     resize_mode: ResizeMode = "keep_ratio_largest"
     """`keep_ratio_largest`: longest side; `keep_ratio`: shortest side; `center_crop`: shortest side, then a square;
     `border`: longest side, then a white square; `no`."""
     resize_only_if_bigger: bool = True
-    """Leave smaller images as they are (neither cropped nor padded)."""
+    """Leave smaller images unchanged (neither cropped nor padded)."""
     encode_format: EncodeFormat = "jpg"
     """jpg, png or webp."""
     encode_quality: int = 95
-    """0 to 100 for jpg and webp; the compression level, 0 to 9, for png."""
+    """0 to 100 for jpg and webp; compression level 0 to 9 for png."""
     skip_reencode: bool = False
-    """Keep the bytes as they came where nothing had to change: metadata, and whatever hides behind the picture, too."""
+    """Keep the original bytes if nothing had to change, including metadata and any data after the picture."""
     decode: DecodeMode = "scaled"
-    """How a JPEG that shrinks is decoded: `exact` in full; `scaled` at the smallest scale that leaves 1.5 times the
-    target or more; `fast` at the smallest that covers it. What each costs and saves: docs/fetching.md."""
+    """How to decode a JPEG that will shrink: `exact` in full; `scaled` at the smallest scale of at least 1.5 times the
+    target; `fast` at the smallest scale that covers the target. Trade-offs: docs/fetching.md."""
     inline: bool = False
-    """Take the pictures that came with the pool (`pool.image`), by the same rules as fetched ones; a row without one is
-    fetched by its url."""
+    """Use the pictures in the pool (`pool.image`), by the same rules as fetched ones. Rows without one are fetched."""
     bbox_col: str | None = None
-    """A column of boxes to blur, faces say: lists of [x_min, y_min, x_max, y_max] from 0 to 1 of the upright image."""
+    """A column of boxes to blur, such as faces: lists of [x_min, y_min, x_max, y_max] in the upright image, 0 to 1."""
     min_image_size: int = 0
-    """Pixels of the shorter side."""
+    """Minimum shorter side, in pixels."""
     max_image_area: float = 36_000_000
-    """Pixels, of the original and of the result."""
+    """Maximum number of pixels, of the original and of the result."""
     max_aspect_ratio: float = float("inf")
-    """Longer side / shorter side."""
+    """Maximum of longer side / shorter side."""
     extract_exif: bool = True
     """Fill `exif` with the tags as a JSON object of strings."""
     compute_phash: bool = True
-    """Fill `phash`, which `near_dedup` and `placeholder` can look at; without, decoding takes a tenth less CPU time."""
+    """Fill `phash`, used by `near_dedup` and `placeholder`. Without it, decoding takes 10% less CPU time."""
     compute_hash: HashType | None = None
-    """A further hash of the bytes as fetched, in a column of its name; `sha256` is always there."""
+    """A further hash of the bytes as fetched, in a column named after it. `sha256` is always computed."""
     verify_hash: list[str] | None = None
-    """`[column, md5 | sha1 | sha256 | sha512]`: the column holds the hash, in hex, that the bytes should have; a row
-    with a null there is not checked."""
+    """`[column, md5 | sha1 | sha256 | sha512]`: the column with the expected hash of the bytes, in hex. Rows with null
+    are not checked."""
     hash_mismatch: Literal["reject", "flag"] = "reject"
-    """If the bytes differ: drop the row, or keep it and record that in the column `hash_matches`."""
+    """On a hash mismatch: drop the row, or keep it and record the result in the column `hash_matches`."""
     deny_hashes: str | None = None
-    """A file of md5, sha1 or sha256 digests in hex, one a line. Bodies with one of them are dropped before they are
-    decoded or stored."""
+    """A file of md5, sha1 or sha256 digests in hex, one per line. Bodies with a listed digest are dropped before they
+    are decoded or stored."""
 
     timeout: float = 10.0
-    """Seconds for a row in all: redirects, retries and back-off; waiting for a place at a busy host is not counted."""
+    """Total seconds for a row, including redirects, retries and back-off, but not the wait for a busy host."""
     retries: int = 2
-    """Further attempts after a transient failure, as long as `timeout` lasts."""
+    """Further attempts after a transient failure, within `timeout`."""
     max_bytes: int = 20_000_000
-    """The largest body, in bytes."""
+    """Maximum size of a body, in bytes."""
     min_rate: int = 1000
-    """Bytes per second under which a body, over 3 seconds, is given up."""
+    """Minimum transfer rate in bytes/s, averaged over 3 s. Slower bodies are abandoned."""
     user_agent_token: str = "winnow"
-    """The name of this crawler, in the User-Agent, robots.txt and X-Robots-Tag."""
+    """The crawler's name in the User-Agent, robots.txt and X-Robots-Tag."""
     user_agent_contact: str = ""
-    """A URL or mail address for publishers, sent with the User-Agent."""
+    """A URL or email address for publishers, sent in the User-Agent."""
     disallowed_header_directives: list[str] = field(
         default_factory=lambda: ["noai", "noimageai", "noml", "noindex", "noimageindex"]
     )
@@ -115,41 +113,41 @@ class Download(Stage):
     robots_txt: bool = True
     """Obey robots.txt (RFC 9309)."""
     content_usage: list[str] = field(default_factory=lambda: ["train-ai", "all"])
-    """Obey Content-Usage, the header and the rule of robots.txt (IETF aipref): of these categories, the first with a
-    stated preference decides. `[]`: ignore it."""
+    """Obey Content-Usage (IETF aipref) in headers and robots.txt. The first of these categories with a stated
+    preference decides. `[]` ignores Content-Usage."""
     tdm_reservation: bool = True
     """Obey the header `tdm-reservation: 1` (TDMRep)."""
     tdmrep_json: bool = True
     """Obey `/.well-known/tdmrep.json` (TDMRep): one more request to each host that has a robots.txt."""
     host_failures: int = 10
-    """Consecutive failures after which a host is skipped for a while (`host_down`); 0: never."""
+    """Consecutive failures after which a host is skipped for a while (`host_down`). 0 disables this."""
     host_wait: float = 600.0
-    """Seconds that a row waits for its turn at a busy host before it ends as `host_busy`; 0: for ever."""
+    """Seconds that a row waits for a busy host before it is dropped as `host_busy`. 0 waits forever."""
     allow_addrs: list[str] = field(default_factory=list)
-    """Addresses that may be dialled though they are not public, each with its port: "127.0.0.1:8765"."""
+    """Non-public addresses that may be dialled, each with a port: "127.0.0.1:8765"."""
 
     concurrency: int = field(default=256, metadata=_SPEED)
-    """Rows at work at once, from the first request to the finished image."""
+    """Concurrent rows per worker, from the first request to the finished image."""
     per_host: int = field(default=8, metadata=_SPEED)
-    """Requests at once to one host, over all workers."""
+    """Concurrent requests per host, over all workers."""
     per_host_rate: float = field(default=0.0, metadata=_SPEED)
-    """Requests a second to one host at most, over all workers; 0: any. Crawl-delay counts too, up to 10 s."""
+    """Maximum requests per second and host, over all workers. 0 is unlimited. Crawl-delay applies too, up to 10 s."""
     bytes_in_flight: int = field(default=64_000_000, metadata=_SPEED)
-    """Bytes of large bodies that may be held at once; bodies under 256 KiB are not counted."""
+    """Maximum total bytes of bodies in memory. Bodies under 256 KiB are not counted."""
     decode_processes: int = field(default=1, metadata=_SPEED)
-    """Processes of each worker that decode and encode; the executor starts a worker for each CPU."""
+    """Decoder processes per worker. The executor starts one worker per CPU."""
     decode_timeout: float = 10.0
-    """Seconds of CPU time that one image may take to decode and encode."""
+    """CPU seconds allowed to decode and encode one image."""
     decode_memory: int = 200_000_000
-    """Bytes of memory that one image may take to decode and encode: enough for `max_image_area`'s default in most
-    formats, for 33 megapixels of a progressive JPEG in full colour, for 29 of a WebP, and for 12 of a WebP with
-    transparency, metadata or frames."""
+    """Bytes of memory allowed to decode and encode one image. Enough for the default `max_image_area` in most formats,
+    for 33 megapixels of a progressive JPEG in full colour, for 29 of a WebP, and for 12 of a WebP with transparency,
+    metadata or frames."""
 
-    board: ClassVar[Exchange | None] = None
-    """Where workers agree on each host's share; set on the instance by who runs several."""
+    limiter: ClassVar[Exchange | None] = None
+    """Shares per-host limits between workers. Set on the instance if several workers run."""
 
     def __post_init__(self) -> None:
-        # The pool's own columns: those called as one of ours are carried under another name.
+        # Pool columns whose names clash with ours are carried under another name.
         self._boxes = carried(self.bbox_col) if self.bbox_col else None
         self._claim = carried(self.verify_hash[0]) if self.verify_hash else None
         further = (self._boxes, self._claim, INLINE if self.inline else None)
@@ -175,7 +173,7 @@ class Download(Stage):
             if getattr(self, key) < 0:
                 yield key, f"{getattr(self, key)} must be 0 or more"
         if self.max_aspect_ratio < 1:
-            yield "max_aspect_ratio", f"{self.max_aspect_ratio} is longer side / shorter side and must be 1 or more"
+            yield "max_aspect_ratio", f"{self.max_aspect_ratio} must be 1 or more (longer side / shorter side)"
         if self.max_image_area < 1:
             yield "max_image_area", f"{self.max_image_area} must be 1 or more"
         highest = 9 if self.encode_format == "png" else 100
@@ -187,9 +185,9 @@ class Download(Stage):
             yield "user_agent_contact", f"{self.user_agent_contact!r} must be printable ASCII"
         for category in self.content_usage:
             if not re.fullmatch(r"[a-z*][a-z0-9_.*-]*", category):
-                yield "content_usage", f"{category!r} is not a category like train-ai, in lower case"
+                yield "content_usage", f"{category!r} must be a lower-case category such as train-ai"
         if self.inline and self.engine != "winnow":
-            yield "inline", f"the engine {self.engine} only fetches; leave `engine` out"
+            yield "inline", f"not supported by the engine {self.engine}; leave `engine` out"
         if self.verify_hash is not None and (
             len(self.verify_hash) != 2 or self.verify_hash[1] not in get_args(HashType)
         ):
@@ -208,9 +206,9 @@ class Download(Stage):
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
         claim, boxes = types.get(self._claim or ""), types.get(self._boxes or "")
         if claim is not None and not pa.types.is_string(claim):
-            yield "verify_hash", f"the column {self._claim!r} must hold digests in hex, but is of the type {claim}"
+            yield "verify_hash", f"the column {self._claim!r} must hold digests in hex, found type {claim}"
         if boxes is not None and not pa.types.is_nested(boxes):
-            yield "bbox_col", f"the column {self._boxes!r} must hold lists of boxes, but is of the type {boxes}"
+            yield "bbox_col", f"the column {self._boxes!r} must hold lists of boxes, found type {boxes}"
 
     def fingerprint(self) -> object:
         return hashlib.sha256(Path(self.deny_hashes).read_bytes()).hexdigest() if self.deny_hashes else None
@@ -218,7 +216,7 @@ class Download(Stage):
     def honours(self) -> Iterator[str]:
         if self.disallowed_header_directives:
             yield f"X-Robots-Tag ({', '.join(self.disallowed_header_directives)})"
-        if self.engine == "img2dataset":  # which knows nothing of the others
+        if self.engine == "img2dataset":  # does not support the others
             return
         if self.robots_txt:
             yield "robots.txt (RFC 9309)"
@@ -230,16 +228,16 @@ class Download(Stage):
             yield "/.well-known/tdmrep.json (TDMRep)"
 
     def shared(self) -> tuple[type, tuple[Any, ...]]:
-        return Board, (self.per_host,)
+        return HostLimiter, (self.per_host,)
 
     def connect(self, shared: Any) -> None:
-        self.board = shared  # type: ignore[misc]
+        self.limiter = shared  # type: ignore[misc]
 
     def setup(self) -> None:
         tls_context()
-        # glibc raises the first threshold with each large block it frees, until whole bodies come from a heap that
-        # never shrinks: half as much memory again as the bodies in flight. At the second one's default, pages of
-        # bodies go back to the system and are fetched anew all the time: a tenth of the time of fetching.
+        # glibc raises the mmap threshold with each large block it frees, until bodies come from a heap that never
+        # shrinks: 50% more memory than the bodies in flight. At the default trim threshold, pages of bodies are
+        # constantly returned to the kernel and mapped again: 10% of the fetching time.
         set_malloc(mmap_threshold=1 << 20, trim_threshold=16 << 20)
 
     def process(self, batch: pa.Table) -> pa.Table:
@@ -247,7 +245,8 @@ class Download(Stage):
         return pa.concat_tables(done).sort_by([("unit", "ascending"), ("row", "ascending")])
 
     def stream(self, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """Finished rows in order of completion, at most 256 a table, dropped ones marked; requests overlap batches."""
+        """Yields finished rows in order of completion, at most 256 per table, with dropped rows marked. Requests of
+        consecutive batches overlap."""
         if self.engine == "img2dataset":
             options = {f.name: getattr(self, f.name) for f in fields(self)} | {"bbox_col": self._boxes}
             if self.verify_hash:
@@ -256,16 +255,16 @@ class Download(Stage):
                 for group in img2dataset_engine.download(batch, options):
                     yield table_of([(batch, row, self._columns(result)) for row, result in group], self.adds)
             return
-        for finished in self._overlap(batches):
+        for finished in self._rows_at_work(batches):
             yield table_of(finished, self.adds)
 
     @cached_property
-    def _overlap(self) -> Overlap[dict[str, Any]]:
-        return Overlap(
-            copy(self)._open,  # of a copy, or the thread would keep its own end from coming
+    def _rows_at_work(self) -> ConcurrentRows[dict[str, Any]]:
+        return ConcurrentRows(
+            copy(self)._open,  # a copy: a reference to self would keep the thread alive forever
             columns=["url", self._claim or "url", self._boxes or "url", INLINE if self.inline else "url"],
             concurrency=self.concurrency,
-            # Rows that bring their pictures along are large.
+            # Rows with inline pictures are large.
             admitted=2 * self.concurrency if self.inline else max(ADMITTED_ROWS, 2 * self.concurrency),
             group=GROUP_ROWS,
         )
@@ -279,7 +278,7 @@ class Download(Stage):
         options["verify_hash"] = self.verify_hash[1] if self.verify_hash else None
         options["deny_hashes"] = DenyList(self.deny_hashes) if self.deny_hashes else None
         limits = Limits(**{f.name: options[f.name] for f in fields(Limits)})
-        manners = Manners(**{f.name: options[f.name] for f in fields(Manners)})
+        politeness = Politeness(**{f.name: options[f.name] for f in fields(Politeness)})
         rules = Rules(**{f.name: options[f.name] for f in fields(Rules)})
         decoders = Sandbox(
             Decoder(rules),
@@ -287,13 +286,13 @@ class Download(Stage):
             seconds=self.decode_timeout,
             memory=self.decode_memory,
         )
-        async with decoders, Client(limits, manners=manners, board=self.board) as client:
+        async with decoders, Client(limits, politeness=politeness, limiter=self.limiter) as client:
 
             async def work(values: tuple[Any, ...], begin: Begin) -> dict[str, Any]:
                 url, claim, boxes, body = values
                 extra = (claim if self.verify_hash else None, boxes or () if self.bbox_col else ())
                 try:
-                    if self.inline and body is not None:  # a picture that came with the pool
+                    if self.inline and body is not None:
                         if len(body) > self.max_bytes:
                             raise FetchError("body_too_large", f"{len(body):,} bytes")
                         await begin()

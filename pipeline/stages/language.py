@@ -21,39 +21,44 @@ _ALL = 1_000_000  # more labels than a model has
 
 @dataclass(kw_only=True)
 class Language(Stage):
-    """Measures the language of captions, and drops the rows of others than `keep`.
+    """Detects the language of captions and drops rows in languages other than `keep`.
 
-    Adds `language` (the most likely one, an ISO 639 code as lid.176 spells it) and `language_score` (its probability, 0
-    to 1, rounded to 4 decimals). The model is fastText's lid.176 (Joulin et al., 2016), in the compressed form that
-    installs with the project. It reads the normal caption (`pipeline.caption.normal`) in lower case: in capitals it
-    knows 29% of the English ones, so 99.3%.
+    Adds `language` (the most likely one, an ISO 639 code as spelled by lid.176) and `language_score` (its probability,
+    0 to 1, rounded to 4 decimals). The model is fastText's lid.176 (Joulin et al., 2016), in the compressed form
+    installed with the project. It reads the normal caption (`pipeline.caption.normal`) in lower case: it recognises
+    99.3% of English captions then, but 29% in capitals.
 
-    A row stays if the languages of `keep` have a probability of `min_score` or more together, whichever language is the
-    most likely one: the model spreads the probability of a short caption over many languages, and calls "A girl climbs
-    a rock wall ." Spanish at 0.16 and English at 0.14. Reasons: `language`, and `low_score` where the most likely
-    language is wanted but too uncertain. Captions without words score 0.1245 and go as `low_score`.
+    A row is kept if the languages of `keep` together have a probability of at least `min_score`, even if another
+    language is more likely: the model spreads the probability of short captions over many languages. "A girl climbs a
+    rock wall ." is Spanish at 0.16 and English at 0.14. Drop reasons: `language`, or `low_score` if the most likely
+    language is in `keep` but too uncertain. Captions without words score 0.1245 and are dropped as `low_score`.
 
-    Measured at keep: [en]: the default keeps 99.96% of 10,000 captions of Flickr8k and 99.97% of 25,014 of COCO, and of
-    other languages 0.6% of 23,148 sentences of news in 24 of them and 0.3% of 14,752 German, French and Czech captions
-    of Multi30k. At 0.3 these are 99.4%, 99.8%, 0.2% and 0.1%; at 0.5, from where on only the most likely language can
-    be kept, 98.0%, 98.6%, 0.07% and 0.05%. The shorter a text, the higher the price: cut to three words, 3.8% of
-    the foreign texts stay at 0.13 and 1.8% at 0.3 (of the English ones 95% and 91%). The most likely language is the
-    right one for 98.5% of news sentences in 25 languages.
+    Measured with keep: [en], as shares of rows kept:
+
+    | min_score | Flickr8k (10,000) | COCO (25,014) | news, 24 other languages (23,148) | Multi30k de, fr, cs (14,752) |
+    |---|---|---|---|---|
+    | 0.13 | 99.96% | 99.97% | 0.6% | 0.3% |
+    | 0.3 | 99.4% | 99.8% | 0.2% | 0.1% |
+    | 0.5 | 98.0% | 98.6% | 0.07% | 0.05% |
+
+    From 0.5 on, only the most likely language can be kept. Short texts are harder: of texts cut to three words, 3.8% of
+    the foreign and 95% of the English ones are kept at 0.13, 1.8% and 91% at 0.3. The most likely language is correct
+    for 98.5% of news sentences in 25 languages.
     """
 
     keep: list[str] | None = field(default_factory=lambda: ["en"])
-    """Languages to keep, `[en, de]`; null measures and drops nothing."""
+    """Languages to keep, such as `[en, de]`. null only measures and drops nothing."""
     min_score: float = 0.13
-    """The least probability, 0 to 1, that the languages of `keep` have together in a row that is kept."""
+    """Minimum total probability of the languages of `keep`, 0 to 1."""
     model: str | None = None
-    """Path of another fastText classifier, such as `lid.176.bin`: larger, and better on very short captions."""
+    """Path of another fastText classifier, such as `lid.176.bin`, which is larger and better on very short captions."""
 
     needs = ("caption",)
     version = 2
     adds = {"language": pa.string(), "language_score": pa.float32()}  # noqa: RUF012
 
     def estimate(self, rows: float) -> Estimate:
-        # A stage that keeps every language only measures.
+        # With keep: null, the stage only measures.
         keep = 0.40 if self.keep else 1.0
         return Estimate(keep, 100_000, "English share of LAION-5B (2.3 of 5.85 billion); rate of fastText lid.176")
 
@@ -61,7 +66,7 @@ class Language(Stage):
         if not 0 < self.min_score <= 1:
             yield (
                 "min_score",
-                f"expected a number from 0 to 1, above 0, found {self.min_score}; keep: null drops nothing",
+                f"must be above 0 and at most 1, found {self.min_score}; use keep: null to drop nothing",
             )
         try:
             known = _labels(_load(self.model))
@@ -69,16 +74,16 @@ class Language(Stage):
             yield "model", f"{self.model!r} is not a fastText model: {e}"
             return
         if self.keep == []:
-            yield "keep", "is empty, which drops every row; expected languages, as in [en, de], or null to drop none"
+            yield "keep", "is empty, which drops every row; expected languages such as [en, de], or null to drop none"
         for code in self.keep or []:
             if not isinstance(code, str):
                 # YAML 1.1 reads `no`, Norwegian, as false.
-                yield "keep", f"{code!r} is not text; put the code in quotes, as in ['no']"
+                yield "keep", f"{code!r} is not a string; quote the code, as in ['no']"
             elif code not in known:
                 near = nearest(code.lower()[:2], known, cutoff=0.9)
                 yield (
                     "keep",
-                    f"{code!r} is no language of the model; "
+                    f"{code!r} is not a language of the model; "
                     + (f"did you mean {near[0]!r}?" if near else "expected ISO 639 codes such as 'en', 'de', 'zh'"),
                 )
 
@@ -100,7 +105,7 @@ class Language(Stage):
         wanted = np.isin(language, self.keep)
         kept = np.where(wanted, score, 0.0)
         detail = [f"{code} {p:.4f}" for code, p in zip(language, score)]
-        # The most likely language decides most rows; the distribution over all of them takes five times as long.
+        # The most likely language decides most rows. Predicting all languages takes five times as long.
         for row in np.flatnonzero((kept < self.min_score) & (wanted | (1 - score >= self.min_score))):
             kept[row] = self._probability(captions[row])
             detail[row] += f", {'+'.join(self.keep)} {kept[row]:.4f}"
@@ -111,7 +116,7 @@ class Language(Stage):
         return batch.append_column("drop_value", pa.array(score, pa.float64()))
 
     def _probability(self, caption: str) -> float:
-        """Of the languages to keep, together."""
+        """Total probability of the languages of `keep`."""
         labels, scores = self._model.predict(caption, k=_ALL, threshold=-1.0)
         kept = [p for label, p in zip(labels, scores) if label.removeprefix(_PREFIX) in (self.keep or ())]
         return round(min(sum(kept), 1.0), 4)

@@ -13,12 +13,12 @@ from pipeline.step import Estimate, Stage
 
 @dataclass(kw_only=True)
 class LinearHead(Stage):
-    """Scores stored embeddings by a linear head: aesthetics, watermarks, unsafe pictures, or a classifier of your own.
+    """Scores stored embeddings by a linear head: aesthetics, watermarks, unsafe pictures, or your own classifier.
 
-    The score is w·x + b of the unit vector x, or its logistic function. LAION's aesthetic heads (`sa_0_4_vit_b_32_
-    linear.pth` for ViT-B/32, and so on; LAION-Aesthetics, 2022) rate from about 1 to 10 and were used at cuts from 4.5
-    to 6.5. CommonPool (2023) dropped pictures whose probability of being unsafe was above 0.1. Cut with `threshold`:
-    `min` for what shall be high, `max` for what shall be low. A row without an embedding has a null score.
+    The score is w·x + b of the unit vector x, or its logistic function. Filter by it with `threshold`. LAION's
+    aesthetic heads (such as `sa_0_4_vit_b_32_linear.pth` for ViT-B/32; LAION-Aesthetics, 2022) give about 1 to 10 and
+    were used with thresholds from 4.5 to 6.5. CommonPool (2023) dropped pictures with an unsafe probability above 0.1.
+    A row without an embedding gets a null score.
     """
 
     head: str
@@ -26,9 +26,9 @@ class LinearHead(Stage):
     column: str
     """Name of the score, such as `aesthetic_score`."""
     vector: str = "image_embedding"
-    """The column of embeddings, by the model that the head was trained on."""
+    """The column of embeddings, from the model that the head was trained on."""
     output: Literal["linear", "probability"] = "linear"
-    """`linear`: the sum itself; `probability`: its logistic function, from 0 to 1."""
+    """`linear`: w·x + b; `probability`: its logistic function, from 0 to 1."""
 
     def __post_init__(self) -> None:
         self.needs = (self.vector,)  # type: ignore[misc]
@@ -39,7 +39,7 @@ class LinearHead(Stage):
 
     def check(self) -> Iterator[tuple[str, str]]:
         if not self.column.isidentifier():
-            yield "column", f"{self.column!r} is no name for a column; expected one such as 'aesthetic_score'"
+            yield "column", f"{self.column!r} is not a valid column name; expected one such as 'aesthetic_score'"
         try:
             embeddings.load_head(self.head)
         except (OSError, ValueError) as error:
@@ -53,7 +53,7 @@ class LinearHead(Stage):
         if not pa.types.is_fixed_size_list(of):
             yield "vector", f"the column {self.vector!r} holds {of}, expected vectors"
         elif of.list_size != width:
-            yield "head", f"{self.head} is for {width} dimensions, and {self.vector} has {of.list_size}"
+            yield "head", f"{self.head} expects {width} dimensions, but {self.vector} has {of.list_size}"
 
     def fingerprint(self) -> object:
         return embeddings.digest(self.head)
@@ -65,7 +65,7 @@ class LinearHead(Stage):
         there = embeddings.finite(batch[self.vector])
         vectors = embeddings.unit(embeddings.matrix(batch[self.vector].filter(pa.array(there))))
         score = np.zeros(len(batch))
-        # One row at a time sums in one order: a product of matrices may choose another for another number of rows.
+        # einsum sums each row in a fixed order. A matrix product may choose another order for another number of rows.
         score[there] = np.einsum("nd,d->n", vectors, self._head.weight) + self._head.bias
         if self.output == "probability":
             score = 1 / (1 + np.exp(-score))

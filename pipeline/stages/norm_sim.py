@@ -15,16 +15,16 @@ _BLOCK = 4096
 
 @dataclass(kw_only=True)
 class NormSim(Stage):
-    """Measures how close a picture is to a target set: NormSim (Wang et al., NeurIPS 2024), from stored embeddings.
+    """Measures how close a picture is to a target set, from stored embeddings: NormSim (Wang et al., NeurIPS 2024).
 
-    With unit vectors f(x) of the row and t of the target set, `p: inf` adds max |f(x)·t| (from 0 to 1), `p: 2` the root
-    of the sum of squares of f(x)·t over the target set (from 0 to √m for m targets). The paper takes the training
-    pictures of ImageNet or of all 24 tasks of DataComp as targets and keeps the upper part; combine it with
-    `threshold`. A row without an embedding has a null score.
+    For unit vectors f(x) of the row and t of the targets, `p: inf` gives max |f(x)·t| (0 to 1), and `p: 2` gives
+    √Σ(f(x)·t)² over the targets (0 to √m for m targets). The paper uses the training pictures of ImageNet or of
+    DataComp's 24 tasks as targets and keeps the highest scores; use `threshold` for that. A row without an embedding
+    gets a null score.
     """
 
     target: str
-    """A `.npy` file of target embeddings, shape (m, d), by the same model."""
+    """A `.npy` file of target embeddings of shape (m, d), from the same model."""
     p: Literal["inf", "2"] = "inf"
     """The norm over the target set."""
     vector: str = "image_embedding"
@@ -54,14 +54,14 @@ class NormSim(Stage):
             yield "vector", f"the column {self.vector!r} holds {of}, expected vectors"
         elif of.list_size != targets.shape[1]:
             found = f"{self.target} has shape {targets.shape}, and {self.vector} has {of.list_size} dimensions"
-            yield "target", f"{found}: they are of different models"
+            yield "target", f"{found}: they are from different models"
 
     def fingerprint(self) -> object:
         return embeddings.digest(self.target)
 
     def setup(self) -> None:
         targets = embeddings.unit(embeddings.load_vectors(self.target))
-        # ‖T f‖ is all that p = 2 asks for: the factor of TᵀT, with d rows, says it for any number of targets.
+        # ‖T f‖ = ‖R f‖ for T = QR, and R has at most d rows, whatever the number of targets.
         self._targets: np.ndarray = targets if self.p == "inf" else np.asarray(np.linalg.qr(targets, mode="r"))
 
     def process(self, batch: pa.Table) -> pa.Table:

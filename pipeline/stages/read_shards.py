@@ -1,4 +1,4 @@
-"""The stage in place of the download: images out of the shards that img2dataset or DataComp's tools made."""
+"""Reads images from existing shards of img2dataset or DataComp, instead of downloading them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.fetch.concurrent_rows import Begin, ConcurrentRows, Work, as_drop, table_of, with_columns
 from pipeline.fetch.decoder import EncodeFormat, Picture, Rules, decode, sniff
 from pipeline.fetch.img2dataset_engine import failure
-from pipeline.fetch.overlap import Begin, Overlap, Work, as_drop, table_of, with_columns
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.sandbox import Sandbox
 from pipeline.schema import PICTURE
@@ -31,12 +31,12 @@ from pipeline.storage import Store
 from trainer.tar import TarError, samples
 
 REASONS = {
-    "no_image": "the shards hold no image under this row's key",
-    "shard_truncated": "the tar ends before this row's image does",
+    "no_image": "the shards have no image with this row's key",
+    "shard_truncated": "the tar is truncated within this row's image",
 }
 GROUP_ROWS = 256
 CONCURRENCY = 32
-"""Images in hand at once."""
+"""Images processed at once."""
 DECODE_SECONDS = 20
 DECODE_BYTES = 1 << 29
 _INDEX_VERSION = 2
@@ -60,18 +60,17 @@ _SPEED = {"speed": True}
 
 @dataclass(kw_only=True)
 class ReadShards(Stage):
-    """Takes each row's image from existing shards, `NNNNN.tar`, by its `key`: a run without the network.
+    """Reads each row's image from existing shards, `NNNNN.tar`, by its `key`. Needs no network.
 
-    Stands where `download` would, on a pool of the tables beside the tars:
-    `pool: {path: FOLDER/*.parquet, columns: [key]}`, with `uid: uid` in a DataComp folder. Fits folders of img2dataset
-    (its format `webdataset`), of DataComp's tools and Winnow's own.
+    Use it in place of `download`, with the tables next to the tars as the pool:
+    `pool: {path: FOLDER/*.parquet, columns: [key]}`, plus `uid: uid` for a DataComp folder. Reads folders written by
+    img2dataset (its format `webdataset`), DataComp's tools and Winnow.
 
-    Adds what `download` adds, but for `usage`. The image's bytes are taken as they are once they decode, or re-encoded
-    where they are not plain 8-bit RGB or grey pixels, upright, as JPEG, PNG or WebP. `sha256`, `original_bytes` and
-    `original_format` are those of the bytes in the shard; `original_width`, `original_height` and `exif` come from the
-    shard's table if it has them, since the image was resized since. Rows that img2dataset had failed with are dropped
-    for the reason that its message means; others as `no_image`, `shard_truncated` or for the image's own reasons, as in
-    `download`.
+    Adds the columns of `download` except `usage`. Keeps the image's bytes if they are a JPEG, PNG or WebP of upright,
+    8-bit RGB or grey pixels; re-encodes others. `sha256`, `original_bytes` and `original_format` describe the bytes in
+    the shard. `original_width`, `original_height` and `exif` come from the shard's table if it has them, because the
+    image has been resized. Rows that img2dataset failed to download are dropped for the reason that its message maps
+    to. Other drops are `no_image`, `shard_truncated`, or image errors as in `download`.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("key",)
@@ -82,15 +81,15 @@ class ReadShards(Stage):
     path: str
     """The folder of the tars, local or `s3://`, `gs://`, …"""
     max_bytes: int = 20_000_000
-    """The largest image, in bytes."""
+    """Maximum size of an image, in bytes."""
     max_image_area: float = 36_000_000
-    """Pixels of an image."""
+    """Maximum number of pixels of an image."""
     index: str = field(default="~/.cache/winnow/shards", metadata=_SPEED)
-    """A folder, local or remote, that keeps where each image lies in its tar: found out once (a pass over the tar), for
+    """A local or remote folder that caches the offsets of images in each tar. A tar is indexed once, in one pass, for
     all workers that share the folder and for later runs."""
 
     def __post_init__(self) -> None:
-        # Workers have working directories of their own.
+        # Resolve paths now: workers run in other working directories.
         self._folder = Folder(Store(os.path.expanduser(self.path)).root, Store(os.path.expanduser(self.index)).root)
 
     def estimate(self, rows: float) -> Estimate:
@@ -102,7 +101,7 @@ class ReadShards(Stage):
                 yield key, f"{getattr(self, key)} must be 1 or more"
         try:
             if not self._folder.tars:
-                yield "path", f"{self.path} holds no NNNNN.tar"
+                yield "path", f"{self.path} contains no NNNNN.tar"
         except FileNotFoundError:
             yield "path", f"{self.path} does not exist"
 
@@ -111,21 +110,21 @@ class ReadShards(Stage):
         return hashlib.sha256(repr(stamps).encode()).hexdigest()
 
     def setup(self) -> None:
-        _ = self._folder.row_digits  # a folder of another kind fails here, before any row is taken
+        _ = self._folder.row_digits  # fails early on a folder of another kind
 
     def process(self, batch: pa.Table) -> pa.Table:
         done = [*self.stream([batch]), with_columns(batch.slice(0, 0), [], self.adds)]
         return pa.concat_tables(done).sort_by([("unit", "ascending"), ("row", "ascending")])
 
     def stream(self, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """Finished rows in the order of the shards, about, at most 256 a table, dropped ones marked."""
-        for finished in self._overlap(_by_key(batch) for batch in batches):
+        """Yields finished rows, roughly in the order of the shards, at most 256 per table, with dropped rows marked."""
+        for finished in self._rows_at_work(_by_key(batch) for batch in batches):
             yield table_of(finished, self.adds)
 
     @cached_property
-    def _overlap(self) -> Overlap[dict[str, Any]]:
-        return Overlap(
-            copy(self)._open,  # of a copy, or the thread would keep its own end from coming
+    def _rows_at_work(self) -> ConcurrentRows[dict[str, Any]]:
+        return ConcurrentRows(
+            copy(self)._open,  # a copy: a reference to self would keep the thread alive forever
             columns=("key",),
             concurrency=CONCURRENCY,
             admitted=2 * CONCURRENCY,
@@ -145,7 +144,7 @@ class ReadShards(Stage):
     async def _one(
         self, readers: Executor, sandbox: Sandbox[Picture], row: tuple[Any, ...], begin: Begin
     ) -> dict[str, Any]:
-        """The columns of `adds` for a row, or `drop_reason` and `drop_detail`."""
+        """Returns the columns of `adds` for a row, or `drop_reason` and `drop_detail`."""
         (key,) = row
         await begin()
         found = await asyncio.get_running_loop().run_in_executor(readers, self._folder.find, key, self.max_bytes)
@@ -159,7 +158,7 @@ class ReadShards(Stage):
 
 
 def check_image(body: bytes, *, max_image_area: float) -> Picture:
-    """The image as it is if nothing is wrong with it; FetchError otherwise, as `decode` has it."""
+    """Decodes the image and keeps its bytes if they need no change. Raises FetchError like `decode`."""
     formats: dict[str | None, EncodeFormat] = {"PNG": "png", "WEBP": "webp"}
     encode_format = formats.get(sniff(body), "jpg")
     rules = Rules(
@@ -173,7 +172,7 @@ def check_image(body: bytes, *, max_image_area: float) -> Picture:
 
 
 def _by_key(batch: pa.Table) -> pa.Table:
-    """In the order of the shards, so that neighbours in time are neighbours on the disk."""
+    """Sorts rows in the order of the shards, for sequential reads."""
     key = batch["key"].cast(pa.string())
     return batch.set_column(batch.column_names.index("key"), "key", key).sort_by("key")
 
@@ -181,15 +180,14 @@ def _by_key(batch: pa.Table) -> pa.Table:
 class Tar(NamedTuple):
     name: str
     stamp: str
-    """Tells one state of the file from another: size and time, or the store's own tag."""
+    """Identifies the version of the file: size and modification time, or the store's ETag."""
 
 
 class Folder:
-    """Shards `NNNNN.tar`, each with its table `NNNNN.parquet` or without, and the images in them by key.
+    """A folder of shards `NNNNN.tar`, optionally with tables `NNNNN.parquet`. Looks up images by key.
 
-    img2dataset's keys are shard · 10^d + row, so a key leads to its shard. Of a tar only the headers are read, once, by
-    the reader that the trainer has (`trainer.tar`), and nothing is unpacked: samples whose key is not a number have no
-    row.
+    img2dataset's keys are shard · 10^d + row, so a key identifies its shard. Indexing reads each tar's headers once
+    (`trainer.tar`) and unpacks nothing. Samples with non-numeric keys are ignored.
     """
 
     def __init__(self, path: str, index: str) -> None:
@@ -203,7 +201,7 @@ class Folder:
 
     @cached_property
     def tars(self) -> dict[int, Tar]:
-        """By the number of the shard; FileNotFoundError if there is no such folder."""
+        """The tars by shard number. Raises FileNotFoundError if the folder does not exist."""
         found = {}
         for entry in self._fs.ls(self._root, detail=True):
             name = entry["name"].rsplit("/", 1)[-1]
@@ -214,32 +212,32 @@ class Folder:
 
     @cached_property
     def row_digits(self) -> int:
-        """The d of shard · 10^d + row, from the last shard that holds an image. ValueError if its keys are others."""
+        """The d in key = shard · 10^d + row, from the last shard with an image. Raises ValueError for other keys."""
         for shard in sorted(self.tars, reverse=True):
             key = next((key for key, _, _ in self._members(shard)), None)
             if key is None:
                 continue
             if not shard:
-                return 18  # one shard holds all keys
+                return 18  # shard 0 contains all keys
             for digits in range(18):
                 if key // 10**digits == shard:
                     return digits
             raise ValueError(
-                f"read_shards: path: {self.path}/{self.tars[shard].name} holds the key {key}, which does not "
-                "begin with the number of the shard: not a folder that img2dataset wrote"
+                f"read_shards: path: {self.path}/{self.tars[shard].name} has the key {key}, which does not begin with "
+                "the shard number; expected a folder written by img2dataset"
             )
         return 18
 
     def find(self, key: str | None, max_bytes: int) -> dict[str, Any] | tuple[str, str | None]:
-        """`body` and what the shard's table says of a key, or why there is no image, as (reason, detail)."""
+        """Returns `body` and the table's columns for a key, or (reason, detail) if there is no image."""
         if key is None or not _KEY.fullmatch(key):
             return "no_image", f"the key is {key!r:.50}"
         number = int(key)
         shard = number // 10**self.row_digits
         tar = self.tars.get(shard)
         if tar is None:
-            return "no_image", f"there is no shard {shard}"
-        with self._locks.setdefault(shard, threading.Lock()):  # the first row of a shard indexes it, the others wait
+            return "no_image", f"shard {shard} does not exist"
+        with self._locks.setdefault(shard, threading.Lock()):  # the first row of a shard indexes it; the others wait
             entries = self._entries(shard)
         at = int(np.searchsorted(entries["key"].to_numpy(), number))
         if at == len(entries) or entries["key"][at].as_py() != number:
@@ -259,7 +257,7 @@ class Folder:
         return {"body": body, **{name: entry[name] for name in ("original_width", "original_height", "exif")}}
 
     def _load(self, shard: int) -> pa.Table:
-        """The index of a shard, ascending by key, memory-mapped where it is local."""
+        """The index of a shard, sorted by key, memory-mapped if local."""
         tar = self.tars[shard]
         what = f"{_INDEX_VERSION} {self.path}/{tar.name} {tar.stamp}"
         name = f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.arrow"
@@ -272,16 +270,16 @@ class Folder:
     def _make(self, shard: int) -> pa.Table:
         places: dict[int, tuple[int, int]] = {}
         for key, offset, size in self._members(shard):
-            places.setdefault(key, (offset, size))  # as every reader has it, the first of a name counts
-        told = self._told(self.tars[shard].name.replace(".tar", ".parquet"))
+            places.setdefault(key, (offset, size))  # the first of duplicate names counts, as in other readers
+        table = self._table(self.tars[shard].name.replace(".tar", ".parquet"))
         rows = [
-            {"key": key, **dict(zip(("offset", "size"), places.get(key, (None, None)))), **told.get(key, {})}
-            for key in sorted({*places, *told})
+            {"key": key, **dict(zip(("offset", "size"), places.get(key, (None, None)))), **table.get(key, {})}
+            for key in sorted({*places, *table})
         ]
         return pa.Table.from_pylist(rows, _INDEX)
 
     def _members(self, shard: int) -> Iterator[tuple[int, int, int]]:
-        """Key, offset and size of each image of a tar, as far as the tar can be read."""
+        """Key, offset and size of each image in a tar, up to the first damage."""
         path = f"{self._root}/{self.tars[shard].name}"
         with self._fs.open(path, "rb") as file, suppress(TarError):
 
@@ -295,8 +293,8 @@ class Folder:
                 if image.size >= 0 and _KEY.fullmatch(key):
                     yield int(key), image.at, image.size
 
-    def _told(self, name: str) -> dict[int, dict[str, Any]]:
-        """What the table beside a tar says, by key."""
+    def _table(self, name: str) -> dict[int, dict[str, Any]]:
+        """The rows of the parquet file next to a tar, by key."""
         path = f"{self._root}/{name}"
         if not self._fs.exists(path):
             return {}

@@ -1,4 +1,4 @@
-"""What `make demo` stands on: its recipe, its entries, its scorer and its held-out scenes."""
+"""The parts of `make demo`: its recipe, entries, scorer and held-out scenes."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from pipeline.demo import captions, run, scorer
 from pipeline.demo.scenes import COLOURS, SHAPES, random_scene
 
 
-def test_the_recipe_is_sound(tmp_path):
+def test_the_recipe_is_valid(tmp_path):
     table = pa.table({"url": ["http://127.0.0.1:8765/a.jpg"], "caption": ["a red star over the sea"]})
     pq.write_table(table, tmp_path / "pool.parquet")
     checked = recipe.load(run.RECIPE, [f"pool.path={tmp_path}/pool.parquet"], pool.columns)
@@ -23,7 +23,7 @@ def test_the_recipe_is_sound(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "status", "said"),
+    ("words", "status", "message"),
     [
         (["--help"], 0, "--pictures"),
         (["--pictures", "0"], 2, "--pictures"),
@@ -31,12 +31,12 @@ def test_the_recipe_is_sound(tmp_path):
         (["extra"], 2, "unrecognized arguments: extra"),
     ],
 )
-def test_a_question_or_an_unknown_word_builds_nothing(words, status, said, tmp_path, monkeypatch, capsys):
+def test_help_or_a_usage_error_builds_nothing(words, status, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         run.main(words)
     assert end.value.code == status
-    assert said in "".join(capsys.readouterr())
+    assert message in "".join(capsys.readouterr())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -48,7 +48,7 @@ def test_every_caption_has_an_entry():
         assert any(entry in caption for entry in entries)
 
 
-def test_the_committed_scorer_is_small_and_tells_true_from_false():
+def test_the_committed_scorer_is_small_and_separates_true_from_wrong_captions():
     assert sum(file.stat().st_size for file in scorer.HERE.iterdir()) <= scorer.MAX_BYTES
     assert scorer.separation(scorer.HERE, pairs=150) > 0.99
 

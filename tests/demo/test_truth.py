@@ -4,7 +4,7 @@ from pipeline.demo.truth import judge
 
 
 def rows(*entries):
-    """(name, kind, good, picture) to rows of the truth; a row's url is its name."""
+    """Makes rows of the truth from (name, kind, good, picture). A row's url is its name."""
     return [{"url": n, "caption": "c", "kind": k, "good": g, "picture": p} for n, k, g, p in entries]
 
 
@@ -26,7 +26,7 @@ def test_precision_and_recall_by_kind():
     assert (kinds["mismatched"].recall, kinds["mismatched"].precision) == (0.5, 0.5)
     assert kinds["mismatched"].caught_by == cut
     assert (kinds["dead"].recall, kinds["dead"].precision) == (1.0, 1.0)
-    # c was thinned by balancing, so it was not lost: two of three were kept.
+    # c was dropped by balancing, so it is not lost: two of three were kept.
     assert (kinds["clean"].kept, kinds["clean"].thinned) == (2, 1)
     assert kinds["clean"].recall == pytest.approx(2 / 3)
     assert (score.precision, score.recall) == pytest.approx((2 / 3, 2 / 3))
@@ -40,7 +40,7 @@ def test_a_copy_may_stand_for_its_original():
     assert score.precision == 1.0
 
 
-def test_two_rows_of_one_picture_are_one_too_many():
+def test_keeping_two_rows_of_one_picture_lowers_precision():
     truth = rows(("a", "clean", True, 0), ("copy", "exact_copy", False, 0))
     score, kinds = run(truth, {})
     assert kinds["exact_copy"].recall == 0.0
@@ -48,14 +48,14 @@ def test_two_rows_of_one_picture_are_one_too_many():
     assert score.precision == 0.5
 
 
-def test_a_copy_that_was_kept_and_then_cut_is_what_became_of_the_picture():
+def test_a_copy_dropped_last_decides_the_outcome_of_its_picture():
     truth = rows(("a", "clean", True, 0), ("copy", "exact_copy", False, 0))
     _, kinds = run(truth, {"a": ("exact_dedup.2", "exact_dedup"), "copy": ("threshold", "threshold")})
     assert kinds["clean"].recall == 0.0
     assert kinds["exact_copy"].caught_by == ("exact_dedup.2", "exact_dedup")
 
 
-def test_books_that_do_not_balance_are_refused():
+def test_unbalanced_books_are_an_error():
     truth = rows(("a", "clean", True, 0))
     with pytest.raises(ValueError, match="neither kept nor dropped"):
         judge(truth, set(), {})

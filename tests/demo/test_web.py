@@ -57,7 +57,7 @@ def status(url, follow=True):
 
 
 def raw(url, limit=400_000, timeout=3):
-    """What a socket receives until the server closes, `limit` bytes or a second of silence."""
+    """Reads a socket until the server closes, `limit` bytes, or a second without data."""
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname, parts.port), timeout=timeout) as connection:
         connection.sendall(f"GET {parts.path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
@@ -76,7 +76,7 @@ def image_at(url):
         return Image.open(io.BytesIO(answer.read()))
 
 
-def test_pool_says_nothing_of_the_truth(demo, urls):
+def test_the_pool_does_not_reveal_the_truth(demo, urls):
     assert pq.read_schema(demo / "pool.parquet").names == ["url", "caption"]
     truth = pq.read_table(demo / "truth" / "truth.parquet")
     assert truth.select(["url", "caption"]).equals(pq.read_table(demo / "pool.parquet"))
@@ -128,7 +128,7 @@ def test_sizes_that_should_be_dropped(urls):
 
 
 @pytest.mark.parametrize("kind", ["html", "svg", "garbage", "empty"])
-def test_other_things_come_with_status_200(urls, kind):
+def test_other_content_has_status_200(urls, kind):
     with fetch(urls[kind][0]) as answer:
         assert answer.status == 200
         assert not answer.read().startswith((b"\xff\xd8", b"\x89PNG", b"GIF", b"RIFF"))
@@ -161,7 +161,7 @@ def test_slow_and_endless_bodies(urls):
     assert len(raw(urls["endless"][0], limit=300_000)) >= 300_000
 
 
-def test_publishers_word_and_forbidden_addresses(urls):
+def test_opt_outs_and_forbidden_addresses(urls):
     with fetch(urls["opted_out"][0]) as answer:
         assert answer.headers["X-Robots-Tag"].startswith("no")
     with fetch(urls["other_bot"][0]) as answer:
@@ -184,6 +184,6 @@ def test_only_files_of_the_site_are_served(demo, urls):
         assert raw(f"{base}{path}").startswith(b"HTTP/1.1 404")
 
 
-def test_a_taken_port_gives_way_to_a_free_one():
+def test_another_port_is_used_if_one_is_taken():
     with web.open_port(0) as first, web.open_port(first.server_port) as second:
         assert second.server_port != first.server_port

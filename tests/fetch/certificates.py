@@ -1,4 +1,4 @@
-"""Certificates for servers on this machine, good and bad ones."""
+"""Valid and invalid certificates for servers on this machine."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from cryptography.x509.oid import NameOID
 
 
 def issue(folder: Path, hosts: Mapping[str, str]) -> None:
-    """Writes `ca.pem`, to be trusted, and for each kind of host, at its address, `KIND.pem` with key and certificate.
+    """Writes the trusted `ca.pem` and, for the address of each kind of host, `KIND.pem` with key and certificate.
 
-    `expired` and `self_signed` are kinds that are not valid.
+    The kinds `expired` and `self_signed` are invalid.
     """
     now = datetime.now(timezone.utc)
     ca_key = ec.generate_private_key(ec.SECP256R1())

@@ -1,7 +1,7 @@
-"""`python -m tests.fetch.fetching PORT ROWS PATH …`: a worker that fetches, and holds nothing that a worker has not.
+"""`python -m tests.fetch.fetching PORT ROWS PATH …`: a worker that only fetches.
 
 Asks a server on this machine for `ROWS` urls, of the paths in turn, and writes a line of JSON after each table: how
-many rows are done, and how often each path has ended for each reason. Stays until its input ends.
+many rows are done, and the count of each path and reason. Runs until its input ends.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def units(port: int, rows: int, paths: Sequence[str]) -> Iterator[pa.Table]:
 
 def main(port: int, rows: int, paths: Sequence[str]) -> None:
     client_module.system_lookup = lambda host: ["127.0.0.1"]
-    # Patience, for a busy machine: what is judged here is memory.
+    # Long timeouts for a busy machine: this test measures memory.
     stage = Download(timeout=100, min_rate=0, max_bytes=CAP, max_image_area=AREA, allow_addrs=[f"127.0.0.1:{port}"])
     stage.setup()
     done, ends = 0, Counter[tuple[str, str | None]]()

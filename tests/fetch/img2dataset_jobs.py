@@ -1,4 +1,4 @@
-"""img2dataset at work in a process of its own, where its seconds of import and its swapped streams do no harm."""
+"""Runs img2dataset in its own process, because it takes seconds to import and replaces the standard streams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this process and those it started hold: memory, sockets."""
+"""Memory and sockets of this process and its descendants."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-# Linux, with a kernel that tells which processes another has started and what memory they share.
+# Linux, with a kernel that lists child processes and proportional memory.
 CAN_MEASURE = Path("/proc/self/smaps_rollup").exists() and Path(f"/proc/self/task/{os.getpid()}/children").exists()
 
 
 def family(root: int | None = None, without: Collection[int] = ()) -> list[int]:
-    """Process ids of `root` (this process) and all its descendants, but those in `without` and their descendants."""
+    """Process ids of `root` (default: this process) and its descendants, without the families of `without`."""
     found, ahead = [], [os.getpid() if root is None else root]
     while ahead:
         pid = ahead.pop()
         if pid not in without:
             found.append(pid)
             for thread in Path(f"/proc/{pid}/task").glob("*/children"):
-                with contextlib.suppress(OSError):  # it has ended meanwhile
+                with contextlib.suppress(OSError):  # it has exited
                     ahead += map(int, thread.read_text().split())
     return found
 
 
 def memory(root: int | None = None, without: Collection[int] = ()) -> int:
-    """Bytes that the family holds: its proportional set size, which counts a page shared by n processes as 1/n each."""
+    """Proportional set size of the family in bytes: a page shared by n processes counts 1/n for each."""
     total = 0
     for pid in family(root, without):
         with contextlib.suppress(OSError):
@@ -47,7 +47,7 @@ def sockets() -> int:
 
 @contextlib.contextmanager
 def peak_memory(root: int | None = None, without: Collection[int] = (), every: float = 0.05) -> Iterator[list[int]]:
-    """Measures every so many seconds; the list that it gives holds the highest figure alone."""
+    """Measures periodically. The yielded list holds only the highest value."""
     peak = [memory(root, without)]
     over = threading.Event()
 

@@ -1,4 +1,4 @@
-"""A web server that misbehaves on demand: each path is one behaviour, written out byte by byte."""
+"""A web server that misbehaves on demand: each path is a behaviour, given byte by byte."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Answer = Callable[["Server", asyncio.StreamWriter, dict[str, str]], Awaitable[No
 
 
 class Server:
-    """Listens on a free port of 127.0.0.1, in a thread; `canary` is another port, which must never be dialled.
+    """Listens on a free port of 127.0.0.1 in a thread. `canary` is another port, which must never be dialled.
 
     `hosts` are further loopback addresses, with TLS or without, where the same port gives the same answers; at
     `neighbours` the same port is the canary's. The dict of headers that an answer gets holds the request's path as
@@ -63,13 +63,13 @@ class Server:
         canary = await asyncio.start_server(self._chirp, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
         self.canary = canary.sockets[0].getsockname()[1]
-        # Kept in a list: a server that nobody holds is closed.
+        # Kept in a list: unreferenced servers are closed.
         others = [
             await asyncio.start_server(self._serve, host, self.port, backlog=512, ssl=context)
             for host, context in self.hosts.items()
         ]
         others += [await asyncio.start_server(self._chirp, host, self.port) for host in self.neighbours]
-        # The canary sits at every address that the name "localhost" may mean.
+        # The canary listens on every address of "localhost".
         with contextlib.suppress(OSError):
             others.append(await asyncio.start_server(self._chirp, "::1", self.canary))
         ready.set()
@@ -84,7 +84,7 @@ class Server:
         writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # CancelledError: the server closes while this answer still drips.
+        # CancelledError: the server closes during this answer.
         with contextlib.suppress(ConnectionError, asyncio.CancelledError):
             while line := await reader.readline():
                 if not line.startswith(b"GET "):
@@ -115,7 +115,7 @@ class Server:
 def answer(
     status: str = "200 OK", body: bytes = b"", length: str | None = None, close: bool = False, **headers: str
 ) -> Answer:
-    """A plain answer; `length` overrides Content-Length ("" leaves it out)."""
+    """A plain response. `length` overrides Content-Length ("" omits it)."""
 
     async def reply(server: Server, writer: asyncio.StreamWriter, _: dict[str, str]) -> None:
         length_line = "" if length == "" else f"Content-Length: {len(body) if length is None else length}\r\n"
@@ -129,7 +129,7 @@ def answer(
 
 
 def raw(data: bytes) -> Answer:
-    """These bytes, then the end of the connection."""
+    """Sends these bytes, then closes the connection."""
 
     async def reply(_: Server, writer: asyncio.StreamWriter, __: dict[str, str]) -> None:
         writer.write(data)
@@ -140,7 +140,7 @@ def raw(data: bytes) -> Answer:
 
 
 def flood(head: bytes, chunk: bytes, pause: float = 0) -> Answer:
-    """`head`, then `chunk` without end."""
+    """Sends `head`, then `chunk` endlessly."""
 
     async def reply(_: Server, writer: asyncio.StreamWriter, __: dict[str, str]) -> None:
         writer.write(head)
@@ -153,7 +153,7 @@ def flood(head: bytes, chunk: bytes, pause: float = 0) -> Answer:
 
 
 def in_turn(*answers: Answer) -> Answer:
-    """The first answer to the first request, and so on; the last one from then on."""
+    """Gives the first answer to the first request, and so on. Repeats the last one."""
     left = list(answers)
 
     async def reply(server: Server, writer: asyncio.StreamWriter, headers: dict[str, str]) -> None:
@@ -163,7 +163,7 @@ def in_turn(*answers: Answer) -> Answer:
 
 
 def first_then(first: Answer, then: Answer) -> Answer:
-    """One answer to the first request for each url, the other from then on."""
+    """Gives one answer to the first request for each url, the other from then on."""
     seen: set[str] = set()
 
     async def reply(server: Server, writer: asyncio.StreamWriter, headers: dict[str, str]) -> None:
@@ -180,12 +180,12 @@ async def reset(_: Server, writer: asyncio.StreamWriter, __: dict[str, str]) -> 
 
 
 def cut(data: bytes) -> Answer:
-    """These bytes, then the connection reset by TCP's RST, as by a machine that dies or a firewall that objects."""
+    """Sends these bytes, then a TCP RST, like a crashing machine or a firewall."""
 
     async def reply(_: Server, writer: asyncio.StreamWriter, __: dict[str, str]) -> None:
         writer.write(data)
         await writer.drain()
-        await asyncio.sleep(0.05)  # a reset overtakes bytes that the other side has not read
+        await asyncio.sleep(0.05)  # a reset discards bytes that the peer has not read
         sock = writer.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.transport.abort()

@@ -1,4 +1,4 @@
-"""Each misbehaviour of a server, and the reason that the row must end with."""
+"""Misbehaviours of servers, and the reason that each gives."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def noai(value: str) -> Answer:
     return answer(body=JPEG, X_Robots_Tag=value)
 
 
-# name -> (behaviour, expected reason or None for a body, requests that it takes)
+# name -> (behaviour, expected reason or None for a body, number of requests)
 TABLE: dict[str, tuple[Answer, str | None, int]] = {
     "plain": (OK, None, 1),
     "http10": (raw(b"HTTP/1.0 200 OK\r\n\r\n" + JPEG), None, 1),
@@ -165,8 +165,8 @@ def fetch(server: Server, path: str, **options: object) -> bytes | FetchError:
     return fetch_all(limits(server, **options), [f"{server.url}/{path}"])[0]
 
 
-def test_every_behaviour_has_its_reason(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    # One client each, so that one behaviour's Retry-After is not heard by the others.
+def test_each_behaviour_gives_its_reason(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One client each, so that a Retry-After does not affect the other behaviours.
     wrong = {}
     slow = {"silent", "stalled", "stalls_at_once", "429_then_fine"}
     for name in TABLE.keys() - slow:
@@ -184,7 +184,7 @@ def test_every_behaviour_has_its_reason(server: Server, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", ["404", "500", "503_then_fine", "chunked_garbage", "noai", "truncated"])
-def test_only_transient_failures_are_asked_again(server: Server, name: str) -> None:
+def test_only_transient_failures_are_retried(server: Server, name: str) -> None:
     behaviour, _, requests = TABLE[name]
     with serving({name: in_turn(answer("503 Busy"), OK) if name == "503_then_fine" else behaviour}) as fresh:
         fetch(fresh, name)
@@ -203,13 +203,13 @@ def test_the_body_arrives_as_sent() -> None:
         assert headers["host"] == server.addr
 
 
-def test_user_agent_names_us_and_a_contact() -> None:
+def test_user_agent_has_name_and_contact() -> None:
     assert (
         user_agent("winnow", "https://example.org/bot") == "Mozilla/5.0 (compatible; winnow; +https://example.org/bot)"
     )
 
 
-def test_names_are_resolved_once_and_guarded() -> None:
+def test_names_are_resolved_once_and_checked() -> None:
     asked: list[str] = []
 
     def lookup(host: str) -> list[str]:
@@ -243,7 +243,7 @@ def test_names_are_resolved_once_and_guarded() -> None:
     assert sorted(asked) == ["dead.example", "inside.example", "site.example"]
 
 
-def test_retry_after_beyond_the_deadline_speaks_for_the_whole_host() -> None:
+def test_retry_after_beyond_the_deadline_applies_to_the_whole_host() -> None:
     for path in ("forever", "until_date"):
         header = "3600" if path == "forever" else LATER
         with serving({path: answer("503 Busy", Retry_After=header)}) as server:
@@ -280,7 +280,7 @@ def test_the_deadline_covers_redirects_and_retries_together() -> None:
         assert time.monotonic() - started < 4  # ten attempts take 8 s and more
 
 
-def test_waiting_for_a_busy_host_is_not_the_rows_own_time() -> None:
+def test_waiting_for_a_busy_host_does_not_count_against_timeout() -> None:
     async def half_a_second(server: Server, writer: asyncio.StreamWriter, headers: dict[str, str]) -> None:
         await asyncio.sleep(0.5)
         await OK(server, writer, headers)
@@ -291,7 +291,7 @@ def test_waiting_for_a_busy_host_is_not_the_rows_own_time() -> None:
         assert server.most_open["a"] == 2
 
 
-def test_large_bodies_share_a_budget_without_lockup() -> None:
+def test_large_bodies_share_a_budget_without_deadlock() -> None:
     big = b"\xff\xd8\xff" + bytes(600_000)
     with serving({"known": answer(body=big), "unknown": raw(HEAD + b"\r\n" + big)}) as server:
         urls = [f"{server.url}/{name}" for name in ("known", "unknown")] * 8
@@ -317,7 +317,7 @@ def test_byte_budget_serves_in_order_and_survives_cancelled_waiters() -> None:
         tasks[0].cancel()
         first.keep(1)
         await asyncio.sleep(0)
-        assert order == []  # b wants all of it and is first in line
+        assert order == []  # b waits for all of it and is first in the queue
         first.give_back()
         await asyncio.gather(*tasks, return_exceptions=True)
         await done.take(10)
@@ -326,8 +326,8 @@ def test_byte_budget_serves_in_order_and_survives_cancelled_waiters() -> None:
     assert asyncio.run(asyncio.wait_for(go(), 5)) == ["b", "c"]
 
 
-def test_names_that_never_answer_hold_up_nobody_for_longer_than_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More such names than there are threads: the rows behind them end as well, and those whose name is known go on."""
+def test_names_that_never_resolve_block_others_only_until_their_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more such names than threads, later rows end as well, and rows with cached names proceed."""
     monkeypatch.setattr(resolver_module, "RESOLVER_THREADS", 4)
     monkeypatch.setattr(resolver_module, "DNS_SECONDS", 0.4)
     done = threading.Event()
@@ -363,14 +363,14 @@ def test_names_that_never_answer_hold_up_nobody_for_longer_than_their_time(monke
         results, seconds = asyncio.run(go())
     found = [r.reason if isinstance(r, FetchError) else r for r in results]
     assert found == ["dns_unavailable"] * 11 + [JPEG]
-    assert seconds < 10  # the threads are busy for twenty
+    assert seconds < 10  # the threads are busy for 20 s
 
 
 @pytest.mark.parametrize(
     ("code", "reason", "ttl"),
     [(socket.EAI_NONAME, "dns", "DNS_TTL"), (socket.EAI_AGAIN, "dns_unavailable", "DNS_RETRY_TTL")],
 )
-def test_refusals_of_the_resolver_are_remembered_for_their_time(
+def test_resolver_failures_are_cached_until_they_expire(
     code: int, reason: str, ttl: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -395,7 +395,7 @@ def test_refusals_of_the_resolver_are_remembered_for_their_time(
     asyncio.run(go())
 
 
-def test_a_resolver_remembers_a_bounded_number_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_resolver_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolver_module, "DNS_ENTRIES", 10)
 
     async def go() -> int:

@@ -1,6 +1,6 @@
-"""img2dataset beside us on the same rows: equal sizes, keys, statuses, metadata and pixels, or different on purpose.
+"""Compares us with img2dataset on the same rows: sizes, keys, statuses, metadata and pixels, and intended differences.
 
-One process of img2dataset, its own Downloader and writer, for all tests of the module.
+One img2dataset process, with its own Downloader and writer, serves all tests of the module.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LIMITS = {"min_image_size": 5, "max_image_area": 60_000.0, "max_aspect_ratio": 2
 
 
 def photo(width: int, height: int, seed: int, mode: str = "RGB") -> Image.Image:
-    """Shapes and a little noise, as photographs have."""
+    """Shapes with a little noise, like photographs."""
     rng = np.random.default_rng(seed)
     channels = len(Image.new(mode, (1, 1)).getbands())
     coarse = rng.integers(0, 255, (5, 5, channels), np.uint8).squeeze()
@@ -186,8 +186,8 @@ def test_the_same_sizes_metadata_and_pixels(
 
 
 @pytest.mark.parametrize("encode_format", list(QUALITY))
-def test_the_same_bytes_where_nothing_is_to_be_done(peer: Peer, encode_format: EncodeFormat) -> None:
-    """`skip_reencode`: a small enough image of the wanted format comes through untouched."""
+def test_equal_bytes_if_nothing_changes(peer: Peer, encode_format: EncodeFormat) -> None:
+    """With `skip_reencode`, a small image in the target format is unchanged."""
     rules = Rules(
         image_size=48, encode_format=encode_format, encode_quality=QUALITY[encode_format], decode="exact",
         skip_reencode=True,
@@ -204,7 +204,7 @@ def test_the_same_bytes_where_nothing_is_to_be_done(peer: Peer, encode_format: E
 
 
 def download(peer: Peer, names: list[str], **options: Any) -> tuple[pa.Table, pa.Table]:
-    """Our own run over the same rows: what is kept, and the drops."""
+    """Our results for the same rows: kept rows and drops."""
     urls = [f"{peer.server.url}/{name}" if name != "file" else f"file://{peer.root}/local.jpg" for name in names]
     table = pa.table(
         {
@@ -230,7 +230,7 @@ def test_the_same_statuses(peer: Peer) -> None:
     theirs = {}
     for n, row in enumerate(peer.table("statuses")):
         theirs[n] = None if row["status"] == "success" else failure(row["status"], row["error_message"]).reason
-    # Of what is no image, img2dataset says that it cannot be decoded; we say what it is.
+    # img2dataset reports that non-images cannot be decoded; we report what they are.
     finer = {"html": "not_an_image", "empty": "empty_body"}
     expected = {n: finer.get(names[n], reason) for n, reason in theirs.items() if reason}
     assert reasons == expected
@@ -240,7 +240,7 @@ def test_the_same_statuses(peer: Peer) -> None:
 
 
 def test_the_same_shard(peer: Peer, tmp_path: Path) -> None:
-    """Our shard of the same rows: the same members, keys and texts; its JSON is img2dataset's, and more."""
+    """Our shard of the same rows has the same members, keys and texts. Its JSON contains img2dataset's."""
     folder = name_of("keep_ratio_largest", "jpg", True)
     kept, drops = download(peer, list(BODIES))
     assert len(drops) == 0
@@ -263,26 +263,26 @@ def test_the_same_shard(peer: Peer, tmp_path: Path) -> None:
     assert tables[0].select(shared).sort_by("key").to_pylist() == tables[1].select(shared).sort_by("key").to_pylist()
 
 
-def test_where_we_differ_on_purpose(peer: Peer) -> None:
+def test_intended_differences(peer: Peer) -> None:
     names = ["deep", "turned", "private", "file"]
     theirs = {row["source"]: row for row in peer.table("special")}
     kept, drops = download(peer, names, resize_mode="no", encode_format="jpg")
     ours = {row["source"]: row for row in kept.to_pylist()}
-    # img2dataset goes where a redirect says, into the private network too, and reads this machine's files.
+    # img2dataset follows redirects into the private network and reads local files.
     assert [theirs[name]["status"] for name in names] == ["success"] * 4
     assert dict(zip(drops["row"].to_pylist(), drops["reason"].to_pylist())) == {2: "addr_denied", 3: "bad_scheme"}
-    # It leaves a turned photograph lying on its side.
+    # It ignores orientation.
     assert (theirs["turned"]["width"], theirs["turned"]["height"]) == (90, 60)
     assert (ours["turned"]["width"], ours["turned"]["height"]) == (60, 90)
-    # It cuts 16 bits off at 255, so that nearly all of a picture is white.
+    # It clips 16-bit values at 255, so most of the picture is white.
     members = peer.members("special")
     assert (pixels(members[f"{theirs['deep']['key']}.jpg"]) > 250).mean() > 0.9
     ramp = np.linspace(0, 255, 64 * 48).reshape(48, 64)
     assert np.abs(pixels(ours["deep"]["image"])[..., 0] - ramp).mean() < 2
 
 
-def test_the_page_has_every_option_of_theirs_and_every_reason_of_ours() -> None:
-    """docs/fetching.md: a newer img2dataset, or a new reason, must be written into it."""
+def test_the_docs_list_every_img2dataset_option_and_every_reason() -> None:
+    """docs/fetching.md must cover new options of img2dataset and new reasons."""
     page = (ROOT / "docs" / "fetching.md").read_text()
     spec = importlib.util.find_spec("img2dataset")
     assert spec is not None

@@ -1,4 +1,4 @@
-"""One golden test for each rule of the decoder, and no way for broken bytes to escape its reasons."""
+"""A test for each rule of the decoder. Broken bytes always give one of its reasons."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
 def scene(width: int = 320, height: int = 200, mode: str = "RGB") -> Image.Image:
-    """Smooth, and different in every corner."""
+    """A smooth picture with four different corners."""
     coarse = np.random.default_rng(7).integers(0, 255, (5, 7, 3), np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
@@ -39,7 +39,7 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def pixels(body: bytes, rules: Rules = NO) -> np.ndarray:
-    """What comes out, as (height, width, 3) RGB."""
+    """The decoded picture as (height, width, 3) RGB."""
     image = Image.open(io.BytesIO(decode(body, rules).image))
     assert image.mode == "RGB"
     return np.asarray(image).astype(int)
@@ -58,7 +58,7 @@ def close(found: np.ndarray, expected: Image.Image | tuple[int, ...], tolerance:
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes, **chunks: bytes) -> bytes:
-    """A PNG of the given raw rows (without filter bytes), with what Pillow cannot write."""
+    """A PNG of the given raw rows (without filter bytes), with features that Pillow cannot write."""
 
     stride = len(rows) // height
     raw = b"".join(b"\0" + rows[i * stride : (i + 1) * stride] for i in range(height))
@@ -103,7 +103,7 @@ BARE: dict[str, bytes] = {
 
 
 def clothed(body: bytes) -> bytes:
-    """The same picture with something about it that changes nothing."""
+    """The same picture with metadata that changes nothing."""
     if body.startswith(b"RIFF"):
         size = struct.pack("<I", 319)[:3] + struct.pack("<I", 199)[:3]
         chunks = b"VP8X\x0a\0\0\0" + bytes(4) + size + body[12:] + b"none\x02\0\0\0ab"
@@ -116,7 +116,7 @@ def clothed(body: bytes) -> bytes:
 
 @pytest.mark.parametrize("name", BARE)
 @pytest.mark.parametrize("rules", [NO, Rules(image_size=64), Rules(image_size=64, decode="exact")])
-def test_a_picture_without_anything_about_it_comes_out_as_with_it(name: str, rules: Rules) -> None:
+def test_the_fast_path_for_bare_pictures_gives_the_same_result(name: str, rules: Rules) -> None:
     body = BARE[name]
     bare, other = decode(body, rules), decode(clothed(body), rules)
     assert bare_size(body, sniff(body) or "") == (320, 200)
@@ -150,7 +150,7 @@ def test_a_picture_without_anything_about_it_comes_out_as_with_it(name: str, rul
         b"\xff\xd8\xff\xe0\0\0" + bytes(20),
     ],
 )
-def test_what_has_more_to_it_is_not_taken_for_bare(body: bytes) -> None:
+def test_pictures_with_metadata_are_not_bare(body: bytes) -> None:
     assert bare_size(body, sniff(body) or "") is None
 
 
@@ -190,7 +190,7 @@ def test_which_jpegs_have_scales(change: Callable[[bytes], bytes], scales: bool)
     assert _has_scales(change(BARE["jpeg"])) == scales
 
 
-def test_of_a_jpeg_with_further_pictures_the_first_is_taken() -> None:
+def test_a_multi_picture_jpeg_yields_its_first_picture() -> None:
     body = encoded(scene(), "MPO", save_all=True, append_images=[Image.new("RGB", (320, 200), RED)])
     assert Image.open(io.BytesIO(body)).n_frames == 2  # type: ignore[attr-defined]
     picture = decode(body, NO)
@@ -213,7 +213,7 @@ def test_first_frame_of_an_animation() -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
 def test_orientation_is_applied_and_sizes_are_upright(orientation: int, kind: str) -> None:
     upright = scene()
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transpose methods that lead there
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the inverse transpose methods of Pillow
     stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -251,7 +251,7 @@ WITH_METADATA = ["JPEG", "PNG", "WEBP", "AVIF"]
 
 @pytest.mark.parametrize("kind", [*WITH_METADATA, "GIF"])
 @pytest.mark.parametrize("form", ['tiff:Orientation="{}"/>', "tiff:Orientation = '{}'/>", "><tiff:Orientation>{}<"])
-def test_orientation_in_xmp_counts_as_in_exif(kind: str, form: str) -> None:
+def test_orientation_in_xmp_is_applied_like_exif(kind: str, form: str) -> None:
     size = {0: (320, 200), 1: (320, 200), 6: (200, 320), 8: (200, 320), 9: (320, 200), 66: (320, 200)}
     for orientation, expected in size.items():
         picture = decode(with_xmp(kind, xmp(orientation, form)), NO)
@@ -274,12 +274,12 @@ def test_exif_comes_before_xmp(kind: str, in_exif: int | None, turned: bool) -> 
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_broken_exif_is_passed_over(kind: str) -> None:
+def test_broken_exif_is_ignored(kind: str) -> None:
     body = with_xmp(kind, xmp(6), exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
     assert decode(body, NO).original_width == 200
 
 
-def test_transparency_is_laid_on_white() -> None:
+def test_transparency_is_composited_on_white() -> None:
     half = Image.new("RGBA", (20, 10), (255, 0, 0, 128))
     for kind in ("PNG", "WEBP"):
         assert close(pixels(encoded(half, kind, lossless=True)), (255, 127, 127), 1)
@@ -306,7 +306,7 @@ def test_profiles_are_converted_to_srgb() -> None:
     lab = ImageCms.createProfile("LAB")
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert close(pixels(encoded(image, "PNG", icc_profile=srgb)), image, 0)
-    # Broken, or meant for another kind of image: the picture counts, not the profile.
+    # A profile that is broken or for another mode must not fail the picture.
     assert close(pixels(encoded(image, "PNG", icc_profile=b"nonsense")), image, 0)
     assert close(pixels(encoded(image, "PNG", icc_profile=ImageCms.ImageCmsProfile(lab).tobytes())), image, 0)
     swapped = swapped_primaries(srgb)
@@ -333,14 +333,14 @@ def test_a_profile_is_converted_in_every_format(kind: str) -> None:
 def test_a_grey_profile_is_converted_with_and_without_transparency(kind: str, mode: str) -> None:
     value = {"LA": (128, 255), "I;16": 128 * 257}.get(mode, 128)
     body = encoded(Image.new(mode, (32, 32), value), kind, icc_profile=grey_profile())
-    assert close(pixels(body), (188, 188, 188), 2)  # half of the light, as sRGB has it
+    assert close(pixels(body), (188, 188, 188), 2)  # half of the light in sRGB
 
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def grey_profile() -> bytes:
-    """An ICC profile (version 2) of grey whose values are proportional to the light."""
+    """A linear grey ICC profile (version 2)."""
     tags = [(b"wtpt", b"XYZ \0\0\0\0" + struct.pack(">iii", 0xF6D6, 0x10000, 0xD32D)),
             (b"kTRC", b"curv\0\0\0\0" + struct.pack(">IHH", 1, 0x0100, 0))]  # fmt: skip
     table, data = struct.pack(">I", len(tags)), b""
@@ -371,7 +371,7 @@ METADATA = {
 
 @pytest.mark.parametrize("name", METADATA)
 @pytest.mark.parametrize("behind", [33, -12], ids=["before the pixels", "behind them"])
-def test_metadata_of_a_png_is_passed_over_whatever_it_is(name: str, behind: int) -> None:
+def test_any_metadata_of_a_png_is_ignored(name: str, behind: int) -> None:
     body = encoded(scene(), "PNG")
     extra = b"".join(chunk(kind, data) for kind, data in METADATA[name])
     found = body[:behind] + extra + body[behind:]
@@ -380,7 +380,7 @@ def test_metadata_of_a_png_is_passed_over_whatever_it_is(name: str, behind: int)
     assert (picture.exif, picture.animated) == ("{}", False)
 
 
-def test_of_a_png_only_damage_to_what_a_reader_must_know_counts() -> None:
+def test_only_damage_to_critical_chunks_fails_a_png() -> None:
     body = encoded(scene(mode="RGBA"), "PNG")
     broken = chunk(b"tEXt", b"Title\0a")[:-1] + b"!"
     assert close(pixels(body[:33] + broken + body[33:]), scene(), 0)
@@ -390,7 +390,7 @@ def test_of_a_png_only_damage_to_what_a_reader_must_know_counts() -> None:
         assert reason(body[: at + 6] + bytes([body[at + 6] ^ 1]) + body[at + 7 :]) == "decode_error"
 
 
-def test_an_animated_png_shows_its_first_picture_even_if_the_others_are_broken() -> None:
+def test_an_animated_png_yields_its_first_frame_even_if_others_are_broken() -> None:
     frames = [Image.new("RGB", (40, 30), colour) for colour in (RED, GREEN, BLUE)]
     body = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
     apart = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:], default_image=True)
@@ -401,7 +401,7 @@ def test_an_animated_png_shows_its_first_picture_even_if_the_others_are_broken()
 
 
 def swapped_primaries(profile: bytes) -> bytes:
-    """An ICC profile in which red means green: its tag table with two signatures exchanged, and no name of its own."""
+    """An ICC profile without a name that swaps red and green (two signatures exchanged in its tag table)."""
     table = bytearray(profile)
     for entry in range(struct.unpack(">I", table[128:132])[0]):
         at = 132 + 12 * entry
@@ -417,12 +417,12 @@ OFF_THE_LIST = [
 
 
 @pytest.mark.parametrize("body", OFF_THE_LIST)
-def test_formats_off_the_list_are_not_opened(body: bytes) -> None:
+def test_unsupported_formats_are_not_opened(body: bytes) -> None:
     assert sniff(body) is None
     assert reason(body) == "not_an_image"
 
 
-def test_the_name_of_a_format_is_its_first_bytes() -> None:
+def test_formats_are_detected_by_first_bytes() -> None:
     assert decode(encoded(scene(), "PNG") + b"<script>alert(1)</script>", NO).original_format == "png"
     assert {k: decode(encoded(scene(), k), NO).original_format for k in ("JPEG", "GIF", "WEBP", "AVIF")} == {
         "JPEG": "jpeg",
@@ -433,7 +433,7 @@ def test_the_name_of_a_format_is_its_first_bytes() -> None:
 
 
 def claims(kind: str, width: int, height: int) -> bytes:
-    """A small file whose header claims any size."""
+    """A small file whose header claims a given size."""
     if kind == "PNG":
         return png(width, height, 8, 2, bytes(3 * height) if height < 1000 else bytes(height))
     if kind == "GIF":
@@ -450,7 +450,7 @@ def claims(kind: str, width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(("kind", "side"), [("PNG", 100_000), ("GIF", 65_535), ("WEBP", 16_384), ("JPEG", 65_500)])
-def test_a_pixel_bomb_is_known_by_its_header(kind: str, side: int) -> None:
+def test_a_pixel_bomb_is_rejected_by_its_header(kind: str, side: int) -> None:
     assert reason(claims(kind, side, side)) == "too_large"
     assert reason(claims(kind, side, side), Rules(max_image_area=float("inf"))) in ("too_large", "decode_error")
 
@@ -489,8 +489,8 @@ MODES = ["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"]
 
 @pytest.mark.filterwarnings("ignore")
 def test_sizes_and_pixels_are_those_of_img2dataset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole table against img2dataset's own Resizer: sizes for all, pixels for lossless input."""
-    monkeypatch.setenv("NO_ALBUMENTATIONS_UPDATE", "1")  # its import asks the network otherwise
+    """Compares with img2dataset's Resizer: sizes for all cases, pixels for lossless input."""
+    monkeypatch.setenv("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise its import accesses the network
     from img2dataset.resizer import Resizer
 
     compared = 0
@@ -500,7 +500,7 @@ def test_sizes_and_pixels_are_those_of_img2dataset(monkeypatch: pytest.MonkeyPat
             peer = Resizer(256, mode, only_if_bigger, encode_quality=1, encode_format="png")
             for size in SIZES:
                 if not only_if_bigger and mode in ("keep_ratio", "center_crop") and max(size) / min(size) > 100:
-                    continue  # refused by ours: see test_limits_on_sizes
+                    continue  # we refuse it: see test_limits_on_sizes
                 body = encoded(scene(*size), "PNG")
                 theirs, width, height, original_width, original_height, error = peer(io.BytesIO(body))
                 assert error is None
@@ -531,7 +531,7 @@ def test_a_reduced_decoding_is_close_to_the_full_one(
     width: int, height: int, options: dict[str, Any], mode: Any, decibels: float
 ) -> None:
     rng = np.random.default_rng(3)
-    grain = rng.normal(0, 12, (height, width, 1))  # reducing must cope with detail too
+    grain = rng.normal(0, 12, (height, width, 1))  # reduced decoding must handle detail too
     image = Image.fromarray((np.asarray(scene(width, height)) + grain).clip(0, 255).astype(np.uint8))
     body = encoded(image, "JPEG", **{"quality": 90, **options})
     scaled = plan_resize(width, height, Rules()).scaled
@@ -540,10 +540,10 @@ def test_a_reduced_decoding_is_close_to_the_full_one(
     assert ((ours - full.astype(int)) ** 2).mean() < 255**2 / 10 ** (decibels / 10)
 
 
-def test_a_damaged_jpeg_fails_and_a_mended_one_is_kept() -> None:
+def test_a_damaged_jpeg_fails_and_a_repairable_one_is_kept() -> None:
     body = encoded(scene(900, 700), "JPEG", quality=90)
     assert reason(body[: len(body) // 2], Rules()) == "decode_error"
-    # Bytes between two markers: libjpeg skips them with a warning, and so does every browser.
+    # Bytes between two markers: libjpeg and browsers skip them.
     at = body.index(b"\xff\xdb")
     padded = body[:at] + b"padding" + body[at:]
     assert close(pixels(padded, Rules(encode_format="png", encode_quality=1)), scene(900, 700).resize((256, 199)), 4)
@@ -556,7 +556,7 @@ def test_a_jpeg_of_a_thousand_scans_is_not_decoded() -> None:
     assert reason(body[:-2] + body[last:-2] * 1000 + body[-2:], Rules()) == "decode_error"
 
 
-def test_bytes_are_kept_only_where_nothing_has_to_change() -> None:
+def test_bytes_are_kept_only_if_nothing_changes() -> None:
     keep = Rules(skip_reencode=True)
     jpeg = encoded(scene(), "JPEG")
     assert decode(jpeg, Rules(skip_reencode=True, image_size=320)).image == jpeg
@@ -654,12 +654,12 @@ def test_exif_in_hex_as_imagemagick_writes_it() -> None:
 
 
 def ifd(entries: list[tuple[int, int, int, bytes]], following: int = 0) -> bytes:
-    """A table of EXIF: tag, type, count and value or place of each entry."""
+    """An EXIF table: tag, type, count, and value or offset of each entry."""
     body = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
     return struct.pack("<H", len(entries)) + body + struct.pack("<I", following)
 
 
-def test_exif_has_a_bound_and_costs_no_picture() -> None:
+def test_exif_is_bounded_and_never_fails_the_picture() -> None:
     long = Image.Exif()
     long[0x010F] = "M\0" + "x" * 5_000
     long[0x010E] = "y" * 40_000
@@ -673,8 +673,8 @@ def test_exif_has_a_bound_and_costs_no_picture() -> None:
     assert len(names) > len(json.loads(stored)) > 60
 
 
-def test_exif_that_takes_for_ever_is_given_up() -> None:
-    # Tables of thousands of entries that lie over one another, each followed by the next.
+def test_parsing_of_exif_is_bounded() -> None:
+    # Chained, overlapping tables of thousands of entries.
     at = range(8, 60_000, 12)
     hostile = bytearray(b"II*\0\x08\0\0\0" + b"\x88\x13\x07\0\x01\0\0\0\xe7\x03\0\0" * len(at))
     picture = decode(encoded(scene(), "WEBP", exif=b"Exif\0\0" + bytes(hostile)), Rules())
@@ -683,7 +683,7 @@ def test_exif_that_takes_for_ever_is_given_up() -> None:
     assert decode(encoded(scene(), "PNG", exif=b"Exif\0\0" + loop), Rules()).width == 256
 
 
-def test_failures_cross_process_borders() -> None:
+def test_failures_can_be_pickled() -> None:
     failure = pickle.loads(pickle.dumps(FetchError("decode_error", "because")))
     assert (failure.reason, failure.detail, failure.transient) == ("decode_error", "because", False)
 
@@ -719,6 +719,6 @@ def mutants(count: int, seed: int) -> list[bytes]:
 
 
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_mutants_end_in_a_picture_or_a_reason(count: int) -> None:
+def test_mutated_files_give_a_picture_or_a_reason(count: int) -> None:
     for body in mutants(count, seed=1):
         assert (reason(body, Rules(image_size=32)) or "decode_error") in REASONS

@@ -1,4 +1,4 @@
-"""Listed files are found, and only those; a list that is not one is refused with its line."""
+"""Only listed files are found. An invalid list is refused with the line number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.fetch.server import JPEG, jpeg
 
 def test_bodies_are_found_by_any_kind_of_hash(tmp_path: Path) -> None:
     bodies = [f"body {i}".encode() for i in range(3000)]
-    # Among so many there are digests that end in a zero byte, and one that begins with it.
+    # Enough to include digests that end in a zero byte, and one that begins with it.
     assert any(hashlib.sha256(b).digest().endswith(b"\0") for b in bodies[:1500])
     path = tmp_path / "deny.txt"
     lines = [hashlib.sha256(b).hexdigest().upper() for b in bodies[:1500]]
@@ -30,7 +30,7 @@ def test_bodies_are_found_by_any_kind_of_hash(tmp_path: Path) -> None:
     assert (deny.find(b"by sha1") or "").startswith("sha1 ")
 
 
-def test_a_listed_file_is_not_even_decoded(tmp_path: Path) -> None:
+def test_a_listed_file_is_not_decoded(tmp_path: Path) -> None:
     path = tmp_path / "deny.txt"
     path.write_text(hashlib.sha256(JPEG).hexdigest() + "\n" + hashlib.md5(b"no picture").hexdigest())
     rules = Rules(deny_hashes=DenyList(path))
@@ -40,7 +40,7 @@ def test_a_listed_file_is_not_even_decoded(tmp_path: Path) -> None:
     assert decode(jpeg(seed=1), rules).width == 120
 
 
-def test_a_bad_line_is_named(tmp_path: Path) -> None:
+def test_the_error_names_the_bad_line(tmp_path: Path) -> None:
     path = tmp_path / "deny.txt"
     path.write_text("# ok\n" + "a" * 64 + "\nxyz\n")
     with pytest.raises(ValueError, match=r"deny\.txt:3: 'xyz' is not an md5"):

@@ -1,4 +1,4 @@
-"""Addresses and urls that must never be dialled, in every notation that leads to them."""
+"""Addresses and urls that must never be dialled, in every notation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PUBLIC = """
 """
 
 
-def test_the_lists_are_long_enough_to_mean_something() -> None:
+def test_the_lists_are_not_empty() -> None:
     assert len(set(DENIED.split())) >= 40
     assert len(set(PUBLIC.split())) >= 20
     assert len(set(DENIED_URL) | set(REDIRECTS)) >= 60
@@ -98,7 +98,7 @@ BAD_SCHEME = [
     "view-source:http://127.0.0.1/", "about:blank", "//127.0.0.1/a.jpg", "/etc/passwd", "a.jpg",
     "www.example.com/a.jpg", "example.com:80/a.jpg", "unix:/run/docker.sock",
 ]  # fmt: skip
-# {port} is the canary's: if the guard failed, these would reach it or its neighbours.
+# {port} is the canary's: without the guard, these would reach it or its neighbours.
 DENIED_URL = [
     "http://127.0.0.1:{port}/", "http://127.1:{port}/", "http://127.0.1:{port}/", "http://2130706433:{port}/",
     "http://0x7f000001:{port}/", "http://0x7f.0.0.1:{port}/", "http://0177.0.0.1:{port}/",
@@ -135,7 +135,7 @@ REDIRECTS = [
 @pytest.mark.parametrize(
     ("url", "reason"), [*((u, "bad_url") for u in BAD_URL), *((u, "bad_scheme") for u in BAD_SCHEME)]
 )
-def test_urls_that_are_none(url: str | None, reason: str) -> None:
+def test_invalid_urls(url: str | None, reason: str) -> None:
     with pytest.raises(FetchError) as caught:
         parse_url(url)
     assert caught.value.reason == reason
@@ -157,7 +157,7 @@ def test_urls_that_are_none(url: str | None, reason: str) -> None:
         ("http://" + "example.com" + "/" + "a" * 7000, "http://example.com/" + "a" * 7000),
     ],
 )
-def test_urls_that_are_fine(text: str, meant: str) -> None:
+def test_valid_urls(text: str, meant: str) -> None:
     assert str(parse_url(text)) == meant
 
 
@@ -166,7 +166,7 @@ def test_urls_that_are_fine(text: str, meant: str) -> None:
     [("b.jpg", "http://h.example/x/b.jpg"), ("/b", "http://h.example/b"), ("//o.example/b", "http://o.example/b")]
     + [("?q", "http://h.example/x/a?q"), ("https://o.example:444/", "https://o.example:444/")],
 )
-def test_redirects_are_relative_to_the_url_before(location: str, meant: str) -> None:
+def test_redirects_are_relative_to_the_previous_url(location: str, meant: str) -> None:
     assert str(parse_url(location, base=parse_url("http://h.example/x/a"))) == meant
 
 
@@ -183,13 +183,13 @@ NAMES = {
 def resolve(host: str) -> list[str]:
     if host in NAMES:
         return NAMES[host]
-    # Numbers are the system's to read, in whatever notation; names would be asked for on the network.
+    # Let the system parse numeric addresses in any notation; never resolve names over the network.
     flags = 0 if "localhost" in host else socket.AI_NUMERICHOST
     return [str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=flags)]
 
 
 def ends(urls: list[str], addr: str, lookup: Lookup = resolve) -> list[str]:
-    """What each url ends with; the allow list is open for `addr`, the canary's neighbour, as it would be in a run."""
+    """The outcome of each url. The allow list contains `addr`, the canary's neighbour, as in a run."""
 
     async def begin() -> None:
         pass
@@ -212,7 +212,7 @@ def test_no_notation_reaches_the_canary() -> None:
     with serving({"": answer(body=JPEG)}) as server:
         urls = [url.format(port=server.canary, open=server.port) for url in DENIED_URL]
         reasons = ends(urls, server.addr)
-        # Legacy numbers are refused as malformed or, where they are resolved, for what they resolve to.
+        # Legacy notations are refused as malformed or, if resolved, for their address.
         assert {url: r for url, r in zip(urls, reasons) if r not in ("addr_denied", "bad_url", "dns")} == {}
         assert reasons.count("addr_denied") >= 40
         assert server.canary_hits == 0
@@ -234,14 +234,14 @@ def test_no_redirect_reaches_the_canary() -> None:
     with serving(answers | chains) as server:
         names = [*answers, *chains]
         found = dict(zip(names, ends([f"{server.url}/{name}" for name in names], server.addr)))
-        # A path that only looks like an address stays on the host that sent it, which has nothing there.
+        # A path that looks like an address stays on the same host, which has no such file.
         refusals = {"addr_denied", "bad_url", "bad_scheme", "dns", "http_404"}
         wrong = {name: (REDIRECTS[int(name.strip("tochain"))], r) for name, r in found.items() if r not in refusals}
         assert wrong == {}
         assert server.canary_hits == 0
 
 
-def test_a_name_that_changes_its_address_is_judged_by_each_one() -> None:
+def test_each_address_of_a_changing_name_is_checked() -> None:
     answers = iter([["127.0.0.1"], ["127.0.0.2"], ["::1"], ["10.0.0.1"]])
     with serving({"a": redirect("http://two.example:{server.port}/b"), "b": answer(body=JPEG)}) as server:
         urls = [f"http://{name}.example:{server.port}/b" for name in ("one", "two", "three", "four")]
@@ -260,5 +260,5 @@ def test_reasons_are_a_closed_list() -> None:
         FetchError("no_such_reason")
 
 
-def test_details_are_one_clean_line() -> None:
+def test_details_are_one_printable_line() -> None:
     assert one_line("a\r\n\x1b[31mb\ud800 c" + "x" * 500) == ("a [31mb c" + "x" * 500)[:200]

@@ -1,6 +1,6 @@
-"""A web with nothing but trouble: each misbehaviour at a host of its own, 15 rows each, all fetched in one go.
+"""A web of misbehaving hosts, one behaviour per host with 15 rows each, all fetched in one run.
 
-The server runs in a process of its own, so that what is measured here is the fetcher's.
+The server runs in its own process, so that measurements are of the fetcher.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs all of 12
 ROWS = 15
 TIMEOUT = 10.0
 MAX_BYTES = 2_000_000
-# For 300 rows of small pictures on a machine with nothing else to do, starting the decoder included. All times of this
-# test are stretched by as much as the machine takes longer.
+# For 300 rows of small pictures on an idle machine, including the start of the decoder. All times of this
+# test are scaled by the machine's slowdown.
 IDLE_SECONDS = 2.0
-# Where a host fails like this time after time, it is not asked any more.
+# Failures that trip the breaker of their host.
 NO_ANSWER = {"connect", "reset", "tls", "deadline", "too_slow"}
-# Rows that must not wait for the slow ones have this many places among them.
+# Slots for rows that must not wait for slow ones.
 QUICK = 64
 
 OK = answer(body=JPEG)
@@ -72,7 +72,7 @@ NOW = datetime.now(timezone.utc)
 
 
 def tagged(*values: str) -> Answer:
-    """The image under one X-Robots-Tag header for each value."""
+    """The image with one X-Robots-Tag header per value."""
     lines = "".join(f"X-Robots-Tag: {value}\r\n" for value in values).encode()
     return raw(HEAD + lines + LENGTH + b"\r\n" + JPEG)
 
@@ -82,12 +82,12 @@ def busy(retry_after: str) -> Answer:
 
 
 def moved(location: bytes) -> Answer:
-    """A redirect whose Location is these very bytes."""
+    """A redirect whose Location has exactly these bytes."""
     return raw(b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\nContent-Length: 0\r\n\r\n")
 
 
 def for_host(right: Answer) -> Answer:
-    """An answer for those who name the host that they have dialled."""
+    """Answers only if the Host header names the dialled host."""
 
     async def reply(server: Server, writer: Any, headers: dict[str, str]) -> None:
         address = writer.get_extra_info("sockname")[0]
@@ -124,7 +124,7 @@ def one(answer: Answer | None, *reasons: str | None, **options: Any) -> Behaviou
     return Behaviour(answer, reasons, **options)
 
 
-# A host that no row names, only a redirect; and one that may not be dialled, on the port that may be elsewhere.
+# A host named only in a redirect; and one that may not be dialled, on a port allowed at another address.
 STALLING = "127.1.254.1"
 NEIGHBOUR = "127.1.255.1"
 TLS = "https://{host}:{port}/ok?{row}"
@@ -279,7 +279,7 @@ TABLE: dict[str, Behaviour] = {
     "pdf": body(encoded("PDF"), "not_an_image"),
     "mp4": body(b"\0\0\0\x20ftypisom\0\0\x02\0isomiso2avc1mp41", "not_an_image"),
     "html_then_jpeg": body(b"<html>" + JPEG, "not_an_image"),
-    # Images that lie
+    # Images with false headers
     "png_bomb": body(png(100_000, 100_000), "too_large"),
     "png_bomb_of_one_bit": body(png(30_000, 30_000, bytes(30_000 * 3751), bits=1, colour=0), "too_large"),
     "png_pixel_bomb": body(png(16, 16, bytes(50_000_000)), None),
@@ -300,12 +300,12 @@ TABLE: dict[str, Behaviour] = {
     "truncated_webp": body(encoded("WEBP")[:-100], "decode_error"),
     "corrupt_png": body(encoded("PNG").replace(b"IDAT", b"IDAT\xff", 1), "decode_error"),
     "magic_alone": body(b"\xff\xd8\xff", "decode_error"),
-    # Images that are something else as well
+    # Polyglots
     "gif_and_script": body(encoded("GIF") + b"/*;*/=1;alert(1)", None),
     "jpeg_and_zip": body(JPEG + b"PK\x05\x06" + bytes(18), None),
     "jpeg_and_php": body(JPEG[:2] + b"\xff\xfe\x00\x19<?php phpinfo(); ?> " + JPEG[2:], None),
     "jpeg_and_html": body(JPEG + b"<script>alert(1)</script>", None),
-    # Comparison
+    # Control
     "ok": body(JPEG, None),
     "large": body(jpeg(900, 700), None),
 }  # fmt: skip
@@ -317,7 +317,7 @@ PATHS: dict[str, Answer] = {
     "caf%E9": OK,
 }
 HOSTS = {name: f"127.1.{i // 100}.{i % 100 + 1}" for i, name in enumerate(TABLE)}
-# What each question for a name is answered with, in turn; the last answer from then on.
+# The answers of the resolver for each name, in turn; the last one repeats.
 NAMES = {
     "fine.example": [[HOSTS["name_fine"]]],
     "private.example": [["127.0.0.1", "10.0.0.1", "::1"]],
@@ -328,7 +328,7 @@ NAMES = {
 
 
 class Seen(NamedTuple):
-    """What the server has to tell in the end."""
+    """The server's final report."""
 
     canary_hits: int
     cookies: list[str]
@@ -337,7 +337,7 @@ class Seen(NamedTuple):
 
 
 def serve(pipe: Connection, folder: Path) -> None:
-    """The server's process: sends its port and the canary's, and what it has seen when it is told to end."""
+    """The server's process. Sends its port and the canary's, and its report when told to end."""
 
     def context(kind: str) -> ssl.SSLContext | None:
         if not kind:
@@ -349,7 +349,7 @@ def serve(pipe: Connection, folder: Path) -> None:
     answers = {name: b.answer for name, b in TABLE.items() if b.answer} | PATHS
     hosts = {HOSTS[name]: context(b.tls) for name, b in TABLE.items() if b.listens == "yes"}
     server = Server(answers, hosts, [NEIGHBOUR])
-    # The kernel makes the connections that nobody ever takes up.
+    # The kernel completes connections that are never accepted.
     mute = [STALLING, *(HOSTS[name] for name, b in TABLE.items() if b.listens == "mute")]
     listening = [socket.create_server((host, server.port), backlog=ROWS * 4) for host in mute]
     pipe.send((server.port, server.canary))
@@ -424,7 +424,7 @@ def stage_for(port: int, timeout: float) -> Download:
 
 
 def slowness(port: int) -> float:
-    """How many times longer than on an idle machine things take here and now, at least 1."""
+    """The current slowdown compared with an idle machine, at least 1."""
     started = time.monotonic()
     list(stage_for(port, timeout=600).stream([unit([f"http://{HOSTS['ok']}:{port}/ok"] * 300)]))
     return max(1.0, (time.monotonic() - started) / IDLE_SECONDS)
@@ -433,7 +433,7 @@ def slowness(port: int) -> float:
 def fetch_all(
     port: int, canary: int, forever: threading.Event, pipe: Connection, server: int, patch: pytest.MonkeyPatch
 ) -> Outcome:
-    # The slow ones first: all of them run at the same time, so that the deadline of one row is that of the whole.
+    # The slow ones first: all of them run concurrently, so the whole takes one deadline.
     names = sorted(TABLE, key=lambda name: not TABLE[name].slow)
     urls = [
         TABLE[name].url.format(host=HOSTS[name], port=port, canary=canary, name=name, row=row)
@@ -450,11 +450,11 @@ def fetch_all(
     ):
         patch.setattr(module, name, getattr(module, name) * stretch)
     stage = stage_for(port, TIMEOUT * stretch)
-    # All slow rows run at once, and a row may wait for its host's robots.txt before its own time begins.
+    # All slow rows run at once. A row may wait for its host's robots.txt before its timeout starts.
     deadline = client_module.ROBOTS_SECONDS + stage.timeout
     units = (unit(urls[at : at + 500], number) for number, at in enumerate(range(0, len(urls), 500)))
     threads, sockets, children = set(threading.enumerate()), process_tree.sockets(), process_tree.family()
-    # A worker that is at work already: what it loads once is not growth.
+    # Warm up the worker: what it loads once is not growth.
     warm = stage.stream(unit([f"http://{HOSTS['ok']}:{port}/ok"] * 300, n) for n in range(2))
     next(warm)
     before = process_tree.memory(without=[server])
@@ -464,7 +464,7 @@ def fetch_all(
         out = pa.concat_tables(stage.stream(units))
         seconds = time.monotonic() - started
     forever.set()
-    del warm, stage  # what it has open is for as long as the worker has it
+    del warm, stage  # close its resources
     gc.collect()
     ended = time.monotonic() + 5
     while (left := set(threading.enumerate()) - threads) and time.monotonic() < ended:
@@ -488,17 +488,17 @@ def unit(urls: list[str], number: int = 0) -> pa.Table:
 
 
 def behaviour(url: str) -> str:
-    """The behaviour that the row of this url has met."""
+    """The behaviour at this url."""
     host = url.split("/")[2].partition(":")[0]
     return next(name for name, b in TABLE.items() if HOSTS[name] == host or f"://{host}" in b.url)
 
 
-def test_there_is_no_lack_of_trouble() -> None:
+def test_there_are_enough_hostile_behaviours() -> None:
     assert len(TABLE) >= 40
     assert all(reason is None or find(reason) for b in TABLE.values() for reason in b.reasons)
 
 
-def test_every_row_ends_once_and_as_expected(outcome: Outcome) -> None:
+def test_every_row_has_one_outcome_as_expected(outcome: Outcome) -> None:
     at = list(zip(outcome.table["unit"].to_pylist(), outcome.table["row"].to_pylist()))
     assert len(at) == len(set(at)) == outcome.rows == ROWS * len(TABLE)
     found: dict[str, Counter[str | None]] = {name: Counter() for name in TABLE}
@@ -517,31 +517,31 @@ def test_every_row_ends_once_and_as_expected(outcome: Outcome) -> None:
     assert not wrong, "\n".join(f"{name}: {what}" for name, what in wrong.items())
 
 
-def test_nobody_has_been_where_nobody_may_go(outcome: Outcome) -> None:
+def test_no_denied_address_was_reached(outcome: Outcome) -> None:
     assert outcome.seen.canary_hits == 0
 
 
-def test_the_whole_takes_no_longer_than_its_slowest_row(outcome: Outcome) -> None:
-    # One after the other, they would take hundreds.
+def test_the_run_takes_no_longer_than_its_slowest_row(outcome: Outcome) -> None:
+    # Sequentially, they would take hundreds of seconds.
     assert outcome.deadlines <= 3
 
 
 @pytest.mark.skipif(not process_tree.CAN_MEASURE, reason="needs /proc/self/smaps_rollup")
-def test_memory_stays_where_it_was(outcome: Outcome) -> None:
+def test_memory_does_not_grow(outcome: Outcome) -> None:
     assert outcome.grown < 200_000_000
 
 
-def test_nothing_is_left_behind(outcome: Outcome) -> None:
+def test_no_resources_leak(outcome: Outcome) -> None:
     assert (outcome.threads, outcome.sockets, outcome.children) == ([], 0, [])
 
 
-def test_the_server_learns_nothing_that_it_has_set(outcome: Outcome) -> None:
+def test_no_cookies_are_returned_to_the_server(outcome: Outcome) -> None:
     assert outcome.seen.cookies == []
     assert not outcome.seen.headers & {"cookie", "referer", "authorization", "x-injected"}
     assert outcome.seen.hits["cookies"] == 2 * ROWS
 
 
-def test_what_is_kept_is_a_clean_image(outcome: Outcome) -> None:
+def test_kept_images_are_clean(outcome: Outcome) -> None:
     kept = outcome.table.filter(pa.compute.is_null(outcome.table["drop_reason"]))
     images = set(kept["image"].to_pylist())
     for image in images:

@@ -1,4 +1,4 @@
-"""Manners towards hosts: who is left alone, for how long, and that all workers together keep to it."""
+"""Politeness towards hosts: which are skipped, for how long, and limits across workers."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ import pytest
 from pipeline.fetch import client as client_module
 from pipeline.fetch import hosts as hosts_module
 from pipeline.fetch.client import Client, Limits
-from pipeline.fetch.hosts import DOWN_MOST, DOWN_SECONDS, LEASE, Ask, Board, Breaker, Grant, Manners
+from pipeline.fetch.hosts import DOWN_MOST, DOWN_SECONDS, LEASE, Ask, Breaker, Grant, HostLimiter, Politeness
 from pipeline.fetch.outage import HOSTS, ROWS, Outage, OutageError
 from pipeline.fetch.reasons import FetchError
 from tests.fetch.server import JPEG, Answer, Server, answer, in_turn, redirect, reset, serving, silence
 
 OK = answer(body=JPEG)
 RESET = FetchError("reset", "by peer")
-DEFAULT = Manners()
+DEFAULT = Politeness()
 PATIENCE = 60.0
 """Seconds for what takes a moment on an idle machine."""
 
 
 class Time:
-    """A clock that a test sets."""
+    """A clock set by the test."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -53,7 +53,7 @@ def refused(breaker: Breaker) -> bool:
     return False
 
 
-def test_a_host_that_fails_is_left_alone_and_tried_after_pauses_that_double() -> None:
+def test_a_failing_host_is_skipped_and_retried_after_doubling_pauses() -> None:
     clock = Time()
     breaker = Breaker(3, clock)
     for _ in range(3):
@@ -62,32 +62,32 @@ def test_a_host_that_fails_is_left_alone_and_tried_after_pauses_that_double() ->
     pause = DOWN_SECONDS
     for _ in range(7):
         assert refused(breaker)
-        breaker.note(RESET)  # of a request that was on its way: prolongs nothing
+        breaker.note(RESET)  # from a request in flight: does not prolong the pause
         clock.now += pause - 1
         assert refused(breaker)
         clock.now += 2
-        assert not refused(breaker)  # the one that tries
+        assert not refused(breaker)  # the probe
         assert refused(breaker)
         breaker.note(RESET)
         pause = min(2 * pause, DOWN_MOST)
     clock.now += pause + 1
     assert not refused(breaker)
-    breaker.note(FetchError("http_404"))  # an answer, if not the one hoped for
+    breaker.note(FetchError("http_404"))  # an error response is a response
     assert [refused(breaker) for _ in range(5)] == [False] * 5
 
 
-def test_a_try_that_is_lost_does_not_close_a_host_for_ever() -> None:
+def test_a_cancelled_probe_does_not_block_a_host_forever() -> None:
     clock = Time()
     breaker = Breaker(1, clock)
     breaker.note(RESET)
     clock.now += DOWN_SECONDS + 1
-    assert not refused(breaker)  # and its row is cancelled
+    assert not refused(breaker)  # the probe's row is cancelled
     assert refused(breaker)
     clock.now += 2 * DOWN_SECONDS + 1
     assert not refused(breaker)
 
 
-def test_answers_in_between_and_no_limit_keep_a_host_open() -> None:
+def test_responses_reset_the_breaker_and_zero_disables_it() -> None:
     breaker, unlimited = Breaker(3), Breaker(0)
     for failure in (RESET, RESET, FetchError("http_500"), RESET, RESET, None, RESET, RESET):
         breaker.note(failure)
@@ -97,43 +97,43 @@ def test_answers_in_between_and_no_limit_keep_a_host_open() -> None:
         assert not refused(unlimited)
 
 
-# --- The board --------------------------------------------------------------------------------------------------------
+# --- The limiter ------------------------------------------------------------------------------------------------------
 
 
-def ask(board: Board, worker: str, used: int, wanted: int, **more: Any) -> Grant:
-    return asyncio.run(board.exchange(worker, {"h": Ask(used, wanted, **more)}))["h"]
+def ask(limiter: HostLimiter, worker: str, used: int, wanted: int, **more: Any) -> Grant:
+    return asyncio.run(limiter.exchange(worker, {"h": Ask(used, wanted, **more)}))["h"]
 
 
 def test_one_worker_gets_what_it_wants_up_to_the_limit() -> None:
-    board = Board(4)
-    assert ask(board, "a", 0, 3).permits == 3
-    assert ask(board, "a", 3, 9).permits == 4
-    assert ask(board, "a", 1, 0).permits == 1
-    assert ask(board, "b", 0, 9).permits == 3
+    limiter = HostLimiter(4)
+    assert ask(limiter, "a", 0, 3).permits == 3
+    assert ask(limiter, "a", 3, 9).permits == 4
+    assert ask(limiter, "a", 1, 0).permits == 1
+    assert ask(limiter, "b", 0, 9).permits == 3
 
 
-def test_a_worker_gives_way_to_others_as_its_requests_end() -> None:
-    board = Board(4)
-    assert ask(board, "a", 0, 99).permits == 4
-    assert ask(board, "b", 0, 99).permits == 0
-    assert ask(board, "a", 4, 99).permits == 2  # finishes four, begins two at a time from now on
-    assert ask(board, "b", 0, 99).permits == 0
-    assert ask(board, "a", 2, 99).permits == 2
-    assert ask(board, "b", 0, 99).permits == 2
-    assert ask(board, "a", 2, 0).permits == 2
-    assert ask(board, "a", 0, 0).permits == 0
-    assert ask(board, "b", 2, 99).permits == 4
+def test_a_worker_yields_permits_as_its_requests_end() -> None:
+    limiter = HostLimiter(4)
+    assert ask(limiter, "a", 0, 99).permits == 4
+    assert ask(limiter, "b", 0, 99).permits == 0
+    assert ask(limiter, "a", 4, 99).permits == 2  # finishes four, then begins two at a time
+    assert ask(limiter, "b", 0, 99).permits == 0
+    assert ask(limiter, "a", 2, 99).permits == 2
+    assert ask(limiter, "b", 0, 99).permits == 2
+    assert ask(limiter, "a", 2, 0).permits == 2
+    assert ask(limiter, "a", 0, 0).permits == 0
+    assert ask(limiter, "b", 2, 99).permits == 4
 
 
 def test_more_workers_than_permits_take_turns() -> None:
     """Simulated: each worker always wants more; a request takes three exchanges."""
-    board = Board(3)
+    limiter = HostLimiter(3)
     running: dict[str, list[int]] = {f"w{n}": [] for n in range(10)}
     served: Counter[str] = Counter()
     for turn in range(600):
         worker = f"w{turn % 10}"
         running[worker] = [n - 1 for n in running[worker] if n > 1]
-        grant = ask(board, worker, len(running[worker]), 50)
+        grant = ask(limiter, worker, len(running[worker]), 50)
         while len(running[worker]) < grant.permits:
             running[worker].append(2)
             served[worker] += 1
@@ -142,31 +142,31 @@ def test_more_workers_than_permits_take_turns() -> None:
     assert served.total() > 60
 
 
-def test_a_dead_workers_permits_come_back_and_nothing_else_is_kept() -> None:
+def test_a_dead_workers_permits_are_released_and_idle_hosts_forgotten() -> None:
     clock = Time()
-    board = Board(2, clock)
-    assert ask(board, "dead", 0, 5).permits == 2
+    limiter = HostLimiter(2, clock)
+    assert ask(limiter, "dead", 0, 5).permits == 2
     clock.now += LEASE - 1
-    assert ask(board, "b", 0, 5).permits == 0
+    assert ask(limiter, "b", 0, 5).permits == 0
     clock.now += LEASE / 2
-    assert ask(board, "b", 0, 5).permits == 2
-    ask(board, "b", 0, 0)
-    asyncio.run(board.exchange("b", {f"h{n}": Ask(0, 1) for n in range(1000)}))
-    asyncio.run(board.exchange("b", {f"h{n}": Ask(0, 0) for n in range(1000)}))
-    asyncio.run(board.exchange("b", {f"p{n}": Ask(0, 0, pause=5.0, refusal="http_429") for n in range(1000)}))
+    assert ask(limiter, "b", 0, 5).permits == 2
+    ask(limiter, "b", 0, 0)
+    asyncio.run(limiter.exchange("b", {f"h{n}": Ask(0, 1) for n in range(1000)}))
+    asyncio.run(limiter.exchange("b", {f"h{n}": Ask(0, 0) for n in range(1000)}))
+    asyncio.run(limiter.exchange("b", {f"p{n}": Ask(0, 0, pause=5.0, refusal="http_429") for n in range(1000)}))
     clock.now += LEASE
-    asyncio.run(board.exchange("b", {}))
-    assert not board._hosts
+    asyncio.run(limiter.exchange("b", {}))
+    assert not limiter._hosts
 
 
-def test_starts_keep_the_gap_whoever_gets_them() -> None:
+def test_start_times_keep_the_gap_across_workers() -> None:
     clock = Time()
-    board = Board(8, clock)
+    limiter = HostLimiter(8, clock)
     starts: list[float] = []
     used = Counter[str]()
     for _ in range(100):
         for worker in ("a", "b", "c"):
-            grant = ask(board, worker, 0, 5, gap=0.25)
+            grant = ask(limiter, worker, 0, 5, gap=0.25)
             assert grant.permits == len(grant.starts)
             starts += [clock.now + start for start in grant.starts]
             used[worker] += len(grant.starts)
@@ -177,17 +177,17 @@ def test_starts_keep_the_gap_whoever_gets_them() -> None:
     assert min(used.values()) > 5
 
 
-def test_what_a_host_has_told_one_worker_is_told_to_all() -> None:
+def test_news_of_a_host_reaches_all_workers() -> None:
     clock = Time()
-    board = Board(8, clock)
-    ask(board, "a", 1, 0, pause=20.0, refusal="http_429", down=0.0)
+    limiter = HostLimiter(8, clock)
+    ask(limiter, "a", 1, 0, pause=20.0, refusal="http_429", down=0.0)
     clock.now += 5
-    heard = ask(board, "b", 0, 1)
+    heard = ask(limiter, "b", 0, 1)
     assert (heard.pause, heard.refusal) == (15.0, "http_429")
-    ask(board, "a", 0, 0, down=30.0, failure="reset: by peer")
-    assert ask(board, "b", 0, 1).failure == "reset: by peer"
+    ask(limiter, "a", 0, 0, down=30.0, failure="reset: by peer")
+    assert ask(limiter, "b", 0, 1).failure == "reset: by peer"
     clock.now += 40
-    heard = ask(board, "c", 0, 1)
+    heard = ask(limiter, "c", 0, 1)
     assert (heard.pause, heard.down) == (0.0, 0.0)
 
 
@@ -197,7 +197,7 @@ Result = bytes | FetchError
 
 
 async def run_client(
-    server: Server, urls: list[str], manners: Manners, board: Board | None = None, **options: Any
+    server: Server, urls: list[str], politeness: Politeness, limiter: HostLimiter | None = None, **options: Any
 ) -> list[Result]:
     async def begin() -> None:
         pass
@@ -211,12 +211,12 @@ async def run_client(
 
     fixed = {"timeout": PATIENCE, "allow_addrs": (server.addr,), **options}
     limits = Limits(**fixed)
-    async with Client(limits, lambda host: ["127.0.0.1"], manners, board) as client:
+    async with Client(limits, lambda host: ["127.0.0.1"], politeness, limiter) as client:
         return await asyncio.gather(*(one(url) for url in urls))
 
 
-def fetch_all(server: Server, urls: list[str], manners: Manners = DEFAULT, **options: Any) -> list[Result]:
-    return asyncio.run(run_client(server, urls, manners, **options))
+def fetch_all(server: Server, urls: list[str], politeness: Politeness = DEFAULT, **options: Any) -> list[Result]:
+    return asyncio.run(run_client(server, urls, politeness, **options))
 
 
 def reasons(results: list[Result]) -> Counter[str]:
@@ -231,11 +231,11 @@ def slow(seconds: float) -> Answer:
     return reply
 
 
-def test_clients_with_one_board_never_exceed_the_limit_in_total() -> None:
+def test_clients_with_one_limiter_never_exceed_the_limit_in_total() -> None:
     async def go(server: Server) -> list[list[Result]]:
-        board = Board(3)
+        limiter = HostLimiter(3)
         urls = [f"{server.url}/a"] * 15
-        workers = [run_client(server, urls, Manners(), board, per_host=3) for _ in range(5)]
+        workers = [run_client(server, urls, Politeness(), limiter, per_host=3) for _ in range(5)]
         return await asyncio.gather(*workers)
 
     with serving({"a": slow(0.02)}) as server:
@@ -244,7 +244,7 @@ def test_clients_with_one_board_never_exceed_the_limit_in_total() -> None:
         assert server.most_open["a"] <= 3
 
 
-def test_clients_with_one_board_keep_the_rate_in_total() -> None:
+def test_clients_with_one_limiter_keep_the_rate_in_total() -> None:
     begun: list[float] = []
 
     async def noted(server: Server, writer: asyncio.StreamWriter, headers: dict[str, str]) -> None:
@@ -252,9 +252,11 @@ def test_clients_with_one_board_keep_the_rate_in_total() -> None:
         await OK(server, writer, headers)
 
     async def go(server: Server) -> list[list[Result]]:
-        board = Board(8)
-        manners = Manners(per_host_rate=20.0, robots_txt=False)
-        return await asyncio.gather(*(run_client(server, [f"{server.url}/a"] * 8, manners, board) for _ in range(3)))
+        limiter = HostLimiter(8)
+        politeness = Politeness(per_host_rate=20.0, robots_txt=False)
+        return await asyncio.gather(
+            *(run_client(server, [f"{server.url}/a"] * 8, politeness, limiter) for _ in range(3))
+        )
 
     with serving({"a": noted}) as server:
         started = time.monotonic()
@@ -263,12 +265,12 @@ def test_clients_with_one_board_keep_the_rate_in_total() -> None:
     assert begun[-1] - started >= 23 * 0.05 - 0.1
 
 
-def test_retry_after_seen_by_one_client_holds_the_others() -> None:
+def test_retry_after_received_by_one_client_applies_to_all() -> None:
     async def go(server: Server) -> list[Result]:
-        board = Board(8)
-        manners = Manners(robots_txt=False)
-        first = await run_client(server, [f"{server.url}/busy"], manners, board)
-        rest = [run_client(server, [f"{server.url}/fine"] * 5, manners, board) for _ in range(3)]
+        limiter = HostLimiter(8)
+        politeness = Politeness(robots_txt=False)
+        first = await run_client(server, [f"{server.url}/busy"], politeness, limiter)
+        rest = [run_client(server, [f"{server.url}/fine"] * 5, politeness, limiter) for _ in range(3)]
         return first + [result for results in await asyncio.gather(*rest) for result in results]
 
     with serving({"busy": answer("429 Slow Down", Retry_After="100"), "fine": OK}) as server:
@@ -276,20 +278,20 @@ def test_retry_after_seen_by_one_client_holds_the_others() -> None:
         assert (server.hits["busy"], server.hits["fine"]) == (1, 0)
 
 
-def test_a_board_that_is_gone_is_no_verdict_on_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_limiter_does_not_drop_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     class Gone:
         async def exchange(self, worker: str, asks: dict[str, Ask]) -> dict[str, Grant]:
             raise ConnectionError("the actor died")
 
     monkeypatch.setattr(hosts_module, "LEASE", 0.2)
     with serving({"a": OK}) as server, pytest.raises(OutageError, match="the actor died"):
-        asyncio.run(run_client(server, [f"{server.url}/a"], Manners(), Gone()))  # type: ignore[arg-type]
+        asyncio.run(run_client(server, [f"{server.url}/a"], Politeness(), Gone()))  # type: ignore[arg-type]
 
 
-def test_the_rate_holds_on_one_client_without_a_board() -> None:
+def test_one_client_keeps_the_rate_without_a_limiter() -> None:
     with serving({"a": OK}) as server:
         started = time.monotonic()
-        results = fetch_all(server, [f"{server.url}/a"] * 10, Manners(per_host_rate=25.0))
+        results = fetch_all(server, [f"{server.url}/a"] * 10, Politeness(per_host_rate=25.0))
         assert results == [JPEG] * 10
         assert time.monotonic() - started >= 10 * 0.04 - 0.01  # the robots.txt takes a turn as well
 
@@ -297,32 +299,32 @@ def test_the_rate_holds_on_one_client_without_a_board() -> None:
 def test_a_dead_host_with_a_thousand_rows_costs_the_time_of_a_few() -> None:
     with serving({"a": silence}) as server:
         started = time.monotonic()
-        silent = Manners(robots_txt=False, tdmrep_json=False)
+        silent = Politeness(robots_txt=False, tdmrep_json=False)
         results = fetch_all(server, [f"{server.url}/a"] * 1000, silent, timeout=0.3)
         assert time.monotonic() - started < 30  # eight at a time, all of them would take 37 s
         found = reasons(results)
         assert found.keys() == {"deadline", "host_down"}
-        assert found["deadline"] < 10 + 8  # those that make it ten in a row, and those on their way then
+        assert found["deadline"] < 10 + 8  # ten consecutive failures, and those in flight by then
         assert server.hits["a"] < 10 + 8
         downs = [r for r in results if isinstance(r, FetchError) and r.reason == "host_down"]
-        assert "the last one deadline" in downs[-1].detail
+        assert "last: deadline" in downs[-1].detail
 
 
-def test_a_row_keeps_the_failure_that_it_has_seen_itself() -> None:
+def test_a_row_reports_its_own_failure() -> None:
     with serving({"a": reset, "robots.txt": answer("404 None")}) as server:
-        results = fetch_all(server, [f"{server.url}/a"] * 8, Manners(host_failures=10))
+        results = fetch_all(server, [f"{server.url}/a"] * 8, Politeness(host_failures=10))
         assert reasons(results) == {"reset": 8}
-        assert server.hits["a"] < 8 * 3 * 2  # aiohttp asks once more where a kept connection is reset
+        assert server.hits["a"] < 8 * 3 * 2  # aiohttp retries once if a kept-alive connection is reset
 
 
-def test_rows_do_not_wait_for_ever_at_a_busy_host() -> None:
+def test_rows_do_not_wait_forever_for_a_busy_host() -> None:
     with serving({"a": slow(0.1)}) as server:
-        found = reasons(fetch_all(server, [f"{server.url}/a"] * 100, Manners(host_wait=0.5), per_host=1))
+        found = reasons(fetch_all(server, [f"{server.url}/a"] * 100, Politeness(host_wait=0.5), per_host=1))
         assert found.keys() == {"ok", "host_busy"}
         assert server.hits["a"] == found["ok"] < 20
 
 
-def test_the_host_in_use_longest_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_host_is_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts_module, "KNOWN_HOSTS", 10)
     with serving({"a": OK}) as server:
         urls = [f"http://h{n}.example:{server.port}/a" for n in range(40)]
@@ -350,17 +352,17 @@ def robots(text: str, **headers: Any) -> Answer:
 DISALLOW = robots("User-agent: *\nDisallow: /no")
 
 
-def test_robots_txt_is_asked_once_and_heeded_on_every_hop() -> None:
+def test_robots_txt_is_fetched_once_and_obeyed_on_every_hop() -> None:
     answers = {"robots.txt": DISALLOW, "yes": OK, "no": OK, "to_no": redirect("/no"), "to_yes": redirect("/yes")}
     with serving(answers) as server:
         urls = [f"{server.url}/{name}" for name in ("yes", "no", "to_no", "to_yes")] * 10
         assert reasons(fetch_all(server, urls)) == {"ok": 20, "robots_disallowed": 20}
         assert server.hits["robots.txt"] == 1
         assert server.hits["no"] == 0
-        assert reasons(fetch_all(server, urls, Manners(robots_txt=False))) == {"ok": 40}
+        assert reasons(fetch_all(server, urls, Politeness(robots_txt=False))) == {"ok": 40}
 
 
-def test_robots_txt_is_each_hosts_own() -> None:
+def test_robots_txt_is_per_host() -> None:
     by_host = {"a.example": DISALLOW, "b.example": answer("404 None")}
 
     async def file(server: Server, writer: asyncio.StreamWriter, headers: dict[str, str]) -> None:
@@ -402,7 +404,7 @@ ROBOTS: dict[str, tuple[Answer, str | None]] = {
 
 
 @pytest.mark.parametrize("name", ROBOTS)
-def test_what_becomes_of_rows_when_robots_txt_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outcome_of_rows_by_robots_txt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "silent":
         monkeypatch.setattr(client_module, "ROBOTS_SECONDS", 0.5)
     behaviour, reason = ROBOTS[name]
@@ -414,14 +416,14 @@ def test_what_becomes_of_rows_when_robots_txt_is(name: str, monkeypatch: pytest.
         assert server.canary_hits == 0
 
 
-def test_crawl_delay_is_kept() -> None:
+def test_crawl_delay_is_obeyed() -> None:
     with serving({"robots.txt": robots("User-agent: *\nCrawl-delay: 0.2"), "a": OK}) as server:
         started = time.monotonic()
         assert fetch_all(server, [f"{server.url}/a"] * 4) == [JPEG] * 4
         assert time.monotonic() - started >= 0.6
 
 
-def test_the_rows_clock_stands_still_while_robots_txt_is_asked() -> None:
+def test_fetching_robots_txt_does_not_count_against_timeout() -> None:
     async def late(server: Server, writer: asyncio.StreamWriter, headers: dict[str, str]) -> None:
         await asyncio.sleep(1.5)
         await answer("404 None")(server, writer, headers)
@@ -440,17 +442,17 @@ def test_tdm_reservation_on_any_hop() -> None:
         assert reasons(results) == {"opted_out": 2, "ok": 1}
         assert isinstance(results[0], FetchError)
         assert results[0].detail == "tdm-reservation: 1"
-        assert reasons(fetch_all(server, urls, Manners(tdm_reservation=False))) == {"ok": 3}
+        assert reasons(fetch_all(server, urls, Politeness(tdm_reservation=False))) == {"ok": 3}
 
 
-# --- What publishers say about the use of pictures --------------------------------------------------------------------
+# --- Publisher statements ---------------------------------------------------------------------------------------------
 
 RESERVED = [{"location": "/no", "tdm-reservation": 1}, {"location": "/free", "tdm-reservation": 0}]
 TDMREP = ".well-known/tdmrep.json"
 
 
-def usages(server: Server, urls: list[str], manners: Manners = DEFAULT) -> list[str | None]:
-    """What is kept with each picture; for rows without one, the detail."""
+def usages(server: Server, urls: list[str], politeness: Politeness = DEFAULT) -> list[str | None]:
+    """The statements kept with each picture; for dropped rows, the detail."""
 
     async def begin() -> None:
         pass
@@ -458,7 +460,7 @@ def usages(server: Server, urls: list[str], manners: Manners = DEFAULT) -> list[
     async def go() -> list[str | None]:
         found: list[str | None] = []
         limits = Limits(timeout=PATIENCE, allow_addrs=(server.addr,))
-        async with Client(limits, lambda host: ["127.0.0.1"], manners) as client:
+        async with Client(limits, lambda host: ["127.0.0.1"], politeness) as client:
             for url in urls:
                 try:
                     async with client.fetch(url, begin) as fetched:
@@ -470,7 +472,7 @@ def usages(server: Server, urls: list[str], manners: Manners = DEFAULT) -> list[
     return asyncio.run(go())
 
 
-def test_tdmrep_json_is_asked_once_and_obeyed_on_every_hop() -> None:
+def test_tdmrep_json_is_fetched_once_and_obeyed_on_every_hop() -> None:
     answers = {
         "robots.txt": robots("User-agent: *\nAllow: /"),
         TDMREP: answer(body=json.dumps(RESERVED).encode()),
@@ -488,7 +490,7 @@ def test_tdmrep_json_is_asked_once_and_obeyed_on_every_hop() -> None:
             "tdmrep.json tdm-reservation: 0",
         ]
         asked = server.hits[TDMREP]
-        assert reasons(fetch_all(server, urls, Manners(tdmrep_json=False))) == {"ok": 20}
+        assert reasons(fetch_all(server, urls, Politeness(tdmrep_json=False))) == {"ok": 20}
         assert server.hits[TDMREP] == asked
 
 
@@ -507,7 +509,7 @@ TDMREPS: dict[str, tuple[Answer, str]] = {
 
 
 @pytest.mark.parametrize("name", TDMREPS)
-def test_what_becomes_of_rows_when_tdmrep_json_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outcome_of_rows_by_tdmrep_json(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "silent":
         monkeypatch.setattr(client_module, "ROBOTS_SECONDS", 3.0)  # enough for robots.txt
     behaviour, reason = TDMREPS[name]
@@ -515,7 +517,7 @@ def test_what_becomes_of_rows_when_tdmrep_json_is(name: str, monkeypatch: pytest
     there = robots("User-agent: *\nAllow: /")
     with serving({"robots.txt": there, TDMREP: behaviour, "moved": moved, "no": OK}) as server:
         assert reasons(fetch_all(server, [f"{server.url}/no"] * 3)) == {reason: 3}
-        assert server.hits[TDMREP] <= 2  # one more where the connection was kept and is lost
+        assert server.hits[TDMREP] <= 2  # one more if a kept-alive connection is lost
         assert server.canary_hits == 0
 
 
@@ -531,7 +533,7 @@ def test_a_host_without_robots_txt_is_spared_the_request_for_tdmrep_json() -> No
         assert fetch_all(server, [f"{server.url}/no"]) == [JPEG]
         assert server.hits[TDMREP] == 0
         # Without robots.txt to go by, the file is asked for.
-        assert reasons(fetch_all(server, [f"{server.url}/no"], Manners(robots_txt=False))) == {"opted_out": 1}
+        assert reasons(fetch_all(server, [f"{server.url}/no"], Politeness(robots_txt=False))) == {"opted_out": 1}
 
 
 def test_content_usage_of_header_and_robots_txt() -> None:
@@ -560,8 +562,8 @@ def test_content_usage_of_header_and_robots_txt() -> None:
         urls = [f"{server.url}/{name}" for name in expected]
         assert dict(zip(expected, usages(server, urls))) == expected
         assert server.hits["no"] == 0
-        assert reasons(fetch_all(server, urls, Manners(content_usage=()))) == {"ok": len(urls)}
-        assert reasons(fetch_all(server, urls, Manners(content_usage=("search",)))) == {"ok": 2, "opted_out": 5}
+        assert reasons(fetch_all(server, urls, Politeness(content_usage=()))) == {"ok": len(urls)}
+        assert reasons(fetch_all(server, urls, Politeness(content_usage=("search",)))) == {"ok": 2, "opted_out": 5}
 
 
 # --- Outages ----------------------------------------------------------------------------------------------------------
@@ -621,7 +623,7 @@ def test_a_resolver_that_fails_for_everyone_stops_the_client(rows: int, outage: 
     results = asyncio.run(go())
     stops = [r for r in results if isinstance(r, OutageError)]
     assert bool(stops) is outage
-    assert all("the resolver answers for no name" in str(stop) for stop in stops)
+    assert all("the resolver does not respond" in str(stop) for stop in stops)
     assert all(
         isinstance(r, OutageError) or (isinstance(r, FetchError) and r.reason == "dns_unavailable") for r in results
     )

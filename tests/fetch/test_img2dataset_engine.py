@@ -1,4 +1,4 @@
-"""img2dataset as the engine: its pictures and its failures come back as rows of ours, whatever it does."""
+"""img2dataset as the engine: its pictures and failures always become rows of ours."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_other_bytes_than_claimed_are_rejected() -> None:
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package in img2dataset's place that finds nothing, at once, and misbehaves when a url says so."""
+    """A stand-in for img2dataset that finds nothing and misbehaves as told by a url."""
     package = tmp_path / "img2dataset"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -175,20 +175,20 @@ def reasons(names: list[str], **options: Any) -> list[str | None]:
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_a_row_that_kills_it_costs_only_itself() -> None:
+def test_a_row_that_crashes_img2dataset_fails_alone() -> None:
     names = ["a", "deadly", "b", "starved", "deadly", "lost"]
     expected = ["http_404", "decoder_crash", "http_404", "decoder_killed", "decoder_crash", "unexpected"]
     assert reasons(names) == expected
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_a_server_that_drips_for_ever_does_not_hold_the_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endlessly_slow_server_does_not_block_the_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(img2dataset_engine, "PATIENCE", -96)
     assert reasons(["silent", "a"], timeout=100, retries=0) == ["deadline", "deadline"]
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_a_reader_that_stops_ends_the_process() -> None:
+def test_closing_the_iterator_ends_the_process() -> None:
     others = set(_children())
     rows = download(pa.table({"url": ["http://host/a"] * 300 + ["http://host/silent"]}), OPTIONS)
     assert len(next(rows)) == 256
@@ -203,9 +203,9 @@ def _children() -> list[str]:
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_a_broken_installation_is_said_and_drops_nothing(tmp_path: Path) -> None:
+def test_a_broken_installation_is_reported_and_drops_nothing(tmp_path: Path) -> None:
     (tmp_path / "img2dataset" / "__init__.py").write_text("raise ImportError('no such thing')")
-    with pytest.raises(RuntimeError, match="img2dataset does not run here: ImportError: no such thing"):
+    with pytest.raises(RuntimeError, match="img2dataset failed to run: ImportError: no such thing"):
         reasons(["a"])
 
 
@@ -227,13 +227,13 @@ def test_a_broken_installation_is_said_and_drops_nothing(tmp_path: Path) -> None
         (None, "unexpected"),
     ],
 )  # fmt: skip
-def test_its_words_for_failures(message: str | None, reason: str) -> None:
+def test_messages_map_to_reasons(message: str | None, reason: str) -> None:
     found = failure("failed_to_download", message)
     assert found.reason == reason
     assert found.detail.isprintable()
 
 
-def test_every_word_is_on_the_closed_list() -> None:
+def test_every_mapped_reason_is_known() -> None:
     for _, reason in img2dataset_engine._MESSAGES:
         assert reason == "http_" or find(reason) is REASONS[reason]
     assert failure("failed_to_resize", "OpenCV(4.12) error").reason == "decode_error"

@@ -1,6 +1,6 @@
-"""What a worker holds while it fetches: a bounded amount, whatever it is sent, and no more after 100,000 rows.
+"""Memory of a fetching worker: bounded for any input, without growth over 100,000 rows.
 
-Worker and server are processes of their own; the worker's memory is that of all processes it has started.
+Worker and server run in separate processes. The worker's memory includes all of its descendants.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def answers() -> dict[str, Answer]:
 
 
 def wide() -> dict[str, Callable[[], bytes]]:
-    """Pictures of the largest area that is let in, none of them larger than the largest body."""
+    """Pictures of the largest allowed area, within the largest allowed body."""
     return {
         "jpeg": lambda: smooth(SIDE, SIDE, "RGB", "JPEG", quality=85),
         "progressive": lambda: smooth(SIDE, SIDE, "RGB", "JPEG", quality=85, progressive=True),
@@ -91,7 +91,7 @@ def server(kinds: Sequence[str] = ()) -> Iterator[int]:
 
 
 def fetch(port: int, paths: Sequence[str], rows: int) -> tuple[Progress, int, list[tuple[int, int]]]:
-    """How it ended, the highest memory in bytes, and (rows done, memory) along the way."""
+    """The outcome, the peak memory in bytes, and (rows done, memory) over time."""
     command = [sys.executable, "-m", "tests.fetch.fetching", str(port), str(rows), *paths]
     progress, course, measured = Progress(0, Counter()), [], 0.0
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as worker:
@@ -111,7 +111,7 @@ def fetch(port: int, paths: Sequence[str], rows: int) -> tuple[Progress, int, li
 
 
 def test_large_bodies_do_not_fill_the_worker() -> None:
-    """Hundreds of megabytes of them at once, announced or not, ever too large or broken."""
+    """Hundreds of megabytes at once, with or without Content-Length, always too large or broken."""
     paths = ["small"] * 44 + ["big", "big_unannounced", "too_big", "broken", "small", "photo"]
     rows = 600
     with server() as port:
@@ -135,7 +135,7 @@ def test_large_areas_do_not_fill_the_worker(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", wide())
 def test_no_kind_of_picture_fills_the_worker(kind: str) -> None:
-    """Each kind at the largest area: kept, or dropped for what it needs; the rest comes, memory has a bound."""
+    """Each kind at the largest area is kept or dropped for its memory. Other rows succeed and memory is bounded."""
     with server([kind]) as port:
         end, peak, _ = fetch(port, [*["small"] * 9, kind], 100)
     assert end.reasons["small", None] == 90

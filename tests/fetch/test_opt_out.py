@@ -1,4 +1,4 @@
-"""Headers that ask for hands off, and those that do not ask us."""
+"""Headers that opt out, and headers that do not address us."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_tdm_reservation(headers: list[str], reserved: bool) -> None:
         ("all=n, train-ai=y", True),
         ("all=y, train-ai=n", False),
         ("all=n, train-ai=maybe", False),
-        # Everything that a dictionary may hold
+        # All item types of a dictionary
         ('a=1, b=-1.5;x, c="q\\"", d=:aGk=:, e=?0, f=@17, g=%"%c3%bc", h=(1 "b" c;d);e, i, train-ai=n;j=k', False),
         ("ai-use=n,search=n", None),
         (" train-ai=n ", False),
@@ -110,7 +110,7 @@ def test_tdm_reservation(headers: list[str], reserved: bool) -> None:
         ("train-ai=nope", None),
         ("train-ai=?0", None),
         ("train-ai=0", None),
-        # What is no dictionary says nothing
+        # Invalid dictionaries state nothing
         ("", None),
         ("TRAIN-AI=n", None),
         ("train-ai=n,", None),
@@ -143,7 +143,7 @@ def test_no_expression_takes_long(piece: str) -> None:
     assert time.process_time() - started < 2
 
 
-# The two examples of the report, and their odd relatives: (file, what is reserved, what is not, what is left open).
+# The two examples of the report, and variants: (file, reserved, not reserved, unspecified).
 EVERYTHING = [{"location": "/", "tdm-reservation": 1}]
 THREE_GROUPS = [
     {"location": "/directory-a/", "tdm-reservation": 1},
@@ -193,5 +193,5 @@ def test_tdmrep_json(name: str) -> None:
 
 
 @pytest.mark.parametrize("text", [b"", b"<html>", b"\xff", b"[" * 200_000, b'[{"location": "/"', b"NaN"])
-def test_what_is_no_tdmrep_json_reserves_nothing(text: bytes) -> None:
+def test_an_invalid_tdmrep_json_reserves_nothing(text: bytes) -> None:
     assert reservations(text).reserved("/") is None

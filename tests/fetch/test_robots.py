@@ -1,4 +1,4 @@
-"""robots.txt: each point of RFC 9309 that a publisher may rely on."""
+"""robots.txt: the rules of RFC 9309 that publishers rely on."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ FILES: dict[str, tuple[bytes, list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_who_may_ask_for_what(name: str) -> None:
+def test_access_rules(name: str) -> None:
     text, allowed, disallowed = FILES[name]
     robots = parse(text, "winnow")
     assert {path: robots.allows(path) for path in (*allowed, *disallowed)} == {
@@ -79,7 +79,7 @@ def test_who_may_ask_for_what(name: str) -> None:
     }
 
 
-# The example of draft-ietf-aipref-attach, with and without the path that some revisions ask for.
+# The example of draft-ietf-aipref-attach, with and without the path required by some revisions.
 ATTACH = """\
 User-Agent: *
 Allow: /
@@ -134,7 +134,7 @@ def test_content_usage(name: str) -> None:
 def test_only_whole_lines_of_the_first_500_kib_count() -> None:
     head = b"User-agent: *\nDisallow: /early\n"
     filler = b"#" * (MAX_BYTES - len(head) - len(b"\nDisallow: /")) + b"\n"
-    robots = parse(head + filler + b"Disallow: /late", "winnow")  # the limit falls right behind the slash
+    robots = parse(head + filler + b"Disallow: /late", "winnow")  # the limit is right after the slash
     assert not robots.allows("/early")
     assert robots.allows("/late")
     assert robots.allows("/other")
@@ -166,4 +166,4 @@ def test_no_pattern_takes_long() -> None:
         assert robots.allows("/" + "a" * 4000)
         assert many.allows("/folder1")
         assert not many.allows("/folder77/x")
-    assert time.process_time() - started < 1  # a matcher that goes back would need longer than the sun has
+    assert time.process_time() - started < 1  # a backtracking matcher would never finish

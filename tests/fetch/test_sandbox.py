@@ -1,4 +1,4 @@
-"""What the sandbox contains, whom it blames, and that it leaves nothing behind."""
+"""What the sandbox contains, which call it fails, and that it leaks nothing."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from PIL import Image
 
 from pipeline.fetch.decoder import Decoder, Rules, decode
 from pipeline.fetch.reasons import REASONS, FetchError
-from pipeline.fetch.sandbox import BEGINS, STARTS, Sandbox, SandboxError
+from pipeline.fetch.sandbox import MAX_ATTEMPTS, MAX_FAILED_STARTS, Sandbox, SandboxError
 from tests.fetch.hostile_images import smooth
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="what only Linux offers")
 
 
 def hostile() -> Callable[..., Any]:
-    """A target that does as its body says. Made in a function, it is pickled as it is and the children start fast."""
+    """A target that does what its body says. Defined in a function, so it is pickled by value: children start fast."""
 
     def act(body: bytes, directory: str = "") -> Any:
         import ctypes
@@ -89,7 +89,7 @@ def sandbox(target: Callable[..., Any] | None = None, **options: Any) -> Sandbox
 
 
 async def started(directory: Path, count: int) -> list[tuple[str, int]]:
-    """(name, process) of the calls in order of their begin, as soon as there are `count`."""
+    """(name, process) of the calls in the order they began, once there are `count`."""
     while True:
         lines = (directory / "calls").read_text().splitlines() if (directory / "calls").exists() else []
         if len(lines) >= count:
@@ -104,7 +104,7 @@ LOSSES = {
     "quit": ("unexpected", "SystemExit: 5"),
     "spin": ("decoder_timeout", "over 0.6 s of CPU time"),
     "sleep": ("decoder_timeout", "over 3 s"),
-    "garble": ("decoder_crash", "an answer that cannot be read, EOFError: Ran out of input"),
+    "garble": ("decoder_crash", "unreadable answer: EOFError: Ran out of input"),
     "raise": ("unexpected", "ZeroDivisionError: a bug"),
     "refuse": ("too_small", "1 x 1"),
     "eat": ("decoder_memory", f"over {100 << 20} bytes"),
@@ -113,7 +113,7 @@ if sys.platform != "linux":
     del LOSSES["eat"]
 
 
-def test_a_loss_costs_its_row_and_no_other() -> None:
+def test_a_lost_process_fails_only_its_row() -> None:
     bodies = [f"harmless {i}".encode() for i in range(200)]
     for i, name in enumerate(LOSSES):
         bodies[3 + 19 * i] = name.encode()
@@ -133,7 +133,7 @@ def test_the_row_behind_a_crash_is_not_blamed() -> None:
     assert asyncio.run(run()) == [LOSSES["exit"] if i % 2 else b"%d" % i for i in range(10)]
 
 
-def test_nobody_is_blamed_for_a_process_that_dies_between_calls() -> None:
+def test_a_process_that_dies_between_calls_fails_no_call() -> None:
     async def run() -> None:
         async with sandbox(processes=1) as box:
             process, _, _ = await box(b"process")
@@ -144,35 +144,35 @@ def test_nobody_is_blamed_for_a_process_that_dies_between_calls() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_process_killed_from_outside_is_no_verdict_on_its_call(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_call_is_retried_if_its_process_is_killed_externally(number: signal.Signals, tmp_path: Path) -> None:
     async def run() -> None:
         async with sandbox(processes=1) as box:
             calls = [asyncio.create_task(box(b"wait%d" % i, str(tmp_path))) for i in range(3)]
-            for begun in range(1, BEGINS):
+            for begun in range(1, MAX_ATTEMPTS):
                 name, process = (await started(tmp_path, begun))[-1]
                 assert name == "wait0"
                 os.kill(process, number)
-            await started(tmp_path, BEGINS)
+            await started(tmp_path, MAX_ATTEMPTS)
             (tmp_path / "go").touch()
             assert await asyncio.gather(*calls) == [b"0tiaw", b"1tiaw", b"2tiaw"]
 
     asyncio.run(run())
 
 
-def test_a_call_whose_processes_are_killed_again_and_again_ends_for_a_reason_that_may_pass(tmp_path: Path) -> None:
+def test_a_call_whose_processes_keep_being_killed_fails_for_a_transient_reason(tmp_path: Path) -> None:
     async def run() -> None:
         async with sandbox(processes=1) as box:
             call = asyncio.create_task(outcome(box(b"wait", str(tmp_path))))
-            for begun in range(1, BEGINS + 1):
+            for begun in range(1, MAX_ATTEMPTS + 1):
                 os.kill((await started(tmp_path, begun))[-1][1], signal.SIGKILL)
-            assert await call == ("decoder_killed", f"signal SIGKILL, {BEGINS} times")
+            assert await call == ("decoder_killed", f"signal SIGKILL, {MAX_ATTEMPTS} times")
             assert await box(b"next") == b"txen"
 
     asyncio.run(run())
     assert REASONS["decoder_killed"].transient
 
 
-def test_a_call_that_kills_its_process_is_found_though_another_was_killed_from_outside(tmp_path: Path) -> None:
+def test_a_crashing_call_is_found_despite_external_kills(tmp_path: Path) -> None:
     async def run() -> None:
         async with sandbox(processes=1) as box:
             calls = [asyncio.create_task(outcome(box(body, str(tmp_path)))) for body in (b"wait", b"segfault", b"ok")]
@@ -185,7 +185,7 @@ def test_a_call_that_kills_its_process_is_found_though_another_was_killed_from_o
     asyncio.run(run())
 
 
-def test_what_cannot_be_pickled_is_a_fault_of_ours_and_the_process_goes_on() -> None:
+def test_an_unpicklable_result_is_unexpected_and_the_process_continues() -> None:
     async def run() -> None:
         async with sandbox(processes=1) as box:
             before = await box(b"process")
@@ -196,7 +196,7 @@ def test_what_cannot_be_pickled_is_a_fault_of_ours_and_the_process_goes_on() -> 
     asyncio.run(run())
 
 
-def test_libraries_in_c_say_nothing_and_python_does(capfd: pytest.CaptureFixture[str]) -> None:
+def test_stderr_of_c_libraries_is_silenced_and_pythons_is_not(capfd: pytest.CaptureFixture[str]) -> None:
     def say(body: bytes) -> None:
         os.write(2, b"libpng error: not by us\n")
         print(body.decode(), file=sys.stderr)
@@ -209,7 +209,7 @@ def test_libraries_in_c_say_nothing_and_python_does(capfd: pytest.CaptureFixture
     assert capfd.readouterr().err == "by us\n"
 
 
-def test_a_row_cancelled_in_the_queue_is_never_begun(tmp_path: Path) -> None:
+def test_a_call_cancelled_in_the_queue_never_begins(tmp_path: Path) -> None:
     async def run() -> None:
         async with sandbox(processes=1) as box:
             calls = [asyncio.create_task(box(b"wait%d" % i, str(tmp_path))) for i in range(5)]
@@ -237,7 +237,7 @@ def test_bodies_and_answers_of_20_megabytes() -> None:
     asyncio.run(run())
 
 
-def test_closing_amid_work_leaves_no_process_and_no_file(tmp_path: Path) -> None:
+def test_closing_during_work_leaves_no_process_and_no_file(tmp_path: Path) -> None:
     async def run() -> list[int]:
         before = set(os.listdir("/dev/fd"))
         with contextlib.suppress(ZeroDivisionError):
@@ -282,7 +282,7 @@ def test_a_killed_parent_leaves_no_process() -> None:
     assert parent.communicate(timeout=60) == (b"", None)
 
 
-def test_a_child_is_out_of_the_terminals_reach_and_has_no_file_of_its_parents() -> None:
+def test_a_child_has_no_terminal_and_no_files_of_its_parent() -> None:
     async def files() -> int:
         async with sandbox(processes=1) as box:
             _, session, count = await box(b"process")
@@ -297,7 +297,7 @@ def test_a_child_is_out_of_the_terminals_reach_and_has_no_file_of_its_parents() 
 
 
 class Unloadable:
-    """Pickles here; loading it there does as told."""
+    """Pickles here; misbehaves when loaded in the child."""
 
     def __init__(self, function: Callable[..., Any], *args: Any):
         self.reduced = function, args
@@ -309,16 +309,16 @@ class Unloadable:
 
 
 @pytest.mark.parametrize(
-    ("target", "said"),
+    ("target", "message"),
     [
         (Unloadable(exec, "import no_such_module"), "No module named 'no_such_module'"),
         (
             Unloadable(os._exit, 3),
-            f"{STARTS} processes in a row died before they began a call, the last of exit status 3",
+            f"{MAX_FAILED_STARTS} processes in a row died before they began a call, the last of exit status 3",
         ),
     ],
 )
-def test_a_target_that_cannot_be_loaded_is_said_to_every_caller(target: Unloadable, said: str) -> None:
+def test_a_target_that_cannot_be_loaded_fails_every_call(target: Unloadable, message: str) -> None:
     async def run() -> list[Any]:
         async with sandbox(target) as box:
             waiting = await asyncio.gather(*(box(b"") for _ in range(5)), return_exceptions=True)
@@ -326,7 +326,7 @@ def test_a_target_that_cannot_be_loaded_is_said_to_every_caller(target: Unloadab
 
     failures = asyncio.run(run())
     assert [type(failure) for failure in failures] == [SandboxError] * 6
-    assert all(said in str(failure) for failure in failures)
+    assert all(message in str(failure) for failure in failures)
 
 
 def test_decode_gives_the_same_as_in_this_process() -> None:
@@ -357,8 +357,8 @@ def test_decode_gives_the_same_as_in_this_process() -> None:
     [("RGB", "WEBP", {}), ("RGBA", "WEBP", {}), ("RGB", "JPEG", {"subsampling": 0}), ("CMYK", "JPEG", {})],
     ids=["webp", "webp_alpha", "jpeg", "jpeg_cmyk"],
 )
-def test_a_picture_too_large_for_the_memory_is_not_called_broken(mode: str, kind: str, options: dict[str, Any]) -> None:
-    """These decoders say of both that they have failed; and whatever failed, the next picture has all the memory."""
+def test_a_picture_too_large_for_memory_is_not_called_broken(mode: str, kind: str, options: dict[str, Any]) -> None:
+    """These decoders report both as failures. After a failure, the next picture has the full memory."""
     if kind == "JPEG":
         options = {**options, "progressive": True}
     large, small = (smooth(side, side, mode, kind, quality=50, **options) for side in (3000, 1000))

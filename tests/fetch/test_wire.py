@@ -1,4 +1,4 @@
-"""What goes over the wire, byte by byte: request lines as browsers send them, and answers that are sloppy but clear.
+"""Bytes on the wire: request lines as sent by browsers, and malformed but unambiguous responses.
 
 The server is a plain socket. It records each request and answers with given bytes, so that no library's reading of HTTP
 stands between a case and what is tested.
@@ -19,7 +19,7 @@ import pytest
 from pipeline.fetch import client as client_module
 from pipeline.fetch.client import Client, Limits
 from pipeline.fetch.head import MAX_HEAD, BadHeadError, strict
-from pipeline.fetch.hosts import Manners
+from pipeline.fetch.hosts import Politeness
 from pipeline.fetch.reasons import FetchError
 from tests.fetch.certificates import issue
 from tests.fetch.server import JPEG
@@ -29,9 +29,9 @@ PATIENCE = 60.0
 
 
 class Wire:
-    """A server on loopback: one request a connection, answered with the bytes that `answer` makes of its target.
+    """A server on loopback: one request per connection, answered with the bytes of `answer(target)`.
 
-    The bytes go out in `pieces` of at most that size, if it is given, and then the connection ends.
+    Sends the bytes in pieces of at most `pieces` bytes, if given, then closes the connection.
     """
 
     def __init__(self, answer: Callable[[str], bytes], pieces: int = 0, tls: ssl.SSLContext | None = None) -> None:
@@ -70,7 +70,7 @@ class Wire:
             for at in range(0, len(data), step):
                 connection.sendall(data[at : at + step])
             connection.shutdown(socket.SHUT_WR)
-            while connection.recv(65536):  # until the other side has read all of it
+            while connection.recv(65536):  # until the peer has read everything
                 pass
 
 
@@ -84,7 +84,7 @@ def wire(answer: Callable[[str], bytes], pieces: int = 0, tls: ssl.SSLContext | 
 
 
 def fetch(server: Wire, *urls: str) -> list[bytes | str]:
-    """What becomes of each url, one after the other: the body, or the reason."""
+    """The outcome of each url, in order: the body or the reason."""
 
     async def begin() -> None:
         pass
@@ -92,7 +92,7 @@ def fetch(server: Wire, *urls: str) -> list[bytes | str]:
     async def go() -> list[bytes | str]:
         results: list[bytes | str] = []
         limits = Limits(timeout=PATIENCE, retries=0, min_rate=0, allow_addrs=(server.addr,))
-        silent = Manners(robots_txt=False, tdmrep_json=False, host_failures=0)
+        silent = Politeness(robots_txt=False, tdmrep_json=False, host_failures=0)
         async with Client(limits, lambda host: ["127.0.0.1"], silent) as client:
             for url in urls:
                 try:
@@ -111,23 +111,23 @@ def plain(_: str) -> bytes:
 
 # --- Requests ---------------------------------------------------------------------------------------------------------
 
-# What follows the host in a url of a pool, and the request target that a browser makes of it.
+# The part after the host in a url, and the request target that a browser sends for it.
 SENT = {
-    # What is escaped stays escaped, in its own spelling.
+    # Existing escapes are unchanged.
     "/a%28b%29%2C%27%3a%40%7E.jpg": "/a%28b%29%2C%27%3a%40%7E.jpg",
     "/http%3A%2F%2Fcdn.example%2Fa%20b.jpg": "/http%3A%2F%2Fcdn.example%2Fa%20b.jpg",
     "/i.jpg?sig=a%2Fb%3D%3d&d=%40&e=%e3%83%84&p=%2B+": "/i.jpg?sig=a%2Fb%3D%3d&d=%40&e=%e3%83%84&p=%2B+",
     "/%41%2d%5F": "/%41%2d%5F",
     "/50%-off/%zz?100%": "/50%-off/%zz?100%",
     "/%2e%2e%2e/%00": "/%2e%2e%2e/%00",
-    # What may stand in a url stays.
+    # Valid characters are unchanged.
     "/a(b),'c':@~;=+$&!*[d]|e.jpg": "/a(b),'c':@~;=+$&!*[d]|e.jpg",
     "/?a[]=(b),c|d:@~;`{}^/?\\e": "/?a[]=(b),c|d:@~;`{}^/?\\e",
     "//a//b.jpg": "//a//b.jpg",
     "?": "/?",
     "/a?": "/a?",
     "/a??b": "/a??b",
-    # What may not is escaped.
+    # Invalid characters are escaped.
     "/my photo.jpg?file=my photo.jpg": "/my%20photo.jpg?file=my%20photo.jpg",
     '/"<>`{}^.jpg': "/%22%3C%3E%60%7B%7D%5E.jpg",
     "/?\"<>'": "/?%22%3C%3E%27",
@@ -135,7 +135,7 @@ SENT = {
     "/e\u0301.jpg": "/e%CC%81.jpg",
     "/a\x01\x7fb": "/a%01%7Fb",
     "/a\xa0b": "/a%C2%A0b",
-    # What a browser never sends.
+    # Parts that browsers do not send.
     "/a.jpg#top": "/a.jpg",
     "/a.jpg?b#c?d": "/a.jpg?b",
     "": "/",
@@ -151,13 +151,13 @@ SENT = {
 }
 
 
-def test_urls_go_out_as_browsers_send_them() -> None:
+def test_urls_are_sent_as_browsers_send_them() -> None:
     with wire(plain) as server:
         assert fetch(server, *(f"http://{server.addr}{text}" for text in SENT)) == [JPEG] * len(SENT)
         assert dict(zip(SENT, server.targets)) == SENT
 
 
-# Of the url: what stands for "http://HOST:PORT/", and the Host header.
+# The start of a url in place of "http://HOST:PORT/", and the Host header.
 HOSTS = {
     "http://{addr}/": "{addr}",
     " \x01HTTP://{addr}/": "{addr}",
@@ -173,7 +173,7 @@ HOSTS = {
 }
 
 
-def test_hosts_go_out_as_browsers_send_them() -> None:
+def test_hosts_are_sent_as_browsers_send_them() -> None:
     with wire(plain) as server:
         port = server.addr.rpartition(":")[2]
         urls = [text.format(addr=server.addr, port=port) for text in HOSTS]
@@ -182,7 +182,7 @@ def test_hosts_go_out_as_browsers_send_them() -> None:
         assert sent == [host.format(addr=server.addr, port=port) for host in HOSTS.values()]
 
 
-# The bytes of a Location, seen at /from/here?q, and what is asked for then.
+# The bytes of a Location received at /from/here?q, and the next request target.
 MOVED = {
     b"/moved%28a%29?sig=x%2Fy%40z": "/moved%28a%29?sig=x%2Fy%40z",
     b"there.jpg": "/from/there.jpg",
@@ -215,7 +215,7 @@ def test_locations_are_followed_as_browsers_follow_them(location: bytes) -> None
         assert server.targets[1:] == [MOVED[location]]
 
 
-# --- Answers ----------------------------------------------------------------------------------------------------------
+# --- Responses --------------------------------------------------------------------------------------------------------
 
 SIZE = b"Content-Length: %d" % len(JPEG)
 CHUNK = b"%x\r\n%s\r\n" % (len(JPEG), JPEG)
@@ -226,7 +226,7 @@ def ok(*lines: bytes, body: bytes = JPEG, status: bytes = b"HTTP/1.1 200 OK", en
     return end.join([status, *lines, b"", b""]) + body
 
 
-# name -> (all bytes of the answer, the reason or None for the picture)
+# name -> (all bytes of the response, the reason or None for the picture)
 ANSWERS: dict[str, tuple[bytes, str | None]] = {
     # Line ends and the status line
     "line feeds alone": (ok(SIZE, end=b"\n"), None),
@@ -301,7 +301,7 @@ ANSWERS: dict[str, tuple[bytes, str | None]] = {
     "half a chunk": (ok(CHUNKED, body=CHUNK[:-500]), "body_truncated"),
     "no chunks": (ok(CHUNKED), "bad_response"),
     "gzip in transfer": (ok(b"Transfer-Encoding: gzip, chunked", body=CHUNK + b"0\r\n\r\n"), "bad_response"),
-    # Labels of the body
+    # Content-Encoding labels
     **{
         f"Content-Encoding: {label}": (ok(SIZE, f"Content-Encoding: {label}".encode()), None)
         for label in ("", "identity", "identity, identity", "none", "None", "UTF-8", "utf8", "binary", "aws-chunked",
@@ -321,7 +321,7 @@ ANSWERS: dict[str, tuple[bytes, str | None]] = {
 
 
 @pytest.mark.parametrize("pieces", [0, 7], ids=["whole", "in pieces"])
-def test_sloppy_answers(pieces: int) -> None:
+def test_malformed_responses(pieces: int) -> None:
     names = [name for name in ANSWERS if not pieces or len(ANSWERS[name][0]) < 20_000]
 
     def answer(target: str) -> bytes:
@@ -333,8 +333,8 @@ def test_sloppy_answers(pieces: int) -> None:
     assert wrong == {}
 
 
-def test_tls_may_end_without_a_goodbye(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many servers close the connection instead of TLS. What is missing then, the length or the decoder tells."""
+def test_tls_may_end_without_close_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many servers close TCP without closing TLS. Truncation is then detected by the length or the decoder."""
     issue(tmp_path, {"fine": "127.0.0.1"})
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
     client_module.tls_context.cache_clear()
@@ -375,12 +375,12 @@ def test_tls_may_end_without_a_goodbye(tmp_path: Path, monkeypatch: pytest.Monke
         ),
     ],
 )
-def test_a_head_gets_one_spelling(head: bytes, spelled: bytes) -> None:
+def test_a_head_is_normalised(head: bytes, spelled: bytes) -> None:
     assert strict(head)[1] == spelled
     assert strict(spelled)[1] == spelled
 
 
 @pytest.mark.parametrize("line", [b"Content-Length: 5 5", b"Content-Length: 0x5", b"Transfer-Encoding: br", b"\rX: a"])
-def test_a_head_with_two_meanings_has_none(line: bytes) -> None:
+def test_an_ambiguous_head_is_refused(line: bytes) -> None:
     with pytest.raises(BadHeadError):
         strict(b"HTTP/1.1 200 OK\r\n%s\r\n\r\n" % line)

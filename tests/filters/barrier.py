@@ -1,4 +1,4 @@
-"""Tables for filters that look at the whole run: the verdicts must depend neither on partitions nor on their order."""
+"""Table tests for whole-run filters: the verdicts must depend neither on partitions nor on their order."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.tables import make_batch
 
 
 def _nullable(dtype: pa.DataType) -> Any:
-    # As the columns of a run reach a barrier: a null among integers must not turn them into floats.
+    # Arrow-backed, as in a run: a null must not turn integers into floats.
     if pa.types.is_string(dtype):
         return pd.StringDtype("pyarrow")
     return pd.ArrowDtype(dtype) if pa.types.is_integer(dtype) else None
 
 
 def decide(step: Filter, batch: pa.Table) -> list[tuple[str, str | None] | None]:
-    """Per row of `batch`: None where it was kept, else reason and detail. Only what the step `needs` is given to it."""
+    """For each row of `batch`, None if kept, else reason and detail. The step gets only the columns in `needs`."""
     problems = list(step.check())
     assert not problems, problems
     assert step.scope == "run"
@@ -46,7 +46,7 @@ def decide(step: Filter, batch: pa.Table) -> list[tuple[str, str | None] | None]
 
 
 def check_barrier(step: Filter, rows: Sequence[Mapping[str, Any]], expected: Sequence[str | None]) -> None:
-    """`expected[i]` is None if row i is to be kept, else the reason of its drop."""
+    """`expected[i]` is None if row i should be kept, else the reason of its drop."""
     found = [drop and drop[0] for drop in decide(step, make_batch(rows))]
     wrong = [f"{row}: expected {e}, found {f}" for row, e, f in zip(rows, expected, found, strict=True) if e != f]
     assert not wrong, "\n".join(wrong)

@@ -18,11 +18,11 @@ from tests.tables import check_filter, make_batch, run_step
         (None, 300, "too_elongated"),
     ],
 )
-def test_lying_and_standing_pictures_are_judged_alike(width: int | None, height: int, reason: str | None) -> None:
+def test_landscape_and_portrait_pictures_are_treated_alike(width: int | None, height: int, reason: str | None) -> None:
     check_filter(AspectRatio(), [{"original_width": width, "original_height": height}], [reason])
 
 
-def test_the_drop_gives_the_ratio() -> None:
+def test_the_detail_is_the_ratio() -> None:
     rows = [{"original_width": 120, "original_height": 4000}, {"original_width": None, "original_height": 300}]
     _, drops = run_step(AspectRatio(), make_batch(rows))
     assert drops["detail"].to_pylist() == ["33.33", "unknown"]
@@ -30,5 +30,5 @@ def test_the_drop_gives_the_ratio() -> None:
 
 
 @pytest.mark.parametrize("limit", [0.5, float("nan")])
-def test_a_limit_that_no_picture_meets_is_refused(limit: float) -> None:
+def test_a_limit_that_drops_everything_is_refused(limit: float) -> None:
     assert [key for key, _ in AspectRatio(max=limit).check()] == ["max"]

@@ -52,7 +52,7 @@ def test_entries_match_on_word_boundaries(entries: str, caption: str | None, rea
 
 @pytest.mark.parametrize("name", ["entries.json", "entries.txt", "entries.JSON"])
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
-def test_entries_are_read_as_a_pool_is(tmp_path: Path, name: str, ending: str) -> None:
+def test_entries_may_be_compressed(tmp_path: Path, name: str, ending: str) -> None:
     listed = ["black cat", "café"]
     text = json.dumps(listed) if name.lower().endswith("json") else "\ufeff" + "\r\n".join(listed)
     path = tmp_path / (name + ending)
@@ -70,11 +70,11 @@ def test_no_match_spans_two_captions(tmp_path: Path) -> None:
     check_barrier(Balance(entries=str(tmp_path / "entries.txt")), rows, [NONE, NONE, None])
 
 
-def test_unmatched_rows_can_stay(entries: str) -> None:
+def test_unmatched_rows_can_be_kept(entries: str) -> None:
     check_barrier(Balance(entries=entries, keep_unmatched=True), [{"caption": "a dog"}], [None])
 
 
-def test_a_row_stays_with_the_chance_its_entries_give_it(entries: str) -> None:
+def test_a_row_is_kept_with_the_probability_of_its_entries(entries: str) -> None:
     captions = ["a cat"] * 300 + ["a black cat"] * 100 + ["zebra and cat"] * 10
     batch = make_batch([{"caption": caption, "uid": f"{i:032x}"} for i, caption in enumerate(captions)])
     found = decide(Balance(entries=entries, max_per_entry=40, seed=3), batch)
@@ -86,23 +86,23 @@ def test_a_row_stays_with_the_chance_its_entries_give_it(entries: str) -> None:
     assert (CUT, "kept with probability 0.459; rarest entry 'black cat' in 100 captions") in found[300:400]
 
 
-def test_a_word_said_twice_counts_once(entries: str) -> None:
+def test_a_repeated_word_counts_once(entries: str) -> None:
     rows = [{"caption": "cat cat cat cat"}, {"caption": "a cat"}]
     check_barrier(Balance(entries=entries, max_per_entry=2), rows, [None, None])
 
 
-def test_the_cap_can_follow_from_the_mass_of_the_tail(tmp_path: Path) -> None:
+def test_the_cap_can_be_set_by_tail_mass(tmp_path: Path) -> None:
     (tmp_path / "entries.txt").write_text("a\nb\nc\nd\n")
     captions = [word for word, n in [("a", 1), ("b", 4), ("c", 15), ("d", 80)] for _ in range(n)]
     batch = make_batch([{"caption": caption, "uid": f"{i:032x}"} for i, caption in enumerate(captions)])
-    # a and b hold 5% of the matches; with c it is 20%, so from 6% on c's count is the cap.
+    # a and b have 5% of the matches, with c 20%, so from 6% on c's count is the cap.
     found = decide(Balance(entries=str(tmp_path / "entries.txt"), tail_mass=0.06), batch)
     assert found == decide(Balance(entries=str(tmp_path / "entries.txt"), max_per_entry=15), batch)
     assert found[:20] == [None] * 20
     assert found.count(None) < 50
 
 
-def test_without_entries_they_are_the_words_and_pairs_of_the_run() -> None:
+def test_entries_default_to_the_words_and_pairs_of_the_run() -> None:
     captions = ["a red car"] * 6 + ["A RED bus"] * 3 + ["one bus"] * 2 + ["nothing like it", "", None]
     step = Balance(min_count=3, max_per_entry=5)
     found = decide(step, make_batch([{"caption": caption, "uid": f"{i:032x}"} for i, caption in enumerate(captions)]))
@@ -147,13 +147,13 @@ def test_the_contents_of_the_entries_determine_the_result(tmp_path: Path) -> Non
         ("surrogate.json", b'["\\ud800"]', "surrogates"),
     ],
 )
-def test_an_unusable_file_is_explained(tmp_path: Path, name: str, content: bytes | None, problem: str) -> None:
+def test_an_invalid_file_is_reported(tmp_path: Path, name: str, content: bytes | None, problem: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    ((key, said),) = Balance(entries=str(tmp_path / name)).check()
+    ((key, message),) = Balance(entries=str(tmp_path / name)).check()
     assert key == "entries"
-    assert problem in said
-    assert name in said
+    assert problem in message
+    assert name in message
 
 
 @pytest.mark.parametrize(
@@ -166,5 +166,5 @@ def test_an_unusable_file_is_explained(tmp_path: Path, name: str, content: bytes
         ({"max_entries": 0}, "max_entries"),
     ],
 )
-def test_unusable_options_are_named(options: dict, key: str) -> None:
+def test_invalid_options_are_reported(options: dict, key: str) -> None:
     assert [k for k, _ in Balance(**options).check()] == [key]

@@ -20,7 +20,7 @@ from tests.tables import check_filter, make_batch, run_step
         ("red\u00a0car\u3000here", None),
         ("x" * 996 + " y z", None),
         ("x" * 997 + " y z", "too_long"),
-        # What nobody sees, and what is written in place of a character.
+        # Invisible characters and entities.
         ("a b\u200b\u200b\u200b c", "too_short"),
         ("\u200ba\u00ad \u2060b \ufeffcd", None),
         ("a&nbsp;b&#32;cd", None),
@@ -53,13 +53,13 @@ def test_defaults(caption: str | None, reason: str | None) -> None:
     check_filter(CaptionLength(), [{"caption": caption}], [reason])
 
 
-def test_the_limits_are_the_recipes() -> None:
+def test_the_limits_are_options() -> None:
     step = CaptionLength(min_chars=0, min_words=1, max_chars=3)
     rows = [{"caption": caption} for caption in ("a", "abcd", "  ")]
     check_filter(step, rows, [None, "too_long", "too_few_words"])
 
 
-def test_the_drop_says_by_how_much() -> None:
+def test_the_detail_has_both_lengths() -> None:
     _, drops = run_step(CaptionLength(), make_batch([{"caption": "Mona Lisa"}]))
     assert drops["detail"].to_pylist() == ["9 characters, 2 words"]
     assert drops["value"].to_pylist() == [2.0]
@@ -69,5 +69,5 @@ def test_the_drop_says_by_how_much() -> None:
     ("options", "key"),
     [({"min_chars": -1}, "min_chars"), ({"min_words": -1}, "min_words"), ({"max_chars": 5}, "max_chars")],
 )
-def test_unusable_options_are_named(options: dict, key: str) -> None:
+def test_invalid_options_are_reported(options: dict, key: str) -> None:
     assert [k for k, _ in CaptionLength(**options).check()] == [key]

@@ -105,16 +105,16 @@ CAPTIONS = [
 
 
 @pytest.mark.parametrize("reason", BOILERPLATE)
-def test_boilerplate_goes_by_class(reason: str) -> None:
+def test_boilerplate_is_dropped_by_class(reason: str) -> None:
     captions = BOILERPLATE[reason]
     check_filter(CaptionPattern(), [{"caption": c} for c in captions], [reason] * len(captions))
 
 
-def test_captions_stay() -> None:
+def test_captions_are_kept() -> None:
     check_filter(CaptionPattern(), [{"caption": c} for c in CAPTIONS], [None] * len(CAPTIONS))
 
 
-def test_the_recipes_own_patterns_match_anywhere_and_are_named_in_the_detail() -> None:
+def test_custom_patterns_match_anywhere_and_appear_in_the_detail() -> None:
     step = CaptionPattern(patterns=[r"\bACME Corp\b", "^ebay"])
     rows = [{"caption": c} for c in ("A chair by acme corp", "My ebay find", "eBay find", "photo 12")]
     check_filter(step, rows, ["custom", None, "custom", "placeholder"])
@@ -122,12 +122,12 @@ def test_the_recipes_own_patterns_match_anywhere_and_are_named_in_the_detail() -
     assert drops["detail"].to_pylist() == [r"\bACME Corp\b", "^ebay", None]
 
 
-def test_without_defaults_only_the_recipes_patterns_count() -> None:
+def test_without_defaults_only_custom_patterns_apply() -> None:
     rows = [{"caption": "photo 12"}, {"caption": "ACME"}]
     check_filter(CaptionPattern(defaults=False, patterns=["acme"]), rows, [None, "custom"])
 
 
-def test_a_caption_that_is_missing_is_no_caption() -> None:
+def test_a_missing_caption() -> None:
     check_filter(CaptionPattern(), [{"caption": None}], ["no_letters"])
 
 
@@ -145,5 +145,5 @@ def test_no_caption_can_make_the_patterns_backtrack() -> None:
 
 
 @pytest.mark.parametrize("options", [{"patterns": ["("]}, {"patterns": [r"(?<=a)b"]}, {"defaults": False}])
-def test_unusable_options_are_named(options: dict) -> None:
+def test_invalid_options_are_reported(options: dict) -> None:
     assert [key for key, _ in CaptionPattern(**options).check()] == ["patterns"]

@@ -9,7 +9,7 @@ from tests.tables import check_filter, make_batch, run_step
 DUP = "exact_dedup"
 
 
-def test_one_row_a_url_and_it_is_that_of_the_lowest_uid() -> None:
+def test_the_lowest_uid_of_a_url_is_kept() -> None:
     rows = [
         {"uid": "c", "url": "https://a.org/1.jpg"},
         {"uid": "a", "url": "https://A.org:443/x/../1.jpg#top"},
@@ -20,7 +20,7 @@ def test_one_row_a_url_and_it_is_that_of_the_lowest_uid() -> None:
     check_filter(ExactDedup(), rows, [DUP, None, DUP, None, None])
 
 
-def test_among_equal_uids_the_first_position_stays() -> None:
+def test_among_equal_uids_the_first_position_is_kept() -> None:
     rows = [{"uid": "a", "url": "https://a.org/"}, {"uid": "a", "url": "https://a.org/"}]
     check_filter(ExactDedup(), rows, [None, DUP])
     swapped = [{**rows[0], "row": 7}, {**rows[1], "row": 3}]
@@ -42,13 +42,13 @@ def test_a_null_equals_nothing() -> None:
     check_barrier(ExactDedup(by=["sha256"]), rows, [None, None, DUP, None, None])
 
 
-def test_numbers_beyond_a_doubles_precision_stay_apart() -> None:
+def test_integers_beyond_double_precision_stay_distinct() -> None:
     rows = [{"phash": 2**63 + i} for i in (0, 1, 2, 1)]
     found = decide(ExactDedup(by=["phash"]), make_batch([{**row, "uid": f"{i}"} for i, row in enumerate(rows)]))
     assert found == [None, None, None, (DUP, str(2**63 + 1))]
 
 
-def test_the_drop_names_what_was_shared() -> None:
+def test_the_detail_is_the_shared_value() -> None:
     _, drops = run_step(ExactDedup(), make_batch([{"url": "HTTPS://a.org"}, {"url": "https://a.org/"}]))
     assert drops["detail"].to_pylist() == ["https://a.org/"]
 
@@ -67,7 +67,7 @@ def test_only_without_the_url_it_is_a_barrier(by: list[str], scope: str, needs: 
 
 
 @pytest.mark.parametrize("by", [[], ["url", "url"]])
-def test_unusable_options_are_named(by: list[str]) -> None:
+def test_invalid_options_are_reported(by: list[str]) -> None:
     assert [key for key, _ in ExactDedup(by=by).check()] == ["by"]
 
 

@@ -16,12 +16,12 @@ def test_the_shorter_side_decides() -> None:
     check_filter(ImageSize(), [{"original_width": w, "original_height": h} for w, h in sizes], list(sizes.values()))
 
 
-def test_the_drop_gives_the_size() -> None:
+def test_the_detail_is_the_size() -> None:
     rows = [{"original_width": 120, "original_height": 4000}, {"original_width": None, "original_height": 300}]
     _, drops = run_step(ImageSize(), make_batch(rows))
     assert drops["detail"].to_pylist() == ["120x4000", "unknown"]
     assert drops["value"].to_pylist() == [120.0, None]
 
 
-def test_a_limit_that_limits_nothing_is_refused() -> None:
+def test_a_limit_that_keeps_everything_is_refused() -> None:
     assert [key for key, _ in ImageSize(min_side=0).check()] == ["min_side"]

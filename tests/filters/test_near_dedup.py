@@ -12,7 +12,7 @@ A, B = 0x0123456789ABCDEF, 0xFEDCBA9876543210
 
 
 def pictures(*hashes: int | None, **columns: list) -> list[dict]:
-    """Rows of the given hashes, their uids in the order of the rows."""
+    """Rows with the given hashes, and uids in the same order."""
     size = {"original_width": [9] * len(hashes), "original_height": [9] * len(hashes)}
     columns = {"uid": [f"{i:032x}" for i in range(len(hashes))], **size, **columns, "phash": list(hashes)}
     return [dict(zip(columns, values)) for values in zip(*columns.values(), strict=True)]
@@ -31,7 +31,7 @@ def pictures(*hashes: int | None, **columns: list) -> list[dict]:
         ([0, 2**64 - 1, 1, 2**64 - 2], [None, None, DUP, DUP]),
     ],
 )
-def test_close_hashes_leave_one(hashes: list[int | None], expected: list[str | None]) -> None:
+def test_one_of_close_hashes_is_kept(hashes: list[int | None], expected: list[str | None]) -> None:
     check_barrier(NearDedup(), pictures(*hashes), expected)
 
 
@@ -50,17 +50,17 @@ CAPTIONS = {"caption": ["a cat", "cat", "a small cat", "a black cat", None]}
 @pytest.mark.parametrize(
     ("keep", "columns", "kept"), [("resolution", SIZES, 1), ("caption", CAPTIONS, 2), ("uid", {}, 0)]
 )
-def test_which_row_stays(keep: str, columns: dict, kept: int) -> None:
+def test_which_row_is_kept(keep: str, columns: dict, kept: int) -> None:
     rows = pictures(A, A ^ 1, A, A ^ 2, A ^ 4, **columns)
     check_barrier(NearDedup(keep=keep), rows, [None if i == kept else DUP for i in range(5)])  # type: ignore[arg-type]
 
 
-def test_the_drop_names_the_row_that_stayed() -> None:
+def test_the_detail_is_the_uid_of_the_kept_row() -> None:
     found = decide(NearDedup(keep="uid"), make_batch(pictures(A ^ 0xFF, A ^ 0xF, A, uid=["c", "b", "a"])))
     assert found == [(DUP, "a"), (DUP, "a"), None]
 
 
-def test_among_equal_uids_the_first_position_stays() -> None:
+def test_among_equal_uids_the_first_position_is_kept() -> None:
     check_barrier(NearDedup(keep="uid"), pictures(A, A ^ 1, A, uid=["a", "a", "b"]), [None, DUP, DUP])
 
 
@@ -87,5 +87,5 @@ def test_hashes_that_went_through_floats_are_refused() -> None:
 
 
 @pytest.mark.parametrize("max_hamming", [-1, 11])
-def test_unusable_options_are_named(max_hamming: int) -> None:
+def test_invalid_options_are_reported(max_hamming: int) -> None:
     assert [key for key, _ in NearDedup(max_hamming=max_hamming).check()] == ["max_hamming"]

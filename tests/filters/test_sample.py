@@ -20,7 +20,7 @@ def test_about_the_fraction_is_kept(fraction: float) -> None:
     assert abs(len(kept(BATCH, fraction=fraction)) - 5000 * fraction) <= 4 * deviation
 
 
-def test_a_row_is_drawn_by_its_uid_wherever_it_stands() -> None:
+def test_the_sample_depends_only_on_the_uid() -> None:
     assert kept(BATCH.slice(1000, 500), fraction=0.5) == kept(BATCH, fraction=0.5) & set(
         BATCH.slice(1000, 500)["uid"].to_pylist()
     )
@@ -33,5 +33,5 @@ def test_smaller_samples_are_nested_and_seeds_are_independent() -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5, float("nan")])
-def test_unusable_options_are_named(fraction: float) -> None:
+def test_invalid_options_are_reported(fraction: float) -> None:
     assert [key for key, _ in Sample(fraction=fraction).check()] == ["fraction"]

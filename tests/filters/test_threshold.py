@@ -17,7 +17,7 @@ def scored(values: list[float | None]) -> list[dict]:
     return [{"clip_score": value} for value in values]
 
 
-def test_min_keeps_from_the_limit_up() -> None:
+def test_min_is_inclusive() -> None:
     rows = scored([0.25, 0.2499, 0.3, None, NAN, math.inf, -math.inf])
     check_filter(Threshold(column="clip_score", min=0.25), rows, [None, CUT, None, MISSING, MISSING, None, CUT])
 
@@ -49,16 +49,16 @@ def test_rows_without_a_value_do_not_count() -> None:
 
 @pytest.mark.parametrize(("fraction", "n"), [(0.07, 100), (0.3, 1000), (0.29, 777), (0.1, 30), (0.999, 50)])
 @pytest.mark.parametrize("distinct", [1, 3, 10**6])
-def test_the_count_is_exact_whatever_the_ties(fraction: float, n: int, distinct: int) -> None:
+def test_the_count_is_exact_despite_ties(fraction: float, n: int, distinct: int) -> None:
     values = np.random.default_rng(n).integers(-distinct, distinct, n) / 7
     found = decide(Threshold(column="score", top_fraction=fraction), make_batch([{"score": v} for v in values]))
     kept = sorted(value for value, drop in zip(values, found) if drop is None)
-    # In whole thousandths: neither binary fraction nor rounding can add a row.
+    # In exact thousandths: binary rounding must not add a row.
     assert len(kept) == -(-round(fraction * 1000) * n // 1000)
     assert kept == sorted(values)[-len(kept) :]
 
 
-def test_minus_zero_is_zero() -> None:
+def test_minus_zero_equals_zero() -> None:
     found = [
         decide(
             Threshold(column="score", top_fraction=0.5),
@@ -83,7 +83,7 @@ def test_the_count_is_exact_even_if_all_rows_have_one_uid() -> None:
     assert found.count(None) == 4
 
 
-def test_the_drop_says_the_value_and_the_cut() -> None:
+def test_the_detail_has_the_value_and_the_cut() -> None:
     batch = make_batch([{"score": s} for s in (0.5, 0.25, 0.125, None)])
     assert run_step(Threshold(column="score", min=0.3), batch)[1]["detail"].to_pylist() == [
         "0.25, cut at 0.3",
@@ -113,7 +113,7 @@ def test_a_column_of_text_is_refused_by_name() -> None:
         ({"top_fraction": 30.0}, "top_fraction"),
     ],
 )
-def test_unusable_options_are_named(options: dict, key: str) -> None:
+def test_invalid_options_are_reported(options: dict, key: str) -> None:
     assert [k for k, _ in Threshold(column="clip_score", **options).check()] == [key]
 
 
@@ -127,5 +127,5 @@ def test_a_column_without_numbers_is_refused_before_the_start() -> None:
     step = Threshold(column="score", min=0.3)
     assert not list(step.check_columns({"score": pa.decimal128(5, 2)}))
     assert list(step.check_columns({"score": pa.string()})) == [
-        ("column", "the column 'score' must hold numbers, but is of the type string")
+        ("column", "the column 'score' must hold numbers, found type string")
     ]

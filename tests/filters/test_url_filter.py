@@ -82,7 +82,7 @@ def test_a_blocked_host_covers_its_subdomains_in_every_spelling() -> None:
     check_filter(step, urls(*rows), list(rows.values()))
 
 
-def test_an_allow_list_keeps_only_what_it_names_and_blocking_wins() -> None:
+def test_an_allow_list_keeps_only_listed_hosts_and_blocking_wins() -> None:
     step = UrlFilter(allow_hosts=["example.org"], block_hosts=["bad.example.org"])
     rows = urls("http://img.example.org/1", "http://example.net/1", "http://bad.example.org/1")
     check_filter(step, rows, [None, "not_allowed_host", "blocked_host"])
@@ -110,11 +110,11 @@ def test_a_list_can_be_a_file(tmp_path: Path) -> None:
         ({"max_length": 0}, "max_length"),
     ],
 )
-def test_unusable_options_are_named(options: dict, key: str) -> None:
+def test_invalid_options_are_reported(options: dict, key: str) -> None:
     assert [k for k, _ in UrlFilter(**options).check()] == [key]
 
 
-def test_the_drop_names_the_host() -> None:
+def test_the_detail_is_the_host() -> None:
     batch = make_batch(urls("http://img.example.org/a.svg", "no url"))
     _, drops = run_step(UrlFilter(), batch)
     assert drops["detail"].to_pylist() == ["img.example.org", None]

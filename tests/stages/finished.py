@@ -1,4 +1,4 @@
-"""A finished dataset of rows with every kind of column that a pool or a step may bring, written without Ray."""
+"""A finished dataset with every type of column that a pool or step may have, written without Ray."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ HONOURED = ["robots.txt (RFC 9309)"]
 
 
 def rows(kinds: tuple[str, ...] = ("JPEG",)) -> pa.Table:
-    """The samples with the columns of TYPES; their pictures are of these Pillow formats in turn."""
+    """Samples with the columns of TYPES. Their pictures cycle through these Pillow formats."""
     columns: dict[str, list[Any]] = {
         name: [values[i % len(values)] for i in range(SAMPLES)] for name, (_, values) in AWKWARD.items()
     }
@@ -74,7 +74,7 @@ def rows(kinds: tuple[str, ...] = ("JPEG",)) -> pa.Table:
 
 
 def write(folder: Path, kinds: tuple[str, ...] = ("JPEG",), name: str = "a set: *of* pictures") -> Path:
-    """Writes the dataset; returns its folder."""
+    """Writes the dataset. Returns its folder."""
     store, writer, table = Store(str(folder)), WriteShards(samples_per_shard=PER_SHARD), rows(kinds)
     shards = [
         writer.write(store, shard, iter([table.slice(start, 3), table.slice(start + 3, PER_SHARD - 3)]), TYPES)

@@ -19,7 +19,7 @@ from tests.tables import check_filter, make_batch, run_step
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a small dual encoder: untrained, but every score is defined and its own."""
+    """A folder with a small, untrained dual encoder. All scores are defined and distinct."""
     import torch
     from safetensors.torch import save_file
 
@@ -50,7 +50,7 @@ def rows(n: int, first: int = 0) -> list[dict]:
 
 
 def scores(step: ClipScore, batches: list[pa.Table]) -> dict[tuple[int, int], float]:
-    """By unit and row."""
+    """Scores by unit and row."""
     step.setup()
     tables = [split_marked(step, out)[0] for out in step.stream(batches)]
     return {
@@ -104,7 +104,7 @@ def test_the_precision_follows_the_device(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_score_does_not_depend_on_the_company(checkpoint: str, precision: str) -> None:
+def test_a_score_does_not_depend_on_its_batch(checkpoint: str, precision: str) -> None:
     step = ClipScore(model=checkpoint, batch_size=8, precision=precision)  # type: ignore[arg-type]
     one, two = make_batch(rows(21), unit=1), make_batch(rows(10, first=21), unit=2)
     together = scores(step, [one, two])
@@ -139,13 +139,13 @@ def test_embeddings_are_unit_vectors_whose_product_is_the_score(checkpoint: str)
     np.testing.assert_allclose((image * text).sum(1), kept["clip_score"].to_numpy(), atol=2e-3)
 
 
-def test_several_models_stand_side_by_side() -> None:
+def test_several_models_in_one_recipe() -> None:
     step = ClipScore(model="ViT-L-14", column="clip_score_l14", embeddings=True)
     assert list(step.adds) == ["clip_score_l14", "clip_score_l14_image_embedding", "clip_score_l14_text_embedding"]
     assert step.adds["clip_score_l14_image_embedding"].list_size == 768
 
 
-def test_a_picture_that_cannot_be_decoded_is_dropped_and_harms_no_other(checkpoint: str) -> None:
+def test_only_the_picture_that_cannot_be_decoded_is_dropped(checkpoint: str) -> None:
     good = rows(4)
     whole = picture(9)
     vector = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
@@ -203,11 +203,11 @@ def test_the_fingerprint_follows_the_weights(checkpoint: str, tmp_path: Path) ->
         ({"model": "ViT-H-14", "pretrained": "laion2b_s32b_b79x"}, "pretrained", "laion2b_s32b_b79k"),
         ({"model": "hf-hub:someone/model", "embeddings": True}, "embeddings", "dimension"),
         ({"column": "clip score"}, "column", "name"),
-        ({"batch_size": 0}, "batch_size", "less than one"),
-        ({"decode_threads": 0}, "decode_threads", "less than one"),
+        ({"batch_size": 0}, "batch_size", "at least 1"),
+        ({"decode_threads": 0}, "decode_threads", "at least 1"),
     ],
 )
-def test_unusable_options_are_named(options: dict, key: str, hint: str) -> None:
+def test_invalid_options_are_reported(options: dict, key: str, hint: str) -> None:
     [(found, problem)] = ClipScore(**options).check()
     assert found == key
     assert hint in problem
@@ -232,7 +232,7 @@ def test_a_folder_is_checked_for_its_files(tmp_path: Path, checkpoint: str) -> N
     assert "embed_dim" in problem
 
 
-def test_checking_a_recipe_does_not_wait_for_torch() -> None:
+def test_checking_a_recipe_does_not_import_torch() -> None:
     code = (
         "import sys; from pipeline.stages.clip_score import ClipScore; s = ClipScore(embeddings=True);"
         "assert not list(s.check()); s.fingerprint(); sys.exit('torch' in sys.modules)"

@@ -1,4 +1,4 @@
-"""The stage as the executor drives it: every row comes out once, no host holds up another, nothing is left behind."""
+"""The stage as driven by the executor: each row comes out once, hosts do not block each other, nothing leaks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from pipeline.fetch import client as client_module
-from pipeline.fetch import overlap as overlap_module
+from pipeline.fetch import concurrent_rows as rows_module
 from pipeline.fetch.client import Client
 from pipeline.fetch.decoder import Decoder, Picture
 from pipeline.stages import download as download_module
@@ -68,7 +68,7 @@ def no_thread_is_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     for _ in range(100):
-        left = [t.name for t in set(threading.enumerate()) - before if t.name.startswith(("overlap", "decode", "dns"))]
+        left = [t.name for t in set(threading.enumerate()) - before if t.name.startswith(("rows", "decode", "dns"))]
         if not left:
             return
         time.sleep(0.02)
@@ -101,7 +101,7 @@ def positions(table: pa.Table) -> list[tuple[int, int]]:
     return list(zip(table["unit"].to_pylist(), table["row"].to_pylist()))
 
 
-def test_what_the_publisher_said_is_kept_with_the_picture() -> None:
+def test_publisher_statements_are_kept_with_the_picture() -> None:
     answers = {
         "silent": answer(body=JPEG),
         "said": answer(body=JPEG, Content_Usage="train-ai=y, search=n", tdm_reservation="0"),
@@ -117,13 +117,13 @@ def test_what_the_publisher_said_is_kept_with_the_picture() -> None:
     assert ignored["usage"].to_pylist() == [None, said, "Content-Usage: train-ai=n"]
 
 
-def test_every_row_ends_in_an_image_or_a_reason(server: Server) -> None:
+def test_every_row_has_an_image_or_a_reason(server: Server) -> None:
     names = list(EXPECTED) * 30
     units = [
         unit([f"{server.url}/{n}" for n in names[i : i + 90]], i // 90, extra=list(range(90)))
         for i in range(0, 270, 90)
     ]
-    # Never down: which rows are in flight together, and so how many fail in a row, is a matter of luck.
+    # Breaker off: how many rows fail consecutively depends on timing.
     tables = list(step(server, host_failures=0).stream(iter(units)))
     out = pa.concat_tables(tables)
     assert all(len(table) <= 256 for table in tables)
@@ -160,21 +160,21 @@ def test_equal_bytes_give_equal_rows(server: Server) -> None:
     assert step(server).process(batch).equals(step(server, decode_processes=2, concurrency=3).process(batch))
 
 
-def test_columns_of_the_pool_give_way_to_measured_ones(server: Server) -> None:
+def test_measured_columns_replace_columns_of_the_pool(server: Server) -> None:
     out = step(server).process(unit([f"{server.url}/ok"], width=[7], sha256=["claimed"]))
     assert out["width"].to_pylist() == [120]
     assert out["sha256"].to_pylist() != ["claimed"]
 
 
-def test_urls_that_are_not_utf8_are_rows_like_others(server: Server) -> None:
+def test_urls_that_are_not_utf8_are_handled(server: Server) -> None:
     raw = pa.array([b"http://h/\xff\xfe", f"{server.url}/ok".encode()], pa.binary())
     url = pa.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2])
     batch = unit([None, None]).set_column(3, "url", url)
     assert step(server).process(batch)["drop_reason"].to_pylist() == ["bad_url", None]
 
 
-def test_slow_hosts_overlap_with_the_units_that_follow(server: Server) -> None:
-    """Five units, each with silent rows: the whole takes one deadline, not five, and the quick rows do not wait."""
+def test_slow_hosts_overlap_with_the_next_units(server: Server) -> None:
+    """Five units with silent rows take one deadline, not five, and fast rows do not wait."""
     urls = [f"{server.url}/silent"] * 3 + [f"{server.url}/quick"] * 40
     started = time.monotonic()
     first_of_last = None
@@ -183,7 +183,7 @@ def test_slow_hosts_overlap_with_the_units_that_follow(server: Server) -> None:
         out.append(table)
         if first_of_last is None and 4 in table["unit"].to_pylist():
             first_of_last = time.monotonic() - started
-    assert time.monotonic() - started < 12  # and not 25
+    assert time.monotonic() - started < 12  # not 25
     assert first_of_last is not None
     assert first_of_last < 5
     counts = Counter(pa.concat_tables(out)["drop_reason"].to_pylist())
@@ -191,9 +191,9 @@ def test_slow_hosts_overlap_with_the_units_that_follow(server: Server) -> None:
 
 
 def test_a_busy_host_does_not_hold_up_the_others() -> None:
-    """Hundreds of rows of one slow host first, two at a time; a row of another host after them is served at once."""
+    """After hundreds of rows of a slow host, two at a time, a row of another host is served at once."""
     with serving({"quick": quick}) as slow:
-        # The other host is one that may not be dialled: its refusal is the answer to wait for.
+        # The other host may not be dialled, so its row is refused at once.
         urls = [f"{slow.url}/quick"] * 300 + ["http://127.0.0.2/ok"]
         started = time.monotonic()
         stream = step(slow, per_host=2, concurrency=8).stream([unit(urls)])
@@ -212,18 +212,18 @@ def test_input_is_pulled_only_when_there_is_room(server: Server, monkeypatch: py
             pulled.append(number)
             yield unit([f"{server.url}/ok"] * 20, number)
 
-    monkeypatch.setattr(overlap_module, "HOLD_SECONDS", 0.05)
+    monkeypatch.setattr(rows_module, "HOLD_SECONDS", 0.05)
     stream = step(server, concurrency=4).stream(units())
     assert len(next(stream)) > 0
     time.sleep(0.5)
-    # What has been handed out, what may be admitted, and one table on its way.
+    # Rows taken, rows admitted, and one table in transit.
     assert len(pulled) <= 16 + 2 + 2
     rest = sum(len(table) for table in stream)
     assert len(pulled) == 50
     assert 0 < rest < 1000
 
 
-def test_a_consumer_that_stops_leaves_nothing_behind(server: Server) -> None:
+def test_a_consumer_that_stops_leaks_nothing(server: Server) -> None:
     stream = step(server, timeout=60).stream([unit([f"{server.url}/{n}" for n in ("ok", "silent") * 50])])
     next(stream)
     started = time.monotonic()
@@ -240,7 +240,7 @@ def test_an_error_of_the_input_reaches_the_consumer(server: Server) -> None:
         list(step(server, timeout=60).stream(units()))
 
 
-def test_a_fault_of_our_own_costs_its_row_alone(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_drops_only_its_row(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Client.fetch
 
     def faulty(self: Client, url: str | None, begin: Any) -> Any:
@@ -254,8 +254,8 @@ def test_a_fault_of_our_own_costs_its_row_alone(server: Server, monkeypatch: pyt
     assert out["drop_detail"].to_pylist() == ["RuntimeError: a bug", None]
 
 
-def test_a_decoder_that_is_lost_costs_its_row_alone(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoder that dies, hangs, or eats memory on some bodies, among many good ones."""
+def test_a_lost_decoder_drops_only_its_row(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder that dies, hangs or exhausts memory on some bodies, among many good ones."""
     monkeypatch.setattr(download_module, "Decoder", Treacherous)
     names = ["ok", "kill", "ok", "hang", "ok", "eat", "ok"] + ["large"] * 60
     out = step(server, decode_timeout=1.0).process(unit([f"{server.url}/{n}" for n in names]))
@@ -300,7 +300,7 @@ def test_hashes_are_computed_verified_and_denied(server: Server, tmp_path: Path)
 
 
 @pytest.mark.parametrize("engine", ["winnow", "img2dataset"])
-def test_a_perceptual_hash_is_there_unless_it_is_not_wanted(server: Server, engine: str) -> None:
+def test_the_perceptual_hash_can_be_turned_off(server: Server, engine: str) -> None:
     options = {"engine": engine, "retries": 0}
     without = step(server, **options, compute_phash=False)
     assert "phash" not in without.adds
@@ -317,7 +317,7 @@ def test_boxes_of_a_column_are_blurred(server: Server) -> None:
     assert len(blurred) < len(plain)
 
 
-def test_the_engine_of_img2dataset(server: Server) -> None:
+def test_the_img2dataset_engine(server: Server) -> None:
     names = ["ok", "large", "missing", "noai"]
     batch = unit([*(f"{server.url}/{name}" for name in names), "file:///etc/hostname", None], extra=list(range(6)))
     kept, drops = apply(step(server, engine="img2dataset", image_size=64, retries=0), batch)
@@ -329,7 +329,7 @@ def test_the_engine_of_img2dataset(server: Server) -> None:
     assert drops["reason"].to_pylist() == ["http_404", "opted_out", "bad_scheme", "bad_url"]
 
 
-def test_the_stage_travels_to_its_worker(server: Server) -> None:
+def test_the_stage_can_be_pickled(server: Server) -> None:
     fresh = Download(allow_addrs=[server.addr])
     there = pickle.loads(pickle.dumps(copy.deepcopy(fresh)))
     assert there == fresh
@@ -356,11 +356,11 @@ def test_the_stage_travels_to_its_worker(server: Server) -> None:
         ({"decode_timeout": 0}, "decode_timeout"),
     ],
 )
-def test_unusable_options_are_named(options: dict[str, Any], key: str) -> None:
+def test_invalid_options_are_reported(options: dict[str, Any], key: str) -> None:
     assert [found for found, _ in Download(**options).check()] == [key]
 
 
-def test_pictures_that_came_with_the_pool_are_not_fetched(server: Server) -> None:
+def test_inline_pictures_are_not_fetched(server: Server) -> None:
     asked = sum(server.hits.values())
     batch = pa.table(
         {

@@ -24,7 +24,7 @@ OTHER = {
 }
 
 
-def test_only_the_wanted_languages_stay() -> None:
+def test_only_listed_languages_are_kept() -> None:
     rows = [{"caption": caption} for caption in [*ENGLISH, *OTHER.values()]]
     check_filter(Language(), rows, [None] * len(ENGLISH) + ["language"] * len(OTHER))
     expected = ["language"] * len(ENGLISH) + [None if code in ("fr", "zh") else "language" for code in OTHER]
@@ -40,7 +40,7 @@ def test_language_and_score_are_measured() -> None:
     assert all(0.5 < score <= 1 for score in kept["language_score"].to_pylist())
 
 
-def test_uncertain_rows_say_how_uncertain() -> None:
+def test_the_detail_of_uncertain_rows_has_the_probability() -> None:
     rows = [{"caption": "12345 ★★★"}, {"caption": None}, {"caption": " "}]
     check_filter(Language(), rows, ["low_score"] * 3)
     _, drops = run_step(Language(keep=["en"], min_score=1.0), make_batch([{"caption": "Patent Drawing no. 5"}]))
@@ -48,7 +48,7 @@ def test_uncertain_rows_say_how_uncertain() -> None:
     assert drops["detail"].to_pylist()[0].startswith("en 0.")
 
 
-def test_hostile_captions_are_measured_like_any_other() -> None:
+def test_hostile_captions_are_measured() -> None:
     text = "a brown dog runs across a field of grass"
     rows = [{"caption": text.replace(" ", white)} for white in ("\n", "\r\n", "\0", "\t", "\u2028", "\v")]
     rows += [{"caption": text * 2000}]
@@ -66,7 +66,7 @@ def test_hostile_captions_are_measured_like_any_other() -> None:
     ],
     ids=["zero-width", "soft hyphens", "full-width", "mathematical", "entities"],
 )
-def test_unusual_characters_are_read_as_the_letters_they_stand_for(write: Callable[[str], str]) -> None:
+def test_unusual_characters_are_normalised(write: Callable[[str], str]) -> None:
     captions = [*ENGLISH, *OTHER.values()]
     plain, _ = run_step(Language(keep=None), make_batch([{"caption": caption} for caption in captions]))
     found, _ = run_step(Language(keep=None), make_batch([{"caption": write(caption)} for caption in captions]))
@@ -98,7 +98,7 @@ def test_invalid_utf8_does_not_fail_the_batch() -> None:
     assert step.process(batch)["drop_reason"].to_pylist() == [None, "low_score"]
 
 
-def test_a_caption_is_measured_the_same_in_any_company() -> None:
+def test_a_measurement_does_not_depend_on_the_batch() -> None:
     alone, _ = run_step(Language(keep=None), make_batch([{"caption": ENGLISH[0]}]))
     among, _ = run_step(Language(keep=None), make_batch([{"caption": c} for c in [*OTHER.values(), ENGLISH[0]]]))
     assert alone["language_score"].to_pylist()[0] == among["language_score"].to_pylist()[-1]
@@ -112,19 +112,19 @@ def test_a_caption_is_measured_the_same_in_any_company() -> None:
         ({"keep": ["EN"]}, "keep", "did you mean 'en'"),
         ({"keep": ["xx"]}, "keep", "ISO 639"),
         ({"keep": []}, "keep", "null"),
-        ({"min_score": 30.0}, "min_score", "0 to 1"),
+        ({"min_score": 30.0}, "min_score", "above 0 and at most 1"),
         ({"min_score": 0.0}, "min_score", "above 0"),
-        ({"min_score": float("nan")}, "min_score", "0 to 1"),
+        ({"min_score": float("nan")}, "min_score", "above 0 and at most 1"),
         ({"model": "no/such.bin"}, "model", "no such file"),
     ],
 )
-def test_unusable_options_are_named(options: dict, key: str, hint: str) -> None:
+def test_invalid_options_are_reported(options: dict, key: str, hint: str) -> None:
     [(found, problem)] = Language(**options).check()
     assert found == key
     assert hint in problem
 
 
-def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
+def test_an_invalid_model_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "lid.bin"
     path.write_bytes(b"not a model")
     assert [key for key, _ in Language(model=str(path)).check()] == ["model"]

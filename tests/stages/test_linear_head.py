@@ -1,4 +1,4 @@
-"""Linear heads from the files that people keep them in."""
+"""Linear heads from the usual file formats."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_formula(name: str, output: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arrays", "said"),
+    ("arrays", "message"),
     [
         ({"weight": WEIGHT}, "found weight (1, 8)"),
         ({"weight": WEIGHT[0], "bias": BIAS}, "found weight (8,), bias (1,)"),
@@ -54,14 +54,14 @@ def test_the_formula(name: str, output: str, tmp_path: Path) -> None:
         ({"weight": WEIGHT * np.inf, "bias": BIAS}, "NaN or infinity"),
     ],
 )
-def test_a_head_that_is_none(arrays: dict[str, np.ndarray], said: str, tmp_path: Path) -> None:
+def test_an_invalid_head_is_refused(arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
     ((key, problem),) = LinearHead(head=save(tmp_path / "h.npz", **arrays), column="s").check()
     assert key == "head"
-    assert said in problem
+    assert message in problem
 
 
 @pytest.mark.parametrize("name", ["h.pth", "h.safetensors", "h.npz", "h.csv"])
-def test_foreign_bytes(name: str, tmp_path: Path) -> None:
+def test_invalid_files_are_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"no weights at all")
     ((key, problem),) = LinearHead(head=str(tmp_path / name), column="s").check()
     assert key == "head"
@@ -82,4 +82,4 @@ def test_a_head_of_another_model(tmp_path: Path) -> None:
     step = LinearHead(head=save(tmp_path / "h.npz", weight=WEIGHT, bias=BIAS), column="s")
     ((key, problem),) = step.check_columns({"image_embedding": pa.list_(pa.float16(), 512)})
     assert key == "head"
-    assert "is for 8 dimensions, and image_embedding has 512" in problem
+    assert "expects 8 dimensions, but image_embedding has 512" in problem

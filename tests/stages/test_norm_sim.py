@@ -1,4 +1,4 @@
-"""NormSim against its formulas, written down again in plain NumPy."""
+"""NormSim against its formulas in plain NumPy."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_formula(p: str, targets: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("saved", "said"),
+    ("saved", "message"),
     [
         (np.zeros(8), "expected vectors of shape (m, d), found (8,)"),
         (np.zeros((0, 8)), "expected vectors of shape (m, d), found (0, 8)"),
@@ -51,11 +51,11 @@ def test_the_formula(p: str, targets: int, tmp_path: Path) -> None:
         (np.array([{}]), "not a .npy file of numbers"),
     ],
 )
-def test_a_target_set_that_is_none(saved: np.ndarray, said: str, tmp_path: Path) -> None:
+def test_an_invalid_target_set_is_refused(saved: np.ndarray, message: str, tmp_path: Path) -> None:
     np.save(tmp_path / "t.npy", saved)
     ((key, problem),) = NormSim(target=str(tmp_path / "t.npy")).check()
     assert key == "target"
-    assert said in problem
+    assert message in problem
     assert "t.npy" in problem
 
 

@@ -1,4 +1,4 @@
-"""Runs that begin with shards instead of urls: img2dataset's, DataComp's, our own, and damaged ones."""
+"""Runs from shards of img2dataset, DataComp and our own, and damaged ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`laion`: three shards of 10, some rows of which failed; `datacomp`: 8 digits in a name, uids of its own."""
+    """`laion`: three shards of 10, with some failed rows; `datacomp`: names of 8 digits, and its own uids."""
     root = tmp_path_factory.mktemp("folders")
     names = [*PICTURES, *BAD]
     with serving({**PICTURES, **BAD}) as server:
@@ -62,11 +62,11 @@ def tables(folder: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("*.parquet"))])
 
 
-def test_it_adds_what_a_download_adds() -> None:
+def test_it_adds_the_columns_of_download() -> None:
     assert {**ReadShards.adds, "usage": pa.string()} == Download.adds
 
 
-def test_every_row_of_a_folder_is_an_image_or_a_reason(folders: Path, tmp_path: Path) -> None:
+def test_every_row_of_a_folder_has_an_image_or_a_reason(folders: Path, tmp_path: Path) -> None:
     told = tables(folders / "laion").to_pylist()
     rows = [{"key": row["key"], "caption": row["caption"]} for row in told]
     rows += [{"key": key} for key in ("000000017", "000000999", "x/../../etc", "٣", "", None, "9" * 5000)]
@@ -81,7 +81,7 @@ def test_every_row_of_a_folder_is_an_image_or_a_reason(folders: Path, tmp_path: 
         if name not in by_name:
             continue
         assert (row["width"], row["height"]) == Image.open(io.BytesIO(row["image"])).size == (64, 64)
-        # The image was resized since, so its published size is in the table alone.
+        # The image has been resized, so only the table has its published size.
         assert (row["original_width"], row["original_height"]) == (100 + 20 * int(name), 90)
         assert row["original_bytes"] == len(row["image"])
         assert (row["original_format"], row["animated"]) == ("jpeg", False)
@@ -119,7 +119,7 @@ def test_a_remote_folder(folders: Path, tmp_path: Path) -> None:
     assert len(kept) == 10
 
 
-def test_changed_tars_are_another_input(folders: Path, tmp_path: Path) -> None:
+def test_changed_tars_change_the_fingerprint(folders: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     fsspec.filesystem("file").put(str(folders / "laion"), str(folder), recursive=True)
     before = step(folder, tmp_path)
@@ -132,7 +132,7 @@ def test_changed_tars_are_another_input(folders: Path, tmp_path: Path) -> None:
 
 
 def add(path: Path, members: dict[str, bytes | str]) -> None:
-    """Writes a tar; a text is the target of a symbolic link."""
+    """Writes a tar. A string value is the target of a symbolic link."""
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
@@ -175,7 +175,7 @@ def test_hostile_and_damaged_tars(tmp_path: Path) -> None:
         *["no_image"] * 3, "not_an_image", None, "not_an_image", "too_large", None, "shard_truncated",
         "no_image", "no_image", "no_image",
     ]  # fmt: skip
-    # What a reader would show turned is stored upright, without the tag.
+    # Rotated pictures are stored upright, without the tag.
     upright = Image.open(io.BytesIO(kept["image"][0].as_py()))
     assert (upright.size, dict(upright.getexif())) == ((30, 40), {})
     assert kept["image"][1].as_py() == good
@@ -202,7 +202,7 @@ def test_names_are_read_as_webdataset_reads_them(tmp_path: Path) -> None:
     assert kept["width"].to_pylist() == [40, 40, 50, 40]
 
 
-def test_a_forged_size_leads_nowhere(tmp_path: Path) -> None:
+def test_a_forged_size_is_harmless(tmp_path: Path) -> None:
     (tmp_path / "f").mkdir()
     info = tarfile.TarInfo("000010000.jpg")
     header = bytearray(info.tobuf())
@@ -215,7 +215,7 @@ def test_a_forged_size_leads_nowhere(tmp_path: Path) -> None:
 
 
 def test_our_own_shards(tmp_path: Path) -> None:
-    """Their keys have as many digits for the row as `samples_per_shard` needs, whatever the width of the names."""
+    """Their keys have as many row digits as `samples_per_shard` needs, independent of the width of names."""
     images = [jpeg(50 + n, 50, seed=n) for n in range(7)]
     batch = make_batch([{"image": image, "original_width": 50 + n} for n, image in enumerate(images)])
     types = {name: batch.schema.field(name).type for name in ("uid", "url", "caption", "image", "original_width")}
@@ -229,12 +229,12 @@ def test_our_own_shards(tmp_path: Path) -> None:
     assert kept["image"].to_pylist() == images
 
 
-def test_what_is_no_such_folder_is_said_before_anything_starts(tmp_path: Path) -> None:
+def test_an_invalid_folder_is_reported_before_the_start(tmp_path: Path) -> None:
     assert dict(step(tmp_path / "nowhere", tmp_path).check()) == {"path": f"{tmp_path}/nowhere does not exist"}
     (tmp_path / "f").mkdir()
-    assert "holds no NNNNN.tar" in dict(step(tmp_path / "f", tmp_path).check())["path"]
+    assert "contains no NNNNN.tar" in dict(step(tmp_path / "f", tmp_path).check())["path"]
     add(tmp_path / "f" / "00007.tar", {"000000001.jpg": jpeg()})
-    with pytest.raises(ValueError, match="not a folder that img2dataset wrote"):
+    with pytest.raises(ValueError, match="expected a folder written by img2dataset"):
         step(tmp_path / "f", tmp_path).setup()
 
 

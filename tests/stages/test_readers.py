@@ -1,7 +1,7 @@
-"""What a run writes, read by packages that the project does not depend on: the real ones, from the package index.
+"""Reads the output of a run with packages that are not dependencies, installed from the package index.
 
-Those that share no pins with us get an environment of their own; of two that cannot be installed beside each other, the
-files alone are fetched.
+Packages with conflicting pins get their own environment. Of two that cannot be installed, only the
+files are fetched.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
-    """Runs code in the folder of a dataset, in an environment with PACKAGES: what it has put into `answer`, by JSON."""
+    """Runs code in the folder of a dataset, in an environment with PACKAGES. Returns its variable `answer`."""
     home = tmp_path_factory.mktemp("readers")
     venv.create(home / "venv", with_pip=True)
     python = home / "venv" / "bin" / "python"
@@ -60,7 +60,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
 
 @pytest.fixture(scope="module")
 def fetched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`fetched("name==1.0")`: the folder with the files of a package, without what it depends on."""
+    """`fetched("name==1.0")`: the folder with the files of a package, without its dependencies."""
 
     def fetch(package: str) -> Path:
         target = tmp_path_factory.mktemp("package")
@@ -97,7 +97,7 @@ answer = [
 
 
 def test_datasets_loads_the_tars_and_the_tables_by_name(ask: Ask, tmp_path: Path) -> None:
-    # Without the card it infers the types of the tars from five samples: a column must have said something by then.
+    # Without the card it infers the types of the tars from five samples, so each column needs a value by then.
     found = ask(
         """
 import datasets, glob
@@ -132,7 +132,7 @@ answer = [[str(w) for w in (*issues.errors, *issues.warnings)], records]
 """,
         folder,
     )
-    assert [w for w in warnings if "datePublished" not in w] == []  # which only a publisher can know
+    assert [w for w in warnings if "datePublished" not in w] == []  # known only to the publisher
     rows = finished.rows().to_pylist()
     assert [r[0] for r in records] == [row["caption"] for row in rows]
     assert [r[2:] for r in records] == [[row["flag"], 4, row["day"] and str(row["day"])] for row in rows]
@@ -173,7 +173,7 @@ answer = [[simdjson.Parser().parse(text)["uid"] for text in texts], [orjson.load
 
 
 def run_here(code: str, folder: Path, *path: Path) -> list[str]:
-    """The lines that code prints which runs in our own environment, with the packages of `path` before ours."""
+    """Runs code in our environment, with the packages of `path` before ours. Returns the lines it prints."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT)))}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], cwd=folder, env=environment, capture_output=True, text=True,
@@ -184,8 +184,8 @@ def run_here(code: str, folder: Path, *path: Path) -> list[str]:
 
 
 def test_open_clip_train_reads_every_sample(fetched: Callable[[str], Path], folder: Path) -> None:
-    # It reads webdataset's internals, as they were in 0.2.86, the newest that it allows.
-    said = run_here(
+    # It uses webdataset internals of 0.2.86, the newest version that it allows.
+    lines = run_here(
         """
 import argparse, json
 import numpy, torch
@@ -202,13 +202,13 @@ print(json.dumps([loader.num_samples, sorted(caption for _, captions in loader f
         folder,
         fetched("webdataset==0.2.86"),
     )
-    assert json.loads(said[-1]) == [finished.SAMPLES, sorted(expected_captions())]
+    assert json.loads(lines[-1]) == [finished.SAMPLES, sorted(expected_captions())]
 
 
 def test_clip_retrieval_reads_every_sample(fetched: Callable[[str], Path], tmp_path: Path) -> None:
-    # Its reader alone: the package imports servers and models when it is imported.
+    # Only its reader: importing the package imports servers and models.
     reader = fetched("clip-retrieval==2.45.0") / "clip_retrieval" / "clip_inference" / "reader.py"
-    said = run_here(
+    lines = run_here(
         f"""
 import importlib.util, json
 import numpy, torch
@@ -226,4 +226,4 @@ print(json.dumps([[text, json.loads(about)["key"]] for b in batches for text, ab
         finished.write(tmp_path / "shards"),
     )
     keys = [f"{shard}{row:01d}".zfill(9) for shard in range(3) for row in range(finished.PER_SHARD)]
-    assert json.loads(said[-1]) == [list(pair) for pair in zip(expected_captions(), keys)]
+    assert json.loads(lines[-1]) == [list(pair) for pair in zip(expected_captions(), keys)]

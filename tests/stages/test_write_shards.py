@@ -1,6 +1,6 @@
-"""What the shards' own tar writer shares with everybody else's, and what everybody else's readers find in the shards.
+"""Our tar writer compared with the standard library, and the shards as read by other tools.
 
-Readers that are no dependency of the project: `test_readers.py`.
+Readers that are not dependencies of the project: `test_readers.py`.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def test_a_tar_is_byte_for_byte_what_the_standard_library_writes(sizes: tuple[in
 
 
 @pytest.mark.parametrize(("name", "size"), [(b"1" * 101, b"%011o" % 1), (b"1.jpg", b"%011o" % 8**11)])
-def test_what_a_header_has_no_room_for_is_refused(name: bytes, size: bytes) -> None:
-    with pytest.raises(ValueError, match="no room in a tar header"):
+def test_names_and_sizes_too_large_for_a_header_are_refused(name: bytes, size: bytes) -> None:
+    with pytest.raises(ValueError, match="does not fit into a tar header"):
         _tar_header(name, size)
 
 
-# --- What others read -------------------------------------------------------------------------------------------------
+# --- Other readers ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def expected_captions() -> list[str]:
 
 
 def snippet(folder: Path, package: str) -> str:
-    """The block of the card that begins to use a package."""
+    """The code block of the card for a package."""
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     (block,) = [block for block in blocks if f"import {package}" in block]
     return block
@@ -80,7 +80,7 @@ def test_every_json_is_strict_and_has_the_same_keys(folder: Path) -> None:
     assert len(seen) == 1
 
 
-def test_tables_hold_what_was_measured(folder: Path) -> None:
+def test_tables_have_all_columns(folder: Path) -> None:
     table = pa.concat_tables(pq.read_table(path) for path in sorted(folder.glob("*.parquet")))
     rows = finished.rows()
     for name in ("uid", "phash", "serial", "vector", "raw", "price", "taken", "boxes", "info"):
@@ -90,7 +90,7 @@ def test_tables_hold_what_was_measured(folder: Path) -> None:
     assert [pair["key"] for pair in table["tags"].to_pylist()[0]] == ["cat"]
 
 
-def test_invalid_text_within_a_column_cannot_spoil_a_table() -> None:
+def test_invalid_text_in_a_column_does_not_make_a_table_unreadable() -> None:
     words = pa.array([b"fine", b"a\xff", None], pa.binary()).view(pa.string())
     lists = pa.ListArray.from_arrays(pa.array([0, 1, 3, None, 3], pa.int32()), words)
     pairs = pa.StructArray.from_arrays([pa.array([1, 2, 3, 4]), lists], ["n", "words"])
@@ -127,7 +127,7 @@ def test_the_snippets_of_the_card_run(folder: Path, package: str, monkeypatch: p
 
 
 def test_datacomps_resharder_finds_every_sample_once(folder: Path) -> None:
-    # Its steps, since it comes with no package: sizes.json says what to read, the subset is searched for each uid.
+    # A copy of its algorithm, since it has no package: sizes.json lists the shards, uids are looked up in the subset.
     sizes = json.loads((folder / "sizes.json").read_text())
     subset = np.load(folder / "subset.npy", mmap_mode="r")
     assert subset.dtype == np.dtype("u8,u8")

@@ -1,10 +1,9 @@
 """Runs an asynchronous function over the rows of a stream of tables, with many rows in flight across tables.
 
-The event loop lives in one background thread. The caller's thread pulls tables, only when there is room for their rows,
-and hands out finished rows as they come: a table's slow rows run out while the next tables are already at work.
+The event loop runs in a background thread. The caller's thread pulls a table when there is room for its rows, and
+yields rows as they finish, so the slow rows of one table overlap with the next tables.
 
-The loop, and what the work has opened, stay from stream to stream: connections, caches and processes are for the life
-of a worker and not of the few units that it is handed at a time.
+The loop and its resources outlive a stream: connections, caches and processes last for the life of the worker.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ T = TypeVar("T")
 Begin = Callable[[], Awaitable[None]]
 Work = Callable[[tuple[Any, ...], Begin], Awaitable[T]]
 Finished = tuple[pa.Table, int, T]
-"""A row (its table and position there) and what became of it."""
+"""A row (its table and its position there) and its result."""
 
-# A finished row is handed out after this time at the latest, in however small a group.
+# Longest time that a finished row waits for its group to fill.
 HOLD_SECONDS = 0.5
 
 
-class Overlap(Generic[T]):
-    """`work(values, begin)` is called for each row with its values in `columns`, within `open_work()`.
+class ConcurrentRows(Generic[T]):
+    """Calls `work(values, begin)` for each row, with the row's values in `columns`.
 
-    `open_work` is entered with the first stream, left after an error, and entered anew with the next. One stream at a
-    time. A copy (pickle) has opened nothing.
+    `work` comes from `open_work()`, which is entered with the first stream, left after an error, and entered again with
+    the next stream. Only one stream may run at a time. A pickled copy starts closed.
 
-    `admitted` rows are known to the event loop, most of them waiting; a row costs memory from when it has awaited
-    `begin` until its result is handed out. Of those at most `concurrency` are at work, and two groups are finished:
-    with more, no row begins until the consumer has taken some.
+    The event loop holds up to `admitted` rows, most of them waiting. A row costs memory from when it has awaited
+    `begin` until the consumer takes its result. At most `concurrency` rows run at once. If more than two groups of
+    finished rows wait for the consumer, no further row begins.
     """
 
     def __init__(
@@ -64,10 +63,10 @@ class Overlap(Generic[T]):
         return {**vars(self), "_run": None}
 
     def __call__(self, tables: Iterable[pa.Table]) -> Iterator[list[Finished[T]]]:
-        """Every row of every table once, in order of completion, in lists of at most `group`.
+        """Yields each row of each table once, in order of completion, in lists of at most `group`.
 
-        What `work` raises ends the stream. That, an error in `tables`, and closing the generator early cancel what is
-        in flight and end the thread.
+        An exception from `work` or `tables` is raised here. That, or closing the generator early, cancels the rows in
+        flight and ends the thread.
         """
         if self._run is None:
             self._run = _Run(self._open_work, self._columns, self._concurrency, self._admitted, self._group)
@@ -95,18 +94,18 @@ class Overlap(Generic[T]):
 
 
 class _Room:
-    """All rows handed in so far are admitted: time for the next table."""
+    """All rows so far are admitted: the next table may be fed."""
 
 
 @dataclass
 class _End:
-    """All rows of the stream are finished, or it cannot go on."""
+    """The stream has finished, or failed with `error`."""
 
     error: BaseException | None
 
 
 _Group = list[tuple[Finished[T], bool]]
-"""Finished rows, and whether each holds a place among the rows at work until it is taken."""
+"""Finished rows, and whether each still counts as running until it is taken (back-pressure)."""
 
 
 class _Run(Generic[T]):
@@ -120,7 +119,7 @@ class _Run(Generic[T]):
         admitted: int,
         group: int,
     ):
-        # Unbounded as a queue, bounded by what may be admitted.
+        # Bounded by `admitted`.
         self.events: queue.SimpleQueue[_Group[T] | _Room | _End] = queue.SimpleQueue()
         self._open_work = open_work
         self._columns = columns
@@ -134,12 +133,12 @@ class _Run(Generic[T]):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._started = threading.Event()
-        self._thread = threading.Thread(target=self._main, name="overlap", daemon=True)
+        self._thread = threading.Thread(target=self._main, name="rows", daemon=True)
         self._thread.start()
         self._started.wait()
 
     def feed(self, table: pa.Table | None) -> None:
-        """The next table; None: the stream has no more."""
+        """Passes the next table; None ends the stream."""
         self._in_loop(self._inbox.put_nowait, table)
 
     def taken(self, group: _Group[T]) -> None:
@@ -148,11 +147,11 @@ class _Run(Generic[T]):
     def stop(self) -> None:
         if self._task is not None:
             self._in_loop(self._task.cancel)
-        if self._thread is not threading.current_thread():  # where the collector of garbage calls
+        if self._thread is not threading.current_thread():  # the garbage collector may call from there
             self._thread.join()
 
     def _in_loop(self, function: Callable[..., object], *args: object) -> None:
-        # A closed loop has nothing left to be told.
+        # Ignored if the loop is closed.
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(function, *args)
@@ -217,7 +216,7 @@ class _Run(Generic[T]):
         except Exception as error:
             self.events.put(_End(error))
             return
-        # The consumer is woken once for a group: two threads that take turns cost each other more than they do.
+        # Wake the consumer once per group: switching between the two threads costs more than the work itself.
         self._untaken += 1
         held = begun and self._untaken > 2 * self._size
         if begun and not held:
@@ -238,7 +237,7 @@ class _Run(Generic[T]):
 
 
 def _values(column: pa.ChunkedArray) -> Iterator[Any]:
-    """Python values; in a text, bytes that are not UTF-8, which Arrow lets pass, become surrogates."""
+    """Python values. In strings, invalid UTF-8 bytes, which Arrow allows, become surrogates."""
     if not pa.types.is_string(column.type):
         return iter(column.to_pylist())
     raw = (value.as_py() for value in column.cast(pa.large_binary()))
@@ -246,7 +245,7 @@ def _values(column: pa.ChunkedArray) -> Iterator[Any]:
 
 
 def table_of(finished: list[Finished[dict[str, Any]]], types: Mapping[str, pa.DataType]) -> pa.Table:
-    """Finished rows with the columns that came of them: those of each source table in order, table after table."""
+    """A table of finished rows with their result columns, grouped by source table, in order of completion."""
     sources: dict[int, list[Finished[dict[str, Any]]]] = {}
     for row in finished:
         sources.setdefault(id(row[0]), []).append(row)
@@ -258,9 +257,9 @@ def table_of(finished: list[Finished[dict[str, Any]]], types: Mapping[str, pa.Da
 
 
 def with_columns(source: pa.Table, results: Sequence[Mapping[str, Any]], types: Mapping[str, pa.DataType]) -> pa.Table:
-    """`source` with the columns of `types`, and `drop_reason` and `drop_detail`, from a mapping for each row.
+    """Adds the columns of `types`, `drop_reason` and `drop_detail` to `source`, from one mapping per row.
 
-    They take the place of columns of the same names; what a mapping lacks is null.
+    Existing columns of these names are replaced. Keys missing from a mapping become null.
     """
     types = {**types, "drop_reason": pa.string(), "drop_detail": pa.string()}
     table = source.drop_columns([name for name in types if name in source.column_names])
@@ -270,5 +269,5 @@ def with_columns(source: pa.Table, results: Sequence[Mapping[str, Any]], types: 
 
 
 def as_drop(failure: FetchError) -> dict[str, Any]:
-    """What `with_columns` takes for a row that ends here."""
+    """The mapping that marks a row as dropped, for `with_columns`."""
     return {"drop_reason": failure.reason, "drop_detail": failure.detail or None}

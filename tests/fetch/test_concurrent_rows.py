@@ -1,4 +1,4 @@
-"""The loop that rows are worked on in: what it keeps from stream to stream, and what it never holds more of."""
+"""The event loop for rows: resources reused between streams, and its limits."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.fetch.overlap import Begin, Overlap, Work
+from pipeline.fetch.concurrent_rows import Begin, ConcurrentRows, Work
 
 
 class Doubling:
-    """Doubles numbers; 13 fails. Counts how often it is opened and closed, and how many rows are begun."""
+    """Doubles numbers; fails on 13. Counts opens, closes and begun rows."""
 
     def __init__(self) -> None:
         self.opened = self.closed = self.begun = 0
@@ -41,25 +41,25 @@ class Doubling:
             self.closed += 1
 
 
-def overlap(doubling: Doubling, **options: int) -> Overlap[int]:
-    return Overlap(doubling, columns=["n"], **{"concurrency": 8, "admitted": 64, "group": 4, **options})
+def rows_at_work(doubling: Doubling, **options: int) -> ConcurrentRows[int]:
+    return ConcurrentRows(doubling, columns=["n"], **{"concurrency": 8, "admitted": 64, "group": 4, **options})
 
 
-def results(of: Overlap[int], numbers: range) -> list[int]:
+def results(of: ConcurrentRows[int], numbers: range) -> list[int]:
     return sorted(result for group in of([pa.table({"n": list(numbers)})]) for _, _, result in group)
 
 
-def test_what_is_open_serves_stream_after_stream() -> None:
+def test_resources_are_reused_between_streams() -> None:
     doubling = Doubling()
-    working = overlap(doubling)
+    working = rows_at_work(doubling)
     for start in (100, 200, 300):
         assert results(working, range(start, start + 50)) == [2 * n for n in range(start, start + 50)]
     assert (doubling.opened, doubling.closed) == (1, 0)
 
 
-def test_after_an_error_all_is_opened_anew() -> None:
+def test_resources_are_reopened_after_an_error() -> None:
     doubling = Doubling()
-    working = overlap(doubling)
+    working = rows_at_work(doubling)
     with pytest.raises(RuntimeError, match="thirteen"):
         results(working, range(20))
     assert (doubling.opened, doubling.closed) == (1, 1)
@@ -67,26 +67,26 @@ def test_after_an_error_all_is_opened_anew() -> None:
     assert doubling.opened == 2
 
 
-def test_an_overlap_that_nobody_has_any_more_ends_its_thread() -> None:
+def test_the_thread_ends_when_the_object_is_collected() -> None:
     doubling = Doubling()
-    working = overlap(doubling)
+    working = rows_at_work(doubling)
     results(working, range(5))
-    assert results(pickle.loads(pickle.dumps(overlap(Doubling()))), range(3)) == [0, 2, 4]
+    assert results(pickle.loads(pickle.dumps(rows_at_work(Doubling()))), range(3)) == [0, 2, 4]
     del working
     gc.collect()
     assert doubling.closed == 1
-    assert not [thread for thread in threading.enumerate() if thread.name == "overlap"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "rows"]
 
 
-def test_rows_wait_for_a_consumer_that_is_slow() -> None:
-    """At most `concurrency` rows at work and two groups finished, beyond what was handed out."""
+def test_rows_wait_for_a_slow_consumer() -> None:
+    """At most `concurrency` rows run and two groups are finished, beyond those taken."""
     doubling = Doubling()
 
     def tables() -> Iterator[pa.Table]:
         for start in range(1000, 2000, 20):
             yield pa.table({"n": list(range(start, start + 20))})
 
-    stream = overlap(doubling)(tables())
+    stream = rows_at_work(doubling)(tables())
     handed_out = 0
     for _ in range(3):
         handed_out += len(next(stream))
