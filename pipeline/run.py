@@ -21,6 +21,7 @@ from pipeline.fetch.outage import OutageError
 from pipeline.ledger import BooksError, Funnel
 from pipeline.lifetime import GOES_ON, Watch
 from pipeline.passes import Pass, make_passes
+from pipeline.reader import describe
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.storage import DamagedError, Store
 from trainer.terminal import Console, guarded, masked, one_line
@@ -101,9 +102,9 @@ def _run(console: Console, checked: Recipe, watch: Watch) -> int:
 
 def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> int:
     types = pool.columns(checked.pool)
-    passes = make_passes(checked, _pool_key(checked), types)
-    _claim(checked, passes)
-    _adopt(checked, passes)
+    own = make_passes(checked, _pool_key(checked), types)
+    passes = _adopt(checked, own)
+    _claim(checked, own, describe(passes, checked))
 
     from pipeline import crew, executor
     from pipeline.progress import Progress, print_funnel
@@ -190,18 +191,15 @@ def _pool_key(checked: Recipe) -> dict[str, Any]:
     return {"version": 2, "files": pool.stamp(checked.pool), "unit_rows": checked.unit_rows, **spec}
 
 
-def _claim(checked: Recipe, passes: list[Pass]) -> None:
+def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]]) -> None:
     """Takes the run directory for this recipe, or refuses where that would orphan what was dear to get.
 
     A changed filter or threshold is welcome: its passes get new keys and the old downloads and scores stay in use.
+    `passes` are as in this directory; `described` is what `run.json` says of them.
     """
     store = Store(checked.run)
     source = masked({**checked.source, "workers": None, "reuse": None, "allow_empty": None})
-    claim: dict[str, Any] = {
-        "name": checked.name,
-        "recipe": source,
-        "passes": [{"root": os.path.basename(p.root), "measures": p.kind == "measure"} for p in passes],
-    }
+    claim: dict[str, Any] = {"name": checked.name, "recipe": source, "passes": described}
     data = json.dumps(claim, indent=1, default=str).encode()
     ours = _is_ours(store, passes)
     if not store.exists("run.json") and not ours:
@@ -217,13 +215,10 @@ def _claim(checked: Recipe, passes: list[Pass]) -> None:
         return
     try:
         old = json.loads(store.read("run.json"))
-        kept = {p["root"] for p in claim["passes"]}
-        orphans = [
-            p["root"]
-            for p in old["passes"]
-            if p["measures"] and p["root"] not in kept and store.names(f"passes/{p['root']}/commits")
-        ]
-        same_pool = old["passes"][0]["root"] == claim["passes"][0]["root"]
+        roots = [os.path.basename(p.root) for p in passes]
+        measured = [os.path.basename(p["root"]) for p in old["passes"] if p["kind"] == "measure"]
+        orphans = [root for root in measured if root not in roots and store.names(f"passes/{root}/commits")]
+        same_pool = os.path.basename(old["passes"][0]["root"]) == roots[0]
         differences = _differences(old["recipe"], source)
     except (ValueError, KeyError, TypeError, IndexError):
         if ours:
@@ -255,20 +250,23 @@ def _is_ours(store: Store, passes: list[Pass]) -> bool:
     )
 
 
-def _adopt(checked: Recipe, passes: list[Pass]) -> None:
-    """Points passes at the run named by `reuse` where it has them complete, and lets those that measure borrow what it
-    has measured: same key, same bytes."""
+def _adopt(checked: Recipe, passes: list[Pass]) -> list[Pass]:
+    """The passes, those that the run named by `reuse` has complete at its place, and those that measure with what that
+    run has measured to borrow: same key, same bytes."""
     if not checked.reuse:
-        return
-    theirs = Store(checked.reuse).root
-    roots = {os.path.basename(p.root): f"{theirs}/passes/{os.path.basename(p.root)}" for p in passes}
-    same_pool = dataclasses.replace(passes[0], root=roots[os.path.basename(passes[0].root)]).complete() is not None
-    for p in passes:
-        root = roots[os.path.basename(p.root)]
-        if p.kind == "measure":
-            p.lenders = [root] if same_pool else []
-        elif p.kind != "write" and p.complete() is None and dataclasses.replace(p, root=root).complete() is not None:
-            p.root = root
+        return passes
+    theirs = [
+        dataclasses.replace(p, root=f"{Store(checked.reuse).root}/passes/{os.path.basename(p.root)}") for p in passes
+    ]
+    same_pool = theirs[0].complete() is not None
+
+    def adopted(mine: Pass, other: Pass) -> Pass:
+        if mine.kind == "measure":
+            there = same_pool and other.store.exists("")
+            return dataclasses.replace(mine, lenders=[other.root] if there else [])
+        return other if mine.kind != "write" and mine.complete() is None and other.complete() is not None else mine
+
+    return [adopted(mine, other) for mine, other in zip(passes, theirs)]
 
 
 def _differences(old: Any, new: Any) -> list[str]:
