@@ -13,7 +13,7 @@ import io
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,8 +62,8 @@ class RunStep:
     """All options, those left at their default included; secrets are masked."""
     needs: tuple[str, ...]
     """The columns that it reads."""
-    adds: tuple[str, ...]
-    """The columns that it adds."""
+    adds: Mapping[str, Any]
+    """The columns that it adds, with the names of their Arrow types."""
     repeatable: bool
     """Whether the same inputs give the same results again; false for what comes from the web."""
 
@@ -72,18 +72,15 @@ def describe(passes: Sequence[Pass], recipe: Recipe) -> list[dict[str, Any]]:
     """What `run.json` says of the passes of a run: plain data from which `open_run` reads them.
 
     `root` is relative to the run's folder, or absolute for a pass of the run that is reused. `schema` is the Arrow
-    schema of the columns that a pass adds: an encapsulated IPC message in base64; `adds` shows the same to people.
+    schema of the columns that a pass adds, an encapsulated IPC message in base64; `adds` of a step is for people.
     """
 
-    def step(of: Step) -> dict[str, Any]:
+    def step(of: Step) -> RunStep:
         options = {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
-        of_class = f"{type(of).__module__}.{type(of).__qualname__}"
-        return line(of.label, of_class, of.version, options, of.needs, of.adds, of.repeatable)
+        name = f"{type(of).__module__}.{type(of).__qualname__}"
+        return RunStep(of.label, name, of.version, options, tuple(of.needs), dict(of.adds), of.repeatable)
 
-    def line(*values: Any) -> dict[str, Any]:
-        return dataclasses.asdict(RunStep(*values))
-
-    pool = line("pool", "pool", 1, dataclasses.asdict(recipe.pool), (), passes[0].adds, True)
+    pool = RunStep("pool", "pool", 1, dataclasses.asdict(recipe.pool), (), passes[0].adds, True)
     described = [
         {
             "kind": p.kind,
@@ -92,8 +89,7 @@ def describe(passes: Sequence[Pass], recipe: Recipe) -> list[dict[str, Any]]:
             "chain": p.chain,
             "root": p.root.removeprefix(f"{recipe.run}/"),
             "lenders": p.lenders,
-            "steps": [step(s) for s in p.steps] or [pool],
-            "adds": {name: str(dtype) for name, dtype in p.adds.items()},
+            "steps": [dataclasses.asdict(of) for of in (map(step, p.steps) if p.steps else [pool])],
             "schema": base64.b64encode(pa.schema(list(p.adds.items())).serialize()).decode(),
         }
         for p in passes
@@ -103,9 +99,7 @@ def describe(passes: Sequence[Pass], recipe: Recipe) -> list[dict[str, Any]]:
 
 def _restore(described: dict[str, Any], store: Store) -> Pass:
     """The pass that `describe` has described."""
-    steps = [
-        RunStep(**{**step, "needs": tuple(step["needs"]), "adds": tuple(step["adds"])}) for step in described["steps"]
-    ]
+    steps = [RunStep(**{**step, "needs": tuple(step["needs"])}) for step in described["steps"]]
     root = described["root"]
     schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(described["schema"])))
     return Pass(
@@ -444,9 +438,9 @@ class Run:
         missing = self._missing(self._places[label][0])
         if missing is None:
             return False
-        if self.finished and self._writes_shards and label == self._label(None):
-            return True
-        self._gone(missing)
+        if not (self.finished and self._writes_shards and label == self._label(None)):
+            self._gone(missing)
+        return True
 
     def _gone(self, index: int) -> NoReturn:
         """Raises RunError: a pass is not there."""
