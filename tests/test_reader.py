@@ -22,10 +22,9 @@ from PIL import Image
 import pipeline
 from examples import read_a_run
 from pipeline import Run, RunError, open_run
-from pipeline.storage import DamagedError, Store
+from pipeline.storage import DamagedError
 from tests.conftest import ROOT
 from tests.test_run import RECIPE, furnish
-from tests.test_s3 import s3  # noqa: F401 - a fixture
 
 LABELS = ["pool", "no_shouting", "exact_dedup", "paint", "threshold", "write_shards"]
 LOOSER = RECIPE.replace("  - no_shouting.no_shouting\n", "").replace("top_fraction: 0.5", "top_fraction: 0.4")
@@ -316,14 +315,6 @@ def test_an_object_store(runs: Path) -> None:
     fs = fsspec.filesystem("memory")
     fs.put(str(runs / "out"), "/read/run", recursive=True)
     like(open_run("memory://read/run"), open_run(runs / "out"))
-
-
-@pytest.mark.slow
-def test_s3(runs: Path, s3: dict[str, str]) -> None:
-    Store("s3://bucket").fs.put(str(runs / "out"), "bucket/read/run", recursive=True)
-    like(open_run("s3://bucket/read/run/"), open_run(runs / "out"))
-    with pytest.raises(RunError, match="is not the folder of a run: there is no s3://bucket/other/run.json"):
-        open_run("s3://bucket/other")
 
 
 def like(remote: Run, local: Run) -> None:
