@@ -1,7 +1,15 @@
 """Winnow's curation pipeline: from tables of image URLs and captions to WebDataset shards."""
 
+from __future__ import annotations
+
 import importlib.util
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.reader import Run, RunError, open_run
+
+__all__ = ["Run", "RunError", "open_run"]
 
 _NEEDED = ("aiohttp", "dask", "fsspec", "numpy", "pandas", "PIL", "pyarrow", "pydantic", "ray", "rich", "torch", "yaml")
 
@@ -20,6 +28,15 @@ def _check_packages() -> None:
         print(f"error: {line}", file=sys.stderr)
         raise SystemExit(1)
     raise ImportError(line)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the read API when it is first asked for: the commands import this package, and few of them read runs."""
+    if name not in __all__:
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    from pipeline import reader
+
+    return getattr(reader, name)
 
 
 _check_packages()

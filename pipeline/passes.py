@@ -272,7 +272,7 @@ def barrier_drops(p: Pass, unit: int) -> pa.Table:
     return table.filter(pc.equal(table["unit"], unit)).drop_columns("unit")
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)  # a recipe has some barriers, and each is asked for every unit of a file in turn
 def _barrier_file(root: str, **entry: Any) -> pa.Table:
     return Store(root).read_table(entry)
 
@@ -296,6 +296,14 @@ def _drops(p: Pass, unit: int, rows: np.ndarray | None) -> pa.Table:
     if rows is not None:  # the same step may have been called otherwise in another recipe
         table = table.set_column(1, "step", pa.array([p.label] * len(table), pa.string()))
     return table
+
+
+def rows_with_values(p: Pass, unit: int) -> np.ndarray:
+    """The rows of a unit (int32, ascending) for which a pass over units has stored values of the columns that it adds:
+    those that it kept (the pool's own pass: all), whatever the passes before and after it say of them."""
+    table = _measured(p, unit, ["drop_reason"])[0]
+    there = np.ones(len(table), bool) if p.kind == "pool" else pc.is_null(table["drop_reason"]).to_numpy()
+    return table["row"].to_numpy()[there]
 
 
 def missing_rows(passes: Sequence[Pass], unit: int, rows: np.ndarray | None = None) -> np.ndarray:

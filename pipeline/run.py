@@ -20,6 +20,7 @@ from pipeline.claim import Claim, InUseError, LostClaimError, hold
 from pipeline.ledger import BooksError, Funnel
 from pipeline.lifetime import GOES_ON, Watch
 from pipeline.passes import Pass, make_passes
+from pipeline.reader import describe
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.step import HaltError, Sink
 from pipeline.storage import DamagedError, Store
@@ -101,9 +102,9 @@ def _run(console: Console, checked: Recipe, watch: Watch) -> int:
 
 def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> int:
     types = pool.columns(checked.pool)
-    passes = make_passes(checked, _pool_key(checked), types)
-    _claim(checked, passes)
-    _adopt(checked, passes)
+    own = make_passes(checked, _pool_key(checked), types)
+    passes = _adopt(checked, own)
+    _claim(checked, own, describe(passes, checked))
 
     from pipeline import cluster, executor
     from pipeline.progress import Progress, print_funnel
@@ -191,18 +192,15 @@ def _pool_key(checked: Recipe) -> dict[str, Any]:
     return {"version": 2, "files": pool.stamp(checked.pool), "unit_rows": checked.unit_rows, **spec}
 
 
-def _claim(checked: Recipe, passes: list[Pass]) -> None:
+def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]]) -> None:
     """Records this recipe as the one of the run directory, unless that would orphan expensive results: RefusedError.
 
-    Filters and thresholds may change: their passes get new keys, and downloads and scores stay in use.
+    Filters and thresholds may change: their passes get new keys, and downloads and scores stay in use. `passes` are
+    those of this directory; `described` is what `run.json` says of them.
     """
     store = Store(checked.run)
     source = masked({**checked.source, "workers": None, "reuse": None, "allow_empty": None})
-    claim: dict[str, Any] = {
-        "name": checked.name,
-        "recipe": source,
-        "passes": [{"root": os.path.basename(p.root), "measures": p.kind == "measure"} for p in passes],
-    }
+    claim: dict[str, Any] = {"name": checked.name, "recipe": source, "passes": described}
     data = json.dumps(claim, indent=1, default=str).encode()
     ours = _is_ours(store, passes)
     if not store.exists("run.json") and not ours:
@@ -218,13 +216,10 @@ def _claim(checked: Recipe, passes: list[Pass]) -> None:
         return
     try:
         old = json.loads(store.read("run.json"))
-        kept = {p["root"] for p in claim["passes"]}
-        orphans = [
-            p["root"]
-            for p in old["passes"]
-            if p["measures"] and p["root"] not in kept and store.names(f"passes/{p['root']}/commits")
-        ]
-        same_pool = old["passes"][0]["root"] == claim["passes"][0]["root"]
+        roots = [os.path.basename(p.root) for p in passes]
+        measured = [os.path.basename(p["root"]) for p in old["passes"] if p["kind"] == "measure"]
+        orphans = [root for root in measured if root not in roots and store.names(f"passes/{root}/commits")]
+        same_pool = os.path.basename(old["passes"][0]["root"]) == roots[0]
         differences = _differences(old["recipe"], source)
     except (ValueError, KeyError, TypeError, IndexError):
         if ours:
@@ -261,22 +256,25 @@ def _is_ours(store: Store, passes: list[Pass]) -> bool:
     )
 
 
-def _adopt(checked: Recipe, passes: list[Pass]) -> None:
-    """Shares results of the run named by `reuse`: passes that are complete there, and measurements of the same pool.
+def _adopt(checked: Recipe, passes: list[Pass]) -> list[Pass]:
+    """The passes with the results of the run named by `reuse`: passes complete there, measurements of the same pool.
 
     Equal keys mean equal bytes.
     """
     if not checked.reuse:
-        return
-    theirs = Store(checked.reuse).root
-    roots = {os.path.basename(p.root): f"{theirs}/passes/{os.path.basename(p.root)}" for p in passes}
-    same_pool = dataclasses.replace(passes[0], root=roots[os.path.basename(passes[0].root)]).complete() is not None
-    for p in passes:
-        root = roots[os.path.basename(p.root)]
-        if p.kind == "measure":
-            p.lenders = [root] if same_pool else []
-        elif p.kind != "write" and p.complete() is None and dataclasses.replace(p, root=root).complete() is not None:
-            p.root = root
+        return passes
+    theirs = [
+        dataclasses.replace(p, root=f"{Store(checked.reuse).root}/passes/{os.path.basename(p.root)}") for p in passes
+    ]
+    same_pool = theirs[0].complete() is not None
+
+    def adopted(mine: Pass, other: Pass) -> Pass:
+        if mine.kind == "measure":
+            there = same_pool and other.store.exists("")
+            return dataclasses.replace(mine, lenders=[other.root] if there else [])
+        return other if mine.kind != "write" and mine.complete() is None and other.complete() is not None else mine
+
+    return [adopted(mine, other) for mine, other in zip(passes, theirs)]
 
 
 def _differences(old: Any, new: Any) -> list[str]:

@@ -253,6 +253,12 @@ class Store:
         data = self.read(of) if isinstance(of, str) else self.read_entry(of)
         return pq.ParquetFile(pa.BufferReader(data)).read(columns)
 
+    def batches(self, name: str, columns: list[str] | None = None, rows: int = 65_536) -> Iterator[pa.Table]:
+        """A parquet file, or some columns of it, so many rows at a time."""
+        with self.input(name) as source:
+            for batch in pq.ParquetFile(source).iter_batches(rows, columns=columns):
+                yield pa.Table.from_batches([batch])
+
     def write_table(self, name: str, table: pa.Table) -> Entry:
         """A table as parquet, in one atomic step."""
         with self.output(name) as file:

@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.progress import track
 
 from pipeline.ledger import BooksError, Funnel
 from pipeline.passes import record_name
+from pipeline.reader import RunError, open_run
 from pipeline.stages.write_shards import FORMAT
 from pipeline.storage import DamagedError, Entry, Store, is_part
 from trainer.terminal import Console, guarded
@@ -67,7 +67,7 @@ class Audit:
         """Whatever goes wrong with a file is a line with its path."""
         try:
             yield
-        except DamagedError as error:
+        except (DamagedError, RunError) as error:
             self.say(error)
         except FileNotFoundError:
             self.say(f"{path}: missing")
@@ -279,8 +279,10 @@ def _members(found: Audit, store: Store, shard: dict[str, Any]) -> None:
 def _books(found: Audit, drops: list[str], manifest: dict[str, Any] | None) -> None:
     store, at = found.store, found.store.path("funnel.json")
     with found.reading(at):
-        books = json.loads(store.read("funnel.json"))
-        funnel = Funnel.from_json(books["steps"])
+        run = open_run(store.root)
+        if not run.finished:
+            raise DamagedError(f"{store.path('run.json')}: damaged: its sha256 is not the one on record")
+        funnel = run.funnel
         try:
             funnel.balance()
         except BooksError as error:
@@ -288,7 +290,7 @@ def _books(found: Audit, drops: list[str], manifest: dict[str, Any] | None) -> N
         dropped: Counter[tuple[str, str]] = Counter()
         for name in drops:
             with found.reading(store.path(name)):
-                for table in _batches(store, name, ["step", "reason"]):
+                for table in store.batches(name, ["step", "reason"]):
                     for group in table.group_by(["step", "reason"]).aggregate([([], "count_all")]).to_pylist():
                         dropped[group["step"], group["reason"]] += group["count_all"]
         claimed = {(step, why): n for step, line in funnel.lines.items() for why, n in line.dropped.items()}
@@ -297,22 +299,15 @@ def _books(found: Audit, drops: list[str], manifest: dict[str, Any] | None) -> N
                 found.say(
                     f"{store.path('drops')}: {step}: {why}: funnel.json says {said:,} rows, the drops hold {there:,}"
                 )
-        if books["rows_in"] != books["kept"] + dropped.total():
-            found.say(f"{at}: {books['rows_in']:,} rows in, but {books['kept']:,} kept and {dropped.total():,} dropped")
+        if run.rows_in != run.kept + dropped.total():
+            found.say(f"{at}: {run.rows_in:,} rows in, but {run.kept:,} kept and {dropped.total():,} dropped")
         if manifest:
             samples = sum(shard["samples"] for shard in manifest["shards"])
-            if not samples == manifest["samples"] == books["kept"]:
+            if not samples == manifest["samples"] == run.kept:
                 found.say(
                     f"{store.path('shards/manifest.json')}: {samples:,} samples in shards, {manifest['samples']:,} in "
-                    f"all, {books['kept']:,} by funnel.json"
+                    f"all, {run.kept:,} by funnel.json"
                 )
-
-
-def _batches(store: Store, name: str, columns: list[str]) -> Iterator[pa.Table]:
-    """A parquet file, some rows at a time."""
-    with store.input(name) as source:
-        for batch in pq.ParquetFile(source).iter_batches(65_536, columns=columns):
-            yield pa.Table.from_batches([batch])
 
 
 # --- Whose rows they are ----------------------------------------------------------------------------------------------
@@ -342,7 +337,7 @@ def _uids(found: Audit, passes: list[Pass], drops: list[File], manifest: dict[st
         total = np.zeros(BUCKETS, np.uint64)
         for place, name in files:
             with found.reading(place.path(name)):
-                for table in _batches(place, name, ["uid"]):
+                for table in place.batches(name, ["uid"]):
                     hashes = _hashes(table["uid"])
                     np.add.at(total, hashes % np.uint64(BUCKETS), hashes)
         return total
@@ -353,7 +348,7 @@ def _uids(found: Audit, passes: list[Pass], drops: list[File], manifest: dict[st
 
     def in_doubt(files: Iterable[File]) -> Iterator[tuple[str, str]]:
         for place, name in files:
-            for table in _batches(place, name, ["uid"]):
+            for table in place.batches(name, ["uid"]):
                 there = np.isin(_hashes(table["uid"]) % np.uint64(BUCKETS), differing)
                 yield from ((uid, place.path(name)) for uid in table["uid"].filter(pa.array(there)).to_pylist())
 
@@ -404,9 +399,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"not looked at: {part}")
     if found.problems:
         return 1
-    books = json.loads(found.store.read("funnel.json"))
+    run = open_run(args.run)
     looked = "every byte is as recorded" if found.deep else "all sizes are as recorded"
-    print(f"{books['rows_in']:,} rows, {books['kept']:,} kept: the books balance, {looked}")
+    print(f"{run.rows_in:,} rows, {run.kept:,} kept: the books balance, {looked}")
     return 0
 
 

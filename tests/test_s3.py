@@ -19,9 +19,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline import claim, verify
+from pipeline import RunError, claim, open_run, verify
 from pipeline.storage import Store
 from tests.conftest import ROOT, Command
+from tests.test_reader import like
 from tests.test_run import furnish, shards
 
 pytestmark = pytest.mark.slow
@@ -105,6 +106,9 @@ def test_a_run_has_the_bytes_of_a_local_one(s3: dict[str, str], run: Command, tm
     tables = (".tar", ".parquet", ".npy")
     local = {name: digest for name, digest in shards(tmp_path / "out").items() if name.endswith(tables)}
     assert local == {n: store.sha256(f"shards/{n}") for n in store.names("shards") if n.endswith(tables)}
+    like(open_run("s3://bucket/run/"), open_run(tmp_path / "out"))
+    with pytest.raises(RunError, match=r"is not the folder of a run: there is no s3://bucket/other/run\.json"):
+        open_run("s3://bucket/other")
     painted = (tmp_path / "steps_of_mine" / "painted.log").read_text()
     again = run(*remote, "steps.threshold.top_fraction=0.25", ray=False, **env)
     assert again.returncode == 0, again.stderr

@@ -2,7 +2,7 @@
 
     python -m pipeline.demo.truth RUN WEB
 
-Compares `RUN/shards` and `RUN/drops` with `WEB/truth/truth.parquet`.
+Compares the rows that RUN kept and dropped with `WEB/truth/truth.parquet`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.table import Table
 
 from pipeline.demo.web import KINDS
+from pipeline.reader import open_run
 from trainer.terminal import Console
 
 Pair = tuple[str, str]
@@ -123,17 +125,18 @@ def read(run: Path, web: Path) -> tuple[list[dict[str, Any]], set[Pair], dict[Pa
     """The arguments of `judge` for a finished run on the demo web in `web`, with kinds in the order of `KINDS`."""
     truth = pq.read_table(web / "truth" / "truth.parquet").to_pylist()
     truth.sort(key=lambda row: list(KINDS).index(row["kind"]))
-    kept = {
-        (row["url"], row["caption"])
-        for file in sorted((run / "shards").glob("*.parquet"))
-        for row in pq.read_table(file, columns=["url", "caption"]).to_pylist()
-    }
+    opened = open_run(run)
+    kept = {pair for table in opened.scan(["url", "caption"]) for pair in _pairs(table)}
     drops = {
-        (row["url"], row["caption"]): (row["step"], row["reason"])
-        for file in sorted((run / "drops").glob("*.parquet"))
-        for row in pq.read_table(file, columns=["url", "caption", "step", "reason"]).to_pylist()
+        pair: drop
+        for table in opened.drops()
+        for pair, drop in zip(_pairs(table), zip(table["step"].to_pylist(), table["reason"].to_pylist()))
     }
     return truth, kept, drops
+
+
+def _pairs(table: pa.Table) -> list[Pair]:
+    return list(zip(table["url"].to_pylist(), table["caption"].to_pylist()))
 
 
 def show(score: Score, console: Console) -> None:
