@@ -390,14 +390,18 @@ class Client:
             raise FetchError("opted_out", "tdmrep.json tdm-reservation: 1")
 
     async def _ask_host(self, url: URL, host: Host) -> None:
-        """Fetches the files that speak for the host: robots.txt, then tdmrep.json where the first one lets us."""
+        """Fetches the files that speak for the host: robots.txt and, if that is there and allows it, tdmrep.json.
+
+        A host without a robots.txt is not asked for tdmrep.json: most such hosts hold one picture of a pool, and the
+        request would cost them half as much again.
+        """
         clock = Clock(min(self.limits.timeout, ROBOTS_SECONDS))
         robots: Robots | FetchError = Robots()
         found = Reservations()
         try:
             if self.manners.robots_txt:
                 robots = await self._ask_robots(url, host, clock)
-            if self.manners.tdmrep_json and isinstance(robots, Robots) and robots.allows(TDMREP):
+            if isinstance(robots, Robots) and self._asks_for_tdmrep(robots):
                 # Without the file, for whatever reason, nothing is reserved by it (TDMRep, "TDM File on the Origin
                 # Server"), so it is asked for once.
                 with contextlib.suppress(FetchError):
@@ -406,6 +410,9 @@ class Client:
         finally:
             host.asking = None
         self._hosts.remember(host, robots, found, ROBOTS_TTL if isinstance(robots, Robots) else ROBOTS_RETRY_TTL)
+
+    def _asks_for_tdmrep(self, robots: Robots) -> bool:
+        return self.manners.tdmrep_json and (robots.found or not self.manners.robots_txt) and robots.allows(TDMREP)
 
     async def _ask_robots(self, url: URL, host: Host, clock: Clock) -> Robots | FetchError:
         """The rules, or a failure that forbids all requests to the host (RFC 9309, 2.3.1)."""

@@ -93,11 +93,13 @@ class Robots:
         access: Mapping[str, bool] | None = None,
         usage: Mapping[str, list[str]] | None = None,
         crawl_delay: float = 0.0,
+        found: bool = False,
     ):
         """`access`: normalised patterns, True where they allow. `usage`: the values of Content-Usage by pattern.
 
-        `crawl_delay`: seconds between two requests.
+        `crawl_delay`: seconds between two requests. `found`: the host has such a file.
         """
+        self.found = found
         self._access = Rules(access or {})
         self._usage = Rules(usage or {})
         self.crawl_delay = crawl_delay
@@ -155,7 +157,7 @@ def parse(text: bytes, token: str) -> Robots:
                     group = rules[agent_name]
                     group[pattern] = group.get(pattern, False) or key == b"allow"
     chosen = ours if ours in rules else b"*"
-    return Robots(rules.get(chosen), usage.get(chosen), delays.get(chosen, 0.0))
+    return Robots(rules.get(chosen), usage.get(chosen), delays.get(chosen, 0.0), found=True)
 
 
 def comparable(target: str) -> str:

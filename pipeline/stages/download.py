@@ -120,7 +120,7 @@ class Download(Stage):
     tdm_reservation: bool = True
     """Obey the header `tdm-reservation: 1` (TDMRep)."""
     tdmrep_json: bool = True
-    """Obey `/.well-known/tdmrep.json` (TDMRep), which costs one request a host."""
+    """Obey `/.well-known/tdmrep.json` (TDMRep): one more request to each host that has a robots.txt."""
     host_failures: int = 10
     """Consecutive failures after which a host is skipped for a while (`host_down`); 0: never."""
     host_wait: float = 600.0

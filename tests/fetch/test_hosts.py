@@ -472,6 +472,7 @@ def usages(server: Server, urls: list[str], manners: Manners = DEFAULT) -> list[
 
 def test_tdmrep_json_is_asked_once_and_obeyed_on_every_hop() -> None:
     answers = {
+        "robots.txt": robots("User-agent: *\nAllow: /"),
         TDMREP: answer(body=json.dumps(RESERVED).encode()),
         **dict.fromkeys(("yes", "no", "free"), OK),
         "to_no": redirect("/no"),
@@ -511,7 +512,8 @@ def test_what_becomes_of_rows_when_tdmrep_json_is(name: str, monkeypatch: pytest
         monkeypatch.setattr(client_module, "ROBOTS_SECONDS", 3.0)  # enough for robots.txt
     behaviour, reason = TDMREPS[name]
     moved = answer(body=json.dumps(RESERVED).encode())
-    with serving({TDMREP: behaviour, "moved": moved, "no": OK}) as server:
+    there = robots("User-agent: *\nAllow: /")
+    with serving({"robots.txt": there, TDMREP: behaviour, "moved": moved, "no": OK}) as server:
         assert reasons(fetch_all(server, [f"{server.url}/no"] * 3)) == {reason: 3}
         assert server.hits[TDMREP] <= 2  # one more where the connection was kept and is lost
         assert server.canary_hits == 0
@@ -521,6 +523,15 @@ def test_a_robots_txt_that_forbids_tdmrep_json_is_obeyed() -> None:
     with serving({"robots.txt": robots("User-agent: *\nDisallow: /.well-known/"), "a": OK}) as server:
         assert fetch_all(server, [f"{server.url}/a"]) == [JPEG]
         assert server.hits[TDMREP] == 0
+
+
+def test_a_host_without_robots_txt_is_spared_the_request_for_tdmrep_json() -> None:
+    answers = {TDMREP: answer(body=json.dumps(RESERVED).encode()), "no": OK}
+    with serving(answers) as server:
+        assert fetch_all(server, [f"{server.url}/no"]) == [JPEG]
+        assert server.hits[TDMREP] == 0
+        # Without robots.txt to go by, the file is asked for.
+        assert reasons(fetch_all(server, [f"{server.url}/no"], Manners(robots_txt=False))) == {"opted_out": 1}
 
 
 def test_content_usage_of_header_and_robots_txt() -> None:
