@@ -22,10 +22,11 @@ import numpy as np
 import pyarrow as pa
 from fetch import measure
 
-from pipeline import crew, vectors
+from pipeline import cluster, vectors
 from pipeline.filters.semantic_dedup import SemanticDedup
 from pipeline.passes import Pass, UnitWriter, commit, new_attempt
 from pipeline.schema import DROP, SAMPLE
+from pipeline.workers import map_tasks
 
 UNIT_ROWS = 10_000
 SAMPLE_ROWS = 500
@@ -106,10 +107,10 @@ def winnow(folder: Path) -> None:
     units = -(-rows // UNIT_ROWS)
     step = SemanticDedup(vector="embedding")
     p = Pass("barrier", "k", step.label, [step], root=f"{folder}/run/barrier")
-    crew.start_ray(2)
+    cluster.start_ray(2)
     per_file = 1_000_000 // UNIT_ROWS
-    files, _ = vectors.decide(p, run_passes(folder, dimension), units, rows, per_file, crew.over)
-    crew.stop_ray()
+    files, _ = vectors.decide(p, run_passes(folder, dimension), units, rows, per_file, map_tasks)
+    cluster.stop_ray()
     dropped = np.zeros(rows, bool)
     for name in files.values():
         drops = p.store.read_table(name, ["unit", "row"])

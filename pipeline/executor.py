@@ -1,10 +1,10 @@
-"""Runs the passes of a recipe, one after the other or, where they go from unit to unit, side by side.
+"""Runs the passes of a recipe: barriers and sinks one after the other, neighbouring passes over units side by side.
 
-Nothing here holds rows: what a worker does with a unit is `passes.run_pass`, and how it gets the unit is `crew`.
+Nothing here holds rows. `passes.run_pass` is what a worker does with a unit, and `workers` is how units reach workers.
 
-What an earlier command committed is looked at before it is reused: records, tables and the sizes of all other files;
-if there is nothing left to do, every byte. What is damaged is made again where that gives the same, and is an error
-otherwise.
+Results of earlier commands are checked before they are reused: records, tables and the sizes of all other files, or
+every byte if nothing is left to do. What is damaged is made again if that gives the same result; otherwise it is an
+error.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import crew, ingest, pool, vectors
+from pipeline import ingest, pool, vectors
 from pipeline.card import About
 from pipeline.claim import Claim
 from pipeline.ledger import BooksError, Funnel, Line
-from pipeline.passes import Pass, alive, check_measured, check_unit, read_unit, unit_drops
+from pipeline.passes import Pass, check_measured, check_unit, read_unit, surviving_rows, unit_drops
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.schema import DROP, POSITION
-from pipeline.stages.write_shards import WriteShards
-from pipeline.step import Filter, VectorFilter, drops_table
+from pipeline.step import Filter, Sink, VectorFilter, drops_table
 from pipeline.storage import DamagedError, Entry, Store, sealed
+from pipeline.workers import map_tasks, run_passes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,51 +44,67 @@ GROUP_ROWS = 1_000_000
 
 @dataclass
 class Outcome:
-    """What a run came to."""
+    """The result of a run."""
 
     funnel: Funnel
     reused: list[str]
-    """The labels of the passes that were found complete, in order."""
+    """Labels of the passes that were complete already, in order."""
     mended: list[str]
-    """What was found damaged and made again: a line each."""
+    """Descriptions of what was found damaged and made again."""
     known: dict[str, tuple[int, int]]
-    """For each pass that measured anything, by its label: the rows that came, and those of them measured before."""
+    """For each `measure` pass that ran, by label: rows that reached it, and rows among them measured before."""
 
 
-def execute(
-    recipe: Recipe, passes: list[Pass], types: dict[str, pa.DataType], progress: Progress, claim: Claim
-) -> Outcome:
-    """Runs what is not done yet; afterwards every pass of the recipe is complete and the books of the run balance.
+@dataclass
+class Job:
+    """What the functions of this module need to know of a run."""
+
+    recipe: Recipe
+    passes: list[Pass]
+    types: dict[str, pa.DataType]
+    """The pool's further columns."""
+    progress: Progress
+    claim: Claim
+    units: int = 0
+    """Set when the pool is ingested."""
+
+
+def execute(job: Job) -> Outcome:
+    """Runs the passes that are not complete, and checks that the books of the run balance.
 
     DamagedError if something that was committed is lost or spoilt and cannot be made again.
     """
-    funnel = Funnel()
+    passes, funnel = job.passes, Funnel()
     reused: list[str] = []
-    mended = _mend(recipe, passes)
+    mended = _mend(job)
     known: dict[str, tuple[int, int]] = {}
-    units = _ingest(recipe, passes[0], types, progress, reused, claim)
+    if passes[0].complete() is None:
+        _ingest(job)
+    else:
+        reused.append(passes[0].label)
+    job.units = unit_total(passes)
     index = 1
     funnel.add(_funnel(passes[0]))
     while index < len(passes):
-        claim.check()
+        job.claim.check()
         p = passes[index]
-        if p.complete() is not None and (p.kind != "write" or _shards_whole(recipe, p)):
+        if p.complete() is not None and (p.kind != "write" or _written_whole(job.recipe, p)):
             reused.append(p.label)
             funnel.add(_funnel(p))
             index += 1
             continue
         if p.kind == "barrier":
-            _barrier(passes, index, units, funnel.kept, progress)
+            _barrier(job, index, funnel.kept)
             chain = [index]
         elif p.kind == "write":
-            _write(recipe, passes, index, units, progress, claim)
+            _write(job, index)
             chain = [index]
         else:
             end = index
             while end < len(passes) and passes[end].kind in ("map", "measure") and passes[end].complete() is None:
                 end += 1
             chain = list(range(index, end))
-            known |= _map(recipe, passes, chain, units, progress, claim)
+            known |= _map(job, chain)
         for i in chain:
             funnel.add(_funnel(passes[i]))
         index = chain[-1] + 1
@@ -96,11 +112,14 @@ def execute(
     return Outcome(funnel, reused, mended, known)
 
 
-def write_books(recipe: Recipe, passes: list[Pass], outcome: Outcome, claim: Claim) -> int:
-    """Writes `drops/*.parquet`, `funnel.json` and, as the last, `seal.json`; returns the rows in the drops. BooksError
-    if rows are missing."""
-    store, units = Store(recipe.run), unit_total(passes)
-    group = _units_per_group(recipe)
+def write_books(job: Job, outcome: Outcome) -> int:
+    """Writes `drops/*.parquet`, `funnel.json` and, last, `seal.json`; returns the number of rows in the drops.
+
+    BooksError if rows are missing.
+    """
+    recipe, passes, units, claim = job.recipe, job.passes, job.units, job.claim
+    store = Store(recipe.run)
+    group = max(1, GROUP_ROWS // recipe.unit_rows)
     groups = list(range(-(-units // group)))
 
     def export(numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -108,7 +127,7 @@ def write_books(recipe: Recipe, passes: list[Pass], outcome: Outcome, claim: Cla
             claim.check()
             yield _export_drops(store, passes, number, range(number * group, min(units, (number + 1) * group)))
 
-    exported = list(crew.over(groups, export))
+    exported = list(map_tasks(groups, export))
     rows = sum(record["rows"] for record in exported)
     claim.check()
     keep = {f"{number:05d}.parquet" for number in groups}
@@ -121,8 +140,10 @@ def write_books(recipe: Recipe, passes: list[Pass], outcome: Outcome, claim: Cla
     books = {"name": recipe.name, "rows_in": funnel.rows_in, "kept": funnel.kept, "steps": funnel.to_json()}
     files = [store.write("funnel.json", json.dumps(books, indent=1).encode()), store.entry("run.json")]
     files += sorted((record["entry"] for record in exported), key=lambda entry: str(entry["name"]))
-    shards = passes[-1].kind == "write"
-    files += [store.entry(f"shards/{name}") for name in (("OWNER", "manifest.json") if shards else ())]
+    if passes[-1].kind == "write" and (complete := passes[-1].complete()) is not None:
+        folder = complete["folder"]
+        files += [store.entry(f"{folder}/OWNER")]
+        files += [{**entry, "name": f"{folder}/{entry['name']}"} for entry in complete["documents"]]
     within = f"{recipe.run}/"
     completes = [{"pass": p.root.removeprefix(within), **p.store.entry(p.complete_name)} for p in passes]
     for part in store.parts():
@@ -152,11 +173,12 @@ def _empty_funnel(p: Pass) -> Funnel:
 # --- What earlier commands have left ---------------------------------------------------------------------------------
 
 
-def _mend(recipe: Recipe, passes: list[Pass]) -> list[str]:
-    """Looks at all that is committed, and takes back what is damaged, so that it is made again.
+def _mend(job: Job) -> list[str]:
+    """Checks everything that is committed, and removes the records of what is damaged, so that it is made again.
 
     DamagedError, and nothing is taken back, if any of it would not come out the same a second time.
     """
+    passes = job.passes
     complete = [p.complete() for p in passes]
     done = all(complete)
     if complete[0] is None:
@@ -188,7 +210,7 @@ def _mend(recipe: Recipe, passes: list[Pass]) -> list[str]:
                 except DamagedError as error:
                     yield {"pass": i, "unit": unit, "error": str(error)}
 
-    found = list(crew.over(work, look))
+    found = list(map_tasks(work, look))
     for i, record in enumerate(complete):
         if record is not None and passes[i].kind == "barrier":
             try:
@@ -196,7 +218,7 @@ def _mend(recipe: Recipe, passes: list[Pass]) -> list[str]:
                     passes[i].store.check(entry)
             except DamagedError as error:
                 found.append({"pass": i, "unit": None, "error": str(error)})
-    own = f"{Store(recipe.run).root}/"
+    own = f"{Store(job.recipe.run).root}/"
     if final := [d for d in found if not (passes[d["pass"]].repeatable and passes[d["pass"]].root.startswith(own))]:
         for damage in final:
             if not passes[damage["pass"]].root.startswith(own):
@@ -212,12 +234,9 @@ def _mend(recipe: Recipe, passes: list[Pass]) -> list[str]:
 # --- The pool ---------------------------------------------------------------------------------------------------------
 
 
-def _ingest(
-    recipe: Recipe, p: Pass, types: dict[str, pa.DataType], progress: Progress, reused: list[str], claim: Claim
-) -> int:
-    if p.complete() is not None:
-        reused.append(p.label)
-        return unit_total([p])
+def _ingest(job: Job) -> None:
+    """Cuts the pool into units: scatters its files by partition, then gathers each partition."""
+    recipe, types, claim, p = job.recipe, job.types, job.claim, job.passes[0]
     ingest.mend(p)
     spec, splits = recipe.pool, pool.splits(recipe.pool)
     plan = p.store.read_record("plan.json")
@@ -228,7 +247,7 @@ def _ingest(
             for i, split in batch:
                 yield {"split": i, "rows": pool.count(spec, split)}
 
-        for record in crew.over([(i, s) for i, s in enumerate(splits) if s.rows is None], count):
+        for record in map_tasks([(i, s) for i, s in enumerate(splits) if s.rows is None], count):
             sizes[record["split"]] = record["rows"]
         rows = sum(sizes)
         size = pool.size(spec)
@@ -237,7 +256,7 @@ def _ingest(
         plan = {"rows": rows, "units": units, "parts": parts, "pieces": ingest.pieces(sizes)}
         p.store.write("plan.json", sealed(plan))
     units, parts, starts = plan["units"], plan["parts"], plan["pieces"]
-    progress.begin([(p.label, plan["rows"])], units)
+    job.progress.begin([(p.label, plan["rows"])], units)
 
     def scatter(batch: Sequence[tuple[int, int, list[pool.Split]]]) -> Iterator[dict[str, Any]]:
         for piece, first, some in batch:
@@ -254,42 +273,42 @@ def _ingest(
         (i, first, splits[first:last]) for i, (first, last) in enumerate(itertools.pairwise([*starts, len(splits)]))
     ]
     started = time.perf_counter()
-    for _ in crew.over(pieces, scatter):
+    for _ in map_tasks(pieces, scatter):
         claim.check()
     funnel, entries = _empty_funnel(p), []
-    for record in crew.over(range(parts), gather):
+    for record in map_tasks(range(parts), gather):
         claim.check()
         entries += [record["table"], record["heavy"]]
         unit_funnel = Funnel.from_json(record["funnel"])
         funnel.add(unit_funnel)
-        progress.add(p.label, record["rows_in"], record["kept"], unit_funnel.lines[p.label].dropped, units=1)
+        job.progress.add(p.label, record["rows_in"], record["kept"], unit_funnel.lines[p.label].dropped, units=1)
     if funnel.rows_in != plan["rows"]:
         raise BooksError(f"the pool has {plan['rows']:,} rows, but its units hold {funnel.rows_in:,}")
     funnel.lines[p.label].seconds = time.perf_counter() - started
     p.sweep(entries)
     p.finish(funnel, units=units)
-    return units
 
 
 # --- Passes over units ------------------------------------------------------------------------------------------------
 
 
-def _map(
-    recipe: Recipe, passes: list[Pass], chain: list[int], units: int, progress: Progress, claim: Claim
-) -> dict[str, tuple[int, int]]:
-    """Streams all units through neighbouring passes: while one downloads, the one before it is scored. Returns the rows
-    that came to each pass that measures, and how many of them had been measured before."""
+def _map(job: Job, chain: list[int]) -> dict[str, tuple[int, int]]:
+    """Streams all units through neighbouring passes: one unit is downloaded while another is scored.
+
+    Returns `Outcome.known` for these passes.
+    """
+    passes, units = job.passes, job.units
     rows = _funnel(passes[chain[0] - 1]).kept
-    progress.begin([(passes[i].label, rows if i == chain[0] else None) for i in chain], units)
+    job.progress.begin([(passes[i].label, rows if i == chain[0] else None) for i in chain], units)
     funnels = {i: _empty_funnel(passes[i]) for i in chain}
     entries: dict[int, list[Entry]] = {i: [] for i in chain}
     known: Counter[int] = Counter()
     parts: dict[int, dict[str, int]] = {i: {} for i in chain}
-    """Units that have another number of records than one."""
-    for i, advance in crew.stream(passes, chain, units, recipe.workers):
-        claim.check()
-        progress.add(passes[i].label, advance.rows, advance.kept, advance.reasons, units=len(advance.records))
-        for record in advance.records:
+    """Numbers of records of the units that have more or fewer than one."""
+    for i, report in run_passes(passes, chain, units, job.recipe.workers):
+        job.claim.check()
+        job.progress.add(passes[i].label, report.rows, report.kept, report.reasons, units=len(report.records))
+        for record in report.records:
             funnels[i].add(Funnel.from_json(record["funnel"]))
             entries[i] += record["entries"]
             known[i] += record["known"]
@@ -306,30 +325,26 @@ def _map(
 # --- Barriers ---------------------------------------------------------------------------------------------------------
 
 
-def _units_per_group(recipe: Recipe) -> int:
-    return max(1, GROUP_ROWS // recipe.unit_rows)
-
-
-def _barrier(passes: list[Pass], index: int, units: int, rows: int, progress: Progress) -> None:
-    """Lets a whole-run filter decide on the column tables of all units, as a Dask graph that Ray computes."""
+def _barrier(job: Job, index: int, rows: int) -> None:
+    """Runs a whole-run filter over columns of all units, as a Dask graph that Ray computes."""
     import dask
     import dask.dataframe as dd
     import pandas as pd
     from ray.util.dask import ray_dask_get
 
-    p, before = passes[index], passes[:index]
+    p, before, units = job.passes[index], job.passes[:index], job.units
     step = p.steps[0]
     assert isinstance(step, Filter)
-    progress.begin([(p.label, rows)])
+    job.progress.begin([(p.label, rows)])
     if not rows:
         p.finish(_empty_funnel(p), files={}, units_per_file=units)
         return
     started = time.perf_counter()
     per_file = max(1, GROUP_ROWS * units // rows)
     if isinstance(step, VectorFilter):
-        files, reasons = vectors.decide(p, before, units, rows, per_file, crew.over)
+        files, reasons = vectors.decide(p, before, units, rows, per_file, map_tasks)
         line = Line(rows, dict(sorted(reasons.items())), time.perf_counter() - started)
-        progress.add(p.label, rows, line.kept, line.dropped)
+        job.progress.add(p.label, rows, line.kept, line.dropped)
         p.sweep(files.values())
         p.finish(Funnel({p.label: line}), files=files, units_per_file=per_file)
         return
@@ -372,13 +387,13 @@ def _barrier(passes: list[Pass], index: int, units: int, rows: int, progress: Pr
             line.dropped[reason] = line.dropped.get(reason, 0) + n
     line.seconds = time.perf_counter() - started
     files = {str(number): json.loads(entry) for number, entry in zip(written["file"], written["entry"])}
-    progress.add(p.label, rows, line.kept, line.dropped)
+    job.progress.add(p.label, rows, line.kept, line.dropped)
     p.sweep(files.values())
     p.finish(Funnel({p.label: line}), files=files, units_per_file=per_file)
 
 
 def _to_pandas(table: pa.Table) -> pd.DataFrame:
-    """With types that hold nulls: a null among 64-bit hashes must not turn them all into floats."""
+    """Converts with types that hold nulls, so that a null among 64-bit hashes does not turn them into floats."""
     import pandas as pd
 
     def dtype(of: pa.DataType) -> Any:
@@ -389,28 +404,35 @@ def _to_pandas(table: pa.Table) -> pd.DataFrame:
     return table.to_pandas(types_mapper=dtype)
 
 
-# --- Shards -----------------------------------------------------------------------------------------------------------
+# --- What is written --------------------------------------------------------------------------------------------------
 
 
-def _owns_shards(recipe: Recipe, p: Pass) -> bool:
-    return Store(recipe.run).read_if_there("shards/OWNER") == p.key.encode()
+def _sink(p: Pass) -> Sink:
+    (step,) = p.steps
+    assert isinstance(step, Sink)
+    return step
 
 
-def _shards_whole(recipe: Recipe, p: Pass) -> bool:
-    """Whether the shards are those of this pass, every byte of them, and nothing else is among them."""
-    store, complete = Store(recipe.run).folder("shards"), p.complete()
-    if complete is None or not _owns_shards(recipe, p):
+def _owns_folder(recipe: Recipe, p: Pass) -> bool:
+    return Store(recipe.run).read_if_there(f"{_sink(p).folder}/OWNER") == p.key.encode()
+
+
+def _written_whole(recipe: Recipe, p: Pass) -> bool:
+    """Whether the sink's folder holds exactly what this pass wrote, compared byte for byte."""
+    folder, complete = Store(recipe.run).folder(_sink(p).folder), p.complete()
+    if complete is None or not _owns_folder(recipe, p):
         return False
     try:
-        manifest = json.loads(store.read_entry(complete["manifest"]))
         for entry in complete["files"].values():
             p.store.check(entry)
+        records = [p.record(part) for part in range(complete["parts"])]
     except DamagedError:
         return False
-    entries = [*manifest["shards"], *({"name": name, **entry} for name, entry in manifest["files"].items())]
-    if set(store.names()) - {"_SUCCESS"} != {"OWNER", "manifest.json", *(entry["name"] for entry in entries)}:
+    entries = [*complete["documents"], *(entry for record in records if record for entry in record["files"])]
+    if None in records or set(folder.names()) - {"_SUCCESS"} != {"OWNER", *(entry["name"] for entry in entries)}:
         return False
-    return all(record["whole"] for record in crew.over(entries, lambda some: ({"whole": _whole(store, some)},), 16))
+    whole = map_tasks(entries, lambda some: ({"whole": _whole(folder, some)},), at_once=16)
+    return all(record["whole"] for record in whole)
 
 
 def _whole(store: Store, entries: Iterable[Entry]) -> bool:
@@ -422,64 +444,64 @@ def _whole(store: Store, entries: Iterable[Entry]) -> bool:
     return True
 
 
-def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress: Progress, claim: Claim) -> None:
-    """Writes the shards: each is a range of the run's rows in the order of units, whoever writes it and when."""
-    p, before = passes[index], passes[:index]
-    step = p.steps[0]
-    assert isinstance(step, WriteShards)
-    store = Store(recipe.run)
-    if not _owns_shards(recipe, p):
-        # Shards of an earlier variant of the recipe stand here: they are no longer whole from this moment on.
-        store.remove("shards/_SUCCESS")
+def _write(job: Job, index: int) -> None:
+    """Runs a sink. Each part is a fixed range of the run's rows in the order of units, whichever worker writes it."""
+    recipe, claim, units = job.recipe, job.claim, job.units
+    p, before = job.passes[index], job.passes[:index]
+    step, store = _sink(p), Store(recipe.run)
+    folder = store.folder(step.folder)
+    if not _owns_folder(recipe, p):
+        # The folder holds the output of an earlier variant of the recipe, which is incomplete from now on.
+        folder.remove("_SUCCESS")
         store.remove("seal.json")
         for name in p.store.names("commits"):
             p.store.remove(f"commits/{name}")
-        store.write("shards/OWNER", p.key.encode())
+        folder.write("OWNER", p.key.encode())
     p.forget()
 
     def count(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
         for unit in batch:
-            yield {"unit": unit, "rows": len(alive(before, unit))}
+            yield {"unit": unit, "rows": len(surviving_rows(before, unit))}
 
     sizes = np.zeros(units, np.int64)
-    for record in crew.over(range(units), count, at_once=64):
+    for record in map_tasks(range(units), count, at_once=64):
         sizes[record["unit"]] = record["rows"]
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if units else 0
-    n = step.samples_per_shard
-    shards = total // n if step.drop_last else -(-total // n)
-    progress.begin([(p.label, total)])
+    bounds = step.plan(total)
+    job.progress.begin([(p.label, total)])
     types = {k: v for q in before for k, v in q.adds.items()}
 
     def write(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
-        folder = store.folder("shards")
-        for shard in batch:
+        for part in batch:
             claim.check()
             with contextlib.suppress(DamagedError):
-                record = p.record(shard)
-                if record is not None and _whole(folder, [record["shard"], *record["shard"]["files"]]):
-                    yield record["shard"]
+                record = p.record(part)
+                if record is not None and _whole(folder, record["files"]):
+                    yield record
                     continue
-            rows = _rows_of(before, ends, shard * n, min(total, (shard + 1) * n), list(types))
-            written = step.write(folder, shard, rows, types)
-            p.forget(shard)
-            p.commit(shard, {"shard": written})
-            yield written
+            rows = _rows_of(before, ends, bounds[part], bounds[part + 1], list(types))
+            written = step.write(folder, part, rows, types)
+            p.forget(part)
+            p.commit(part, written)
+            yield {**written, "unit": part}
 
     started = time.perf_counter()
     records: list[dict[str, Any]] = []
-    for record in crew.over(range(shards), write):
+    for record in map_tasks(range(len(bounds) - 1), write):
         claim.check()
         records.append(record)
-        progress.add(p.label, record["samples"], record["samples"], {})
-    kept = sum(record["samples"] for record in records)
+        job.progress.add(p.label, record["rows"], record["rows"], {})
+    kept = sum(record["rows"] for record in records)
+    if kept != bounds[-1]:
+        raise BooksError(f"{p.label} wrote {kept:,} of {bounds[-1]:,} rows")
     files, tail = {}, total - kept
     if tail:
         left = pa.concat_tables(_rows_of(before, ends, kept, total, []))
         name = f"drops/{secrets.token_hex(4)}.parquet"
-        files = {"0": p.store.write_table(name, drops_table(left, p.label, "last_shard_short"))}
-    line = Line(total, {"last_shard_short": tail} if tail else {}, time.perf_counter() - started)
-    records.sort(key=lambda record: record["name"])
+        files = {"0": p.store.write_table(name, drops_table(left, p.label, step.leftover))}
+    line = Line(total, {step.leftover: tail} if tail else {}, time.perf_counter() - started)
+    records.sort(key=lambda record: int(record["unit"]))
     books = Funnel()
     for lines in (*map(_funnel, before), Funnel({p.label: line})):
         books.add(lines)
@@ -488,28 +510,34 @@ def _write(recipe: Recipe, passes: list[Pass], index: int, units: int, progress:
 
     def finish(_: Sequence[int]) -> Iterator[dict[str, Any]]:
         claim.check()
-        yield step.finish(store.folder("shards"), about, records)
+        documents = step.finish(folder, about, records)
+        named = {"OWNER", *(e["name"] for e in documents), *(e["name"] for r in records for e in r["files"])}
+        for name in folder.names():
+            if name not in named:
+                folder.remove(name)
+        yield {"documents": documents}
 
-    (manifest,) = crew.over([0], finish)  # not here: it holds the uids of all samples
+    (end,) = map_tasks([0], finish)  # not on the driver: it may hold the uids of all samples
     p.sweep(files.values())
-    p.finish(Funnel({p.label: line}), files=files, units_per_file=max(1, units), manifest=manifest, shards=shards)
+    funnel = Funnel({p.label: line})
+    p.finish(funnel, files=files, units_per_file=max(1, units), folder=step.folder, parts=len(records), **end)
 
 
 def _rows_of(before: Sequence[Pass], ends: np.ndarray, low: int, high: int, columns: list[str]) -> Iterator[pa.Table]:
-    """The living rows low … high−1 of the run, in the order of units."""
+    """The surviving rows low … high − 1 of the run, in the order of units."""
     unit = int(np.searchsorted(ends, low, side="right"))
     while low < high:
         start = int(ends[unit - 1]) if unit else 0
         take = min(high, int(ends[unit])) - low
         if take:
-            rows = alive(before, unit)[low - start : low - start + take]
+            rows = surviving_rows(before, unit)[low - start : low - start + take]
             yield from read_unit(before, unit, columns, rows)
         low += take
         unit += 1
 
 
 def _export_drops(store: Store, passes: list[Pass], number: int, units: range) -> dict[str, Any]:
-    """Joins the drops of a group of units with their urls and captions into one file for people and tools."""
+    """Writes the drops of a group of units, with uid, url and caption, into one file for people and tools."""
     types = {"uid": pa.string(), "url": pa.string(), "caption": pa.string()}
     said = [name for name in DROP.names if name not in POSITION.names]
     schema = pa.schema([*types.items(), *(DROP.field(name) for name in said)])

@@ -1,15 +1,15 @@
 """Passes over units: what is stored of each, and how one is run. No Ray here: this is what a worker does.
 
-A pass over a unit leaves one table, and its pixels and vectors (`.arrow`) if it adds any, under names that no other
-attempt uses. The table (`.parquet`) has a line for each row that came in: `row`, the light columns that the pass added,
-and, for a row that it dropped, which step did so and why (`drop_step, drop_reason, …`). Then one record, created
-exclusively, makes them count. A unit's present state is folded from the records of the passes before: nothing is
-copied from pass to pass.
+A pass writes for each unit one table and, if it adds pixels or vectors, one `.arrow` file, under names that no other
+attempt uses. The table (`.parquet`) has a line for each row that came in: `row`, the light columns that the pass added
+and, for a dropped row, the step and reason (`drop_step, drop_reason, …`). Then it creates one record exclusively, which
+makes the files count. The state of a unit is folded from the records of all passes so far; nothing is copied from pass
+to pass.
 
-What an expensive step measured belongs to its rows, whatever filters stand above it. Such a step is a pass of its own
-(`measure`), stored under a key of what determines its values alone. A unit of it may have several records, each for
-other rows: when a filter above lets more rows through, only those that were never measured are, and they are one more
-record. So is what another run has measured of the same pool (`lenders`).
+The results of an expensive step belong to rows, not to the filters above it. Such a step is a pass of its own
+(`measure`), stored under a key of what determines its values alone. A unit may have several records there, each for
+other rows: when a filter above lets more rows through, only those never measured are measured, as a further record.
+Results that another run has of the same pool count too (`lenders`).
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ import pyarrow.compute as pc
 from pipeline.ledger import Funnel
 from pipeline.recipe import Recipe, identity
 from pipeline.schema import DROP, POSITION, SAMPLE, is_heavy
-from pipeline.step import Filter, Stage, Step, apply, drops_table, split_marked
+from pipeline.step import Filter, Sink, Stage, Step, apply, drops_table, split_marked
 from pipeline.storage import DamagedError, Entry, Output, Store, is_part, sealed
 
 HEAVY_ROWS = 256
-"""Rows with pixels that are in hand at a time."""
+"""Rows whose pixels are in memory at a time."""
 
 PART_BITS = 32
-"""Of a place in the pixels and vectors of a unit: bits of the place in a file; those above number the file."""
+"""`heavy_at` locates the pixels and vectors of a row: the lower PART_BITS bits are the place in a file, those above
+the number of the file."""
 
 File = tuple[Store, "Entry | None"]
 
 FATE = [pa.field(f"drop_{f.name}", f.type) for f in DROP if f.name not in POSITION.names]
-"""What the table of a unit says of a dropped row; nulls for the others."""
+"""Columns of a unit's table that describe a dropped row; null for kept rows."""
 
 Kind = Literal["pool", "map", "measure", "barrier", "write"]
 
@@ -56,14 +57,14 @@ class Pass:
 
     kind: Kind
     key: str
-    """A hash of all that determines what is stored: the pool, and every step up to the last of this pass; for a
-    `measure` pass, of the step and what its columns came from."""
+    """Hash of everything that determines what is stored: the pool, and every step up to the last of this pass. For a
+    `measure` pass: the step, and what determines the columns that it reads."""
     label: str
     steps: list[Step] = field(default_factory=list)
     adds: dict[str, pa.DataType] = field(default_factory=dict)
     root: str = ""
     chain: str = ""
-    """For a `measure` pass, the hash of every step so far: it decides which rows must have been measured."""
+    """For a `measure` pass, the hash of all steps so far, which decide which rows must be measured."""
     lenders: list[str] = field(default_factory=list)
     """For a `measure` pass, the folders of the same pass in other runs of the same pool."""
 
@@ -77,12 +78,13 @@ class Pass:
 
     @property
     def repeatable(self) -> bool:
-        """Whether the pass gives the same results again from the same inputs."""
+        """Whether the pass gives the same results if it is run again."""
         return all(step.repeatable for step in self.steps)
 
     def record(self, unit: int, part: int | None = None) -> dict[str, Any] | None:
-        """What was committed of a unit (of a pass that writes: of a shard; of one that measures: of a part of a unit),
-        or None. DamagedError if the record was changed.
+        """The record of a unit, or None. In a `write` pass: of a sink's part. In a `measure` pass: of one `part`.
+
+        DamagedError if the record was changed.
         """
         name = record_name(unit, part)
         record = self.store.read_record(name)
@@ -91,7 +93,7 @@ class Pass:
         return record
 
     def parts(self, unit: int) -> list[dict[str, Any]]:
-        """Of a pass that measures: the records of a unit, in the order in which they were committed."""
+        """The records of a unit in a `measure` pass, in the order in which they were committed."""
         found: list[dict[str, Any]] = []
         while (record := self.record(unit, len(found))) is not None:
             found.append(record)
@@ -102,8 +104,10 @@ class Pass:
         return f"complete-{self.chain}.json" if self.chain else "complete.json"
 
     def complete(self) -> dict[str, Any] | None:
-        """The record of the whole pass, written when every unit of it was committed; None before, or if it is damaged:
-        all that it says can be found again."""
+        """The record of the whole pass, written when all its units are committed.
+
+        None before, or if it is damaged: everything in it can be recomputed.
+        """
         with contextlib.suppress(DamagedError):
             record = self.store.read_record(self.complete_name)
             if record is not None and record["pass"] == (self.chain or self.key):
@@ -111,7 +115,7 @@ class Pass:
         return None
 
     def commit(self, unit: int, record: dict[str, Any]) -> bool:
-        """Creates the record of a unit; False: there is one already, which counts."""
+        """Creates the record of a unit. False if there is one already, which then counts."""
         name = record_name(unit, record.get("part"))
         return self.store.create(name, sealed({"pass": self.key, "unit": unit, **record}))
 
@@ -121,7 +125,7 @@ class Pass:
         self.store.write(self.complete_name, sealed({**record, "funnel": funnel.to_json()}))
 
     def forget(self, unit: int | None = None) -> None:
-        """Takes back what was committed of a unit, and that the pass is complete."""
+        """Removes the record of a unit, and the record that the pass is complete."""
         self.store.remove(self.complete_name)
         if unit is not None:
             names = self.store.names("commits") if self.kind == "measure" else []
@@ -129,7 +133,7 @@ class Pass:
                 self.store.remove(f"commits/{name}")
 
     def sweep(self, entries: Iterable[Entry | None]) -> None:
-        """Removes all files but records and those named by `entries`: what failed or killed attempts have left."""
+        """Removes what failed or killed attempts left: all files except records and those that `entries` name."""
         keep = {entry["name"] for entry in entries if entry is not None}
         keep |= {name for name in self.store.names() if name.startswith("complete") and not is_part(name)}
         for folder in ("", "units", "drops", "attempts", "spool", "commits"):
@@ -166,7 +170,7 @@ def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.Da
 
     for step in recipe.steps:
         scope = step.scope if isinstance(step, Filter) else "row"
-        alone: Kind | None = "barrier" if scope == "run" else "write" if step.name() == "write_shards" else None
+        alone: Kind | None = "barrier" if scope == "run" else "write" if isinstance(step, Sink) else None
         alone = "measure" if step.commits else alone
         regroups = any(isinstance(s, Stage) and type(s).stream is not Stage.stream for s in steps)
         wants_units = any(isinstance(s, Filter) and s.scope == "unit" for s in steps)
@@ -187,7 +191,7 @@ def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.Da
 
 
 def source_columns(p: Pass) -> list[str]:
-    """The columns that the steps of a pass take from the passes before it."""
+    """The columns that the steps of a pass need from the passes before it."""
     added: set[str] = set()
     wanted = dict.fromkeys(SAMPLE.names)
     for step in p.steps:
@@ -196,15 +200,15 @@ def source_columns(p: Pass) -> list[str]:
     return list(wanted)
 
 
-def alive(before: Sequence[Pass], unit: int) -> np.ndarray:
-    """The rows of a unit (int32, ascending) that the passes so far have kept."""
+def surviving_rows(before: Sequence[Pass], unit: int) -> np.ndarray:
+    """The rows of a unit that the passes so far have kept: int32, ascending."""
     earlier, last = before[:-1], before[-1]
     if last.kind == "barrier":
-        return np.setdiff1d(alive(earlier, unit), barrier_drops(last, unit)["row"].to_numpy()).astype(np.int32)
+        return np.setdiff1d(surviving_rows(earlier, unit), barrier_drops(last, unit)["row"].to_numpy()).astype(np.int32)
     if last.kind == "measure":
-        table = _of_rows(last, unit, ["drop_reason"], alive(earlier, unit))
+        table = _of_rows(last, unit, ["drop_reason"], surviving_rows(earlier, unit))
     else:
-        # A pass over units tells of every row that came: it speaks for those before it.
+        # Its table has every row that reached it, so the passes before it need not be read.
         table = _table(last, _must(last, unit), ["row", "drop_reason"])
     return table["row"].to_numpy()[pc.is_null(table["drop_reason"]).to_numpy()]
 
@@ -212,12 +216,12 @@ def alive(before: Sequence[Pass], unit: int) -> np.ndarray:
 def read_unit(
     before: Sequence[Pass], unit: int, columns: Iterable[str], rows: np.ndarray | None = None
 ) -> Iterator[pa.Table]:
-    """The state of a unit: `unit, row` and `columns` of its living rows (or of `rows`), in the order of `row`.
+    """Yields `unit, row` and `columns` of a unit's surviving rows, or of `rows`, in the order of `row`.
 
-    One table, or tables of HEAVY_ROWS rows where pixels or vectors are asked for.
+    One table; with pixels or vectors among the columns, tables of HEAVY_ROWS rows.
     """
     if rows is None:
-        rows = alive(before, unit)
+        rows = surviving_rows(before, unit)
     light: dict[str, pa.ChunkedArray] = {}
     heavy: list[tuple[_Heavy, list[str], np.ndarray]] = []
     wanted = [c for c in columns if c not in POSITION.names]
@@ -253,7 +257,7 @@ def read_unit(
 
 
 def barrier_drops(p: Pass, unit: int) -> pa.Table:
-    """What a barrier dropped of a unit: `row, step, reason, detail`."""
+    """The drops of a barrier or sink in one unit: the columns of `schema.DROP` without `unit`."""
     complete = p.complete()
     if complete is None:
         raise FileNotFoundError(f"{p.root}: the barrier is not complete")
@@ -274,11 +278,11 @@ def _barrier_file(root: str, **entry: Any) -> pa.Table:
 
 
 def unit_drops(passes: Sequence[Pass], unit: int) -> pa.Table:
-    """The drops of the last of these passes over one unit, whatever its kind: `row, step, reason, detail`."""
+    """The drops of the last of these passes in one unit: the columns of `schema.DROP` without `unit`."""
     p = passes[-1]
     if p.kind in ("barrier", "write"):
         return barrier_drops(p, unit)
-    return _drops(p, unit, alive(passes[:-1], unit) if p.kind == "measure" else None)
+    return _drops(p, unit, surviving_rows(passes[:-1], unit) if p.kind == "measure" else None)
 
 
 def _drops(p: Pass, unit: int, rows: np.ndarray | None) -> pa.Table:
@@ -295,16 +299,18 @@ def _drops(p: Pass, unit: int, rows: np.ndarray | None) -> pa.Table:
 
 
 def missing_rows(passes: Sequence[Pass], unit: int, rows: np.ndarray | None = None) -> np.ndarray:
-    """Of the rows of a unit that reach the last of these passes, or of `rows`, those that it still has to look at."""
-    rows = alive(passes[:-1], unit) if rows is None else rows
+    """The rows that the last of these passes still has to process, among those that reach it or among `rows`."""
+    rows = surviving_rows(passes[:-1], unit) if rows is None else rows
     if passes[-1].kind != "measure":
         return rows
     return np.setdiff1d(rows, _measured(passes[-1], unit, [])[0]["row"].to_numpy()).astype(np.int32)
 
 
 def committed(passes: Sequence[Pass], unit: int) -> dict[str, Any] | None:
-    """The account of a unit that the last of these passes is done with, None if it is not: `unit, rows_in, kept,
-    funnel, measured` (rows that this took no work for) and the entries of all files that are stored of it."""
+    """The record of a unit if the last of these passes is done with it, else None.
+
+    `entries` lists all files stored for the unit, and `known` counts the rows measured before.
+    """
     p = passes[-1]
     if p.kind == "measure":
         return None if len(missing_rows(passes, unit)) else _account(passes, unit, 0, {})
@@ -313,8 +319,8 @@ def committed(passes: Sequence[Pass], unit: int) -> dict[str, Any] | None:
 
 
 def _account(passes: Sequence[Pass], unit: int, new: int, seconds: dict[str, float]) -> dict[str, Any]:
-    """What a pass that measures has to tell of a unit, whenever its rows were measured; `new` of them just now."""
-    p, rows = passes[-1], alive(passes[:-1], unit)
+    """The record of a unit in a `measure` pass over all rows that reach it, `new` of which were measured just now."""
+    p, rows = passes[-1], surviving_rows(passes[:-1], unit)
     drops = _drops(p, unit, rows)
     drops = drops.append_column("unit", pa.array(np.full(len(drops), unit, np.int32)))
     parts = p.parts(unit)
@@ -334,8 +340,10 @@ def _entries(records: Iterable[dict[str, Any]]) -> list[Entry]:
 
 
 def check_unit(p: Pass, unit: int, digest: bool) -> None:
-    """DamagedError unless a committed unit is as its record says; its pixels and vectors by size, with `digest` byte
-    for byte."""
+    """Raises DamagedError unless a committed unit is as its records say.
+
+    Pixels and vectors are compared by size, with `digest` byte for byte.
+    """
     records = p.parts(unit) if p.kind == "measure" else [_must(p, unit)]
     for record in records:
         _table(p, record, [])
@@ -345,8 +353,11 @@ def check_unit(p: Pass, unit: int, digest: bool) -> None:
 
 
 def check_measured(passes: Sequence[Pass], index: int, unit: int, digest: bool, whole: bool) -> None:
-    """As `check_unit`, of a pass that measures. DamagedError too if rows were measured there once and are no longer:
-    those that have reached it, if it was `whole`; and those from whose results a later pass has measured something."""
+    """Does what `check_unit` does for a `measure` pass, and raises DamagedError if measurements are gone.
+
+    They must be there for all rows that reach the pass, if it was complete (`whole`), and for all rows from whose
+    results a later pass has measured something.
+    """
     p = passes[index]
     check_unit(p, unit, digest)
     lost = missing_rows(passes[: index + 1], unit) if whole else np.empty(0, np.int32)
@@ -362,26 +373,27 @@ def check_measured(passes: Sequence[Pass], index: int, unit: int, digest: bool, 
 
 
 @dataclass
-class Advance:
-    """How far a pass has come since the last such account."""
+class UnitReport:
+    """Progress of a pass since its last report."""
 
     rows: int = 0
-    """Rows that it is done with, those that it kept among them."""
+    """Rows processed."""
     kept: int = 0
+    """Rows kept among them."""
     reasons: Counter[str] = field(default_factory=Counter)
-    """Of the others, so many by reason."""
+    """Rows dropped among them, by reason."""
     records: list[dict[str, Any]] = field(default_factory=list)
-    """Of the units that were committed."""
+    """Records of the units that were committed."""
 
     @classmethod
-    def of(cls, record: dict[str, Any]) -> Advance:
-        """A whole unit."""
-        advance = cls(record["rows_in"], record["kept"], records=[record])
+    def of(cls, record: dict[str, Any]) -> UnitReport:
+        """The report of a whole unit."""
+        report = cls(record["rows_in"], record["kept"], records=[record])
         for line in Funnel.from_json(record["funnel"]).lines.values():
-            advance.reasons.update(line.dropped)
-        return advance
+            report.reasons.update(line.dropped)
+        return report
 
-    def __iadd__(self, other: Advance) -> Advance:
+    def __iadd__(self, other: UnitReport) -> UnitReport:
         self.rows += other.rows
         self.kept += other.kept
         self.reasons.update(other.reasons)
@@ -396,16 +408,16 @@ def run_pass(
     rows: np.ndarray | None = None,
     crashers: np.ndarray | None = None,
     commit: bool = True,
-) -> Iterator[Advance]:
-    """Runs a pass over units as one stream of batches and commits each unit as its last row comes out.
+) -> Iterator[UnitReport]:
+    """Runs a pass over units as one stream of batches, and commits each unit when its last row comes out.
 
-    Steps see rows of the next unit while stragglers of this one are still under way. `rows` restricts a single unit to
-    some of its rows and `crashers` are dropped without being touched: see `pipeline.isolation`.
+    Steps see rows of the next unit while the last rows of this one are in progress. `rows` restricts a single unit to
+    some of its rows, and `crashers` are dropped without being processed: see `pipeline.isolation`.
     """
     p, before = passes[index], passes[:index]
     columns = source_columns(p)
     writers: dict[int, UnitWriter] = {}
-    advance = Advance()
+    report = UnitReport()
     clock = dict.fromkeys(["", *p.labels], 0.0)
 
     def source() -> Iterator[pa.Table]:
@@ -415,7 +427,7 @@ def run_pass(
             writers[unit] = UnitWriter(p, unit, living, part)
             if crashers is not None:
                 dead = pa.table({"unit": np.full(len(crashers), unit, np.int32), "row": crashers.astype(np.int32)})
-                # The last step of a pass is the one that handles the bytes.
+                # The last step of a pass is the one that decodes.
                 writers[unit].drop(drops_table(dead, p.labels[-1], "decoder_crash"))
                 living = np.setdiff1d(living, crashers)
             for batch in read_unit(before, unit, columns, living):
@@ -426,8 +438,8 @@ def run_pass(
         if len(drops):
             for unit in drops["unit"].unique().to_pylist():
                 writers[unit].drop(drops.filter(pc.equal(drops["unit"], unit)))
-            advance.rows += len(drops)
-            advance.reasons.update(drops["reason"].to_pylist())
+            report.rows += len(drops)
+            report.reasons.update(drops["reason"].to_pylist())
 
     stream: Iterator[pa.Table] = _timed(source(), clock, "")
     for step in p.steps:
@@ -442,10 +454,10 @@ def run_pass(
             elif p.kind == "measure":
                 writer.commit(seconds)
                 account = _account(passes[: index + 1], unit, writer.rows_in, seconds)
-                whole = Advance.of(account)
-                advance.rows += whole.rows - writer.rows_in
-                advance.kept += whole.kept - writer.kept
-                advance.reasons.update(whole.reasons - writer.reasons)
+                whole = UnitReport.of(account)
+                report.rows += whole.rows - writer.rows_in
+                report.kept += whole.kept - writer.kept
+                report.reasons.update(whole.reasons - writer.reasons)
                 yield account
             else:
                 record = writer.commit(seconds)
@@ -456,13 +468,13 @@ def run_pass(
             for unit in batch["unit"].unique().to_pylist():
                 part = batch if len(writers) == 1 else batch.filter(pc.equal(batch["unit"], unit))
                 writers[unit].add(part)
-            advance.rows += len(batch)
-            advance.kept += len(batch)
-            advance.records += finished()
-            yield advance
-            advance = Advance()
-        advance.records += finished()
-        yield advance
+            report.rows += len(batch)
+            report.kept += len(batch)
+            report.records += finished()
+            yield report
+            report = UnitReport()
+        report.records += finished()
+        yield report
         for unit, writer in writers.items():
             raise RuntimeError(f"{' + '.join(p.labels)} lost {writer.missing:,} rows of unit {unit}")
     finally:
@@ -473,10 +485,10 @@ def run_pass(
 
 
 class UnitWriter:
-    """Collects what one attempt at a unit produces, and commits it."""
+    """Collects the results of one attempt at a unit, and commits them."""
 
     def __init__(self, p: Pass, unit: int, rows: np.ndarray, part: int | None = None) -> None:
-        """`part`: of a pass that measures, the number of the next record of the unit."""
+        """`part` is the number of the unit's next record in a `measure` pass."""
         self.p, self.unit, self.rows_in, self._part = p, unit, len(rows), part
         self._store = p.store
         self._attempt = new_attempt(unit)
@@ -507,7 +519,7 @@ class UnitWriter:
         return Counter(reason for drops in self._dropped for reason in drops["reason"].to_pylist())
 
     def add(self, batch: pa.Table) -> None:
-        """Rows of this unit that went on; their pixels go to disk at once."""
+        """Adds rows that go on. Their pixels are written at once."""
         self._close_rows(batch["row"])
         light = batch.select(self._light_schema.names).cast(self._light_schema)
         if len(self._heavy_schema):
@@ -525,7 +537,7 @@ class UnitWriter:
         self._dropped.append(drops)
 
     def commit(self, seconds: dict[str, float]) -> dict[str, Any]:
-        """Writes what is left and creates the record; if another attempt was first, returns that one's."""
+        """Writes the rest and creates the record. Returns the record of another attempt if that was first."""
         if self._ipc is not None:
             self._ipc.close()
         self._stack.close()
@@ -538,7 +550,7 @@ class UnitWriter:
         return commit(self.p, self.unit, self._attempt, self.rows_in, kept, heavy, drops, seconds, self._part)
 
     def abort(self) -> None:
-        """Gives up: nothing of this attempt stays."""
+        """Gives up, and removes the files of this attempt."""
         with contextlib.suppress(Exception):
             if self._ipc is not None:
                 self._ipc.close()
@@ -559,7 +571,7 @@ class UnitWriter:
 
 
 def new_attempt(unit: int) -> str:
-    """A name for the files of one attempt at a unit, which no other attempt has."""
+    """A name for the files of one attempt at a unit, different from those of all other attempts."""
     return f"units/{unit:07d}-{secrets.token_hex(4)}"
 
 
@@ -574,10 +586,10 @@ def commit(
     seconds: dict[str, float],
     part: int | None = None,
 ) -> dict[str, Any]:
-    """Writes the table of an attempt and creates the record of the unit; returns the record that counts.
+    """Writes the table of an attempt and creates the unit's record; returns the record that counts.
 
-    `light` and `drops` are in the order of `row`; `light` may speak of dropped rows too. Of two attempts one wins; the
-    files of the other are removed.
+    `light` and `drops` are in the order of `row`; `light` may include dropped rows. Of two attempts the first wins, and
+    the files of the other are removed.
     """
     rows = np.union1d(light["row"].to_numpy(), drops["row"].to_numpy()).astype(np.int32)
     light, fates = _spread(light, rows), _spread(drops, rows)
@@ -600,13 +612,13 @@ def commit(
 
 
 def _spread(table: pa.Table, rows: np.ndarray) -> pa.Table:
-    """The lines of a table for these rows, nulls for a row that it has not."""
+    """The lines of a table for these rows, with nulls for rows that it lacks."""
     at = _places(table, rows)
     return table.take(pa.array(at, mask=at < 0))
 
 
 def _places(table: pa.Table, rows: np.ndarray) -> np.ndarray:
-    """Where the table, which is in the order of `row`, has each of these rows; −1 where it has not."""
+    """The place of each of these rows in a table in the order of `row`; −1 if the table lacks it."""
     there = table["row"].to_numpy()
     at = np.searchsorted(there, rows)
     found = np.append(there, -1)[at] == rows
@@ -614,7 +626,7 @@ def _places(table: pa.Table, rows: np.ndarray) -> np.ndarray:
 
 
 def _through(step: Step, stream: Iterator[pa.Table], dropped: Callable[[pa.Table], None]) -> Iterator[pa.Table]:
-    if (first := next(stream, None)) is None:  # no rows: nothing that a step would have to be prepared for
+    if (first := next(stream, None)) is None:  # a step need not handle a stream without batches
         return
     stream = chain([first], stream)
     if isinstance(step, Stage):
@@ -624,7 +636,7 @@ def _through(step: Step, stream: Iterator[pa.Table], dropped: Callable[[pa.Table
         outputs = (apply(step, batch) for batch in stream)
     for kept, drops in outputs:
         dropped(drops)
-        # A batch without rows goes on as well: it lets the end of the stream see that a unit is done.
+        # Empty batches go on too, so that the end of the stream can see that a unit is done.
         yield kept
 
 
@@ -649,7 +661,7 @@ def _self_times(clock: dict[str, float], labels: list[str]) -> dict[str, float]:
 
 
 class _Heavy:
-    """The pixels and vectors of a unit, a few rows at a time."""
+    """Reads pixels and vectors of a unit, a few rows at a time."""
 
     def __init__(self, p: Pass, unit: int, files: Sequence[File]) -> None:
         self._files: list[pa.NativeFile] = []
@@ -694,9 +706,10 @@ def _table(p: Pass, record: dict[str, Any], columns: list[str]) -> pa.Table:
 
 
 def _measured(p: Pass, unit: int, columns: list[str]) -> tuple[pa.Table, list[File]]:
-    """Of a unit: `row` and columns, in the order of `row`, from all records of it, those of lenders included, each row
-    once; and the files of its pixels and vectors, one for each record. `heavy_at` says in which of them a row's are,
-    above PART_BITS bits, and at which place, in those below."""
+    """`row` and columns of a unit from all its records, lenders' included, each row once, in the order of `row`.
+
+    Also returns the files of its pixels and vectors, one for each record, which `heavy_at` refers to.
+    """
     wanted = ["row", *columns]
     if p.kind != "measure":
         record = _must(p, unit)
@@ -722,7 +735,7 @@ def _measured(p: Pass, unit: int, columns: list[str]) -> tuple[pa.Table, list[Fi
 
 
 def _of_rows(p: Pass, unit: int, columns: list[str], rows: np.ndarray) -> pa.Table:
-    """What a pass has measured of just these rows; DamagedError if it lacks one."""
+    """What a pass has measured for these rows. DamagedError if it lacks one."""
     table = _measured(p, unit, columns)[0]
     at = _places(table, rows)
     with _cure(p, unit):
@@ -741,7 +754,7 @@ def _must(p: Pass, unit: int, part: int | None = None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _cure(p: Pass, unit: int) -> Iterator[None]:
-    """Adds to a DamagedError which unit of which pass it is about, and what helps."""
+    """Adds unit, pass and cure to a DamagedError."""
     try:
         yield
     except DamagedError as error:
@@ -757,7 +770,7 @@ def _cure(p: Pass, unit: int) -> Iterator[None]:
 
 
 def record_name(unit: int, part: int | None = None) -> str:
-    """Of the record of a unit, or of a part of it that was measured together."""
+    """The file of a unit's record, or of one part of the unit's measurements."""
     return f"commits/{unit:07d}.json" if part is None else f"commits/{unit:07d}.{part:03d}.json"
 
 

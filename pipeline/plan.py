@@ -10,7 +10,7 @@ from rich.table import Table
 from pipeline import ingest, pool
 from pipeline.passes import Pass, make_passes
 from pipeline.recipe import Recipe, RecipeError
-from pipeline.step import Estimate, Step
+from pipeline.step import Estimate, Sink, Step
 from trainer.terminal import Console
 
 _POOL = Estimate(1.0, 20_000, "rows of the pool; rate measured on 10,000 web rows", stored=120)
@@ -58,7 +58,7 @@ def print_plan(console: Console, recipe: Recipe) -> None:
         table.add_row(
             str(i),
             " + ".join(p.labels),
-            {"barrier": "all at once", "write": f"{_shards(p, kept)} shards"}.get(p.kind, f"{units:,} units"),
+            _units(p, units, kept),
             _workers(p),
             *(f"{n:,.0f}" for n in (before, kept)),
             *(_bytes(cost[kind]) for kind in ("fetched", "stored")),
@@ -86,7 +86,7 @@ def _workers(p: Pass) -> str:
     """What a worker of the pass occupies, as the scheduler will place it."""
     if p.kind == "barrier":
         return "Dask on Ray, columns only"
-    if p.kind != "map":
+    if p.kind not in ("map", "measure"):
         return "tasks, 1 core each"
     if any(step.resource == "gpu" for step in p.steps):
         return "actors, 1 GPU each" if _has_gpu() else "actors, 1 GPU each (where there is one)"
@@ -97,8 +97,12 @@ def _has_gpu() -> bool:
     return os.path.exists("/dev/nvidia0") or os.path.exists("/dev/kfd")
 
 
-def _shards(p: Pass, rows: float) -> str:
-    return f"{-(-int(rows) // p.steps[0].samples_per_shard):,}" if p.kind == "write" else ""  # type: ignore[attr-defined]
+def _units(p: Pass, units: int, rows: float) -> str:
+    """What the pass is divided into."""
+    last = p.steps[-1] if p.steps else None
+    if isinstance(last, Sink):
+        return f"{len(last.plan(int(rows))) - 1:,} parts"
+    return "all at once" if p.kind == "barrier" else f"{units:,} units"
 
 
 def _bytes(n: float) -> str:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pydantic
 
 from pipeline.schema import INLINE, POSITION, SAMPLE, carried
-from pipeline.step import Step
+from pipeline.step import Sink, Step
 from pipeline.storage import Store
 from trainer.spelling import did_you_mean
 from trainer.yamlfile import Document
@@ -389,7 +389,7 @@ class _Checker:
                     )
                 have.setdefault(column, step.label)
             types |= step.adds
-            if step.name() == "write_shards" and i != len(steps) - 1:
+            if isinstance(step, Sink) and i != len(steps) - 1:
                 self._note(key, f"steps.{step.label}", f"must be the last step; {steps[i + 1].label} comes after it")
         if INLINE in have and not any(INLINE in step.needs for step in steps):
             self._note(("pool", "image"), "pool.image", "no step reads the pictures; write `download: {inline: true}`")

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.fetch.reasons import REASONS
 from pipeline.recipe import PoolSpec, Recipe, built_in_steps, find_step
-from pipeline.step import Filter, Stage, Step
+from pipeline.step import Filter, Sink, Stage, Step
 from trainer.config import TrainConfig
 from trainer.terminal import guarded
 
@@ -47,7 +47,7 @@ What to set for which purpose: [Train](training.md).
 
 def describe(step: type[Step]) -> str:
     """A step's reference in Markdown: what it does, what it reads and adds, and a table of its options."""
-    kind = "stage" if issubclass(step, Stage) else "filter"
+    kind = "stage" if issubclass(step, Stage) else "sink" if issubclass(step, Sink) else "filter"
     lines = [f"## `{step.name()}` ({kind})", "", inspect.cleandoc(step.__doc__ or ""), ""]
     for title, names in (("reads", step.needs), ("adds", step.adds)):
         if names:

@@ -17,11 +17,11 @@ import pyarrow as pa
 
 from pipeline import pool, recipe
 from pipeline.claim import Claim, InUseError, LostClaimError, hold
-from pipeline.fetch.outage import OutageError
 from pipeline.ledger import BooksError, Funnel
 from pipeline.lifetime import GOES_ON, Watch
 from pipeline.passes import Pass, make_passes
 from pipeline.recipe import Recipe, RecipeError
+from pipeline.step import HaltError, Sink
 from pipeline.storage import DamagedError, Store
 from trainer.terminal import Console, guarded, masked, one_line
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class RefusedError(Exception):
-    """The run directory belongs to something else."""
+    """The run directory holds something else."""
 
 
 def _run(console: Console, checked: Recipe, watch: Watch) -> int:
@@ -105,35 +105,36 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
     _claim(checked, passes)
     _adopt(checked, passes)
 
-    from pipeline import crew, executor
+    from pipeline import cluster, executor
     from pipeline.progress import Progress, print_funnel
 
     started = time.monotonic()
     progress = Progress(console)
     try:
         try:
-            crew.start_ray(checked.workers)
+            cluster.start_ray(checked.workers)
         except SystemExit:  # Ray's own answer to a SIGTERM while it starts
             watch.take_signals()
             signal.raise_signal(signal.SIGTERM)
         watch.take_signals()  # Ray has put handlers of its own in their place
-        watch.watch(crew.cluster_parts())
+        watch.watch(cluster.cluster_parts())
         try:
-            crew.check_nodes(Store(checked.run), pool.find_files(checked.pool))
-        except crew.UnseenError as error:
+            cluster.check_nodes(Store(checked.run), pool.find_files(checked.pool))
+        except cluster.UnseenError as error:
             raise RefusedError(str(error)) from None
-        outcome = executor.execute(checked, passes, types, progress, claim)
-        dropped = executor.write_books(checked, passes, outcome, claim)
+        job = executor.Job(checked, passes, types, progress, claim)
+        outcome = executor.execute(job)
+        dropped = executor.write_books(job, outcome)
     finally:
         progress.end()
         ending = watch.is_ending()
         if not ending:
             watch.close()
-        crew.stop_ray(orderly=not ending)
-    shards = passes[-1].kind == "write"
-    if shards:
+        cluster.stop_ray(orderly=not ending)
+    folder = _folder(passes)
+    if folder:
         claim.check()
-        Store(checked.run).write("shards/_SUCCESS", b"")
+        Store(checked.run).write(f"{folder}/_SUCCESS", b"")
     for line in outcome.mended[:10]:
         console.print(f"made again: {line}", markup=False, highlight=False, soft_wrap=True)
     if len(outcome.mended) > 10:
@@ -146,12 +147,12 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
         if known:
             console.print(f"{label}: {known:,} of {rows:,} rows had been measured before", highlight=False)
     print_funnel(console, outcome.funnel)
-    # A run without shards is there for its measurements and its drops.
-    empty = not outcome.funnel.kept and shards and not checked.allow_empty
+    # A run that writes nothing is there for its measurements and its drops.
+    empty = not outcome.funnel.kept and folder and not checked.allow_empty
     if not outcome.funnel.kept:
         why = _why_empty(outcome.funnel)
         console.print(f"No row was kept: {why}", markup=False, highlight=False, soft_wrap=True)
-    where = f"shards in {checked.run}/shards, " if shards else ""
+    where = f"{folder} in {checked.run}/{folder}, " if folder else ""
     seconds = time.monotonic() - started
     console.print(
         f"{where}{dropped:,} drops with their reasons in {checked.run}/drops ({seconds:.0f} s)",
@@ -178,7 +179,7 @@ def _why_empty(funnel: Funnel) -> str:
 
 
 def _columns_if_near(spec: recipe.PoolSpec) -> dict[str, pa.DataType] | None:
-    """The columns of a pool that can be looked at without a network; a plan can do without the others."""
+    """The columns of a pool on local disk; a plan needs no others."""
     paths = [spec.path] if isinstance(spec.path, str) else spec.path
     return None if any("://" in path for path in paths) else pool.columns(spec)
 
@@ -191,9 +192,9 @@ def _pool_key(checked: Recipe) -> dict[str, Any]:
 
 
 def _claim(checked: Recipe, passes: list[Pass]) -> None:
-    """Takes the run directory for this recipe, or refuses where that would orphan what was dear to get.
+    """Records this recipe as the one of the run directory, unless that would orphan expensive results: RefusedError.
 
-    A changed filter or threshold is welcome: its passes get new keys and the old downloads and scores stay in use.
+    Filters and thresholds may change: their passes get new keys, and downloads and scores stay in use.
     """
     store = Store(checked.run)
     source = masked({**checked.source, "workers": None, "reuse": None, "allow_empty": None})
@@ -206,7 +207,7 @@ def _claim(checked: Recipe, passes: list[Pass]) -> None:
     ours = _is_ours(store, passes)
     if not store.exists("run.json") and not ours:
         # Files there that no manifest names would be taken for leftovers and removed.
-        if taken := [name for name in ("shards", "drops") if store.names(name)]:
+        if taken := [name for name in (_folder(passes) or "shards", "drops") if store.names(name)]:
             raise RefusedError(f"{checked.run}/{taken[0]} holds files that are not of a run; choose another `run`")
         if passes[0].complete() is not None:
             raise RefusedError(
@@ -243,9 +244,14 @@ def _claim(checked: Recipe, passes: list[Pass]) -> None:
     )
 
 
+def _folder(passes: list[Pass]) -> str | None:
+    """The folder of the run that its sink writes to, if it has one."""
+    last = passes[-1].steps[-1] if passes[-1].steps else None
+    return last.folder if isinstance(last, Sink) else None
+
+
 def _is_ours(store: Store, passes: list[Pass]) -> bool:
-    """Whether what is committed in a directory without a readable run.json is of this recipe: its pool, and every
-    pass that is dear unless there are no others."""
+    """Whether the passes in a directory without a readable run.json are those of this recipe."""
     if passes[0].complete() is None:
         return False
     roots = {os.path.basename(p.root): p for p in passes}
@@ -256,8 +262,10 @@ def _is_ours(store: Store, passes: list[Pass]) -> bool:
 
 
 def _adopt(checked: Recipe, passes: list[Pass]) -> None:
-    """Points passes at the run named by `reuse` where it has them complete, and lets those that measure borrow what it
-    has measured: same key, same bytes."""
+    """Shares results of the run named by `reuse`: passes that are complete there, and measurements of the same pool.
+
+    Equal keys mean equal bytes.
+    """
     if not checked.reuse:
         return
     theirs = Store(checked.reuse).root
@@ -293,7 +301,7 @@ def _flat(data: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _explain(error: BaseException, where: str) -> str:
-    """One line for a person: the root of a chain of wrapped exceptions, and a cure where there is one."""
+    """One line for a person: the root of a chain of exceptions and, if there is one, the cure."""
     cause: BaseException = error
     while True:
         deeper = getattr(cause, "cause", None) or cause.__cause__
@@ -305,7 +313,7 @@ def _explain(error: BaseException, where: str) -> str:
         return f"the disk of {where} is full; what was committed stays. Make room and give the same command again"
     if isinstance(cause, BooksError):
         return f"the books do not balance: {cause}"
-    if isinstance(cause, OutageError | DamagedError | LostClaimError | pool.PoolError):
+    if isinstance(cause, HaltError | DamagedError | LostClaimError | pool.PoolError):
         return said
     return f"{type(cause).__name__}: {said} (WINNOW_DEBUG=1 shows the traceback)"
 

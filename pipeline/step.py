@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +21,16 @@ from pipeline.schema import DROP, is_heavy
 if TYPE_CHECKING:
     import dask.dataframe as dd
 
+    from pipeline.card import About
+    from pipeline.storage import Entry, Store
+
 Scope = Literal["row", "unit", "run"]
 Resource = Literal["cpu", "gpu"]
+
+
+class HaltError(Exception):
+    """Raised by a step that cannot go on through no fault of its rows (no network, say). The run stops with this
+    message, and the attempts at the units in progress do not count."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +63,19 @@ class Step:
     version: ClassVar[int] = 1
     """Bump it when the same inputs would give other outputs: stored results of the old version are then not reused."""
     commits: ClassVar[bool] = False
-    """True where a result is dear (bytes from the web, hours of GPU): the pass ends here, so that a change to any
-    later step reuses what is stored, and a recipe that would orphan it is refused."""
+    """True if results are expensive: bytes from the web, hours of GPU. They are then stored by row, under a key of what
+    determines their value, and reused when other lines of the recipe change. A recipe that would orphan them is
+    refused."""
     repeatable: ClassVar[bool] = True
-    """False where the same inputs may give other outputs another time, as with bytes from the web: what was committed
-    and is lost is then not made again behind the user's back."""
+    """False if the same inputs may give other outputs another time, as with bytes from the web. Results that were
+    committed and are lost are then reported instead of being made again."""
     resource: ClassVar[Resource] = "cpu"
-    """What a worker of this step occupies. "gpu" means a GPU where the cluster has one, else CPU cores."""
+    """What a worker of this step occupies: "gpu" is a GPU if the cluster has one, else CPU cores."""
 
     @classmethod
     def name(cls) -> str:
         """The YAML name: `AspectRatio` is `aspect_ratio`, in `aspect_ratio.py`."""
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
 
     @property
     def label(self) -> str:
@@ -78,52 +87,62 @@ class Step:
         yield from ()
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
-        """Yields `(key, problem)` for every needed column whose type is of no use to the step, before anything starts.
+        """Yields `(key, problem)` for every needed column whose type the step cannot use, before anything starts.
 
-        `types` are the columns above the step; a pool that cannot be looked at from here has none.
+        `types` are the columns available above the step. Those of a pool that cannot be read from here are missing.
         """
         yield from ()
 
     def fingerprint(self) -> object:
-        """What besides the options determines the output (the contents of a file named by one, say); JSON-able."""
+        """What determines the output besides the options, such as the digest of a file that one names; JSON-able."""
         return None
 
     def honours(self) -> Iterator[str]:
-        """The wishes of publishers that this step heeds, for the dataset's card: `robots.txt (RFC 9309)`."""
+        """Opt-out mechanisms that this step obeys, for the dataset's card: `robots.txt (RFC 9309)`."""
         yield from ()
 
     def estimate(self, rows: float) -> Estimate:
-        """What `--plan` assumes of this step, with these options, for so many rows."""
+        """What `--plan` assumes of this step with these options, given the number of rows that reach it."""
         return Estimate(1.0, 10_000, "a step of your own: nothing known")
+
+    def shared(self) -> tuple[type, tuple[Any, ...]] | None:
+        """Class and arguments of one object that all workers of this step share, or None.
+
+        The object lives in a process of its own; `connect` gives each worker access to it.
+        """
+        return None
+
+    def connect(self, shared: Any) -> None:
+        """Called on each worker before `setup`. Methods of `shared` are coroutines that run on the shared object."""
 
     def setup(self) -> None:
         """Runs once per worker, before the first batch: the place to load a model."""
 
 
 class Stage(Step):
-    """Measures: gives back the same rows with more columns.
+    """Measures: returns the same rows with more columns.
 
-    A row that cannot be measured is dropped by filling the columns `drop_reason` (null: keep) and, if there is more to
-    say, `drop_detail` (text) and `drop_value` (the number that decided).
+    To drop a row that cannot be measured, fill the column `drop_reason` (null keeps the row) and optionally
+    `drop_detail` (text) and `drop_value` (the number that decided).
     """
 
     def process(self, batch: pa.Table) -> pa.Table:
         raise TypeError(f"{type(self).__name__} must define process() or stream()")
 
     def stream(self, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """Maps a stream of batches; override it to overlap work across batches (fetching, batching for a GPU).
+        """Maps a stream of batches. Override it to overlap work across batches: fetching, batching for a GPU.
 
-        Rows may be regrouped and reordered, across units too: `unit` and `row` say which they are.
+        Rows may be regrouped and reordered, also across units; `unit` and `row` identify them.
         """
         for batch in batches:
             yield self.process(batch)
 
 
 class Filter(Step):
-    """Decides: rows for which `keep` is false are dropped and counted.
+    """Decides which rows go on. Dropped rows are counted, and stored with the reason.
 
-    `scope` says what a decision looks at: one row; the other rows of its unit (rows with one URL always share a unit);
-    or the whole run, which makes the step a barrier: every unit must have come this far before it can decide.
+    `scope` says what a decision depends on: the row alone; the rows of its unit, where rows with the same URL always
+    meet; or all rows of the run. A filter of scope "run" is a barrier: it decides when every unit has reached it.
     """
 
     scope: Scope = "row"
@@ -135,7 +154,7 @@ class Filter(Step):
                 yield "needs", f"the column {column!r} holds pixels or vectors ({types[column]}); {cure}"
 
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
-        """True keeps. With scope "unit", `batch` is a whole unit. A null counts as false."""
+        """True keeps a row; null counts as false. With scope "unit", `batch` is a whole unit."""
         raise TypeError(f"{type(self).__name__} must define keep()")
 
     def reason(self, dropped: pa.Table) -> pa.StringArray:
@@ -143,24 +162,62 @@ class Filter(Step):
         return pa.array([self.name()] * len(dropped), pa.string())
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
-        """Free text about each dropped row (the number that fell short, say), null where there is none."""
+        """Free text about each dropped row for people to read, or null."""
         return pa.nulls(len(dropped), pa.string())
 
     def value(self, dropped: pa.Table) -> pa.DoubleArray:
-        """The number that decided about each dropped row, null where none did."""
+        """The number that decided about each dropped row, or null."""
         return pa.nulls(len(dropped), pa.float64())
 
     def decide(self, frame: dd.DataFrame) -> dd.DataFrame:
-        """For scope "run": the drops (`unit, row, reason, detail, value`) among all rows of the run.
+        """For scope "run": returns the drops (`unit, row, reason, detail, value`) among all rows of the run.
 
-        `frame` is a lazy Dask frame with `unit, row, uid` and the needed columns. Only small aggregates may be computed
-        here on the driver; whatever grows with the pool stays in the graph.
+        `frame` is a lazy Dask frame with `unit, row, uid` and the needed columns. Compute only small aggregates on the
+        driver; everything that grows with the pool must stay in the graph.
         """
         raise TypeError(f"{type(self).__name__} must define decide() for scope 'run'")
 
 
+class Sink(Step):
+    """Writes the rows that are left; the last step of a recipe. An output format is one file.
+
+    The rows, in the order of the run's units, are cut into parts. Workers write the parts in any order, and a part
+    possibly twice, so equal rows must give equal bytes. Then `finish` writes what describes all parts.
+
+    All files go into the run's folder `folder` and must be named by the entries that `write` and `finish` return.
+    `verify` checks those; other files in the folder are removed.
+    """
+
+    folder: ClassVar[str] = "shards"
+    leftover: ClassVar[str] = "last_part_short"
+    """Reason of the drop for rows behind the last part."""
+
+    def plan(self, rows: int) -> list[int]:
+        """Bounds of the parts, starting with 0: part i holds the rows bounds[i] to bounds[i + 1] − 1.
+
+        Rows from the last bound on are dropped with the reason `leftover`.
+        """
+        raise TypeError(f"{type(self).__name__} must define plan()")
+
+    def write(
+        self, store: Store, part: int, tables: Iterator[pa.Table], types: dict[str, pa.DataType]
+    ) -> dict[str, Any]:
+        """Writes one part into the folder `store`. `tables` hold its rows with the columns of `types`.
+
+        Returns a JSON-able record with at least `rows`, the number written, and `files`, the `Entry` of each file.
+        """
+        raise TypeError(f"{type(self).__name__} must define write()")
+
+    def finish(self, store: Store, about: About, parts: list[dict[str, Any]]) -> list[Entry]:
+        """Writes the files that describe all parts, given their records in order, and returns their entries.
+
+        The first entry is the file that readers start from.
+        """
+        return []
+
+
 class KeyedFilter(Filter):
-    """A filter that decides within groups of rows that share a key: rows meet by hash, and `keep` sees whole groups."""
+    """A filter that decides within groups of rows that share a key; `keep` sees whole groups."""
 
     def key(self, batch: pa.Table) -> np.ndarray:
         """The group of each row, as uint64."""
@@ -177,7 +234,7 @@ class KeyedFilter(Filter):
         return keyed.map_partitions(self._drops, meta=drops_frame())
 
     def _drops(self, part):  # type: ignore[no-untyped-def]
-        # In the order of positions, so that no trace of the shuffle's order can reach a decision.
+        # In the order of positions, so that no decision depends on the order of the shuffle.
         part = part.sort_values(["unit", "row"])
         table = pa.Table.from_pandas(part.drop(columns="_key"), preserve_index=False)
         _, drops = apply(self, table)
@@ -185,15 +242,15 @@ class KeyedFilter(Filter):
 
 
 class VectorFilter(Filter):
-    """A whole-run filter that compares vectors: embeddings, in a fixed-size list column of floats.
+    """A whole-run filter that compares vectors, such as embeddings: a fixed-size list column of floats.
 
-    Vectors pass neither through Dask nor through the object store. A uniform sample of them is taken in every unit;
-    `fit` makes something small of all samples together (centroids, say); `groups` says in which groups a row meets
-    others; and `judge_group` decides one group at a time, with its vectors as one matrix. Groups are spread over the
-    workers. A group that the sample shows to be larger than `largest_group` rows is divided by a `fit` of its own.
+    Vectors pass neither through Dask nor through the object store. First, a uniform sample of all vectors is taken, and
+    `fit` makes something small of it, such as centroids. `groups` then assigns each vector to one or more groups, and
+    `judge_group` decides one group at a time, with its vectors as one matrix. Groups are spread over the workers. A
+    group that the sample shows to exceed `largest_group` rows is divided by a `fit` of its own.
 
-    The result must be a function of the rows alone: every method gets rows in the order of their uids. Rows without a
-    vector, or with a value in it that is not finite, are not judged and go on.
+    The result must depend on the rows alone: `fit` and `judge_group` get rows in the order of their uids. Rows without
+    a vector, or with a NaN or infinity in it, are kept.
     """
 
     scope = "run"
@@ -208,30 +265,31 @@ class VectorFilter(Filter):
             yield "vector", f"the column {self.vector!r} holds {of}, expected vectors: a fixed-size list of floats"
 
     def sample_rows(self, rows: int) -> int:
-        """How many of the run's vectors `fit` wants to see, about."""
+        """About how many of the run's vectors to sample for `fit`."""
         return 65_536
 
     def fit(self, sample: np.ndarray, rows: int) -> np.ndarray:
-        """Whatever `groups` needs, with a row for each group that there can be: from a sample, float32 of shape
-        (m, d), of so many rows."""
+        """Returns what `groups` needs, an array with one row for each possible group.
+
+        `sample` is float32 of shape (m, d), `rows` the number of rows that it was drawn from.
+        """
         raise TypeError(f"{type(self).__name__} must define fit()")
 
     def groups(self, vectors: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-        """The group of each vector, int64 of shape (n,) with values below `len(fitted)`; or of shape (n, p), for rows
-        that shall meet the rows of several groups."""
+        """The group of each vector: integers below `len(fitted)`, of shape (n,), or (n, p) for p groups each."""
         raise TypeError(f"{type(self).__name__} must define groups()")
 
     def judge_group(self, rows: pa.Table, vectors: np.ndarray) -> tuple[pa.StringArray, pa.StringArray]:
-        """Reason and detail for each row of a group; a null reason keeps the row. `rows` has `unit, row, uid` and the
-        needed columns, `vectors` is float32 of shape (n, d). A row of several groups is dropped if any drops it."""
+        """Reason and detail for each row of a group; a null reason keeps the row.
+
+        `rows` has `unit, row, uid` and the needed columns, `vectors` is float32 of shape (n, d). A row in several
+        groups is dropped if any of them drops it.
+        """
         raise TypeError(f"{type(self).__name__} must define judge_group()")
 
 
 class FrequencyFilter(KeyedFilter):
-    """Drops what too many rows of the run share: all rows of such a value, none stays behind to stand for them.
-
-    A null is shared by none.
-    """
+    """Drops all rows whose value is shared by more than `max_count` rows of the run. Rows with a null are kept."""
 
     scope = "run"
     column: str
@@ -242,7 +300,7 @@ class FrequencyFilter(KeyedFilter):
             yield "max_count", f"must be at least 1, found {self.max_count}"
 
     def compared(self, batch: pa.Table) -> pa.Array | pa.ChunkedArray:
-        """What rows may share."""
+        """The values to count."""
         return batch[self.column]
 
     def key(self, batch: pa.Table) -> np.ndarray:
@@ -252,7 +310,7 @@ class FrequencyFilter(KeyedFilter):
         return pa.array(self._rows_sharing(batch) <= self.max_count)
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
-        # Rows that share a value are dropped together, so they are all here to be counted.
+        # Rows that share a value are dropped together, so counting the dropped ones is enough.
         return pa.array([f"shared by {n} rows" for n in self._rows_sharing(dropped).tolist()], pa.string())
 
     def value(self, dropped: pa.Table) -> pa.DoubleArray:
@@ -267,9 +325,9 @@ class FrequencyFilter(KeyedFilter):
 
 
 def drops_frame(drops: pa.Table | None = None):  # type: ignore[no-untyped-def]
-    """`unit, row, reason, detail, value` as pandas: what `decide` hands back; empty without an argument.
+    """The drops that `decide` returns, as pandas: `unit, row, reason, detail, value`; empty without an argument.
 
-    `detail` and `value` may be left out.
+    `detail` and `value` may be missing from `drops`.
     """
     table = DROP.empty_table() if drops is None else drops
     for name in ("detail", "value"):
@@ -291,7 +349,7 @@ def apply(step: Stage | Filter, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
 
 
 def split_marked(step: Stage, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Takes the rows that a stage marked out of its output: the rows that go on, and the drops."""
+    """Splits the output of a stage into the rows that go on, and the drops of those it marked."""
     if "drop_reason" not in batch.column_names:
         return batch, DROP.empty_table()
     marked = pc.is_valid(batch["drop_reason"])
@@ -304,7 +362,7 @@ def split_marked(step: Stage, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
 def drops_table(
     rows: pa.Table, label: str, reason: pa.Array | str, detail: pa.Array | None = None, value: pa.Array | None = None
 ) -> pa.Table:
-    """The drops (`schema.DROP`) of the rows of a table with `unit, row`, for one reason or for a reason each."""
+    """The drops (`schema.DROP`) of all rows of a table, with one reason for all or one for each."""
     n = len(rows)
     reasons = pa.array([reason] * n, pa.string()) if isinstance(reason, str) else reason
     details = pa.nulls(n, pa.string()) if detail is None else detail

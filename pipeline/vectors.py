@@ -2,9 +2,9 @@
 
     units ──sample──▶ fit, once ──▶ units ──by group──▶ spool ──a partition of groups at a time──▶ drops, by unit
 
-Costs, for n rows of d dimensions at 2 bytes: three reads and one write of n·d·2 bytes, and as many reads as there are
-pairs of a piece and a partition, both of some 256 MB. A worker holds a piece, a partition, or the largest group. For
-10⁹ rows of 512 dimensions that is 1 TB, 4,000 pieces and 4,000 partitions: 16 million reads of 64 KB.
+Costs, for n rows of d dimensions in fp16: about two reads and one write of n·d·2 bytes, then one read for each pair of
+a piece and a partition, both of some 256 MB. A worker holds one piece, one partition, or the largest group. For 10⁹ rows
+of 512 dimensions that is 1 TB, 4,000 pieces and 4,000 partitions: 16 million reads of 64 KB.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from pipeline.step import VectorFilter, drops_table
 from pipeline.storage import Entry, Store
 
 PIECE_BYTES = 256 << 20
-"""Vectors that a worker holds while it sorts rows by group, and of a partition of groups; less in a small run, so that
+"""Size of a piece (vectors that a worker sorts by group) and of a partition of groups. Smaller in a small run, so that
 every core has work."""
 LEAST_PIECES, LEAST_PIECE_BYTES = 64, 32 << 20
 MOST_DIVISIONS = 8
-"""How often a crowded group is divided again before equal vectors are taken for what they are."""
+"""Most times that a crowded group is divided again; after that its vectors count as equal."""
 
 RunTasks = Callable[..., Iterable[dict[str, Any]]]
-"""Runs a function over items on the workers: `(items, work, at_once)`, as `crew.over` does."""
+"""Runs a function over items on the workers: `(items, work, at_once)`, as `workers.map_tasks` does."""
 
 
 @dataclass
 class Grouping:
-    """Which group a vector falls in: what `fit` returned and, for crowded groups, the groupings within them."""
+    """Assigns vectors to groups: what `fit` returned and, for crowded groups, the groupings within them."""
 
     fitted: np.ndarray
     first: int
-    """The number of the first group of this level; each level has numbers of its own."""
+    """Number of the first group of this level; numbers are unique over all levels."""
     within: dict[int, Grouping] = field(default_factory=dict)
     chunks: dict[int, int] = field(default_factory=dict)
-    """For groups that no fit divides, vectors that are all the same: into how many parts their rows are dealt."""
+    """For groups of equal vectors, which no fit divides: the number of parts that their rows are dealt to."""
 
     def save(self, store: Store, name: str) -> None:
-        """Writes the tree as one file: megabytes where there are many groups, too much to travel with each task."""
+        """Writes the tree as one file. With many groups it has megabytes, too much to send along with each task."""
         arrays: dict[str, np.ndarray] = {}
 
         def level(grouping: Grouping, path: str) -> None:
@@ -78,7 +78,7 @@ class Grouping:
 
 
 def fit(step: VectorFilter, sample: np.ndarray, rows: int) -> Grouping:
-    """Groups of at most `largest_group` rows each, as far as the sample tells."""
+    """Fits groups of at most `largest_group` rows each, as estimated from the sample."""
     numbers = iter(range(1 << 62))
 
     def level(sample: np.ndarray, rows: int, depth: int) -> Grouping:
@@ -104,7 +104,7 @@ def fit(step: VectorFilter, sample: np.ndarray, rows: int) -> Grouping:
 def assign(
     step: VectorFilter, vectors: np.ndarray, uids: pa.ChunkedArray, grouping: Grouping
 ) -> tuple[np.ndarray, ...]:
-    """The groups of vectors, float32 (n, d), as two arrays: the index of a vector, and a number that names a group."""
+    """The groups of vectors, float32 (n, d), as two arrays of equal length: index of the vector, and its group."""
     index, groups = [], []
 
     def level(at: np.ndarray, grouping: Grouping) -> None:
@@ -130,8 +130,11 @@ def assign(
 def decide(
     p: Pass, before: Sequence[Pass], units: int, rows: int, per_file: int, run_tasks: RunTasks
 ) -> tuple[dict[str, Entry], Counter[str]]:
-    """Runs the filter of a pass; returns the files of its drops by number of the range of `per_file` units that each
-    covers, and the drops by reason."""
+    """Runs the filter of a pass.
+
+    Returns the files of its drops, by the number of the range of `per_file` units that each covers, and the number of
+    drops by reason.
+    """
     (step,) = p.steps
     assert isinstance(step, VectorFilter)
     _clear(p.store)  # what a killed run has left
@@ -254,7 +257,7 @@ def _ranges(n: int, size: int) -> list[range]:
 
 
 def _runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Where each run of equal values begins and ends."""
+    """Start and end of each run of equal values."""
     starts = np.flatnonzero(np.append(True, values[1:] != values[:-1])[: len(values)])
     yield from zip(starts.tolist(), [*starts[1:].tolist(), len(values)])
 

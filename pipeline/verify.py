@@ -151,10 +151,27 @@ def _passes(found: Audit, roots: list[Store], claimed: list[Entry]) -> list[Pass
                 passes.append((root, record))
     units = next((record["units"] for _, record in passes if record["kind"] == "pool"), None)
     for root, record in passes:
-        numbers = {"barrier": 0, "write": record.get("shards")}.get(record["kind"], units)
+        numbers = {"barrier": 0, "write": record.get("parts")}.get(record["kind"], units)
         if numbers is not None:  # else the pool's own record is damaged, which was said
             _units(found, root, record, int(numbers))
     return passes
+
+
+def _sink_files(found: Audit, root: Store, complete: dict[str, Any]) -> None:
+    """The files of a sink that is not `write_shards`, whose manifest names them."""
+    folder = found.store.folder(complete["folder"])
+    if any(entry["name"] == "manifest.json" for entry in complete["documents"]) and complete["folder"] == "shards":
+        return
+    entries = list(complete["documents"])
+    for part in range(complete["parts"]):
+        with found.reading(root.path(record_name(part))):
+            if (record := root.read_record(record_name(part))) is not None:
+                entries += record["files"]
+    found.over(complete["folder"], lambda entry: found.check(folder, entry), entries)
+    named = {"_SUCCESS", "OWNER", *(entry["name"] for entry in entries)}
+    found.strays(found.store, complete["folder"], folder.names(), named)
+    if folder.read_if_there("_SUCCESS") != b"":
+        found.say(f"{folder.path('_SUCCESS')}: missing or not empty: the folder is not finished")
 
 
 def _elsewhere(root: str) -> bool:
@@ -178,7 +195,7 @@ def _units(found: Audit, root: Store, complete: dict[str, Any], units: int) -> N
                 raise FileNotFoundError
             if (record["pass"], record_name(record["unit"], record.get("part"))) != (complete["key"], name):
                 raise DamagedError(f"{root.path(name)}: damaged: this is the record of another unit")
-            if complete["kind"] == "write":  # its files are in the manifest
+            if complete["kind"] == "write":  # its files are those of the sink's folder
                 return 0, 0
             for entry in (record["table"], record["heavy"]):
                 if entry:
@@ -199,6 +216,8 @@ def _units(found: Audit, root: Store, complete: dict[str, Any], units: int) -> N
     for entry in complete.get("files", {}).values():
         named.add(entry["name"])
         found.check(root, entry)
+    if complete["kind"] == "write":
+        _sink_files(found, root, complete)
     funnel = Funnel.from_json(complete["funnel"])
     whole = len(found.problems) == before
     if whole and complete["kind"] in ("pool", "map") and (rows_in, kept) != (funnel.rows_in, funnel.kept):

@@ -46,9 +46,11 @@ def test_the_card_tells_how_the_dataset_came_about(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, ["X-Robots-Tag (noai, noimageai, noindex, noimageindex)", "robots.txt (RFC 9309)",
-              "the header tdm-reservation (TDMRep)"]),
-        ({"robots_txt": False, "disallowed_header_directives": []}, ["the header tdm-reservation (TDMRep)"]),
+        ({}, ["X-Robots-Tag (noai, noimageai, noml, noindex, noimageindex)", "robots.txt (RFC 9309)",
+              "Content-Usage (train-ai, all; IETF aipref)", "the header tdm-reservation (TDMRep)",
+              "/.well-known/tdmrep.json (TDMRep)"]),
+        ({"robots_txt": False, "disallowed_header_directives": [], "content_usage": [], "tdmrep_json": False},
+         ["the header tdm-reservation (TDMRep)"]),
         ({"engine": "img2dataset", "disallowed_header_directives": ["noai"]}, ["X-Robots-Tag (noai)"]),
     ],
 )  # fmt: skip

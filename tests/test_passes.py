@@ -15,15 +15,15 @@ import pytest
 from pipeline import ingest, pool
 from pipeline.ledger import Funnel
 from pipeline.passes import (
-    Advance,
     Pass,
-    alive,
+    UnitReport,
     check_measured,
     check_unit,
     committed,
     make_passes,
     read_unit,
     run_pass,
+    surviving_rows,
     unit_drops,
 )
 from pipeline.recipe import PoolSpec, Recipe
@@ -94,7 +94,7 @@ def ingested(recipe: Recipe, steps: list[Step], units: int = 3) -> list[Pass]:
     return passes
 
 
-def records_of(advances: Iterable[Advance]) -> list[dict[str, Any]]:
+def records_of(advances: Iterable[UnitReport]) -> list[dict[str, Any]]:
     return [record for advance in advances for record in advance.records]
 
 
@@ -232,7 +232,7 @@ def test_rows_that_a_record_lost_are_named_and_not_passed_over(recipe: Recipe) -
     passes[1].store.remove("commits/0000001.000.json")
     assert committed(passes[:2], 1) is None
     with pytest.raises(DamagedError, match="the records of unit 1 lack"):
-        alive(passes[:2], 1)
+        surviving_rows(passes[:2], 1)
     # Whatever the filters above are now: scores were taken of pictures that are gone.
     with pytest.raises(DamagedError, match=r"commits/0000001\.\*: \d+ rows that were measured are gone .unit 1 of the"):
         check_measured(passes, 1, 1, digest=False, whole=False)
@@ -291,7 +291,7 @@ def test_an_attempt_that_fails_leaves_nothing_behind(recipe: Recipe) -> None:
 
 def test_a_restricted_attempt_drops_the_rows_it_must_not_touch(recipe: Recipe) -> None:
     passes = ingested(recipe, [Paint()])
-    rows = alive(passes[:1], 1)
+    rows = surviving_rows(passes[:1], 1)
     (record,) = records_of(run_pass(passes, 1, [1], rows=rows, crashers=np.array([5], np.int32)))
     drops = {r["row"]: r["reason"] for r in unit_drops(passes[:2], 1).to_pylist()}
     assert drops[5] == "decoder_crash"
@@ -305,7 +305,7 @@ def test_the_table_of_a_unit_tells_the_fate_of_every_row_that_came_in(
     passes = ingested(recipe, [Paint()])
     (record,) = records_of(run_pass(passes, 1, [0]))
     table = passes[1].store.read_table(record["table"])
-    assert table["row"].to_pylist() == alive(passes[:1], 0).tolist()
+    assert table["row"].to_pylist() == surviving_rows(passes[:1], 0).tolist()
     for row in table.to_pylist():
         dead = row["drop_reason"] == "dead"
         assert (row["drop_step"], row["size"] is None, row["heavy_at"] is None) == (

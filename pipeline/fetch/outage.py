@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 
 from pipeline.fetch.reasons import FetchError
+from pipeline.step import HaltError
 
 ROWS, HOSTS = 200, 20
 _SILENT = frozenset({"dns_unavailable", "unreachable", "deadline"})
 _NO_WORD_FROM_OUTSIDE = frozenset({"bad_url", "bad_scheme", "addr_denied", "host_down", "host_busy"})
 
 
-class OutageError(Exception):
+class OutageError(HaltError):
     """The resolver or the network fails for everyone; raised in place of the rows' failures, so that none is final."""
 
 

@@ -19,7 +19,7 @@ from pipeline.fetch.client import Client, Limits, tls_context
 from pipeline.fetch.decoder import DecodeMode, Decoder, EncodeFormat, HashType, Picture, ResizeMode, Rules
 from pipeline.fetch.deny import DenyList
 from pipeline.fetch.guard import parse_addr
-from pipeline.fetch.hosts import Exchange, Manners
+from pipeline.fetch.hosts import Board, Exchange, Manners
 from pipeline.fetch.outage import OutageError
 from pipeline.fetch.overlap import Begin, Overlap, Work, as_drop, table_of, with_columns
 from pipeline.fetch.reasons import FetchError
@@ -222,8 +222,18 @@ class Download(Stage):
             return
         if self.robots_txt:
             yield "robots.txt (RFC 9309)"
+        if self.content_usage:
+            yield f"Content-Usage ({', '.join(self.content_usage)}; IETF aipref)"
         if self.tdm_reservation:
             yield "the header tdm-reservation (TDMRep)"
+        if self.tdmrep_json:
+            yield "/.well-known/tdmrep.json (TDMRep)"
+
+    def shared(self) -> tuple[type, tuple[Any, ...]]:
+        return Board, (self.per_host,)
+
+    def connect(self, shared: Any) -> None:
+        self.board = shared  # type: ignore[misc]
 
     def setup(self) -> None:
         tls_context()

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from pipeline.card import About, croissant, readme
 from pipeline.sample_json import json_values, sample_json
 from pipeline.schema import INLINE
-from pipeline.step import Estimate, Stage
+from pipeline.step import Estimate, Sink
 from pipeline.storage import Entry, Output, Store
 
 FORMAT = "winnow-shards/1"
@@ -31,11 +31,12 @@ _MAGIC = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"))
 
 
 @dataclass(kw_only=True)
-class WriteShards(Stage):
+class WriteShards(Sink):
     """Writes the rows that are left, in the run's order, as shards of exactly `samples_per_shard` samples each."""
 
     needs = ("image", "caption")
     version = 2
+    leftover = "last_shard_short"
 
     samples_per_shard: int = 10_000
     """Samples in a shard (img2dataset: `number_sample_per_shard`)."""
@@ -49,14 +50,15 @@ class WriteShards(Stage):
         if not 1 <= self.samples_per_shard <= 1_000_000:
             yield "samples_per_shard", f"expected 1 to 1,000,000, found {self.samples_per_shard}"
 
-    def write(
-        self, store: Store, shard: int, tables: Iterator[pa.Table], types: dict[str, pa.DataType]
-    ) -> dict[str, Any]:
-        """Writes one shard from tables with the columns of `types`, `image` among them; returns its manifest entry.
+    def plan(self, rows: int) -> list[int]:
+        bounds = list(range(0, rows + 1, self.samples_per_shard))
+        return bounds if self.drop_last or bounds[-1] == rows else [*bounds, rows]
 
-        Each file appears whole or not at all. Two workers on one shard write the same bytes, so neither needs to win.
-        """
-        name = f"{shard:05d}"
+    def write(
+        self, store: Store, part: int, tables: Iterator[pa.Table], types: dict[str, pa.DataType]
+    ) -> dict[str, Any]:
+        """Writes one shard; its record is `rows, files` and, as `shard`, its entry in the manifest."""
+        shard, name = part, f"{part:05d}"
         digits = max(9, len(str(shard)) + math.ceil(math.log10(max(self.samples_per_shard, 2))))
         first_key = shard * 10 ** math.ceil(math.log10(max(self.samples_per_shard, 2)))
         # The pool may come with keys of its own, from other shards; here they would name nothing.
@@ -87,23 +89,28 @@ class WriteShards(Stage):
         rows = store.write_table(f"{name}.parquet", pa.concat_tables(rest) if rest else empty)
         with store.output(f"{name}.index.npy") as offsets:
             np.save(offsets, np.array(index, np.int64).reshape(-1, len(INDEX_COLUMNS)))
-        return {
+        shard_entry = {
             "samples": len(index),
             **file.entry,
             "parquet": f"{name}.parquet",
             "index": f"{name}.index.npy",
+        }
+        return {
+            "rows": len(index),
+            "files": [file.entry, rows, offsets.entry],
+            "shard": shard_entry,
             "extensions": sorted(extensions),
-            "files": [rows, offsets.entry],
         }
 
-    def finish(self, store: Store, about: About, shards: list[dict[str, Any]]) -> Entry:
-        """Writes what describes all shards together, and removes the files of an earlier, larger set.
+    def finish(self, store: Store, about: About, parts: list[dict[str, Any]]) -> list[Entry]:
+        """Writes what describes all shards together, `manifest.json` first of all.
 
-        Returns the entry of `manifest.json`, which names every other file with its size and SHA-256. `subset.npy` is
-        DataComp's subset format: the sorted uids as pairs of uint64, 16 bytes a sample in memory.
+        The manifest names every other file with its size and SHA-256. `subset.npy` is DataComp's subset format: the
+        sorted uids as pairs of uint64, 16 bytes a sample in memory.
         """
-        extensions = sorted({e for shard in shards for e in shard.pop("extensions")})
-        files = [entry for shard in shards for entry in shard.pop("files")]
+        extensions = sorted({extension for part in parts for extension in part["extensions"]})
+        shards = [part["shard"] for part in parts]
+        files = [entry for part in parts for entry in part["files"] if not entry["name"].endswith(".tar")]
         tables = [entry for entry in files if entry["name"].endswith(".parquet")]
         manifest: dict[str, Any] = {
             "format": FORMAT,
@@ -134,14 +141,9 @@ class WriteShards(Stage):
             "croissant.json": _dump(croissant(about, shards, tables, samples)),
             "README.md": readme(about, shards, samples, extensions).encode(),
         }
-        files += [store.write(file_name, data) for file_name, data in documents.items()]
-        manifest["files"] = {entry["name"]: {k: entry[k] for k in ("bytes", "sha256")} for entry in files}
-        entry = store.write("manifest.json", _dump(manifest))
-        keep = {"manifest.json", "OWNER", "_SUCCESS", *manifest["files"], *(shard["name"] for shard in shards)}
-        for file_name in store.names():
-            if file_name not in keep:
-                store.remove(file_name)
-        return entry
+        written = [store.write(file_name, data) for file_name, data in documents.items()]
+        manifest["files"] = {entry["name"]: {k: entry[k] for k in ("bytes", "sha256")} for entry in files + written}
+        return [store.write("manifest.json", _dump(manifest)), *written]
 
 
 class _Tar:

@@ -1,4 +1,4 @@
-"""How units reach workers, and what becomes of a crew whose workers do not live."""
+"""How units reach workers, and what happens when workers die."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import pyarrow as pa
 import pytest
 from ray.cluster_utils import Cluster
 
-from pipeline.crew import _Worker
-from pipeline.passes import Advance, Pass
+from pipeline.passes import Pass, UnitReport
 from pipeline.recipe import Recipe
 from pipeline.step import Stage
+from pipeline.workers import _Worker
 from tests.conftest import ROOT, Command
 from tests.test_passes import ROWS, ingested, recipe
 
@@ -104,12 +104,12 @@ class Late(Stage):
             yield held
 
 
-def worked(passes: list[Pass], units: list[int]) -> list[Advance]:
+def worked(passes: list[Pass], units: list[int]) -> list[UnitReport]:
     worker = _Worker(passes, 1, {})
     for unit in (*units, None):
-        worker.give(unit)
+        worker.submit(unit)
     ready, *told = worker.run()
-    assert ready == Advance(), "first it says that it is there"
+    assert ready == UnitReport(), "first it says that it is there"
     return told
 
 
@@ -118,7 +118,7 @@ def test_a_worker_begins_the_next_unit_while_the_last_rows_of_this_one_run_out(r
     Late.seen.clear()
     worker = _Worker(passes, 1, {})
     for unit in (0, 1, 2, None):
-        worker.give(unit)
+        worker.submit(unit)
     seen = [(record["unit"], list(Late.seen)) for told in worker.run() for record in told.records]
     assert seen == [(0, [0, 1]), (1, [0, 1, 2]), (2, [0, 1, 2])]
 
