@@ -5,26 +5,23 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import webdataset as wds
-from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
+from PIL import Image, ImageOps
 
 
-def pixels(picture) -> torch.Tensor:
-    """uint8 (3, 64, 64): the shorter side is scaled to 64, the rest cut off."""
-    return center_crop(resize(pil_to_tensor(picture), 64, antialias=True), [64, 64])
+def pixels(picture: Image.Image) -> torch.Tensor:
+    """uint8 (3, 64, 64): the largest centred square, resized."""
+    square = ImageOps.fit(picture.convert("RGB"), (64, 64))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
 def main(run: str) -> int:
     """Reads every sample once; returns how many there were."""
     tars = sorted(map(str, Path(run, "shards").glob("*.tar")))
-    samples = (
-        wds.WebDataset(tars, shardshuffle=False)
-        .decode("pilrgb", handler=wds.warn_and_continue)
-        .to_tuple("jpg;png;webp", "txt")
-        .map_tuple(pixels, str)
-    )
-    loader = torch.utils.data.DataLoader(samples.batched(32), batch_size=None)
+    samples = wds.WebDataset(tars, shardshuffle=False).decode("pil").to_tuple("jpg;png;webp", "txt")
+    loader = torch.utils.data.DataLoader(samples.map_tuple(pixels, str).batched(32), batch_size=None)
     seen = 0
     for images, captions in loader:
         seen += len(captions)

@@ -43,29 +43,31 @@ class PoolSpec:
     """Where the candidates come from."""
 
     path: str | list[str] = ""
-    """A file, a glob, a folder, or a list of these: parquet, csv, tsv, jsonl or json, also `.gz`, `.zst` and `.bz2`."""
+    """A file, a glob, a folder, or a list of these: parquet, csv, tsv, jsonl or json, also `.gz`, `.zst` and `.bz2`.
+    Required unless `retry` is given."""
     retry: str | None = None
-    """Instead of all else: a finished run, whose rows that the web failed for the moment are the pool."""
+    """A finished run, instead of all other keys: the pool is its rows that failed for a transient reason."""
     url: str = "url"
     """The column that holds the URL."""
     caption: str = "caption"
     """The column that holds the caption."""
     uid: str | None = None
-    """The column that holds the pool's own uids (32 hex digits); none: they are computed from url and caption."""
+    """The column that holds the pool's own uids (32 hex digits). By default they are computed from url and caption."""
     image: str | None = None
-    """The column that holds the pictures themselves, encoded: bytes, or Hugging Face's struct of bytes and path."""
+    """The column that holds the encoded pictures: bytes, or Hugging Face's struct of `bytes` and `path`."""
     columns: list[str] | None = None
-    """Further columns to carry along; none named: all."""
+    """Further columns to carry into the shards; `[]` for none. By default all."""
     types: dict[str, Literal["text", "int", "float"]] | None = None
-    """Types of further columns, where the first rows of a text file would mislead."""
+    """Types of further columns of text files, where the first 1,000 rows suggest a wrong one."""
     names: list[str] | None = None
-    """The names of the columns of csv and tsv files that have no line of names."""
+    """Column names of csv and tsv files without a header line."""
     quoted: bool | None = None
-    """Whether quotation marks enclose fields (RFC 4180) or are data like any other; none: they enclose in csv only."""
+    """Whether quotation marks enclose fields (RFC 4180) or are data. By default they enclose in csv and are data in
+    tsv."""
     captions: Literal["each", "first"] | None = None
-    """Of a column of lists of captions: a row for each, or the first."""
+    """For a column of caption lists: `each` makes a row of each caption, `first` takes the first."""
     rows: int | None = None
-    """How many rows to expect; only `--plan` reads it, for a pool that cannot be counted from here."""
+    """Expected number of rows, which `--plan` uses for a pool that it cannot count."""
 
     def __post_init__(self) -> None:
         if self.rows is not None and self.rows < 0:
@@ -112,18 +114,26 @@ class Recipe:
     """A checked recipe. `source` is the plain data it was made from, defaults not filled in."""
 
     name: str
+    """Names the dataset in the manifest and the dataset card: 1 to 200 printable characters."""
     pool: PoolSpec
+    """Where the candidates are: a mapping of the keys below."""
     run: str
+    """Folder of the run: a local path, or an address such as `s3://bucket/folder` or `gs://bucket/folder`."""
     steps: list[Step] = field(default_factory=list)
+    """The steps, in the order in which they run: `- NAME` or `- NAME: {OPTION: VALUE, …}`. At least one."""
     seed: int = 0
+    """Seed of every random decision; a step that has a `seed` of its own and is not given one takes this."""
     unit_rows: int = 10_000
-    """Candidates in a unit, about: the atom of scheduling, retry, commit and resume."""
+    """Approximate number of candidates in a unit, 1 to 1,000,000. Units are scheduled, retried, committed and resumed
+    as a whole."""
     workers: int | None = None
-    """Most worker processes at a time; none: as many as the cluster has cores. Never changes a result."""
+    """Maximum number of worker processes, 1 to 100,000. By default one per core of the cluster, including nodes that
+    join during the run. Never changes a result."""
     reuse: str | None = None
-    """Another run whose committed passes are used where they are the same as this recipe's: a second arm of a study."""
+    """Another run to take results from: its complete passes where they are the same, and what it measured of the same
+    pool."""
     allow_empty: bool = False
-    """Whether a run that keeps no row has done what was asked (exit status 0)."""
+    """Whether a run that writes shards and keeps no row ends with exit status 0 instead of 1."""
     source: dict[str, Any] = field(default_factory=dict)
 
 

@@ -26,11 +26,11 @@ from PIL import Image
 
 from pipeline.fetch.decoder import EncodeFormat, ResizeMode, Rules, decode
 from pipeline.fetch.img2dataset_engine import failure
+from pipeline.reference import reasons_section
 from pipeline.stages.download import Download
 from pipeline.stages.read_shards import REASONS as READ_REASONS
 from pipeline.stages.write_shards import WriteShards
 from pipeline.step import apply
-from pipeline.steps import _reasons
 from pipeline.storage import Store
 from tests.conftest import ROOT
 from tests.fetch.img2dataset_jobs import write_folders
@@ -296,7 +296,7 @@ def test_the_docs_list_every_img2dataset_option_and_every_reason() -> None:
     same = {n for names, here in zip(first, second) if here.strip() == "same" for n in re.findall(r"`(\w+)`", names)}
     assert same
     assert same <= {f.name for f in dataclasses.fields(Download)}
-    table = [line for line in _reasons().splitlines() if line.startswith("|")]
-    assert "\n".join(table) in page, "the table of reasons is that of `python -m pipeline.steps`; copy it"
+    table = [line for line in reasons_section().splitlines() if line.startswith("|")]
+    assert "\n".join(table) in page, "the table of reasons is that of `winnow steps`; copy it"
     for reason, meaning in READ_REASONS.items():
         assert f"| `{reason}` | {meaning} |" in page
