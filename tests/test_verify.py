@@ -249,7 +249,7 @@ def test_what_cannot_be_made_again_is_named_with_its_cure(run: Command, project:
     flip(file)
     done = run("r.yaml")
     assert done.returncode == 1
-    assert f"{file}: damaged: its sha256 is not the one on record (unit 3 of the pass paint)" in done.stderr
+    assert f"{file}: damaged: its sha256 does not match its record (unit 3 of the pass paint)" in done.stderr
     assert "restore it from a copy; or, to fetch again what the web still has, remove" in done.stderr
     assert "Traceback" not in done.stderr
     shutil.rmtree(file.parent.parent)
