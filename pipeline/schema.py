@@ -59,7 +59,7 @@ DROP = pa.schema(
 
 
 def is_heavy(dtype: pa.DataType) -> bool:
-    """True for pixels and vectors. They are stored apart from other columns, so that a scan of scores reads no image."""
+    """True for pixels and vectors. Stored apart from other columns, so that a scan of scores reads no image."""
     return bool(pa.types.is_fixed_size_list(dtype) or _holds_bytes(dtype))
 
 

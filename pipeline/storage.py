@@ -151,7 +151,7 @@ class Store:
             raise DamagedError(f"{path}: damaged: its sha256 does not match its record")
 
     def read_record(self, name: str) -> dict[str, Any] | None:
-        """Reads a record written by `sealed`; None if it does not exist. Raises DamagedError if its checksum is wrong."""
+        """Reads a record written by `sealed`; None if there is none. Raises DamagedError if the checksum is wrong."""
         data = self.read_if_there(name)
         return None if data is None else unsealed(data, self.path(name))
 
@@ -281,7 +281,7 @@ class Store:
         return digest.hexdigest()
 
     def names(self, name: str = "") -> list[str]:
-        """The sorted names of the files directly in a folder. Use it for cleaning up, never to find what is committed."""
+        """The sorted names of the files directly in a folder. For cleanup only: listings do not show what is committed."""
         return list(self.sizes(name))
 
     def sizes(self, name: str = "") -> dict[str, int]:

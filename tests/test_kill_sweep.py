@@ -173,7 +173,7 @@ def test_whatever_dies_the_same_command_goes_on(project: Path, capsys: pytest.Ca
         if known is not None:
             assert status in VICTIMS[victim][2] | {0}, where  # 0: it was done in this very moment
             if status > 0:
-                assert "The same command goes on" in said, where
+                assert "Run the same command again" in said, where
             gone = time.monotonic() + LEFT
             while left(known) and time.monotonic() < gone:
                 time.sleep(0.2)
