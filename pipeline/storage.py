@@ -281,7 +281,7 @@ class Store:
         return digest.hexdigest()
 
     def names(self, name: str = "") -> list[str]:
-        """The sorted names of the files directly in a folder. For cleanup only: listings do not show what is committed."""
+        """The sorted names of the files directly in a folder. For cleanup only: a listing proves no commit."""
         return list(self.sizes(name))
 
     def sizes(self, name: str = "") -> dict[str, int]:

@@ -83,7 +83,7 @@ def test_a_good_recipe_with_overrides() -> None:
         (
             "[url, caption]",
             "[phash]",
-            "needs the column 'phash'; nothing above it adds that; download and read_shards would",
+            "needs the column 'phash'; no step above it adds that column; download or read_shards adds it",
         ),
         (
             "- sample: {fraction: 1e-1}",
@@ -205,7 +205,7 @@ SAID_OF_JOBS = "lies in the job's temporary copy of its working directory"
         (["run=data/out", "pool.path=data/**/*.csv"], "run: must not share a folder with the pool"),
         (["run=data/out", "pool.path=data/*.csv"], ""),
         (["run=data", "pool.path=data/pool.csv"], ""),
-        (["reuse=dmeo"], "reuse: dmeo is not the folder of a run: there is no "),
+        (["reuse=dmeo"], "reuse: dmeo is not the folder of a run: missing "),
         (["reuse=''"], "reuse: is empty"),
         (["reuse=out"], "reuse: is the run itself"),
         (["name=''"], "name: expected a line of 1 to 200 printable characters"),
@@ -215,11 +215,11 @@ SAID_OF_JOBS = "lies in the job's temporary copy of its working directory"
         (["unit_rows=1000000000000"], "unit_rows: expected 1 to 1,000,000, found 1,000,000,000,000"),
         (["unit_rows=1e12"], "unit_rows: expected a whole number"),
         (["workers=1000000000"], "workers: expected 1 to 100,000"),
-        (["seed=99999999999999999999999"], "seed: expected a finite number of ordinary size"),
+        (["seed=99999999999999999999999"], "seed: expected a finite number that fits in 63 bits"),
         (["pool.rows=-5"], "pool: rows: must be 0 or more, found -5"),
         (
             ["steps.sample.fraction=.nan"],
-            "r.yaml:10: steps.sample.fraction: expected a finite number of ordinary",
+            "r.yaml:10: steps.sample.fraction: expected a finite number that fits",
         ),
         (["steps.sample.fraction=.inf"], "found inf"),
     ],
@@ -235,7 +235,7 @@ def test_what_no_run_can_mean_is_refused(words: list[str], said: str) -> None:
 
 def test_a_run_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
-    assert "cannot be written to" in problems(GOOD)
+    assert "is not writable" in problems(GOOD)
 
 
 def test_a_job_writes_nothing_into_its_copy_of_the_working_directory(

@@ -147,7 +147,7 @@ def test_a_quick_look_finds_what_it_looks_at_and_says_the_rest(
         if damage in ("cut", "empty", "delete") or kind in ALWAYS_HASHED:
             assert status == 1
             assert str(file) in said.err
-        assert "not looked at: what is in the files" in said.out or status == 1
+        assert "not checked: the contents of" in said.out or status == 1
         assert "Traceback" not in said.err
 
 
@@ -175,8 +175,8 @@ def test_a_row_that_is_there_twice_and_one_that_is_not_are_named(project: Path, 
     edit(run, "drops/*.parquet", lambda table: with_uid(table, kept))
     assert sorted(line.removeprefix(str(run)) for line in found(run)) == sorted(
         [
-            f"/drops/00000.parquet and {run}/shards/00000.parquet: {kept} is there 1 times more than in the pool",
-            f"/drops: {lost} of the pool is neither here nor in the shards",
+            f"/drops/00000.parquet and {run}/shards/00000.parquet: {kept} occurs 1 times more than in the pool",
+            f"/drops: {lost} of the pool is neither in the drops nor in the shards",
         ]
     )
 
@@ -202,7 +202,7 @@ def test_a_dataset_alone_can_be_verified(project: Path, tmp_path: Path, capsys: 
     shutil.copytree(project / "out", run)
     shutil.rmtree(run / "passes")
     assert verify.main([str(run), "--deep"]) == 0
-    assert "not looked at: downloads, scores" in capsys.readouterr().out
+    assert "not checked: downloads, scores" in capsys.readouterr().out
     flip(run / "shards/00002.tar")
     assert verify.main([str(run), "--deep"]) == 1
 
