@@ -2,7 +2,7 @@
 
     pytest -m slow tests/test_kill_sweep.py            # WINNOW_KILLS=30 moments, WINNOW_KILL_SEED=0
 
-Each run directory receives kills until its run completes. Its shards are then compared with those of an undisturbed run,
+Each run directory receives kills until its run completes. Its shards are then compared with an undisturbed run,
 and the sweep continues in a new directory.
 """
 
