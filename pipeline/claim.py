@@ -1,12 +1,12 @@
-"""One writer for a run directory: who it is, whether it is alive, and how it learns that it no longer is the one.
+"""Ensures that a run directory has a single writer.
 
-A claim is a small file `claim/NNNNNNN.json` in the run directory. Its owner rewrites it every BEAT seconds and removes
-it at the end. The highest number counts. Whoever finds the owner dead creates the next number: `Store.create` succeeds
-for exactly one caller, on a disk as in an object store, so no two commands take over one claim.
+A claim is a small file `claim/NNNNNNN.json` in the run directory. Its owner rewrites it every HEARTBEAT seconds and
+removes it at the end. The highest number is the valid claim. A command that finds the owner dead creates the next
+number. `Store.create` succeeds for exactly one caller, locally and in an object store, so only one command takes over.
 
 An owner is dead if it ran on this machine and its process is gone, or if it ran elsewhere and its claim is older than
-EXPIRY seconds and does not change while it is watched. So neither a clock that is ahead nor one that is behind takes a
-directory from a live owner. An owner that was suspended finds its claim replaced before it writes on: `Claim.check`.
+EXPIRY seconds and does not change for WATCH seconds. Clock skew therefore never takes a directory from a live owner.
+An owner that was suspended detects a takeover with `Claim.check` before it writes again.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from typing import Any
 
 from pipeline.storage import Store
 
-BEAT = 10.0
-"""Seconds between two signs of life."""
+HEARTBEAT = 10.0
+"""Seconds between heartbeats."""
 EXPIRY = 60.0
-"""Age in seconds from which the claim of another machine's process may be void."""
-WATCH = 1.5 * BEAT
-"""Seconds for which such a claim is watched before it is taken over."""
+"""Age in seconds after which a claim from another machine may have expired."""
+WATCH = 1.5 * HEARTBEAT
+"""Seconds to watch an expired claim for changes before taking it over."""
 
 
 class InUseError(Exception):
-    """The run directory belongs to a command that is at work."""
+    """The run directory belongs to a running command."""
 
 
 class LostClaimError(Exception):
-    """Another command has taken over the run directory; this one must write no more."""
+    """Another command has taken over the run directory; this one must stop writing."""
 
 
 class Claim:
-    """What makes this command the only writer of a run directory. Workers get copies of it, to call `check`."""
+    """Marks this command as the only writer of a run directory. Workers get copies, on which they call `check`."""
 
     def __init__(self, store: Store, number: int, owner: dict[str, Any]) -> None:
         self._store, self._number, self._owner = store, number, owner
@@ -53,8 +53,8 @@ class Claim:
         return {**self.__dict__, "_confirmed": 0.0, "_ended": None}
 
     def check(self) -> None:
-        """LostClaimError if another command has taken over. Asks the store only if nobody did for two beats."""
-        if abs(time.time() - self._confirmed) > 2 * BEAT:
+        """Raises LostClaimError if another command has taken over. Reads the store at most once per two heartbeats."""
+        if abs(time.time() - self._confirmed) > 2 * HEARTBEAT:
             self._confirm()
 
     def _confirm(self) -> None:
@@ -65,8 +65,8 @@ class Claim:
         if data is None or _parsed(data).get("token") != self._owner["token"]:
             self._confirmed = 0.0
             raise LostClaimError(
-                f"{self._store.root}: another command has taken over this directory, as this one gave no sign of life "
-                f"for {EXPIRY:.0f} s. What was committed stays; nothing more is written here"
+                f"{self._store.root}: another command has taken over this directory because this one sent no heartbeat "
+                f"for {EXPIRY:.0f} s. Committed results are kept; this command writes nothing more"
             )
         self._confirmed = now
 
@@ -74,41 +74,41 @@ class Claim:
         self._store.write(_name(self._number), _dump(self._owner | {"beat": time.time()}))
 
     def _keep(self) -> None:
-        while not self._ended.wait(BEAT):
+        while not self._ended.wait(HEARTBEAT):
             try:
                 self._confirm()
                 self._write()
             except LostClaimError:
                 return
-            except Exception:  # a store that is out of reach: `check` will tell, once it matters
+            except Exception:  # unreachable store: `check` raises before the next write
                 continue
 
     def _release(self) -> None:
-        with contextlib.suppress(Exception):  # a store that is out of reach: then the claim expires
+        with contextlib.suppress(Exception):  # unreachable store: the claim expires
             self._confirm()
             self._store.remove(_name(self._number))
             if self._store.local:
-                with contextlib.suppress(OSError):  # somebody else's claim is under way
+                with contextlib.suppress(OSError):  # another command is creating its claim
                     os.rmdir(self._store.path("claim"))
 
 
 @contextlib.contextmanager
 def hold(store: Store) -> Iterator[Claim]:
-    """Takes a run directory for the time of a block; InUseError if a command that is alive has it."""
+    """Claims a run directory for the duration of a block. Raises InUseError if a live command holds it."""
     claim = _take(store)
-    beats = threading.Thread(target=claim._keep, daemon=True)
-    beats.start()
+    heartbeat = threading.Thread(target=claim._keep, daemon=True)
+    heartbeat.start()
     try:
         yield claim
     finally:
         claim._ended.set()
-        beats.join(BEAT)
+        heartbeat.join(HEARTBEAT)
         claim._release()
 
 
 def _take(store: Store) -> Claim:
-    me = {**_place(), "pid": os.getpid(), "started": _started(os.getpid()), "since": time.time()}
-    me["token"] = secrets.token_hex(8)
+    owner = {**_host_identity(), "pid": os.getpid(), "started": _start_time(os.getpid()), "since": time.time()}
+    owner["token"] = secrets.token_hex(8)
     while True:
         names = _names(store)
         if names:
@@ -116,10 +116,10 @@ def _take(store: Store) -> Claim:
             if data is not None and _alive(store, names[-1], data):
                 raise InUseError(_refusal(store, _parsed(data)))
         number = int(Path(names[-1]).stem) + 1 if names else 1
-        if not store.create(_name(number), _dump(me | {"beat": time.time()})):
+        if not store.create(_name(number), _dump(owner | {"beat": time.time()})):
             continue
-        claim = Claim(store, number, me)
-        if _names(store) != [*names, _name(number)]:  # others came and went meanwhile: look again
+        claim = Claim(store, number, owner)
+        if _names(store) != [*names, _name(number)]:  # another command interfered: try again
             store.remove(_name(number))
             continue
         for name in names:
@@ -130,8 +130,8 @@ def _take(store: Store) -> Claim:
 
 def _alive(store: Store, name: str, data: bytes) -> bool:
     owner = _parsed(data)
-    if all(owner.get(key) == value for key, value in _place().items()):
-        return owner.get("started") in ({_started(owner.get("pid", 0))} - {""})
+    if all(owner.get(key) == value for key, value in _host_identity().items()):
+        return owner.get("started") in ({_start_time(owner.get("pid", 0))} - {""})
     if time.time() - owner.get("beat", 0.0) < EXPIRY:
         return True
     end = time.monotonic() + WATCH
@@ -147,8 +147,8 @@ def _refusal(store: Store, owner: dict[str, Any]) -> str:
     since, beat = (max(0.0, now - owner.get(key, now)) for key in ("since", "beat"))
     return (
         f"{store.root} is in use by another command: pid {owner.get('pid')} on {owner.get('host')}, started "
-        f"{_duration(since)} ago, last sign of life {_duration(beat)} ago. Wait for its end, or end it there and give "
-        f"this command again; the claim of a machine that died is void after {EXPIRY:.0f} s"
+        f"{_duration(since)} ago, last heartbeat {_duration(beat)} ago. Wait for it to end, or stop it there, then run "
+        f"this command again; the claim of a machine that died expires after {EXPIRY:.0f} s"
     )
 
 
@@ -159,18 +159,18 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _place() -> dict[str, str]:
-    """What two processes share if, and only if, each can see whether the other is alive."""
-    place = {"host": socket.gethostname(), "boot": "", "pids": ""}
+def _host_identity() -> dict[str, str]:
+    """Identifies the host, boot and PID namespace. Two processes can check each other's liveness only if all match."""
+    identity = {"host": socket.gethostname(), "boot": "", "pids": ""}
     with contextlib.suppress(OSError):
-        place["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        place["pids"] = os.readlink("/proc/self/ns/pid")
-    return place
+        identity["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        identity["pids"] = os.readlink("/proc/self/ns/pid")
+    return identity
 
 
-def _started(pid: int) -> str:
-    """When a process of this machine started, in a form of the system's own; empty if there is none."""
-    if not os.path.isdir("/proc/self"):  # a system that does not tell: a process of that number must do
+def _start_time(pid: int) -> str:
+    """The start time of a process on this machine, in the kernel's format; empty if the process is gone."""
+    if not os.path.isdir("/proc/self"):  # no /proc: only check that the PID exists
         try:
             os.kill(pid, 0)
         except ProcessLookupError:

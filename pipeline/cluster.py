@@ -1,4 +1,4 @@
-"""The Ray cluster under a run: joined or started here, what of it this process depends on, and what its nodes see."""
+"""Joins or starts the Ray cluster of a run, and checks that its nodes can access the run directory and the pool."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from pipeline.keeper import Keeper
 from pipeline.storage import Store
 
 TOKENS = "nodes"
-"""The folder in a run directory in which nodes prove that they see it; removed afterwards."""
+"""The folder in a run directory to which nodes write to prove access; removed afterwards."""
 NODE_SECONDS = 120.0
-"""Seconds that a node has to answer: it may first have to start a worker and unpack an environment."""
+"""Seconds a node has to answer; it may have to start a worker and unpack an environment first."""
 
 _keeper: Keeper | None = None
 
 
 def start_ray(workers: int | None) -> None:
-    """Joins the cluster that RAY_ADDRESS names (as under `ray job submit`), or starts Ray on this machine.
+    """Joins the cluster at RAY_ADDRESS (set by `ray job submit`), or starts Ray on this machine.
 
-    A Ray started here ends with this process, however the process ends. A cluster that was joined keeps running.
+    A Ray started here ends with this process, however it ends. A joined cluster keeps running.
     """
     global _keeper
     debug = bool(os.environ.get("WINNOW_DEBUG"))
@@ -37,15 +37,15 @@ def start_ray(workers: int | None) -> None:
         options["address"] = os.environ["RAY_ADDRESS"]
     else:
         _keeper = Keeper()
-        store_bytes = 1 << 30  # only columns of barriers go through it, and it spills
+        store_bytes = 1 << 30  # holds only columns of barriers, and spills to disk
         cpus = max(workers or os.cpu_count() or 1, 1)
         options |= {
             "address": "local",
             "num_cpus": cpus,
             "include_dashboard": False,
             "object_store_memory": store_bytes,
-            # A process for tasks takes a second to start. Keeping it for two minutes carries it over a short pass of
-            # actors; in a long pass it would only hold memory.
+            # A task process takes 1 s to start. Keeping idle ones for two minutes bridges a short actor pass without
+            # holding memory during a long one.
             "_system_config": {"idle_worker_killing_time_threshold_ms": 120_000},
         }
     with contextlib.nullcontext() if debug else _quiet_core():
@@ -53,18 +53,18 @@ def start_ray(workers: int | None) -> None:
 
 
 def joined() -> bool:
-    """Whether the run joins a cluster instead of starting Ray by itself."""
+    """Whether the run joins an existing cluster (RAY_ADDRESS is set)."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def capacity(kind: str) -> int:
-    """CPUs or GPUs ("CPU", "GPU") of all nodes in the cluster at present."""
+    """Current total of a resource ("CPU" or "GPU") over all nodes."""
     return int(ray.cluster_resources().get(kind, 0))
 
 
 @contextlib.contextmanager
 def _quiet_core() -> Iterator[None]:
-    """Silences stderr while Ray's core starts. A failure to start is raised as well as logged, so nothing is lost."""
+    """Silences stderr while Ray's core starts. No error is lost: a failure to start is also raised."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -78,9 +78,9 @@ def _quiet_core() -> Iterator[None]:
 
 
 def stop_ray(orderly: bool = True) -> None:
-    """Leaves the cluster, and ends the Ray that `start_ray` started with all its processes.
+    """Leaves the cluster. If `start_ray` started it, ends all its processes.
 
-    `orderly=False` skips Ray's own shutdown, which would wait for a cluster that is gone.
+    `orderly=False` skips Ray's own shutdown, which would wait for a lost cluster.
     """
     global _keeper
     if orderly:
@@ -102,14 +102,14 @@ def cluster_parts() -> dict[str, tuple[str, int]]:
 
 
 class UnseenError(Exception):
-    """A node of the cluster does not see the run directory or the pool that this process sees."""
+    """A node of the cluster cannot access the run directory or the pool of this process."""
 
 
 def check_nodes(store: Store, files: Sequence[str]) -> None:
-    """UnseenError unless every node with workers reads and writes the run directory and reads the files of the pool.
+    """Raises UnseenError unless every node with workers can read and write the run directory and read the pool.
 
-    Each node reads a token from the run directory and writes a file of its own, which is read here. Nodes that join
-    later are not checked.
+    Each node reads a token from the run directory and writes a file that this process reads back. Nodes that join later
+    are not checked.
     """
     if not joined():
         return
@@ -132,13 +132,14 @@ def check_nodes(store: Store, files: Sequence[str]) -> None:
     try:
         _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_SECONDS)
         for answer, node in asked.items():
-            problem = f"gave no answer within {NODE_SECONDS:.0f} s" if answer in silent else _answer_of(answer)
+            problem = f"did not answer within {NODE_SECONDS:.0f} s" if answer in silent else _answer_of(answer)
             if not problem and store.read_if_there(f"{TOKENS}/{token}.{node}") != token.encode():
                 problem = f"writes to another {store.root} than this process"
             if problem:
                 raise UnseenError(
-                    f"the node {nodes[node]} {problem}. Pool and run must be in a place that every node sees: an "
-                    "object store (s3://, gs://) or a shared file system under the same path. See docs/cluster.md"
+                    f"the node {nodes[node]} {problem}. Put the pool and the run where every node can access "
+                    "them: in an object store (s3://, gs://) or on a file system mounted at the same path. See "
+                    "docs/cluster.md"
                 )
     finally:
         for answer in silent:  # canceling a task that has just ended can abort this process (Ray 2.60)
@@ -151,7 +152,7 @@ def check_nodes(store: Store, files: Sequence[str]) -> None:
 
 
 def _look(store: Store, token: str, node: str, files: Sequence[str]) -> str:
-    """Runs on the node. Returns what is wrong there, or an empty string."""
+    """Runs on the node. Returns the problem found there, or an empty string."""
     try:
         if store.read_if_there(f"{TOKENS}/{token}") != token.encode():
             return f"does not see {store.root}, which this process writes to"
@@ -163,10 +164,11 @@ def _look(store: Store, token: str, node: str, files: Sequence[str]) -> str:
 
 
 def _answer_of(answer: Any) -> str:
+    """The result of `_look`, or a description of why it failed."""
     try:
         return str(ray.get(answer))
     except (NodeDiedError, ray.exceptions.TaskUnschedulableError):
-        return "was lost while it was asked"
+        return "was lost during the check"
     except Exception as error:
         cause = getattr(error, "cause", None) or error
         return f"cannot run Winnow: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}"

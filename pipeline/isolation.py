@@ -1,8 +1,8 @@
-"""The last resort for a unit that kills its workers: find the rows that do it, each in a process that may die.
+"""Finds and drops the rows of a unit that kill their worker process, trying them in child processes.
 
-An exception is a bug and is reported as one. A dead process (a segmentation fault in a decoder, a kill for memory) is
-bad luck with hostile bytes: the unit is bisected down to the rows that cause it, those become drops
-(`decoder_crash`), and the rest of the unit is committed as usual.
+An exception is a bug and is raised. A dead process (a segmentation fault in a decoder, an out-of-memory kill) is
+blamed on its input: the unit is bisected down to the rows that cause it, those are dropped as `decoder_crash`, and the
+rest of the unit is committed as usual.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pipeline.fetch.sandbox import die_with_parent
 from pipeline.passes import Pass, committed, missing_rows, run_pass
 
 ATTEMPTS = 3
-"""How often a unit is tried in the ordinary way."""
+"""Ordinary attempts at a unit before it is isolated."""
 
 
 def attempt(p: Pass, unit: int) -> int:
-    """Notes that a unit is about to be tried, for whoever comes after a crash; the number of this attempt, from 1.
+    """Records an attempt at a unit before it starts, so that it survives a crash. Returns its number, from 1.
 
-    Attempts beyond ATTEMPTS are not told apart.
+    All attempts beyond ATTEMPTS return ATTEMPTS + 1.
     """
     for number in range(1, ATTEMPTS + 1):
         if p.store.create(f"attempts/{unit:07d}.{number}", b""):
@@ -35,24 +35,27 @@ def attempt(p: Pass, unit: int) -> int:
 
 
 def forgive(p: Pass, units: Iterable[int]) -> None:
-    """Forgets the attempts at units that failed through no fault of their own."""
+    """Deletes the recorded attempts at units whose failure had another cause, such as a lost node."""
     for unit in units:
         for number in range(1, ATTEMPTS + 1):
             p.store.remove(f"attempts/{unit:07d}.{number}")
 
 
 def run_isolated(passes: Sequence[Pass], index: int, unit: int) -> dict[str, Any]:
-    """Commits a unit without the rows that crash; returns its record."""
+    """Commits a unit without the rows that crash, and returns its record."""
     rows = missing_rows(passes[: index + 1], unit)
     crashers = _find(passes, index, unit, rows)
     _child(passes, index, unit, rows, np.array(crashers, np.int32), commit=True)
     record = committed(passes[: index + 1], unit)
     if record is None:
-        raise RuntimeError(f"unit {unit} of {passes[index].label} dies only as a whole: is there enough memory for it?")
+        raise RuntimeError(
+            f"unit {unit} of {passes[index].label} crashes only when all its rows run together; free more memory"
+        )
     return record
 
 
 def _find(passes: Sequence[Pass], index: int, unit: int, rows: np.ndarray) -> list[int]:
+    """Bisects the rows of a unit; returns those that crash on their own."""
     if not len(rows) or _child(passes, index, unit, rows, np.empty(0, np.int32), commit=False):
         return []
     if len(rows) == 1:
@@ -62,7 +65,7 @@ def _find(passes: Sequence[Pass], index: int, unit: int, rows: np.ndarray) -> li
 
 
 def _child(passes: Sequence[Pass], index: int, unit: int, rows: np.ndarray, crashers: np.ndarray, commit: bool) -> bool:
-    """Runs some rows of a unit in a process of their own; False if the process died of them."""
+    """Runs some rows of a unit in a child process. Returns False if the process died; raises if it failed."""
     job = cloudpickle.dumps((list(passes), index, unit, rows, crashers, commit))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     child = subprocess.run(

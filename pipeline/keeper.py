@@ -1,9 +1,9 @@
-"""A small process that outlives the command and ends what the command left: the Ray that it started, and all below.
+"""A small process that outlives the command and kills what it left running: its Ray and all descendants.
 
-The command holds the other end of this process's standard input. However the command ends, the system closes that end;
-a SIGKILL leaves no time for anything else. Parents may be gone by then, and groups differ. So a process belongs to the
-command if it has inherited a variable from it or, since a process that renames itself overwrites its environment, if
-it writes to the folder of Ray's session.
+The command holds the write end of this process's standard input. The kernel closes it however the command ends, even by
+SIGKILL. By then parents may be gone, and process groups differ. A process therefore belongs to the command if it
+inherited a marker variable. A process that renames itself overwrites its environment, so it also belongs if it has a
+file in the Ray session folder open for writing.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from pathlib import Path
 
 VARIABLE = "WINNOW_COMMAND"
 PATIENCE = 10.0
-"""Seconds in which processes that appear while others are being killed are looked for."""
+"""Seconds to keep looking for processes that appear while others are being killed."""
 LOOK_EVERY = 0.25
-"""Seconds between two looks for Ray's session while it starts."""
+"""Seconds between checks for the Ray session while it starts."""
 _SESSION = b"--session-dir="
 _HAS_PROC = os.path.isdir("/proc/self")
 
 
 class Keeper:
-    """The command's side. From now on, processes that this one starts are marked as its own."""
+    """Starts the keeper process and marks all later child processes of this command."""
 
     def __init__(self) -> None:
         token = secrets.token_hex(16)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        environment.pop(VARIABLE, None)  # of a command that this one was started by: its keeper must not end ours
+        environment.pop(VARIABLE, None)  # set by a parent command, whose keeper must not kill ours
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.keeper", token],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            env=environment, cwd="/", start_new_session=True,  # no signal to the command's group may end it
+            env=environment, cwd="/", start_new_session=True,  # signals to the command's group must not reach it
         )  # fmt: skip
         os.environ[VARIABLE] = token
 
     def end(self) -> None:
-        """Ends whatever is left, and waits for it."""
+        """Kills all remaining marked processes, and waits for up to PATIENCE seconds."""
         os.environ.pop(VARIABLE, None)
         assert self._process.stdin is not None
         self._process.stdin.close()
@@ -53,12 +53,12 @@ class Keeper:
 
 
 def _processes() -> Iterator[Path]:
-    # Elsewhere than on Linux, Ray's own reaper must do.
+    # Without /proc, only Ray's own reaper cleans up.
     return (entry for entry in Path("/proc").iterdir() if entry.name.isdigit()) if _HAS_PROC else iter(())
 
 
 def _environment(process: Path) -> list[bytes]:
-    """The variables it was started with; nothing of another user's process, or of one that is gone."""
+    """The environment a process was started with; empty if it is gone or belongs to another user."""
     with contextlib.suppress(OSError):
         return (process / "environ").read_bytes().split(b"\0")
     return []
@@ -68,13 +68,13 @@ def _belongs(process: Path, mark: bytes, session: str | None) -> bool:
     environment = _environment(process)
     if mark in environment:
         return True
-    # The command itself and drivers of others write to the session too; their environment is whole.
+    # The command and other drivers also write to the session, but their environment is intact.
     renamed = bool(environment) and b"=" not in environment[0]
     return renamed and session is not None and _writes_to(process, session)
 
 
 def _writes_to(process: Path, folder: str) -> bool:
-    """Whether it has a file in a folder open for writing: who reads along, as `tail` does, is none of Ray's."""
+    """Whether a process has a file in a folder open for writing. Readers such as `tail` do not belong to Ray."""
     with contextlib.suppress(OSError):
         for fd in (process / "fd").iterdir():
             with contextlib.suppress(OSError):
@@ -84,7 +84,7 @@ def _writes_to(process: Path, folder: str) -> bool:
 
 
 def _find_session(mark: bytes) -> str | None:
-    """The folder of the Ray session that the command has started, once there is one."""
+    """The folder of the Ray session that the command started; None before it exists."""
     for process in _processes():
         with contextlib.suppress(OSError):
             for word in (process / "cmdline").read_bytes().split(b"\0"):
@@ -102,7 +102,7 @@ def _main() -> None:
         session = _find_session(mark)
     end = time.monotonic() + PATIENCE
     clean = 0
-    while clean < 2 and time.monotonic() < end:  # one look may miss what was being started
+    while clean < 2 and time.monotonic() < end:  # a single scan may miss a process that is starting
         left = [process for process in _processes() if _belongs(process, mark, session)]
         for process in left:
             with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""The books: rows in, rows kept, rows dropped by reason, for every step of every unit and of the whole run.
+"""Row accounting: rows in, kept, and dropped by reason, for each step of a unit or of the whole run.
 
-A `Funnel` is small and additive, so the books of a run are the sum of the books of its units, and driver memory
-does not grow with the pool. `balance` is the check that no row was lost on the way.
+A `Funnel` is small and additive: the funnel of a run is the sum over its units, so driver memory does not grow with
+the pool. `Funnel.balance` checks that no row was lost between steps.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import pyarrow as pa
 
 
 class BooksError(Exception):
-    """Rows were lost or invented: rows in differs from rows kept plus rows dropped."""
+    """Rows were lost or duplicated: a step did not receive exactly the rows that the previous step kept."""
 
 
 @dataclass
 class Line:
-    """What one step did."""
+    """Rows and time of one step."""
 
     rows_in: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
@@ -32,13 +32,13 @@ class Line:
 
 @dataclass
 class Funnel:
-    """The lines of consecutive steps, in the order of the recipe."""
+    """Lines of consecutive steps, keyed by step label, in recipe order."""
 
     lines: dict[str, Line] = field(default_factory=dict)
 
     @classmethod
     def of(cls, labels: Iterable[str], rows_in: int, drops: Iterable[pa.Table], seconds: dict[str, float]) -> Funnel:
-        """The books of a unit, from the rows that came in and the drop tables (`schema.DROP`) of its steps."""
+        """Builds the funnel of a unit from its input rows and the drop tables (`schema.DROP`) of its steps."""
         funnel = cls({label: Line(seconds=seconds.get(label, 0.0)) for label in labels})
         for table in drops:
             for group in table.group_by(["step", "reason"]).aggregate([([], "count_all")]).to_pylist():
@@ -55,7 +55,7 @@ class Funnel:
         return cls({d["step"]: Line(d["rows_in"], dict(d["dropped"]), d["seconds"]) for d in lines})
 
     def to_json(self) -> list[dict[str, Any]]:
-        """As in `funnel.json`: a list of `step, rows_in, kept, dropped: {reason: n}, seconds`."""
+        """The format of `funnel.json`: a list of `step, rows_in, kept, dropped: {reason: n}, seconds`."""
         return [
             {
                 "step": label,
@@ -68,7 +68,7 @@ class Funnel:
         ]
 
     def add(self, other: Funnel) -> None:
-        """Adds the books of more rows, or of further steps."""
+        """Adds the funnel of other rows or of later steps."""
         for label, theirs in other.lines.items():
             ours = self.lines.setdefault(label, Line())
             ours.rows_in += theirs.rows_in
@@ -86,9 +86,9 @@ class Funnel:
         return list(self.lines.values())[-1].kept if self.lines else 0
 
     def balance(self) -> None:
-        """Every step starts with exactly the rows that the one before it kept; raises BooksError otherwise."""
+        """Raises BooksError unless every step received exactly the rows that the previous step kept."""
         before: tuple[str, Line] | None = None
         for label, line in self.lines.items():
             if before and before[1].kept != line.rows_in:
-                raise BooksError(f"{before[0]} kept {before[1].kept:,} rows, but {label} saw {line.rows_in:,}")
+                raise BooksError(f"{before[0]} kept {before[1].kept:,} rows, but {label} received {line.rows_in:,}")
             before = label, line

@@ -1,7 +1,7 @@
-"""How a command ends before its time: by a signal, or because its cluster is gone.
+"""Ends a command early on a signal or when its cluster is lost.
 
-Both ends are one: the main thread gets a KeyboardInterrupt, has GRACE seconds to put things in order, and the process
-ends with a line and a status. Whoever waits inside Ray for an answer that will never come is ended by the clock.
+Both are handled alike: the main thread gets a KeyboardInterrupt and has GRACE seconds to clean up; then the process
+exits with one line and a status. A timer enforces this even while the main thread hangs in a Ray call.
 """
 
 from __future__ import annotations
@@ -16,59 +16,59 @@ from typing import Any, NoReturn
 from trainer.terminal import mask, visible
 
 GRACE = 10.0
-"""Seconds to put things in order."""
+"""Seconds to clean up before the process exits."""
 PROBE_EVERY = 2.0
-"""Seconds between two looks at the cluster."""
+"""Seconds between cluster probes."""
 PROBES = 3
-"""Looks in a row that must fail: one may be a moment's overload."""
+"""Consecutive probes that must fail; a single failure may be momentary overload."""
 PROBE_SECONDS = 5.0
-GOES_ON = "The same command goes on from what was committed."
+"""Connection timeout of a probe in seconds."""
+GOES_ON = "Run the same command again to resume from what was committed."
 
 
 class Watch:
-    """Waits for signals and, once there is one, watches the cluster. Belongs to the main thread."""
+    """Handles signals and, after `watch`, monitors the cluster. Create it in the main thread."""
 
     def __init__(self) -> None:
-        self._why: tuple[int, str] | None = None
+        self._reason: tuple[int, str] | None = None
         self._raised = False
         self._parts: dict[str, tuple[str, int]] = {}
-        self._over = threading.Event()
+        self._closed = threading.Event()
         self.take_signals()
 
     def take_signals(self) -> None:
-        """Answers signals from now on: libraries, Ray above all, put handlers of their own in this place."""
+        """Installs the signal handlers. Call it again after libraries such as Ray have installed theirs."""
         signal.signal(signal.SIGINT, self._caught)
         signal.signal(signal.SIGTERM, self._caught)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
             signal.signal(signal.SIGHUP, self._caught)
 
     def watch(self, parts: dict[str, tuple[str, int]]) -> None:
-        """Ends the command when one of the cluster's parts, by name, takes no connection at its address any more."""
+        """Ends the command when a part of the cluster stops accepting connections. `parts` maps names to addresses."""
         self._parts = parts
         threading.Thread(target=self._probe, name="cluster watch", daemon=True).start()
 
     def lost(self) -> str | None:
-        """Which part of the cluster is gone, as a line for people; None: all answer."""
+        """Describes the first part of the cluster that does not answer; None if all do."""
         for name, address in self._parts.items():
             try:
                 socket.create_connection(address, PROBE_SECONDS).close()
             except OSError as error:
                 why = error.strerror or str(error)
-                return f"the cluster is gone: {name} at {address[0]}:{address[1]} does not answer ({why})"
+                return f"the cluster is lost: {name} at {address[0]}:{address[1]} does not answer ({why})"
         return None
 
     def is_ending(self) -> bool:
-        """True once the command has been told to end, or has nothing left to run on."""
-        return self._why is not None or self.lost() is not None
+        """True once the command was told to end or the cluster is lost."""
+        return self._reason is not None or self.lost() is not None
 
     def close(self) -> None:
-        """Watches the cluster no longer."""
-        self._over.set()
+        """Stops watching the cluster."""
+        self._closed.set()
 
     def leave(self) -> NoReturn:
-        """Says why and ends the process, without the exit handlers of Ray, which would wait for a cluster that may be
-        gone."""
-        status, line = self._why or (128 + signal.SIGINT, f"interrupted. {GOES_ON}")
+        """Prints the reason and exits, skipping Ray's exit handlers, which would wait for a lost cluster."""
+        status, line = self._reason or (128 + signal.SIGINT, f"interrupted. {GOES_ON}")
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
@@ -80,25 +80,25 @@ class Watch:
             os._exit(status)
 
     def end(self, status: int, line: str) -> None:
-        """Gives the command GRACE seconds. Only the first reason counts."""
-        if self._why is None:
-            self._why = (status, line)
+        """Exits after GRACE seconds with a status and a line. Later calls have no effect."""
+        if self._reason is None:
+            self._reason = (status, line)
             timer = threading.Timer(GRACE, self.leave)
             timer.daemon = True
             timer.start()
 
     def _caught(self, number: int, frame: Any) -> None:
         self.end(128 + number, f"interrupted by {signal.Signals(number).name}. {GOES_ON}")
-        if not self._raised:  # a second signal does not disturb the end
+        if not self._raised:  # a second signal does not interrupt the cleanup
             self._raised = True
             raise KeyboardInterrupt
 
     def _probe(self) -> None:
-        missed = 0
-        while not self._over.wait(PROBE_EVERY):
+        failures = 0
+        while not self._closed.wait(PROBE_EVERY):
             lost = self.lost()
-            missed = missed + 1 if lost else 0
-            if lost and missed == PROBES:
+            failures = failures + 1 if lost else 0
+            if lost and failures == PROBES:
                 self.end(1, f"error: {lost}. {GOES_ON}")
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
                 return

@@ -1,4 +1,4 @@
-"""`--plan`: what a recipe would run and cost, and where each estimate comes from. Nothing is started or fetched."""
+"""`--plan`: the passes and cost of a recipe, with the basis of each estimate. Starts and fetches nothing."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ COLUMNS = ("pass", "steps", "units", "workers", "rows in", "rows out", "fetched"
 
 
 def print_plan(console: Console, recipe: Recipe) -> None:
-    """Prints the passes with units, resources, rows, bytes and hours. RecipeError if the rows cannot be known."""
+    """Prints the passes with units, resources, rows, bytes and hours. Raises RecipeError if the rows are unknown."""
     if not console.is_terminal:
         console.width = 180
     paths = [recipe.pool.path] if isinstance(recipe.pool.path, str) else recipe.pool.path
-    near = not any("://" in path for path in paths)
-    if near:
+    local = not any("://" in path for path in paths)
+    if local:
         try:
             rows = sum(pool.count(recipe.pool, split) for split in pool.splits(recipe.pool))
         except pool.PoolError as error:
@@ -33,9 +33,9 @@ def print_plan(console: Console, recipe: Recipe) -> None:
     elif recipe.pool.rows:
         rows, counted, types = recipe.pool.rows, "pool.rows", {}
     else:
-        raise RecipeError(["pool.rows: the pool cannot be counted from here; say how many rows to plan for"])
-    units = ingest.unit_count(rows, recipe.unit_rows, pool.size(recipe.pool) if near else 0)
-    passes = make_passes(recipe, {"files": pool.stamp(recipe.pool)} if near else {}, types)
+        raise RecipeError(["pool.rows: a remote pool is not counted; set the number of rows to plan for"])
+    units = ingest.unit_count(rows, recipe.unit_rows, pool.size(recipe.pool) if local else 0)
+    passes = make_passes(recipe, {"files": pool.stamp(recipe.pool)} if local else {}, types)
     console.print(f"{recipe.name}: {rows:,} rows ({counted})\n", highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in COLUMNS:
@@ -45,7 +45,7 @@ def print_plan(console: Console, recipe: Recipe) -> None:
     used: dict[str, Estimate] = {}
     for i, p in enumerate(passes):
         before, cost = kept, defaultdict[str, float](float)
-        steps: list[Step | None] = [*p.steps] or [None]  # the pool's pass has none
+        steps: list[Step | None] = [*p.steps] or [None]  # the pool pass has no steps
         for step in steps:
             estimate = step.estimate(kept) if step else _POOL
             used.setdefault(step.name() if step else p.label, estimate)
@@ -69,11 +69,14 @@ def print_plan(console: Console, recipe: Recipe) -> None:
     hours = f"{totals['cpu']:,.1f} core-hours" + (f" and {totals['gpu']:,.1f} GPU-hours" if totals["gpu"] else "")
     cores = os.cpu_count() or 1
     console.print(f"\nabout {kept:,.0f} samples; {fetched} fetched, {stored} stored; {hours}", highlight=False)
-    here, there = totals["cpu"] / cores, totals["cpu"] / 1600
-    console.print(f"on CPUs: {here:,.1f} hours here ({cores} cores), {there:,.1f} on 100 nodes of 16", highlight=False)
+    here, cluster = totals["cpu"] / cores, totals["cpu"] / 1600
+    console.print(
+        f"CPU time: {here:,.1f} hours here ({cores} cores), {cluster:,.1f} hours on 100 nodes of 16 cores",
+        highlight=False,
+    )
     if totals["gpu"] and not _has_gpu():
-        console.print("This machine has no GPU: a run here does the GPU-hours on CPU cores, many times slower.")
-    console.print("\nwhere the estimates come from (share kept, rows/s on one core or GPU):", highlight=False)
+        console.print("This machine has no GPU: a run here does the GPU work on CPU cores, which is many times slower.")
+    console.print("\nbasis of the estimates (share kept, rows/s on one core or GPU):", highlight=False)
     for name, estimate in used.items():
         console.print(
             f"  {name}: keeps {estimate.keep:.0%}, {estimate.rate:,.0f}/s: {estimate.basis}",
@@ -83,7 +86,7 @@ def print_plan(console: Console, recipe: Recipe) -> None:
 
 
 def _workers(p: Pass) -> str:
-    """What a worker of the pass occupies, as the scheduler will place it."""
+    """The kind of worker of a pass and the resource that the scheduler reserves for each."""
     if p.kind == "barrier":
         return "Dask on Ray, columns only"
     if p.kind not in ("map", "measure"):
@@ -98,7 +101,7 @@ def _has_gpu() -> bool:
 
 
 def _units(p: Pass, units: int, rows: float) -> str:
-    """What the pass is divided into."""
+    """The work items of a pass: units, parts of the output, or the whole run."""
     last = p.steps[-1] if p.steps else None
     if isinstance(last, Sink):
         return f"{len(last.plan(int(rows))) - 1:,} parts"

@@ -1,4 +1,4 @@
-"""The live picture of a run: a line per pass on a terminal, plain lines elsewhere, and the funnel at the end."""
+"""Progress display: live bars, one per pass, on a terminal; plain lines elsewhere; the funnel at the end."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pipeline.ledger import Funnel
 from trainer.terminal import Console
 
 WIDTH = 12
-"""Characters of a bar."""
+"""Characters in a bar."""
 PLAIN_EVERY = 10.0
-"""Seconds between plain lines where there is no terminal."""
+"""Seconds between plain lines when the output is not a terminal."""
 
 
 @dataclass
@@ -32,7 +32,7 @@ class _Bar:
     kept: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     first: tuple[float, int] | None = None
-    """When the first rows came, and how many: before that, workers were starting."""
+    """When the first rows were reported, and how many. The ETA ignores the time before: workers were starting."""
 
     @property
     def rate(self) -> float:
@@ -48,16 +48,16 @@ class _Bar:
 
 
 class Progress:
-    """Shows rows, rows a second, kept and dropped by reason for the passes under way."""
+    """Shows rows, rows/s, kept rows and drops by reason for the running passes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bars: dict[str, _Bar] = {}
         self._live: Live | None = None
-        self._told = time.monotonic()
+        self._printed = time.monotonic()
 
     def begin(self, passes: list[tuple[str, int | None]], units: int | None = None) -> None:
-        """The passes that start now, with the rows they will see where that is known, over so many units."""
+        """Starts the display for passes, given as (label, expected rows or None). `units` is the units in each pass."""
         self.end()
         now = time.monotonic()
         self._bars = {label: _Bar(label, total, units, now, now) for label, total in passes}
@@ -68,6 +68,7 @@ class Progress:
             self._console.print(f"{' → '.join(self._bars)} …")
 
     def add(self, label: str, rows: int, kept: int, reasons: dict[str, int], units: int = 0) -> None:
+        """Adds finished rows and units to a pass. `reasons` counts the dropped rows by reason."""
         bar = self._bars.get(label)
         if bar is None:
             return
@@ -78,14 +79,14 @@ class Progress:
         if bar.rows and bar.first is None:
             bar.first = (bar.changed, bar.rows)
         bar.reasons.update(reasons)
-        if self._live is None and time.monotonic() - self._told > PLAIN_EVERY:
-            self._told = time.monotonic()
-            for under_way in self._bars.values():
-                if under_way.rows and under_way.rows != under_way.total:
-                    self._console.print(_line(under_way), highlight=False)
+        if self._live is None and time.monotonic() - self._printed > PLAIN_EVERY:
+            self._printed = time.monotonic()
+            for running in self._bars.values():
+                if running.rows and running.rows != running.total:
+                    self._console.print(_line(running), highlight=False)
 
     def end(self) -> None:
-        """The passes under way are done: leaves a plain line for each."""
+        """Ends the display and prints a plain line for each pass."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -94,7 +95,7 @@ class Progress:
         self._bars = {}
 
     def _lines(self) -> Group:
-        """A line per pass under way; what does not fit, the rarer reasons, is cut off."""
+        """One line per running pass, cut at the width of the terminal; the rarest drop reasons come last."""
         name = max((len(label) for label in self._bars), default=0)
         lines = []
         for bar in self._bars.values():
@@ -122,7 +123,7 @@ def _top(reasons: dict[str, int], most: int = 4) -> str:
 
 
 def print_funnel(console: Console, funnel: Funnel) -> None:
-    """The table at the end: for each step the rows that came, those that went on, and why the others did not."""
+    """Prints for each step the rows in, rows kept, seconds, and drops by reason."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("step", "rows in", "kept", "share", "seconds"):
         table.add_column(title, justify="left" if title == "step" else "right", no_wrap=True)

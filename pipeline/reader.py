@@ -359,7 +359,7 @@ class Run:
             if not len(at):
                 continue
             index = np.load(io.BytesIO(shards.read_entry(_named(manifest, shard["index"]))))
-            with shards.input(shard["name"], apart=True) as tar:
+            with shards.input(shard["name"], random_access=True) as tar:
                 for uid, (offset, size) in zip(held.take(pa.array(at)).to_pylist(), index[at, :2].tolist()):
                     tar.seek(offset)
                     found[uid] = tar.read(size)
@@ -476,7 +476,7 @@ class Run:
     def _shard_columns(self) -> dict[str, pa.DataType]:
         shards = self._store.folder("shards")
         for shard in self._manifest()["shards"][:1]:
-            with shards.input(shard["parquet"], apart=True) as file:
+            with shards.input(shard["parquet"], random_access=True) as file:
                 return {field.name: field.type for field in pq.read_schema(file) if field.name != "key"}
         return {k: v for k, v in self._types(self._label(None)).items() if k not in ("image", INLINE, "key")}
 

@@ -1,4 +1,4 @@
-"""From YAML to checked steps: whatever can be wrong with a recipe is said here, all at once, before anything starts."""
+"""Loads a recipe from YAML and checks it. All problems are reported together, before anything starts."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from trainer.yamlfile import Document
 PACKAGES = ("pipeline.stages", "pipeline.filters")
 BOUNDS = {"unit_rows": (1, 1_000_000), "workers": (1, 100_000)}
 JOB_FOLDER = "/runtime_resources/working_dir_files/"
-"""In the path of what `ray job submit --working-dir` unpacks on each node: a copy that goes with the job."""
+"""Path component of the temporary copy that `ray job submit --working-dir` unpacks on each node."""
 
 
 class RecipeError(Exception):
-    """Everything that is wrong with a recipe, a line each."""
+    """All problems of a recipe, one per line."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -40,7 +40,7 @@ class RecipeError(Exception):
 
 @dataclass(kw_only=True)
 class PoolSpec:
-    """Where the candidates come from."""
+    """The source of the candidate rows."""
 
     path: str | list[str] = ""
     """A file, a glob, a folder, or a list of these: parquet, csv, tsv, jsonl or json, also `.gz`, `.zst` and `.bz2`.
@@ -80,8 +80,8 @@ class PoolSpec:
         own = (f for f in dataclasses.fields(self) if f.name not in ("retry", "rows"))
         given = [f.name for f in own if getattr(self, f.name) != f.default]
         if given:
-            raise ValueError(f"retry: leaves no room for {', '.join(given)}: the rows are those of {self.retry}/drops")
-        # What a ledger of drops holds.
+            raise ValueError(f"retry: excludes {', '.join(given)}: the rows are those of {self.retry}/drops")
+        # The drop tables hold url, caption and uid.
         self.path, self.uid, self.columns = f"{self.retry.rstrip('/')}/drops/*.parquet", "uid", []
 
     @property
@@ -103,7 +103,7 @@ class PoolSpec:
         mapped = (self.url, self.caption, self.uid, self.image)
         for key in ("columns", "types"):
             if twins := [name for name in getattr(self, key) or () if name in mapped]:
-                raise ValueError(f"{key}: {', '.join(twins)} is there already, as url, caption, uid or image")
+                raise ValueError(f"{key}: {', '.join(twins)} already used as url, caption, uid or image")
 
 
 PoolColumns = Callable[[PoolSpec], Mapping[str, pa.DataType] | None]
@@ -111,7 +111,7 @@ PoolColumns = Callable[[PoolSpec], Mapping[str, pa.DataType] | None]
 
 @dataclass(kw_only=True)
 class Recipe:
-    """A checked recipe. `source` is the plain data it was made from, defaults not filled in."""
+    """A checked recipe. `source` is the YAML data it was built from, without defaults."""
 
     name: str
     """Names the dataset in the manifest and the dataset card: 1 to 200 printable characters."""
@@ -144,9 +144,9 @@ def load(
 ) -> Recipe:
     """Reads and checks a recipe file.
 
-    `overrides` are `key=value` words: `seed=1`, `pool.path=x.parquet`, `steps.download.timeout=5`; the value is YAML.
-    `pool_columns` gives the further columns of the pool with their types, None where they cannot be known from here
-    (ValueError if it cannot be read). Raises RecipeError.
+    `overrides` are `key=value` words with YAML values: `seed=1`, `pool.path=x.parquet`, `steps.download.timeout=5`.
+    `pool_columns` returns the types of the pool's extra columns, or None if they are unknown; it raises ValueError if
+    the pool cannot be read. Raises RecipeError.
     """
     document = Document.read(path)
     problems = document.problems
@@ -164,9 +164,9 @@ def load(
 
 
 def identity(step: Step) -> dict[str, Any]:
-    """What determines a step's output: its class, version, options, and the contents of files they name.
+    """Everything that determines a step's output: class, version, options, and contents of the files they name.
 
-    Options that only change speed are fields with `metadata={"speed": True}` and stay out.
+    Excludes options that only change speed, which are fields with `metadata={"speed": True}`.
     """
     options = {f.name: getattr(step, f.name) for f in dataclasses.fields(step) if not f.metadata.get("speed")}
     return {
@@ -181,7 +181,7 @@ def _override(data: dict[str, Any], word: str, problems: list[str]) -> None:
     """Applies one `key=value` word to the data of a recipe."""
     name, equals, text = word.partition("=")
     if not equals or not name:
-        problems.append(f"{word!r}: an override is key=value, as in steps.download.timeout=5")
+        problems.append(f"{word!r}: an override is key=value, for example steps.download.timeout=5")
         return
     found = Document(text)
     if found.problems:
@@ -211,7 +211,7 @@ def _override(data: dict[str, Any], word: str, problems: list[str]) -> None:
 
 
 class _Checker:
-    """Turns a document into a Recipe, noting every problem on the way."""
+    """Builds a Recipe from a document and collects every problem."""
 
     def __init__(self, document: Document, problems: list[str]) -> None:
         self.document, self.problems = document, problems
@@ -249,11 +249,11 @@ class _Checker:
         return Recipe(**top, pool=pool, steps=steps, source=self.document.data)
 
     def _places(self, run: str | None, reuse: str | None, pool: PoolSpec | None) -> None:
-        """The run can be written to, what it reuses is there, and it does not mix with the pool."""
+        """Checks that the run is writable, that `reuse` is a run, and that run and pool do not overlap."""
         if run is not None:
             problem = _unusable_run(run)
-            if problem is None and pool is not None and any(_mix(path, run) for path in pool.paths):
-                problem = "must not share a folder with the pool, which would grow by what the run writes"
+            if problem is None and pool is not None and any(_overlap(path, run) for path in pool.paths):
+                problem = "must not share a folder with the pool: its files would be read as part of the pool"
             if problem:
                 self._note(("run",), "run", problem)
         for path in self._temporary(pool) if pool is not None else []:
@@ -268,9 +268,9 @@ class _Checker:
                     if run is not None and Store(reuse).root == Store(run).root
                     else None
                     if Store(reuse).exists("run.json")
-                    else f"{reuse} is not the folder of a run: there is no {Store(reuse).path('run.json')}"
+                    else f"{reuse} is not the folder of a run: missing {Store(reuse).path('run.json')}"
                 )
-            except Exception as error:  # whatever a store out of reach raises
+            except Exception as error:  # an unreachable store can raise anything
                 problem = f"{reuse} cannot be read: {type(error).__name__}: {error}"
             if problem:
                 self._note(("reuse",), "reuse", problem)
@@ -285,7 +285,7 @@ class _Checker:
     def _options(
         self, cls: type, data: dict[str, Any], key: tuple[Any, ...], hidden: frozenset[str] = frozenset()
     ) -> dict[str, Any]:  # type: ignore[assignment]
-        """The given options that fit the fields of a dataclass; notes those that do not, and those that are missing."""
+        """The options that match the fields of a dataclass. Reports unknown, ill-typed and missing ones."""
         prefix = ".".join(str(k) for k in key if not isinstance(k, int)) + ("." if key else "")
         fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in hidden}
         hints = typing.get_type_hints(cls)
@@ -300,8 +300,8 @@ class _Checker:
             except pydantic.ValidationError:
                 self._note((*key, name), prefix + name, f"expected {_type_name(hints[name])}, found {value!r}")
                 continue
-            if (odd := _no_size(value)) is not None:
-                self._note((*key, name), prefix + name, f"expected a finite number of ordinary size, found {odd!r}")
+            if (odd := _unusable_number(value)) is not None:
+                self._note((*key, name), prefix + name, f"expected a finite number that fits in 63 bits, found {odd!r}")
         for name, f in fields.items():
             if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in data:
                 self._note(key, prefix + name, "is missing")
@@ -348,12 +348,12 @@ class _Checker:
             step = cls(**good)
             for option, problem in step.check():
                 self._note((*key, name, option), f"steps.{name}.{option}", problem)
-        except (ValueError, ImportError) as error:  # an import that only a remote path needs, s3fs say
+        except (ValueError, ImportError) as error:  # for example s3fs, which only remote paths need
             self._note(key, f"steps.{name}", str(error))
         return step if len(self.problems) == before else None
 
     def _flow(self, steps: list[Step], pool_columns: Mapping[str, pa.DataType] | None) -> None:
-        """Every column is there before it is read, of a type that fits, is written once, and the writer comes last."""
+        """Checks that columns exist before use, with fitting types and unique names, and that a sink is last."""
         types = {f.name: f.type for f in (*POSITION, *SAMPLE)} | dict(pool_columns or {})
         have = dict.fromkeys(types, "the pool")
         for i, step in enumerate(steps):
@@ -367,7 +367,7 @@ class _Checker:
                     if later
                     else "name the pool's column of pictures as pool.image"
                     if column == INLINE
-                    else f"nothing above it adds that{_providers(column) or did_you_mean(column, have)}"
+                    else f"no step above it adds that column{_providers(column) or did_you_mean(column, have)}"
                 )
                 if carried(column) in have:
                     cure += f"; the pool's own is called {carried(column)} here"
@@ -396,7 +396,7 @@ class _Checker:
 
 
 def find_step(name: str) -> type[Step]:
-    """The class behind a YAML name: a file in stages/ or filters/, or an import path; ValueError if there is none."""
+    """The step class for a YAML name: a file in stages/ or filters/, or an import path. Raises ValueError if none."""
     modules = [name] if "." in name else [f"{package}.{name}" for package in PACKAGES]
     for module_name in modules:
         try:
@@ -426,28 +426,28 @@ def built_in_steps() -> list[str]:
     return sorted(m.name for p in PACKAGES for m in pkgutil.iter_modules(importlib.import_module(p).__path__))
 
 
-def _no_size(value: Any) -> float | None:
-    """The first number in an option's value that no run can mean: NaN, infinite, or beyond 63 bits."""
+def _unusable_number(value: Any) -> float | None:
+    """The first number in an option's value that is NaN, infinite, or beyond 63 bits; None if there is none."""
     if isinstance(value, list | dict):
         inner = value.values() if isinstance(value, dict) else value
-        return next((odd for one in inner if (odd := _no_size(one)) is not None), None)
+        return next((odd for one in inner if (odd := _unusable_number(one)) is not None), None)
     if isinstance(value, float) and not math.isfinite(value):
         return value
     return value if isinstance(value, int) and abs(value) >= 1 << 63 else None
 
 
 def _temporary(path: str) -> str | None:
-    """What is wrong with a local path that lies in a job's own copy of its working directory."""
+    """The problem with a local path inside a job's copy of its working directory; None for any other path."""
     if "://" in path or JOB_FOLDER not in os.path.abspath(path) + "/":
         return None
     return (
-        f"{path} lies in the job's temporary copy of its working directory, which each node has for itself; expected "
-        "an absolute path that every node sees, or an address such as s3://bucket/folder (see docs/cluster.md)"
+        f"{path} lies in the job's temporary copy of its working directory, which is separate on each node; expected "
+        "an absolute path that every node can access, or an address such as s3://bucket/folder (see docs/cluster.md)"
     )
 
 
 def _unusable_run(run: str) -> str | None:
-    """Why nothing can be written to a run directory; None: nothing speaks against it."""
+    """Why a run directory cannot be written to; None if it can."""
     if not run.strip():
         return "is empty; expected a folder, as in runs/first, or an address such as s3://bucket/folder"
     if not run.isprintable():
@@ -463,13 +463,13 @@ def _unusable_run(run: str) -> str | None:
     if not os.path.isdir(above):
         return f"{above} is a file; expected a folder, or a path that does not exist yet"
     if not os.access(above, os.W_OK | os.X_OK):
-        return f"{above} cannot be written to; expected a folder that this user may write to"
+        return f"{above} is not writable; expected a folder that this user can write to"
     return None
 
 
-def _mix(pool: str, run: str) -> bool:
-    """Whether a folder or pattern of a pool and the run lie in each other; a single file may lie anywhere but among
-    what the run writes."""
+def _overlap(pool: str, run: str) -> bool:
+    """Whether the pool and the run overlap: a folder or pattern of the pool contains the run or lies in it, or a single
+    file lies in a subfolder of the run."""
     if "://" in pool or not Store(run).local:
         return pool.rstrip("/") == run.rstrip("/")
     root = os.path.realpath(run)
@@ -485,7 +485,7 @@ def _within(inner: str, outer: str) -> bool:
 
 
 def _providers(column: str) -> str:
-    """A hint at the built-in steps that add a column."""
+    """A hint that names the built-in steps that add a column."""
     found = []
     for name in built_in_steps():
         try:
@@ -493,11 +493,11 @@ def _providers(column: str) -> str:
                 found.append(name)
         except ValueError:
             continue
-    return f"; {' and '.join(found)} would" if found else ""
+    return f"; {' or '.join(found)} adds it" if found else ""
 
 
 def split_line(line: Any) -> tuple[str | None, Any]:
-    """A line of `steps` as name and options: `- download` or `- download: {timeout: 5}`."""
+    """Splits a line of `steps` into name and options: `- download` or `- download: {timeout: 5}`."""
     if isinstance(line, str):
         return line, None
     if isinstance(line, dict) and len(line) == 1:
@@ -506,7 +506,7 @@ def split_line(line: Any) -> tuple[str | None, Any]:
 
 
 def labels(names: list[str | None]) -> list[str]:
-    """`exact_dedup` a second time is `exact_dedup.2`."""
+    """Unique labels for step names: the second `exact_dedup` becomes `exact_dedup.2`."""
     seen: dict[str, int] = {}
     numbered = []
     for full in names:

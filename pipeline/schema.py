@@ -1,21 +1,21 @@
-"""The names and Arrow types of the columns that every step can count on.
+"""Names and Arrow types of the columns that every step can rely on.
 
-Names follow img2dataset where it has one. A step adds further columns by declaring them in `adds`.
+Names follow img2dataset where it has an equivalent. A step declares the columns that it adds in `adds`.
 """
 
 from __future__ import annotations
 
 import pyarrow as pa
 
-# Where a row lives: unit number and position in the unit. Together they name a row for good, even if the pool's
+# The unit number of a row and its position in the unit. Together they identify a row permanently, even if the pool's
 # own uids repeat. Every batch carries both; no step may change them.
 POSITION = pa.schema([("unit", pa.int32()), ("row", pa.int32())])
 
-# What ingest gives every row. `uid` is 32 hex digits: the pool's own, or the first 128 bits of
-# sha256(url NUL caption), so that the same pair has the same name in every run.
+# Set by ingest for every row. `uid` is 32 hex digits: the pool's own, or the first 128 bits of
+# sha256(url NUL caption), so that the same pair has the same uid in every run.
 SAMPLE = pa.schema([("uid", pa.string()), ("url", pa.string()), ("caption", pa.string())])
 
-# What a row has once its picture is there, fetched or read; `pipeline.fetch.decoder.Picture` says what each is.
+# Set when the picture of a row was fetched or read. `pipeline.fetch.decoder.Picture` documents each column.
 PICTURE: dict[str, pa.DataType] = {
     "image": pa.binary(),
     "width": pa.int32(),
@@ -31,22 +31,22 @@ PICTURE: dict[str, pa.DataType] = {
 }
 
 INLINE = "inline_image"
-"""The column of pictures that came with the pool (`pool.image`): read by `download`, never written to the shards."""
+"""The column of pictures supplied by the pool (`pool.image`): read by `download`, never written to shards."""
 
 RESERVED = frozenset(
     {*POSITION.names, *SAMPLE.names, *PICTURE, INLINE, "place", "heavy_at", "drop_reason", "drop_detail", "drop_value",
      "status", "error_message"}
 )  # fmt: skip
-"""Names that mean something of ours in a run: a pool's own columns of these names are carried under a prefix."""
+"""Column names that Winnow uses itself. Pool columns with these names get a prefix; see `carried`."""
 
 
 def carried(name: str) -> str:
-    """The name that a further column of a pool has in a run: `pool_width` for `width`."""
+    """The name in a run of an extra pool column: `pool_width` for `width`."""
     return f"pool_{name}" if name in RESERVED else name
 
 
-# One row per dropped row, as steps hand it to the ledger. `detail` is free text for people; `reason` is from a
-# closed list per step and safe to count; `value` is the number that decided, where there is one.
+# One row per dropped row. `reason` comes from a closed list per step and is safe to count; `detail` is free text for
+# people; `value` is the number that decided, or null.
 DROP = pa.schema(
     [
         *POSITION,
@@ -59,7 +59,7 @@ DROP = pa.schema(
 
 
 def is_heavy(dtype: pa.DataType) -> bool:
-    """True for pixels and vectors: kept apart from the measurements, so that a scan of scores reads no image."""
+    """True for pixels and vectors. Stored apart from other columns, so that a scan of scores reads no image."""
     return bool(pa.types.is_fixed_size_list(dtype) or _holds_bytes(dtype))
 
 

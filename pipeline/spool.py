@@ -41,7 +41,7 @@ def read(store: Store, names: Iterable[str], part: int, schema: pa.Schema) -> pa
     """The rows of one partition from all spool files, in the order of `names`."""
 
     def batch(name: str) -> pa.Table:
-        with store.input(name, apart=True) as file:
+        with store.input(name, random_access=True) as file:
             return pa.Table.from_batches([pa.ipc.open_file(file).get_batch(part)]).select(schema.names)
 
     with ThreadPoolExecutor(READS_AT_ONCE) as threads:  # hides the latency of a remote store

@@ -1,12 +1,13 @@
-"""Where a run lives: a folder on a local disk or any store that fsspec knows (`s3://`, `gs://`, …).
+"""Storage for a run: a folder on a local disk or in any store that fsspec supports (`s3://`, `gs://`, …).
 
-Two promises carry everything else. A file is whole or absent: locally it is written beside its place, flushed to disk
-and renamed, and its folder is flushed too; an object store publishes an upload only when it is complete. And `create`
-succeeds for exactly one caller: a hard link locally, a conditional put (`If-None-Match: *`) elsewhere. So a small
-record, created last, can commit any number of larger files, and readers trust records and never listings.
+Two guarantees hold. First, a file is complete or absent. Locally, it is written under a temporary name, synced to disk
+and renamed, and its folder is synced too; an object store publishes an upload only when it is complete. Second,
+`create` succeeds for exactly one caller: with a hard link locally, with a conditional put (`If-None-Match: *`)
+elsewhere. A small record, created last, therefore commits any number of larger files. Readers trust records, never
+listings.
 
-A record names each of its files with size and SHA-256 (an *entry*), and carries a SHA-256 of itself. Hashing costs a
-second of one core for each GB (with the CPU's SHA instructions), and needs nothing that Python does not bring.
+A record lists each of its files with size and SHA-256 (an *entry*), and ends with its own SHA-256. Hashing takes one
+core about 1 s/GB (with the CPU's SHA instructions) and needs only the standard library.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 Entry = dict[str, Any]
-"""What a record says of a file: its `name` in the store, its size in `bytes`, and its `sha256`."""
+"""A file as listed in a record: its `name` in the store, its size in `bytes`, and its `sha256`."""
 
 _PART = re.compile(r"\..+\.[0-9a-f]{12}\.part")
 _SEAL = b', "sha256": "'
 
 
 class DamagedError(Exception):
-    """A stored file is missing or is not what its record says; the message begins with the file's path."""
+    """A stored file is missing or does not match its record. The message begins with the file's path."""
 
 
 class Output(io.RawIOBase):
-    """A file under way: passes on what is written to it, and counts and hashes it."""
+    """A file being written. Counts and hashes the bytes written to it."""
 
     def __init__(self, name: str, file: IO[bytes]) -> None:
         self.name, self._file, self._size, self._digest = name, file, 0, hashlib.sha256()
@@ -58,31 +59,31 @@ class Output(io.RawIOBase):
         return self._size
 
     def flush(self) -> None:
-        """Nothing: what counts is flushed to disk at the end."""
+        """Does nothing: the file is synced once, when it is complete."""
 
     @property
     def entry(self) -> Entry:
-        """Of what was written so far."""
+        """The entry for the bytes written so far."""
         return {"name": self.name, "bytes": self._size, "sha256": self._digest.hexdigest()}
 
 
 def sealed(record: dict[str, Any]) -> bytes:
-    """A record as JSON whose last key is the SHA-256 of all before it."""
+    """Serializes a record to JSON whose last key is the SHA-256 of everything before it."""
     body = json.dumps(record).encode()
     return body[:-1] + _SEAL + hashlib.sha256(body).hexdigest().encode() + b'"}'
 
 
 def unsealed(data: bytes, name: str) -> dict[str, Any]:
-    """The record in these bytes; DamagedError, with the `name` of its file, if they are not as `sealed` made them."""
+    """Parses a record written by `sealed`. Raises DamagedError, quoting the file `name`, if the checksum is wrong."""
     body = data.rpartition(_SEAL)[0] + b"}"
     if data != body[:-1] + _SEAL + hashlib.sha256(body).hexdigest().encode() + b'"}':
-        raise DamagedError(f"{name}: damaged: the record does not have the sha256 that it states")
+        raise DamagedError(f"{name}: damaged: the record does not match its own sha256")
     record: dict[str, Any] = json.loads(body)
     return record
 
 
 class Store:
-    """A folder, addressed by names relative to it. Cheap to create and to pickle."""
+    """A folder whose files are addressed by relative names. Cheap to create and to pickle."""
 
     def __init__(self, root: str) -> None:
         self.local = "://" not in root or root.startswith("file://")
@@ -99,7 +100,7 @@ class Store:
     def fs(self) -> Any:
         """The fsspec file system behind a remote root."""
         if self._fs is None:
-            # Others write here too: what a listing said once is not to be believed again.
+            # Other processes write here too, so cached listings would be stale.
             self._fs = fsspec.core.url_to_fs(self.root, use_listings_cache=False)[0]
         return self._fs
 
@@ -111,20 +112,21 @@ class Store:
         return Store(self.path(name))
 
     def read(self, name: str) -> bytes:
-        """The contents of a file; FileNotFoundError if there is none."""
+        """Returns the contents of a file. Raises FileNotFoundError if it does not exist."""
         if self.local:
             with open(self.path(name), "rb") as file:
                 return file.read()
         return bytes(self.fs.cat_file(self.path(name)))
 
     def read_if_there(self, name: str) -> bytes | None:
+        """Returns the contents of a file, or None if it does not exist."""
         try:
             return self.read(name)
         except FileNotFoundError:
             return None
 
     def read_entry(self, entry: Entry) -> bytes:
-        """The contents of a file that a record names; DamagedError unless they are what the record says."""
+        """Returns the contents of a file listed in a record. Raises DamagedError if they do not match the entry."""
         try:
             data = self.read(entry["name"])
         except FileNotFoundError:
@@ -133,7 +135,7 @@ class Store:
         return data
 
     def check(self, entry: Entry, digest: bool = True) -> None:
-        """DamagedError unless a file has the size of its entry and, with `digest`, the contents too."""
+        """Raises DamagedError unless a file has the size and, with `digest`, the SHA-256 of its entry."""
         name = entry["name"]
         try:
             size = self.size(name)
@@ -146,28 +148,28 @@ class Store:
         if size != entry["bytes"]:
             raise DamagedError(f"{path}: damaged: {size:,} bytes, expected {entry['bytes']:,}")
         if digest is not None and digest() != entry["sha256"]:
-            raise DamagedError(f"{path}: damaged: its sha256 is not the one on record")
+            raise DamagedError(f"{path}: damaged: its sha256 does not match its record")
 
     def read_record(self, name: str) -> dict[str, Any] | None:
-        """A record as `sealed` made it, None if there is none; DamagedError if it was changed."""
+        """Reads a record written by `sealed`; None if there is none. Raises DamagedError if the checksum is wrong."""
         data = self.read_if_there(name)
         return None if data is None else unsealed(data, self.path(name))
 
     def entry(self, name: str) -> Entry:
-        """What a record should say of a file that is there."""
+        """Computes the entry of an existing file."""
         return {"name": name, "bytes": self.size(name), "sha256": self.sha256(name)}
 
     def write(self, name: str, data: bytes) -> Entry:
-        """Writes a whole file in one atomic step, replacing any earlier one."""
+        """Writes a file atomically, replacing an existing one."""
         with self.output(name) as file:
             file.write(data)
         return file.entry
 
     @contextlib.contextmanager
     def output(self, name: str) -> Iterator[Output]:
-        """A file to write to; it appears under its name when the block ends, and not at all if the block fails.
+        """Opens a file for writing. It appears under its name when the block ends, and not at all if the block raises.
 
-        Its `entry` is complete when the block has ended.
+        Its `entry` is complete after the block.
         """
         if not self.local:
             file = self.fs.open(self.path(name), "wb")
@@ -194,7 +196,7 @@ class Store:
             raise
 
     def create(self, name: str, data: bytes) -> bool:
-        """Creates a file that must not exist yet, contents and all in one step. False: somebody else was first."""
+        """Atomically creates a file with its contents. Returns False, changing nothing, if it already exists."""
         if not self.local:
             try:
                 self.fs.pipe_file(self.path(name), data, mode="create")
@@ -217,20 +219,22 @@ class Store:
                 os.unlink(part)
         return True
 
-    def input(self, name: str, apart: bool = False) -> pa.NativeFile:
-        """A file to read from its beginning to its end; `apart`: in a few places far from each other.
+    def input(self, name: str, random_access: bool = False) -> pa.NativeFile:
+        """Opens a file for reading; memory-maps a local one.
 
-        Memory-mapped where it is local.
+        Remote files are read ahead for sequential reading. `random_access` turns that off for a few distant reads.
         """
         if self.local:
             return pa.memory_map(self.path(name))
-        cache = "none" if apart else "readahead"  # the next 5 MB with every read
+        cache = "none" if random_access else "readahead"  # 5 MB with every read
         return pa.PythonFile(self.fs.open(self.path(name), "rb", cache_type=cache), mode="r")
 
     def mapped(self, entry: Entry) -> pa.NativeFile:
-        """A large file to read at random and again and again: memory-mapped, a remote one from a copy on local disk,
-        which is gone when this is closed. DamagedError unless it is what its record says; a local one is hashed once
-        in the life of a process."""
+        """Memory-maps a large file for repeated random access. Raises DamagedError if it does not match its entry.
+
+        A remote file is mapped from a copy on local disk, which is deleted on close. A local file is hashed once per
+        process.
+        """
         name = entry["name"]
         if self.local:
             _check_once(self.path(name), entry["bytes"], entry["sha256"])
@@ -245,8 +249,11 @@ class Store:
             return pa.memory_map(f"{folder}/copy")
 
     def read_table(self, of: str | Entry, columns: list[str] | None = None) -> pa.Table:
-        """A parquet file, or some columns of it. One that is named by its entry is checked, and so read as a whole, as
-        are remote ones: they are small and each request is not."""
+        """Reads a parquet file, or some of its columns.
+
+        A file given by its entry is checked against it, and so read whole. Remote files are read whole too: they are
+        small, and every request is slow.
+        """
         if isinstance(of, str) and self.local:
             with self.input(of) as file:
                 return pq.ParquetFile(file).read(columns)
@@ -260,7 +267,7 @@ class Store:
                 yield pa.Table.from_batches([batch])
 
     def write_table(self, name: str, table: pa.Table) -> Entry:
-        """A table as parquet, in one atomic step."""
+        """Writes a table as parquet, atomically."""
         with self.output(name) as file:
             pq.write_table(table, file, compression="zstd")
         return file.entry
@@ -272,7 +279,7 @@ class Store:
         return os.path.getsize(self.path(name)) if self.local else int(self.fs.size(self.path(name)))
 
     def sha256(self, name: str) -> str:
-        """The digest of a file, read in pieces."""
+        """The SHA-256 of a file in hex, read in blocks of 4 MiB."""
         digest = hashlib.sha256()
         with self.input(name) as file:
             while block := file.read(1 << 22):
@@ -280,16 +287,16 @@ class Store:
         return digest.hexdigest()
 
     def names(self, name: str = "") -> list[str]:
-        """The names of the files directly in a folder, sorted: for cleaning up, never to learn what is committed."""
+        """The sorted names of the files directly in a folder. For cleanup only: a listing proves no commit."""
         return list(self.sizes(name))
 
     def sizes(self, name: str = "") -> dict[str, int]:
-        """The files directly in a folder, sorted by name, and their sizes in bytes; nothing if there is no folder."""
+        """Sizes in bytes of the files directly in a folder, sorted by name; empty if the folder does not exist."""
         try:
             if self.local:
                 found = {}
                 for entry in os.scandir(self.path(name)):
-                    with contextlib.suppress(FileNotFoundError):  # gone since
+                    with contextlib.suppress(FileNotFoundError):  # removed since it was listed
                         if entry.is_file():
                             found[entry.name] = entry.stat().st_size
             else:
@@ -300,7 +307,7 @@ class Store:
         return dict(sorted(found.items()))
 
     def folders(self, name: str = "") -> list[str]:
-        """The names of the folders directly in a folder, sorted."""
+        """The sorted names of the folders directly in a folder."""
         try:
             if self.local:
                 return sorted(entry.name for entry in os.scandir(self.path(name)) if entry.is_dir())
@@ -310,15 +317,17 @@ class Store:
         return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in listed if e["type"] == "directory")
 
     def parts(self) -> list[str]:
-        """What killed processes have left of files under way, in the folder and all below it. An object store has no
-        such names: it forgets uploads that were not completed, by a rule of the bucket."""
+        """The partial files that killed processes left in the folder and below it.
+
+        An object store has none: a lifecycle rule of the bucket deletes incomplete uploads.
+        """
         if not self.local:
             return []
         walk = os.walk(self.root)
         return sorted(os.path.relpath(f"{at}/{n}", self.root) for at, _, names in walk for n in names if is_part(n))
 
     def remove(self, name: str) -> None:
-        """Removes a file if it is there."""
+        """Removes a file if it exists."""
         with contextlib.suppress(FileNotFoundError):
             if self.local:
                 os.unlink(self.path(name))
@@ -332,7 +341,7 @@ class Store:
 
 
 def is_part(name: str) -> bool:
-    """Whether a file name is that of a file under way."""
+    """Whether a file name is that of a partially written file."""
     return _PART.fullmatch(name) is not None
 
 
@@ -343,7 +352,7 @@ def _check_once(path: str, size: int, sha256: str) -> None:
 
 
 def _make_folder(path: str) -> None:
-    """Makes a folder and those above it, so that they survive a power cut."""
+    """Makes a folder and its parents, syncing each so that it survives a power failure."""
     if not os.path.isdir(path):
         above = os.path.dirname(path)
         _make_folder(above)
@@ -352,7 +361,7 @@ def _make_folder(path: str) -> None:
 
 
 def _sync_folder(path: str) -> None:
-    """Makes a new directory entry survive a power cut."""
+    """Syncs a folder so that new entries in it survive a power failure."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -1,9 +1,9 @@
-"""`python -m pipeline.verify RUN [--deep]`: checks a finished run against everything that it claims about itself.
+"""`python -m pipeline.verify RUN [--deep]`: checks that a finished run matches its own records.
 
-Always looked at: the records and that each has its own SHA-256; that every file on record is there with its size, and
-no other; that the books balance; and that the uids in shards and drops are those of the pool, each once. With `--deep`,
-or if the run has no more than FULL_BYTES in all, every file is hashed, and the members of each tar are compared with
-its table and its index. What was not looked at is said.
+Always checks that every record matches its own SHA-256; that every recorded file exists with its size, and no other
+file does; that rows in equal rows kept plus rows dropped; and that shards and drops together hold the uids of the pool
+exactly once. With `--deep`, or if the run has at most 4 GiB, it also hashes every file and compares the members of each
+tar with its table and index. It lists what it did not check.
 """
 
 from __future__ import annotations
@@ -34,53 +34,53 @@ from pipeline.storage import DamagedError, Entry, Store, is_part
 from trainer.terminal import Console, guarded
 
 FULL_BYTES = 4 << 30
-"""A run of this size is hashed without `--deep` too: it takes seconds."""
+"""Runs up to this size are hashed even without `--deep`: it takes seconds."""
 BUCKETS = 4096
-"""Parts that uids are divided into by hash: those whose sums differ are compared uid by uid."""
+"""Hash buckets of uids. Only buckets whose sums differ are compared uid by uid."""
 READS_AT_ONCE = 16
 SUFFIXES = ("json", "txt")
 
 T = TypeVar("T")
 R = TypeVar("R")
 Pass = tuple[Store, dict[str, Any]]
-"""The folder of a pass, and its record."""
+"""The folder of a pass and its record."""
 File = tuple[Store, str]
 
 
 @dataclass
 class Audit:
-    """One look at a run."""
+    """The findings of one check of a run."""
 
     store: Store
     console: Console
     deep: bool
     problems: list[str] = field(default_factory=list)
-    """A line each, with the path of the file."""
-    unseen: list[str] = field(default_factory=list)
-    """What was not looked at."""
+    """One line each, with the path of the file."""
+    unchecked: list[str] = field(default_factory=list)
+    """What was not checked."""
 
-    def say(self, problem: object) -> None:
+    def report(self, problem: object) -> None:
         self.problems.append(str(problem))
 
     @contextmanager
     def reading(self, path: str) -> Iterator[None]:
-        """Whatever goes wrong with a file is a line with its path."""
+        """Reports any error raised in the block as a problem of the file at `path`."""
         try:
             yield
         except (DamagedError, RunError) as error:
-            self.say(error)
+            self.report(error)
         except FileNotFoundError:
-            self.say(f"{path}: missing")
-        except Exception as error:  # bytes that were changed can make a parser fail in any way
+            self.report(f"{path}: missing")
+        except Exception as error:  # changed bytes can make a parser raise anything
             what = (str(error).splitlines() or [""])[0]
-            self.say(f"{path}: damaged: it cannot be read ({type(error).__name__}: {what})")
+            self.report(f"{path}: damaged: it cannot be read ({type(error).__name__}: {what})")
 
     def check(self, store: Store, entry: Entry) -> None:
         with self.reading(store.path(entry["name"])):
             store.check(entry, self.deep)
 
-    def over(self, what: str, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """Does the work for many items, some at a time: hashing and waiting both let others go on."""
+    def map_threaded(self, what: str, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """Maps a function over items in threads, with a progress bar. Hashing and I/O release the GIL."""
         todo = iter(items)
         results: list[R] = []
         with ThreadPoolExecutor(READS_AT_ONCE) as threads:
@@ -89,177 +89,179 @@ class Audit:
                 results += threads.map(work, islice(todo, 256))
         return results
 
-    def strays(self, store: Store, folder: str, found: Iterable[str], named: Collection[str]) -> None:
-        """Files in a folder that no record names. Hidden ones are none of the run's, but for those under way."""
-        for name in found:
+    def report_strays(self, store: Store, folder: str, names: Iterable[str], named: Collection[str]) -> None:
+        """Reports files in a folder that no record names. Ignores hidden files, except partial ones of the run."""
+        for name in names:
             if name not in named and (is_part(name) or not name.startswith(".")):
-                self.say(f"{store.path(f'{folder}/{name}' if folder else name)}: no record names this file")
+                self.report(f"{store.path(f'{folder}/{name}' if folder else name)}: no record names this file")
 
 
 def problems(store: Store, console: Console, deep: bool = False) -> Iterator[str]:
-    """Whatever in a run is not as its records say, a line each, with the path of the file; nothing if all is well."""
-    yield from audit(store, console, deep).problems
+    """Every mismatch between a run and its records, one line each with the path of the file."""
+    yield from check_run(store, console, deep).problems
 
 
-def audit(store: Store, console: Console, deep: bool) -> Audit:
-    """Looks at a run; with `deep`, or if it is small, at every byte."""
-    found = Audit(store, console, deep)
-    with found.reading(store.path("seal.json")):
+def check_run(store: Store, console: Console, deep: bool) -> Audit:
+    """Checks a run; with `deep`, or if it is small, every byte."""
+    audit = Audit(store, console, deep)
+    with audit.reading(store.path("seal.json")):
         seal = store.read_record("seal.json")
         if seal is None:
-            found.say(
+            audit.report(
                 f"{store.path('seal.json')}: missing: the run is not finished, or this is not the folder of a run"
             )
-            return found
+            return audit
         roots = [Store(c["pass"]) if _elsewhere(c["pass"]) else store.folder(c["pass"]) for c in seal["passes"]]
         size = sum(sum(place.sizes(folder).values()) for place, folder in _folders(store, roots))
-        found.deep = deep or size <= FULL_BYTES
-        if not found.deep:
-            found.unseen.append(f"what is in the files, {size / 1e9:,.0f} GB: their sizes only (--deep hashes them)")
-        found.strays(store, "", store.names(), {"run.json", "funnel.json", "seal.json"})
+        audit.deep = deep or size <= FULL_BYTES
+        if not audit.deep:
+            audit.unchecked.append(
+                f"the contents of {size / 1e9:,.0f} GB of files, only their sizes (--deep hashes them)"
+            )
+        audit.report_strays(store, "", store.names(), {"run.json", "funnel.json", "seal.json"})
         files = {entry["name"]: entry for entry in seal["files"]}
         drops = [name for name in files if name.startswith("drops/")]
-        found.strays(store, "drops", store.names("drops"), {name.partition("/")[2] for name in drops})
-        found.over("tables of drops", lambda entry: found.check(store, entry), list(files.values()))
-        manifest = _shards(found, files.get("shards/manifest.json"))
-        passes = _passes(found, roots, seal["passes"])
-        _books(found, drops, manifest)
-        if not found.problems:
-            _uids(found, passes, [(store, name) for name in drops], manifest)
-    found.problems = list(dict.fromkeys(found.problems))
-    return found
+        audit.report_strays(store, "drops", store.names("drops"), {name.partition("/")[2] for name in drops})
+        audit.map_threaded("tables of drops", lambda entry: audit.check(store, entry), list(files.values()))
+        manifest = _shards(audit, files.get("shards/manifest.json"))
+        passes = _passes(audit, roots, seal["passes"])
+        _books(audit, drops, manifest)
+        if not audit.problems:
+            _uids(audit, passes, [(store, name) for name in drops], manifest)
+    audit.problems = list(dict.fromkeys(audit.problems))
+    return audit
 
 
 def _folders(store: Store, roots: list[Store]) -> list[File]:
-    """Where the bytes of a run are."""
+    """The folders that hold nearly all bytes of a run."""
     return [(store, name) for name in ("", "drops", "shards")] + [(r, n) for r in roots for n in ("units", "drops")]
 
 
-# --- What is committed of passes --------------------------------------------------------------------------------------
+# --- Committed passes -------------------------------------------------------------------------------------------------
 
 
-def _passes(found: Audit, roots: list[Store], claimed: list[Entry]) -> list[Pass]:
-    """Looks at the passes; returns those that there are."""
+def _passes(audit: Audit, roots: list[Store], claimed: list[Entry]) -> list[Pass]:
+    """Checks the passes; returns those with a readable record."""
     if not any(root.names() for root in roots):
-        found.unseen.append("downloads, scores and whether all rows of the pool are there: passes/ was removed")
+        audit.unchecked.append("downloads, scores and whether all rows of the pool are present: passes/ was removed")
         return []
     passes: list[Pass] = []
     for root, entry in zip(roots, claimed):
-        with found.reading(root.path(entry["name"])):
-            found.check(root, entry)
+        with audit.reading(root.path(entry["name"])):
+            audit.check(root, entry)
             if (record := root.read_record(entry["name"])) is not None:
                 passes.append((root, record))
     units = next((record["units"] for _, record in passes if record["kind"] == "pool"), None)
     for root, record in passes:
         numbers = {"barrier": 0, "write": record.get("parts")}.get(record["kind"], units)
-        if numbers is not None:  # else the pool's own record is damaged, which was said
-            _units(found, root, record, int(numbers))
+        if numbers is not None:  # otherwise the pool record is damaged, which was reported
+            _units(audit, root, record, int(numbers))
     return passes
 
 
-def _sink_files(found: Audit, root: Store, complete: dict[str, Any]) -> None:
-    """The files of a sink that is not `write_shards`, whose manifest names them."""
-    folder = found.store.folder(complete["folder"])
+def _sink_files(audit: Audit, root: Store, complete: dict[str, Any]) -> None:
+    """Checks the files of a sink. Skips `write_shards`, whose files are checked against its manifest."""
+    folder = audit.store.folder(complete["folder"])
     if any(entry["name"] == "manifest.json" for entry in complete["documents"]) and complete["folder"] == "shards":
         return
     entries = list(complete["documents"])
     for part in range(complete["parts"]):
-        with found.reading(root.path(record_name(part))):
+        with audit.reading(root.path(record_name(part))):
             if (record := root.read_record(record_name(part))) is not None:
                 entries += record["files"]
-    found.over(complete["folder"], lambda entry: found.check(folder, entry), entries)
+    audit.map_threaded(complete["folder"], lambda entry: audit.check(folder, entry), entries)
     named = {"_SUCCESS", "OWNER", *(entry["name"] for entry in entries)}
-    found.strays(found.store, complete["folder"], folder.names(), named)
+    audit.report_strays(audit.store, complete["folder"], folder.names(), named)
     if folder.read_if_there("_SUCCESS") != b"":
-        found.say(f"{folder.path('_SUCCESS')}: missing or not empty: the folder is not finished")
+        audit.report(f"{folder.path('_SUCCESS')}: missing or not empty: the folder is not finished")
 
 
 def _elsewhere(root: str) -> bool:
-    """Whether a pass is another run's, as with `reuse`."""
+    """Whether a pass belongs to another run, as with `reuse`."""
     return "://" in root or os.path.isabs(root)
 
 
-def _units(found: Audit, root: Store, complete: dict[str, Any], units: int) -> None:
-    """The records of a pass and the files that they name."""
+def _units(audit: Audit, root: Store, complete: dict[str, Any], units: int) -> None:
+    """Checks the records of a pass and the files that they name."""
     listed = {folder: root.sizes(folder) for folder in ("", "commits", "units", "drops", "attempts", "spool")}
-    # A pass that measures is complete for each recipe that it served.
+    # A measuring pass has one completion record per recipe.
     named = {name for name in listed[""] if name.startswith("complete") and not is_part(name)}
-    before = len(found.problems)
+    before = len(audit.problems)
 
-    def look(name: str) -> tuple[int, int]:
-        """Rows in and kept."""
+    def check_record(name: str) -> tuple[int, int]:
+        """Checks a record and its files; returns rows in and kept."""
         named.add(name)
-        with found.reading(root.path(name)):
+        with audit.reading(root.path(name)):
             record = root.read_record(name)
             if record is None:
                 raise FileNotFoundError
             if (record["pass"], record_name(record["unit"], record.get("part"))) != (complete["key"], name):
                 raise DamagedError(f"{root.path(name)}: damaged: this is the record of another unit")
-            if complete["kind"] == "write":  # its files are those of the sink's folder
+            if complete["kind"] == "write":  # its files lie in the sink's folder
                 return 0, 0
             for entry in (record["table"], record["heavy"]):
                 if entry:
                     named.add(entry["name"])
-                    found.check(root, entry)
+                    audit.check(root, entry)
             return record["rows_in"], record["kept"]
         return 0, 0
 
     if complete["kind"] == "measure":
         parts = [complete["parts"].get(str(unit), 1) for unit in range(units)]
         names = {record_name(unit, part) for unit, count in enumerate(parts) for part in range(count)}
-        # What was measured for other recipes is looked at too.
+        # Check measurements made for other recipes too.
         names |= {f"commits/{name}" for name in listed["commits"] if name.endswith(".json") and not is_part(name)}
     else:
         names = {record_name(unit) for unit in range(units)}
-    counts = found.over(f"pass {complete['label']}", look, sorted(names))
+    counts = audit.map_threaded(f"pass {complete['label']}", check_record, sorted(names))
     rows_in, kept = (sum(of) for of in zip((0, 0), *counts))
     for entry in complete.get("files", {}).values():
         named.add(entry["name"])
-        found.check(root, entry)
+        audit.check(root, entry)
     if complete["kind"] == "write":
-        _sink_files(found, root, complete)
+        _sink_files(audit, root, complete)
     funnel = Funnel.from_json(complete["funnel"])
-    whole = len(found.problems) == before
+    whole = len(audit.problems) == before
     if whole and complete["kind"] in ("pool", "map") and (rows_in, kept) != (funnel.rows_in, funnel.kept):
-        found.say(
+        audit.report(
             f"{root.path('complete.json')}: {funnel.rows_in:,} rows in and {funnel.kept:,} kept, but the units have "
             f"{rows_in:,} and {kept:,}"
         )
     for folder, files in listed.items():
-        if whole or folder != "units":  # what a damaged record names is no stray
+        if whole or folder != "units":  # files of a damaged record are not strays
             within = f"{folder}/" if folder else ""
-            found.strays(root, folder, files, {n.removeprefix(within) for n in named if n.startswith(within)})
+            audit.report_strays(root, folder, files, {n.removeprefix(within) for n in named if n.startswith(within)})
 
 
 # --- The dataset ------------------------------------------------------------------------------------------------------
 
 
-def _shards(found: Audit, entry: Entry | None) -> dict[str, Any] | None:
-    """Looks at the shards; returns their manifest, if there is one that can be believed."""
+def _shards(audit: Audit, entry: Entry | None) -> dict[str, Any] | None:
+    """Checks the shards; returns their manifest, or None if it is missing or damaged."""
     if entry is None:
         return None
-    store, shards = found.store, found.store.folder("shards")
+    store, shards = audit.store, audit.store.folder("shards")
     if store.read_if_there("shards/_SUCCESS") != b"":
-        found.say(f"{store.path('shards/_SUCCESS')}: missing or not empty: the shards are not finished")
-    with found.reading(store.path("shards/manifest.json")):
+        audit.report(f"{store.path('shards/_SUCCESS')}: missing or not empty: the shards are not finished")
+    with audit.reading(store.path("shards/manifest.json")):
         manifest: dict[str, Any] = json.loads(store.read_entry(entry))
         if manifest["format"] != FORMAT:
             raise DamagedError(f"{shards.path('manifest.json')}: format {manifest['format']!r}, expected {FORMAT!r}")
         files = [{"name": name, **claimed} for name, claimed in manifest["files"].items()]
         files += [{key: shard[key] for key in ("name", "bytes", "sha256")} for shard in manifest["shards"]]
-        before = len(found.problems)
-        found.over("shards", lambda file: found.check(shards, file), files)
-        found.strays(
+        before = len(audit.problems)
+        audit.map_threaded("shards", lambda file: audit.check(shards, file), files)
+        audit.report_strays(
             store, "shards", shards.names(), {"_SUCCESS", "OWNER", "manifest.json", *(file["name"] for file in files)}
         )
-        if found.deep and len(found.problems) == before:
-            found.over("members of shards", lambda shard: _members(found, shards, shard), manifest["shards"])
+        if audit.deep and len(audit.problems) == before:
+            audit.map_threaded("members of shards", lambda shard: _members(audit, shards, shard), manifest["shards"])
         return manifest
     return None
 
 
-def _members(found: Audit, store: Store, shard: dict[str, Any]) -> None:
-    """The tar, its table and its index tell of the same samples, in the same order."""
+def _members(audit: Audit, store: Store, shard: dict[str, Any]) -> None:
+    """Checks that the tar, its table and its index list the same samples in the same order."""
     keys = store.read_table(shard["parquet"], ["key"])["key"].to_pylist()
     index = np.load(io.BytesIO(store.read(shard["index"])))
     with store.input(shard["name"]) as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -268,17 +270,19 @@ def _members(found: Audit, store: Store, shard: dict[str, Any]) -> None:
     samples = [name[0] for name in names[::3]]
     whole = all(name[2] in SUFFIXES or i % 3 == 0 for i, name in enumerate(names)) and len(names) == 3 * len(samples)
     if not whole or samples != keys or len(keys) != shard["samples"]:
-        found.say(f"{store.path(shard['name'])}: {len(members)} members for {len(keys):,} rows of {shard['parquet']}")
+        audit.report(
+            f"{store.path(shard['name'])}: {len(members)} members for {len(keys):,} rows of {shard['parquet']}"
+        )
     elif [[m.offset_data, m.size] for m in members] != index.reshape(-1, 2).tolist():
-        found.say(f"{store.path(shard['index'])}: the byte ranges are not those of the tar")
+        audit.report(f"{store.path(shard['index'])}: the byte ranges differ from those of the tar")
 
 
-# --- The books --------------------------------------------------------------------------------------------------------
+# --- Row accounting ---------------------------------------------------------------------------------------------------
 
 
-def _books(found: Audit, drops: list[str], manifest: dict[str, Any] | None) -> None:
-    store, at = found.store, found.store.path("funnel.json")
-    with found.reading(at):
+def _books(audit: Audit, drops: list[str], manifest: dict[str, Any] | None) -> None:
+    store, at = audit.store, audit.store.path("funnel.json")
+    with audit.reading(at):
         run = open_run(store.root)
         if not run.finished:
             raise DamagedError(f"{store.path('run.json')}: damaged: its sha256 is not the one on record")
@@ -286,49 +290,49 @@ def _books(found: Audit, drops: list[str], manifest: dict[str, Any] | None) -> N
         try:
             funnel.balance()
         except BooksError as error:
-            found.say(f"{at}: {error}")
+            audit.report(f"{at}: {error}")
         dropped: Counter[tuple[str, str]] = Counter()
         for name in drops:
-            with found.reading(store.path(name)):
+            with audit.reading(store.path(name)):
                 for table in store.batches(name, ["step", "reason"]):
                     for group in table.group_by(["step", "reason"]).aggregate([([], "count_all")]).to_pylist():
                         dropped[group["step"], group["reason"]] += group["count_all"]
         claimed = {(step, why): n for step, line in funnel.lines.items() for why, n in line.dropped.items()}
         for step, why in sorted(claimed.keys() | dropped.keys(), key=str):
             if (said := claimed.get((step, why), 0)) != (there := dropped[step, why]):
-                found.say(
+                audit.report(
                     f"{store.path('drops')}: {step}: {why}: funnel.json says {said:,} rows, the drops hold {there:,}"
                 )
         if run.rows_in != run.kept + dropped.total():
-            found.say(f"{at}: {run.rows_in:,} rows in, but {run.kept:,} kept and {dropped.total():,} dropped")
+            audit.report(f"{at}: {run.rows_in:,} rows in, but {run.kept:,} kept and {dropped.total():,} dropped")
         if manifest:
             samples = sum(shard["samples"] for shard in manifest["shards"])
             if not samples == manifest["samples"] == run.kept:
-                found.say(
+                audit.report(
                     f"{store.path('shards/manifest.json')}: {samples:,} samples in shards, {manifest['samples']:,} in "
                     f"all, {run.kept:,} by funnel.json"
                 )
 
 
-# --- Whose rows they are ----------------------------------------------------------------------------------------------
+# --- Row identity -----------------------------------------------------------------------------------------------------
 
 
-def _uids(found: Audit, passes: list[Pass], drops: list[File], manifest: dict[str, Any] | None) -> None:
-    """The uids of shards and drops are those of the pool, each as often as there.
+def _uids(audit: Audit, passes: list[Pass], drops: list[File], manifest: dict[str, Any] | None) -> None:
+    """Checks that shards and drops together hold each uid as often as the pool.
 
-    Nobody holds them all: hashes of those that came in and of those that went out are added up in BUCKETS sums, and
-    uids are compared one by one where two sums differ.
+    To bound memory, the hashes of input and output uids are summed in BUCKETS buckets. Only buckets whose sums differ
+    are compared uid by uid.
     """
     if not passes:
         return
     if manifest is None:
-        found.unseen.append("whether all rows of the pool are there: the run wrote no shards")
+        audit.unchecked.append("whether all rows of the pool are present: the run wrote no shards")
         return
     root, pool = passes[0]
-    shards = found.store.folder("shards")
+    shards = audit.store.folder("shards")
     out = [*drops, *((shards, shard["parquet"]) for shard in manifest["shards"])]
 
-    def came() -> Iterator[File]:
+    def pool_tables() -> Iterator[File]:
         for unit in range(pool["units"]):
             if (record := root.read_record(f"commits/{unit:07d}.json")) is not None:
                 yield root, record["table"]["name"]
@@ -336,36 +340,36 @@ def _uids(found: Audit, passes: list[Pass], drops: list[File], manifest: dict[st
     def sums(files: Iterable[File]) -> np.ndarray:
         total = np.zeros(BUCKETS, np.uint64)
         for place, name in files:
-            with found.reading(place.path(name)):
+            with audit.reading(place.path(name)):
                 for table in place.batches(name, ["uid"]):
                     hashes = _hashes(table["uid"])
                     np.add.at(total, hashes % np.uint64(BUCKETS), hashes)
         return total
 
-    differing = np.flatnonzero(sums(came()) != sums(out))[:8]
+    differing = np.flatnonzero(sums(pool_tables()) != sums(out))[:8]
     if not len(differing):
         return
 
-    def in_doubt(files: Iterable[File]) -> Iterator[tuple[str, str]]:
+    def suspect_uids(files: Iterable[File]) -> Iterator[tuple[str, str]]:
         for place, name in files:
             for table in place.batches(name, ["uid"]):
                 there = np.isin(_hashes(table["uid"]) % np.uint64(BUCKETS), differing)
                 yield from ((uid, place.path(name)) for uid in table["uid"].filter(pa.array(there)).to_pylist())
 
-    balance = Counter(uid for uid, _ in in_doubt(came()))
+    balance = Counter(uid for uid, _ in suspect_uids(pool_tables()))
     where: dict[str, list[str]] = {}
-    for uid, path in in_doubt(out):
+    for uid, path in suspect_uids(out):
         balance[uid] -= 1
         where.setdefault(uid, []).append(path)
     for uid, n in islice(((uid, n) for uid, n in balance.items() if n), 10):
         if n < 0:
-            found.say(f"{' and '.join(where[uid])}: {uid} is there {-n:,} times more than in the pool")
+            audit.report(f"{' and '.join(where[uid])}: {uid} occurs {-n:,} times more than in the pool")
         else:
-            found.say(f"{found.store.path('drops')}: {uid} of the pool is neither here nor in the shards")
+            audit.report(f"{audit.store.path('drops')}: {uid} of the pool is neither in the drops nor in the shards")
 
 
 def _hashes(uids: pa.ChunkedArray) -> np.ndarray:
-    """A uint64 for each uid, 32 hex digits: some 20 ns each, where a cryptographic hash takes 30 times as long."""
+    """Hashes uids (32 hex digits) to uint64, in about 20 ns each; a cryptographic hash takes 30 times as long."""
     halves = np.frombuffer(bytes.fromhex("".join(uids.to_pylist())), "<u8").reshape(-1, 2)
     if len(halves) != len(uids):
         raise DamagedError("a uid is not 32 hex digits")
@@ -377,11 +381,11 @@ def _hashes(uids: pa.ChunkedArray) -> np.ndarray:
 
 @guarded()
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; 0 if all is well, 1 otherwise."""
+    """Runs the command. Returns 0 if the run matches its records, 1 otherwise."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.verify",
         description=__doc__,
-        epilog="exit status: 0 nothing is wrong with what was looked at; 1 otherwise; 2 wrong command line",
+        epilog="exit status: 0 all checks passed; 1 a check failed; 2 invalid command line",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", help="the folder of a finished run, local or remote")
@@ -389,19 +393,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     errors = Console(stderr=True)
     try:
-        found = audit(Store(args.run), errors, args.deep)
+        audit = check_run(Store(args.run), errors, args.deep)
     except OSError as error:
         errors.print(f"error: {args.run}: {error}", markup=False, highlight=False, soft_wrap=True)
         return 1
-    for problem in found.problems:
+    for problem in audit.problems:
         errors.print(f"error: {problem}", markup=False, highlight=False, soft_wrap=True)
-    for part in found.unseen:
-        print(f"not looked at: {part}")
-    if found.problems:
+    for part in audit.unchecked:
+        print(f"not checked: {part}")
+    if audit.problems:
         return 1
     run = open_run(args.run)
-    looked = "every byte is as recorded" if found.deep else "all sizes are as recorded"
-    print(f"{run.rows_in:,} rows, {run.kept:,} kept: the books balance, {looked}")
+    checked = "every byte is as recorded" if audit.deep else "all sizes are as recorded"
+    print(f"{run.rows_in:,} rows, {run.kept:,} kept: the books balance, {checked}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Fixtures that more than one part of the suite needs."""
+"""Fixtures shared across the suite."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports torch: the models of the tests are tiny, and threads that wait for each other would take most
-# of the time on a busy machine. Processes that a test starts inherit it.
+# Set before torch is imported: test models are tiny, and thread synchronization would dominate on a busy machine.
+# Child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +20,7 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    """A Ray of two cores for the whole session: joining it takes a second, starting one takes five."""
+    """Starts a two-core Ray cluster once per session: joining it takes 1 s, starting one takes 5 s."""
     import ray
 
     ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
@@ -30,7 +30,7 @@ def ray_address() -> Iterator[str]:
 
 @pytest.fixture
 def run(ray_address: str, tmp_path: Path) -> Command:
-    """`run("recipe.yaml", "key=value", …)`: the main command as a user gives it, in `tmp_path`, on the session Ray."""
+    """`run("recipe.yaml", "key=value", …)`: runs the main command in `tmp_path` on the session Ray."""
 
     def command(*args: str, ray: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", **environment}

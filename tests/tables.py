@@ -1,4 +1,4 @@
-"""The vocabulary of the step tests: rows as dicts in, one verdict per row out."""
+"""Helpers for step tests: rows as dicts in, one verdict per row out."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def sample_uid(url: str, caption: str) -> str:
 
 
 def make_batch(rows: Sequence[Mapping[str, Any]], unit: int = 0) -> pa.Table:
-    """A batch as a step receives it. Each row states only what matters to the test; the rest is filled in:
+    """A batch as a step receives it. Each row sets only what the test needs; the rest is filled in:
     `unit, row` by position, `url` distinct, `caption` harmless, `uid` as ingest derives it."""
     full = []
     for i, row in enumerate(rows):
@@ -43,20 +43,20 @@ def make_batch(rows: Sequence[Mapping[str, Any]], unit: int = 0) -> pa.Table:
 
 
 def run_step(step: Stage | Filter, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Checks and sets up a step, then runs it on one batch as a worker would: the rows that go on, and the drops."""
+    """Checks and sets up a step, then runs it on one batch as a worker would: returns kept rows and drops."""
     problems = list(step.check())
     assert not problems, problems
     step.setup()
     if isinstance(step, Stage):
         outputs = [split_marked(step, out) for out in step.stream([batch])]
-        order = [("unit", "ascending"), ("row", "ascending")]  # rows may come out in another
+        order = [("unit", "ascending"), ("row", "ascending")]  # a stage may reorder rows
         kept, drops = (pa.concat_tables(part).sort_by(order) for part in zip(*outputs))
         return kept, drops
     return apply(step, batch)
 
 
 def verdicts(batch: pa.Table, kept: pa.Table, drops: pa.Table) -> list[str | None]:
-    """Per row of `batch`: None where it was kept, else the reason. Fails if a row is lost, doubled or both."""
+    """Per row of `batch`: None where it was kept, else the reason. Fails if a row is lost or duplicated."""
     place = dict.fromkeys(zip(batch["unit"].to_pylist(), batch["row"].to_pylist()))
     fates: list[tuple[tuple[int, int], str | None]] = [
         *((at, None) for at in zip(kept["unit"].to_pylist(), kept["row"].to_pylist())),

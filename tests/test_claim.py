@@ -1,4 +1,4 @@
-"""One writer for a run directory."""
+"""A run directory has a single writer."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[tuple[Store, subprocess.Popen[str]]]:
-    """A process that has claimed a directory."""
+    """A process that holds the claim on a directory."""
     store = Store(str(tmp_path / "run"))
     argv = [sys.executable, "-c", HOLDER, store.root]
     with subprocess.Popen(
@@ -55,14 +55,14 @@ def holder(tmp_path: Path) -> Iterator[tuple[Store, subprocess.Popen[str]]]:
 
 
 def of_another_machine(store: Store, age: float) -> dict[str, Any]:
-    """Leaves the claim of a machine that nobody can look at, with its last sign of life so many seconds ago."""
+    """Writes the claim of a process on another machine whose last heartbeat is `age` seconds old."""
     now = time.time()
     owner = {"host": "node7", "boot": "b", "pids": "p", "pid": 4711, "started": "1", "since": now - 9000, "token": "t"}
     store.write("claim/0000003.json", json.dumps(owner | {"beat": now - age}).encode())
     return owner
 
 
-def test_a_claim_is_there_while_it_is_held_and_leaves_nothing(store: Store) -> None:
+def test_a_claim_exists_while_held_and_leaves_no_file(store: Store) -> None:
     with hold(store) as held:
         assert store.names("claim") == ["0000001.json"]
         held.check()
@@ -71,21 +71,21 @@ def test_a_claim_is_there_while_it_is_held_and_leaves_nothing(store: Store) -> N
         assert os.listdir(store.root) == []
 
 
-def test_a_second_command_is_refused_and_told_whose_it_is(holder: tuple[Store, subprocess.Popen[str]]) -> None:
+def test_a_second_command_is_refused_with_the_owner_named(holder: tuple[Store, subprocess.Popen[str]]) -> None:
     store, process = holder
     with pytest.raises(InUseError) as refused, hold(store):
         pass
     said = str(refused.value)
     assert f"{store.root} is in use by another command: pid {process.pid} on " in said
-    assert "last sign of life" in said
-    process.send_signal(signal.SIGSTOP)  # stopped is not dead
+    assert "last heartbeat" in said
+    process.send_signal(signal.SIGSTOP)  # a stopped process is alive
     with pytest.raises(InUseError), hold(store):
         pass
 
 
-def test_a_killed_process_of_this_machine_is_followed_at_once(holder: tuple[Store, subprocess.Popen[str]]) -> None:
+def test_the_claim_of_a_killed_local_process_is_taken_over_at_once(holder: tuple[Store, subprocess.Popen[str]]) -> None:
     store, process = holder
-    process.kill()  # and not waited for: a zombie is dead too
+    process.kill()  # not reaped: a zombie counts as dead
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     started = time.monotonic()
     with hold(store):
@@ -93,7 +93,7 @@ def test_a_killed_process_of_this_machine_is_followed_at_once(holder: tuple[Stor
         assert store.names("claim") == ["0000002.json"]
 
 
-def test_another_process_with_the_number_of_a_dead_one_is_not_taken_for_it(store: Store) -> None:
+def test_a_reused_pid_does_not_keep_a_claim_alive(store: Store) -> None:
     with hold(store):
         owner = json.loads(store.read("claim/0000001.json"))
     store.write("claim/0000001.json", json.dumps(owner | {"pid": os.getpid(), "started": "7"}).encode())
@@ -114,8 +114,8 @@ def test_the_claim_of_another_machine_expires(
             assert store.names("claim") == ["0000004.json"]
 
 
-def test_a_claim_that_looks_old_but_beats_is_alive(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock of its machine is behind."""
+def test_an_old_claim_with_heartbeats_is_alive(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of the other machine is slow."""
     monkeypatch.setattr(claim, "WATCH", 60.0)
     owner = of_another_machine(store, 3600)
     with ThreadPoolExecutor(1) as thread:
@@ -132,9 +132,7 @@ def test_a_claim_that_looks_old_but_beats_is_alive(store: Store, monkeypatch: py
             entering.result()
 
 
-def test_of_many_who_want_a_dead_one_s_directory_exactly_one_gets_it(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exactly_one_of_many_commands_takes_over_a_dead_claim(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim, "WATCH", 0.2)
     of_another_machine(store, 3600)
 
@@ -149,20 +147,20 @@ def test_of_many_who_want_a_dead_one_s_directory_exactly_one_gets_it(
         assert sum(threads.map(enter, [stack] * 8)) == 1
 
 
-def test_who_has_lost_the_claim_is_told_before_it_writes(store: Store) -> None:
+def test_a_lost_claim_raises_before_the_next_write(store: Store) -> None:
     with hold(store) as held:
-        copy, later = (cloudpickle.loads(cloudpickle.dumps(held)) for _ in range(2))  # what workers have
+        copy, later = (cloudpickle.loads(cloudpickle.dumps(held)) for _ in range(2))  # as workers get it
         copy.check()
         store.write("claim/0000002.json", b"{}")
         with pytest.raises(LostClaimError, match="another command has taken over"):
             later.check()
-        held._confirmed -= 3 * claim.BEAT  # it was suspended for as long
+        held._confirmed -= 3 * claim.HEARTBEAT  # as if suspended for this long
         with pytest.raises(LostClaimError):
             held.check()
-    assert store.names("claim") == ["0000001.json", "0000002.json"], "what is another's is left alone"
+    assert store.names("claim") == ["0000001.json", "0000002.json"], "the other claim is untouched"
 
 
-def test_a_claim_that_cannot_be_read_is_taken_over(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_claim_is_taken_over(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim, "WATCH", 0.2)
     store.write("claim/0000001.json", b"\x00")
     with hold(store):

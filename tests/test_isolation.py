@@ -16,7 +16,7 @@ from pipeline.step import Stage
 
 @dataclass(kw_only=True)
 class Deadly(Stage):
-    """A decoder with a hole in it."""
+    """Stands in for a decoder that crashes on some inputs."""
     def process(self, batch: pa.Table) -> pa.Table:
         for caption in batch["caption"].to_pylist():
             if "segfault" in caption:
@@ -55,7 +55,7 @@ def test_a_row_that_kills_its_worker_becomes_a_drop(passes: list[Pass]) -> None:
 
 
 @pytest.mark.parametrize("passes", [{4: "bug"}], indirect=True)
-def test_an_exception_is_a_bug_and_is_said(passes: list[Pass]) -> None:
+def test_an_exception_is_raised_as_a_bug(passes: list[Pass]) -> None:
     with pytest.raises(RuntimeError, match="a bug, not a crash"):
         isolation.run_isolated(passes, 1, 0)
 

@@ -1,9 +1,9 @@
-"""Kills at random moments: whatever dies, the command ends, nothing of it is left, and the same command goes on.
+"""Kills processes at random moments: the command ends, leaves no process, and resumes when run again.
 
     pytest -m slow tests/test_kill_sweep.py            # WINNOW_KILLS=30 moments, WINNOW_KILL_SEED=0
 
-One run directory takes one kill after the other until it is done; then its shards are compared with those of a run that
-nobody disturbed, and a new directory begins.
+Each run directory receives kills until its run completes. Its shards are then compared with an undisturbed run,
+and the sweep continues in a new directory.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ def words(pid: int) -> str:
 
 
 def named(part: str) -> Callable[[int], list[int]]:
-    """Those descendants of a process whose command line holds a word."""
+    """Finds the descendants of a process whose command line contains a word."""
     return lambda driver: [pid for pid in family(driver) if pid != driver and part in words(pid)]
 
 
 VICTIMS: dict[str, tuple[Callable[[int], list[int]], signal.Signals, set[int]]] = {
-    # who is hit, by which signal, and how the command may end of it
+    # the processes to choose from, the signal, and the allowed exit statuses
     "driver": (lambda driver: [driver], signal.SIGKILL, {-signal.SIGKILL}),
     "tree": (lambda driver: family(driver), signal.SIGKILL, {-signal.SIGKILL}),
     "worker": (named("ray::"), signal.SIGKILL, {0}),
@@ -84,7 +84,7 @@ VICTIMS: dict[str, tuple[Callable[[int], list[int]], signal.Signals, set[int]]] 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Iterator[Path]:
-    """A small web that is being served, and a recipe for it."""
+    """Serves a small web and writes a recipe for it."""
     with web.open_port(0) as server:
         web.build(tmp_path / "web", 120, SEED, server.server_port)
         (tmp_path / "r.yaml").write_text(RECIPE.replace("PORT", str(server.server_port)))
@@ -111,7 +111,7 @@ def shards(run: Path) -> dict[str, str]:
 
 
 def left(pids: list[int]) -> list[int]:
-    """Those that are there and no zombies."""
+    """The processes that still exist and are not zombies."""
     found = []
     for pid in pids:
         try:
@@ -124,9 +124,9 @@ def left(pids: list[int]) -> list[int]:
 
 
 def hit(driver: subprocess.Popen[bytes], victim: str, delay: float, chance: random.Random) -> list[int] | None:
-    """Kills the victim so many seconds after the start, or as soon as it is there; the family of the command then.
+    """Kills the victim after `delay` seconds, or as soon as it exists. Returns the command's process tree at that time.
 
-    None: the command was done before."""
+    Returns None if the command ended before."""
     find, number, _ = VICTIMS[victim]
     try:
         driver.wait(delay)
@@ -147,7 +147,7 @@ def hit(driver: subprocess.Popen[bytes], victim: str, delay: float, chance: rand
     return None
 
 
-def test_whatever_dies_the_same_command_goes_on(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_command_resumes_after_any_kill(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     began = time.monotonic()
     assert start(project, "calm").wait(RUN_SECONDS) == 0, (project / "said").read_text()
     whole = time.monotonic() - began
@@ -173,7 +173,7 @@ def test_whatever_dies_the_same_command_goes_on(project: Path, capsys: pytest.Ca
         if known is not None:
             assert status in VICTIMS[victim][2] | {0}, where  # 0: it was done in this very moment
             if status > 0:
-                assert "The same command goes on" in said, where
+                assert "Run the same command again" in said, where
             gone = time.monotonic() + LEFT
             while left(known) and time.monotonic() < gone:
                 time.sleep(0.2)

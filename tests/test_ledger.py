@@ -17,7 +17,7 @@ def drops(*rows: tuple[str, str]) -> pa.Table:
     )
 
 
-def test_books_of_units_add_up_to_the_books_of_the_run() -> None:
+def test_funnels_of_units_add_up_to_the_funnel_of_the_run() -> None:
     first = Funnel.of(["a", "b"], 10, [drops(("a", "x"), ("a", "y"), ("b", "z"))], {"a": 1.0})
     second = Funnel.of(["a", "b"], 5, [drops(("a", "x"))], {"a": 0.5, "b": 2.0})
     total = Funnel()
@@ -31,8 +31,8 @@ def test_books_of_units_add_up_to_the_books_of_the_run() -> None:
     assert Funnel.from_json(total.to_json()) == total
 
 
-def test_a_lost_row_is_noticed() -> None:
+def test_a_lost_row_raises() -> None:
     funnel = Funnel.of(["a"], 10, [], {})
     funnel.add(Funnel.of(["b"], 9, [], {}))
-    with pytest.raises(BooksError, match="a kept 10 rows, but b saw 9"):
+    with pytest.raises(BooksError, match="a kept 10 rows, but b received 9"):
         funnel.balance()

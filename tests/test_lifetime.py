@@ -1,4 +1,4 @@
-"""How a command ends before its time, and that nothing of it stays."""
+"""A command that ends early exits with one line and leaves no process."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def started(script: str, *words: str) -> subprocess.Popen[str]:
 
 
 def gone(pid: int) -> bool:
-    """True once there is no such process, within SECONDS."""
+    """Waits for a process to end. Returns False if it is still there after SECONDS."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         try:
@@ -86,19 +86,19 @@ def test_a_signal_or_a_lost_cluster_ends_the_command(
         first = command.stdout.readline()
         if number is None:
             cluster.close()
-            why = "error: the cluster is gone: the head node (GCS) at 127.0.0.1:"
+            why = "error: the cluster is lost: the head node (GCS) at 127.0.0.1:"
         else:
             command.send_signal(number)
-            why = f"interrupted by {number.name}. The same command goes on"
+            why = f"interrupted by {number.name}. Run the same command again"
         out, errors = command.communicate(timeout=SECONDS)
     assert (command.returncode, first + out) == (status, said)
     assert errors.startswith(why)
-    assert errors.count("\n") == 1, "one line, no stack"
+    assert errors.count("\n") == 1, "one line, no traceback"
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="the keeper looks processes up in /proc")
 @pytest.mark.parametrize("way", ["orderly", "killed"])
-def test_nothing_outlives_the_command(way: str) -> None:
+def test_no_process_outlives_the_command(way: str) -> None:
     with started(KEEPING, way) as command:
         assert command.stdout is not None
         orphan = int(command.stdout.readline())
@@ -107,11 +107,11 @@ def test_nothing_outlives_the_command(way: str) -> None:
         alive = command.poll() is None
         command.kill()
     assert all(gone(pid) for pid in (orphan, *others))
-    assert alive, "the command itself is not among what it left"
+    assert alive, "the keeper does not kill the command itself"
     assert said == ("ended\n" if way == "orderly" else "")
 
 
-def test_an_interpreter_without_the_packages_is_named_in_one_line(tmp_path: Path) -> None:
+def test_missing_packages_are_reported_in_one_line_with_the_interpreter(tmp_path: Path) -> None:
     words = [sys.executable, "-S", "-m", "pipeline.run", "recipe.yaml"]  # -S: no site-packages
     done = subprocess.run(words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 1

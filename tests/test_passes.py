@@ -1,4 +1,4 @@
-"""Passes over units without Ray: what is committed, what is folded back, and what happens when things go wrong."""
+"""Passes over units without Ray: commits, measurements and failures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pipeline.storage import DamagedError
 
 @dataclass(kw_only=True)
 class Paint(Stage):
-    """Stands in for a download: holds rows back and lets them go in another order, across units."""
+    """Stands in for a download: buffers rows and emits them in another order, across units."""
 
     adds = {"image": pa.binary(), "size": pa.int32()}  # noqa: RUF012
     commits = True
@@ -181,7 +181,7 @@ def known_of(accounts: list[list[dict[str, Any]]], index: int) -> tuple[int, int
 
 
 def test_filters_above_a_measurement_move_freely(recipe: Recipe, tmp_path: Path) -> None:
-    """Tighter, looser, none, moved: only what was never measured is, and all is as in a run from scratch."""
+    """Whatever the filters, only unmeasured rows are measured, and the result equals a run from scratch."""
     root = recipe.run
     recipes: list[tuple[list[Step], tuple[int, int], int]] = [
         ([Even(), Paint(), Score()], (1000, 0), 1000),
@@ -206,7 +206,7 @@ def test_filters_above_a_measurement_move_freely(recipe: Recipe, tmp_path: Path)
         assert funnels(accounts) == funnels(again)
 
 
-def test_another_run_lends_what_it_has_measured(recipe: Recipe) -> None:
+def test_measurements_of_another_run_are_reused(recipe: Recipe) -> None:
     lender = ingested(recipe, [Even(), Paint(), Score()])
     run_all(lender)
     recipe.run += "-borrower"
@@ -268,7 +268,7 @@ def test_the_order_of_rows_does_not_depend_on_the_number_of_units(recipe: Recipe
     assert order(1) == order(5)
 
 
-def test_the_second_of_two_attempts_leaves_nothing_behind(recipe: Recipe) -> None:
+def test_the_second_of_two_attempts_leaves_no_file(recipe: Recipe) -> None:
     passes = ingested(recipe, [Paint()])
     slow = run_pass(passes, 1, [0])
     next(slow)
@@ -279,7 +279,7 @@ def test_the_second_of_two_attempts_leaves_nothing_behind(recipe: Recipe) -> Non
     assert passes[1].store.names("units") == sorted(entry["name"].partition("/")[2] for entry in first["entries"])
 
 
-def test_an_attempt_that_fails_leaves_nothing_behind(recipe: Recipe) -> None:
+def test_a_failed_attempt_leaves_no_file(recipe: Recipe) -> None:
     passes = ingested(recipe, [Paint(), Loser()])
     assert [p.labels for p in passes[1:]] == [["paint"], ["loser"]]
     list(run_pass(passes, 1, range(3)))
@@ -298,9 +298,7 @@ def test_a_restricted_attempt_drops_the_rows_it_must_not_touch(recipe: Recipe) -
     assert record["kept"] + len(drops) == len(rows)
 
 
-def test_the_table_of_a_unit_tells_the_fate_of_every_row_that_came_in(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_table_of_a_unit_has_a_verdict_for_every_input_row(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Paint, "commits", False)
     passes = ingested(recipe, [Paint()])
     (record,) = records_of(run_pass(passes, 1, [0]))
@@ -330,7 +328,7 @@ def test_the_table_of_a_unit_tells_the_fate_of_every_row_that_came_in(
         ("heavy", "delete", False),
     ],
 )
-def test_what_is_damaged_is_named_with_unit_pass_and_cure(
+def test_damage_is_named_with_unit_pass_and_cure(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, what: str, damage: str, repeatable: bool
 ) -> None:
     monkeypatch.setattr(Paint, "commits", False)

@@ -390,7 +390,7 @@ def test_the_error_names_a_parquet_file_with_a_broken_page() -> None:
         ("names: [url, caption, url]", "names: url: named more than once"),
         ("names: [address, caption]", "names: 'url', the url, is not among address, caption"),
         ("uid: id, captions: each", "captions: each makes several rows of one uid"),
-        ("columns: [url]", "columns: url is there already"),
+        ("columns: [url]", "columns: url already used as"),
         ("types: {n: long}", "pool.types: expected"),
         ("types: {n: int}", "types: no file has n"),
         ("captions: all", "pool.captions: expected one of each, first"),
@@ -496,7 +496,7 @@ def test_a_run_that_cannot_be_retried_is_reported() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("retry: old, path: p.csv, uid: id", "pool: retry: leaves no room for path, uid"),
+        ("retry: old, path: p.csv, uid: id", "pool: retry: excludes path, uid"),
         ("url: u", "pool: path: is missing"),
         ("retri: old", "pool.retri: unknown key; did you mean retry?"),
     ],

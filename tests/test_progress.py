@@ -1,4 +1,4 @@
-"""What a person is told while a run is under way."""
+"""Progress lines of a running pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline import progress as progress_module
 from pipeline.progress import PLAIN_EVERY, Progress
 
 
-def test_the_time_left_does_not_count_the_start_of_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_eta_ignores_the_start_up_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
     out = io.StringIO()

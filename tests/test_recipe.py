@@ -83,7 +83,7 @@ def test_a_good_recipe_with_overrides() -> None:
         (
             "[url, caption]",
             "[phash]",
-            "needs the column 'phash'; nothing above it adds that; download and read_shards would",
+            "needs the column 'phash'; no step above it adds that column; download or read_shards adds it",
         ),
         (
             "- sample: {fraction: 1e-1}",
@@ -101,7 +101,7 @@ def test_a_good_recipe_with_overrides() -> None:
         ("seed: 3", "a: &a [*a]", "nested more than 50 levels deep"),
     ],
 )
-def test_what_is_wrong_is_said_with_file_line_key_and_cure(old: str, new: str, said: str) -> None:
+def test_problems_name_file_line_key_and_cure(old: str, new: str, said: str) -> None:
     assert old in GOOD
     assert said in problems(GOOD.replace(old, new))
 
@@ -115,7 +115,7 @@ def test_all_problems_are_reported_together() -> None:
     assert problems(text).count("r.yaml:") == 3
 
 
-def test_norwegian_is_a_language_and_not_a_falsehood() -> None:
+def test_the_language_code_no_is_not_read_as_false() -> None:
     checked = load(GOOD.replace("- sample: {fraction: 1e-1}", "- language: {keep: [no, de]}"))
     assert checked.steps[-1].keep == ["no", "de"]  # type: ignore[attr-defined]
 
@@ -140,7 +140,7 @@ def test_wrong_overrides(override: str, said: str) -> None:
     assert said in problems(GOOD, override)
 
 
-def test_a_file_that_is_not_there_or_not_yaml() -> None:
+def test_a_missing_file_or_invalid_yaml() -> None:
     with pytest.raises(RecipeError, match="No such file"):
         recipe.load("missing.yaml")
     assert "expected a mapping" in problems("- just\n- a list\n")
@@ -179,7 +179,7 @@ steps:
         ),
     ],
 )
-def test_a_whole_run_filter_gets_the_columns_that_it_can_read(line: str, said: str) -> None:
+def test_whole_run_filters_reject_columns_of_the_wrong_kind(line: str, said: str) -> None:
     assert said in problems(f"{SCORED}  - {line}\n")
 
 
@@ -205,7 +205,7 @@ SAID_OF_JOBS = "lies in the job's temporary copy of its working directory"
         (["run=data/out", "pool.path=data/**/*.csv"], "run: must not share a folder with the pool"),
         (["run=data/out", "pool.path=data/*.csv"], ""),
         (["run=data", "pool.path=data/pool.csv"], ""),
-        (["reuse=dmeo"], "reuse: dmeo is not the folder of a run: there is no "),
+        (["reuse=dmeo"], "reuse: dmeo is not the folder of a run: missing "),
         (["reuse=''"], "reuse: is empty"),
         (["reuse=out"], "reuse: is the run itself"),
         (["name=''"], "name: expected a line of 1 to 200 printable characters"),
@@ -215,16 +215,16 @@ SAID_OF_JOBS = "lies in the job's temporary copy of its working directory"
         (["unit_rows=1000000000000"], "unit_rows: expected 1 to 1,000,000, found 1,000,000,000,000"),
         (["unit_rows=1e12"], "unit_rows: expected a whole number"),
         (["workers=1000000000"], "workers: expected 1 to 100,000"),
-        (["seed=99999999999999999999999"], "seed: expected a finite number of ordinary size"),
+        (["seed=99999999999999999999999"], "seed: expected a finite number that fits in 63 bits"),
         (["pool.rows=-5"], "pool: rows: must be 0 or more, found -5"),
         (
             ["steps.sample.fraction=.nan"],
-            "r.yaml:10: steps.sample.fraction: expected a finite number of ordinary",
+            "r.yaml:10: steps.sample.fraction: expected a finite number that fits",
         ),
         (["steps.sample.fraction=.inf"], "found inf"),
     ],
 )
-def test_what_no_run_can_mean_is_refused(words: list[str], said: str) -> None:
+def test_unusable_values_are_refused(words: list[str], said: str) -> None:
     Path("data").mkdir()
     Path("data/pool.csv").write_text("url,caption\nhttp://a/b,hello there world\n")
     if said:
@@ -233,12 +233,12 @@ def test_what_no_run_can_mean_is_refused(words: list[str], said: str) -> None:
         load(GOOD, *words)
 
 
-def test_a_run_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
-    assert "cannot be written to" in problems(GOOD)
+    assert "is not writable" in problems(GOOD)
 
 
-def test_a_job_writes_nothing_into_its_copy_of_the_working_directory(
+def test_paths_in_a_job_s_temporary_working_directory_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = tmp_path / "session_1/runtime_resources/working_dir_files/_ray_pkg_0"

@@ -1,4 +1,4 @@
-"""The main command, end to end on Ray, with steps of the user's own in place of the network."""
+"""The main command, end to end on Ray, with user-defined steps in place of the network."""
 
 from __future__ import annotations
 
@@ -89,13 +89,13 @@ steps:
 
 @pytest.fixture(autouse=True)
 def project(tmp_path: Path) -> Path:
-    """A user's own folder: a recipe, a pool and two modules that Winnow has never heard of."""
+    """A user's own folder: a recipe, a pool and two step modules outside the package."""
     return furnish(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def finished(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, to be looked at and not touched."""
+    """A finished run that tests read but do not change."""
     folder = furnish(tmp_path_factory.mktemp("finished"))
     env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "RAY_ADDRESS": ray_address}
     subprocess.run(
@@ -245,7 +245,7 @@ def lose_a_sample(run: Path) -> None:
         (lambda run: (run / "funnel.json").unlink(), "funnel.json: missing"),
     ],
 )
-def test_verify_finds_what_is_not_as_the_books_say(
+def test_verify_finds_every_mismatch_with_the_records(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], said: str
 ) -> None:
     shutil.copytree(finished, tmp_path / "copy")
@@ -290,7 +290,7 @@ def test_a_row_that_kills_workers_costs_only_itself(run: Command, project: Path)
     assert "decoder_crash 1" in done.stdout
 
 
-def test_a_full_disk_is_said_and_nothing_is_half_committed(run: Command, project: Path) -> None:
+def test_a_full_disk_is_reported_and_commits_stay_complete(run: Command, project: Path) -> None:
     pool(project, 200, {60: "diskfull picture"})
     full = run("r.yaml")
     assert full.returncode == 1
@@ -328,7 +328,7 @@ def test_an_empty_pool_and_a_short_last_shard(run: Command, project: Path) -> No
     books_balance(project / "out", 271)
 
 
-def test_a_folder_with_files_of_others_is_left_alone(run: Command, project: Path) -> None:
+def test_a_folder_with_foreign_files_is_refused(run: Command, project: Path) -> None:
     (project / "out/shards").mkdir(parents=True)
     (project / "out/shards/00000.tar").write_bytes(b"somebody's work")
     refused = run("r.yaml", ray=False, RAY_ADDRESS="127.0.0.1:1")

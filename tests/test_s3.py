@@ -1,6 +1,6 @@
-"""A run in an object store that speaks S3, as on a cluster without a common disk.
+"""Runs in an S3 object store, as on a cluster without a shared disk.
 
-It wants packages that nothing else here does, so they are fetched from the package index for these tests alone.
+The fixture installs moto and s3fs from the package index, because only these tests need them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PACKAGES = ["moto[server]>=5.1,<6", "s3fs>=2025.2"]
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of processes that are to use the store; its bucket is `bucket`."""
+    """Serves S3 with a bucket named `bucket`; yields the environment variables that clients need."""
     folder = str(tmp_path_factory.mktemp("s3"))
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-t", folder, *PACKAGES], check=True)
     with socket.socket() as probe:
@@ -66,7 +66,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             server.kill()
 
 
-def test_of_many_who_create_exactly_one_wins(s3: dict[str, str]) -> None:
+def test_exactly_one_of_many_concurrent_creators_wins(s3: dict[str, str]) -> None:
     store = Store("s3://bucket/store")
     with ThreadPoolExecutor(16) as threads:
         won = list(threads.map(lambda i: store.create("commits/0.json", str(i).encode()), range(16)))
@@ -112,7 +112,7 @@ def test_a_run_has_the_bytes_of_a_local_one(s3: dict[str, str], run: Command, tm
     painted = (tmp_path / "steps_of_mine" / "painted.log").read_text()
     again = run(*remote, "steps.threshold.top_fraction=0.25", ray=False, **env)
     assert again.returncode == 0, again.stderr
-    assert (tmp_path / "steps_of_mine" / "painted.log").read_text() == painted, "what was done is not done again"
+    assert (tmp_path / "steps_of_mine" / "painted.log").read_text() == painted, "committed work is not repeated"
     assert not list(verify.problems(store, Console(quiet=True)))
     store.remove("shards/00000.tar")
     store.write("shards/manifest.json", b"{}")

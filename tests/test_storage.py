@@ -22,7 +22,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     )
 
 
-def test_of_many_who_create_exactly_one_wins(tmp_path: Path) -> None:
+def test_exactly_one_of_many_concurrent_creators_wins(tmp_path: Path) -> None:
     store, barrier, won = Store(str(tmp_path)), threading.Barrier(16), []
 
     def contend(i: int) -> None:
@@ -37,7 +37,7 @@ def test_of_many_who_create_exactly_one_wins(tmp_path: Path) -> None:
         t.join()
     assert len(won) == 1
     assert store.read("commits/0.json") == str(won[0]).encode()
-    assert store.names("commits") == ["0.json"], "the losers left nothing behind"
+    assert store.names("commits") == ["0.json"], "the losers leave no file"
 
 
 def test_create_never_replaces(store: Store) -> None:
@@ -73,7 +73,7 @@ def test_write_replaces_and_reads_back(store: Store) -> None:
     assert not store.exists("x")
 
 
-def test_what_is_read_at_random_is_all_there_and_leaves_nothing(
+def test_random_access_reads_everything_and_leaves_no_file(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tmp").mkdir()
@@ -84,7 +84,7 @@ def test_what_is_read_at_random_is_all_there_and_leaves_nothing(
         file.seek(255_000)
         assert file.read(2000) == data[255_000:]
         assert file.read_at(3, 7) == data[7:10]
-    with store.input("x", apart=True) as file:
+    with store.input("x", random_access=True) as file:
         file.seek(1000)
         assert file.read(10) == data[1000:1010]
     assert not list((tmp_path / "tmp").iterdir())
@@ -97,15 +97,15 @@ def test_what_is_read_at_random_is_all_there_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda data: data.replace(b"3", b"4"), "does not have the sha256"),
-        (lambda data: data[:-1], "does not have the sha256"),
-        (lambda data: data + b" ", "does not have the sha256"),
-        (lambda data: b"", "does not have the sha256"),
-        (lambda data: b"{}", "does not have the sha256"),
-        (lambda data: b"\xff" + data, "does not have the sha256"),
+        (lambda data: data.replace(b"3", b"4"), "does not match its own sha256"),
+        (lambda data: data[:-1], "does not match its own sha256"),
+        (lambda data: data + b" ", "does not match its own sha256"),
+        (lambda data: b"", "does not match its own sha256"),
+        (lambda data: b"{}", "does not match its own sha256"),
+        (lambda data: b"\xff" + data, "does not match its own sha256"),
     ],
 )
-def test_a_record_that_was_changed_is_none(store: Store, change: Callable[[bytes], bytes], said: str) -> None:
+def test_a_changed_record_is_refused(store: Store, change: Callable[[bytes], bytes], said: str) -> None:
     record = {"unit": 3, "names": ["a", 'b", "sha256": "c'], "none": None}
     store.create("r.json", sealed(record))
     assert store.read_record("r.json") == record
@@ -118,9 +118,9 @@ def test_a_record_that_was_changed_is_none(store: Store, change: Callable[[bytes
 
 @pytest.mark.parametrize(
     ("data", "said"),
-    [(b"abd", "its sha256 is not the one on record"), (b"ab", "2 bytes, expected 3"), (None, "missing")],
+    [(b"abd", "its sha256 does not match its record"), (b"ab", "2 bytes, expected 3"), (None, "missing")],
 )
-def test_a_file_is_what_its_entry_says(store: Store, data: bytes | None, said: str) -> None:
+def test_a_file_that_differs_from_its_entry_is_refused(store: Store, data: bytes | None, said: str) -> None:
     entry = store.write("f", b"abc")
     assert entry == {"name": "f", "bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()} == store.entry("f")
     store.check(entry)
@@ -134,7 +134,7 @@ def test_a_file_is_what_its_entry_says(store: Store, data: bytes | None, said: s
         assert str(error.value).startswith(store.path("f"))
 
 
-def test_every_writer_knows_what_it_wrote(store: Store) -> None:
+def test_every_writer_returns_the_entry_of_its_file(store: Store) -> None:
     with store.output("x.npy") as array, store.output("x.arrow") as ipc:
         np.save(array, np.arange(1000))
         with pa.ipc.new_file(ipc, pa.schema([("a", pa.binary())])) as writer:
@@ -144,8 +144,8 @@ def test_every_writer_knows_what_it_wrote(store: Store) -> None:
         assert entry == store.entry(entry["name"])
 
 
-def test_a_file_and_its_folders_are_on_disk_before_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernel is asked, in order: a file's bytes, its name, its folder; and the same again for a record."""
+def test_a_file_and_its_folders_are_synced_before_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expected system calls in order: sync the file, rename it, sync its folder; the same again for a record."""
     asked: list[str] = []
 
     def watch(name: str, show: Callable[..., str]) -> None:
@@ -172,11 +172,11 @@ def test_a_file_and_its_folders_are_on_disk_before_its_record(tmp_path: Path, mo
     ]  # fmt: skip
 
 
-def test_what_a_killed_process_leaves_is_told_from_all_else(tmp_path: Path) -> None:
+def test_only_partial_files_of_killed_processes_are_parts(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     with store.output("x/data"):
         (part,) = store.parts()
         assert part.startswith("x/.data.")
-        store.write("x/.hidden.part", b"somebody's")
+        store.write("x/.hidden.part", b"another file")
         assert store.parts() == [part]
     assert store.parts() == []

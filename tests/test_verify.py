@@ -1,4 +1,4 @@
-"""Damage to a finished run: every kind of file, in every way, is found by `verify` and healed or named by `run`."""
+"""Damage to a finished run: `verify` finds every kind on every kind of file; `run` repairs or reports it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def empty(file: Path) -> None:
 
 
 def swap(file: Path) -> None:
-    """With a file of the same ending, in its folder if there is one."""
+    """Swaps a file with another of the same suffix, preferably from its folder."""
     (run,) = (folder for folder in file.parents if folder.name == "out")
     kin = [*sorted(file.parent.iterdir()), *sorted(run.rglob("*.*")), *sorted(run.rglob("*.json"))]
     kin = [f for f in kin if f.is_file() and f != file]
@@ -103,7 +103,7 @@ def project(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def damaged(run: Path, kind: str, damage: str) -> Iterator[Path]:
-    """The file, damaged for the time of the block."""
+    """Damages a file for the duration of the block."""
     files = sorted(run.glob(kind))
     file = files[len(files) // 2]
     before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
@@ -121,14 +121,14 @@ def found(run: Path, deep: bool = True) -> list[str]:
     return list(verify.problems(Store(str(run)), Console(quiet=True), deep))
 
 
-def test_no_file_of_a_run_is_missing_from_this_matrix(project: Path) -> None:
+def test_the_matrix_covers_every_file_of_a_run(project: Path) -> None:
     every = {file for file in (project / "out").rglob("*") if file.is_file()}
     assert every == {file for kind in KINDS for file in (project / "out").glob(kind)}
     assert found(project / "out") == []
 
 
 @pytest.mark.parametrize(("kind", "damage"), MATRIX)
-def test_every_damage_is_found_and_the_file_named(project: Path, kind: str, damage: str) -> None:
+def test_every_damage_is_reported_with_its_file(project: Path, kind: str, damage: str) -> None:
     with damaged(project / "out", kind, damage) as file:
         lines = found(project / "out")
         others = file.parent.glob("*.json") if damage == "swap" else ()  # which of the two is named is the same
@@ -137,7 +137,7 @@ def test_every_damage_is_found_and_the_file_named(project: Path, kind: str, dama
 
 
 @pytest.mark.parametrize(("kind", "damage"), MATRIX)
-def test_a_quick_look_finds_what_it_looks_at_and_says_the_rest(
+def test_a_quick_check_lists_what_it_did_not_check(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, damage: str
 ) -> None:
     monkeypatch.setattr(verify, "FULL_BYTES", 0)
@@ -147,7 +147,7 @@ def test_a_quick_look_finds_what_it_looks_at_and_says_the_rest(
         if damage in ("cut", "empty", "delete") or kind in ALWAYS_HASHED:
             assert status == 1
             assert str(file) in said.err
-        assert "not looked at: what is in the files" in said.out or status == 1
+        assert "not checked: the contents of" in said.out or status == 1
         assert "Traceback" not in said.err
 
 
@@ -166,8 +166,8 @@ def with_uid(table: pa.Table, uid: str) -> pa.Table:
     return table.set_column(at, "uid", pa.array([uid, *table["uid"].to_pylist()[1:]]))
 
 
-def test_a_row_that_is_there_twice_and_one_that_is_not_are_named(project: Path, tmp_path: Path) -> None:
-    """No record is wrong: the rows themselves are."""
+def test_duplicate_and_missing_rows_are_named(project: Path, tmp_path: Path) -> None:
+    """All records are valid; only the rows are wrong."""
     run = tmp_path / "out"
     shutil.copytree(project / "out", run)
     kept = pq.read_table(run / "shards/00000.parquet")["uid"][0].as_py()
@@ -175,13 +175,13 @@ def test_a_row_that_is_there_twice_and_one_that_is_not_are_named(project: Path, 
     edit(run, "drops/*.parquet", lambda table: with_uid(table, kept))
     assert sorted(line.removeprefix(str(run)) for line in found(run)) == sorted(
         [
-            f"/drops/00000.parquet and {run}/shards/00000.parquet: {kept} is there 1 times more than in the pool",
-            f"/drops: {lost} of the pool is neither here nor in the shards",
+            f"/drops/00000.parquet and {run}/shards/00000.parquet: {kept} occurs 1 times more than in the pool",
+            f"/drops: {lost} of the pool is neither in the drops nor in the shards",
         ]
     )
 
 
-def test_files_that_no_record_names_are_named(project: Path, tmp_path: Path) -> None:
+def test_files_without_a_record_are_named(project: Path, tmp_path: Path) -> None:
     run = tmp_path / "out"
     shutil.copytree(project / "out", run)
     (unit,) = run.glob("passes/paint-*/units")
@@ -202,17 +202,17 @@ def test_a_dataset_alone_can_be_verified(project: Path, tmp_path: Path, capsys: 
     shutil.copytree(project / "out", run)
     shutil.rmtree(run / "passes")
     assert verify.main([str(run), "--deep"]) == 0
-    assert "not looked at: downloads, scores" in capsys.readouterr().out
+    assert "not checked: downloads, scores" in capsys.readouterr().out
     flip(run / "shards/00002.tar")
     assert verify.main([str(run), "--deep"]) == 1
 
 
-def test_what_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify.main([str(tmp_path / "nowhere")]) == 1
     assert "seal.json: missing: the run is not finished, or this is not the folder of a run" in capsys.readouterr().err
 
 
-def test_the_same_command_heals_what_can_be_made_again(run: Command, project: Path, tmp_path: Path) -> None:
+def test_the_same_command_repairs_reproducible_damage(run: Command, project: Path, tmp_path: Path) -> None:
     """One damage of each kind, all at once."""
     shutil.copytree(project, tmp_path, dirs_exist_ok=True)
     out = tmp_path / "out"
@@ -241,7 +241,7 @@ def test_the_same_command_heals_what_can_be_made_again(run: Command, project: Pa
     assert shards(out) == once
 
 
-def test_what_cannot_be_made_again_is_named_with_its_cure(run: Command, project: Path, tmp_path: Path) -> None:
+def test_irreproducible_damage_is_named_with_its_cure(run: Command, project: Path, tmp_path: Path) -> None:
     shutil.copytree(project, tmp_path, dirs_exist_ok=True)
     step = tmp_path / "steps_of_mine/paint.py"
     step.write_text(step.read_text().replace("commits = True", "commits = True\n    repeatable = False"))
@@ -249,7 +249,7 @@ def test_what_cannot_be_made_again_is_named_with_its_cure(run: Command, project:
     flip(file)
     done = run("r.yaml")
     assert done.returncode == 1
-    assert f"{file}: damaged: its sha256 is not the one on record (unit 3 of the pass paint)" in done.stderr
+    assert f"{file}: damaged: its sha256 does not match its record (unit 3 of the pass paint)" in done.stderr
     assert "restore it from a copy; or, to fetch again what the web still has, remove" in done.stderr
     assert "Traceback" not in done.stderr
     shutil.rmtree(file.parent.parent)
@@ -262,7 +262,7 @@ def test_what_cannot_be_made_again_is_named_with_its_cure(run: Command, project:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("repeatable", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_command_heals_or_names(
+def test_the_same_command_repairs_or_reports_damage(
     run: Command, project: Path, tmp_path: Path, kind: str, repeatable: bool
 ) -> None:
     shutil.copytree(project, tmp_path, dirs_exist_ok=True)

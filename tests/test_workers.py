@@ -1,4 +1,4 @@
-"""How units reach workers, and what happens when workers die."""
+"""Distribution of units to workers, and the loss of workers and nodes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.test_passes import ROWS, ingested, recipe
 __all__ = ["recipe"]  # the fixture
 STORE_BYTES = 200 << 20
 SECONDS = 250
-"""For a run of seconds, on a machine that does other things too."""
+"""Timeout of a run that takes seconds on an idle machine."""
 
 STEPS = '''
 import os, time
@@ -89,7 +89,7 @@ steps: [STEPS]
 
 @dataclass(kw_only=True)
 class Late(Stage):
-    """Lets rows go when the next ones have come: a host that answers slowly."""
+    """Emits each batch after the next one arrives, like a slow host."""
 
     seen: ClassVar[list[int]] = []
 
@@ -123,7 +123,7 @@ def test_a_worker_begins_the_next_unit_while_the_last_rows_of_this_one_run_out(r
     assert seen == [(0, [0, 1]), (1, [0, 1, 2]), (2, [0, 1, 2])]
 
 
-def test_a_unit_that_is_committed_already_counts_and_is_not_done_again(recipe: Recipe) -> None:
+def test_a_committed_unit_counts_and_is_not_repeated(recipe: Recipe) -> None:
     passes = ingested(recipe, [Late()])
     worked(passes, [1])
     Late.seen.clear()
@@ -183,7 +183,7 @@ def started(cluster: Cluster, project: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.slow
-def test_a_node_that_is_lost_costs_time_alone(cluster: Cluster, project: Path) -> None:
+def test_losing_a_node_only_costs_time(cluster: Cluster, project: Path) -> None:
     (project / "r.yaml").write_text(RECIPE.replace("STEPS", "mine.dear, mine.look"))
     node = cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
     cluster.wait_for_nodes()
@@ -195,7 +195,7 @@ def test_a_node_that_is_lost_costs_time_alone(cluster: Cluster, project: Path) -
 
 
 @pytest.mark.slow
-def test_a_node_that_comes_later_is_put_to_work(cluster: Cluster, project: Path) -> None:
+def test_a_node_that_joins_later_gets_work(cluster: Cluster, project: Path) -> None:
     (project / "r.yaml").write_text(RECIPE.replace("STEPS", "mine.dear").replace("unit_rows: 50", "unit_rows: 4"))
     (project / "mine/wanted").write_text("3")
     with started(cluster, project) as driver:
@@ -207,7 +207,7 @@ def test_a_node_that_comes_later_is_put_to_work(cluster: Cluster, project: Path)
 
 
 @pytest.mark.slow
-def test_a_node_that_sees_another_place_is_named_before_the_start(cluster: Cluster, project: Path) -> None:
+def test_a_node_without_access_to_the_run_is_named_before_the_start(cluster: Cluster, project: Path) -> None:
     # Every process has another folder under this path: the driver its own, a worker that of its node.
     (project / "r.yaml").write_text(RECIPE.replace("STEPS", "mine.dear").replace("run: out", "run: /proc/self/cwd/out"))
     cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
