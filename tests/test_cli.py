@@ -50,7 +50,7 @@ def test_init_lists_all_shipped_recipes(capsys: pytest.CaptureFixture[str]) -> N
 def test_init_demo_writes_a_recipe_that_names_files_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert init.main(["demo"]) == 0
-    checked = recipe.load("demo.yaml", [], lambda _: ["uid", "url", "caption"])
+    checked = recipe.load("demo.yaml", [], lambda _: {})
     assert [step.name() for step in checked.steps][-1] == "write_shards"
     assert (tmp_path / "demo/scorer/open_clip_model.safetensors").is_file()
     assert (tmp_path / "train_demo.yaml").is_file()
