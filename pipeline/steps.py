@@ -1,7 +1,13 @@
-"""`python -m pipeline.steps [NAME …]`: what each step does and its options, read off the steps themselves."""
+"""Prints the reference of the steps in Markdown: what each does, what it reads and adds, and its options.
+
+python -m pipeline.steps                          all steps, as in docs/steps.md
+python -m pipeline.steps clip_score threshold     those named
+python -m pipeline.steps my_package.no_shouting   one of your own, named as in a recipe
+"""
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import inspect
@@ -71,10 +77,11 @@ def _option_docs(step: type[Step]) -> dict[str, str]:
 @guarded()
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the reference of all steps, or of those named; 2 for a name that is no step."""
-    names = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(names):
-        print(__doc__)
-        return 0
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.steps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a step, named as in a recipe (default: all)")
+    names = parser.parse_args(argv).names
     try:
         print("\n".join(describe(find_step(name)) for name in names) if names else reference(), end="")
     except ValueError as error:

@@ -1,9 +1,12 @@
-"""`python -m pipeline.verify RUN [--deep]`: checks a finished run against everything that it claims about itself.
+"""Checks a finished run against everything that it claims about itself.
 
-Always looked at: the records and that each has its own SHA-256; that every file on record is there with its size, and
-no other; that the books balance; and that the uids in shards and drops are those of the pool, each once. With `--deep`,
-or if the run has no more than FULL_BYTES in all, every file is hashed, and the members of each tar are compared with
-its table and its index. What was not looked at is said.
+    python -m pipeline.verify runs/demo
+    python -m pipeline.verify s3://bucket/runs/400m --deep
+
+Always checked: the SHA-256 of each record; that exactly the recorded files exist, with the recorded sizes; that the
+books balance; and that each uid of the pool is in the shards or the drops exactly once. With `--deep`, or in a run of
+up to 4 GiB, every file is also hashed, and the members of each tar are compared with its table and its index. Whatever
+was not checked is listed.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,15 @@ def test_a_hook_of_ones_own_follows_the_run(data: Path, tmp_path: Path) -> None:
     line = configuration(data, tmp_path / "out", epochs=1, log_every=1)
     loop.train(load_config(line[0]), hooks=[Norms])
     assert Norms.seen == [*(record["grad_norm"] for record in metrics(tmp_path / "out")), 4]
+
+
+def test_the_hook_in_the_documentation_runs(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8")
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "(Hook)" in block]
+    [conf] = configuration(data, tmp_path / "out", epochs=1)
+    exec(code.replace("conf/train_demo.yaml", conf).replace("> 10", "> 0"), {})
+    steps = [line.split()[0] for line in capsys.readouterr().out.splitlines() if ".tar:" in line]
+    assert steps == ["1", "2", "3", "4"]
 
 
 def test_random_numbers_of_the_training_are_left_alone(data: Path, tmp_path: Path) -> None:
