@@ -49,7 +49,10 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "`winnow COMMAND --help` shows the options of a command, with examples. To begin: `winnow demo`.",
+            "To begin:",
+            "  winnow demo                    see everything at work on a small built-in web",
+            "  winnow init 400m               get a recipe to edit; without a name, list all",
+            "  winnow COMMAND --help          see what a command does, an example and its options",
         ]
     )
 

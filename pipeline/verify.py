@@ -1,9 +1,12 @@
-"""`python -m pipeline.verify RUN [--deep]`: checks that a finished run matches its own records.
+"""Checks a finished run against everything that it claims about itself.
 
-Always checks that every record matches its own SHA-256; that every recorded file exists with its size, and no other
-file does; that rows in equal rows kept plus rows dropped; and that shards and drops together hold the uids of the pool
-exactly once. With `--deep`, or if the run has at most 4 GiB, it also hashes every file and compares the members of each
-tar with its table and index. It lists what it did not check.
+    python -m pipeline.verify runs/demo
+    python -m pipeline.verify s3://bucket/runs/400m --deep
+
+Always checked: the SHA-256 of each record; that exactly the recorded files exist, with the recorded sizes; that the
+books balance; and that each uid of the pool is in the shards or the drops exactly once. With `--deep`, or in a run of
+up to 4 GiB, every file is also hashed, and the members of each tar are compared with its table and its index. Whatever
+was not checked is listed.
 """
 
 from __future__ import annotations

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from trainer.errors import InputError
+
 _NAME = re.compile(r"step-(\d{8})\.pt")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that is absent, unreadable, or of another run; the message names the file."""
 
 

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.errors import InputError
 from trainer.spelling import did_you_mean
 from trainer.yamlfile import Document
 
+PRECISIONS = ("fp32", "bf16", "fp16")
+"""Names of the floating-point types to compute in; `trainer.model.DTYPES` has the types."""
 
-class ConfigError(ValueError):
+
+class ConfigError(InputError):
     """Everything that is wrong with a configuration, one line each.
 
     `source` is the file or option to blame, or empty where each problem names its own.
@@ -105,7 +109,7 @@ class TrainConfig:
                 yield f"{key}: found {value}, expected at least 1, or null"
         if self.ranks is not None and self.ranks > 0 and self.batch_size % self.ranks:
             yield f"batch_size: found {self.batch_size}, expected a multiple of ranks ({self.ranks})"
-        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
+        if self.precision not in ("auto", *PRECISIONS):
             yield f"precision: found {self.precision!r}, expected auto, fp32, bf16 or fp16"
         if self.loss not in ("clip", "siglip"):
             yield f"loss: found {self.loss!r}, expected clip or siglip"

@@ -28,7 +28,7 @@ from trainer.hooks import Hook, Log, Record
 
 if TYPE_CHECKING:
     from trainer.data import Batch
-    from trainer.train import Run
+    from trainer.loop import Run
 
 OWN = ("name", "every", "batch_size")
 """Keys of an entry that are no options of its task."""

@@ -17,23 +17,14 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-
-from trainer import checkpoint
-from trainer.model import (
-    CONFIG_FILE,
-    DTYPES,
-    WEIGHTS_FILE,
-    ModelError,
-    Tokenizer,
-    find_tokenizer,
-    plain_names,
-)
+from trainer.config import PRECISIONS
+from trainer.errors import InputError
 from trainer.terminal import guarded
+
+if TYPE_CHECKING:
+    from trainer.model import Tokenizer
 
 
 def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer: Tokenizer | None = None) -> None:
@@ -42,6 +33,11 @@ def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer:
     A Hugging Face `tokenizer` is saved beside them, where open_clip looks for it. Raises OSError if `out` cannot be
     written, and leaves nothing of it then.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from trainer.model import CONFIG_FILE, DTYPES, WEIGHTS_FILE, plain_names
+
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
@@ -74,8 +70,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("checkpoint", type=Path, help="step-*.pt, or the output folder of a training")
     parser.add_argument("out", type=Path, help="folder to write; an earlier export there is replaced")
-    parser.add_argument("--precision", choices=DTYPES, default="fp32", help="of the stored weights (default fp32)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the stored weights (default fp32)")
     args = parser.parse_args(argv)
+
+    import torch
+
+    from trainer import checkpoint
+    from trainer.model import CONFIG_FILE, find_tokenizer
+
     if (
         args.out.exists()
         and not (args.out / CONFIG_FILE).exists()
@@ -96,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         for line in damaged:
             print(f"warning: {line}; exporting {path.name} instead", file=sys.stderr)
         export(state, args.out, args.precision, find_tokenizer(state["config"]["model"]))
-    except (checkpoint.CheckpointError, ModelError) as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -20,7 +20,7 @@ from trainer.terminal import Console
 
 if TYPE_CHECKING:
     from trainer.data import Batch
-    from trainer.train import Run
+    from trainer.loop import Run
 
 Record = dict[str, Any]
 """A line of `metrics.jsonl`: `step`, `epoch`, `samples`, and what was measured."""
@@ -33,7 +33,7 @@ class StoppedError(Exception):
 class Hook:
     """Something that accompanies a run, on every rank: entered before its first step, left after its last or an error.
 
-    `trainer.train.train(config, hooks=[MyHook])` adds one: a function of the run that gives a hook. Overridden methods
+    `trainer.loop.train(config, hooks=[MyHook])` adds one: a function of the run that gives a hook. Overridden methods
     may use everything of `run`; what they do alike on all ranks may be collective. Weights and random numbers of the
     training are theirs to leave alone.
     """
@@ -186,7 +186,8 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ConfigError("tensorboard", ["true, but the package is missing: pip install tensorboard"]) from error
+            cure = "pip install 'winnow-clip[tensorboard]'"
+            raise ConfigError("tensorboard", [f"true, but the package is missing: {cure}"]) from error
         self.writer = SummaryWriter(run.output / "tensorboard", purge_step=run.step + 1)
 
     def write(self, record: Record) -> None:

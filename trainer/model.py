@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from trainer.errors import InputError
 from trainer.loss import SIGLIP_BIAS, SIGLIP_LOG_SCALE
 from trainer.spelling import did_you_mean, nearest
 
@@ -43,7 +44,7 @@ Tokenizer = Callable[[list[str]], Tensor]
 """Captions to int64 token ids of shape (captions, context_length), zero-padded."""
 
 
-class ModelError(ValueError):
+class ModelError(InputError):
     """A model that does not exist, or whose weights cannot be had; the message names the nearest that can."""
 
 
@@ -218,7 +219,7 @@ def find_tokenizer(name: str) -> Tokenizer:
     except ImportError as error:
         raise ModelError(
             f"model {name}: its tokenizer needs the package {error.name or 'transformers'}, which is not installed:"
-            " pip install 'winnow[huggingface]'"
+            " pip install 'winnow-clip[huggingface]'"
         ) from error
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:  # whatever the Hub's client raises
         why = (str(error).strip() or type(error).__name__).splitlines()[0]

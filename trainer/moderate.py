@@ -27,16 +27,18 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
-from torch import Tensor
-
+from trainer.command import add_model_arguments, exit_status, open_encoder, say
 from trainer.config import ConfigError
-from trainer.evaluate.features import Encoder, add_model_arguments, exit_status, open_encoder, say
 from trainer.evaluate.samples import Sample, read_pictures
 from trainer.terminal import guarded
 from trainer.yamlfile import Document
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.evaluate.features import Encoder
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Moderator:
         verdicts: list[dict[str, Any]] = [{"flagged": [], "scores": {}} for _ in images]
         for name, label in self.policy.labels.items():
             cosine, best = (images @ self._prompts[name].T).max(dim=1)
-            scores = torch.sigmoid(self._scale * (cosine - neutral))
+            scores = (self._scale * (cosine - neutral)).sigmoid()
             for verdict, score, prompt in zip(verdicts, scores.tolist(), best.tolist()):
                 verdict["scores"][name] = {"score": round(score, 4), "prompt": label.prompts[prompt]}
                 if score >= label.threshold:

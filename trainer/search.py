@@ -10,7 +10,7 @@ Embeddings are in clip-retrieval's layout: `img_emb/img_emb_0.npy` and `text_emb
 `metadata/metadata_0.parquet` with `image_path` and `caption`, row by row. A part is written whole or not at all, and
 `embed` goes on after the last whole part. The indexes are faiss's, `image.index` and `text.index`, read from disk as
 they are searched: fp16 and exhaustive up to a million vectors, beyond that in inverted lists (`--lists`), of which a
-query reads `--probes`. Needs faiss: pip install 'winnow[search]'.
+query reads `--probes`. Needs faiss: pip install 'winnow-clip[search]'.
 """
 
 from __future__ import annotations
@@ -22,16 +22,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
+from trainer.command import add_model_arguments, exit_status, open_encoder, progress, say
 from trainer.config import ConfigError
-from trainer.data import Shards, ShardsError
-from trainer.evaluate.features import Encoder, add_model_arguments, exit_status, open_encoder, progress, say, sound
 from trainer.evaluate.samples import (
     EvaluationError,
     Sample,
@@ -41,7 +39,11 @@ from trainer.evaluate.samples import (
     read_shards,
     read_vectors,
 )
+from trainer.shards import Shards, ShardsError
 from trainer.terminal import guarded
+
+if TYPE_CHECKING:
+    from trainer.evaluate.features import Encoder
 
 SETTINGS = "search.json"
 """Which model made the embeddings; written before them."""
@@ -87,14 +89,14 @@ def _embed_part(encoder: Encoder, shards: Shards, start: int, out: Path, name: s
         say(f"{sample.where}: {why}; left out")
 
     for batch, vectors in encoder.images(read_shards(shards, start, stop), stop - start, corrupt=corrupt):
-        images.append(vectors.cpu().half())
-        texts.append(encoder.texts([sample.captions[0] for sample in batch]).cpu().half())
+        images.append(vectors.cpu().half().numpy())
+        texts.append(encoder.texts([sample.captions[0] for sample in batch]).cpu().half().numpy())
         keys += [sample.where for sample in batch]
         captions += [sample.captions[0] for sample in batch]
     if not keys:
         raise ShardsError(f"{shards.folder}: none of the samples {start} to {stop - 1} is readable")
     for kind, blocks in (("img_emb", images), ("text_emb", texts)):
-        array = torch.cat(blocks).numpy()
+        array = np.concatenate(blocks)
         _write(out / kind / f"{kind}_{name}.npy", lambda file, array=array: np.save(file, array))  # type: ignore[misc]
     # Written last: that it exists means that the part is whole.
     table = pa.table({"image_path": keys, "caption": captions})
@@ -135,6 +137,10 @@ def build(files: list[Path], out: Path, lists: int | None) -> None:
 
     Raises EvaluationError where there are no vectors or fewer than the lists need.
     """
+    import torch
+
+    from trainer.evaluate.features import sound
+
     faiss = _faiss()
     arrays = [read_vectors(file) for file in files]
     total = sum(map(len, arrays))
@@ -247,7 +253,7 @@ def _faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise ConfigError("faiss", ["not installed: pip install 'winnow[search]'"]) from error
+        raise ConfigError("faiss", ["not installed: pip install 'winnow-clip[search]'"]) from error
     return faiss
 
 

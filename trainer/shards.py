@@ -30,6 +30,7 @@ import numpy as np
 from braceexpand import braceexpand
 from rich.progress import track
 
+from trainer.errors import InputError
 from trainer.order import shuffled
 from trainer.tar import ABSENT, BLOCK, DOTTED, TarError, index_tar, member_name
 from trainer.terminal import Console
@@ -52,7 +53,7 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
-class ShardsError(ValueError):
+class ShardsError(InputError):
     """Shards that are absent, unfinished or damaged; the message names the file."""
 
 
@@ -94,7 +95,7 @@ class Shards:
         try:
             self.folder, self.name, self.shards = _open(self.folder)
         except (OSError, ImportError) as error:
-            cure = "; pip install 'winnow[s3]' or 'winnow[gcs]'" if isinstance(error, ImportError) else ""
+            cure = "; pip install 'winnow-clip[s3]' or 'winnow-clip[gcs]'" if isinstance(error, ImportError) else ""
             raise ShardsError(f"shards: {self.folder}: {error}{cure}") from error
         self._ends = list(accumulate(shard.samples for shard in self.shards))
         if not self._ends[-1]:

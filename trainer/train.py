@@ -1,11 +1,11 @@
 """Trains a CLIP on shards.
 
-    python -m trainer.train CONF.yaml [key=value ...]         trains, or goes on where the last run stopped
-    python -m trainer.train CONF.yaml --plan                  prints what it would do and need, and does nothing
-    torchrun --nproc-per-node 8 -m trainer.train CONF.yaml    the same on 8 ranks, each with its part of every batch
+    python -m trainer.train CONF.yaml [key=value ...]         start, or resume from the last checkpoint
+    python -m trainer.train CONF.yaml --plan                  print steps, memory and GPU-hours, and stop
+    torchrun --nproc-per-node 8 -m trainer.train CONF.yaml    train on 8 ranks, each with its part of every batch
     python -m trainer.train CONF.yaml ranks=8                 the same on Ray, alone or after `ray job submit --`
 
-For example, a look at a preset on data of one's own, then the first 100 million samples of it:
+For example, plan a preset on your own data, then train on 100 million samples of it:
 
     python -m trainer.train conf/train_vit_b32.yaml shards='data/{00000..01242}.tar' output=runs/b32 --plan
     torchrun --nproc-per-node 8 -m trainer.train conf/train_vit_b32.yaml shards='data/{00000..01242}.tar' \\
@@ -13,396 +13,25 @@ For example, a look at a preset on data of one's own, then the first 100 million
 
 The output folder gets `checkpoints/step-*.pt`, `metrics.jsonl` (a line every `log_every` steps) and, at the end,
 `model/`, which `open_clip.create_model_and_transforms("local-dir:OUTPUT/model")` loads. Samples that cannot be read are
-named, counted and replaced by others. docs/training.md tells the rest.
+named, counted and replaced by others. docs/training.md describes the rest.
 
-The same configuration on the same shards gives the same weights, whatever `workers` is and however often the run
-was killed and resumed: bit for bit on a CPU with the same number of threads and ranks. Any number of ranks takes the
-same samples at each step, and differs only in the order in which floats are added.
+The same configuration on the same shards gives the same weights, for any number of `workers` and however often the run
+was killed and resumed: bit for bit on a CPU with the same number of threads and ranks. With another number of ranks
+each step takes the same samples; only the order in which floats are added differs.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import math
 import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, cast
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-
-from trainer import checkpoint, distributed
-from trainer.config import FREE_ON_RESUME, ConfigError, TrainConfig, describe, load_config
-from trainer.data import Batch, Batches, ShardsError, open_shards
-from trainer.device import Precision, choose_precision, find_device
-from trainer.evaluate.samples import EvaluationError
-from trainer.evaluation import Evaluation, parse
-from trainer.hooks import Checkpoints, Hook, Log, StoppedError
-from trainer.loss import MAX_LOG_SCALE, chance, clip_loss, siglip_loss
-from trainer.model import (
-    DTYPES,
-    Clip,
-    ModelError,
-    Preprocess,
-    Tokenizer,
-    Trimmed,
-    checkpoint_activations,
-    create,
-    encode_trimmed,
-    freeze_unreached,
-    lock,
-    model_config,
-    trim,
-    without_statistics,
-)
-from trainer.order import mix
-from trainer.plan import plan
-
-
-class DivergedError(RuntimeError):
-    """A loss that is not finite, or that has been lost for good; the message names samples."""
-
-
-PATIENCE = 100
-"""Steps in a row, after the warm-up, whose loss may be no better than that of a model that knows nothing."""
-
-
-class Result(NamedTuple):
-    """What a batch gave: its loss, what each own pair adds to that (n,), and the own features (n, D)."""
-
-    loss: Tensor
-    each: Tensor
-    image: Tensor
-    text: Tensor
-
-
-class Towers(nn.Module):
-    """Both encoders in one forward pass, which is what DistributedDataParallel and torch.compile can wrap."""
-
-    def __init__(self, model: Clip) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor, captions: Trimmed) -> tuple[Tensor, ...]:
-        """Unit features of images and texts (B, D) each, the log of the scale and, for SigLIP, the bias."""
-        image = self.model.encode_image(pixels, normalize=True)
-        text = encode_trimmed(self.model, captions, normalize=True)
-        bias = getattr(self.model, "logit_bias", None)
-        return (image, text, self.model.logit_scale.clone(), *([] if bias is None else [bias.clone()]))
-
-
-class Run:
-    """One training run, or one rank of it: the model, its optimiser, and how far they have come."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-        self.output = Path(config.output)
-        self.device = distributed.join(find_device(config.device))
-        self.rank, self.ranks = distributed.rank(), distributed.world_size()
-        if config.batch_size % self.ranks:
-            raise ConfigError("batch_size", [f"{config.batch_size} cannot be divided among {self.ranks} ranks"])
-        self.shards = open_shards(config.shards)
-        torch.manual_seed(config.seed)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        if self.device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = True
-        self.model: Clip
-        self.preprocess: Preprocess
-        self.tokenizer: Tokenizer
-        siglip = config.loss == "siglip"
-        self.model, self.preprocess, self.tokenizer = create(config.model, self.device, config.pretrained, siglip)
-        self.model_config = model_config(config.model, config.pretrained, siglip)
-        if getattr(self.model, "logit_bias", None) is not None and not siglip:
-            raise ConfigError(
-                "loss", [f"{config.model} has SigLIP's bias, which clip leaves untrained; set loss=siglip"]
-            )
-        lock(self.model, config.lock_image, config.lock_text)
-        freeze_unreached(self.model, self.preprocess, self.tokenizer)
-        if config.grad_checkpointing:
-            checkpoint_activations(self.model)
-        self.towers: nn.Module = Towers(self.model)
-        if config.compile:
-            self.towers.compile()
-        if self.ranks > 1:
-            self.towers = DistributedDataParallel(self.towers, gradient_as_bucket_view=True)
-        self.batches = Batches(self.shards, config.batch_size, self.preprocess.size, self.tokenizer, config.seed)
-        self.optimizer = make_optimizer(self.model, config)
-        # On all ranks the same, whatever their devices are.
-        self.compute_in(distributed.on_first(lambda: choose_precision(config.precision, self.device, training=True)))
-        self.total_steps = config.steps(self.batches.per_epoch)
-        self.step = 0
-        """Steps done."""
-        self.corrupt = 0
-        """Samples met so far, on any rank, that could not be read."""
-        self.lost_steps = 0
-        """Steps, up to the last, whose loss was no better than chance."""
-        self.lost: list[str] = []
-        """The worst samples of the first of these."""
-        self.stopping = self.stopped = False
-        """Whether this process has been asked to end, and whether any rank had been after the last step."""
-        self._interruptible = False
-
-    def compute_in(self, precision: Precision) -> None:
-        self.precision = precision
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.name == "fp16")
-
-    def state(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on, plus what an export needs."""
-        return {
-            "step": self.step,
-            "corrupt": self.corrupt,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "config": dataclasses.asdict(self.config) | {"precision": self.precision.name},
-            "data": self.shards.fingerprint,
-            "model_config": self.model_config,
-            "preprocess_config": self.preprocess.config,
-        }
-
-    def restore(self, path: Path) -> None:
-        """Takes over a checkpoint. Raises CheckpointError if it belongs to another configuration or other shards."""
-        state = checkpoint.load(path)
-        here = dataclasses.asdict(self.config)
-        there = {field.name: field.default for field in dataclasses.fields(TrainConfig)} | state["config"]
-        if self.config.precision == "auto":  # as it was decided where the run began
-            here["precision"] = there["precision"]
-            chosen = choose_precision(there["precision"], self.device, training=True)
-            self.compute_in(chosen._replace(reason="as in the checkpoint"))
-        changed = [key for key in here if key not in FREE_ON_RESUME and here[key] != there[key]]
-        lines = [f"  {key}: {there[key]} in the checkpoint, {here[key]} now" for key in changed]
-        if state["data"] != self.shards.fingerprint:
-            lines.append(f"  shards: {self.config.shards} is not the data that the checkpoint was trained on")
-        if lines:
-            cure = "  Put them back, or name another output to start anew."
-            raise checkpoint.CheckpointError(
-                "\n".join([f"{path}: cannot be resumed with these changes:", *lines, cure])
-            )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.corrupt = state["step"], state["corrupt"]
-
-    def stop(self, *_: Any) -> None:
-        """Ends the run after its current step, or at once where nothing would be lost; a handler of signals."""
-        self.stopping = True
-        if self._interruptible:
-            raise StoppedError
-
-    @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """While this lasts, weights do not change, so that the run may be stopped anywhere."""
-        self._interruptible = True
-        try:
-            if self.stopping:
-                raise StoppedError
-            yield
-        finally:
-            self._interruptible = False
-
-    def train_step(self, batch: Batch) -> dict[str, float]:
-        """One update. Raises DivergedError, before the weights change, if the loss or its gradient is not finite."""
-        rate = learning_rate(self.step, self.total_steps, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        pixels = batch.pixels.to(self.device, non_blocking=True)
-        self.optimizer.zero_grad()
-        result = self.backward(pixels, batch.tokens)
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        log_scale = self.model.logit_scale.detach()
-        told = [torch.full((), float(value), device=self.device) for value in (len(batch.corrupt), self.stopping)]
-        corrupt, stopping = distributed.sum_of(torch.stack(told))
-        # Waits for the device just once.
-        numbers = torch.stack([result.loss, norm, log_scale, corrupt, stopping]).tolist()
-        loss, norm, log_scale, corrupt, stopping = numbers
-        # An overflow is how fp16 finds its scale: the scaler leaves such a step out.
-        overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
-            self._stop(f"loss {loss}, gradient norm {norm}", self._suspects(batch, result))
-        self._watch(loss, batch, result)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        with torch.no_grad():
-            self.model.logit_scale.clamp_(0, MAX_LOG_SCALE)
-        self.step += 1
-        self.corrupt += int(corrupt)
-        self.stopped = stopping > 0
-        return {"loss": loss, "lr": rate, "temperature": math.exp(-log_scale), "grad_norm": norm}
-
-    def backward(self, pixels: Tensor, tokens: Tensor) -> Result:
-        """Leaves the gradient of the batch in the parameters; `tokens` are those of the loader, not on a GPU yet.
-
-        Where a rank's part of it is larger than `micro_batch_size`, by gradient caching (Gao et al. 2021): the features
-        of all micro-batches without their activations, the gradient of the loss at these features, then each
-        micro-batch again, with activations, to take it on to the parameters.
-        """
-        size = self.config.micro_batch_size or self.config.batch_size
-        count = -(-self.config.batch_size // self.ranks // size)
-        # A GPU is spared most of the shapes that it would have to plan for.
-        multiple = 1 if self.device.type == "cpu" else 8
-        captions = [trim(self.model, part, multiple).to(self.device) for part in tokens.tensor_split(count)]
-        parts = list(zip(pixels.tensor_split(count), captions))
-        if count == 1:
-            result = self._loss(self._encode(0, *parts[0]))
-            self.scaler.scale(result.loss).backward()
-            return result
-        with torch.no_grad(), without_statistics(self.model):
-            cached = [self._encode(i, *part) for i, part in enumerate(parts)]
-        image, text, *_ = zip(*cached)
-        outputs = [v.requires_grad_() for v in (torch.cat(image), torch.cat(text), *cached[0][2:])]
-        result = self._loss(outputs)
-        image_grad, text_grad, *others = torch.autograd.grad(self.scaler.scale(result.loss), outputs)
-        gradients = zip(image_grad.tensor_split(count), text_grad.tensor_split(count))
-        for i, (part, gradient) in enumerate(zip(parts, gradients)):
-            last = i == count - 1
-            alone = last or not isinstance(self.towers, DistributedDataParallel)
-            # The ranks add up their gradients once, at the end.
-            with contextlib.nullcontext() if alone else cast(DistributedDataParallel, self.towers).no_sync():
-                replayed = zip(self._encode(i, *part), (*gradient, *others) if last else gradient)
-                learning = [(output, at) for output, at in replayed if output.requires_grad]
-                torch.autograd.backward([output for output, _ in learning], [at for _, at in learning])
-        return result
-
-    def _encode(self, part: int, pixels: Tensor, captions: Trimmed) -> tuple[Tensor, ...]:
-        # Whatever is random in the model is a function of these numbers: nothing to save, and a replay is exact.
-        torch.manual_seed(int(mix(self.config.seed, self.step, self.rank, part)[0]))
-        dtype = DTYPES[self.precision.name]
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            outputs: tuple[Tensor, ...] = self.towers(self.preprocess.normalize(pixels), captions)
-        return outputs
-
-    def _loss(self, outputs: Sequence[Tensor]) -> Result:
-        image, text, log_scale, *bias = outputs
-        loss, each = siglip_loss(image, text, log_scale, bias[0]) if bias else clip_loss(image, text, log_scale)
-        return Result(loss, each, image.detach(), text.detach())
-
-    def _watch(self, loss: float, batch: Batch, result: Result) -> None:
-        # A collapsed model stays at or above the loss of one that knows nothing, to rounding. One bad batch does not.
-        if self.step < self.config.warmup or loss < chance(self.config.batch_size, self.config.loss) * (1 - 1e-4):
-            self.lost_steps = 0
-            return
-        if self.lost_steps == 0:
-            self.lost = self._suspects(batch, result)
-        self.lost_steps += 1
-        if self.lost_steps == PATIENCE:
-            text = f"{PATIENCE} steps in a row have a loss no better than that of a model that knows nothing"
-            self._stop(f"{text}, {loss:.2f} now", [*self.lost, "(the worst of the first of these steps)"])
-
-    def _suspects(self, batch: Batch, result: Result) -> list[str]:
-        # All samples of any rank whose features are not finite, otherwise the five that add most to the loss.
-        broken = ~(result.image.isfinite().all(dim=1) & result.text.isfinite().all(dim=1))
-        losses = result.each.float().nan_to_num(0).masked_fill(broken, math.inf)
-        worst = losses.topk(min(len(losses), max(5, int(broken.sum()))))
-        mine = [(loss, self.shards.key(batch.numbers[i])) for loss, i in zip(*(v.tolist() for v in worst))]
-        ranked = sorted(distributed.lists_of(mine), reverse=True)
-        chosen = [key for loss, key in ranked if loss == math.inf] or [f"{key} (loss {v:.2f})" for v, key in ranked[:5]]
-        return chosen[:20] + [f"and {len(chosen) - 20} more"] * (len(chosen) > 20)
-
-    def _stop(self, what: str, samples: list[str]) -> NoReturn:
-        raise DivergedError(
-            f"step {self.step + 1}: {what}; the weights are left as they were before it.\n"
-            f"  samples: {', '.join(samples)}\n"
-            f"  Look at these samples; if nothing is wrong with them, lower lr or lengthen warmup."
-        )
-
-
-def train(config: TrainConfig, hooks: Sequence[Callable[[Run], Hook]] = ()) -> None:
-    """Trains to the end of the last epoch, and exports. Resumes as `config.resume` says.
-
-    `hooks` come after those of the trainer: log, checkpoints, evaluation. Raises StoppedError after SIGTERM.
-    """
-    try:
-        run = Run(config)
-        with _stopped_by_sigterm(run):
-            _resume(run)
-            log = Log(run)
-            _train(run, [log, Checkpoints(run), Evaluation(run, log), *(make(run) for make in hooks)])
-    finally:
-        distributed.leave()
-
-
-def _train(run: Run, hooks: Sequence[Hook]) -> None:
-    config = run.config
-    with contextlib.ExitStack() as entered:
-        for hook in hooks:
-            entered.enter_context(hook)
-        batches = run.batches.from_step(
-            run.step, run.total_steps, config.workers, run.device.type == "cuda", run.rank, run.ranks
-        )
-        while run.step < run.total_steps:
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - asked
-            numbers = run.train_step(batch) | {"waited": waited}
-            for hook in hooks:
-                hook.after_step(batch, numbers)
-            if run.stopped and run.step < run.total_steps:
-                raise StoppedError
-        for hook in reversed(hooks):
-            hook.finish()
-
-
-def _resume(run: Run) -> None:
-    config = run.config
-    if config.resume == "latest":
-        found, damaged = distributed.on_first(lambda: checkpoint.newest_whole(run.output))
-        if found:
-            for line in damaged if run.rank == 0 else ():
-                print(f"warning: {line}; going on from {found.name}", file=sys.stderr)
-            run.restore(found)
-    elif config.resume != "none":
-        run.restore(Path(config.resume))
-    elif found := distributed.on_first(lambda: checkpoint.latest(run.output)):
-        raise checkpoint.CheckpointError(f"resume: none, but {found} exists; use resume=latest or another output")
-    try:
-        run.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("output", [f"the folder {run.output} cannot be made: {error.strerror}"]) from error
-
-
-@contextlib.contextmanager
-def _stopped_by_sigterm(run: Run) -> Iterator[None]:
-    # Only a main thread can receive signals; in Ray's workers the training is another.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, run.stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def make_optimizer(model: Clip, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW as CLIP uses it: no decay on gains, biases and the temperature, all of which have fewer than two axes."""
-    convolutional = isinstance(model_config(config.model)["vision_cfg"].get("layers"), list)
-    beta2 = config.beta2 if config.beta2 is not None else 0.999 if convolutional else 0.98
-    eps = config.eps if config.eps is not None else 1e-8 if convolutional else 1e-6
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, beta2), eps=eps, fused=True)
-
-
-def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """For the update after `step` updates: up to `lr` in a line over `warmup` steps, then down a half cosine to 0."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, total - config.warmup)))
+from trainer.config import describe, load_config
+from trainer.errors import InputError
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.train",
         description=__doc__,
@@ -412,37 +41,42 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("conf", help="a YAML file such as conf/train_demo.yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replaces a value of the file")
     parser.add_argument("--plan", action="store_true", help="print steps, FLOPs, memory and GPU-hours, and stop")
-    parser.add_argument("--resume", metavar="latest", help="as resume=latest, the default (or none, or a path)")
+    parser.add_argument("--resume", metavar="latest", help="same as resume=latest, the default (or none, or a path)")
     args = parser.parse_args(argv)
+
+    # Imported only now: torch takes seconds, and --help does not need it.
+    import torch
+
+    from trainer import cost, distributed, loop
+    from trainer.evaluation import parse
+
     try:
         config = load_config(args.conf, args.overrides + ([f"resume={args.resume}"] if args.resume else []))
         parse(config.evaluate)
         if args.plan:
-            print(plan(config))
+            print(cost.estimate(config))
         elif config.ranks:
-            distributed.on_ray(train, config)
+            distributed.on_ray(loop.train, config)
         else:
-            train(config)
-    except (ConfigError, EvaluationError, ModelError, ShardsError, checkpoint.CheckpointError) as error:
+            loop.train(config)
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
         cure = "Set micro_batch_size (--plan says what fits) or grad_checkpointing=true, or train on more ranks."
         print(f"error: {str(error).splitlines()[0]}\n  {cure}", file=sys.stderr)
         return 1
-    except (DivergedError, OSError) as error:
+    except (loop.DivergedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except StoppedError:
-        print("stopped by SIGTERM; the same command goes on from the checkpoint just written", file=sys.stderr)
+    except loop.StoppedError:
+        print("stopped by SIGTERM; the same command resumes from the checkpoint just written", file=sys.stderr)
         return 128 + signal.SIGTERM
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    from trainer.train import main  # under the name by which Ray's workers know its errors
-
     sys.exit(main())

@@ -1,9 +1,11 @@
-"""The demo (`make demo`): builds and serves a small web, curates it, trains on the result, and evaluates both.
+"""The demo: builds and serves a small web, curates it, trains a model on the result, and measures both.
 
-    python -m pipeline.demo.run [--pictures N] [--seed S] [--port P]
+    winnow demo                      in any folder; in a checkout also `make demo`
+    winnow demo --pictures 400       a smaller web, in less time
 
-Runs entirely on this machine. The commands it prints can be run by hand. Writes the web to `runs/demo-web/`, the run to
-`runs/demo/` and the model to `runs/demo/model/`, and replaces an earlier demo there.
+Needs no data, GPU or network. Prints the commands that it runs, so that you can run them yourself. Writes the web and
+its ground truth to `runs/demo-web/`, the run to `runs/demo/` and the model to `runs/demo/model/`; an earlier demo there
+is replaced.
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ from pathlib import Path
 
 from rich.table import Table
 
+from pipeline import init
 from pipeline.demo import truth, web
 from pipeline.demo.scenes import COLOURS, SHAPES, class_scene
 from trainer.terminal import Console, guarded
 
 WEB, RUN, HELDOUT = Path("runs/demo-web"), Path("runs/demo"), Path("runs/demo-heldout")
-RECIPE, TRAINING = "conf/demo.yaml", "conf/train_demo.yaml"
-PICTURES, SEED, PORT = 1400, 0, 8765
-# For each task: the attributes of a scene that make up its class, and the prompts, averaged over the other attributes.
+PICTURES, SEED = 1400, 0
+# By task: the attributes of a scene that name its class, and the prompts, which average over the other attributes.
 TASKS = {
     "colour": (("colour",), [f"this is a picture of a {{c}} {shape}" for shape in SHAPES]),
     "shape": (("shape",), [f"this is a picture of a {colour} {{c}}" for colour in COLOURS]),
@@ -38,11 +40,30 @@ TASKS = {
 PER_CONCEPT = 4
 
 
-def draw_heldout(folder: Path, seed: int) -> dict[str, Path]:
-    """Draws scenes that occur neither in the web nor in the scorer's training, equally many per colour and shape.
+def recipe(port: int) -> list[str]:
+    """Arguments of `pipeline.run` for the demo: the shipped recipe, with overrides where it does not fit as it is.
 
-    Returns a folder per task, with one folder of pictures per class, named after the class. Next to each is a file of
-    prompts.
+    Paths in the recipe are relative to a checkout; elsewhere the scorer and the entries are those of the package.
+    """
+    path = init.recipes()["demo"]
+    words = [_shown(path)]
+    if path != Path.cwd() / "conf" / path.name:
+        data = init.PACKAGE / "demo"
+        words += [f"steps.clip_score.model={data / 'scorer'}", f"steps.balance.entries={data / 'entries.json'}"]
+    if port != web.PORT:
+        words.append(f'steps.download.allow_addrs=["127.0.0.1:{port}"]')
+    return words
+
+
+def _shown(path: Path) -> str:
+    """Relative to the current folder if the file is in it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def draw_heldout(folder: Path, seed: int) -> dict[str, Path]:
+    """Draws scenes that are neither in the web nor in the scorer's data, equally many of each colour and shape.
+
+    Returns a folder for each task: in it a folder of pictures per class, beside it a file of prompts.
     """
     rng = random.Random(seed)
     scenes = [class_scene(colour, shape, rng) for colour in COLOURS for shape in SHAPES for _ in range(PER_CONCEPT)]
@@ -61,15 +82,17 @@ def draw_heldout(folder: Path, seed: int) -> dict[str, Path]:
 
 @guarded()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status. Raises SystemExit(2) on a usage error."""
+    """The command; returns its exit status. SystemExit 2 for a wrong argument."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.demo.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="winnow demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--pictures", type=_positive, default=PICTURES, help="number of clean rows, noise not included (%(default)s)"
+        "--pictures", type=_positive, default=PICTURES, help="clean rows of the web; noisy rows are added (%(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=SEED, help="seed of the web (%(default)s)")
-    parser.add_argument("--port", type=int, default=PORT, help="port on 127.0.0.1, if free (%(default)s)")
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of the web and the held-out scenes (%(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=web.PORT, help="port of the web on 127.0.0.1; another if it is taken (%(default)s)"
+    )
     args = parser.parse_args(argv)
     console = Console()
     if not console.is_terminal:
@@ -89,16 +112,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"Serving {rows} captioned pictures, clean and noisy, at http://127.0.0.1:{server.server_port}"
             )
             with web.serving(server, WEB):
-                allow = f'steps.download.allow_addrs=["127.0.0.1:{server.server_port}"]'
-                command("pipeline.run", RECIPE, *([allow] if server.server_port != PORT else []))
+                command("pipeline.run", *recipe(server.server_port))
         truth.show(truth.judge(*truth.read(RUN, WEB)), console)
 
-        command("trainer.train", TRAINING)
+        command("trainer.train", _shown(init.recipes()["train_demo"]))
         tasks = draw_heldout(HELDOUT, seed=args.seed + 1)
         results = {task: zero_shot(folder) for task, folder in tasks.items()}
     except subprocess.CalledProcessError as error:
         console.print(
-            f"error: `{shlex.join(error.cmd[1:])}` exited with status {error.returncode}; see above", markup=False
+            f"error: `{shlex.join(error.cmd[1:])}` failed with status {error.returncode}; see above", markup=False
         )
         return 1
     _show_accuracy(console, results, tasks)

@@ -1,11 +1,12 @@
-"""The demo web: a site of captioned scenes on loopback, with the failures of the real web.
+"""Builds and serves the demo web: captioned scenes on loopback, with the faults of the real web.
 
-    python -m pipeline.demo.web DIR [--pictures N] [--seed S] [--port P]
+    winnow web runs/demo-web                       then, in another terminal: winnow run demo.yaml
+    winnow web runs/demo-web --pictures 400        a smaller web
 
-Builds `DIR/pool.parquet` (columns `url, caption`), `DIR/site/` and `DIR/truth/truth.parquet`, then serves the site on
-127.0.0.1 until interrupted. The truth has the pool's rows plus `kind` (a key of `KINDS`), `good` (whether a dataset
-should keep the row) and `picture` (rows with equal numbers show the same picture). It serves to evaluate the pipeline,
-which never reads it.
+Writes `DIR/pool.parquet` (columns `url, caption`: the input of the pipeline), `DIR/site/` and
+`DIR/truth/truth.parquet`, then serves the site on 127.0.0.1 until interrupted. The truth has the pool's rows plus
+`kind` (a key of `KINDS`), `good` (whether the row belongs in a dataset) and `picture` (equal in rows that show the same
+picture). It serves to evaluate the pipeline, which never reads it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import random
 import socket
 import struct
+import sys
 import threading
 import time
 import zlib
@@ -35,6 +37,9 @@ from PIL import Image, ImageDraw
 
 from pipeline.demo import captions
 from pipeline.demo.scenes import Scene, draw, random_scene
+
+PORT = 8765
+"""The port that `conf/demo.yaml` allows."""
 
 
 @dataclass(frozen=True)
@@ -496,19 +501,26 @@ def serving(server: Server, folder: Path) -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--pictures", type=int, default=1400, help="number of clean rows, noise not included")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--port", type=int, default=8765)
+    parser = argparse.ArgumentParser(
+        prog="winnow web", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--pictures", type=int, default=1400, help="clean rows; noisy rows are added (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of all scenes and faults (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=PORT, help="port on 127.0.0.1; another if it is taken (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     with open_port(args.port) as server:
         rows = build(args.folder, args.pictures, args.seed, server.server_port)
         with serving(server, args.folder):
-            print(
-                f"{rows} rows in {args.folder}/pool.parquet, served on http://127.0.0.1:{server.server_port}",
-                flush=True,
-            )
+            print(f"{rows} rows in {args.folder}/pool.parquet, served on http://127.0.0.1:{server.server_port}")
+            if server.server_port != PORT:
+                allow = f'steps.download.allow_addrs=["127.0.0.1:{server.server_port}"]'
+                print(f"The recipe allows port {PORT} only: add '{allow}' to `winnow run demo.yaml`.")
+            sys.stdout.flush()
             with suppress(KeyboardInterrupt):
                 threading.Event().wait()
 

@@ -17,9 +17,21 @@ from pipeline.demo.scenes import COLOURS, SHAPES, random_scene
 def test_the_recipe_is_valid(tmp_path):
     table = pa.table({"url": ["http://127.0.0.1:8765/a.jpg"], "caption": ["a red star over the sea"]})
     pq.write_table(table, tmp_path / "pool.parquet")
-    checked = recipe.load(run.RECIPE, [f"pool.path={tmp_path}/pool.parquet"], pool.columns)
+    path, *overrides = run.recipe(8765)
+    assert (path, overrides) == ("conf/demo.yaml", [])
+    checked = recipe.load(path, [f"pool.path={tmp_path}/pool.parquet"], pool.columns)
     assert checked.run == str(run.RUN)
     assert [step.name() for step in checked.steps][-1] == "write_shards"
+
+
+def test_the_recipe_is_sound_outside_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, *overrides = run.recipe(1234)
+    checked = recipe.load(path, overrides, lambda _: {})
+    steps = {step.name(): step for step in checked.steps}
+    assert steps["download"].allow_addrs == ["127.0.0.1:1234"]
+    assert Path(steps["clip_score"].model, "open_clip_model.safetensors").is_file()
+    assert Path(steps["balance"].entries).is_file()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from tests.trainer.labelled import write_folders
 from tests.trainer.shards import samples, write_shards
 from tests.trainer.test_train import BASE, assert_equal, metrics, weights
-from trainer import checkpoint, train
+from trainer import checkpoint, loop, train
 from trainer.config import ConfigError, load_config
 from trainer.evaluate.__main__ import main as evaluate
 from trainer.evaluation import parse
@@ -155,7 +156,7 @@ def test_a_hook_of_ones_own_follows_the_run(data: Path, tmp_path: Path) -> None:
     class Norms(Hook):
         seen: list[float] = []  # noqa: RUF012
 
-        def after_step(self, batch: train.Batch, numbers: dict[str, float]) -> None:
+        def after_step(self, batch: loop.Batch, numbers: dict[str, float]) -> None:
             assert len(batch.numbers) == self.run.config.batch_size
             self.seen.append(numbers["grad_norm"])
 
@@ -163,21 +164,30 @@ def test_a_hook_of_ones_own_follows_the_run(data: Path, tmp_path: Path) -> None:
             self.seen.append(self.run.step)
 
     line = configuration(data, tmp_path / "out", epochs=1, log_every=1)
-    train.train(load_config(line[0]), hooks=[Norms])
+    loop.train(load_config(line[0]), hooks=[Norms])
     assert Norms.seen == [*(record["grad_norm"] for record in metrics(tmp_path / "out")), 4]
+
+
+def test_the_hook_in_the_documentation_runs(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8")
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "(Hook)" in block]
+    [conf] = configuration(data, tmp_path / "out", epochs=1)
+    exec(code.replace("conf/train_demo.yaml", conf).replace("> 10", "> 0"), {})
+    steps = [line.split()[0] for line in capsys.readouterr().out.splitlines() if ".tar:" in line]
+    assert steps == ["1", "2", "3", "4"]
 
 
 def test_random_numbers_of_the_training_are_left_alone(data: Path, tmp_path: Path) -> None:
     class Watch(Hook):
         states: list[torch.Tensor] = []  # noqa: RUF012
 
-        def after_step(self, batch: train.Batch, numbers: dict[str, float]) -> None:
+        def after_step(self, batch: loop.Batch, numbers: dict[str, float]) -> None:
             self.states.append(torch.get_rng_state())
             assert self.run.model.training
 
     for name, wanted in (("with", tasks(data)), ("without", None)):
         line = configuration(data, tmp_path / name, epochs=1, evaluate=wanted, export=False)
-        train.train(load_config(line[0]), hooks=[Watch])
+        loop.train(load_config(line[0]), hooks=[Watch])
     assert len(Watch.states) == 8
     for one, other in zip(Watch.states[:4], Watch.states[4:]):
         assert torch.equal(one, other)

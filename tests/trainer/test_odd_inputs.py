@@ -282,7 +282,7 @@ def test_a_moderation_that_fails_leaves_no_part(model: str, at: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda at: (at / "x.pt").write_bytes(b"no checkpoint"), "not a checkpoint of this trainer"),
+        (lambda at: (at / "x.pt").write_bytes(b"no checkpoint"), "x.pt: damaged, or not a checkpoint of this trainer"),
         (lambda at: torch.save({"model": {}, "model_config": {}, "step": 1}, at / "x.pt"), "no config in it"),
         (lambda at: None, "x.pt: no such checkpoint"),
     ],

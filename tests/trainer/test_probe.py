@@ -12,7 +12,8 @@ from tests.trainer.shards import jpeg, picture
 from trainer.evaluate.__main__ import main
 from trainer.evaluate.features import Encoder
 from trainer.evaluate.fewshot import draw_shots
-from trainer.evaluate.probe import fit, hold_out, predict, search
+from trainer.evaluate.logistic import fit, hold_out, predict
+from trainer.evaluate.probe import search
 from trainer.evaluate.samples import Sample
 
 
@@ -49,7 +50,7 @@ def test_more_regularisation_smaller_weights_and_tiles_change_nothing(monkeypatc
     weak, strong = fit(features, labels, 3, 0.1)[0], fit(features, labels, 3, 100.0)[0]
     assert strong.norm() < weak.norm() / 3
     whole = fit(features, labels, 3, 1.0)
-    monkeypatch.setattr("trainer.evaluate.probe.ROWS", 7)
+    monkeypatch.setattr("trainer.evaluate.logistic.ROWS", 7)
     for ours, tiled in zip(whole, fit(features, labels, 3, 1.0)):
         assert torch.allclose(ours, tiled, atol=1e-2)
     assert torch.equal(predict(features, *whole)[:, 0], (features @ whole[0].T + whole[1]).argmax(1))

@@ -130,4 +130,4 @@ def test_what_is_missing_is_named(
     assert "build it again" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "faiss", None)
     assert main(["index", str(out)]) == 2
-    assert "winnow[search]" in capsys.readouterr().err
+    assert "winnow-clip[search]" in capsys.readouterr().err

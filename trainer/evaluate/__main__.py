@@ -13,8 +13,8 @@ import json
 import sys
 from pathlib import Path
 
+from trainer.command import add_model_arguments, exit_status
 from trainer.evaluate import bias, fewshot, overlap, probe, retrieval, robustness, zeroshot
-from trainer.evaluate.features import add_model_arguments, exit_status
 from trainer.evaluate.samples import EvaluationError
 from trainer.terminal import guarded
 

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from trainer.command import open_encoder
 from trainer.evaluate.classes import read_templates
-from trainer.evaluate.features import class_vectors, open_encoder
 from trainer.evaluate.samples import EvaluationError, image_files, read_csv, read_file, read_lines
 from trainer.evaluate.zeroshot import DEFAULT_TEMPLATES
 from trainer.yamlfile import Document
@@ -46,7 +46,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     templates = read_templates(args.templates) if args.templates else DEFAULT_TEMPLATES
     encoder = open_encoder(args)
     labels = [label for category in categories.values() for label in category]
-    vectors = class_vectors(encoder, [*names, *labels], templates)
+    vectors = encoder.classes([*names, *labels], templates)
     owners = np.array([None] * len(names) + [c for c, some in categories.items() for _ in some], dtype=object)
     given = [
         owners[(batch @ vectors.T).argmax(dim=1).cpu().numpy()]

@@ -16,7 +16,6 @@ from trainer.evaluate.samples import (
     read_webdataset,
     webdataset_shards,
 )
-from trainer.model import open_clip
 
 
 @dataclass
@@ -89,6 +88,8 @@ def open_labelled(folder: Path, classnames: list[str] | None = None, split: str 
 def read_classnames(value: str | None) -> list[str] | None:
     """What `--classnames` stands for: a file, `imagenet`, or nothing."""
     if value == "imagenet":
+        from trainer.model import open_clip
+
         return list(open_clip.IMAGENET_CLASSNAMES)
     return read_lines(Path(value)) if value else None
 
@@ -96,6 +97,8 @@ def read_classnames(value: str | None) -> list[str] | None:
 def read_templates(value: str) -> list[str]:
     """What `--templates` stands for: a file, or `imagenet`. Raises EvaluationError on one without `{c}`."""
     if value == "imagenet":
+        from trainer.model import open_clip
+
         return [template("{c}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     return read_lines(Path(value))
 

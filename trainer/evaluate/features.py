@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
-from typing import TypeVar
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.config import ConfigError
-from trainer.data import CorruptSampleError, ShardsError, decode
-from trainer.device import find_device
+from trainer.command import batched, progress
 from trainer.evaluate.samples import EvaluationError, Sample
-from trainer.model import DTYPES, Clip, ModelError, Preprocess, Tokenizer, encode_text, load
-from trainer.terminal import Console
+from trainer.model import Clip, Preprocess, Tokenizer, encode_text
+from trainer.pictures import decode
+from trainer.shards import CorruptSampleError
 
 TILE = 4096
 """Rows and columns of the largest matrix of similarities that is ever held."""
-PLAIN_EVERY = 10.0
-"""Seconds between lines of progress where there is no terminal."""
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -55,6 +44,22 @@ class Encoder:
             found = encode_text(self.model, self.tokenizer(batch).to(self.device), normalize=True).float()
             vectors.append(sound(found, lambda row, batch=batch: f"the text {batch[row]!r}"))  # type: ignore[misc]
         return torch.cat(vectors)
+
+    def classes(self, names: list[str], templates: list[str]) -> Tensor:
+        """A unit vector per class, shape (classes, embed_dim): the mean of its prompts' unit vectors, normalised again.
+
+        Prompt ensembling in embedding space as in Radford et al. 2021, section 3.1.4.
+        Raises EvaluationError on a template without `{c}`.
+        """
+        for template in templates:
+            if "{c}" not in template:
+                raise EvaluationError(f"template {template!r}: expected {{c}} where the class name goes")
+        vectors = []
+        at_once = max(1, self.batch_size // len(templates))
+        for chunk in batched(progress(names, len(names), "classes"), at_once):
+            prompts = [template.replace("{c}", name) for name in chunk for template in templates]
+            vectors.append(self.texts(prompts).view(len(chunk), len(templates), -1).mean(dim=1))
+        return F.normalize(torch.cat(vectors), dim=-1)
 
     def images(
         self,
@@ -126,41 +131,6 @@ class Encoder:
             return CorruptSampleError(str(error))
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """The options that name a model; `open_encoder` reads them."""
-    parser.add_argument("--model", required=required, help="a folder from trainer.export, or an open_clip name")
-    parser.add_argument("--pretrained", help="tag or file of the weights, where --model is a name")
-    parser.add_argument("--batch-size", type=int, default=64, help="images or captions at once (default 64)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; by default a GPU if there is one")
-    parser.add_argument("--precision", choices=DTYPES, default="fp32", help="of the weights (default fp32)")
-
-
-def open_encoder(args: argparse.Namespace) -> Encoder:
-    """The model that the options name, or the one that a training evaluates. Raises ConfigError or ModelError."""
-    if (encoder := getattr(args, "encoder", None)) is not None:
-        return encoder
-    if args.batch_size < 1:
-        raise ConfigError("--batch-size", [f"found {args.batch_size}, expected at least 1"])
-    return Encoder(*load(args.model, args.pretrained, find_device(args.device), args.precision), args.batch_size)
-
-
-def class_vectors(encoder: Encoder, names: list[str], templates: list[str]) -> Tensor:
-    """A unit vector per class, shape (classes, embed_dim): the mean of its prompts' unit vectors, normalised again.
-
-    Ensembling over the embeddings of prompts is that of Radford et al. 2021, section 3.1.4.
-    Raises EvaluationError on a template without `{c}`.
-    """
-    for template in templates:
-        if "{c}" not in template:
-            raise EvaluationError(f"template {template!r}: expected {{c}} where the class name goes")
-    vectors = []
-    at_once = max(1, encoder.batch_size // len(templates))
-    for chunk in batched(progress(names, len(names), "classes"), at_once):
-        prompts = [template.replace("{c}", name) for name in chunk for template in templates]
-        vectors.append(encoder.texts(prompts).view(len(chunk), len(templates), -1).mean(dim=1))
-    return F.normalize(torch.cat(vectors), dim=-1)
-
-
 def nearest(queries: Tensor, candidates: Tensor, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The k candidates with the greatest inner product with each query: scores and numbers, (queries, k), on the CPU.
 
@@ -202,33 +172,6 @@ def sound(vectors: Tensor, where: Callable[[int], str], unit: bool = True) -> Te
     return vectors
 
 
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
-def say(line: str) -> None:
-    """A line on standard error, where progress goes; results alone go to standard output."""
-    Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def progress(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
-    """The items, counted on standard error: as a bar on a terminal, else as a line every ten seconds."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    told, count = time.monotonic(), 0
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        for item in items:
-            yield item
-            count += 1
-            bar.advance(task)
-            if bar.disable and time.monotonic() - told > PLAIN_EVERY:
-                told = time.monotonic()
-                console.print(f"{count:,}{f' of {total:,}' if total else ''} {what}", highlight=False)
-
-
 @contextmanager
 def unprojected(model: Clip) -> Iterator[None]:
     """While this lasts, the image tower leaves out its last, linear projection, if it has one of its own."""
@@ -240,16 +183,3 @@ def unprojected(model: Clip) -> Iterator[None]:
     finally:
         if projection is not None:
             model.visual.proj = projection
-
-
-def exit_status(run: Callable[[], object]) -> int:
-    """What a command ends with: 0; 2 for what the user gave it, 1 for what the machine did, each with a line."""
-    try:
-        run()
-    except (ConfigError, EvaluationError, ModelError, ShardsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0

@@ -10,15 +10,17 @@ on, so it is given: by default 3.16, the C = 0.316 of openai/CLIP's own example.
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from trainer.evaluate.features import open_encoder
-from trainer.evaluate.probe import add_probe_arguments, featurize, fit, open_splits, predict
+from trainer.command import open_encoder
+from trainer.evaluate.probe import add_probe_arguments, featurize, open_splits
 from trainer.evaluate.samples import EvaluationError
 from trainer.evaluate.zeroshot import accuracy
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TASK = "few_shot"
 
@@ -32,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """For each number of shots K the mean over draws, `fs_acc1@K`, and the standard deviation, `fs_acc1_std@K`."""
+    from trainer.evaluate.logistic import fit, predict
+
     for option, found in (("--shots", min(args.shots)), ("--draws", args.draws)):
         if found < 1:
             raise EvaluationError(f"{option}: found {found}, expected at least 1")
@@ -47,19 +51,20 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         )
     metrics: dict[str, Any] = {}
     for shots in sorted(set(args.shots)):
-        found = []
+        accuracies = []
         for draw in range(args.draws):
             chosen = draw_shots(labels, shots, args.seed + draw)
             best = predict(test, *fit(features[chosen], labels[chosen], classes, args.l2, args.max_iterations))
-            found.append(accuracy(best, truth, classes)["acc1"])
-        values = torch.tensor(found, dtype=torch.float64)
-        metrics[f"fs_acc1@{shots}"] = values.mean().item()
-        metrics[f"fs_acc1_std@{shots}"] = values.std(correction=0).item()
+            accuracies.append(accuracy(best, truth, classes)["acc1"])
+        metrics[f"fs_acc1@{shots}"] = float(np.mean(accuracies))
+        metrics[f"fs_acc1_std@{shots}"] = float(np.std(accuracies))
     return {**metrics, "l2": args.l2, "draws": args.draws, "features": args.features}
 
 
 def draw_shots(labels: Tensor, shots: int, seed: int) -> Tensor:
     """The numbers of `shots` samples of each class; with more shots, more of the same draw."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     labels = labels.cpu()
     chosen = []

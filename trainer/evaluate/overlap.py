@@ -21,20 +21,23 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import imagehash
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from scipy.stats import binomtest
 
-from trainer.data import CorruptSampleError, Shards, decode
+from trainer.command import batched, open_encoder, progress, say
 from trainer.evaluate.classes import LabelledImages, open_labelled, read_classnames
-from trainer.evaluate.features import Encoder, batched, nearest, open_encoder, progress, say, sound
 from trainer.evaluate.samples import EvaluationError, Sample, count_rows, read_columns, read_shards, read_vectors
 from trainer.evaluate.zeroshot import add_class_arguments, classify
+from trainer.pictures import decode
+from trainer.shards import CorruptSampleError, Shards
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.evaluate.features import Encoder
 
 TASK = "overlap"
 CONFIDENCE = 0.995
@@ -66,8 +69,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         raise EvaluationError(f"--min-cosine: found {args.min_cosine}, expected -1 to 1")
     data = open_labelled(Path(args.data), read_classnames(args.classnames))
     encoder = open_encoder(args)
-    best, samples = classify(encoder, data, args.templates)
-    right = (best[:, 0] == torch.tensor([sample.label for sample in samples])).numpy()
+    best, labels, samples = classify(encoder, data, args.templates)
+    right = (best[:, 0] == labels).numpy()
     matches = by_phash(data, args) if args.by == "phash" else by_embedding(encoder, data, args)
     if args.pairs:
         args.pairs.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +105,8 @@ def contamination(right: np.ndarray, overlap: np.ndarray) -> dict[str, Any]:
     }
     if dirty is not None:
         hits, count = int(right[overlap].sum()), int(overlap.sum())
+        from scipy.stats import binomtest  # takes a second to import
+
         interval = binomtest(hits, count).proportion_ci(CONFIDENCE, "exact")
         metrics["acc1_overlap_interval"] = [float(interval.low), float(interval.high)]
         if clean is not None:
@@ -111,6 +116,10 @@ def contamination(right: np.ndarray, overlap: np.ndarray) -> dict[str, Any]:
 
 def by_embedding(encoder: Encoder, data: LabelledImages, args: argparse.Namespace) -> dict[int, Match]:
     """For each evaluation image (by number) that has one: its nearest training image of enough cosine."""
+    import torch
+
+    from trainer.evaluate.features import nearest
+
     test, _ = encoder.matrix(data, data.count())
     best = torch.full((len(test),), -2.0)
     names = [""] * len(test)
@@ -123,8 +132,12 @@ def by_embedding(encoder: Encoder, data: LabelledImages, args: argparse.Namespac
     return {i: Match(cosine, names[i]) for i, cosine in enumerate(best.tolist()) if cosine >= args.min_cosine}
 
 
-def _train_vectors(encoder: Encoder, train: str, dim: int) -> Iterator[tuple[torch.Tensor, list[str]]]:
+def _train_vectors(encoder: Encoder, train: str, dim: int) -> Iterator[tuple[Tensor, list[str]]]:
     """Unit vectors and names of the training images, some thousands at a time."""
+    import torch
+
+    from trainer.evaluate.features import sound
+
     parts = sorted((Path(train) / "img_emb").glob("img_emb_*.npy"))
     for part in parts:
         metadata = Path(train) / "metadata" / f"{part.stem.replace('img_emb', 'metadata')}.parquet"
@@ -239,6 +252,8 @@ def _hashes(samples: Iterable[Sample], total: int | None, strict: bool) -> Itera
 def _phash(sample: Sample) -> int | CorruptSampleError:
     if sample.problem:
         return CorruptSampleError(sample.problem)
+    import imagehash
+
     try:
         # The first bit of the hash's hex string is the most significant one, as in the shards' `phash`.
         return int(str(imagehash.phash(decode(sample.encoded))), 16)

@@ -17,23 +17,21 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from scipy.optimize import minimize
-from torch import Tensor
-
+from trainer.command import open_encoder, say
 from trainer.evaluate.classes import LabelledImages, open_labelled, read_classnames
-from trainer.evaluate.features import Encoder, open_encoder, say
 from trainer.evaluate.samples import EvaluationError
 from trainer.evaluate.zeroshot import accuracy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.evaluate.features import Encoder
 
 TASK = "linear_probe"
 STEPS = 96
 """Of the search for the L2 strength: eight per decade over twelve decades."""
-ROWS = 65_536
-"""Of features in a matrix product: bounds the memory that logits take."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +56,10 @@ def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """`lp_acc1`, `lp_acc5`, `lp_mean_per_class_recall` on the test split, from 0 to 1, and the `l2` that was chosen."""
+    import torch
+
+    from trainer.evaluate.logistic import fit, hold_out, predict
+
     splits = open_splits(args)
     classes = len(splits["test"].names)
     encoder = open_encoder(args)
@@ -112,17 +114,6 @@ def featurize(encoder: Encoder, split: LabelledImages, args: argparse.Namespace)
     return features.to(encoder.device), labels.to(encoder.device)
 
 
-def hold_out(labels: Tensor, seed: int) -> Tensor:
-    """True for a tenth of each class, at least one sample where it has two or more."""
-    generator = torch.Generator().manual_seed(seed)
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        members = (labels.cpu() == label.cpu()).nonzero()[:, 0]
-        members = members[torch.randperm(len(members), generator=generator)]
-        held[members[: max(1, len(members) // 10) if len(members) > 1 else 0]] = True
-    return held.to(labels.device)
-
-
 def search(validate: Callable[[float], float]) -> float:
     """The L2 strength, of 97 from 1e-6 to 1e6, at which `validate` peaks; among equals the greatest."""
     found: dict[int, float] = {}
@@ -141,43 +132,3 @@ def search(validate: Callable[[float], float]) -> float:
 
 def strength(step: int) -> float:
     return float(10 ** (step / 8 - 6))
-
-
-def fit(features: Tensor, labels: Tensor, classes: int, l2: float, max_iterations: int = 1000) -> tuple[Tensor, Tensor]:
-    """Weights (classes, dim) and biases (classes,) that minimise Σ cross-entropy + l2/2 · ‖weights‖².
-
-    That is scikit-learn's LogisticRegression with C = 1/l2, by the same L-BFGS and the same tolerance. The sums run on
-    the device of the features and in their precision.
-    """
-    count, dim = features.shape
-
-    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        weights = torch.from_numpy(flat).view(classes, dim + 1).to(features)
-        loss = torch.zeros((), dtype=torch.float64)
-        gradient = torch.zeros(classes, dim + 1, dtype=torch.float64)
-        for x, y in zip(features.split(ROWS), labels.split(ROWS)):
-            log_p = (x @ weights[:, :-1].T + weights[:, -1]).log_softmax(dim=1)
-            rows = torch.arange(len(y), device=y.device)
-            loss -= log_p[rows, y].double().sum().cpu()
-            error = log_p.exp_()
-            error[rows, y] -= 1
-            gradient[:, :-1] += (error.T @ x).double().cpu()
-            gradient[:, -1] += error.double().sum(dim=0).cpu()
-        penalised = torch.from_numpy(flat).view(classes, dim + 1)[:, :-1]
-        gradient[:, :-1] += l2 * penalised
-        loss += l2 / 2 * penalised.square().sum()
-        return loss.item() / count, gradient.div_(count).view(-1).numpy()
-
-    options = {"maxiter": max_iterations, "maxfun": 2 * max_iterations + 100, "gtol": 1e-4, "ftol": 64 * 2.0**-52}
-    found = minimize(objective, np.zeros(classes * (dim + 1)), jac=True, method="L-BFGS-B", options=options).x
-    if not np.isfinite(found).all():
-        raise EvaluationError("the fit of the classifier does not converge to numbers: the features are too large")
-    weights = torch.from_numpy(found).view(classes, dim + 1).to(features)
-    return weights[:, :-1], weights[:, -1]
-
-
-def predict(features: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
-    """The likeliest classes of each row, int64 (N, 5), or as many as there are."""
-    return torch.cat(
-        [(x @ weights.T + biases).topk(min(5, len(weights))).indices for x in features.split(ROWS)],
-    )

@@ -13,14 +13,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from trainer.data import Shards
-from trainer.evaluate.features import nearest, open_encoder
+from trainer.command import open_encoder
 from trainer.evaluate.samples import EvaluationError, Sample, lines, read_shards, read_webdataset, webdataset_shards
+from trainer.shards import Shards
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 TASK = "zeroshot_retrieval"
 AT = (1, 5, 10)
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """`image_retrieval_recall@K` (from a caption to its image) and `text_retrieval_recall@K`, from 0 to 1."""
+    import torch
+
     samples, total = open_captioned(args.data)
     encoder = open_encoder(args)
     images, texts, owners = [], [], []
@@ -48,6 +51,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 def recalls(images: Tensor, texts: Tensor, owners: Tensor, device: torch.device) -> dict[str, float]:
     """Recalls of images (N, D) and texts (M, D), caption i belonging to image `owners[i]`."""
+    import torch
+
+    from trainer.evaluate.features import nearest
+
     found_images = nearest(texts, images, max(AT), device)[1] == owners[:, None]
     found_texts = owners[nearest(images, texts, max(AT), device)[1]] == torch.arange(len(images))[:, None]
     metrics = {}

@@ -22,17 +22,18 @@ import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from scipy.special import expit, logit
 
+from trainer.command import open_encoder
 from trainer.config import ConfigError
 from trainer.evaluate.classes import open_labelled, read_classnames
-from trainer.evaluate.features import Encoder, open_encoder
 from trainer.evaluate.samples import EvaluationError, read_csv, read_text
 from trainer.evaluate.zeroshot import accuracy, add_class_arguments, classify
+
+if TYPE_CHECKING:
+    from trainer.evaluate.features import Encoder
 
 TASK = "effective_robustness"
 
@@ -80,6 +81,8 @@ def effective_robustness(acc: float, shifted: float, baselines: list[tuple[float
 
     Raises ValueError where there is no such line.
     """
+    from scipy.special import expit, logit
+
     if not 0 <= acc <= 1 or not 0 <= shifted <= 1:
         raise ValueError(f"accuracies {acc} and {shifted}, expected numbers from 0 to 1")
     if len({pair[0] for pair in baselines}) < 2:
@@ -161,6 +164,6 @@ def _accuracy(source: str, encoder: Encoder | None, args: argparse.Namespace) ->
             ) from error
     assert encoder is not None
     data = open_labelled(path, read_classnames(args.classnames))
-    best, samples = classify(encoder, data, args.templates)
-    found = accuracy(best, torch.tensor([sample.label for sample in samples]), len(data.names))
+    best, labels, _ = classify(encoder, data, args.templates)
+    found = accuracy(best, labels, len(data.names))
     return _Result(name or path.name, found["acc1"], args.model)

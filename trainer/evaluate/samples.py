@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data import CorruptSampleError, Shards
+from trainer.errors import InputError
+from trainer.shards import CorruptSampleError, Shards
 from trainer.tar import ABSENT, TarError, samples
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif")
@@ -23,7 +24,7 @@ AT_ONCE = 64
 """Samples asked of an object store together."""
 
 
-class EvaluationError(ValueError):
+class EvaluationError(InputError):
     """Data that cannot be evaluated on; the message names the file or folder."""
 
 

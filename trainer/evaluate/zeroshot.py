@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from trainer.command import open_encoder
 from trainer.evaluate.classes import LabelledImages, open_labelled, read_classnames, read_templates
-from trainer.evaluate.features import Encoder, class_vectors, open_encoder
 from trainer.evaluate.samples import EvaluationError, Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.evaluate.features import Encoder
 
 TASK = "zeroshot_classification"
 DEFAULT_TEMPLATES = ["a photo of a {c}."]
@@ -43,17 +45,20 @@ def add_class_arguments(parser: argparse.ArgumentParser) -> None:
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """`acc1`, `acc5` (null under 5 classes) and `mean_per_class_recall`, all from 0 to 1."""
     data = open_labelled(Path(args.data), read_classnames(args.classnames))
-    best, samples = classify(open_encoder(args), data, args.templates)
-    return accuracy(best, torch.tensor([sample.label for sample in samples]), len(data.names))
+    best, labels, _ = classify(open_encoder(args), data, args.templates)
+    return accuracy(best, labels, len(data.names))
 
 
-def classify(encoder: Encoder, data: LabelledImages, templates: str | None) -> tuple[Tensor, list[Sample]]:
-    """The classes nearest to each picture, nearest first: int64 (N, 5), or as many as there are; and the pictures.
+def classify(encoder: Encoder, data: LabelledImages, templates: str | None) -> tuple[Tensor, Tensor, list[Sample]]:
+    """Classifies all pictures: the nearest classes, their labels, and the samples without their bytes.
 
-    `templates` is the value of `--templates`. The samples come back without their bytes.
+    The nearest classes are int64 (N, 5), nearest first, with fewer columns if there are fewer classes; labels are
+    int64 (N,). `templates` is the value of `--templates`. Raises EvaluationError if there are no pictures.
     """
+    import torch
+
     prompts = read_templates(templates) if templates else data.templates or DEFAULT_TEMPLATES
-    classes = class_vectors(encoder, data.names, prompts)
+    classes = encoder.classes(data.names, prompts)
     best: list[Tensor] = []
     samples: list[Sample] = []
     for batch, vectors in encoder.images(data, data.count()):
@@ -61,7 +66,7 @@ def classify(encoder: Encoder, data: LabelledImages, templates: str | None) -> t
         samples.extend(sample._replace(encoded=b"") for sample in batch)
     if not samples:
         raise EvaluationError(f"{data.folder}: no images")
-    return torch.cat(best), samples
+    return torch.cat(best), torch.tensor([sample.label for sample in samples]), samples
 
 
 def accuracy(best: Tensor, labels: Tensor, classes: int) -> dict[str, Any]:

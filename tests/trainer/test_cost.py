@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from tests.trainer.shards import samples, write_shards
-from trainer import loss
+from trainer import cost, loss
 from trainer.config import load_config
-from trainer.plan import Cost, plan
 
 PRESETS = sorted((Path(__file__).parents[2] / "conf").glob("train_*.yaml"))
 # Of the paper's models, the peak rates as its tables 18 to 20 have them.
@@ -18,7 +17,7 @@ RATES |= {"vit_b32": 5e-4, "vit_b16": 5e-4, "vit_l14": 4e-4, "vit_l14_336": 2e-5
 
 
 def page(conf: Path | str, *overrides: str) -> str:
-    return plan(load_config(conf, overrides))
+    return cost.estimate(load_config(conf, overrides))
 
 
 def figure(text: str, pattern: str) -> float:
@@ -107,6 +106,6 @@ def test_steps_come_from_the_shards_or_from_samples(conf: Path, tmp_path: Path) 
 def test_the_loss_holds_what_the_plan_says(pairs: int, kind: str) -> None:
     image, text = torch.empty(pairs, 512, device="meta"), torch.empty(pairs, 512, device="meta")
     scale, bias = torch.empty((), device="meta"), torch.empty((), device="meta")
-    with Cost() as cost:
+    with cost.Meter() as meter:
         loss.clip_loss(image, text, scale) if kind == "clip" else loss.siglip_loss(image, text, scale, bias)
-    assert cost.bytes <= loss.memory(pairs, pairs, 512) <= 1.6 * cost.bytes
+    assert meter.bytes <= loss.memory(pairs, pairs, 512) <= 1.6 * meter.bytes

@@ -37,7 +37,7 @@ UNKNOWN_EPOCH = 100_000_000
 """Samples of an epoch, for scale, where neither the shards nor `samples` say how many there are."""
 
 
-def plan(config: TrainConfig) -> str:
+def estimate(config: TrainConfig) -> str:
     """A page of text: parameters, steps, FLOPs, memory and, for scale, GPU-hours. Raises ModelError.
 
     Shards and weights may be missing still: the page says so, and has the rest.
@@ -129,21 +129,21 @@ def _measure(model: Clip, size: int, rows: int, dtype: torch.dtype) -> tuple[flo
     model.to(dtype)  # close to what autocast gives
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.register_post_accumulate_grad_hook(_forget_gradient)
-    with Cost() as cost, _flash_attention():
+    with Meter() as meter, _flash_attention():
         pixels = torch.empty(rows, 3, size, size, device="meta", dtype=dtype)
         captions = untrimmed(torch.zeros(rows, model.context_length, device="meta", dtype=torch.long))
         features = model.encode_image(pixels, normalize=True), encode_trimmed(model, captions, normalize=True)
-        forward = cost.flops
+        forward = meter.flops
         learning = [part.sum() for part in features if part.requires_grad]
         torch.autograd.backward(learning)
-    return forward / rows, (cost.flops - forward) / rows, cost.bytes
+    return forward / rows, (meter.flops - forward) / rows, meter.bytes
 
 
 def _forget_gradient(parameter: Tensor) -> None:
     parameter.grad = None  # counted with the weights
 
 
-class Cost(TorchDispatchMode):
+class Meter(TorchDispatchMode):
     """What is computed under it: `flops`, and the `bytes` of its tensors when most of them were alive.
 
     FLOPs are those of PyTorch's own table (products and convolutions). Its FlopCounterMode would have them too, but
