@@ -171,7 +171,7 @@ def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.Da
     for step in recipe.steps:
         scope = step.scope if isinstance(step, Filter) else "row"
         alone: Kind | None = "barrier" if scope == "run" else "write" if isinstance(step, Sink) else None
-        alone = "measure" if step.commits else alone
+        alone = "measure" if step.expensive else alone
         regroups = any(isinstance(s, Stage) and type(s).stream is not Stage.stream for s in steps)
         wants_units = any(isinstance(s, Filter) and s.scope == "unit" for s in steps)
         pixels = any(is_heavy(known[c]) for c in step.needs if c in known and not any(c in s.adds for s in steps))

@@ -62,7 +62,7 @@ class Step:
     """Columns written, with their types."""
     version: ClassVar[int] = 1
     """Bump it when the same inputs would give other outputs: stored results of the old version are then not reused."""
-    commits: ClassVar[bool] = False
+    expensive: ClassVar[bool] = False
     """True if results are expensive: bytes from the web, hours of GPU. They are then stored by row, under a key of what
     determines their value, and reused when other lines of the recipe change. A recipe that would orphan them is
     refused."""
@@ -153,13 +153,17 @@ class Filter(Step):
                 cure = "a whole-run filter reads no pixels, and vectors only as a VectorFilter"
                 yield "needs", f"the column {column!r} holds pixels or vectors ({types[column]}); {cure}"
 
+    reason: ClassVar[str | None] = None
+    """The reason of drops that `keep` decides; the step's name if None."""
+
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
         """True keeps a row; null counts as false. With scope "unit", `batch` is a whole unit."""
-        raise TypeError(f"{type(self).__name__} must define keep()")
+        raise TypeError(f"{type(self).__name__} must define keep() or judge()")
 
-    def reason(self, dropped: pa.Table) -> pa.StringArray:
-        """Why each of these dropped rows went; the step's name unless there is more to tell."""
-        return pa.array([self.name()] * len(dropped), pa.string())
+    def judge(self, batch: pa.Table) -> pa.StringArray:
+        """Null for each row that is kept, else the reason why it is dropped. Define it if there are several reasons."""
+        kept = pc.fill_null(self.keep(batch), False)
+        return pc.if_else(kept, pa.scalar(None, pa.string()), self.reason or self.name())
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
         """Free text about each dropped row for people to read, or null."""
@@ -340,12 +344,12 @@ def apply(step: Stage | Filter, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
     """Runs one step over one batch: the rows that go on, and the drops (`schema.DROP`)."""
     if isinstance(step, Stage):
         return split_marked(step, step.process(batch))
-    mask = pc.fill_null(step.keep(batch), False)
-    if pc.all(mask, min_count=0).as_py():
+    reason = step.judge(batch)
+    kept = pc.is_null(reason)
+    if pc.all(kept, min_count=0).as_py():
         return batch, DROP.empty_table()
-    dropped = batch.filter(pc.invert(mask))
-    drops = drops_table(dropped, step.label, step.reason(dropped), step.detail(dropped), step.value(dropped))
-    return batch.filter(mask), drops
+    dropped, reason = batch.filter(pc.invert(kept)), reason.filter(pc.invert(kept))
+    return batch.filter(kept), drops_table(dropped, step.label, reason, step.detail(dropped), step.value(dropped))
 
 
 def split_marked(step: Stage, batch: pa.Table) -> tuple[pa.Table, pa.Table]:

@@ -26,7 +26,7 @@ class Embed(Stage):
     """Stands in for a model: the direction of a caption's number, and how often it was asked."""
     needs = ("caption",)
     adds = {"image_embedding": pa.list_(pa.float16(), 4)}
-    commits = True
+    expensive = True
 
     def process(self, batch):
         numbers = np.array([int(c.split()[-1]) % 9 for c in batch["caption"].to_pylist()])

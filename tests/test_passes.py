@@ -36,7 +36,7 @@ class Paint(Stage):
     """Stands in for a download: buffers rows and emits them in another order, across units."""
 
     adds = {"image": pa.binary(), "size": pa.int32()}  # noqa: RUF012
-    commits = True
+    expensive = True
 
     def stream(self, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
         table = pa.concat_tables(list(batches))
@@ -124,7 +124,7 @@ class Score(Stage):
 
     needs = ("image",)
     adds = {"score": pa.float32()}  # noqa: RUF012
-    commits = True
+    expensive = True
     shift: int = 0
     seen: ClassVar[list[bytes]] = []
 
@@ -299,7 +299,7 @@ def test_a_restricted_attempt_drops_the_rows_it_must_not_touch(recipe: Recipe) -
 
 
 def test_the_table_of_a_unit_has_a_verdict_for_every_input_row(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Paint, "commits", False)
+    monkeypatch.setattr(Paint, "expensive", False)
     passes = ingested(recipe, [Paint()])
     (record,) = records_of(run_pass(passes, 1, [0]))
     table = passes[1].store.read_table(record["table"])
@@ -331,7 +331,7 @@ def test_the_table_of_a_unit_has_a_verdict_for_every_input_row(recipe: Recipe, m
 def test_damage_is_named_with_unit_pass_and_cure(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, what: str, damage: str, repeatable: bool
 ) -> None:
-    monkeypatch.setattr(Paint, "commits", False)
+    monkeypatch.setattr(Paint, "expensive", False)
     monkeypatch.setattr(Paint, "repeatable", repeatable)
     passes = ingested(recipe, [Paint()])
     record = records_of(run_pass(passes, 1, range(3)))[1]
@@ -363,7 +363,7 @@ def test_damage_is_named_with_unit_pass_and_cure(
 
 
 def test_a_record_in_the_place_of_another_is_noticed(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Paint, "commits", False)
+    monkeypatch.setattr(Paint, "expensive", False)
     passes = ingested(recipe, [Paint()])
     list(run_pass(passes, 1, range(3)))
     store = passes[1].store

@@ -37,7 +37,7 @@ class Paint(Stage):
     """Stands in for a download: a small picture whose colour is a function of the caption."""
     needs = ("caption",)
     adds = {"image": pa.binary(), "shade": pa.float32()}
-    commits = True
+    expensive = True
     slow: float = 0.0
     size: int = 8
 

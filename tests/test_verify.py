@@ -244,7 +244,7 @@ def test_the_same_command_repairs_reproducible_damage(run: Command, project: Pat
 def test_irreproducible_damage_is_named_with_its_cure(run: Command, project: Path, tmp_path: Path) -> None:
     shutil.copytree(project, tmp_path, dirs_exist_ok=True)
     step = tmp_path / "steps_of_mine/paint.py"
-    step.write_text(step.read_text().replace("commits = True", "commits = True\n    repeatable = False"))
+    step.write_text(step.read_text().replace("expensive = True", "expensive = True\n    repeatable = False"))
     file = sorted((tmp_path / "out").glob("passes/paint-*/units/*.arrow"))[3]
     flip(file)
     done = run("r.yaml")
@@ -269,7 +269,7 @@ def test_the_same_command_repairs_or_reports_damage(
     out = tmp_path / "out"
     if not repeatable:
         step = tmp_path / "steps_of_mine/paint.py"
-        step.write_text(step.read_text().replace("commits = True", "commits = True\n    repeatable = False"))
+        step.write_text(step.read_text().replace("expensive = True", "expensive = True\n    repeatable = False"))
         if "/paint-" not in kind:
             pytest.skip("the step is not asked")
     for damage in [damage for of, damage in MATRIX if of == kind]:

@@ -46,7 +46,7 @@ class Stillborn(Stage):
 @dataclass(kw_only=True)
 class Dear(Stage):
     adds = {"dear": pa.int32()}
-    commits = True
+    expensive = True
     def setup(self):
         self.units = 0
     def process(self, batch):
@@ -63,7 +63,7 @@ class Dear(Stage):
 class Look(Stage):
     needs = ("dear",)
     adds = {"look": pa.int32()}
-    commits = True
+    expensive = True
     def process(self, batch):
         note(f"look {batch['unit'][0]}")
         return batch.append_column("look", batch["dear"])

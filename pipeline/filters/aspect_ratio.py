@@ -21,6 +21,7 @@ class AspectRatio(Filter):
     """Maximum ratio; 1.0 keeps only squares."""
 
     needs = ("original_width", "original_height")
+    reason = "too_elongated"
 
     def estimate(self, rows: float) -> Estimate:
         return Estimate(0.98, 1e6, "keep assumed")
@@ -31,9 +32,6 @@ class AspectRatio(Filter):
 
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
         return pc.less_equal(_ratio(batch), self.max)
-
-    def reason(self, dropped: pa.Table) -> pa.StringArray:
-        return pa.array(["too_elongated"] * len(dropped), pa.string())
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
         return pc.fill_null(pc.round(_ratio(dropped), 2).cast(pa.string()), "unknown")

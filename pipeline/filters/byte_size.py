@@ -20,6 +20,7 @@ class ByteSize(Filter):
     """Minimum size of the body as fetched, in bytes."""
 
     needs = ("original_bytes",)
+    reason = "too_small"
 
     def estimate(self, rows: float) -> Estimate:
         return Estimate(0.97, 1e6, "keep assumed")
@@ -30,9 +31,6 @@ class ByteSize(Filter):
 
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
         return pc.greater_equal(batch["original_bytes"], self.min)
-
-    def reason(self, dropped: pa.Table) -> pa.StringArray:
-        return pa.array(["too_small"] * len(dropped), pa.string())
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
         return pc.fill_null(dropped["original_bytes"].cast(pa.string()), "unknown")

@@ -40,14 +40,10 @@ class CaptionLength(Filter):
         if self.max_chars < max(self.min_chars, 1):
             yield "max_chars", f"{self.max_chars} drops every caption; expected at least min_chars, {self.min_chars}"
 
-    def keep(self, batch: pa.Table) -> pa.BooleanArray:
+    def judge(self, batch: pa.Table) -> pa.StringArray:
         chars, words = _lengths(batch)
-        in_range = pc.and_(pc.greater_equal(chars, self.min_chars), pc.less_equal(chars, self.max_chars))
-        return pc.and_(in_range, pc.greater_equal(words, self.min_words))
-
-    def reason(self, dropped: pa.Table) -> pa.StringArray:
-        chars, words = _lengths(dropped)
-        few = pc.if_else(pc.less(words, self.min_words), "too_few_words", "too_long")
+        long = pc.if_else(pc.greater(chars, self.max_chars), "too_long", pa.scalar(None, pa.string()))
+        few = pc.if_else(pc.less(words, self.min_words), "too_few_words", long)
         return pc.if_else(pc.less(chars, self.min_chars), "too_short", few)
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
@@ -57,7 +53,7 @@ class CaptionLength(Filter):
     def value(self, dropped: pa.Table) -> pa.DoubleArray:
         """The number of words if there are too few, else the number of characters."""
         chars, words = _lengths(dropped)
-        return pc.if_else(pc.equal(self.reason(dropped), "too_few_words"), words, chars).cast(pa.float64())
+        return pc.if_else(pc.equal(self.judge(dropped), "too_few_words"), words, chars).cast(pa.float64())
 
 
 def _lengths(batch: pa.Table) -> tuple[pa.Array, pa.Array]:

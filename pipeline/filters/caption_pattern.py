@@ -125,12 +125,9 @@ class CaptionPattern(Filter):
     def fingerprint(self) -> object:
         return hashlib.sha256(repr(DEFAULTS).encode()).hexdigest() if self.defaults else None
 
-    def keep(self, batch: pa.Table) -> pa.BooleanArray:
-        return pc.is_null(self.reason(batch))
-
-    def reason(self, dropped: pa.Table) -> pa.StringArray:
+    def judge(self, batch: pa.Table) -> pa.StringArray:
         """The class of each row's first match; null if the row is kept."""
-        caption = normal(dropped["caption"])
+        caption = normal(batch["caption"])
         classes = {name: rf"^(?:{pattern})$" for name, pattern in DEFAULTS.items()} if self.defaults else {}
         found = [(name, _matches(caption, pattern)) for name, pattern in classes.items()]
         found += [("custom", _matches(caption, pattern)) for pattern in self.patterns]
@@ -138,7 +135,7 @@ class CaptionPattern(Filter):
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
         """The custom pattern that matched; null if a built-in class matched first."""
-        caption, reason = normal(dropped["caption"]), self.reason(dropped)
+        caption, reason = normal(dropped["caption"]), self.judge(dropped)
         found = pa.nulls(len(dropped), pa.string())
         for pattern in reversed(self.patterns):
             match = pc.and_(pc.equal(reason, "custom"), _matches(caption, pattern))

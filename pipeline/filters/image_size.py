@@ -20,6 +20,7 @@ class ImageSize(Filter):
     """Minimum shorter side before resizing, in pixels."""
 
     needs = ("original_width", "original_height")
+    reason = "too_small"
 
     def estimate(self, rows: float) -> Estimate:
         return Estimate(0.80, 1e6, "keep assumed")
@@ -30,9 +31,6 @@ class ImageSize(Filter):
 
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
         return pc.greater_equal(self.value(batch), self.min_side)
-
-    def reason(self, dropped: pa.Table) -> pa.StringArray:
-        return pa.array(["too_small"] * len(dropped), pa.string())
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
         width, height = (dropped[name].cast(pa.string()) for name in self.needs)

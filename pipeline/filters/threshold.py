@@ -60,11 +60,10 @@ class Threshold(Filter):
         if dtype is not None and not _comparable(dtype):
             yield "column", f"the column {self.column!r} must hold numbers, found type {dtype}"
 
-    def keep(self, batch: pa.Table) -> pa.BooleanArray:
-        return pa.array(self._values(batch) >= self.min)
-
-    def reason(self, dropped: pa.Table) -> pa.StringArray:
-        return pc.if_else(pa.array(np.isnan(self._values(dropped))), "missing", "threshold")
+    def judge(self, batch: pa.Table) -> pa.StringArray:
+        values = self._values(batch)
+        low = pc.if_else(pa.array(values < self.min), "threshold", pa.scalar(None, pa.string()))
+        return pc.if_else(pa.array(np.isnan(values)), "missing", low)
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
         return _compared(self._values(dropped), self.min)

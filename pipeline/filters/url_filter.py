@@ -78,12 +78,8 @@ class UrlFilter(Filter):
         self._blocked = {_canonical(entry) for entry in _entries(self.block_hosts)}
         self._allowed = {_canonical(entry) for entry in _entries(self.allow_hosts)}
 
-    def keep(self, batch: pa.Table) -> pa.BooleanArray:
-        return pc.is_null(self.reason(batch))
-
-    def reason(self, dropped: pa.Table) -> pa.StringArray:
-        """The reason of each dropped row; null if the row is kept."""
-        url = pc.utf8_trim_whitespace(pc.fill_null(dropped["url"], "")).combine_chunks()
+    def judge(self, batch: pa.Table) -> pa.StringArray:
+        url = pc.utf8_trim_whitespace(pc.fill_null(batch["url"], "")).combine_chunks()
         part = pc.extract_regex(url, _URL)
         scheme, host, port, path = (
             pc.fill_null(pc.struct_field(part, name), "") for name in ("scheme", "host", "port", "path")

@@ -77,7 +77,7 @@ class ClipScore(Stage):
     """Threads that decode and resize while the model runs. Default: all available cores."""
 
     needs = ("image", "caption")
-    commits = True
+    expensive = True
     resource = "gpu"
 
     def __post_init__(self) -> None:

@@ -48,7 +48,7 @@ class Download(Stage):
     needs: ClassVar[tuple[str, ...]] = ("url",)
     adds: ClassVar[dict[str, pa.DataType]] = {**PICTURE, "usage": pa.string()}
     version: ClassVar[int] = 2
-    commits: ClassVar[bool] = True
+    expensive: ClassVar[bool] = True
     repeatable: ClassVar[bool] = False
 
     engine: Literal["winnow", "img2dataset"] = "winnow"

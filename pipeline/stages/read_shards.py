@@ -76,7 +76,7 @@ class ReadShards(Stage):
     needs: ClassVar[tuple[str, ...]] = ("key",)
     adds: ClassVar[dict[str, pa.DataType]] = PICTURE
     version: ClassVar[int] = 2
-    commits: ClassVar[bool] = True
+    expensive: ClassVar[bool] = True
 
     path: str
     """The folder of the tars, local or `s3://`, `gs://`, …"""
