@@ -1,4 +1,4 @@
-"""Winnow's trainer: pretrains a CLIP on shards, evaluates it, exports it. The shards are the whole interface.
+"""Winnow's trainer: pretrains a CLIP on shards, evaluates and exports it. It reads shards and needs no pipeline.
 
 To use a trained model, as with openai/CLIP:
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-# Read once, when torch loads OpenMP. Threads that spin while they wait for each other make a training on CPU up to ten
-# times slower as soon as anything else runs on the machine. Those that sleep at once wake too late for the many small
-# products of a small model, at a sixth of its speed: so they spin, but for some tens of microseconds.
+# Read once, when torch loads OpenMP. Waiting threads that spin make training on a CPU up to ten times slower when
+# anything else runs on the machine. Threads that sleep at once wake too late for the small products of a small model,
+# which then runs at a sixth of its speed. So they spin for some tens of microseconds, then sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-# Torch and open_clip take seconds to import, so each function does it when it is called.
+# Torch and open_clip take seconds to import, so each function imports them when it is called.
 def available_models() -> list[str]:
-    """The names that `load` takes besides folders: those of openai/CLIP."""
+    """Model names that `load` accepts: those of openai/CLIP."""
     from trainer import clip
 
     return clip.available_models()

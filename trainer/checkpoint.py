@@ -1,4 +1,4 @@
-"""Checkpoints: everything a training run needs to go on, one file per step, complete or absent."""
+"""Checkpoints: everything a training run needs to resume, one file per step, complete or absent."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _NAME = re.compile(r"step-(\d{8})\.pt")
 
 
 class CheckpointError(InputError):
-    """A checkpoint that is absent, unreadable, or of another run; the message names the file."""
+    """A checkpoint is absent, unreadable or of another run; the message names the file."""
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Writes `folder/step-NNNNNNNN.pt` atomically, then removes all but the `keep` newest up to this step.
 
-    Raises OSError if it cannot be written; then the folder is as it was.
+    Raises OSError if it cannot be written, and leaves the folder unchanged.
     """
     path = folder / f"step-{step:08d}.pt"
     partial = path.with_suffix(".partial")
@@ -44,7 +44,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         raise OSError(
             f"{path}: the checkpoint cannot be written: {why}; those before it are left as they were"
         ) from None
-    whole = [found for found in _found(folder) if found <= path]  # later ones are damaged, or about to be written again
+    whole = [found for found in _found(folder) if found <= path]  # later ones are damaged, or will be rewritten
     for old in [*whole[:-keep], *(stray for stray in folder.glob("step-*.partial"))]:
         old.unlink(missing_ok=True)
     return path
@@ -57,7 +57,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """As `latest`, but the newest that is not damaged; and a line for each newer one that is.
+    """The newest undamaged checkpoint (see `latest`), and a message for each newer, damaged one.
 
     Raises CheckpointError if all are damaged.
     """
@@ -76,13 +76,13 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def check(path: Path) -> None:
-    """Reads a checkpoint through, against its checksums. Raises CheckpointError."""
+    """Verifies the checksums of a checkpoint. Raises CheckpointError."""
     try:
         with zipfile.ZipFile(path) as file:
             broken = file.testzip()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint") from error
-    except Exception as error:  # zipfile answers damage with nearly any exception
+    except Exception as error:  # zipfile raises almost any exception on damage
         raise CheckpointError(f"{path}: damaged, or not a checkpoint of this trainer ({error})") from error
     if broken:
         raise CheckpointError(f"{path}: damaged (the checksum of {broken} is wrong)")
@@ -90,7 +90,7 @@ def check(path: Path) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """The state that `save` was given, on the CPU. Only tensors and plain values are unpickled."""
-    check(path)  # torch reads wrong numbers without a word
+    check(path)  # torch.load does not verify checksums
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -101,7 +101,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _sync(folder: Path) -> None:
-    """Makes the names in a folder last through a loss of power."""
+    """Flushes a folder's entries to disk, so that they survive a loss of power."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)

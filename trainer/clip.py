@@ -60,7 +60,7 @@ def load(
         name, pretrained = published[name], "openai"
     precision = "fp16" if device.type == "cuda" else "fp32"
     net, preprocess, _ = models.load(name, pretrained, device, precision)
-    # One picture at a time belongs on the CPU: the caller stacks and moves them.
+    # Preprocessing one picture runs on the CPU; the caller stacks and moves them.
     single = Preprocess(preprocess.config, torch.device("cpu"), torch.float32)
     return CLIP(net, models.DTYPES[precision]).eval(), lambda image: single([image])[0]
 

@@ -18,9 +18,9 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 class ConfigError(InputError):
-    """Everything that is wrong with a configuration, one line each.
+    """All problems of a configuration, one line each.
 
-    `source` is the file or option to blame, or empty where each problem names its own.
+    `source` is the file or option they are in, or empty if each problem names its own.
     """
 
     def __init__(self, source: str, problems: list[str]) -> None:
@@ -28,7 +28,7 @@ class ConfigError(InputError):
         self.source, self.problems = source, problems
 
     def __reduce__(self) -> tuple[type, tuple[str, list[str]]]:
-        return type(self), (self.source, self.problems)  # from one of Ray's workers to its driver
+        return type(self), (self.source, self.problems)  # pickled from a Ray worker to the driver
 
 
 def option(doc: str, default: Any = dataclasses.MISSING) -> Any:
@@ -54,7 +54,7 @@ class TrainConfig:
     loss: str = option("clip, or siglip for a sigmoid over each pair", "clip")
     batch_size: int = option("samples per step", 32768)
     epochs: int = option("passes over the shards; the last, incomplete batch of each is left out", 32)
-    samples: int | None = option("samples to train on, in place of `epochs`; fewer data than that come again", None)
+    samples: int | None = option("samples to train on, instead of `epochs`; a smaller dataset is repeated", None)
     warmup: int = option("steps of linear warm-up; then the cosine falls to 0 at the last step", 2000)
     weight_decay: float = option("AdamW's decay; gains, biases and the temperature are never decayed", 0.2)
     beta1: float = option("AdamW's β1", 0.9)
@@ -65,10 +65,10 @@ class TrainConfig:
         "fp32, or bf16 or fp16 for autocast over fp32 weights; auto is the fastest that is safe on the device", "auto"
     )
     micro_batch_size: int | None = option(
-        "samples that a rank has in memory at once, by gradient caching (default: all)", None
+        "samples per forward pass of a rank, by gradient caching (default: all)", None
     )
     grad_checkpointing: bool = option("recompute activations in the backward pass: slower, far less memory", False)
-    compile: bool = option("torch.compile: worth its minutes on a GPU", False)
+    compile: bool = option("torch.compile: takes minutes to start, pays off on a GPU", False)
     ranks: int | None = option("processes to train in, on Ray; by default this one, or those of torchrun", None)
     device: str = option("cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", "auto")
     threads: int | None = option("CPU threads of the training process; by default as many as PyTorch takes", None)
@@ -79,14 +79,14 @@ class TrainConfig:
     tensorboard: bool = option("write output/tensorboard too", False)
     wandb: str | None = option("project of Weights & Biases to send the metrics to as well", None)
     evaluate: Sequence[Any] | None = option(
-        "tasks to run meanwhile: a list of {TASK: {data: …, every: STEPS, …}}, with the options of trainer.evaluate",
+        "tasks to run during training: a list of {TASK: {data: …, every: STEPS, …}}, with the options of trainer.evaluate",
         None,
     )
     resume: str = option("latest (or start if there is none), none, or the path of a checkpoint", "latest")
     export: bool = option("write output/model for open_clip at the end", True)
 
     def steps(self, per_epoch: int) -> int:
-        """Updates from the first to the last, of data that make `per_epoch` batches."""
+        """Total updates, for a dataset of `per_epoch` batches."""
         return per_epoch * self.epochs if self.samples is None else self.samples // self.batch_size
 
     def problems(self) -> Iterator[str]:
@@ -119,8 +119,8 @@ class TrainConfig:
             yield "lock_image, lock_text: with both towers locked nothing is left to train"
 
 
-# What may differ between a checkpoint and the run that resumes it: nothing that reaches the weights, but for the order
-# in which floats are added. (Batch norm and dropout do see how a batch is divided into ranks and micro-batches.)
+# Keys that may change on resume: they affect no weights, apart from the order in which floats are added. (Batch norm
+# and dropout do depend on how a batch is divided into ranks and micro-batches.)
 FREE_ON_RESUME = {
     *("shards", "output", "device", "workers", "checkpoint_every", "keep_checkpoints", "log_every", "resume"),
     *("export", "grad_checkpointing", "compile", "threads", "ranks", "micro_batch_size", "tensorboard"),

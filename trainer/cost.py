@@ -1,4 +1,4 @@
-"""What a training run would do and need, without allocating the model: everything is counted on torch's meta device."""
+"""Estimates the compute, memory and time of a training run on torch's meta device, without allocating the model."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from trainer.model import (
 )
 
 H100_BF16_FLOPS, UTILISATION = 989e12, 0.4
-"""Dense peak of the SXM card (NVIDIA's data sheet), and the part of it that a good training loop reaches."""
+"""Dense peak of the SXM card (NVIDIA's data sheet), and the fraction that a good training loop reaches."""
 GPU_BYTES = 80e9
 UNKNOWN_EPOCH = 100_000_000
-"""Samples of an epoch, for scale, where neither the shards nor `samples` say how many there are."""
+"""Assumed samples per epoch if neither the shards nor `samples` give a number."""
 
 
 def estimate(config: TrainConfig) -> str:
-    """A page of text: parameters, steps, FLOPs, memory and, for scale, GPU-hours. Raises ModelError.
+    """A report of parameters, steps, FLOPs, memory and GPU-hours. Raises ModelError.
 
-    Shards and weights may be missing still: the page says so, and has the rest.
+    Reports missing shards and weights, and estimates the rest.
     """
     with torch.device("meta"):
         model, preprocess, _ = create(config.model, "meta", siglip=config.loss == "siglip")
@@ -92,7 +92,7 @@ def estimate(config: TrainConfig) -> str:
         f"backward{recomputed}{cached}"
     )
 
-    # Weights in fp32; of those that learn a gradient and AdamW's two moments; and what autocast makes of all of them.
+    # fp32 weights; a gradient and AdamW's two moments of those that are trained; autocast's copies of all weights.
     state = 4 * total + 12 * learning + (0 if precision == "fp32" else 2 * total)
     pixels = own * 3 * preprocess.size**2
     contrast = loss.memory(own, config.batch_size, model_config(config.model)["embed_dim"])
@@ -144,9 +144,9 @@ def _forget_gradient(parameter: Tensor) -> None:
 
 
 class Meter(TorchDispatchMode):
-    """What is computed under it: `flops`, and the `bytes` of its tensors when most of them were alive.
+    """Counts the `flops` computed under it, and the peak `bytes` of the tensors allocated under it.
 
-    FLOPs are those of PyTorch's own table (products and convolutions). Its FlopCounterMode would have them too, but
+    FLOPs are those of PyTorch's table (products and convolutions). PyTorch's FlopCounterMode is not used because it
     keeps gradients alive.
     """
 
@@ -179,7 +179,7 @@ class Meter(TorchDispatchMode):
 
 @contextmanager
 def _flash_attention() -> Iterator[None]:
-    """Attention as a GPU does it; on the meta device it would be the plain one, which holds (B, heads, L, L)."""
+    """Counts attention as a GPU computes it; the meta device's own version holds (B, heads, L, L) in memory."""
 
     def flash(q: Tensor, k: Tensor, v: Tensor, mask: None = None, dropout: float = 0, is_causal: bool = False) -> Any:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout, is_causal)[0]

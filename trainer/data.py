@@ -1,7 +1,7 @@
-"""Batches of a training run: which samples, which crops, decoded by worker processes.
+"""Batches of a training run: chooses samples and crops, and decodes them in worker processes.
 
-Batch `step` is a pure function of (shards, seed, step), so a run can start at any step at once, and sees the same
-samples and crops whatever the number of workers and ranks.
+Batch `step` is a pure function of (shards, seed, step). So a run can start at any step without delay, and gets the same
+samples and crops for any number of workers and ranks.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ __all__ = [
 ]  # fmt: skip
 
 MAX_REPLACEMENTS = 20
-"""Samples tried in place of one that cannot be read; if half of all are corrupt, one in a million needs more."""
-_CROPS, _REPLACEMENTS = 1 << 32, 1 << 33  # streams of `mix`, apart from the Feistel network's small turns
+"""Replacements tried for an unreadable sample. If half of all samples are corrupt, one in a million needs more."""
+_CROPS, _REPLACEMENTS = 1 << 32, 1 << 33  # distinct from the small round numbers of `order.shuffled`
 
 
 @dataclass
 class Batch:
-    """B samples, and those met on the way that could not be read."""
+    """B samples, and the unreadable samples that were replaced."""
 
     pixels: Tensor
     """uint8 (B, 3, size, size)"""
@@ -47,16 +47,15 @@ class Batch:
     """one line each: `SHARD.tar:KEY: why`"""
 
     def pin_memory(self) -> Batch:
-        """What the DataLoader calls so that copies to a GPU overlap with work there."""
+        """Called by the DataLoader, so that copies to a GPU overlap with computation."""
         return replace(self, pixels=self.pixels.pin_memory(), tokens=self.tokens.pin_memory())
 
 
 class Batches(Dataset[Batch]):
     """Batch `step` of a training run, for any step, in any process: always the same pixels and tokens.
 
-    Crops are made here and not on the device: photographs differ in shape, so that only the crop, not the
-    photograph, fits a batch of one shape, and a crop is the smaller thing to send. The device gets uint8, and turns it
-    into the tower's numbers (`Preprocess.normalize`).
+    Workers crop, not the device: photographs differ in shape, so only crops stack into a batch, and a crop is smaller
+    to transfer. The device gets uint8 and normalises it (`Preprocess.normalize`).
     """
 
     def __init__(self, shards: Shards | Mixture, batch_size: int, size: int, tokenizer: Tokenizer, seed: int) -> None:
@@ -125,7 +124,7 @@ class _Parts(Dataset["Batch | ShardsError"]):
     world: int
 
     def __getitem__(self, step: int) -> Batch | ShardsError:
-        # Raised in a worker process, the error would come out of the DataLoader wrapped in that process's traceback.
+        # The DataLoader would wrap an error raised in a worker process in that process's traceback.
         try:
             return self.batches.part(step, self.rank, self.world)
         except ShardsError as error:
@@ -133,13 +132,13 @@ class _Parts(Dataset["Batch | ShardsError"]):
 
 
 def _outlive_sigterm(_: int) -> None:
-    # Where the whole process group gets it, the training still finishes its step; its end is theirs.
+    # If the whole process group gets the signal, the training process still finishes its step; workers end with it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _delivered(part: Batch | ShardsError) -> Batch:
     if isinstance(part, ShardsError):
-        raise ShardsError(*part.args)  # `part` itself would keep the workers alive, by the frames of its traceback
+        raise ShardsError(*part.args)  # raising `part` itself would keep the workers alive through its traceback
     return part
 
 

@@ -1,4 +1,4 @@
-"""What a model is computed on, and in which type of number."""
+"""Chooses the device to compute on and the floating-point type."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 from trainer.config import ConfigError
 
-# Values of ONEDNN_MAX_CPU_ISA (DNNL_MAX_CPU_ISA in older versions) that leave out instructions which the CPU has.
+# Values of ONEDNN_MAX_CPU_ISA (DNNL_MAX_CPU_ISA in older versions) that disable instructions which the CPU has.
 _WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 _WITHOUT_AMX = _WITHOUT_BF16 | {"AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512"}
 _EMULATED = {"bf16": "2 to 10", "fp16": "5 to 50"}
-"""Times that a step on a CPU takes as long as in fp32: measured in training on models of 64 px, AVX2 and AVX-512."""
+"""Slowdown of a training step against fp32 on a CPU; measured on 64 px models with AVX2 and AVX-512."""
 
 
 class Precision(NamedTuple):
@@ -23,16 +23,16 @@ class Precision(NamedTuple):
     name: str
     """`fp32`, `bf16` or `fp16`."""
     reason: str = ""
-    """Why it was chosen; empty if it was given."""
+    """Why `auto` chose it; empty if the user did."""
     warning: str = ""
-    """What is wrong with it on this device; empty if nothing is."""
+    """Why it is slow on this device; empty if it is not."""
 
     def __str__(self) -> str:
         return f"{self.name} (auto: {self.reason})" if self.reason else self.name
 
 
 def find_device(name: str) -> torch.device:
-    """Raises ConfigError if there is no such device here."""
+    """The device of this name; `auto` is a GPU if there is one. Raises ConfigError if it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -43,10 +43,10 @@ def find_device(name: str) -> torch.device:
 
 
 def choose_precision(asked: str, device: torch.device, training: bool) -> Precision:
-    """The type that `asked` means on a device. `auto` is the fastest that is safe there.
+    """Resolves a requested precision on a device; `auto` is the fastest safe one.
 
-    A model that is only evaluated has its weights in this type; one that is trained has them in fp32 and computes under
-    autocast, which gains less: it takes AMX for bf16 to train faster than fp32 does on a CPU.
+    For inference, weights have this type. Training keeps fp32 weights and uses autocast, which gains less: on a CPU,
+    bf16 trains faster than fp32 only with AMX.
     """
     instructions = _bf16_instructions() if device.type == "cpu" else ""
     if asked == "auto":

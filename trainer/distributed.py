@@ -1,6 +1,7 @@
-"""Several processes that train one model: who is here, what is gathered, and how they are started.
+"""Several processes that train one model: ranks, collectives, and launching on Ray.
 
-A process alone, one of `torchrun`'s, and one of Ray Train's run the same code; alone, every collective is the identity.
+A single process, a `torchrun` rank and a Ray Train worker run the same code; in a single process every collective is
+the identity.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def world_size() -> int:
 
 
 def join(device: torch.device) -> torch.device:
-    """Meets the other processes that the environment speaks of (`torchrun` sets it); the device that is this one's."""
+    """Joins the process group that the environment describes (set by `torchrun`); returns this rank's device."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -61,7 +62,7 @@ def _reduced(values: Tensor, operation: Any) -> Tensor:
 
 
 def rows_of(rows: Tensor) -> Tensor:
-    """The rows (n, D) of every rank under each other, (ranks x n, D)."""
+    """The rows (n, D) of all ranks concatenated, (ranks x n, D)."""
     if world_size() == 1:
         return rows
     gathered = [torch.empty_like(rows) for _ in range(world_size())]
@@ -70,7 +71,7 @@ def rows_of(rows: Tensor) -> Tensor:
 
 
 def lists_of(items: list[T]) -> list[T]:
-    """The items of every rank, one after another."""
+    """The items of all ranks, concatenated."""
     if world_size() == 1:
         return items
     gathered: list[list[T]] = [[] for _ in range(world_size())]
@@ -79,7 +80,7 @@ def lists_of(items: list[T]) -> list[T]:
 
 
 def on_first(work: Callable[[], T], group: Any = None) -> T:
-    """What `work` returns on rank 0, which alone does it. What it raises there is raised on every rank."""
+    """Runs `work` on rank 0 and returns its result on every rank; an error there is raised on every rank."""
     if world_size() == 1:
         return work()
     box: list[Any] = [None, None]
@@ -96,7 +97,7 @@ def on_first(work: Callable[[], T], group: Any = None) -> T:
 
 
 def patient_group() -> Any:
-    """For `on_first`, all ranks in a group that waits for a day; the usual ones take 10 to 30 minutes for a failure."""
+    """A group of all ranks for `on_first` with a timeout of a day; the default groups fail after 10 to 30 minutes."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=1)) if world_size() > 1 else None
 
 

@@ -1,12 +1,12 @@
-"""Evaluation while a model trains: the tasks of `trainer.evaluate`, on the model as it is.
+"""Evaluation during training: runs the tasks of `trainer.evaluate` on the current weights.
 
     evaluate:
       - zeroshot: {data: heldout/classes, templates: prompts.txt, every: 500}
       - retrieval: {data: runs/heldout}
 
 A task takes the options of `python -m trainer.evaluate TASK`, except those that name a model. It runs every `every`
-steps, or by default at the end of each epoch; also before the first step and after the last. Its figures are those
-that the command gives for the exported model, in fp32. `name` tells two entries apart: by default it is TASK/DATA.
+steps (default: at the end of each epoch), and also before the first step and after the last. Its metrics equal those
+of the command on the exported model, in fp32. `name` distinguishes entries; the default is TASK/DATA.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from trainer.loop import Run
 
 OWN = ("name", "every", "batch_size")
-"""Keys of an entry that are no options of its task."""
+"""Keys of an entry that are not options of its task."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Task:
     kind: str
     """Name of a module of `trainer.evaluate`."""
     every: int | None
-    """Steps; None: an epoch."""
+    """Interval in steps; None means an epoch."""
     options: argparse.Namespace
 
     def due(self, run: Run) -> bool:
@@ -51,7 +51,7 @@ class Task:
 
 
 class Evaluation(Hook):
-    """Runs tasks on rank 0, while the other ranks wait. A task that fails ends the run, on all of them."""
+    """Runs tasks on rank 0 while the other ranks wait. A failing task ends the run on every rank."""
 
     def __init__(self, run: Run, log: Log) -> None:
         super().__init__(run)
@@ -60,8 +60,8 @@ class Evaluation(Hook):
         self.patience = distributed.patient_group()
 
     def __enter__(self) -> Evaluation:
-        # Before the first step, so that what is wrong with the data is found there. After a later step only if the run
-        # was stopped before it had a figure.
+        # Evaluates before the first step, so that problems of the data show at once. On resume, evaluates only tasks
+        # whose metrics of this step were not logged before the run stopped.
         done = {name for record in self.log.records for name in record}
         self._evaluate([task for task in self.tasks if not any(name.startswith(f"{task.name}/") for name in done)])
         return self
@@ -93,7 +93,7 @@ class Evaluation(Hook):
 
 
 def parse(entries: Sequence[Any] | None) -> list[Task]:
-    """The tasks of `evaluate`. Raises ConfigError with all that is wrong with them."""
+    """Parses the entries of `evaluate`. Raises ConfigError with all problems."""
     if not entries:
         return []
     from trainer.evaluate.__main__ import TASKS
@@ -151,7 +151,7 @@ def _task(kind: str, values: dict[str, Any]) -> Task:
 
 
 def _words(option: str, value: Any, together: bool) -> list[str]:
-    """An option as the command line has it; a list is given once, or as an option that comes repeatedly."""
+    """An option as command-line words; a list follows the option once, or repeats the option."""
     if value is None or value is False:
         return []
     if value is True:
@@ -176,7 +176,7 @@ def _flat(metrics: Record, name: str) -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def _as_evaluated(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """While this lasts, the model is in evaluation mode; after it, nothing of the training is changed."""
+    """Puts the model in evaluation mode; on exit restores training modes and random number generators."""
     training = [module for module in model.modules() if module.training]  # locked towers are not
     model.eval()
     try:

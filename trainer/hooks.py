@@ -1,4 +1,4 @@
-"""What happens beside the steps of a training: its log, its checkpoints, its evaluations, and whatever a user adds."""
+"""Hooks of the training loop: the log, checkpoints, and the base class for your own."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from trainer.loop import Run
 
 Record = dict[str, Any]
-"""A line of `metrics.jsonl`: `step`, `epoch`, `samples`, and what was measured."""
+"""A line of `metrics.jsonl`: `step`, `epoch`, `samples` and the metrics."""
 
 
 class StoppedError(Exception):
-    """The training was asked to end (SIGTERM), and can be resumed."""
+    """The training was stopped by SIGTERM and can be resumed."""
 
 
 class Hook:
-    """Something that accompanies a run, on every rank: entered before its first step, left after its last or an error.
+    """Called by the training loop on every rank: entered before the first step, exited after the last or on an error.
 
-    `trainer.loop.train(config, hooks=[MyHook])` adds one: a function of the run that gives a hook. Overridden methods
-    may use everything of `run`; what they do alike on all ranks may be collective. Weights and random numbers of the
-    training are theirs to leave alone.
+    `trainer.loop.train(config, hooks=[MyHook])` adds one; each item is a callable from the run to a hook. Methods may
+    read anything of `run`, and may call collectives if every rank does. They must not change weights or consume the
+    training's random numbers.
     """
 
     def __init__(self, run: Run) -> None:
@@ -48,17 +48,17 @@ class Hook:
         pass
 
     def after_step(self, batch: Batch, numbers: dict[str, float]) -> None:
-        """After step `run.step`: this rank's part of the batch, and `loss`, `lr`, `temperature`, `grad_norm`, and
-        `waited`, the seconds that the batch was waited for."""
+        """Called after step `run.step` with this rank's part of the batch. `numbers` holds `loss`, `lr`, `temperature`,
+        `grad_norm`, and `waited`, the seconds spent waiting for the batch."""
 
     def finish(self) -> None:
-        """After the last step, while every hook is still open."""
+        """Called after the last step, while every hook is still open."""
 
 
 class Log(Hook):
-    """`metrics.jsonl`, TensorBoard, Weights & Biases, and a progress bar on a terminal or plain lines elsewhere.
+    """Writes `metrics.jsonl`, TensorBoard and Weights & Biases, and shows a progress bar, or lines without a terminal.
 
-    All of rank 0 alone.
+    Only rank 0 writes.
     """
 
     def __init__(self, run: Run) -> None:
@@ -71,7 +71,7 @@ class Log(Hook):
         )  # fmt: skip
         self.boards: list[Board] = []
         self.records: list[Record] = []
-        """Of earlier runs, those that belong to the current step."""
+        """Records of the current step from before a resume."""
         self.corrupt = run.corrupt
         self.waited, self.since, self.logged = 0.0, time.perf_counter(), run.step
         self.started, self.first_step = self.since, run.step
@@ -106,7 +106,7 @@ class Log(Hook):
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def write(self, numbers: Record) -> None:
-        """A record of the current step, to the file and the boards."""
+        """Writes a record of the current step to the file and the boards."""
         run = self.run
         epoch = round(run.step / run.batches.per_epoch, 4)
         record = {"step": run.step, "epoch": epoch, "samples": run.step * run.config.batch_size, **numbers}
@@ -140,7 +140,7 @@ class Log(Hook):
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """While this lasts, another progress bar has the terminal, and time does not count for samples per second."""
+        """Pauses the progress bar and the clock of samples per second, for work that shows its own progress."""
         before = time.perf_counter()
         if not self.bar.disable:
             self.bar.stop()
@@ -157,7 +157,7 @@ class Log(Hook):
         self.say(f"{self.run.step - self.first_step} steps in {seconds:.0f} s{corrupt}{model}")
 
     def _forget_undone_steps(self) -> None:
-        # A killed run may have logged steps after its last checkpoint; they are about to be done again.
+        # A killed run may have logged steps after its last checkpoint, which will be repeated.
         if not self.path.exists():
             return
         kept = []
@@ -172,7 +172,7 @@ class Log(Hook):
 
 
 class Board(Protocol):
-    """Where records are drawn as curves."""
+    """A service that plots records."""
 
     def write(self, record: Record) -> None: ...
 
@@ -199,9 +199,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Sends records to a project of Weights & Biases, as WANDB_MODE and `wandb login` have it; its files lie in
-    `output/wandb`. Each start is a run of its own, in a group named after the output. Raises ConfigError without the
-    package or a login."""
+    """Sends records to a project of Weights & Biases, configured by WANDB_MODE and `wandb login`.
+
+    Local files go to `output/wandb`. Each start is a separate run, in a group named after the output. Raises
+    ConfigError without the package or a login."""
 
     def __init__(self, run: Run) -> None:
         try:
@@ -227,10 +228,10 @@ def _numbers(record: Record) -> dict[str, float]:
 
 
 class Checkpoints(Hook):
-    """A checkpoint every `checkpoint_every` steps, at the last one, and when the run is stopped; then the export."""
+    """Saves a checkpoint every `checkpoint_every` steps, at the last step and on SIGTERM; then exports the model."""
 
     saved: int | None = None
-    """The step of the last one written."""
+    """Step of the last checkpoint written."""
 
     def after_step(self, batch: Batch, numbers: dict[str, float]) -> None:
         if self.run.step % self.run.config.checkpoint_every == 0 or self.run.step == self.run.total_steps:

@@ -43,15 +43,15 @@ from trainer.order import mix
 
 
 class DivergedError(RuntimeError):
-    """A loss that is not finite, or that has been lost for good; the message names samples."""
+    """The loss is not finite, or stayed at chance level; the message names samples."""
 
 
 PATIENCE = 100
-"""Steps in a row, after the warm-up, whose loss may be no better than that of a model that knows nothing."""
+"""Consecutive steps after the warm-up whose loss may be no better than chance before the run stops."""
 
 
 class Result(NamedTuple):
-    """What a batch gave: its loss, what each own pair adds to that (n,), and the own features (n, D)."""
+    """Output of a batch: its loss, the contribution of each of this rank's pairs (n,), and their features (n, D)."""
 
     loss: Tensor
     each: Tensor
@@ -60,7 +60,7 @@ class Result(NamedTuple):
 
 
 class Towers(nn.Module):
-    """Both encoders in one forward pass, which is what DistributedDataParallel and torch.compile can wrap."""
+    """Both encoders in one forward pass, so that DistributedDataParallel and torch.compile can wrap them."""
 
     def __init__(self, model: Clip) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Towers(nn.Module):
 
 
 class Run:
-    """One training run, or one rank of it: the model, its optimiser, and how far they have come."""
+    """One training run, or one rank of it: the model, the optimiser and the progress."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -111,19 +111,19 @@ class Run:
             self.towers = DistributedDataParallel(self.towers, gradient_as_bucket_view=True)
         self.batches = Batches(self.shards, config.batch_size, self.preprocess.size, self.tokenizer, config.seed)
         self.optimizer = make_optimizer(self.model, config)
-        # On all ranks the same, whatever their devices are.
+        # Decided on one rank: all ranks must agree, even if their devices differ.
         self.compute_in(distributed.on_first(lambda: choose_precision(config.precision, self.device, training=True)))
         self.total_steps = config.steps(self.batches.per_epoch)
         self.step = 0
         """Steps done."""
         self.corrupt = 0
-        """Samples met so far, on any rank, that could not be read."""
+        """Unreadable samples so far, over all ranks."""
         self.lost_steps = 0
         """Steps, up to the last, whose loss was no better than chance."""
         self.lost: list[str] = []
         """The worst samples of the first of these."""
         self.stopping = self.stopped = False
-        """Whether this process has been asked to end, and whether any rank had been after the last step."""
+        """Whether this process got SIGTERM, and whether any rank had by the end of the last step."""
         self._interruptible = False
 
     def compute_in(self, precision: Precision) -> None:
@@ -131,7 +131,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.name == "fp16")
 
     def state(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on, plus what an export needs."""
+        """Everything needed to resume the run or export its model."""
         return {
             "step": self.step,
             "corrupt": self.corrupt,
@@ -145,7 +145,7 @@ class Run:
         }
 
     def restore(self, path: Path) -> None:
-        """Takes over a checkpoint. Raises CheckpointError if it belongs to another configuration or other shards."""
+        """Loads a checkpoint. Raises CheckpointError if its configuration or shards differ."""
         state = checkpoint.load(path)
         here = dataclasses.asdict(self.config)
         there = {field.name: field.default for field in dataclasses.fields(TrainConfig)} | state["config"]
@@ -168,14 +168,14 @@ class Run:
         self.step, self.corrupt = state["step"], state["corrupt"]
 
     def stop(self, *_: Any) -> None:
-        """Ends the run after its current step, or at once where nothing would be lost; a handler of signals."""
+        """Signal handler: stops the run after its current step, or at once inside `interruptible`."""
         self.stopping = True
         if self._interruptible:
             raise StoppedError
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """While this lasts, weights do not change, so that the run may be stopped anywhere."""
+        """Allows `stop` to interrupt at any point, for code that does not change weights."""
         self._interruptible = True
         try:
             if self.stopping:
@@ -200,7 +200,7 @@ class Run:
         # Waits for the device just once.
         numbers = torch.stack([result.loss, norm, log_scale, corrupt, stopping]).tolist()
         loss, norm, log_scale, corrupt, stopping = numbers
-        # An overflow is how fp16 finds its scale: the scaler leaves such a step out.
+        # fp16 finds its loss scale by overflowing: the scaler skips such a step.
         overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
             self._stop(f"loss {loss}, gradient norm {norm}", self._suspects(batch, result))
@@ -215,15 +215,15 @@ class Run:
         return {"loss": loss, "lr": rate, "temperature": math.exp(-log_scale), "grad_norm": norm}
 
     def backward(self, pixels: Tensor, tokens: Tensor) -> Result:
-        """Leaves the gradient of the batch in the parameters; `tokens` are those of the loader, not on a GPU yet.
+        """Accumulates the gradient of the batch in the parameters. `tokens` come from the loader, on the CPU.
 
-        Where a rank's part of it is larger than `micro_batch_size`, by gradient caching (Gao et al. 2021): the features
-        of all micro-batches without their activations, the gradient of the loss at these features, then each
-        micro-batch again, with activations, to take it on to the parameters.
+        If a rank's part is larger than `micro_batch_size`, uses gradient caching (Gao et al. 2021): computes the
+        features of all micro-batches without activations, then the gradient of the loss at these features, then runs
+        each micro-batch again with activations to backpropagate that gradient to the parameters.
         """
         size = self.config.micro_batch_size or self.config.batch_size
         count = -(-self.config.batch_size // self.ranks // size)
-        # A GPU is spared most of the shapes that it would have to plan for.
+        # Rounding lengths keeps the number of distinct shapes on a GPU small.
         multiple = 1 if self.device.type == "cpu" else 8
         captions = [trim(self.model, part, multiple).to(self.device) for part in tokens.tensor_split(count)]
         parts = list(zip(pixels.tensor_split(count), captions))
@@ -249,7 +249,7 @@ class Run:
         return result
 
     def _encode(self, part: int, pixels: Tensor, captions: Trimmed) -> tuple[Tensor, ...]:
-        # Whatever is random in the model is a function of these numbers: nothing to save, and a replay is exact.
+        # Seeds everything random in the model, so a replay is exact and checkpoints need no generator state.
         torch.manual_seed(int(mix(self.config.seed, self.step, self.rank, part)[0]))
         dtype = DTYPES[self.precision.name]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
@@ -262,7 +262,7 @@ class Run:
         return Result(loss, each, image.detach(), text.detach())
 
     def _watch(self, loss: float, batch: Batch, result: Result) -> None:
-        # A collapsed model stays at or above the loss of one that knows nothing, to rounding. One bad batch does not.
+        # A collapsed model stays at or above chance, up to rounding; one bad batch does not last.
         if self.step < self.config.warmup or loss < chance(self.config.batch_size, self.config.loss) * (1 - 1e-4):
             self.lost_steps = 0
             return
@@ -292,9 +292,9 @@ class Run:
 
 
 def train(config: TrainConfig, hooks: Sequence[Callable[[Run], Hook]] = ()) -> None:
-    """Trains to the end of the last epoch, and exports. Resumes as `config.resume` says.
+    """Trains to the last step and exports the model; resumes according to `config.resume`.
 
-    `hooks` come after those of the trainer: log, checkpoints, evaluation. Raises StoppedError after SIGTERM.
+    `hooks` run after the built-in log, checkpoints and evaluation. Raises StoppedError after SIGTERM.
     """
     try:
         run = Run(config)
@@ -347,7 +347,7 @@ def _resume(run: Run) -> None:
 
 @contextlib.contextmanager
 def _stopped_by_sigterm(run: Run) -> Iterator[None]:
-    # Only a main thread can receive signals; in Ray's workers the training is another.
+    # Only the main thread can receive signals; Ray workers train in another thread.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -359,7 +359,7 @@ def _stopped_by_sigterm(run: Run) -> Iterator[None]:
 
 
 def make_optimizer(model: Clip, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW as CLIP uses it: no decay on gains, biases and the temperature, all of which have fewer than two axes."""
+    """AdamW as in CLIP: no decay on gains, biases and the temperature, all of which have fewer than two axes."""
     convolutional = isinstance(model_config(config.model)["vision_cfg"].get("layers"), list)
     beta2 = config.beta2 if config.beta2 is not None else 0.999 if convolutional else 0.98
     eps = config.eps if config.eps is not None else 1e-8 if convolutional else 1e-6
@@ -372,7 +372,7 @@ def make_optimizer(model: Clip, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """For the update after `step` updates: up to `lr` in a line over `warmup` steps, then down a half cosine to 0."""
+    """Rate of the update after `step` updates: linear warm-up to `lr`, then a half cosine down to 0."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, total - config.warmup)))

@@ -1,4 +1,4 @@
-"""Several datasets as one, each with its share of every batch."""
+"""Mixes several datasets, each with a fixed share of the samples."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from trainer.order import mix, shuffled
 from trainer.shards import CorruptSampleError, Shards, ShardsError
 
 CYCLE = 1 << 16
-"""Draws after which the pattern of sources repeats; shares are kept to one part in so many."""
+"""Draws after which the pattern of sources repeats; shares are rounded to 1/CYCLE."""
 
 
 class Mixture:
     """Sources with weights, behind the interface of `Shards`.
 
-    Each source gets `weight / sum of weights` of the samples, rounded to 1/65536: not on average but in every window,
-    to within about one sample a source. Inside a source the samples come in a random order without replacement; when
-    all have come, the next pass over it starts, in an order of its own, wherever the epoch is. An epoch is as many
-    samples as the sources have together: a source whose weight is above its part of them is met more than once an
-    epoch, another less.
+    Each source gets `weight / sum of weights` of the samples, rounded to 1/65536, in every window to within about one
+    sample per source. Each source is sampled in random order without replacement; when it is exhausted, its next pass
+    starts in a new order, independent of the epoch. An epoch has as many samples as all sources together, so a source
+    with more weight than its part of them repeats within an epoch, and one with less does not complete.
     """
 
     def __init__(self, parts: Sequence[tuple[Shards, float]]) -> None:
@@ -88,7 +87,7 @@ class Mixture:
 
 
 def open_shards(source: str | Path | Sequence[dict[str, object]]) -> Shards | Mixture:
-    """What the configuration's `shards` names: one source, or a list of `{path: SOURCE, weight: NUMBER}`.
+    """Opens the configuration's `shards`: one source, or a list of `{path: SOURCE, weight: NUMBER}`.
 
     Raises ShardsError.
     """

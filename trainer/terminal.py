@@ -1,7 +1,7 @@
-"""What every command prints goes through here: no control character and no secret reaches a terminal or a log.
+"""Keeps control characters and secrets out of everything that commands print.
 
-Names of columns, file names, URLs, captions and headers come from strangers. An escape sequence among them can clear
-the screen, retitle the window or hide what follows. `Console` is rich's, whose own sequences pass; `guarded` does the
+Column names, file names, URLs, captions and headers are untrusted. An escape sequence in them can clear the screen,
+change the window title or hide what follows. `Console` is rich's, whose own sequences pass; `guarded` does the
 same for `print`, argparse, warnings and tracebacks.
 """
 
@@ -18,13 +18,13 @@ import rich.console
 from rich.segment import Segment
 
 LOG_WIDTH = 140
-"""Columns of a table where there is no terminal: a log has no margin."""
+"""Width in columns of output that does not go to a terminal."""
 MASK = "***"
 
 # C0 without tab and newline, C1, marks that reorder text, separators that some take for a newline, surrogates.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _USER = re.compile(r"(?<=://)[^/?#\s]*@")
-# Whatever is called like one, as X-Amz-Signature, sig, access_token or AWSAccessKeyId: hiding too much does no harm.
+# Parameter names such as X-Amz-Signature, sig, access_token or AWSAccessKeyId; hiding too much does no harm.
 _SECRET_WORDS = "sig|token|secret|passw|pwd|auth|cred|key"
 _PARAMETER = re.compile(rf"([?&;][^=&;#\s]*(?:{_SECRET_WORDS})[^=&;#\s]*=)[^&;#\s'\"]+", re.IGNORECASE)
 _SECRET_VARIABLE = re.compile(r"(token|secret|passw|credential|(access|api|private|account)_?key)", re.IGNORECASE)
@@ -37,7 +37,7 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """`visible` text on one line, so that it cannot pass for further lines of ours."""
+    """`visible` text on one line, so that it cannot imitate further lines of output."""
     return visible(text).replace("\n", "\\n")
 
 
@@ -88,11 +88,11 @@ class Console(rich.console.Console):
         self.print(f"error: {problem}", markup=False, highlight=False, soft_wrap=True)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        # Before a line is wrapped: a secret cut in two is not found any more.
+        # Masks before wrapping: a secret split over two lines would not be found.
         super().print(*(mask(one) if isinstance(one, str) else one for one in objects), **options)
 
     def _render_buffer(self, buffer: Iterable[Segment]) -> str:
-        # The one place that all text passes, with what moves the cursor still told from what is shown.
+        # All text passes here, with cursor control still separate from text.
         return super()._render_buffer(
             segment if segment.control else Segment(visible(mask(segment.text)), segment.style) for segment in buffer
         )
@@ -120,7 +120,7 @@ class _Guarded:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """While this lasts, what is written to standard output and standard error is made visible and masked."""
+    """Makes everything written to standard output and standard error visible and masked."""
     kept = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (
         stream if isinstance(stream, _Guarded) else _Guarded(stream)  # type: ignore[assignment]

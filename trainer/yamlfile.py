@@ -1,9 +1,9 @@
-"""Every YAML file and every value of a `key=value` override is read here, by pipeline and trainer alike.
+"""Reads YAML files and the values of `key=value` overrides, for pipeline and trainer.
 
 The scalars are those of YAML 1.2's core schema: `no` and `on` are text (Norwegian!), `1e-3` is a number, and neither
-`12:30` nor `2026-01-31` nor `0123` is anything but what it looks like: text, text and 123. Digits may be grouped as in
-`10_000`. A key is always text, and a repeated one is an error. Anchors, aliases and merge keys (`<<`) work.
-A document that expands without bound (nested or aliased) is an error rather than a hang.
+`12:30` nor `2026-01-31` nor `0123` is converted to something else: they are text, text and 123. Digits may be grouped
+as in `10_000`. A key is always text, and a repeated one is an error. Anchors, aliases and merge keys (`<<`) work.
+A document that expands without bound (nested or aliased) is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import yaml
 MAX_CHARS = 1 << 20
 MAX_DEPTH = 50
 MAX_VALUES = 100_000
-"""Of a document with its aliases expanded."""
+"""Limit for a document with its aliases expanded."""
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
