@@ -79,7 +79,7 @@ class TrainConfig:
     tensorboard: bool = option("write output/tensorboard too", False)
     wandb: str | None = option("project of Weights & Biases to send the metrics to as well", None)
     evaluate: Sequence[Any] | None = option(
-        "tasks to run during training: a list of {TASK: {data: …, every: STEPS, …}}, with the options of trainer.evaluate",
+        "tasks to run during training: a list of {TASK: {data: …, every: STEPS, …}}, options as of trainer.evaluate",
         None,
     )
     resume: str = option("latest (or start if there is none), none, or the path of a checkpoint", "latest")
