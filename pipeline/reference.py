@@ -123,7 +123,10 @@ def _default(field: dataclasses.Field) -> str:  # type: ignore[type-arg]
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 2 for a name that is no step."""
     parser = argparse.ArgumentParser(
-        prog="winnow steps", description="Prints the reference of all steps, or of those named, in Markdown."
+        prog="winnow steps",
+        description="Prints the reference of all steps, or of those named, in Markdown.",
+        epilog="examples:\n  winnow steps\n  winnow steps clip_score threshold\n  winnow steps --configuration",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="a step, as in `download`, or its import path")
     parser.add_argument(
