@@ -29,7 +29,7 @@ LOGITS_AT_ONCE = 1 << 24
 
 
 def clip_loss(image: Tensor, text: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric cross-entropy over a batch of matching pairs: the loss in nats, and what each own pair adds to it.
+    """Symmetric cross-entropy over a batch of matching pairs: the loss in nats, and each own pair's share of it.
 
     `image` and `text` are unit vectors of shape (n, D), row i of one belonging to row i of the other; `log_scale` is
     the logarithm of the inverse temperature. The loss is the mean over the N pairs of all ranks and both directions,
@@ -40,13 +40,13 @@ def clip_loss(image: Tensor, text: Tensor, log_scale: Tensor) -> tuple[Tensor, T
 
 
 def siglip_loss(image: Tensor, text: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Every image with every text is a yes or no: the loss in nats per image. Arguments and result as `clip_loss`."""
+    """Sigmoid loss over all image-text pairs, in nats per image. Arguments and result as `clip_loss`."""
     loss, each = _Contrast.apply(image, text, log_scale, bias)
     return loss, each
 
 
 def chance(pairs: int, loss: str) -> float:
-    """The loss of a model that knows nothing but the size of the batch, in nats: what training must beat."""
+    """The loss, in nats, of a model that has learnt nothing: the baseline of training."""
     # SigLIP's best constant answer is a probability of 1/N for each of an image's N pairs.
     others = (pairs - 1) * math.log(pairs / (pairs - 1)) if loss == "siglip" and pairs > 1 else 0.0
     return math.log(pairs) + others
@@ -55,8 +55,8 @@ def chance(pairs: int, loss: str) -> float:
 def memory(own: int, pairs: int, width: int) -> int:
     """Bytes that a rank's loss holds at its peak, over `own` of all `pairs`, with features of `width`."""
     logits = min(own * pairs, max(LOGITS_AT_ONCE, pairs))
-    # Of logits: a block, what the model believes of it, and the block before. Of features: texts and their gradient,
-    # also as the ranks add it up, of all pairs; images, scaled images and two gradients of the own pairs.
+    # Logits: a block, its probabilities, and the previous block. Features: for all pairs, the texts, their gradient
+    # and its sum over the ranks; for own pairs, images, scaled images and two gradients.
     return 4 * (3 * logits + (3 * pairs + 4 * own) * width)
 
 
@@ -97,7 +97,7 @@ class _Contrast(torch.autograd.Function):
         image_grad, text_grad = torch.empty_like(images), torch.zeros_like(texts)
         bias_grad = torch.zeros_like(scale)
         for rows, logits, matching in blocks():
-            # What the model believes of each pair, less what is true, is the gradient in both losses.
+            # The gradient of both losses by the logits is the predicted probability less the target.
             if bias is None:
                 belief = logits.softmax(1).add_(logits.sub_(normaliser).exp_()).div_(2)
             else:

@@ -140,7 +140,7 @@ def load(
     `model` is a folder with `open_clip_config.json` and `open_clip_model.safetensors` (and then `pretrained` is left
     out), `hf-hub:owner/name`, or the name of an architecture; then `pretrained` is one of its tags or a checkpoint
     file. `precision` is the dtype of the weights: `fp32`, `bf16` or `fp16`.
-    Raises ModelError wherever the alternative were random or wrong weights.
+    Raises ModelError rather than fall back to random or wrong weights.
 
         model, preprocess, tokenizer = load("ViT-B-32", "openai", precision="bf16")
         image = model.encode_image(preprocess(pictures), normalize=True)            # (B, embed_dim)
@@ -199,8 +199,8 @@ def create(
                 raise
             raise ModelError(f"pretrained {pretrained!r} does not fit {name}: {error}") from error
     if siglip and net.logit_bias is not None and net.logit_bias == 0:
-        # open_clip fills in 0 where the weights have no bias; one that was trained is never exactly that. The scale
-        # beside it is CLIP's, of some 100, under which the many negatives would rule the first steps.
+        # open_clip fills in 0 where the weights have no bias; a trained bias is never exactly 0. The scale next to it
+        # is CLIP's, about 100, at which the negatives would dominate the first steps.
         with torch.no_grad():
             net.logit_bias.fill_(SIGLIP_BIAS)
             net.logit_scale.fill_(SIGLIP_LOG_SCALE)
@@ -270,7 +270,7 @@ def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Inert:
-    """Stands for an object of a file whose class is not to be called."""
+    """Replaces an object in a file, so that its class is never called."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -292,7 +292,7 @@ _LOADING_ERRORS = (OSError, RuntimeError, ValueError, KeyError, AssertionError, 
 
 
 def _reason(error: Exception) -> str:
-    # torch's own reason stands behind a page on how to unpickle the file nevertheless.
+    # torch's own reason follows a long hint on how to unpickle the file anyway.
     text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
     return (text.strip().splitlines() or [type(error).__name__])[0]
 
@@ -358,7 +358,7 @@ def checkpoint_activations(model: Clip) -> None:
 
 
 def _normalize_again(norm: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    # What is computed inside a backward pass is computed a second time. A compiled graph counts once by itself.
+    # Computation inside a backward pass is a recomputation. A compiled graph counts once by itself.
     again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
     with without_statistics(norm) if again else nullcontext():
         return forward(x)
@@ -366,7 +366,7 @@ def _normalize_again(norm: nn.Module, forward: Callable[[Tensor], Tensor], x: Te
 
 @contextmanager
 def without_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norms of `module` normalise by their batch as ever, but do not count it: they see it a second time."""
+    """Keeps the running statistics of the batch norms of `module` as they are: they see this batch a second time."""
     norms = _batch_norms(module)
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -407,11 +407,11 @@ def _attend(
     v_x: Tensor | None = None,
     attn_mask: Tensor | _Packed | None = None,
 ) -> Tensor:
-    # Self-attention over (B, L, D) with the parameters of nn.MultiheadAttention, which copies its input to and fro,
-    # and whose additive mask (the causal one, here) keeps a GPU from its fastest kernels.
+    # Self-attention over (B, L, D) with the parameters of nn.MultiheadAttention, which transposes and copies its
+    # input, and whose additive causal mask keeps a GPU from its fastest kernels.
     qkv = F.linear(q_x, attention.in_proj_weight, attention.in_proj_bias)
     if isinstance(attn_mask, _Packed):
-        # Only here do captions part: all that goes token by token is one large product instead of many small ones.
+        # Only attention needs captions apart: everything per token is one large product instead of many small ones.
         groups = qkv[0].split([rows * length for rows, length in attn_mask.shapes])
         mixed = [
             _mix(attention, causal, group.view(rows, length, -1), attn_mask.mask[:length, :length]).flatten(0, 1)
@@ -422,7 +422,7 @@ def _attend(
 
 
 def _mix(attention: nn.MultiheadAttention, causal: bool, qkv: Tensor, mask: Tensor | None) -> Tensor:
-    """Of queries, keys and values (B, L, 3 D), what each place takes from the others (B, L, D)."""
+    """Attention output (B, L, D) of queries, keys and values (B, L, 3 D)."""
     batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     heads, head_width = attention.num_heads, width // attention.num_heads
     q, k, v = qkv.view(batch, length, 3, heads, head_width).permute(2, 0, 3, 1, 4)
@@ -450,7 +450,7 @@ def architecture(model: str) -> str:
 
 
 def model_config(model: str, pretrained: str | None = None, siglip: bool = False) -> dict[str, Any]:
-    """The architecture as open_clip writes it down: `embed_dim`, `vision_cfg`, `text_cfg`, and what `create` adds."""
+    """The architecture as open_clip's configuration: `embed_dim`, `vision_cfg`, `text_cfg`, and what `create` adds."""
     name = architecture(model)
     config: dict[str, Any] = open_clip.get_model_config(name)
     # OpenAI's and some other weights were trained with QuickGELU; under plain GELU they load without an error and
@@ -463,7 +463,7 @@ def model_config(model: str, pretrained: str | None = None, siglip: bool = False
 
 
 def _trained_with(model: str, pretrained: str) -> dict[str, Any]:
-    """What is known about the architecture that weights were trained in; of a bare state dict, nothing."""
+    """What weights say about their architecture; nothing in a bare state dict."""
     if (folder := Path(pretrained)).is_dir():
         config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_cfg"]
         return config
@@ -538,7 +538,7 @@ class Trimmed(NamedTuple):
 def trim(model: Clip, tokens: Tensor, multiple: int = 1) -> Trimmed:
     """Token ids (B, context_length) with less of their padding; lengths are rounded up to a `multiple`.
 
-    Captions of the web have a median of some 12 tokens, and one of a few hundred has 77: of a whole batch, hardly any
+    Web captions have a median of about 12 tokens, and one in a few hundred has 77: of a whole batch, hardly any
     padding could go, of groups sorted by length more than half.
 
     Exact where the tower is causal and reads its features at the end-of-text token (CLIP): nothing there can see the
@@ -564,7 +564,7 @@ def encode_text(model: Clip, tokens: Tensor, normalize: bool = False) -> Tensor:
 
 
 def encode_trimmed(model: Clip, captions: Trimmed, normalize: bool = False) -> Tensor:
-    """Text features (B, embed_dim) of captions as `trim` gives them; on a GPU it waits for nothing."""
+    """Text features (B, embed_dim) of captions as `trim` gives them; never synchronises with a GPU."""
     groups = captions.groups
     if not _reads_end_of_text(model):
         features = torch.cat([model.encode_text(group) for group in groups])

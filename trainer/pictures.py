@@ -1,4 +1,4 @@
-"""Encoded pictures, of whatever source, to upright and opaque 8-bit sRGB.
+"""Decodes pictures from any source to upright and opaque 8-bit sRGB.
 
 The rules are those for fetched pictures (`pipeline.fetch.decoder`; a test compares the two), so a model sees the same
 pixels whoever wrote the shards:
@@ -34,7 +34,7 @@ _MOST_SCANS = 100
 _MAX_METADATA = 1 << 20  # Pillow's own limit on a text or profile of a PNG
 
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-# Broken metadata is everyday on the web, and said of no picture in particular it is noise.
+# Broken metadata is common on the web, and Pillow's warnings do not name the picture.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # pictures are decoded side by side
 
@@ -54,7 +54,7 @@ def decode(encoded: bytes, size: int | None = None) -> Image.Image:
         raise
     except Image.UnidentifiedImageError as error:  # whose own message names an address in memory
         raise CorruptSampleError(f"no whole header of a {kind}") from error
-    # Pillow's decoders raise nearly anything on hostile bytes.
+    # Pillow's decoders raise nearly any exception on hostile bytes.
     except Exception as error:
         raise CorruptSampleError(f"{type(error).__name__}: {error}") from error
 
@@ -80,7 +80,7 @@ def _decode(encoded: bytes, kind: str, size: int | None) -> Image.Image:
     if kind == "PNG":
         encoded = _essential(encoded)
     file = io.BytesIO(encoded)
-    # Image.open would go through the further pictures of a JPEG that has some, and fail where their table is broken.
+    # Image.open would look for further pictures in a JPEG, and fail where their table is broken.
     opened = JpegImagePlugin.JpegImageFile(file) if kind == "JPEG" else Image.open(file, formats=[kind])
     with opened as image:
         _check_size(*image.size)
@@ -187,7 +187,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     alpha = None
     if image.has_transparency_data:
         alpha = (image if image.mode in ("LA", "RGBA") else image.convert("RGBA")).getchannel("A")
-    # A profile is made for one of these.
+    # A profile is made for one of these modes.
     if image.mode in ("1", "LA"):
         image = image.convert("L")
     elif image.mode not in ("RGB", "L", "CMYK"):

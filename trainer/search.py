@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 SETTINGS = "search.json"
 """Which model made the embeddings; written before them."""
 EXHAUSTIVE = 1_000_000
-"""Up to so many vectors every one is compared with the query: a fraction of a second, and nothing is missed."""
+"""Up to this many vectors, the query is compared with every one: it takes a fraction of a second and misses nothing."""
 TRAINING = 64
 """Vectors per inverted list that the lists' centres are fitted to (faiss warns below 39)."""
 
@@ -98,7 +98,7 @@ def _embed_part(encoder: Encoder, shards: Shards, start: int, out: Path, name: s
     for kind, blocks in (("img_emb", images), ("text_emb", texts)):
         array = np.concatenate(blocks)
         _write(out / kind / f"{kind}_{name}.npy", lambda file, array=array: np.save(file, array))  # type: ignore[misc]
-    # Written last: that it exists means that the part is whole.
+    # Written last: if it exists, the part is complete.
     table = pa.table({"image_path": keys, "caption": captions})
     _write(out / "metadata" / f"metadata_{name}.parquet", lambda file: pq.write_table(table, file))
 
@@ -157,7 +157,7 @@ def build(files: list[Path], out: Path, lists: int | None) -> None:
     kind = f"IVF{lists},SQfp16" if lists else "SQfp16"
     built = faiss.index_factory(arrays[0].shape[1], kind, faiss.METRIC_INNER_PRODUCT)
     if lists:
-        # Samples are in random order within a run's shards, but not in everyone's: so taken from all parts.
+        # A run's shards hold samples in random order, but other shards may not, so take some from every part.
         share = max(1, total // (lists * TRAINING))
         built.train(np.concatenate([array[::share] for array in arrays]).astype(np.float32))
     else:
@@ -173,7 +173,7 @@ def build(files: list[Path], out: Path, lists: int | None) -> None:
 
 
 class Searcher:
-    """A folder that `index` made, ready to be asked."""
+    """A folder that `index` made, opened for queries."""
 
     def __init__(self, folder: str | Path, captions: bool = False, probes: int = 64) -> None:
         faiss = _faiss()
@@ -218,7 +218,7 @@ class Searcher:
 
 
 def query(args: argparse.Namespace) -> None:
-    """Prints what is nearest to a text or an image, a JSON object a line."""
+    """Prints the samples nearest to a text or an image, one JSON object per line."""
     searcher = Searcher(args.folder, args.captions, args.probes)
     if args.k < 1:
         raise ConfigError("-k", [f"found {args.k}, expected at least 1"])

@@ -2,9 +2,9 @@
 
 Members are grouped by the `webdataset` package itself. It is handed names and places instead of streams, so it opens
 nothing, runs nothing (`pipe:`) and decodes nothing. Its rule: the key of a member ends at the first dot of its base
-name, folders belong to the key, what follows the dot is the suffix in lower case, and neighbours of one key are one
-sample. Where webdataset would stop at a member that comes a second time, the next sample begins, as in open_clip.
-Names are compared and never used as paths.
+name, folders belong to the key, what follows the dot is the suffix in lower case, and consecutive members with the
+same key form a sample. A repeated suffix starts the next sample, as in open_clip; webdataset itself would raise an
+error. Names are compared and never used as paths.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp", "gif", "avif")
 ABSENT = -1
 """The size of a member that a sample does not have."""
 DOTTED = -2
-"""The size of an image that a sample has only under a suffix with more dots, such as `v2.jpg` or `seg.png`: whether it
-is the picture or something about it, nobody can tell."""
+"""The size of an image that a sample has only under a suffix with more dots, such as `v2.jpg` or `seg.png`. It may be
+the picture or an annotation of it."""
 _MAX_NAME = 1 << 20
 _MAX_PADDING = 1 << 20  # tar pads to 10 KiB unless told otherwise
 _META = re.compile(r"__[^/]*__($|/)")  # names that webdataset keeps for itself
@@ -78,7 +78,7 @@ def samples(read: Read, size: int) -> Iterator[Group]:
                 if _META.match(name):
                     continue
                 prefix, suffix = base_plus_ext(name)
-                if prefix is None or prefix.endswith("/"):  # a hidden file, which macOS makes of every other
+                if prefix is None or prefix.endswith("/"):  # hidden, such as the ._ files that macOS adds
                     continue
                 if prefix != key:
                     key, seen = prefix, set()
