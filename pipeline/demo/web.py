@@ -223,7 +223,14 @@ def _publish(kind: str, site: Site, body: bytes, original: str) -> str:
         return inside if rng.random() < 0.5 else site.publish(None, "redirect", inside)
     if kind == "bad_url":
         start = rng.choice(
-            ("file:///etc/", "ftp://127.0.0.1/", "javascript:", "data:image/png;base64,", "http:///", "../")
+            (
+                "file:///etc/",
+                "ftp://127.0.0.1/",
+                "javascript:",
+                "data:image/png;base64,",
+                "http://127.0.0.1:99999/",
+                "../",
+            )
         )
         return f"{start}{rng.getrandbits(32):08x}.jpg"
     if kind == "no_tls":
