@@ -238,7 +238,10 @@ class Store:
         name = entry["name"]
         if self.local:
             _check_once(self.path(name), entry["bytes"], entry["sha256"])
-            return pa.memory_map(self.path(name))
+            try:
+                return pa.memory_map(self.path(name))
+            except FileNotFoundError:  # removed since it was checked
+                raise DamagedError(f"{self.path(name)}: missing") from None
         with tempfile.TemporaryDirectory() as folder:
             try:
                 self.fs.get_file(self.path(name), f"{folder}/copy")

@@ -206,6 +206,9 @@ def _units(audit: Audit, root: Store, complete: dict[str, Any], units: int) -> N
                 if entry:
                     named.add(entry["name"])
                     audit.check(root, entry)
+            for file in record.get("borrowed", ()):
+                if file["entry"]:
+                    audit.check(Store(file["root"]), file["entry"])
             return record["rows_in"], record["kept"]
         return 0, 0
 
