@@ -93,7 +93,7 @@ def write(folder: Path, rows: int, dimension: int) -> None:
         writer.commit({})
 
 
-def run_passes(folder: Path, dimension: int) -> list[Pass]:
+def run_passes(folder: Path, dimension: int) -> list[UnitPass]:
     types = {f.name: f.type for f in SAMPLE}
     vector = {"embedding": pa.list_(pa.float16(), dimension)}
     return [

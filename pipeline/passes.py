@@ -35,7 +35,8 @@ from pipeline.ledger import Funnel
 from pipeline.recipe import Recipe, identity
 from pipeline.schema import DROP, POSITION, SAMPLE, is_heavy
 from pipeline.step import Filter, Sink, Stage, Step, apply, drops_table, split_marked
-from pipeline.storage import DamagedError, Entry, Output, Store, is_part, sealed
+from pipeline.storage import DamagedError, Entry, Output, Store, sealed
+from trainer import atomic
 
 HEAVY_ROWS = 256
 """Rows whose pixels are in memory at a time."""
@@ -132,11 +133,11 @@ class Pass:
     def sweep(self, entries: Iterable[Entry | None]) -> None:
         """Removes what failed or killed attempts left: all files except records and those that `entries` name."""
         keep = {entry["name"] for entry in entries if entry is not None}
-        keep |= {name for name in self.store.names() if name.startswith("complete") and not is_part(name)}
+        keep |= {name for name in self.store.names() if name.startswith("complete") and not atomic.is_part(name)}
         for folder in ("", "units", "drops", "attempts", "spool", "commits"):
             for file in self.store.names(folder):
                 name = f"{folder}/{file}" if folder else file
-                if name not in keep and (folder != "commits" or is_part(file)):
+                if name not in keep and (folder != "commits" or atomic.is_part(file)):
                     self.store.remove(name)
 
     def surviving(self, before: Sequence[Pass], unit: int) -> np.ndarray:

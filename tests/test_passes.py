@@ -166,9 +166,7 @@ def contents(passes: list[Pass], units: int = 3) -> list[dict[str, Any]]:
         for table in read_unit(passes, unit, ["uid", "image", "size", "score"])
         for row in table.to_pylist()
     ]
-    return rows + [
-        d for u in range(units) for i, p in enumerate(passes) for d in p.drops(passes[:i], u).to_pylist()
-    ]
+    return rows + [d for u in range(units) for i, p in enumerate(passes) for d in p.drops(passes[:i], u).to_pylist()]
 
 
 def funnels(accounts: list[list[dict[str, Any]]]) -> list[dict[int, list[dict[str, Any]]]]:
