@@ -193,9 +193,11 @@ def _mend(job: Job) -> list[str]:
     if complete[0] is None:
         return []
     units = int(complete[0]["units"])
+    own = f"{Store(job.recipe.run).root}/"
+    here = [record is not None and p.root.startswith(own) for record, p in zip(complete, passes)]
     for i, p in enumerate(passes):
         there = units if complete[i] or p.repeatable else len(p.store.names("commits"))
-        if there < units and any(complete[i:]):
+        if there < units and any(here[i:]):
             raise DamagedError(
                 f"{p.root}: only {there:,} of {units:,} units are there, and later passes rest on the others. "
                 "To go on, restore it from a copy; or, to fetch again what the web still has, remove the folders of "
@@ -229,7 +231,6 @@ def _mend(job: Job) -> list[str]:
                     passes[i].store.check(entry)
             except DamagedError as error:
                 found.append({"pass": i, "unit": None, "error": str(error)})
-    own = f"{Store(job.recipe.run).root}/"
     if final := [d for d in found if not (passes[d["pass"]].repeatable and passes[d["pass"]].root.startswith(own))]:
         for damage in final:
             if not passes[damage["pass"]].root.startswith(own):
