@@ -32,7 +32,7 @@ Finished = tuple[pa.Table, int, T]
 HOLD_SECONDS = 0.5
 
 
-@dataclass(eq=False)  # one is itself alone: weakref needs a hash
+@dataclass(eq=False)  # weakref.finalize needs a hash
 class ConcurrentRows(Generic[T]):
     """Calls `work(values, begin)` for each row, with the row's values in `columns`.
 
