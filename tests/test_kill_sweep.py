@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -64,17 +65,18 @@ def words(pid: int) -> str:
         return ""
 
 
-def named(part: str) -> Callable[[int], list[int]]:
-    """Finds the descendants of a process whose command line contains a word."""
-    return lambda driver: [pid for pid in family(driver) if pid != driver and part in words(pid)]
+def named(pattern: str) -> Callable[[int], list[int]]:
+    """Finds the descendants of a process whose command line matches a pattern."""
+    return lambda driver: [pid for pid in family(driver) if pid != driver and re.search(pattern, words(pid))]
 
 
 VICTIMS: dict[str, tuple[Callable[[int], list[int]], signal.Signals, set[int]]] = {
     # the processes to choose from, the signal, and the allowed exit statuses
     "driver": (lambda driver: [driver], signal.SIGKILL, {-signal.SIGKILL}),
     "tree": (lambda driver: family(driver), signal.SIGKILL, {-signal.SIGKILL}),
-    "worker": (named("ray::"), signal.SIGKILL, {0}),
+    "worker": (named(r"^ray::(?!\w+Agent)"), signal.SIGKILL, {0}),
     "decoder": (named("pipeline.fetch.sandbox"), signal.SIGKILL, {0}),
+    "agent": (named(r"^ray::\w+Agent"), signal.SIGKILL, {1}),  # the raylet ends with it
     "raylet": (named("raylet/raylet"), signal.SIGKILL, {1}),
     "gcs": (named("gcs_server"), signal.SIGKILL, {1}),
     "sigterm": (lambda driver: [driver], signal.SIGTERM, {128 + signal.SIGTERM}),
