@@ -50,12 +50,13 @@ class Fit(NamedTuple):
 
     @property
     def word(self) -> str:
+        """How well, by the lower limit: not at all, poorly, fairly, well."""
         if self.low < 0.6:
-            return "cannot tell"
-        return "tells only poorly" if self.low < 0.7 else "tells fairly" if self.low < 0.8 else "tells well"
+            return "not at all"
+        return "poorly" if self.low < 0.7 else "fairly" if self.low < 0.8 else "well"
 
     def __str__(self) -> str:
-        said = f"the scorer {self.word} matching captions from others here"
+        said = f"tells matching captions from others {self.word}"
         return f"{said}: AUC {self.auc:.3f} [{self.low:.3f}, {self.high:.3f}], overlap {self.overlap:.0%}"
 
 

@@ -16,10 +16,10 @@ def columns(n: int, **given: list[str]) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("own", "other", "auc", "word"),
     [
-        (np.linspace(1, 2, 400), np.linspace(0, 0.9, 400)[:, None], 1.0, "tells well"),
-        (np.linspace(0, 1, 400), np.linspace(0, 1, 400)[:, None], 0.5, "cannot tell"),
-        (np.zeros(400), np.zeros((400, 2)), 0.5, "cannot tell"),
-        (np.linspace(0, 1, 400), np.linspace(1, 2, 400)[:, None], 0.0, "cannot tell"),
+        (np.linspace(1, 2, 400), np.linspace(0, 0.9, 400)[:, None], 1.0, "well"),
+        (np.linspace(0, 1, 400), np.linspace(0, 1, 400)[:, None], 0.5, "not at all"),
+        (np.zeros(400), np.zeros((400, 2)), 0.5, "not at all"),
+        (np.linspace(0, 1, 400), np.linspace(1, 2, 400)[:, None], 0.0, "not at all"),
     ],
 )
 def test_the_area_under_the_curve(own: np.ndarray, other: np.ndarray, auc: float, word: str) -> None:
@@ -43,7 +43,7 @@ def test_a_scorer_of_noise_and_one_that_knows() -> None:
     rng = np.random.default_rng(1)
     pictures = rng.normal(size=(600, 32))
     noise = rng.normal(size=(600, 32))
-    assert _fitness("s", pictures, noise, columns(600)).fits[0].word == "cannot tell"
+    assert _fitness("s", pictures, noise, columns(600)).fits[0].word == "not at all"
     assert _fitness("s", pictures, pictures + 0.5 * noise, columns(600)).fits[0].auc > 0.99
 
 
@@ -58,5 +58,5 @@ def test_copies_are_no_other_captions_and_groups_stand_alone() -> None:
     fitness = _fitness("s", pictures, captions, columns(600, language=languages, caption=captioned))
     fits = {fit.group: fit for fit in fitness.fits}
     assert fits["language en"].auc > 0.99
-    assert fits["language de"].word == "cannot tell"
+    assert fits["language de"].word == "not at all"
     assert sum(fitness.own * np.diff(fitness.edges)) == pytest.approx(1)
