@@ -38,6 +38,7 @@ from pipeline.hashing import hash64
 from pipeline.page import CUT, DROPPED, KEPT, OTHER, Picture, Table, Thumbnails, chart, count, share
 from pipeline.reader import Run, RunError, RunStep, open_run
 from pipeline.storage import DamagedError, Store
+from trainer import atomic
 from trainer.terminal import Console, guarded
 
 PICTURE_UNITS = 8
@@ -61,31 +62,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, errors = Console(), Console(stderr=True)
     try:
         run = open_run(args.run)
-        where = write(run, args.run, args.out, console)
+        written = write(run, args.run, args.out, console)
     except RunError as error:
         errors.error(error)
         return 2
     except (DamagedError, OSError) as error:
         errors.error(error)
         return 1
-    console.print(f"report: {where}", highlight=False, soft_wrap=True)
+    for verdict in written.verdicts:
+        console.print(verdict, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {written.where}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
-def write(run: Run, path: str, out: str | None = None, console: Console | None = None) -> str:
-    """Writes the report of a run at `path`, to `path/report/index.html` unless `out` is given; returns where it is.
+class Written(NamedTuple):
+    where: str
+    verdicts: list[str]
+    """A line about each scorer whose embeddings are stored."""
+
+
+def write(run: Run, path: str, out: str | None = None, console: Console | None = None) -> Written:
+    """Writes the report of a run at `path`, to `path/report/index.html` unless `out` is given.
 
     RunError for a run that is not finished or whose passes were removed.
     """
     if not run.finished:
         raise RunError(f"{path} is not finished; give the command of the run again, then report on it")
-    body = page.render("report.html", **gather(run, console))
+    fits = fitness.measure(run)
+    body = page.render("report.html", **gather(run, fits, console))
+    verdicts = [f"{found.score} {found.fits[0]}" for found in fits]
     if out is None:
         store = Store(path)
         store.write("report/index.html", body)
-        return store.path("report/index.html")
-    Path(out).write_bytes(body)
-    return out
+        return Written(store.path("report/index.html"), verdicts)
+    with atomic.replacing(out) as file:
+        file.write(body)
+    return Written(out, verdicts)
 
 
 # --- What is gathered -------------------------------------------------------------------------------------------------
@@ -190,7 +202,7 @@ class Judged:
     texts: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
-def gather(run: Run, console: Console | None = None) -> dict[str, object]:
+def gather(run: Run, fits: Sequence[fitness.Fitness], console: Console | None = None) -> dict[str, object]:
     """The values of the template `report.html`."""
     from rich.progress import track
 
@@ -210,7 +222,7 @@ def gather(run: Run, console: Console | None = None) -> dict[str, object]:
     return {
         "run": run,
         "facts": _facts(run),
-        "fits": [_fitness(found) for found in fitness.measure(run)],
+        "fits": [_fitness(found) for found in fits],
         "funnel": _funnel(run),
         "judged": [_shown_step(run, of, thumbnails, pictured) for of in judged],
         "failures": _failures(run),
