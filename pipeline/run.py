@@ -220,7 +220,7 @@ def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]])
         measured = [os.path.basename(p["root"]) for p in old["passes"] if p["kind"] == "measure"]
         orphans = [root for root in measured if root not in roots and store.names(f"passes/{root}/commits")]
         same_pool = os.path.basename(old["passes"][0]["root"]) == roots[0]
-        differences = _differences(old["recipe"], source)
+        changed = differences(old["recipe"], source)
     except (ValueError, KeyError, TypeError, IndexError):
         if ours:
             store.write("run.json", data)
@@ -229,10 +229,10 @@ def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]])
     if old["name"] == claim["name"] and same_pool and not orphans:
         store.write("run.json", data)
         return
-    if not differences:
-        differences = ["the files of the pool, or of a step, have changed since"]
+    if not changed:
+        changed = ["the files of the pool, or of a step, have changed since"]
     cost = f"; {', '.join(orphans)} would have to be done again" if orphans else ""
-    lines = "\n".join(f"  {line}" for line in differences)
+    lines = "\n".join(f"  {line}" for line in changed)
     raise RefusedError(
         f"{checked.run} holds the run of another recipe{cost}. Nothing was changed. The difference:\n{lines}\n"
         "Give the old recipe to go on with it, or another `run` (with `reuse: OLD_RUN` to share what is the same)."
@@ -277,7 +277,7 @@ def _adopt(checked: Recipe, passes: list[Pass]) -> list[Pass]:
     return [adopted(mine, other) for mine, other in zip(passes, theirs)]
 
 
-def _differences(old: Any, new: Any) -> list[str]:
+def differences(old: Any, new: Any) -> list[str]:
     """The keys of two recipes that differ, as `steps.download.timeout: 10 → 5`."""
     before, after = dict(_flat(old)), dict(_flat(new))
     lines = []
