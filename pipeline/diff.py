@@ -168,8 +168,7 @@ Block = tuple[pa.Table, pa.Table, pa.Table, pa.Table]
 
 def _units(a: Run, b: Run) -> Iterator[Block]:
     """The rows of each unit of two runs of one pool. The key of a row is its number."""
-    for tables in zip(_kept(a, "row"), _dropped(a, "row"), _kept(b, "row"), _dropped(b, "row"), strict=True):
-        yield tables
+    yield from zip(_kept(a, "row"), _dropped(a, "row"), _kept(b, "row"), _dropped(b, "row"), strict=True)
 
 
 def _partitions(a: Run, b: Run, store: Store) -> Iterator[Block]:

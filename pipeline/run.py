@@ -107,10 +107,13 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
     _claim(checked, own, describe(passes, checked))
 
     from pipeline import cluster, executor
+    from pipeline.events import Events
     from pipeline.progress import Progress, print_funnel
 
     started = time.monotonic()
-    progress = Progress(console)
+    events = Events(Store(checked.run))
+    progress, done = Progress(console, events.watch), False
+    events.command(checked.name, [p.label for p in passes])
     try:
         try:
             cluster.start_ray(checked.workers)
@@ -123,11 +126,23 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
             cluster.check_nodes(Store(checked.run), pool.find_files(checked.pool))
         except cluster.UnseenError as error:
             raise RefusedError(str(error)) from None
+        from pipeline.metrics import Metrics
+
+        progress.watchers.append(Metrics(checked.name).watch)
         job = executor.Job(checked, passes, types, progress, claim)
         outcome = executor.execute(job)
         dropped = executor.write_books(job, outcome)
+        done = True
+    except LostClaimError:
+        events.close()  # the file is the other command's now
+        raise
+    except BaseException as error:
+        progress.end(done)
+        said = "interrupted" if isinstance(error, KeyboardInterrupt) else _explain(error, checked.run)
+        events.end(2 if isinstance(error, RefusedError) else 1, error=said)
+        raise
     finally:
-        progress.end()
+        progress.end(done)
         ending = watch.is_ending()
         if not ending:
             watch.close()
@@ -165,7 +180,9 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
             f"error: no row was kept: {why}. If that is what you want, say so in the recipe: allow_empty: true",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
-    return 1 if empty else 0
+    status = 1 if empty else 0
+    events.end(status, rows_in=outcome.funnel.rows_in, kept=outcome.funnel.kept)
+    return status
 
 
 def _why_empty(funnel: Funnel) -> str:
