@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,8 +46,8 @@ VALUES = 200_000
 """Distinct hosts, languages or concepts that are counted; beyond that the rarest are forgotten."""
 SAMPLES = 12
 """Rows shown for each step that decided, on each side: those with the lowest hash of their uid."""
-SHOWN = 12
-"""Lines of each table on the terminal."""
+SHOWN, SHOWN_HTML = 12, 50
+"""Lines of each table on the terminal, and of hosts and concepts on the page."""
 ABSENT = "(not in the pool)"
 """The step of a row that the other run never saw."""
 
@@ -270,6 +271,48 @@ def _values(diff: Diff, name: str) -> list[tuple[str, int, int]]:
     return sorted(found, key=lambda line: (-line[1] - line[2], line[0]))
 
 
+def to_html(found: dict[str, Any], a: Run, b: Run) -> bytes:
+    """What `to_json` returns as a page, with pictures of the samples."""
+    from pipeline import page
+
+    thumbnails, sides = page.Thumbnails(), []
+    for name, kept_by, other, letter in (("gained", b, a, "A"), ("lost", a, b, "B")):
+        rows = found["samples"][name]
+        encoded = _pictures(kept_by, [row["uid"] for row in rows])
+        pictures: dict[str, list[page.Picture]] = {}
+        for row in rows:
+            notes = [row["detail"] or row["reason"] or "", *hosts(pa.array([row["url"]], pa.string())).to_pylist()]
+            picture = page.Picture(thumbnails(encoded.get(row["uid"])), row["caption"], [n for n in notes if n])
+            pictures.setdefault(row["step"], []).append(picture)
+        decided = [(by["step"], by["reason"], by["rows"]) for by in found[f"{name}_by"]]
+        sides.append(
+            {
+                "name": name,
+                "decided": page.Table(
+                    [f"step of {letter}", "reason", "rows"], decided, f"{name.capitalize()}: what {letter} dropped"
+                ),
+                "lead": f"Rows that {kept_by.path} kept, by the step of {other.path} that had dropped them.",
+                "pictures": list(pictures.items()),
+            }
+        )
+    tables = [
+        page.Table(
+            [name[:-1], "gained", "lost"],
+            [(v["value"], v["gained"], v["lost"]) for v in found[name][:SHOWN_HTML]],
+            f"{len(found[name]):,} {name}" + (f", the first {SHOWN_HTML}" if len(found[name]) > SHOWN_HTML else ""),
+        )
+        for name in ("languages", "hosts", "concepts")
+        if found[name]
+    ]
+    title = f"Diff of {a.name} and {b.name}"
+    return page.render("diff.html", title=title, found=found, sides=sides, tables=tables, samples=SAMPLES)
+
+
+def _pictures(run: Run, uids: list[str]) -> dict[str, bytes]:
+    """The pictures of rows that a run kept; none for a run without pictures."""
+    return run.pictures(uids) if any("image" in step.adds for step in run.steps) else {}
+
+
 def show(console: Console, found: dict[str, Any]) -> None:
     """Prints what `to_json` returns."""
 
@@ -319,11 +362,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("a", metavar="RUN_A", help="the folder or address of a finished run")
     parser.add_argument("b", metavar="RUN_B", help="the run to compare with it")
     parser.add_argument("--json", action="store_true", help="print the comparison as one JSON object")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with pictures of both sides")
     args = parser.parse_args(argv)
     errors = Console(stderr=True)
     try:
         a, b = open_run(args.a), open_run(args.b)
-        found = to_json(compare(a, b), a, b)
+        found = to_json(compare(a, b, errors), a, b)
+        if args.html:
+            Path(args.html).write_bytes(to_html(found, a, b))
     except RunError as error:
         errors.error(error)
         return 2

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import diff, open_run
-from pipeline.diff import Side, Tally, compare, to_json
+from pipeline.diff import SAMPLES, Side, Tally, compare, to_json
 
 
 def ledger(run: Path) -> tuple[dict[str, str], dict[str, tuple[str, str]]]:
@@ -106,5 +106,12 @@ def test_the_command(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "the same pool" in said
     assert diff.main([a, b, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["same_pool"] is True
+    assert diff.main([a, b, "--html", str(tmp_path / "diff.html")]) == 0
+    html = (tmp_path / "diff.html").read_text()
+    assert html.count("data:image/jpeg;base64,") > SAMPLES
+    assert "<script>alert" not in html
+    assert "onmouseover=alert(1)>" not in html
+    assert diff.main([a, b, "--html", str(tmp_path / "nowhere" / "diff.html")]) == 1
+    assert "nowhere" in capsys.readouterr().err
     assert diff.main([a, str(tmp_path)]) == 2
     assert "is not the folder of a run" in capsys.readouterr().err
