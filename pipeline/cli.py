@@ -30,6 +30,7 @@ COMMANDS = {
     "plan": Command("pipeline.run", ("--plan",), "print what a recipe would run and cost; run nothing"),
     "verify": Command("pipeline.verify", (), "check everything that a finished run claims about itself"),
     "status": Command("pipeline.status", (), "show how far a run is, from outside, while it goes"),
+    "studio": Command("pipeline.studio", (), "open a local page to move cuts and see what would be kept"),
     "diff": Command("pipeline.diff", (), "compare two runs: rows gained and lost, and which step decided"),
     "steps": Command("pipeline.reference", (), "print the reference of all steps, or of those named"),
     "train": Command("trainer.train", (), "pretrain a dual encoder on shards"),
