@@ -45,7 +45,7 @@ def shown(text: object, limit: int = TEXT) -> Markup:
 
     Beyond `limit` characters, the rest is folded; beyond LONGEST, it is left out with a note.
     """
-    full = _plain(text)
+    full = plain(text)
     if len(full) <= limit:
         return Markup("<bdi>{}</bdi>").format(full)
     rest = full[limit:LONGEST]
@@ -55,7 +55,7 @@ def shown(text: object, limit: int = TEXT) -> Markup:
     )
 
 
-def _plain(text: object) -> str:
+def plain(text: object) -> str:
     one = "" if text is None else _SURROGATE.sub("\ufffd", str(text))
     return visible(_HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", mask(one)))
 
