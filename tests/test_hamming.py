@@ -5,7 +5,7 @@ import pytest
 from scipy.sparse.csgraph import connected_components
 
 from pipeline import hamming
-from pipeline.hamming import clusters, masks
+from pipeline.hamming import Index, clusters, masks
 
 
 def by_comparing_all(hashes: np.ndarray, max_hamming: int) -> np.ndarray:
@@ -78,3 +78,21 @@ def test_crowded_hashes_are_not_compared_pairwise(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_few_hashes(n: int) -> None:
     assert clusters(np.arange(n, dtype=np.uint64), 4).tolist() == [0] * n
+
+
+@pytest.mark.parametrize("max_hamming", [0, 1, 4, 10])
+def test_the_index_finds_what_comparing_all_pairs_finds(max_hamming: int) -> None:
+    rng = np.random.default_rng(max_hamming)
+    known = rng.integers(0, 2**64, 300, np.uint64)
+    known = np.concatenate([known, known[:20], known[:50] ^ np.uint64(3)])
+    queries = known[rng.integers(0, len(known), 400)].copy()
+    for _ in range(6):
+        queries ^= np.where(rng.random(400) < 0.6, np.uint64(1) << rng.integers(0, 64, 400, np.uint64), np.uint64(0))
+    place, distance = Index(known, max_hamming).nearest(queries)
+    every = np.bitwise_count(queries[:, None] ^ known[None])
+    assert ((place >= 0) == (every.min(axis=1) <= max_hamming)).all()
+    found = place >= 0
+    assert found.any()
+    assert (distance[found] == every.min(axis=1)[found]).all()
+    assert (every[np.flatnonzero(found), place[found]] == distance[found]).all()
+    assert (Index(known[:0], 4).nearest(queries)[0] == -1).all()

@@ -117,7 +117,7 @@ class Picture:
     sha256: str
     phash: int | None
     """imagehash.phash of the picture as encoded: 64 bits, most significant bit first. None unless
-    `Rules.compute_phash`."""
+    `Rules.compute_phash`, and for a flat picture."""
     exif: str | None
     hash: str | None = None
     """The digest selected by `Rules.compute_hash`."""
@@ -161,7 +161,7 @@ class Decoder:
         if self.rules.compute_phash:
             # Load SciPy (imagehash imports it at first use) and allocate BLAS buffers now. Their 80 MB of address space
             # would otherwise count against the first picture's memory limit.
-            phash(np.zeros((512, 512, 3), np.uint8))
+            phash(np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8))
 
 
 def _decode(body: bytes, rules: Rules, claim: str | None, blur: Sequence[Box]) -> Picture:
@@ -177,6 +177,10 @@ def _decode(body: bytes, rules: Rules, claim: str | None, blur: Sequence[Box]) -
         raise FetchError("not_an_image", f"starts with {body[:16]!r}")
     found = _read_bare(body, kind, rules) or _read(body, kind, rules)
     pixels = _resize(found.pixels, found.plan, rules, blur)
+    denies_pictures = rules.deny_hashes is not None and rules.deny_hashes.holds_pictures
+    bits = phash(pixels) if rules.compute_phash or denies_pictures else None
+    if rules.deny_hashes is not None and (denied := rules.deny_hashes.find_picture(bits)):
+        raise FetchError("denied_hash", denied)
     as_it_came = kind == _SAME_FORMAT[rules.encode_format] and found.clean and not found.plan.resizes
     keep_bytes = rules.skip_reencode and as_it_came and not blur
     return Picture(
@@ -189,7 +193,7 @@ def _decode(body: bytes, rules: Rules, claim: str | None, blur: Sequence[Box]) -
         original_format=kind.lower(),
         animated=found.animated,
         sha256=hashlib.sha256(body).hexdigest(),
-        phash=phash(pixels) if rules.compute_phash else None,
+        phash=bits if rules.compute_phash else None,
         exif=found.exif if rules.extract_exif else None,
         hash=hashlib.new(rules.compute_hash, body).hexdigest() if rules.compute_hash else None,
         hash_matches=matches,
@@ -202,10 +206,19 @@ _PILLOW_ONE = 1 << 22
 """1.0 in Pillow's fixed-point weights."""
 
 
-def phash(pixels: np.ndarray) -> int:
-    """Equals imagehash.phash of (height, width, 3) uint8 RGB, as an unsigned 64-bit integer, in under half the time."""
+FLAT = 2
+"""Levels of grey, of 256, that a flat picture may span: a JPEG of one colour has that much noise."""
+
+
+def phash(pixels: np.ndarray) -> int | None:
+    """Equals imagehash.phash of (height, width, 3) uint8 RGB, as an unsigned 64-bit integer, in under half the time.
+
+    None for a flat picture. It has no structure, so its hash would be noise, or the same for every colour.
+    """
     image = Image.fromarray(pixels)
     small = _to_32(np.asarray(image.convert("L"))).astype(np.float64)
+    if np.ptp(small) <= FLAT:
+        return None
     low = _COSINES @ small @ _COSINES.T
     above = low - np.sort(low, axis=None)[31:33].mean()  # the median
     # imagehash uses SciPy's DCT. If a bit depends on rounding, use SciPy's rounding.

@@ -227,6 +227,10 @@ class _Resizer:
             return None, None, None, None, None, "denied hash"
         return self._resizer(stream, boxes)
 
+    def find_picture(self, bits: int | None) -> str | None:
+        """The listed pHash near `bits`, if there is a list."""
+        return self._denied.find_picture(bits) if self._denied else None
+
 
 class _Writer:
     """An img2dataset sample writer that sends each row to the parent."""
@@ -238,6 +242,8 @@ class _Writer:
         fields: dict[str, Any] = {"status": meta["status"], "error_message": meta["error_message"]}
         if self._resizer.refused:
             fields, self._resizer.refused = {"reason": "denied_hash", "detail": self._resizer.refused}, None
+        elif image is not None and (denied := self._resizer.find_picture(self._phash(image))):
+            fields, image = {"reason": "denied_hash", "detail": denied}, None
         elif image is not None:
             fields |= self._measured(image, meta)
             fields |= self._hashes(self._job["columns"].get("claim", {int(key): None})[int(key)])
@@ -248,6 +254,10 @@ class _Writer:
         except OSError:  # the parent is gone; img2dataset would continue
             os._exit(0)
 
+    def _phash(self, image: bytes) -> int | None:
+        with Image.open(io.BytesIO(image)) as picture:
+            return phash(np.asarray(picture.convert("RGB")))
+
     def _measured(self, image: bytes, meta: dict[str, Any]) -> dict[str, Any]:
         body = self._resizer.body
         kind = sniff(body)
@@ -255,13 +265,9 @@ class _Writer:
         if kind:
             with contextlib.suppress(Exception), Image.open(io.BytesIO(body), formats=[kind]) as source:
                 animated = bool(getattr(source, "is_animated", False))
-        bits = None
-        if self._job["compute_phash"]:
-            with Image.open(io.BytesIO(image)) as picture:
-                bits = phash(np.asarray(picture.convert("RGB")))
         names = ("width", "height", "original_width", "original_height", "sha256", "exif")
         return {name: meta.get(name) for name in names} | {
-            "phash": bits,
+            "phash": self._phash(image) if self._job["compute_phash"] else None,
             "animated": animated,
             "original_bytes": len(body),
             "original_format": kind.lower() if kind else None,

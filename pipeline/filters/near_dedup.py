@@ -22,7 +22,8 @@ class NearDedup(Filter):
 
     Two pictures are linked if their 64-bit hashes differ in at most `max_hamming` bits. A cluster is a connected
     component, so two of its members may differ in more. The search is exact (pigeonhole on blocks of bits; Manku et
-    al., WWW 2007). The detail of a drop is the uid of the row kept instead. Rows without a hash are kept.
+    al., WWW 2007). The detail of a drop is the uid of the row kept instead. Rows without a hash are kept; so are flat
+    pictures, for which `download` stores no hash, since all colours would share one (`exact_dedup` finds equal ones).
     """
 
     max_hamming: int = 4
@@ -30,7 +31,7 @@ class NearDedup(Filter):
     keep: Literal["resolution", "caption", "uid"] = "resolution"  # type: ignore[assignment]
     """The row to keep: most pixels as published, longest caption, or lowest uid. Ties keep the lowest uid."""
     column: str = "phash"
-    """The column of hashes, uint64."""
+    """The column of hashes, uint64: `phash` from `download`, or one that `picture_hash` adds."""
 
     def __post_init__(self) -> None:
         compared = {"resolution": ("original_width", "original_height"), "caption": ("caption",), "uid": ()}

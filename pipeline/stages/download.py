@@ -40,14 +40,15 @@ class Download(Stage):
 
     Adds the encoded `image` and its measurements. `original_width` and `original_height` are those of the upright
     image. `animated` is true if more frames follow the one taken. `sha256` is that of the bytes as fetched. `phash` is
-    imagehash.phash of the picture as encoded, 64 bits, most significant bit first. `usage` holds the publisher's
-    statements about use of the picture, one per line ("Content-Usage: search=n"), or null if there are none. A row
-    without an image is dropped for one of the reasons in `pipeline.fetch.reasons`.
+    imagehash.phash of the picture as encoded, 64 bits, most significant bit first; null for a flat picture, which has
+    nothing to hash. `usage` holds the publisher's statements about use of the picture, one per line ("Content-Usage:
+    search=n"), or null if there are none. A row without an image is dropped for one of the reasons in
+    `pipeline.fetch.reasons`.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("url",)
     adds: ClassVar[dict[str, pa.DataType]] = {**PICTURE, "usage": pa.string()}
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     expensive: ClassVar[bool] = True
     repeatable: ClassVar[bool] = False
 
@@ -91,8 +92,8 @@ class Download(Stage):
     hash_mismatch: Literal["reject", "flag"] = "reject"
     """On a hash mismatch: drop the row, or keep it and record the result in the column `hash_matches`."""
     deny_hashes: str | None = None
-    """A file of md5, sha1 or sha256 digests in hex, one per line. Bodies with a listed digest are dropped before they
-    are decoded or stored."""
+    """A file of md5, sha1 or sha256 digests or of pHashes in hex, one per line. Bodies with a listed digest are dropped
+    before they are decoded; pictures within 4 bits of a listed pHash before they are stored."""
 
     timeout: float = 10.0
     """Total seconds for a row, including redirects, retries and back-off, but not the wait for a busy host."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipeline.fetch.decoder import Rules, decode
 from pipeline.fetch.deny import DenyList
@@ -45,3 +47,21 @@ def test_the_error_names_the_bad_line(tmp_path: Path) -> None:
     path.write_text("# ok\n" + "a" * 64 + "\nxyz\n")
     with pytest.raises(ValueError, match=r"deny\.txt:3: 'xyz' is not an md5"):
         DenyList(path)
+
+
+def test_a_re_encoded_copy_of_a_listed_picture_is_not_kept(tmp_path: Path) -> None:
+    path = tmp_path / "deny.txt"
+    listed = decode(jpeg(seed=3), Rules()).phash
+    assert listed is not None
+    path.write_text(f"{listed:016x}  # by picture\n{hashlib.sha256(b'x').hexdigest()}")
+    rules = Rules(deny_hashes=DenyList(path), compute_phash=False)
+    with Image.open(io.BytesIO(jpeg(seed=3))) as picture:
+        again = io.BytesIO()
+        picture.resize((picture.width * 2 // 3, picture.height * 2 // 3)).save(again, "WEBP", quality=70)
+    for body in (jpeg(seed=3), again.getvalue()):
+        with pytest.raises(FetchError, match=rf"phash {listed:016x} at \d bits") as caught:
+            decode(body, rules)
+        assert caught.value.reason == "denied_hash"
+    kept = decode(jpeg(seed=4), rules)
+    assert kept.phash is None
+    assert decode(jpeg(seed=4), Rules(deny_hashes=DenyList(path))).phash is not None

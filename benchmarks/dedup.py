@@ -1,0 +1,110 @@
+"""The search behind `near_dedup` beside a bare block join of polars, over the same 64-bit hashes.
+
+    python benchmarks/dedup.py [ROWS …]                    default: 1000000 10000000; needs polars (pip install polars)
+
+The hashes are random. One in fifty has a planted neighbour at a distance of 1 to 4 bits, and one in a hundred lies in
+one of three hot buckets, whose hashes share 44 bits. `winnow` is `pipeline.hamming.clusters`, which gives each hash the
+number of its cluster. `polars` joins the hashes with themselves under each of the same 15 masks, drops pairs that are
+further apart than 4 bits, and leaves the clustering out. Each runs in a process of its own. Time is that of the search,
+memory is the process's peak without the hashes themselves. Recall is the share of planted pairs that were found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+MAX_HAMMING = 4
+ONE = np.uint64(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=int, nargs="*", default=[1_000_000, 10_000_000])
+    parser.add_argument("--contender", choices=("winnow", "polars"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.contender:
+        print(json.dumps(contend(args.contender, args.rows[0])))
+        return
+    print(f"{'rows':>12} {'contender':>10} {'seconds':>8} {'CPU s':>7} {'MB':>7} {'recall':>8}")
+    found = {}
+    for rows in args.rows:
+        for contender in ("winnow", "polars"):
+            words = [sys.executable, __file__, str(rows), "--contender", contender]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(f"{contender} failed: {done.stderr.strip().splitlines()[-1]}")
+            one = found[rows, contender] = json.loads(done.stdout)
+            print(
+                f"{rows:>12,} {contender:>10} {one['seconds']:>8.2f} {one['cpu']:>7.2f} {one['mb']:>7,.0f} "
+                f"{one['recall']:>8.4f}"
+            )
+    words = []
+    for rows in args.rows:
+        ours, theirs = found[rows, "winnow"], found[rows, "polars"]
+        words.append(f"time_ratio_{rows}={ours['seconds'] / theirs['seconds']:.2f}")
+        words.append(f"recall_{rows}={ours['recall']:.4f}")
+    few, many = found[args.rows[0], "winnow"], found[args.rows[-1], "winnow"]
+    growth = many["cpu"] / few["cpu"] / (args.rows[-1] / args.rows[0])
+    print(f"RESULT {' '.join(words)} cpu_a_row_growth={growth:.2f}")
+
+
+def planted(rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct hashes, shuffled, and the planted pairs of them, (m, 2)."""
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**64, rows, np.uint64)
+    near = rows // 50
+    hashes[:near] = hashes[near : 2 * near]
+    for _ in range(MAX_HAMMING):
+        flips = ONE << rng.integers(0, 64, near, np.uint64)
+        hashes[:near] ^= np.where(rng.random(near) < 0.6, flips, np.uint64(0))
+    hot = rows // 100
+    prefixes = rng.integers(0, 2**44, 3, np.uint64) << np.uint64(20)
+    hashes[-hot:] = prefixes[rng.integers(0, 3, hot)] | rng.integers(0, 2**20, hot, np.uint64)
+    pairs = np.stack([hashes[:near], hashes[near : 2 * near]], axis=1)
+    distinct = np.unique(hashes)
+    return rng.permutation(distinct), pairs[pairs[:, 0] != pairs[:, 1]]
+
+
+def contend(contender: str, rows: int) -> dict[str, float]:
+    from pipeline.hamming import clusters, masks
+
+    hashes, pairs = planted(rows)
+    if contender == "polars":
+        import polars as pl
+    else:
+        clusters(hashes[:1000], MAX_HAMMING)  # imports SciPy
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    started = time.perf_counter()
+    if contender == "winnow":
+        labels = clusters(hashes, MAX_HAMMING)
+    else:
+        frame, linked = pl.DataFrame({"hash": hashes}), []
+        for mask in masks(MAX_HAMMING):
+            keyed = frame.with_columns(key=pl.col("hash") & pl.lit(mask, pl.UInt64))
+            shared = keyed.filter(pl.len().over("key") > 1)
+            joined = shared.join(shared, on="key").filter(pl.col("hash") < pl.col("hash_right"))
+            close = (pl.col("hash") ^ pl.col("hash_right")).bitwise_count_ones() <= MAX_HAMMING
+            linked.append(joined.filter(close).select("hash", "hash_right"))
+        links = pl.concat(linked).unique()
+    seconds = time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    if contender == "winnow":
+        order = np.argsort(hashes)
+        one, two = (labels[order[np.searchsorted(hashes, of, sorter=order)]] for of in pairs.T)
+        recall = float((one == two).mean())
+    else:
+        wanted = pl.DataFrame({"hash": pairs.min(axis=1), "hash_right": pairs.max(axis=1)}).unique()
+        recall = len(wanted.join(links, on=["hash", "hash_right"], how="semi")) / len(wanted)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": seconds, "cpu": cpu, "mb": (after.ru_maxrss - before.ru_maxrss) / 1024, "recall": recall}
+
+
+if __name__ == "__main__":
+    main()
