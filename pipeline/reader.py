@@ -149,7 +149,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
 class Run:
     """A run, as `open_run` opens it.
 
-    A row is named by its `unit` and `row`, for good; what is read comes in the order of these two, which is that of the
+    A row is identified by its `unit` and `row`, permanently. Reads are in the order of these two, which is that of the
     shards. Steps are named by their labels. Small enough to be pickled: read units side by side on a cluster with the
     `units` of `scan` and `drops`.
 

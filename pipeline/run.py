@@ -34,8 +34,8 @@ examples:
   python -m pipeline.run conf/400m.yaml --plan
   ray job submit --working-dir . -- python -m pipeline.run conf/400m.yaml
 
-A run that was interrupted goes on where it was: give the same command again. A changed filter or threshold is decided
-anew from what is stored; a change that would throw away downloads or scores is refused.
+Run the same command again to continue an interrupted run. A changed filter or threshold is decided again from what is
+stored; a change that would throw away downloads or scores is refused.
 
 exit status: 0 done and the books balance; 2 the recipe or the command line is wrong, nothing was started;
 130 and 143 ended by Ctrl-C and by SIGTERM; 1 otherwise

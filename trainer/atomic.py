@@ -1,4 +1,4 @@
-"""Writes files that are complete or absent, whatever is killed and whoever else writes them at the same time."""
+"""Atomic writes: a file is complete or absent, also after a kill or with several writers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Decodes pictures from any source to upright and opaque 8-bit sRGB.
 
 The rules are those for fetched pictures (`pipeline.fetch.decoder`; a test compares the two), so a model sees the same
-pixels whoever wrote the shards:
+pixels whichever tool wrote the shards:
 
 - The format is what the first bytes say, and one of JPEG, PNG, WebP, GIF, AVIF.
 - The size in the header is checked before anything is decoded.
