@@ -152,8 +152,8 @@ class Studio:
                 if cut.column in rows.scores
             ],
             "later": [step.label for step in later_steps(self.run, self.after)],
-            "has_languages": rows.languages is not None,
-            "has_concepts": bool(rows.entries),
+            "has_languages": "languages" in rows.groups,
+            "has_concepts": "concepts" in rows.groups,
             "has_pictures": self._has_pictures,
             "search": {
                 "picture": self.vector is not None,
@@ -263,7 +263,7 @@ class Studio:
                     f"the model gives {query.shape[1]} dimensions, but {self.vector} has {vectors.shape[1]}"
                 )
         _, found = nearest(query, torch.from_numpy(vectors), FOUND, torch.device("cpu"))
-        return found[0].numpy().astype(np.int32)
+        return found[0].numpy()
 
     def _embeddings(self) -> np.ndarray:
         """The embeddings of all rows, fp16 in a mapped file; zeros for a row without one. Read when first needed."""
