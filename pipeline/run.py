@@ -20,7 +20,7 @@ from pipeline.claim import Claim, InUseError, LostClaimError, hold
 from pipeline.ledger import BooksError, Funnel
 from pipeline.lifetime import GOES_ON, Watch
 from pipeline.passes import Loan, MeasurePass, Pass, SinkPass, make_passes
-from pipeline.reader import RunError, describe, described_passes
+from pipeline.reader import RunError, describe, described_passes, open_run
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.schema import is_heavy
 from pipeline.step import HaltError
@@ -164,6 +164,8 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
         if known:
             console.print(f"{label}: {known:,} of {rows:,} rows had been measured before", highlight=False)
     print_funnel(console, outcome.funnel)
+    if checked.report:
+        _report(console, checked.run)
     # A run that writes nothing is there for its measurements and its drops.
     empty = not outcome.funnel.kept and folder and not checked.allow_empty
     if not outcome.funnel.kept:
@@ -184,6 +186,24 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
     status = 1 if empty else 0
     events.end(status, rows_in=outcome.funnel.rows_in, kept=outcome.funnel.kept)
     return status
+
+
+def _report(console: Console, path: str) -> None:
+    """Writes the report. The run is done, so a failure is only a warning."""
+    try:
+        from pipeline import report
+
+        written = report.write(open_run(path), path, console=console)
+    except Exception as error:
+        Console(stderr=True).print(
+            f"warning: the report was not written: {type(error).__name__}: {one_line(str(error))}. "
+            f"Try again: winnow report {path}",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        return
+    for verdict in written.verdicts:
+        console.print(verdict, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {written.where}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _why_empty(funnel: Funnel) -> str:
@@ -217,7 +237,7 @@ def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]])
     those of this directory; `described` is what `run.json` says of them.
     """
     store = Store(checked.run)
-    source = masked({**checked.source, "workers": None, "reuse": None, "allow_empty": None})
+    source = masked({**checked.source, "workers": None, "reuse": None, "report": None, "allow_empty": None})
     claim: dict[str, Any] = {"name": checked.name, "recipe": source, "passes": described}
     data = json.dumps(claim, indent=1, default=str).encode()
     ours = _is_ours(store, passes)

@@ -48,7 +48,8 @@ def run(ray_address: str, tmp_path: Path) -> Command:
         env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", **environment}
         if ray:
             env["RAY_ADDRESS"] = ray_address
-        argv = [sys.executable, "-m", "pipeline.run", *args]
+        quick = [] if any("report" in word for word in args) else ["report=false"]
+        argv = [sys.executable, "-m", "pipeline.run", *args, *quick]
         return subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False)
 
     return command

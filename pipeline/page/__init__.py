@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -103,6 +104,7 @@ _VARIABLES = {
 }  # fmt: skip
 _CONFIG = {
     "background": None,
+    "padding": 12,  # fonts in the browser may be wider than those that it was laid out with
     "font": "system-ui, sans-serif",
     "view": {"stroke": None},
     "axis": {
@@ -128,7 +130,7 @@ def chart(
     import vl_convert
 
     whole = {"width": width, "height": height, "config": _CONFIG, **spec}
-    svg = vl_convert.vegalite_to_svg(whole, vl_version=_VEGA_LITE)
+    svg = vl_convert.vegalite_to_svg(json.dumps(whole, default=float), vl_version=_VEGA_LITE)  # float: NumPy's numbers
     svg = re.sub(r' (?:role|aria-[a-z]+|aria-roledescription)="[^"]*"', "", svg)  # one picture, described as a whole
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(f'"{colour}"', f'"var(--{variable})"')
