@@ -361,7 +361,7 @@ def recipe_with(run: Run, after: str, cuts: Sequence[Cut]) -> str:
     lines = run.recipe["steps"]
     steps = [*lines[:at], *(cut.line() for cut in cuts), *lines[at + len(cuts_after(run, after)) :]]
     rest = {key: value for key, value in run.recipe.items() if key != "steps" and value is not None}
-    head = yaml.safe_dump(rest, sort_keys=False, allow_unicode=True, default_flow_style=None, width=1 << 30)
+    head = yaml.safe_dump(rest, sort_keys=False, allow_unicode=True, width=1 << 30)
     body = "".join(f"  - {_flow(step)}\n" for step in steps)
     return f"# Relative paths are those of the folder where the run was made.\n{head}steps:\n{body}"
 
@@ -396,7 +396,7 @@ def application(studio: Studio, token: str, hosts: Sequence[str]) -> web.Applica
         try:
             answer = await _guarded(request, handler)
         except web.HTTPException as error:
-            answer = error
+            answer = web.Response(status=error.status, text=error.reason)
         answer.headers.update(
             {
                 "Content-Security-Policy": POLICY,
@@ -412,7 +412,7 @@ def application(studio: Studio, token: str, hosts: Sequence[str]) -> web.Applica
         if request.host not in hosts:  # a page elsewhere whose name was pointed at this machine
             return _refused(403, "This address is not the studio's.")
         if request.path == "/" and known(request.query.get("token")):
-            answer = web.HTTPSeeOther("/")
+            answer = web.Response(status=303, headers={"Location": "/"})
             answer.set_cookie(cookie, token, httponly=True, samesite="Strict", path="/")
             return answer
         if not known(request.cookies.get(cookie)):

@@ -33,7 +33,9 @@ def made(n: int = N, seed: int = 0) -> tuple[Rows, pa.Table]:
         {
             "uid": uids,
             "url": [f"http://host{i % 7}.example/{i}" if i % 100 else None for i in range(n)],
-            "caption": [f"{('A Red circle', 'a blue star', 'both: red, circle; blue star')[i % 3]} {i}" for i in range(n)],
+            "caption": [
+                f"{('A Red circle', 'a blue star', 'both: red, circle; blue star')[i % 3]} {i}" for i in range(n)
+            ],
         }
     )
     chunked = pa.concat_tables([texts.slice(low, 700) for low in range(0, n, 700)])
@@ -105,7 +107,9 @@ def test_a_summary_counts_what_a_scan_counts() -> None:
         assert drawn["kept"] == by_hand.tolist()
     assert found["languages"] == [{"name": "en", "seen": int(seen.sum()), "kept": int((seen & kept).sum())}]
     hosts = {line["name"]: line["seen"] for line in found["hosts"]}
-    assert hosts == {f"host{h}.example": sum(seen[i] and i % 7 == h and i % 100 > 0 for i in range(N)) for h in range(7)}
+    assert hosts == {
+        f"host{h}.example": sum(seen[i] and i % 7 == h and i % 100 > 0 for i in range(N)) for h in range(7)
+    }
     assert [line["name"] for line in found["concepts"]] == ["red circle"]
 
 

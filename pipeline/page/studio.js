@@ -157,10 +157,9 @@ const TITLES = { kept: "Kept", dropped: "Dropped", above: "Just above the cut", 
 const refill = latest(async () => {
   const which = typeof state.show === "number" ? state.cuts.slice(0, state.show).filter(usable).length : state.show;
   const groups = await ask("tiles", question({ show: which, text: state.text, like: state.like }));
-  $("groups").replaceChildren(...Object.entries(groups).flatMap(([name, tiles]) => [
+  $("groups").replaceChildren(...Object.entries(groups).map(([name, tiles]) => make("div", {},
     make("h3", {}, `${TITLES[name]}${tiles.length ? "" : ": no rows"}`),
-    make("ul", { class: "tiles", "data-group": name, "aria-label": TITLES[name] }, ...tiles.map(tile)),
-  ]));
+    make("ul", { class: "tiles", "data-group": name, "aria-label": TITLES[name] }, ...tiles.map(tile)))));
 });
 
 function tile(row) {
