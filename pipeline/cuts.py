@@ -364,7 +364,7 @@ def vector_columns(types: Mapping[str, pa.DataType]) -> list[str]:
 def load(run: Run, after: str, folder: str, progress: Callable[[int], None] = lambda units: None) -> Rows:
     """Reads the rows that survived a step; texts go to a file in `folder`, which is mapped.
 
-    Memory: some 60 bytes a row, 13 for each score and 8 for each concept. RunError for an unknown step.
+    Memory: some 60 bytes a row, 16 for each score and 8 for each concept. RunError for an unknown step.
     """
     types = run.columns(after)
     scores = score_columns(types)

@@ -514,7 +514,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", help="the folder or address of a run whose steps up to the cuts are done")
-    parser.add_argument("--after", metavar="STEP", help="look at the rows that survived this step (see `winnow diff`)")
+    parser.add_argument("--after", metavar="STEP", help="look at the rows that survived this step, named as in the funnel")
     parser.add_argument("--port", type=int, default=PORT, help="port on 127.0.0.1 (default: %(default)s)")
     args = parser.parse_args(argv)
     console, errors = Console(), Console(stderr=True)

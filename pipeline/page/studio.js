@@ -129,7 +129,8 @@ function fill(made, data, result) {
 
 const recount = latest(async () => {
   const asked = state.cuts.filter(usable);
-  const data = await ask("summary", question({ columns: [...new Set([...cards.values()].filter((one) => one.cut || $("others").contains(one.element)).map((one) => one.name))] }));
+  const drawn = [...cards.values()].filter((one) => one.cut || $("more").open).map((one) => one.name);
+  const data = await ask("summary", question({ columns: [...new Set(drawn)] }));
   $("kept").replaceChildren("Kept ", make("b", {}, count(data.kept)), ` of ${count(data.rows)} (${share(data.kept, data.rows)})`);
   $("seen").textContent = data.seen === data.rows ? "" : `In view: ${count(data.seen_kept)} of ${count(data.seen)} (${share(data.seen_kept, data.seen)})`;
   data.cuts.forEach((one, i) => { one.before = i ? data.cuts[i - 1].after : data.rows; });
@@ -256,6 +257,8 @@ async function begin() {
     Object.assign(state, { text: event.target.elements.query.value.trim(), like: null });
     if (state.text) show("search");
   });
+  $("more").open = matchMedia("(min-width: 1000px)").matches; // on a phone they would hide the rows
+  $("more").addEventListener("toggle", recount);
   reset();
 }
 
