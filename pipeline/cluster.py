@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from ray.exceptions import NodeDiedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.keeper import Keeper
+from pipeline.lifetime import GOES_ON, PROBE_SECONDS
 from pipeline.storage import Store
 
 TOKENS = "nodes"
@@ -27,16 +29,21 @@ _CANNOT_RUN = "cannot run Winnow"
 _keeper: Keeper | None = None
 
 
+class StartError(Exception):
+    """Ray could not be started or joined."""
+
+
 def start_ray(workers: int | None) -> None:
     """Joins the cluster at RAY_ADDRESS (set by `ray job submit`), or starts Ray on this machine.
 
-    A Ray started here ends with this process, however it ends. A joined cluster keeps running.
+    A Ray started here ends with this process, however it ends. A joined cluster keeps running. Raises StartError.
     """
     global _keeper
     debug = bool(os.environ.get("WINNOW_DEBUG"))
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": debug}
     if joined():
         options["address"] = os.environ["RAY_ADDRESS"]
+        _probe(options["address"])
     else:
         _keeper = Keeper()
         store_bytes = 1 << 30  # holds only columns of barriers, and spills to disk
@@ -51,7 +58,20 @@ def start_ray(workers: int | None) -> None:
             "_system_config": {"idle_worker_killing_time_threshold_ms": 120_000},
         }
     with contextlib.nullcontext() if debug else _quiet_core():
-        ray.init(**options)
+        try:
+            ray.init(**options)
+        except Exception as error:  # a part of it died, or the machine is too busy
+            raise StartError(f"Ray did not start: {str(error).partition(chr(10))[0]} {GOES_ON}") from error
+
+
+def _probe(address: str) -> None:
+    """Raises StartError if nobody answers at `host:port`: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in address and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS).close()
+        except OSError as error:
+            raise StartError(f"no cluster answers at RAY_ADDRESS={address} ({error.strerror or error})") from None
 
 
 def joined() -> bool:

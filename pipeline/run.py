@@ -118,6 +118,8 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
     try:
         try:
             cluster.start_ray(checked.workers)
+        except cluster.StartError as error:
+            raise HaltError(str(error)) from None
         except SystemExit:  # Ray's own answer to a SIGTERM while it starts
             watch.take_signals()
             signal.raise_signal(signal.SIGTERM)

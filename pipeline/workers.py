@@ -7,6 +7,7 @@ run's storage. The driver or a worker may die at any moment: only the units' com
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import math
 import queue
@@ -127,6 +128,8 @@ class _Worker:
 
     def __init__(self, passes: list[Pass], index: int, shared: dict[int, Any]) -> None:
         self._passes, self._index, self._shared = passes, index, shared
+        # Steps that are set up hold models, threads and shared objects, which cannot go to another process.
+        self._own = copy.deepcopy(passes)
         self._inbox: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
     def submit(self, unit: int | None) -> None:
@@ -135,7 +138,7 @@ class _Worker:
 
     def run(self) -> Iterator[UnitReport]:
         """Sets up the steps, reports that by an empty report, and works until there are no more units."""
-        for number, step in enumerate(self._passes[self._index].steps):
+        for number, step in enumerate(self._own[self._index].steps):
             if number in self._shared:
                 step.connect(_Remote(self._shared[number]))
             step.setup()
@@ -166,7 +169,7 @@ class _Worker:
                     yield unit
 
         try:
-            for report in run_pass(self._passes, self._index, fresh()):
+            for report in run_pass(self._own, self._index, fresh()):
                 started.difference_update(record["unit"] for record in report.records)
                 yield report
         except HaltError:

@@ -25,6 +25,7 @@ from pipeline.reader import RunError
 from pipeline.storage import Store
 from pipeline.studio import LABELS, Studio, application, picture_type, read_labels, recipe_with
 from tests import painted as runs
+from tests.browser import WIDTHS, chromium
 
 TOKEN = "a-token-of-the-tests"
 CUTS = [{"column": "shade", "min": 0.5}, {"column": "depth", "top_fraction": 0.8}]
@@ -288,15 +289,8 @@ def test_the_command_refuses(tmp_path: Path, painted: Path, capsys: pytest.Captu
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with chromium() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture
@@ -415,7 +409,7 @@ def test_hostile_captions_do_nothing(page: Any) -> None:
 
 SIZES = [
     {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
-    for width in (390, 1280, 2560)
+    for width in WIDTHS
     for scheme in ("light", "dark")
 ]
 
