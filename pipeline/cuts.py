@@ -287,12 +287,12 @@ class Rows:
         values = self.scores[cuts[number].column]
         at = applied.at[number]
         low, high = (int(_place(values, order, at, side)) for side in ("left", "right"))
-        return _first(order[low:], shown & keep, n), _first(order[:high][::-1], shown & ~keep, n)
+        return first(order[low:], shown & keep, n), first(order[:high][::-1], shown & ~keep, n)
 
     def sample(self, cuts: Sequence[Cut], view: View, kept: bool, n: int) -> np.ndarray:
         """Random rows of a view, the same each time: of those that the cuts keep, or of the others."""
         mask = self.apply(tuple(cuts)).without(None, self.n)
-        return _first(self._random, self.seen(view) & (mask if kept else ~mask), n)
+        return first(self._random, self.seen(view) & (mask if kept else ~mask), n)
 
     def describe(self, rows: np.ndarray, cuts: Sequence[Cut]) -> list[dict[str, Any]]:
         """Texts, scores and fate of some rows, as plain data."""
@@ -336,7 +336,7 @@ def _place(values: np.ndarray, order: np.ndarray, at: float, side: str) -> int:
     return high
 
 
-def _first(order: np.ndarray, mask: np.ndarray, n: int) -> np.ndarray:
+def first(order: np.ndarray, mask: np.ndarray, n: int) -> np.ndarray:
     """The first n rows of an order that a mask has; looks no further than it must."""
     found: list[np.ndarray] = []
     start, step = 0, 4096

@@ -38,7 +38,7 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline import page
-from pipeline.cuts import Cut, View, load, vector_columns
+from pipeline.cuts import Cut, View, first, load, vector_columns
 from pipeline.embeddings import matrix
 from pipeline.reader import Run, RunError, RunStep, open_run
 from pipeline.storage import DamagedError, Store
@@ -48,8 +48,8 @@ PORT = 8790
 LABELS = "report/labels.csv"
 TILES = 24
 """Most rows in one answer."""
-FOUND = 1000
-"""Rows that a search by meaning ranks."""
+BLOCK = 65_536
+"""Embeddings that a search converts to float32 at a time."""
 PICTURES = 2000
 """Encoded pictures that are kept in memory."""
 THRESHOLD = "pipeline.filters.threshold.Threshold"
@@ -178,8 +178,7 @@ class Studio:
         if asked.show == "sample":
             groups = {"kept": rows.sample(cuts, view, True, TILES), "dropped": rows.sample(cuts, view, False, TILES)}
         elif asked.show == "search":
-            ranked = self.ranking(asked.text, asked.like)
-            groups = {"found": ranked[rows.seen(view)[ranked]][:TILES]}
+            groups = {"found": first(self.ranking(asked.text, asked.like), rows.seen(view), TILES)}
         else:
             number = int(asked.show)
             if not 0 <= number < len(cuts):
@@ -246,24 +245,19 @@ class Studio:
         return step if here and "text" not in str(self.vector) else None
 
     def _ranking(self, text: str, like: int | None) -> np.ndarray:
-        """The rows nearest to a text or to the picture of a row, nearest first; those without an embedding are last."""
-        import torch
-
-        from trainer.evaluate.features import nearest
-
+        """The rows that have an embedding, those nearest to a text or to the picture of a row first."""
         vectors = self._embeddings()
         if like is not None:
             if not 0 <= like < self.rows.n:
                 raise ValueError(f"there is no row {like}")
-            query = torch.from_numpy(np.array(vectors[like : like + 1], np.float32))
+            query = vectors[like].astype(np.float32)
         else:
-            query = self._encoder().texts([text]).cpu()
-            if query.shape[1] != vectors.shape[1]:
-                raise ValueError(
-                    f"the model gives {query.shape[1]} dimensions, but {self.vector} has {vectors.shape[1]}"
-                )
-        _, found = nearest(query, torch.from_numpy(vectors), FOUND, torch.device("cpu"))
-        return found[0].numpy()
+            query = self._encoder().texts([text])[0].cpu().numpy()
+            if len(query) != vectors.shape[1]:
+                raise ValueError(f"the model gives {len(query)} dimensions, but {self.vector} has {vectors.shape[1]}")
+        blocks = (vectors[low : low + BLOCK].astype(np.float32) for low in range(0, len(vectors), BLOCK))
+        scores = np.concatenate([np.where(block.any(axis=1), block @ query, -np.inf) for block in blocks])
+        return np.argsort(-scores, kind="stable")[: int(np.isfinite(scores).sum())]
 
     def _embeddings(self) -> np.ndarray:
         """The embeddings of all rows, fp16 in a mapped file; zeros for a row without one. Read when first needed."""
@@ -514,7 +508,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", help="the folder or address of a run whose steps up to the cuts are done")
-    parser.add_argument("--after", metavar="STEP", help="look at the rows that survived this step, named as in the funnel")
+    parser.add_argument(
+        "--after", metavar="STEP", help="look at the rows that survived this step, named as in the funnel"
+    )
     parser.add_argument("--port", type=int, default=PORT, help="port on 127.0.0.1 (default: %(default)s)")
     args = parser.parse_args(argv)
     console, errors = Console(), Console(stderr=True)

@@ -9,7 +9,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ from pipeline.storage import Store
 from pipeline.studio import LABELS, Studio, application, picture_type, read_labels, recipe_with
 from tests import painted as runs
 from tests.browser import WIDTHS, chromium
+from tests.conftest import ROOT
 
 TOKEN = "a-token-of-the-tests"
 CUTS = [{"column": "shade", "min": 0.5}, {"column": "depth", "top_fraction": 0.8}]
@@ -208,6 +209,21 @@ def test_similar_pictures(served: Served) -> None:
     assert abs(numbers[0] - int(own.split()[-1])) % 628 in (0, 1, 2, 626, 627)
     angle = int(own.split()[-1])
     assert max(min(abs(n - angle) % 628, -abs(n - angle) % 628) for n in numbers) < 30, "the nearest angles"
+
+
+def test_search_by_text_with_a_local_model(painted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Studio(open_run(painted / "out"), "paint", str(tmp_path))
+    step = replace(made.run.steps[2], options={"model": str(ROOT / "pipeline/demo/scorer")})
+    assert made.text_model() is None, "paint names no model"
+    monkeypatch.setattr(made.run, "steps", [step])
+    assert made.text_model() is step
+    vector = made._encoder().texts(["a red star"])[0].numpy()
+    noise = np.random.default_rng(0).normal(size=(600, len(vector)))
+    made._vectors = (noise / np.linalg.norm(noise, axis=1, keepdims=True)).astype(np.float16)
+    made._vectors[123], made._vectors[124] = vector, 0
+    ranked = made.ranking("a red star", None)
+    assert ranked[0] == 123
+    assert sorted(ranked) == [i for i in range(600) if i != 124], "without an embedding, a row is not found"
 
 
 def test_labels(served: Served) -> None:
