@@ -124,7 +124,7 @@ class Studio:
         self.vector = columns[0] if columns else None
         self._has_pictures = any("image" in step.adds for step in run.steps)
         self.picture = functools.lru_cache(PICTURES)(self._picture)
-        self.ranking = functools.lru_cache(32)(self._ranking)
+        self.ranking = functools.lru_cache(8)(self._ranking)
 
     # --- Answers ------------------------------------------------------------------------------------------------------
 
