@@ -28,7 +28,6 @@ BINS = 80
 """Bars of a histogram."""
 _EDGE = 0.001
 """Share of the rows at either end of a column that its histogram adds to the first and last bar."""
-_NO_BIN = 255
 _MASKS = 16
 """Views whose rows are remembered."""
 
@@ -80,23 +79,44 @@ class Applied:
         return kept
 
 
-class Categories:
-    """A text column as codes: -1 where there is none."""
+class Groups:
+    """Names, and the rows of each; a row may have several names or none."""
 
-    def __init__(self, column: pa.ChunkedArray) -> None:
+    def __init__(self, names: list[str], rows: np.ndarray, codes: np.ndarray) -> None:
+        """`rows` and `codes` are pairs: a row, and the number of a name that it has."""
+        order = np.argsort(codes, kind="stable")
+        self.names = names
+        self._numbers = {name: number for number, name in enumerate(names)}
+        self._rows = rows[order].astype(np.intp)
+        self._starts = np.searchsorted(codes[order], np.arange(len(names) + 1))
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray) -> Groups:
+        """The rows by the value of a text column."""
         encoded = column.combine_chunks().dictionary_encode()
-        self.names: list[str] = encoded.dictionary.to_pylist()
-        self.codes = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False).astype(np.int32)
+        there = encoded.indices.is_valid().to_numpy(zero_copy_only=False)
+        return cls(encoded.dictionary.to_pylist(), np.flatnonzero(there), encoded.indices.drop_null().to_numpy())
 
-    def where(self, name: str) -> np.ndarray:
-        """The rows of one name."""
-        if name not in self.names:
-            return np.zeros(len(self.codes), bool)
-        return self.codes == self.names.index(name)
+    def __len__(self) -> int:
+        return len(self.names)
 
-    def counts(self, rows: np.ndarray) -> np.ndarray:
-        """Rows of each name among those of a mask."""
-        return np.bincount(self.codes[rows & (self.codes >= 0)], minlength=len(self.names))
+    def rows(self, number: int) -> np.ndarray:
+        """The rows that have a name, by its number."""
+        return self._rows[self._starts[number] : self._starts[number + 1]]
+
+    def where(self, name: str, n: int) -> np.ndarray:
+        """The rows that have a name: bool of shape (n,)."""
+        found = np.zeros(n, bool)
+        if name in self._numbers:
+            found[self.rows(self._numbers[name])] = True
+        return found
+
+    def most(self, rows: np.ndarray, top: int) -> list[tuple[int, int]]:
+        """The names that most rows of a mask have, with the number of these rows."""
+        counts = _sums(rows[self._rows], self._starts)
+        best = np.argpartition(-counts, top)[:top] if len(counts) > top else np.arange(len(counts))
+        best = best[np.lexsort((best, -counts[best]))]
+        return [(int(i), int(counts[i])) for i in best if counts[i]]
 
 
 class Rows:
@@ -116,41 +136,39 @@ class Rows:
         # What breaks ties in `threshold`, and a fixed random order of the rows.
         self._hash = hash64(texts["uid"], purpose="threshold")
         self._position = place[:, 0].astype(np.uint64) << np.uint64(32) | place[:, 1].astype(np.uint64)
-        self._random = np.argsort(self._hash).astype(np.int32)
+        self._random = np.argsort(self._hash)
         self.order: dict[str, np.ndarray] = {}
         """For each score, the rows that have one, in ascending order."""
         self.ranges: dict[str, tuple[float, float]] = {}
         """For each score, where its histogram begins and ends."""
-        self._bins: dict[str, np.ndarray] = {}
+        self._edges: dict[str, np.ndarray] = {}
         for name, values in self.scores.items():
             order = np.argsort(values, kind="stable")
-            self.order[name] = order[: self.n - int(np.isnan(values).sum())].astype(np.int32)
-            self.ranges[name], self._bins[name] = self._binned(name)
-        self.languages = Categories(language) if language is not None else None
-        self.hosts = Categories(hosts(texts["url"]))
-        self.entries = entries
-        row, entry = matches(texts["caption"], entries) if entries else (np.empty(0, int), np.empty(0, int))
-        by_entry = np.argsort(entry, kind="stable")
-        self._concept_rows, self._concepts = row[by_entry].astype(np.int32), entry[by_entry].astype(np.int32)
+            self.order[name] = order[: self.n - int(np.isnan(values).sum())]
+            self.ranges[name], self._edges[name] = self._binned(name)
+        self.groups = {"hosts": Groups.of(hosts(texts["url"]))}
+        if language is not None:
+            self.groups["languages"] = Groups.of(language)
+        if entries:
+            self.groups["concepts"] = Groups(list(entries), *matches(texts["caption"], entries))
+        # Where the chunks of the texts begin.
+        self._chunks = np.cumsum([0, *(len(chunk) for chunk in texts["uid"].chunks)])
         self.seen = lru_cache(_MASKS)(self._seen)
         self.apply = lru_cache(4)(self._apply)
-        self.histogram = lru_cache(_MASKS * 32)(self._seen_histogram)
+        self._drawn = lru_cache(_MASKS * 32)(self._seen_histogram)
+        self._most = lru_cache(_MASKS * 4)(self._most_seen)
 
     def _binned(self, name: str) -> tuple[tuple[float, float], np.ndarray]:
+        """Where the histogram of a score begins and ends, and where its bars begin in `order`."""
         values, order = self.scores[name], self.order[name]
-        bins = np.full(self.n, _NO_BIN, np.uint8)
-        if not len(order):
-            return (0.0, 1.0), bins
         edge = int(len(order) * _EDGE)
         low, high = (float(values[order[i]]) for i in (edge, len(order) - 1 - edge))
         if not (math.isfinite(low) and math.isfinite(high)) or low == high:
             finite = values[np.isfinite(values)]
             low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
         high = high if high > low else low + 1.0
-        with np.errstate(invalid="ignore", over="ignore"):
-            at = np.clip((values[order] - low) / (high - low) * BINS, 0, BINS - 1)
-        bins[order] = at.astype(np.uint8)
-        return (low, high), bins
+        inner = np.linspace(low, high, BINS + 1)[1:-1]
+        return (low, high), np.array([0, *(_place(values, order, float(at), "left") for at in inner), len(order)])
 
     # --- Cuts ---------------------------------------------------------------------------------------------------------
 
@@ -164,33 +182,33 @@ class Rows:
                 keep = values >= np.float64(cut.min)  # NaN is never kept
                 at.append(float(cut.min or 0.0))
             else:
-                keep, lowest = self._top(values, kept, cut.top_fraction)
+                keep, lowest = self._top(cut.column, kept, cut.top_fraction)
                 at.append(lowest)
             kept &= keep
             keeps.append(keep)
             after.append(int(np.count_nonzero(kept)))
         return Applied(tuple(keeps), tuple(after), tuple(at))
 
-    def _top(self, values: np.ndarray, among: np.ndarray, fraction: float) -> tuple[np.ndarray, float]:
+    def _top(self, name: str, among: np.ndarray, fraction: float) -> tuple[np.ndarray, float]:
         """The rows at or above the lowest of the ceil(fraction · m) highest of m rows with a value, and that value."""
-        candidates = values[among]
-        candidates = candidates[~np.isnan(candidates)]
+        values, order = self.scores[name], self.order[name]
+        candidates = np.flatnonzero(among[order])  # places in the order
         wanted = math.ceil(Fraction(str(fraction)) * len(candidates))
         if not wanted:
             return np.zeros(self.n, bool), math.nan
-        lowest = float(np.partition(candidates, len(candidates) - wanted)[len(candidates) - wanted])
-        keep = values > lowest
-        tied = np.flatnonzero(values == lowest)
-        rest = wanted - int(np.count_nonzero(candidates > lowest))
-        mine = tied[among[tied]]
-        if rest == len(mine):
-            keep[tied] = True
-            return keep, lowest
-        ranked = mine[np.lexsort((self._position[mine], self._hash[mine]))]
-        last = ranked[len(ranked) - rest]
-        word = self._hash[tied]
-        more = (word > self._hash[last]) | ((word == self._hash[last]) & (self._position[tied] >= self._position[last]))
-        keep[tied[more]] = True
+        lowest = float(values[order[candidates[-wanted]]])
+        keep = values >= lowest
+        low, high = (_place(values, order, lowest, side) for side in ("left", "right"))
+        first, last = np.searchsorted(candidates, [low, high])
+        above = len(candidates) - int(last)
+        if wanted - above < last - first:  # some rows of this value are kept, by the hash of the uid and the position
+            tied = order[low:high]
+            mine = tied[among[tied]]
+            ranked = mine[np.lexsort((self._position[mine], self._hash[mine]))]
+            worst = ranked[len(ranked) - (wanted - above)]
+            word, position = self._hash[tied], self._position[tied]
+            same = (word == self._hash[worst]) & (position >= self._position[worst])
+            keep[tied[~(same | (word > self._hash[worst]))]] = False
         return keep, lowest
 
     # --- Views --------------------------------------------------------------------------------------------------------
@@ -198,17 +216,9 @@ class Rows:
     def _seen(self, view: View) -> np.ndarray:
         """The rows of a view: bool of shape (n,)."""
         seen = np.ones(self.n, bool)
-        if view.language and self.languages is not None:
-            seen &= self.languages.where(view.language)
-        if view.host:
-            seen &= self.hosts.where(view.host)
-        if view.concept:
-            found = np.zeros(self.n, bool)
-            if view.concept in self.entries:
-                number = self.entries.index(view.concept)
-                low, high = np.searchsorted(self._concepts, [number, number + 1])
-                found[self._concept_rows[low:high]] = True
-            seen &= found
+        for kind, name in (("languages", view.language), ("hosts", view.host), ("concepts", view.concept)):
+            if name and kind in self.groups:
+                seen &= self.groups[kind].where(name, self.n)
         if view.text:
             hit = pc.match_substring(self.texts["caption"], view.text, ignore_case=True)
             seen &= pc.fill_null(hit, False).to_numpy()
@@ -224,12 +234,15 @@ class Rows:
         kept = applied.without(None, self.n)
         inside = kept & seen
         drawn = {}
+        cut_columns = {cut.column for cut in cuts}
         for name in columns:
-            rest = seen.copy()
-            for cut, keep in zip(cuts, applied.keeps):
-                if cut.column != name:
-                    rest &= keep
-            drawn[name] = {"all": self.histogram(name, view), "kept": self._histogram(name, rest)}
+            rest = inside
+            if name in cut_columns:
+                rest = seen.copy()
+                for cut, keep in zip(cuts, applied.keeps):
+                    if cut.column != name:
+                        rest &= keep
+            drawn[name] = {"all": self._drawn(name, view), "kept": self._histogram(name, rest)}
         alone = [int(np.count_nonzero(applied.without(i, self.n) & ~keep)) for i, keep in enumerate(applied.keeps)]
         return {
             "rows": self.n,
@@ -241,23 +254,28 @@ class Rows:
                 for after, n, at in zip(applied.after, alone, applied.at)
             ],
             "columns": drawn,
-            "languages": _table(self.languages, seen, inside, top) if self.languages else [],
-            "hosts": _table(self.hosts, seen, inside, top),
-            "concepts": self._concept_table(seen, inside, top),
+            **{kind: self._kept_of(kind, view, inside, top) for kind in ("languages", "hosts", "concepts")},
         }
 
     def _seen_histogram(self, name: str, view: View) -> list[int]:
         return self._histogram(name, self.seen(view))
 
     def _histogram(self, name: str, rows: np.ndarray) -> list[int]:
-        counts = np.bincount(self._bins[name][rows], minlength=_NO_BIN + 1)
-        return [int(n) for n in counts[:BINS]]
+        counts: list[int] = _sums(rows[self.order[name]], self._edges[name]).tolist()
+        return counts
 
-    def _concept_table(self, seen: np.ndarray, kept: np.ndarray, top: int) -> list[dict[str, Any]]:
-        size = len(self.entries)
-        every = np.bincount(self._concepts[seen[self._concept_rows]], minlength=size)
-        mine = np.bincount(self._concepts[kept[self._concept_rows]], minlength=size)
-        return _ranked(list(self.entries), every, mine, top)
+    def _most_seen(self, kind: str, view: View, top: int) -> list[tuple[int, int]]:
+        return self.groups[kind].most(self.seen(view), top)
+
+    def _kept_of(self, kind: str, view: View, kept: np.ndarray, top: int) -> list[dict[str, Any]]:
+        """The most frequent names of a view: the rows of the view that have them, and those of a mask."""
+        if kind not in self.groups:
+            return []
+        groups = self.groups[kind]
+        return [
+            {"name": groups.names[number], "seen": seen, "kept": int(np.count_nonzero(kept[groups.rows(number)]))}
+            for number, seen in self._most(kind, view, top)
+        ]
 
     # --- Single rows --------------------------------------------------------------------------------------------------
 
@@ -269,17 +287,21 @@ class Rows:
         values = self.scores[cuts[number].column]
         at = applied.at[number]
         low, high = (int(_place(values, order, at, side)) for side in ("left", "right"))
-        return _first(order[low:], shown & keep, n), _first(order[:high][::-1], shown & ~keep, n)
+        return first(order[low:], shown & keep, n), first(order[:high][::-1], shown & ~keep, n)
 
     def sample(self, cuts: Sequence[Cut], view: View, kept: bool, n: int) -> np.ndarray:
         """Random rows of a view, the same each time: of those that the cuts keep, or of the others."""
         mask = self.apply(tuple(cuts)).without(None, self.n)
-        return _first(self._random, self.seen(view) & (mask if kept else ~mask), n)
+        return first(self._random, self.seen(view) & (mask if kept else ~mask), n)
 
     def describe(self, rows: np.ndarray, cuts: Sequence[Cut]) -> list[dict[str, Any]]:
         """Texts, scores and fate of some rows, as plain data."""
         applied = self.apply(tuple(cuts))
-        texts = self.texts.take(pa.array(rows)).to_pylist()
+        chunk = np.searchsorted(self._chunks, rows, side="right") - 1
+        texts = [
+            {name: self.texts[name].chunk(c)[at].as_py() for name in SAMPLE.names}
+            for c, at in zip(chunk.tolist(), (rows - self._chunks[chunk]).tolist())
+        ]
         return [
             {
                 **text,
@@ -289,6 +311,16 @@ class Rows:
             }
             for row, text in zip(rows, texts)
         ]
+
+
+def _sums(mask: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """How many are true between each two neighbouring bounds, which ascend from 0 to the length of the mask."""
+    begins = bounds[:-1]
+    there = begins < bounds[1:]  # what `reduceat` gives for an empty range is not 0
+    sums = np.zeros(len(begins), np.int64)
+    if there.any():
+        sums[there] = np.add.reduceat(mask.view(np.uint8), begins[there], dtype=np.int32)
+    return sums
 
 
 def _place(values: np.ndarray, order: np.ndarray, at: float, side: str) -> int:
@@ -304,7 +336,7 @@ def _place(values: np.ndarray, order: np.ndarray, at: float, side: str) -> int:
     return high
 
 
-def _first(order: np.ndarray, mask: np.ndarray, n: int) -> np.ndarray:
+def first(order: np.ndarray, mask: np.ndarray, n: int) -> np.ndarray:
     """The first n rows of an order that a mask has; looks no further than it must."""
     found: list[np.ndarray] = []
     start, step = 0, 4096
@@ -312,21 +344,7 @@ def _first(order: np.ndarray, mask: np.ndarray, n: int) -> np.ndarray:
         part = order[start : start + step]
         found.append(part[mask[part]])
         start, step = start + step, step * 4
-    return np.concatenate([np.empty(0, np.int32), *found])[:n].astype(np.int32)
-
-
-def _table(categories: Categories, seen: np.ndarray, kept: np.ndarray, top: int) -> list[dict[str, Any]]:
-    return _ranked(categories.names, categories.counts(seen), categories.counts(kept), top)
-
-
-def _ranked(names: list[str], seen: np.ndarray, kept: np.ndarray, top: int) -> list[dict[str, Any]]:
-    first = np.argsort(-seen, kind="stable")[:top] if len(seen) <= 10_000 else _largest(seen, top)
-    return [{"name": names[i], "seen": int(seen[i]), "kept": int(kept[i])} for i in first if seen[i]]
-
-
-def _largest(counts: np.ndarray, top: int) -> np.ndarray:
-    best = np.argpartition(-counts, top)[:top]
-    return best[np.lexsort((best, -counts[best]))]
+    return np.concatenate([np.empty(0, np.intp), *found])[:n]
 
 
 def score_columns(types: Mapping[str, pa.DataType]) -> list[str]:
@@ -346,7 +364,7 @@ def vector_columns(types: Mapping[str, pa.DataType]) -> list[str]:
 def load(run: Run, after: str, folder: str, progress: Callable[[int], None] = lambda units: None) -> Rows:
     """Reads the rows that survived a step; texts go to a file in `folder`, which is mapped.
 
-    Memory: some 60 bytes a row, 13 for each score and 8 for each concept. RunError for an unknown step.
+    Memory: some 60 bytes a row, 16 for each score and 8 for each concept. RunError for an unknown step.
     """
     types = run.columns(after)
     scores = score_columns(types)

@@ -46,7 +46,7 @@ VALUES = 200_000
 """Distinct hosts, languages or concepts that are counted; beyond that the rarest are forgotten."""
 SAMPLES = 12
 """Rows shown for each step that decided, on each side: those with the lowest hash of their uid."""
-SHOWN, SHOWN_HTML = 12, 50
+SHOWN, SHOWN_HTML = 12, 25
 """Lines of each table on the terminal, and of hosts and concepts on the page."""
 ABSENT = "(not in the pool)"
 """The step of a row that the other run never saw."""
@@ -299,7 +299,7 @@ def to_html(found: dict[str, Any], a: Run, b: Run) -> bytes:
         page.Table(
             [name[:-1], "gained", "lost"],
             [(v["value"], v["gained"], v["lost"]) for v in found[name][:SHOWN_HTML]],
-            f"{len(found[name]):,} {name}" + (f", the first {SHOWN_HTML}" if len(found[name]) > SHOWN_HTML else ""),
+            name.capitalize() + (f": {SHOWN_HTML} of {len(found[name]):,}" if len(found[name]) > SHOWN_HTML else ""),
         )
         for name in ("languages", "hosts", "concepts")
         if found[name]

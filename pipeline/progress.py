@@ -51,7 +51,10 @@ class Bar:
 
     @property
     def eta(self) -> int | None:
-        """Seconds until the pass is done, if that can be said."""
+        """Seconds until the pass is done, if that can be said: by its rows, or by its units as long as it is not known
+        how many rows will reach it."""
+        if self.total is None and self.units and self.units_done:
+            return int((self.units - self.units_done) / self.units_done * (self.changed - self.started)) or None
         since, rows = self.first or (self.changed, self.rows)
         if not self.total or self.rows >= self.total or self.rows == rows:
             return None

@@ -38,7 +38,7 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline import page
-from pipeline.cuts import Cut, View, load, vector_columns
+from pipeline.cuts import Cut, View, first, load, vector_columns
 from pipeline.embeddings import matrix
 from pipeline.reader import Run, RunError, RunStep, open_run
 from pipeline.storage import DamagedError, Store
@@ -48,8 +48,8 @@ PORT = 8790
 LABELS = "report/labels.csv"
 TILES = 24
 """Most rows in one answer."""
-FOUND = 1000
-"""Rows that a search by meaning ranks."""
+BLOCK = 65_536
+"""Embeddings that a search converts to float32 at a time."""
 PICTURES = 2000
 """Encoded pictures that are kept in memory."""
 THRESHOLD = "pipeline.filters.threshold.Threshold"
@@ -124,7 +124,7 @@ class Studio:
         self.vector = columns[0] if columns else None
         self._has_pictures = any("image" in step.adds for step in run.steps)
         self.picture = functools.lru_cache(PICTURES)(self._picture)
-        self.ranking = functools.lru_cache(32)(self._ranking)
+        self.ranking = functools.lru_cache(8)(self._ranking)
 
     # --- Answers ------------------------------------------------------------------------------------------------------
 
@@ -152,8 +152,8 @@ class Studio:
                 if cut.column in rows.scores
             ],
             "later": [step.label for step in later_steps(self.run, self.after)],
-            "has_languages": rows.languages is not None,
-            "has_concepts": bool(rows.entries),
+            "has_languages": "languages" in rows.groups,
+            "has_concepts": "concepts" in rows.groups,
             "has_pictures": self._has_pictures,
             "search": {
                 "picture": self.vector is not None,
@@ -178,8 +178,7 @@ class Studio:
         if asked.show == "sample":
             groups = {"kept": rows.sample(cuts, view, True, TILES), "dropped": rows.sample(cuts, view, False, TILES)}
         elif asked.show == "search":
-            ranked = self.ranking(asked.text, asked.like)
-            groups = {"found": ranked[rows.seen(view)[ranked]][:TILES]}
+            groups = {"found": first(self.ranking(asked.text, asked.like), rows.seen(view), TILES)}
         else:
             number = int(asked.show)
             if not 0 <= number < len(cuts):
@@ -246,24 +245,19 @@ class Studio:
         return step if here and "text" not in str(self.vector) else None
 
     def _ranking(self, text: str, like: int | None) -> np.ndarray:
-        """The rows nearest to a text or to the picture of a row, nearest first; those without an embedding are last."""
-        import torch
-
-        from trainer.evaluate.features import nearest
-
+        """The rows that have an embedding, those nearest to a text or to the picture of a row first."""
         vectors = self._embeddings()
         if like is not None:
             if not 0 <= like < self.rows.n:
                 raise ValueError(f"there is no row {like}")
-            query = torch.from_numpy(np.array(vectors[like : like + 1], np.float32))
+            query = vectors[like].astype(np.float32)
         else:
-            query = self._encoder().texts([text]).cpu()
-            if query.shape[1] != vectors.shape[1]:
-                raise ValueError(
-                    f"the model gives {query.shape[1]} dimensions, but {self.vector} has {vectors.shape[1]}"
-                )
-        _, found = nearest(query, torch.from_numpy(vectors), FOUND, torch.device("cpu"))
-        return found[0].numpy().astype(np.int32)
+            query = self._encoder().texts([text])[0].cpu().numpy()
+            if len(query) != vectors.shape[1]:
+                raise ValueError(f"the model gives {len(query)} dimensions, but {self.vector} has {vectors.shape[1]}")
+        blocks = (vectors[low : low + BLOCK].astype(np.float32) for low in range(0, len(vectors), BLOCK))
+        scores = np.concatenate([np.where(block.any(axis=1), block @ query, -np.inf) for block in blocks])
+        return np.argsort(-scores, kind="stable")[: int(np.isfinite(scores).sum())]
 
     def _embeddings(self) -> np.ndarray:
         """The embeddings of all rows, fp16 in a mapped file; zeros for a row without one. Read when first needed."""
@@ -361,7 +355,7 @@ def recipe_with(run: Run, after: str, cuts: Sequence[Cut]) -> str:
     lines = run.recipe["steps"]
     steps = [*lines[:at], *(cut.line() for cut in cuts), *lines[at + len(cuts_after(run, after)) :]]
     rest = {key: value for key, value in run.recipe.items() if key != "steps" and value is not None}
-    head = yaml.safe_dump(rest, sort_keys=False, allow_unicode=True, default_flow_style=None, width=1 << 30)
+    head = yaml.safe_dump(rest, sort_keys=False, allow_unicode=True, width=1 << 30)
     body = "".join(f"  - {_flow(step)}\n" for step in steps)
     return f"# Relative paths are those of the folder where the run was made.\n{head}steps:\n{body}"
 
@@ -396,7 +390,7 @@ def application(studio: Studio, token: str, hosts: Sequence[str]) -> web.Applica
         try:
             answer = await _guarded(request, handler)
         except web.HTTPException as error:
-            answer = error
+            answer = web.Response(status=error.status, text=error.reason)
         answer.headers.update(
             {
                 "Content-Security-Policy": POLICY,
@@ -412,7 +406,7 @@ def application(studio: Studio, token: str, hosts: Sequence[str]) -> web.Applica
         if request.host not in hosts:  # a page elsewhere whose name was pointed at this machine
             return _refused(403, "This address is not the studio's.")
         if request.path == "/" and known(request.query.get("token")):
-            answer = web.HTTPSeeOther("/")
+            answer = web.Response(status=303, headers={"Location": "/"})
             answer.set_cookie(cookie, token, httponly=True, samesite="Strict", path="/")
             return answer
         if not known(request.cookies.get(cookie)):
@@ -514,7 +508,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", help="the folder or address of a run whose steps up to the cuts are done")
-    parser.add_argument("--after", metavar="STEP", help="look at the rows that survived this step (see `winnow diff`)")
+    parser.add_argument(
+        "--after", metavar="STEP", help="look at the rows that survived this step, named as in the funnel"
+    )
     parser.add_argument("--port", type=int, default=PORT, help="port on 127.0.0.1 (default: %(default)s)")
     args = parser.parse_args(argv)
     console, errors = Console(), Console(stderr=True)

@@ -56,6 +56,7 @@ name: painted
 pool: {path: pool.parquet}
 run: out
 unit_rows: 100
+report: false
 steps:
   - caption_length: {min_chars: 3, min_words: 1, max_chars: 2000000}
   - painter.paint

@@ -14,6 +14,7 @@ import pytest
 
 from pipeline import diff, open_run
 from pipeline.diff import SAMPLES, Side, Tally, compare, to_json
+from tests import browser
 
 
 def ledger(run: Path) -> tuple[dict[str, str], dict[str, tuple[str, str]]]:
@@ -115,3 +116,11 @@ def test_the_command(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "nowhere" in capsys.readouterr().err
     assert diff.main([a, str(tmp_path)]) == 2
     assert "is not the folder of a run" in capsys.readouterr().err
+
+
+@pytest.mark.browser
+def test_the_page(painted: Path, tmp_path: Path) -> None:
+    page = tmp_path / "diff.html"
+    assert diff.main([str(painted / "out"), str(painted / "other"), "--html", str(page)]) == 0
+    with browser.chromium() as opened:
+        assert browser.problems(opened, f"file://{page}") == []

@@ -129,7 +129,8 @@ function fill(made, data, result) {
 
 const recount = latest(async () => {
   const asked = state.cuts.filter(usable);
-  const data = await ask("summary", question({ columns: [...new Set([...cards.values()].filter((one) => one.cut || $("others").contains(one.element)).map((one) => one.name))] }));
+  const drawn = [...cards.values()].filter((one) => one.cut || $("more").open).map((one) => one.name);
+  const data = await ask("summary", question({ columns: [...new Set(drawn)] }));
   $("kept").replaceChildren("Kept ", make("b", {}, count(data.kept)), ` of ${count(data.rows)} (${share(data.kept, data.rows)})`);
   $("seen").textContent = data.seen === data.rows ? "" : `In view: ${count(data.seen_kept)} of ${count(data.seen)} (${share(data.seen_kept, data.seen)})`;
   data.cuts.forEach((one, i) => { one.before = i ? data.cuts[i - 1].after : data.rows; });
@@ -157,10 +158,9 @@ const TITLES = { kept: "Kept", dropped: "Dropped", above: "Just above the cut", 
 const refill = latest(async () => {
   const which = typeof state.show === "number" ? state.cuts.slice(0, state.show).filter(usable).length : state.show;
   const groups = await ask("tiles", question({ show: which, text: state.text, like: state.like }));
-  $("groups").replaceChildren(...Object.entries(groups).flatMap(([name, tiles]) => [
+  $("groups").replaceChildren(...Object.entries(groups).map(([name, tiles]) => make("div", {},
     make("h3", {}, `${TITLES[name]}${tiles.length ? "" : ": no rows"}`),
-    make("ul", { class: "tiles", "data-group": name, "aria-label": TITLES[name] }, ...tiles.map(tile)),
-  ]));
+    make("ul", { class: "tiles", "data-group": name, "aria-label": TITLES[name] }, ...tiles.map(tile)))));
 });
 
 function tile(row) {
@@ -257,6 +257,8 @@ async function begin() {
     Object.assign(state, { text: event.target.elements.query.value.trim(), like: null });
     if (state.text) show("search");
   });
+  $("more").open = matchMedia("(min-width: 1000px)").matches; // on a phone they would hide the rows
+  $("more").addEventListener("toggle", recount);
   reset();
 }
 
