@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.ledger import Funnel
-from pipeline.passes import HEAVY_ROWS, Pass, read_unit, rows_with_values, surviving_rows, unit_drops
+from pipeline.passes import HEAVY_ROWS, Pass, byte_ranges, read_unit, rows_with_values, surviving_rows, unit_drops
 from pipeline.recipe import Recipe
 from pipeline.schema import DROP, INLINE, POSITION, SAMPLE, is_heavy
 from pipeline.step import Step
@@ -149,6 +149,8 @@ class Run:
     """The recipe as plain data, as it was given; secrets are masked."""
     steps: list[RunStep]
     """The pool and the steps, in the order of the recipe."""
+    fingerprint: str
+    """Changes with the recipe and with the results of a finished run."""
     finished: bool
     """Whether the last command came to its end: the books balance, and drops and shards are those of `recipe`."""
 
@@ -176,6 +178,7 @@ class Run:
         seal = store.read_record("seal.json")
         self._files: dict[str, Entry] = {entry["name"]: entry for entry in seal["files"]} if seal else {}
         sealed = self._files.get("run.json", {}).get("sha256")
+        self.fingerprint = hashlib.sha256(data + json.dumps(seal, sort_keys=True).encode()).hexdigest()
         self.finished = sealed == hashlib.sha256(data).hexdigest()
         # Where each step is: the number of its pass, and the labels of the steps of that pass that come after it.
         self._places = {
@@ -379,6 +382,23 @@ class Run:
             if not wanted:
                 break
         return found
+
+    def picture_ranges(self, unit: int, rows: Sequence[int] | np.ndarray) -> tuple[list[Entry], np.ndarray]:
+        """Where the encoded pictures of some rows of a unit lie, for readers that want them without a copy.
+
+        Returns the files, as entries whose `name` is a full path or address, and an int64 array (n, 3) in the order of
+        `rows`: the number of the file, the offset and the size in bytes of the picture, 0 if the row has none. Each
+        file is hashed once in the life of a process, and copied first if it is remote.
+        """
+        numbers = np.asarray(rows, np.int64).reshape(-1)
+        index = next((i for i, p in enumerate(self._passes) if "image" in p.adds), None)
+        if index is None:
+            raise RunError(f"{self._store.root}: no step of the run adds pictures")
+        if self._passes[index].complete() is None:
+            self._gone(index)
+        files, ranges = byte_ranges(self._passes[index], unit, "image", numbers)
+        entries = [{**entry, "name": store.path(entry["name"])} if entry else {} for store, entry in files]
+        return entries, ranges
 
     def _uids(self, unit: int) -> pa.ChunkedArray:
         """Of all rows of a unit; the place is the row."""
