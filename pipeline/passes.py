@@ -738,7 +738,9 @@ class _Heavy:
             ends = np.frombuffer(bounds, width)[values.offset : values.offset + len(values) + 1].astype(np.int64)
             mine = np.flatnonzero(chunk == i)
             at = positions[mine] - self._starts[i]
-            found[mine] = np.stack([np.full(len(at), number), data.address - base + ends[at], ends[at + 1] - ends[at]], 1)
+            found[mine] = np.stack(
+                [np.full(len(at), number), data.address - base + ends[at], ends[at + 1] - ends[at]], 1
+            )
         return found
 
 

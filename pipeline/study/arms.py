@@ -99,15 +99,16 @@ def index_pictures(candidates: Candidates, folder: Path) -> np.ndarray:
     return numbers
 
 
-def random_places(candidates: Candidates, size: int, seed: int) -> np.ndarray:
-    """The places of so many candidates, int64, ascending: those with the highest hash of seed and uid. So a smaller
-    sample of a seed is part of a larger one, and none depends on units or on the order of rows."""
+def random_places(candidates: Candidates, numbers: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """The places of so many candidates with a picture, int64, ascending: those with the highest hash of seed and uid.
+    So a smaller sample of a seed is part of a larger one, and none depends on units or on the order of rows."""
     hashes = candidates.uid_hash(seed, "study")
-    [(lowest, above, _)] = largest(lambda: (hashes[at] for at in candidates.blocks), len(hashes), [size])
-    kept = np.concatenate([at.start + np.flatnonzero(hashes[at] >= lowest) for at in candidates.blocks])
-    surplus = len(kept) - size
-    tied = kept[hashes[kept] == lowest]
-    return np.setdiff1d(kept, tied[:surplus]) if surplus else kept
+    usable = int(sum((numbers[at] >= 0).sum() for at in candidates.blocks))
+    [(lowest, _, _)] = largest(lambda: (hashes[at][numbers[at] >= 0] for at in candidates.blocks), usable, [size])
+    chosen = [at.start + np.flatnonzero((hashes[at] >= lowest) & (numbers[at] >= 0)) for at in candidates.blocks]
+    kept = np.concatenate(chosen)
+    tied = kept[hashes[kept] == lowest]  # more than one only where the pool has a uid twice
+    return np.setdiff1d(kept, tied[: len(kept) - size])
 
 
 def write_subset(places: np.ndarray, numbers: np.ndarray, folder: Path) -> tuple[str, int]:
@@ -132,7 +133,8 @@ class Trainer:
         self.pictures = pictures
         self.store = Store(str(out / "arms"))
         described = json.loads((pictures / "pictures.json").read_text())
-        fixed = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE_ON_RESUME}
+        replaced = {"samples", "epochs", "seed"}
+        fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME | replaced}
         determines = [fixed, training.evaluate, described["index"], [entry["sha256"] for entry in described["files"]]]
         self.identity = json.dumps(determines, sort_keys=True, default=str)
 
@@ -182,7 +184,9 @@ class Trainer:
 
     def _order(self, arm: Arm) -> dict[str, Any]:
         steps = arm.budget // self.config.batch_size
-        tasks = [{kind: {**options, "every": steps}} for task in self.training.evaluate for kind, options in task.items()]
+        tasks = [
+            {kind: {**options, "every": steps}} for task in self.training.evaluate for kind, options in task.items()
+        ]
         config = dataclasses.replace(
             self.config,
             shards=str(self.pictures), subset=arm.subset, output=str(self.out / "training" / arm.key),

@@ -68,7 +68,9 @@ class Candidates:
 
     def uid_hash(self, seed: int, purpose: str) -> np.ndarray:
         """`hash64` of each uid, uint64; mapped. Spooled when it is first asked for, at 0.6 µs a row."""
-        return self.spooled(f"{purpose}-{seed}", np.uint64, ["uid"], lambda t: hash64(t["uid"], seed=seed, purpose=purpose))
+        return self.spooled(
+            f"{purpose}-{seed}", np.uint64, ["uid"], lambda t: hash64(t["uid"], seed=seed, purpose=purpose)
+        )
 
     def spooled(
         self, name: str, dtype: Any, columns: Sequence[str], values: Callable[[pa.Table], np.ndarray]
@@ -77,7 +79,9 @@ class Candidates:
         path = self.folder / name
         if not path.exists():
             tables = self.run.scan(columns, after=self.after)
-            _spool(path, (values(table).astype(dtype) for table in progress(tables, len(self.counts), f"units: {name}")))
+            _spool(
+                path, (values(table).astype(dtype) for table in progress(tables, len(self.counts), f"units: {name}"))
+            )
         return self._mapped(name, dtype)
 
     def _mapped(self, name: str, dtype: Any) -> np.ndarray:
@@ -148,4 +152,6 @@ def _spool(path: Path, arrays: Iterator[np.ndarray]) -> None:
 
 
 def _numeric(dtype: pa.DataType) -> bool:
-    return any(kind(dtype) for kind in (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null))
+    return any(
+        kind(dtype) for kind in (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
+    )

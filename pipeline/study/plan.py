@@ -145,11 +145,15 @@ class _Reader:
         train = self.training(data["train"], budgets) if data.get("train") is not None else None
         if self.problems:
             return None
-        return Plan(run, out, cuts, after or None, tuple(sorted(set(budgets))), concepts or None, train, self.document.path)
+        return Plan(
+            run, out, cuts, after or None, tuple(sorted(set(budgets))), concepts or None, train, self.document.path
+        )
 
     def cuts(self, lines: Any) -> Iterator[Cut]:
         if not isinstance(lines, list) or not lines:
-            self.note(("cuts",), f"found {lines!r}, expected a list such as [{{clip_score: {{top_fraction: [0.2, 0.3]}}}}]")
+            self.note(
+                ("cuts",), f"found {lines!r}, expected a list such as [{{clip_score: {{top_fraction: [0.2, 0.3]}}}}]"
+            )
             return
         for number, line in enumerate(lines):
             at = ("cuts", number)
@@ -183,7 +187,9 @@ class _Reader:
         config = self.text(("train", "config"), block.get("config"), required=True)
         evaluate = block.get("evaluate")
         if not isinstance(evaluate, list) or not evaluate:
-            self.note(("train", "evaluate"), f"found {evaluate!r}, expected a list of tasks: [{{zeroshot: {{data: …}}}}]")
+            self.note(
+                ("train", "evaluate"), f"found {evaluate!r}, expected a list of tasks: [{{zeroshot: {{data: …}}}}]"
+            )
         metric = self.text(("train", "metric"), block.get("metric"), required=True)
         seeds = block.get("seeds", SEEDS)
         seeds = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds

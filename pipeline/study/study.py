@@ -1,0 +1,166 @@
+"""Runs a study: candidates, cuts, contents, then the trainings."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.reader import open_run
+from pipeline.study.arms import Arm, Trainer, index_pictures, metric_of, random_places, write_subset
+from pipeline.study.candidates import default_after, open_candidates
+from pipeline.study.contents import check_concepts, contents, duplicates_by
+from pipeline.study.cuts import Cuts, cut_rows, jaccard, overlaps
+from pipeline.study.plan import Plan, StudyError, Training
+from pipeline.study.table import NO_FILTER, Results, analyse
+from trainer.config import TrainConfig, load_config
+from trainer.terminal import Console
+
+
+def run(plan: Plan, console: Console) -> Results:
+    """Does all that a study asks for. Raises StudyError and other InputErrors before anything starts; RunError,
+    DamagedError, ArmError."""
+    out = Path(plan.out)
+    opened = open_run(plan.run)
+    if out.resolve().is_relative_to(Path(plan.run).resolve()):
+        raise StudyError(f"out: {plan.out} lies in the run {plan.run}; expected a folder of its own")
+    if problems := check_concepts(plan.concepts):
+        raise StudyError("\n".join(problems))
+    config = training_config(plan) if plan.train else None
+    after = plan.after or default_after(opened)
+    columns = list(dict.fromkeys(condition.column for cut in plan.cuts for condition in cut.conditions))
+    candidates = open_candidates(opened, after, columns, out / "candidates")
+    console.print(f"{len(candidates):,} candidates after {after}, {len(plan.cuts):,} cuts", highlight=False)
+    cuts = Cuts(candidates, plan.cuts)
+    both = overlaps(cuts)
+    results = Results(
+        plan, len(candidates), both.diagonal().tolist(), jaccard(both), contents(cuts, plan.concepts),
+        duplicates_by(candidates),
+    )  # fmt: skip
+    if plan.train and config:
+        train(results, cuts, plan.train, config, out, console)
+    return results
+
+
+def training_config(plan: Plan) -> TrainConfig:
+    """The training configuration of a study; its tasks and budgets are checked too."""
+    from trainer.evaluation import parse
+
+    assert plan.train is not None
+    config = load_config(plan.train.config, ["shards=null-is-replaced", f"output={plan.out}"])
+    parse(plan.train.evaluate)
+    for budget in plan.budgets:
+        if budget < config.batch_size:
+            raise StudyError(
+                f"budgets: found {budget:,}, expected at least one batch ({plan.train.config}: batch_size "
+                f"{config.batch_size:,})"
+            )
+    return config
+
+
+def train(results: Results, cuts: Cuts, training: Training, config: TrainConfig, out: Path, console: Console) -> None:
+    """Trains the arms budget after budget, and adds what they say to the results."""
+    plan, candidates = results.plan, cuts.candidates
+    pictures = out / "pictures"
+    numbers = index_pictures(candidates, pictures)
+    subsets = _Subsets(cuts, numbers, out / "subsets", config.batch_size)
+    trainer = Trainer(training, config, pictures, out)
+    living = [n for n in range(len(plan.cuts)) if subsets.sizes[f"cut {n}"]]
+    planned = done = 0
+    skipped: list[str] = []
+    for place, budget in enumerate(plan.budgets):
+        arms: dict[tuple[str, int], Arm] = {}
+        names = [NO_FILTER, *(f"cut {n}" for n in living)]
+        if training.random:
+            names += dict.fromkeys(f"random {s}" for n in living if (s := subsets.sizes[f"cut {n}"]) < subsets.whole)
+        for seed in training.seeds:
+            for name in names:
+                path, samples = subsets.of(name, seed)
+                arms[name, seed] = trainer.arm(path, samples, budget, seed)
+        labels = {arm.key: name for (name, _), arm in arms.items()}
+        due = list(dict.fromkeys(arms.values()))
+        progress = _Progress(console, plan, training.metric, labels, sum(trainer.result(arm) is None for arm in due))
+        trainer.train(due, progress.say)
+        records = {key: trainer.result(arm) or {} for key, arm in arms.items()}
+        metric_of(records.values(), training.metric)
+        values = {
+            name: np.array([records[name, seed]["metrics"][training.metric] for seed in training.seeds], np.float64)
+            for name in names
+        }
+        results.outcomes.append(analyse(budget, values, subsets.sizes, subsets.whole))
+        results.records += {arm.key: records[key] for key, arm in arms.items()}.values()
+        done += len(due) * budget
+        planned += len(due) * budget
+        if training.halving and place + 1 < len(plan.budgets):
+            ranked = sorted(living, key=lambda n: -float(values[f"cut {n}"].mean()))
+            keep = sorted(ranked[: math.ceil(len(ranked) / 2)])
+            lost = [n for n in living if n not in keep]
+            if lost:
+                skipped.append(f"after {budget:,} samples: {'; '.join(str(plan.cuts[n]) for n in lost)}")
+                gone = len({subsets.sizes[f"cut {n}"] for n in lost} - {subsets.whole}) * (2 if training.random else 1)
+                planned += sum(plan.budgets[place + 1 :]) * gone * len(training.seeds)
+            living = keep
+    if skipped:
+        results.saved = (
+            f"Successive halving trained {done:,} samples of {planned:,}, {1 - done / planned:.0%} less; stopped "
+            + ", ".join(skipped)
+        )
+
+
+class _Subsets:
+    """The subsets of a study as files of sample numbers, each written when it is first asked for."""
+
+    def __init__(self, cuts: Cuts, numbers: np.ndarray, folder: Path, batch_size: int) -> None:
+        self.cuts, self.numbers, self.folder = cuts, numbers, folder
+        self.known: dict[tuple[str, int], tuple[str, int]] = {}
+        everything = np.arange(len(numbers))
+        self.known[NO_FILTER, 0] = write_subset(everything, numbers, folder)
+        self.whole = self.known[NO_FILTER, 0][1]
+        self.sizes = {NO_FILTER: self.whole}
+        """Samples of each subset."""
+        small = []
+        for n, cut in enumerate(cuts.cuts):
+            self.known[f"cut {n}", 0] = found = write_subset(cut_rows(cuts, n), numbers, folder)
+            self.sizes[f"cut {n}"] = size = found[1]
+            self.sizes[f"random {size}"] = size
+            if size < batch_size:
+                small.append(f"cuts: {cut} keeps {size:,} samples, fewer than a batch of {batch_size:,}")
+        if small:
+            raise StudyError(
+                "\n".join([*small, "  Lower batch_size in the training configuration, or leave them out."])
+            )
+
+    def of(self, name: str, seed: int) -> tuple[str, int]:
+        """The file of a subset and its samples. Only random subsets depend on the seed."""
+        key = (name, seed if name.startswith("random") else 0)
+        if key not in self.known:
+            places = random_places(self.cuts.candidates, self.numbers, int(name.split()[1]), seed)
+            self.known[key] = write_subset(places, self.numbers, self.folder)
+        return self.known[key]
+
+
+class _Progress:
+    """A line for each training."""
+
+    def __init__(self, console: Console, plan: Plan, metric: str, labels: Mapping[str, str], due: int) -> None:
+        self.console, self.plan, self.metric, self.labels, self.due = console, plan, metric, labels, due
+        self.done, self.started = 0, time.monotonic()
+
+    def say(self, arm: Arm, record: dict[str, Any]) -> None:
+        self.done += 1
+        name = self.labels[arm.key]
+        if name.startswith("cut "):
+            name = str(self.plan.cuts[int(name.split()[1])])
+        value = record["metrics"].get(self.metric)
+        shown = f"{value:.4f}" if isinstance(value, float) else "not given"
+        left = (time.monotonic() - self.started) / self.done * (self.due - self.done)
+        self.console.print(
+            f"{self.done}/{self.due} at {arm.budget:,} samples: {name}, seed {arm.seed}: {self.metric} {shown} "
+            f"({record['seconds']:.0f} s); {left / 60:.0f} min left for this budget",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,237 @@
+"""The results of a study as one table: a line for each cut and budget, and what they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.study.plan import Plan
+from pipeline.study.statistics import LEVEL, POWER, Comparison, Interval, Noise, compare, interval, noise_of
+
+MOST_EPOCHS = 4
+"""Beyond 4 epochs repeated data is worth visibly less than new data (Muennighoff et al., "Scaling Data-Constrained
+Language Models", 2023; measured on language models)."""
+NO_FILTER = "no filter"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a budget's trainings say."""
+
+    budget: int
+    arms: dict[str, np.ndarray]
+    """The metric by seed of each cut (`cut N`), random subset (`random N`) and of no filter."""
+    noise: Noise
+    primary: list[Comparison]
+    """Each cut against no filter and against random: one family."""
+    best: int | None
+    """The recommended cut; None if no cut is better than both."""
+    ties: list[int]
+    """The other cuts that cannot be told from it."""
+
+    def interval(self, arm: str) -> Interval:
+        return interval(self.arms[arm])
+
+    def against(self, number: int, other: str) -> Comparison | None:
+        return next((c for c in self.primary if c.first == f"cut {number}" and c.second == other), None)
+
+    @property
+    def largest(self) -> Comparison | None:
+        """The largest gain over no filter."""
+        gains = [c for c in self.primary if c.second == NO_FILTER]
+        return max(gains, key=lambda c: c.difference, default=None)
+
+
+@dataclass
+class Results:
+    """Everything that a study has found."""
+
+    plan: Plan
+    candidates: int
+    rows: list[int]
+    """Rows that each cut keeps."""
+    overlap: np.ndarray
+    """Jaccard index of each pair of cuts."""
+    contents: dict[str, list[int]]
+    duplicates_by: str | None = None
+    outcomes: list[Outcome] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    """Of all trainings."""
+    saved: str = ""
+    """What successive halving saved."""
+
+    @property
+    def warnings(self) -> list[str]:
+        lines = []
+        for budget in self.plan.budgets:
+            over = [
+                f"{cut} ({budget / kept:.1f})"
+                for cut, kept in zip(self.plan.cuts, self.rows)
+                if kept and budget / kept > MOST_EPOCHS
+            ]
+            if over:
+                lines.append(
+                    f"{budget:,} samples are more than {MOST_EPOCHS} epochs of {', '.join(over)}; beyond {MOST_EPOCHS}, "
+                    "repeated data is worth less than new data (Muennighoff et al. 2023)"
+                )
+        return lines
+
+
+def analyse(budget: int, arms: Mapping[str, np.ndarray], sizes: Mapping[str, int], whole: int) -> Outcome:
+    """Judges one budget. `sizes` are the samples of each arm, `whole` those without a filter."""
+    arms = dict(arms)
+    noise = noise_of(np.stack(list(arms.values())))
+    numbers = [int(name.split()[1]) for name in arms if name.startswith("cut ") and sizes[name] < whole]
+    pairs = [(f"cut {n}", NO_FILTER) for n in numbers]
+    pairs += [(f"cut {n}", name) for n in numbers if (name := f"random {sizes[f'cut {n}']}") in arms]
+    primary = compare(arms, pairs, noise)
+    helpful = [n for n in numbers if all(c.better for c in primary if c.first == f"cut {n}")]
+    best = max(helpful, key=lambda n: float(arms[f"cut {n}"].mean()), default=None)
+    ties: list[int] = []
+    if best is not None:
+        others = [n for n in numbers if n != best]
+        told = compare(arms, [(f"cut {best}", f"cut {n}") for n in others], noise)
+        ties = [n for n, comparison in zip(others, told) if not comparison.differs]
+    return Outcome(budget, arms, noise, primary, best, ties)
+
+
+def verdict(outcome: Outcome, plan: Plan) -> list[str]:
+    """The recommendation of a budget in sentences, or why there is none."""
+    noise, family = outcome.noise, len(outcome.primary)
+    metric = plan.train.metric if plan.train else ""
+    head = f"At {outcome.budget:,} samples: "
+    if not outcome.primary:
+        return [f"{head}no cut leaves anything out, so there is nothing to compare."]
+    if noise.seeds < 2:
+        return [f"{head}one seed says nothing about noise, so no cut is recommended. Give at least 2 seeds, better 3."]
+    lines = []
+    if outcome.best is not None:
+        cut = plan.cuts[outcome.best]
+        gain = outcome.against(outcome.best, NO_FILTER)
+        random = (
+            next((c for c in outcome.primary if c.first == gain.first and c.second != NO_FILTER), None)
+            if gain
+            else None
+        )
+        assert gain is not None
+        mean = outcome.interval(gain.first).mean
+        text = f"{head}cut at {cut}: {metric} {mean:.3f}, {gain.difference:+.3f} over no filter ({_range(gain)})"
+        text += (
+            f" and {random.difference:+.3f} over a random subset of equal size ({_range(random)})." if random else "."
+        )
+        lines.append(text)
+        if outcome.ties:
+            lines.append(f"These cuts cannot be told from it: {'; '.join(str(plan.cuts[n]) for n in outcome.ties)}.")
+        else:
+            lines.append("It is better than every other cut.")
+    else:
+        lines.append(
+            f"{head}no difference found. No cut is better than both no filter and a random subset of its size."
+        )
+        if (gain := outcome.largest) is not None:
+            cut = plan.cuts[int(gain.first.split()[1])]
+            need = noise.seeds_for(gain.difference, family) if gain.difference > 0 else None
+            text = f"The largest gain over no filter is {gain.difference:+.3f} ({_range(gain)}), at {cut}"
+            text += f"; {need:,} seeds would show a gain of that size." if need else "."
+            lines.append(text)
+    lines.append(
+        f"With {noise.seeds} seeds and {family} comparisons this trial can show a difference of "
+        f"{noise.detectable(family):.3f} with {POWER:.0%} power; the noise of one training is {noise.sd:.3f}."
+    )
+    if noise.p_arms > 1 - LEVEL:
+        lines.append(
+            f"This trial has no power to rank its arms: taken together they do not differ (F test, p = {noise.p_arms:.2f}). "
+            "Train longer, on more samples, or with more seeds."
+        )
+    worse = [c for c in outcome.primary if c.second == NO_FILTER and c.differs and c.difference < 0]
+    if worse:
+        names = "; ".join(str(plan.cuts[int(c.first.split()[1])]) for c in worse)
+        lines.append(f"Worse than no filter: {names}.")
+    return lines
+
+
+def _range(comparison: Comparison) -> str:
+    return f"{LEVEL:.0%} interval {comparison.low:+.3f} to {comparison.high:+.3f}"
+
+
+def as_table(results: Results) -> pa.Table:
+    """A line for each cut and budget; without budgets, one for each cut."""
+    lines: list[dict[str, Any]] = []
+    outcomes = {outcome.budget: outcome for outcome in results.outcomes}
+    for budget in results.plan.budgets or (None,):
+        for number, (cut, kept) in enumerate(zip(results.plan.cuts, results.rows)):
+            line: dict[str, Any] = {
+                "cut": str(cut),
+                "recipe": "\n".join(cut.recipe_lines),
+                "rows": kept,
+                "kept": kept / results.candidates if results.candidates else None,
+                **{name: counts[number] for name, counts in results.contents.items()},
+                "budget": budget,
+                "epochs": budget / kept if budget and kept else None,
+            }
+            if results.plan.train is not None:
+                line |= _trained(outcomes.get(budget or 0), number)
+            lines.append(line)
+    return pa.Table.from_pylist(lines, schema=_schema(results))
+
+
+TRAINED = (
+    "metric", "metric_low", "metric_high", "random", "random_low", "random_high",
+    "gain_over_no_filter", "no_filter_low", "no_filter_high", "no_filter_p",
+    "gain_over_random", "gain_random_low", "gain_random_high", "gain_random_p",
+)  # fmt: skip
+
+
+def _trained(outcome: Outcome | None, number: int) -> dict[str, Any]:
+    line: dict[str, Any] = dict.fromkeys(("seeds", *TRAINED, "recommended"))
+    if outcome is None or (name := f"cut {number}") not in outcome.arms:
+        return line
+    line["seeds"] = outcome.noise.seeds
+    line["recommended"] = number == outcome.best
+    line |= _bounds("metric", outcome.interval(name))
+    for c in outcome.primary:
+        if c.first == name and c.second == NO_FILTER:
+            line |= {
+                "gain_over_no_filter": c.difference,
+                "no_filter_low": c.low,
+                "no_filter_high": c.high,
+                "no_filter_p": c.p,
+            }
+        elif c.first == name:
+            line |= {
+                "gain_over_random": c.difference,
+                "gain_random_low": c.low,
+                "gain_random_high": c.high,
+                "gain_random_p": c.p,
+            }
+            line |= _bounds("random", outcome.interval(c.second))
+    return line
+
+
+def _bounds(name: str, of: Interval) -> dict[str, float | None]:
+    values = {name: of.mean, f"{name}_low": of.low, f"{name}_high": of.high}
+    return {key: None if value != value else value for key, value in values.items()}
+
+
+def _schema(results: Results) -> pa.Schema:
+    fields: list[tuple[str, pa.DataType]] = [
+        ("cut", pa.string()),
+        ("recipe", pa.string()),
+        ("rows", pa.int64()),
+        ("kept", pa.float64()),
+    ]
+    fields += [(name, pa.int64()) for name in results.contents]
+    fields += [("budget", pa.int64()), ("epochs", pa.float64())]
+    if results.plan.train is not None:
+        fields += [("seeds", pa.int64()), *((name, pa.float64()) for name in TRAINED), ("recommended", pa.bool_())]
+    return pa.schema(fields)
+
+
+def arms_table(records: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """A line for each training: `subset, samples, budget, seed, seconds` and all its metrics."""
+    lines = [{**{k: v for k, v in record.items() if k != "metrics"}, **record["metrics"]} for record in records]
+    return pa.Table.from_pylist(lines)
