@@ -239,7 +239,8 @@ def read_unit(
                     f"{p.root}: unit {unit} lacks rows that a later pass has. To go on, remove the folders of the "
                     "passes after it and give the same command again."
                 )
-            light |= {c: table[c].take(pa.array(at)) for c in small}
+            whole = len(at) == len(table) and bool((np.diff(at) == 1).all())
+            light |= {c: table[c] if whole else table[c].take(pa.array(at)) for c in small}
             if big:
                 source = stack.enter_context(_Heavy(p, unit, files))
                 heavy.append((source, big, table["heavy_at"].take(pa.array(at)).to_numpy()))
@@ -639,6 +640,8 @@ def _spread(table: pa.Table, rows: np.ndarray) -> pa.Table:
 def _places(table: pa.Table, rows: np.ndarray) -> np.ndarray:
     """The place of each of these rows in a table in the order of `row`; −1 if the table lacks it."""
     there = table["row"].to_numpy()
+    if np.array_equal(there, rows):
+        return np.arange(len(rows))
     at = np.searchsorted(there, rows)
     found = np.append(there, -1)[at] == rows
     return np.where(found, at, -1)

@@ -267,14 +267,22 @@ class Run:
     def _surviving(self, index: int, later: Sequence[str], unit: int) -> np.ndarray:
         """The rows of a unit that survived the step of a pass after which these come."""
         passes = self._passes[: index + 1]
+        deciding = [p for p, drops in zip(passes, self._dropping) if drops]
         if passes[-1].kind == "write":
-            return np.setdiff1d(surviving_rows(passes[:-1], unit), unit_drops(passes, unit)["row"].to_numpy())
-        rows = surviving_rows(passes, unit)
+            return np.setdiff1d(surviving_rows(deciding[:-1], unit), unit_drops(passes, unit)["row"].to_numpy())
+        rows = surviving_rows(deciding, unit)
         if later:
             drops = unit_drops(passes, unit)
             after = drops.filter(pc.is_in(drops["step"], pa.array(later)))
             rows = np.union1d(rows, after["row"].to_numpy())
         return rows
+
+    @cached_property
+    def _dropping(self) -> list[bool]:
+        """For each pass, whether its tables must be read to know which rows survived: not those of scores, which drop
+        none."""
+        completes = [p.complete() if p.kind in ("measure", "barrier") else None for p in self._passes]
+        return [c is None or any(line["dropped"] for line in c["funnel"]) for c in completes]
 
     # --- Rows that were dropped ---------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.hashing import hash64
 from pipeline.storage import Store
 from pipeline.study.candidates import Candidates
 from pipeline.study.cuts import largest
@@ -102,7 +103,9 @@ def index_pictures(candidates: Candidates, folder: Path) -> np.ndarray:
 def random_places(candidates: Candidates, numbers: np.ndarray, size: int, seed: int) -> np.ndarray:
     """The places of so many candidates with a picture, int64, ascending: those with the highest hash of seed and uid.
     So a smaller sample of a seed is part of a larger one, and none depends on units or on the order of rows."""
-    hashes = candidates.uid_hash(seed, "study")
+    hashes = candidates.spooled(
+        f"random-{seed}", np.uint64, ["uid"], lambda table: hash64(table["uid"], seed=seed, purpose="study")
+    )
     usable = int(sum((numbers[at] >= 0).sum() for at in candidates.blocks))
     [(lowest, _, _)] = largest(lambda: (hashes[at][numbers[at] >= 0] for at in candidates.blocks), usable, [size])
     chosen = [at.start + np.flatnonzero((hashes[at] >= lowest) & (numbers[at] >= 0)) for at in candidates.blocks]

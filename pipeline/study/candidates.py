@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -41,6 +41,8 @@ class Candidates:
     """Candidates in each unit, int64."""
     types: dict[str, str]
     """The numpy types of the columns: float32, or float64 where float32 would round."""
+    maps: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """The files that are mapped."""
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -66,11 +68,24 @@ class Candidates:
         for unit, (end, count) in enumerate(zip(ends, self.counts.tolist())):
             yield unit, slice(end - count, end)
 
-    def uid_hash(self, seed: int, purpose: str) -> np.ndarray:
-        """`hash64` of each uid, uint64; mapped. Spooled when it is first asked for, at 0.6 µs a row."""
-        return self.spooled(
-            f"{purpose}-{seed}", np.uint64, ["uid"], lambda t: hash64(t["uid"], seed=seed, purpose=purpose)
-        )
+    def uid_hashes(self, places: np.ndarray) -> np.ndarray:
+        """The hash by which `threshold` breaks ties, of the candidates at these ascending places; uint64.
+
+        Kept in a sparse file where 0 means not yet known, so only the units with ties are read, once.
+        """
+        path = self.folder / "uid-hashes"
+        if not path.exists():
+            with path.open("wb") as file:
+                file.truncate(8 * len(self))
+        hashes = np.memmap(path, np.uint64, "r+", shape=(len(self),))
+        missing = places[hashes[places] == 0]
+        starts = np.cumsum(self.counts) - self.counts
+        unit = np.searchsorted(starts, missing, side="right") - 1
+        for number in np.unique(unit).tolist():
+            mine = missing[unit == number]
+            (table,) = self.run.scan(["uid"], after=self.after, units=[number])
+            hashes[mine] = hash64(table["uid"].take(pa.array(mine - starts[number])), purpose="threshold")
+        return np.asarray(hashes[places])
 
     def spooled(
         self, name: str, dtype: Any, columns: Sequence[str], values: Callable[[pa.Table], np.ndarray]
@@ -85,9 +100,11 @@ class Candidates:
         return self._mapped(name, dtype)
 
     def _mapped(self, name: str, dtype: Any) -> np.ndarray:
-        if not len(self):
-            return np.empty(0, dtype)
-        return np.memmap(self.folder / name, dtype, "r", shape=(len(self),))
+        if name not in self.maps:
+            path = self.folder / name
+            # A plain view: slicing a memmap object costs ten times as much.
+            self.maps[name] = np.asarray(np.memmap(path, dtype, "r")) if len(self) else np.empty(0, dtype)
+        return self.maps[name]
 
 
 def default_after(run: Run) -> str:

@@ -14,8 +14,6 @@ from pipeline.study.plan import Condition, Cut, wanted
 SAMPLE = 1 << 16
 """Values from which the place of a fraction's boundary is estimated; more where the rows are more than SAMPLE^1.5."""
 
-Mask = Callable[[slice], np.ndarray]
-
 
 @dataclass(frozen=True)
 class Boundary:
@@ -23,7 +21,7 @@ class Boundary:
 
     value: float
     uid_hash: int | None = None
-    place: int | None = None
+    place: int = 0
 
 
 class Cuts:
@@ -49,7 +47,10 @@ class Cuts:
     def kept(self, at: slice) -> np.ndarray:
         """Whether each cut keeps each candidate of a block: bool (cuts, rows)."""
         known: dict[tuple[Condition, ...], np.ndarray] = {}
-        return np.stack([self._meets(cut.conditions, at, known) for cut in self.cuts])
+        kept = np.empty((len(self.cuts), at.stop - at.start), bool)
+        for number, cut in enumerate(self.cuts):
+            kept[number] = self._meets(cut.conditions, at, known)
+        return kept
 
     def _meets(
         self, conditions: tuple[Condition, ...], at: slice, known: dict[tuple[Condition, ...], np.ndarray]
@@ -67,13 +68,12 @@ class Cuts:
             return np.zeros(len(values), bool)
         if boundary.uid_hash is None:
             return np.asarray(values >= _at_least(boundary.value, values.dtype))
-        hashes = self.candidates.uid_hash(0, "threshold")[at]
-        kept = values > boundary.value
+        kept = np.asarray(values > boundary.value)
         tied = np.flatnonzero(values == boundary.value)
-        lowest = np.uint64(boundary.uid_hash)
-        places = at.start + tied
-        first = boundary.place if boundary.place is not None else 0
-        kept[tied] = (hashes[tied] > lowest) | ((hashes[tied] == lowest) & (places >= first))
+        if len(tied):
+            places = at.start + tied
+            hashes, lowest = self.candidates.uid_hashes(places), np.uint64(boundary.uid_hash)
+            kept[tied] = (hashes > lowest) | ((hashes == lowest) & (places >= boundary.place))
         return kept
 
     def _boundaries(
@@ -87,31 +87,31 @@ class Cuts:
             there = ~np.isnan(values[at])
             return there & self._meets(before, at, {}) if before else there
 
-        def chosen(array: np.ndarray, mask: Mask) -> Callable[[], Iterator[np.ndarray]]:
-            return lambda: (array[at][mask(at)] for at in candidates.blocks)
-
-        count = sum(int(living(at).sum()) for at in candidates.blocks)
+        counts = [int(np.count_nonzero(living(at))) for at in candidates.blocks]
+        everything, count = sum(counts) == len(candidates), sum(counts)
         if not count:
             return [None] * len(fractions)
         ranks = [wanted(fraction, count) for fraction in fractions]
+
+        def blocks() -> Iterator[np.ndarray]:
+            return (values[at] if everything else values[at][living(at)] for at in candidates.blocks)
+
         found: list[Boundary | None] = []
-        for rank, (value, above, tied) in zip(ranks, largest(chosen(values, living), count, ranks)):
+        for rank, (value, above, tied) in zip(ranks, largest(blocks, count, ranks)):
             if above + tied == rank:
                 found.append(Boundary(float(value)))
                 continue
             # `threshold` breaks ties by the hash of the uid, and those of equal uids by the place.
-            hashes = candidates.uid_hash(0, "threshold")
-
-            def ties(at: slice, value: float = value) -> np.ndarray:
-                return living(at) & (values[at] == value)
-
             left = rank - above
-            [(lowest, higher, same)] = largest(chosen(hashes, ties), tied, [left])
-            places = np.concatenate(
-                [at.start + np.flatnonzero(ties(at) & (hashes[at] == lowest)) for at in candidates.blocks]
-            )
-            place = None if higher + same == left else int(places[-(left - higher)])
-            found.append(Boundary(float(value), int(lowest), place))
+
+            def ties(value: np.number = value) -> Iterator[np.ndarray]:
+                for at in candidates.blocks:
+                    tied = np.flatnonzero(values[at] == value)
+                    yield at.start + (tied if everything or not len(tied) else tied[living(at)[tied]])
+
+            [(lowest, higher, same)] = largest(lambda: map(candidates.uid_hashes, ties()), tied, [left])
+            equal = np.concatenate([places[candidates.uid_hashes(places) == lowest] for places in ties()])
+            found.append(Boundary(float(value), int(lowest), int(equal[same - (left - higher)])))
         return found
 
 
@@ -163,12 +163,12 @@ def _between(
     above = [0] * len(bounds)
     for block in blocks():
         for i, (low, high) in enumerate(bounds):
-            within = block if low is None else block[block >= low]
+            within = np.ones(len(block), bool) if low is None else block >= low
             if high is not None:
-                over = within > high
-                above[i] += int(over.sum())
-                within = within[~over]
-            parts[i].append(within)
+                over = block > high
+                above[i] += int(np.count_nonzero(over))
+                within &= ~over
+            parts[i].append(block[within])
     return [np.concatenate(of) for of in parts], above
 
 

@@ -82,6 +82,7 @@ def train(results: Results, cuts: Cuts, training: Training, config: TrainConfig,
                 path, samples = subsets.of(name, seed)
                 arms[name, seed] = trainer.arm(path, samples, budget, seed)
         labels = {arm.key: name for (name, _), arm in arms.items()}
+        distinct = list({arms[name, training.seeds[0]].key: name for name in names}.values())
         due = list(dict.fromkeys(arms.values()))
         progress = _Progress(console, plan, training.metric, labels, sum(trainer.result(arm) is None for arm in due))
         trainer.train(due, progress.say)
@@ -91,7 +92,7 @@ def train(results: Results, cuts: Cuts, training: Training, config: TrainConfig,
             name: np.array([records[name, seed]["metrics"][training.metric] for seed in training.seeds], np.float64)
             for name in names
         }
-        results.outcomes.append(analyse(budget, values, subsets.sizes, subsets.whole))
+        results.outcomes.append(analyse(budget, values, subsets.sizes, distinct))
         results.records += {arm.key: records[key] for key, arm in arms.items()}.values()
         done += len(due) * budget
         planned += len(due) * budget

@@ -81,10 +81,11 @@ class Results:
         return lines
 
 
-def analyse(budget: int, arms: Mapping[str, np.ndarray], sizes: Mapping[str, int], whole: int) -> Outcome:
-    """Judges one budget. `sizes` are the samples of each arm, `whole` those without a filter."""
-    arms = dict(arms)
-    noise = noise_of(np.stack(list(arms.values())))
+def analyse(budget: int, arms: Mapping[str, np.ndarray], sizes: Mapping[str, int], distinct: Sequence[str]) -> Outcome:
+    """Judges one budget. `arms` has the metric by seed, `sizes` the samples; arms with one subset are one training, and
+    `distinct` names one of each."""
+    arms, whole = dict(arms), sizes[NO_FILTER]
+    noise = noise_of(np.stack([arms[name] for name in distinct]))
     numbers = [int(name.split()[1]) for name in arms if name.startswith("cut ") and sizes[name] < whole]
     pairs = [(f"cut {n}", NO_FILTER) for n in numbers]
     pairs += [(f"cut {n}", name) for n in numbers if (name := f"random {sizes[f'cut {n}']}") in arms]
