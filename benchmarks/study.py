@@ -4,8 +4,8 @@
 
 Makes a finished run in which every score is a measure pass of its own, as a recipe with six scorers leaves it. Then it
 scans the scores of all units with `pyarrow.dataset`, and does the same with `pipeline.study`: all cuts by fraction,
-exact, with the rows of each and the overlap of each pair. Both in a process of their own; each is run `--times` times in
-turn, and the least CPU and wall time of each count. `scan` is the read API alone, between the two.
+exact, with the rows of each and the overlap of each pair. `scan` is the read API alone, between the two. Each is run
+`--times` times in turn, in a process of its own, and the least CPU and wall time count.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ TOKENS = "nodes"
 NODE_SECONDS = 120.0
 """Seconds a node has to answer; it may have to start a worker and unpack an environment first."""
 
+_CANNOT_RUN = "cannot run Winnow"
+
 _keeper: Keeper | None = None
 
 
@@ -136,11 +138,13 @@ def check_nodes(store: Store, files: Sequence[str]) -> None:
             if not problem and store.read_if_there(f"{TOKENS}/{token}.{node}") != token.encode():
                 problem = f"writes to another {store.root} than this process"
             if problem:
-                raise UnseenError(
-                    f"the node {nodes[node]} {problem}. Put the pool and the run where every node can access "
-                    "them: in an object store (s3://, gs://) or on a file system mounted at the same path. See "
-                    "docs/cluster.md"
+                cure = (
+                    "Install the same environment on every node"
+                    if problem.startswith(_CANNOT_RUN)
+                    else "Put the pool and the run where every node can access them: in an object store (s3://, gs://) "
+                    "or on a file system mounted at the same path"
                 )
+                raise UnseenError(f"the node {nodes[node]} {problem}. {cure}. See docs/cluster.md")
     finally:
         for answer in silent:  # canceling a task that has just ended can abort this process (Ray 2.60)
             ray.cancel(answer)
@@ -171,4 +175,4 @@ def _answer_of(answer: Any) -> str:
         return "was lost during the check"
     except Exception as error:
         cause = getattr(error, "cause", None) or error
-        return f"cannot run Winnow: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}"
+        return f"{_CANNOT_RUN}: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}"

@@ -19,10 +19,11 @@ from pipeline import pool, recipe
 from pipeline.claim import Claim, InUseError, LostClaimError, hold
 from pipeline.ledger import BooksError, Funnel
 from pipeline.lifetime import GOES_ON, Watch
-from pipeline.passes import Pass, make_passes
-from pipeline.reader import describe
+from pipeline.passes import Loan, MeasurePass, Pass, SinkPass, make_passes
+from pipeline.reader import RunError, describe, described_passes
 from pipeline.recipe import Recipe, RecipeError
-from pipeline.step import HaltError, Sink
+from pipeline.schema import is_heavy
+from pipeline.step import HaltError
 from pipeline.storage import DamagedError, Store
 from trainer.terminal import Console, guarded, masked, one_line
 
@@ -141,7 +142,7 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
     if len(outcome.mended) > 10:
         console.print(f"made again: {len(outcome.mended) - 10:,} more", highlight=False)
     if outcome.reused:
-        measured = [p.label for p in passes if p.kind == "measure" and p.label in outcome.reused]
+        measured = [p.label for p in passes if isinstance(p, MeasurePass) and p.label in outcome.reused]
         said = f"; nothing was measured again by {' or '.join(measured)}" if measured else ""
         console.print(f"reused {', '.join(outcome.reused)}{said}", highlight=False)
     for label, (rows, known) in outcome.known.items():
@@ -241,8 +242,8 @@ def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]])
 
 def _folder(passes: list[Pass]) -> str | None:
     """The folder of the run that its sink writes to, if it has one."""
-    last = passes[-1].steps[-1] if passes[-1].steps else None
-    return last.folder if isinstance(last, Sink) else None
+    last = passes[-1]
+    return last.sink.folder if isinstance(last, SinkPass) else None
 
 
 def _is_ours(store: Store, passes: list[Pass]) -> bool:
@@ -252,29 +253,36 @@ def _is_ours(store: Store, passes: list[Pass]) -> bool:
     roots = {os.path.basename(p.root): p for p in passes}
     strangers = [name for name in store.folders("passes") if name not in roots]
     return not strangers or all(
-        store.names(f"passes/{root}/commits") for root, p in roots.items() if p.kind == "measure"
+        store.names(f"passes/{root}/commits") for root, p in roots.items() if isinstance(p, MeasurePass)
     )
 
 
 def _adopt(checked: Recipe, passes: list[Pass]) -> list[Pass]:
-    """The passes with the results of the run named by `reuse`: passes complete there, measurements of the same pool.
+    """The passes with the results of the run named by `reuse`: passes complete there, and measurements of equal rows.
 
-    Equal keys mean equal bytes.
+    Equal keys mean equal bytes. Its pool may be another one, as when a pool grew. Then pixels and vectors of the pool
+    itself are not compared, so what rests on them is measured again.
     """
     if not checked.reuse:
         return passes
-    theirs = [
-        dataclasses.replace(p, root=f"{Store(checked.reuse).root}/passes/{os.path.basename(p.root)}") for p in passes
-    ]
-    same_pool = theirs[0].complete() is not None
+    store = Store(checked.reuse)
+    try:
+        lender = described_passes(store)[0]
+    except RunError as error:
+        raise RefusedError(f"reuse: {error}") from None
 
-    def adopted(mine: Pass, other: Pass) -> Pass:
-        if mine.kind == "measure":
-            there = same_pool and other.store.exists("")
-            return dataclasses.replace(mine, lenders=[other.root] if there else [])
-        return other if mine.kind != "write" and mine.complete() is None and other.complete() is not None else mine
+    def adopted(mine: Pass) -> Pass:
+        other = dataclasses.replace(mine, root=store.path(f"passes/{os.path.basename(mine.root)}"))
+        if isinstance(mine, SinkPass):
+            return mine
+        if not isinstance(mine, MeasurePass) or not isinstance(other, MeasurePass):
+            return other if mine.complete() is None and other.complete() is not None else mine
+        types = {**lender.adds, **passes[0].adds}
+        comparable = all(c in lender.adds and not is_heavy(types[c]) for c in mine.origins)
+        lends = lender.key == passes[0].key or comparable
+        return dataclasses.replace(other, root=mine.root, lender=Loan(lender, other) if lends else None)
 
-    return [adopted(mine, other) for mine, other in zip(passes, theirs)]
+    return [adopted(p) for p in passes]
 
 
 def _differences(old: Any, new: Any) -> list[str]:

@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from pipeline import cluster, isolation
-from pipeline.passes import Pass, UnitReport, committed, run_pass
+from pipeline.passes import Pass, UnitPass, UnitReport, run_pass
 from pipeline.step import HaltError
 
 T = TypeVar("T")
@@ -149,14 +149,15 @@ class _Worker:
             yield from _merged(self._stream(unit))
 
     def _stream(self, first: int) -> Iterator[UnitReport]:
-        p = self._passes[self._index]
+        p, before = self._passes[self._index], self._passes[: self._index]
+        assert isinstance(p, UnitPass)
         started: set[int] = set()
         found: list[dict[str, Any]] = []
         hopeless: list[int] = []
 
         def fresh() -> Iterator[int]:
             for unit in chain([first], self._arrived()):
-                if (record := committed(self._passes[: self._index + 1], unit)) is not None:
+                if (record := p.account(before, unit)) is not None:
                     found.append(record)
                 elif isolation.attempt(p, unit) > isolation.ATTEMPTS:
                     hopeless.append(unit)

@@ -30,6 +30,7 @@ import numpy as np
 from braceexpand import braceexpand
 from rich.progress import track
 
+from trainer import atomic
 from trainer.errors import InputError
 from trainer.order import shuffled
 from trainer.tar import ABSENT, BLOCK, DOTTED, TarError, index_tar, member_name
@@ -429,8 +430,8 @@ def _elsewhere(folder: str) -> tuple[str, list[Shard]]:
     """The name and shards of an index of pictures in other files.
 
     `pictures.json` has `format, name, files` and the SHA-256 of the `index`; of each file its `url, bytes, sha256`, and
-    how many `samples` it holds. `index.npy` has the six numbers of every sample, file after file, as in the index of a tar: the picture is a range
-    of its file, the caption one of `captions.txt`.
+    how many `samples` it holds. `index.npy` has the six numbers of every sample, file after file, as in the index of a
+    tar: the picture is a range of its file, the caption one of `captions.txt`.
     """
     path, index, captions = (f"{folder}/{name}" for name in ("pictures.json", "index.npy", "captions.txt"))
     try:
@@ -611,17 +612,9 @@ def _cached(name: str) -> str:
 
 
 def _write(path: str, save: Callable[[Any], object]) -> None:
-    # Whole or absent, whoever else writes it at the same time.
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    part = f"{path}.{os.getpid()}.{random.getrandbits(32):08x}.part"
-    try:
-        with open(part, "xb") as file:
-            save(file)
-        os.replace(part, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(part)
-        raise
+    with atomic.replacing(path) as file:
+        save(file)
 
 
 def _shown(pool: Executor, work: Callable[[_T], _R], items: Sequence[_T], label: str) -> list[_R]:

@@ -35,8 +35,8 @@ class Subset:
             raise ShardsError(f"subset: {path}: {found.dtype} of shape {found.shape}, expected int64 of shape (n,)")
         if not len(found) or found[0] < 0 or found[-1] >= len(whole) or not (found[1:] > found[:-1]).all():
             raise ShardsError(
-                f"subset: {path}: expected at least one number, ascending, from 0 to {len(whole) - 1:,}, the last sample "
-                f"of {whole.folder}"
+                f"subset: {path}: expected at least one number, ascending, from 0 to {len(whole) - 1:,}, the last "
+                f"sample of {whole.folder}"
             )
 
     def __len__(self) -> int:

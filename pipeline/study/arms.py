@@ -29,6 +29,7 @@ from pipeline.storage import Store
 from pipeline.study.candidates import Candidates
 from pipeline.study.cuts import largest
 from pipeline.study.plan import StudyError, Training
+from trainer import atomic
 from trainer.config import FREE_ON_RESUME, TrainConfig
 from trainer.shards import ABSENT, PICTURES_FORMAT
 
@@ -94,9 +95,8 @@ def index_pictures(candidates: Candidates, folder: Path) -> np.ndarray:
     (folder / "rows.part").unlink()
     np.save(numbers_at, numbers)
     described = {"format": PICTURES_FORMAT, "name": candidates.run.name, "index": digest.hexdigest(), "files": files}
-    part = folder / "pictures.json.part"
-    part.write_text(json.dumps(described))
-    part.replace(described_at)
+    with atomic.replacing(described_at) as file:  # last: it makes the other files count
+        file.write(json.dumps(described).encode())
     return numbers
 
 
@@ -121,10 +121,8 @@ def write_subset(places: np.ndarray, numbers: np.ndarray, folder: Path) -> tuple
     path = folder / f"{hashlib.sha256(samples.tobytes()).hexdigest()[:16]}.npy"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
+        with atomic.replacing(path) as file:
             np.save(file, samples)
-        part.replace(path)
     return str(path), len(samples)
 
 
@@ -136,8 +134,9 @@ class Trainer:
         self.pictures = pictures
         self.store = Store(str(out / "arms"))
         described = json.loads((pictures / "pictures.json").read_text())
-        replaced = {"samples", "epochs", "seed"}
-        fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME | replaced}
+        left_out = FREE_ON_RESUME | {"samples", "epochs", "seed"}  # what a study sets itself, and what changes nothing
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in left_out and v != defaults[k]}
         determines = [fixed, training.evaluate, described["index"], [entry["sha256"] for entry in described["files"]]]
         self.identity = json.dumps(determines, sort_keys=True, default=str)
 

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from pipeline.hashing import hash64
 from pipeline.reader import Run
 from pipeline.study.plan import StudyError
+from trainer import atomic
 from trainer.command import progress
 
 BLOCK = 1 << 17
@@ -150,9 +151,8 @@ def open_candidates(run: Run, after: str, columns: Sequence[str], folder: Path) 
         for name in [*map(_file, missing), "row"]:
             (folder / f"{name}.part").replace(folder / name)
         known = {**known, "counts": counts, "columns": {**known["columns"], **{name: kinds[name] for name in missing}}}
-        part = folder / "candidates.json.part"
-        part.write_text(json.dumps(known))
-        part.replace(described)
+        with atomic.replacing(described) as file:  # last: it makes the other files count
+            file.write(json.dumps(known).encode())
     return Candidates(run, after, folder, np.array(known["counts"], np.int64), known["columns"])
 
 
@@ -161,11 +161,9 @@ def _file(column: str) -> str:
 
 
 def _spool(path: Path, arrays: Iterator[np.ndarray]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
+    with atomic.replacing(path) as file:
         for array in arrays:
-            array.tofile(file)
-    part.replace(path)
+            file.write(array.data)
 
 
 def _numeric(dtype: pa.DataType) -> bool:

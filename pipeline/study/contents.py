@@ -19,8 +19,8 @@ from pipeline.study.cuts import Cuts, packed
 from trainer.command import progress
 
 WORD_BITS = 22
-"""Distinct words are counted by linear counting (Whang et al., 1990) over 2^22 cells: exact in effect for a few thousand
-words, within 0.1% for some million, in memory that does not grow."""
+"""Distinct words are counted by linear counting (Whang et al., 1990) over 2^22 cells: exact in effect for a few
+thousand words, within 0.1% for some million, in memory that does not grow."""
 GROUP = 1 << 22
 """Hashes compared at a time when duplicates are counted."""
 DUPLICATES = ("phash", "sha256")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,13 +35,13 @@ class Cuts:
             for number, condition in enumerate(cut.conditions):
                 before = cut.conditions[:number]
                 if condition.rule == "min":
-                    self.boundaries[(*before, condition)] = Boundary(condition.value)
+                    self.boundaries[before + (condition,)] = Boundary(condition.value)
                 elif condition not in (of := grids.setdefault((before, condition.column), [])):
                     of.append(condition)
         for (before, column), conditions in sorted(grids.items(), key=lambda grid: len(grid[0][0])):
             fractions = [condition.value for condition in conditions]
             for condition, boundary in zip(conditions, self._boundaries(before, column, fractions)):
-                self.boundaries[(*before, condition)] = boundary
+                self.boundaries[before + (condition,)] = boundary
 
     def kept(self, at: slice) -> np.ndarray:
         """Whether each cut keeps each candidate of a block: bool (cuts, rows)."""
@@ -174,8 +173,8 @@ def _between(
 
 def _at_least(value: float, dtype: np.dtype) -> np.floating:
     """The smallest number of the type that is not below the value: comparing with it is comparing in float64."""
-    rounded = np.asarray(value).astype(dtype)[()]
-    return np.nextafter(rounded, dtype.type(np.inf)) if float(rounded) < value else rounded
+    rounded: np.floating = dtype.type(value)
+    return dtype.type(np.nextafter(rounded, dtype.type(np.inf))) if float(rounded) < value else rounded
 
 
 # --- What a cut keeps -------------------------------------------------------------------------------------------------
@@ -213,7 +212,3 @@ def cut_rows(cuts: Cuts, number: int) -> np.ndarray:
     only = cuts.cuts[number].conditions
     kept = (at.start + np.flatnonzero(cuts._meets(only, at, {})) for at in cuts.candidates.blocks)
     return np.concatenate([np.empty(0, np.int64), *kept])
-
-
-def pairs(count: int) -> Iterator[tuple[int, int]]:
-    return itertools.combinations(range(count), 2)

@@ -6,10 +6,10 @@ together, with (arms − 1)(seeds − 1) degrees of freedom; it is taken to be e
 pair has two degrees of freedom and could show next to nothing.
 
 The question of a budget is one family of comparisons: each cut against no filter, and against a random subset of equal
-size. The first says that the cut is worth making, the second that it is the score that helps and not the size. Tests are
-adjusted by Holm's method (1979), and intervals by Bonferroni's, so all of them hold at once at `LEVEL`. A cut is
-recommended if it is better in both; among those, the one with the highest mean. The cuts that cannot be told from it are
-a second family, adjusted by itself.
+size. The first says that the cut is worth making, the second that it is the score that helps and not the size. Tests
+are adjusted by Holm's method (1979), and intervals by Bonferroni's, so all of them hold at once at `LEVEL`. A cut is
+recommended if it is better in both; among those, the one with the highest mean. The cuts that cannot be told from it
+are a second family, adjusted by itself.
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ class Results:
             ]
             if over:
                 lines.append(
-                    f"{budget:,} samples are more than {MOST_EPOCHS} epochs of {', '.join(over)}; beyond {MOST_EPOCHS}, "
-                    "repeated data is worth less than new data (Muennighoff et al. 2023)"
+                    f"{budget:,} samples are more than {MOST_EPOCHS} epochs of {', '.join(over)}. Beyond that, repeated "
+                    "data is worth less than new data (Muennighoff et al. 2023)."
                 )
         return lines
 
@@ -145,8 +145,8 @@ def verdict(outcome: Outcome, plan: Plan) -> list[str]:
     )
     if noise.p_arms > 1 - LEVEL:
         lines.append(
-            f"This trial has no power to rank its arms: taken together they do not differ (F test, p = {noise.p_arms:.2f}). "
-            "Train longer, on more samples, or with more seeds."
+            f"This trial has no power to rank its arms: taken together they do not differ (F test, p = "
+            f"{noise.p_arms:.2f}). Train longer, on more samples, or with more seeds."
         )
     worse = [c for c in outcome.primary if c.second == NO_FILTER and c.differs and c.difference < 0]
     if worse:
