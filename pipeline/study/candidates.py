@@ -151,8 +151,8 @@ def open_candidates(run: Run, after: str, columns: Sequence[str], folder: Path) 
         for name in [*map(_file, missing), "row"]:
             (folder / f"{name}.part").replace(folder / name)
         known = {**known, "counts": counts, "columns": {**known["columns"], **{name: kinds[name] for name in missing}}}
-        with atomic.replacing(described) as file:  # last: it makes the other files count
-            file.write(json.dumps(known).encode())
+        with atomic.replacing(described) as record:  # last: it makes the other files count
+            record.write(json.dumps(known).encode())
     return Candidates(run, after, folder, np.array(known["counts"], np.int64), known["columns"])
 
 

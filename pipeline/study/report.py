@@ -10,7 +10,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from rich.table import Table
 
+from pipeline.study import page
 from pipeline.study.table import NO_FILTER, Outcome, Results, arms_table, as_table, verdict
+from trainer import atomic
 from trainer.terminal import Console
 
 
@@ -29,6 +31,8 @@ def show(results: Results, out: Path) -> None:
     pq.write_table(pa.table(overlap), out / "overlap.parquet")
     if results.records:
         pq.write_table(arms_table(results.records), out / "arms.parquet")
+    with atomic.replacing(out / "index.html") as file:
+        file.write(page.write(results))
     console = Console()
     console.print(_counts(results))
     for outcome in results.outcomes:
@@ -42,7 +46,7 @@ def show(results: Results, out: Path) -> None:
     for line in [*results.warnings, results.saved]:
         if line:
             console.print(line, highlight=False, markup=False)
-    console.print(f"tables and page in {out}/", highlight=False, markup=False)
+    console.print(f"tables in {out}/, page in {out}/index.html", highlight=False, markup=False)
 
 
 def _counts(results: Results) -> Table:
@@ -80,5 +84,5 @@ def _trained(results: Results, outcome: Outcome) -> Table:
 
 
 def _shown(outcome: Outcome, arm: str) -> str:
-    of = outcome.interval(arm)
+    of = outcome.paired(arm)
     return f"{of.mean:.3f}" + ("" if of.low != of.low else f" ±{of.high - of.mean:.3f}")

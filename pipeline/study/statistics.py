@@ -67,6 +67,14 @@ class Noise:
     p_arms: float
     """Of the F test that all arms have the same mean: if it is large, the trial tells nothing apart."""
 
+    @property
+    def half(self) -> float:
+        """Half the width of an interval of one mean at LEVEL, the seeds' common effect aside; NaN with one seed."""
+        from scipy import stats
+
+        df = self.freedom(self.seeds)
+        return float(stats.t.ppf((1 + LEVEL) / 2, df) * self.sd / self.seeds**0.5) if df else float("nan")
+
     def freedom(self, seeds: int) -> int:
         return (self.arms - 1) * (seeds - 1)
 

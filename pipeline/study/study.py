@@ -38,8 +38,8 @@ def run(plan: Plan, console: Console) -> Results:
     cuts = Cuts(candidates, plan.cuts)
     both = overlaps(cuts)
     results = Results(
-        plan, len(candidates), both.diagonal().tolist(), jaccard(both), contents(cuts, plan.concepts),
-        duplicates_by(candidates),
+        plan, opened.name, after, len(candidates), both.diagonal().tolist(), jaccard(both),
+        contents(cuts, plan.concepts), duplicates_by(candidates),
     )  # fmt: skip
     if plan.train and config:
         train(results, cuts, plan.train, config, out, console)

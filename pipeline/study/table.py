@@ -34,15 +34,21 @@ class Outcome:
     """The other cuts that cannot be told from it."""
 
     def interval(self, arm: str) -> Interval:
+        """The mean over seeds and its t interval."""
         return interval(self.arms[arm])
+
+    def paired(self, arm: str) -> Interval:
+        """The mean with an interval that leaves out what a seed does to all arms alike, so that intervals of two arms
+        can be compared by eye (Loftus and Masson, 1994)."""
+        mean, half = float(self.arms[arm].mean()), self.noise.half
+        return Interval(mean, mean - half, mean + half)
 
     def against(self, number: int, other: str) -> Comparison | None:
         return next((c for c in self.primary if c.first == f"cut {number}" and c.second == other), None)
 
-    @property
-    def largest(self) -> Comparison | None:
-        """The largest gain over no filter."""
-        gains = [c for c in self.primary if c.second == NO_FILTER]
+    def largest(self, versus: str | None) -> Comparison | None:
+        """The largest gain over no filter, or over random for None."""
+        gains = [c for c in self.primary if (c.second == NO_FILTER) == (versus == NO_FILTER)]
         return max(gains, key=lambda c: c.difference, default=None)
 
 
@@ -51,6 +57,9 @@ class Results:
     """Everything that a study has found."""
 
     plan: Plan
+    run: str
+    """The run's name."""
+    after: str
     candidates: int
     rows: list[int]
     """Rows that each cut keeps."""
@@ -75,8 +84,8 @@ class Results:
             ]
             if over:
                 lines.append(
-                    f"{budget:,} samples are more than {MOST_EPOCHS} epochs of {', '.join(over)}. Beyond that, repeated "
-                    "data is worth less than new data (Muennighoff et al. 2023)."
+                    f"{budget:,} samples are more than {MOST_EPOCHS} epochs of {', '.join(over)}. Beyond that, "
+                    "repeated data is worth less than new data (Muennighoff et al. 2023)."
                 )
         return lines
 
@@ -130,15 +139,22 @@ def verdict(outcome: Outcome, plan: Plan) -> list[str]:
         else:
             lines.append("It is better than every other cut.")
     else:
-        lines.append(
-            f"{head}no difference found. No cut is better than both no filter and a random subset of its size."
+        over_all = [c for c in outcome.primary if c.second == NO_FILTER and c.better]
+        over_random = [c for c in outcome.primary if c.second != NO_FILTER and c.better]
+        found = (
+            "no cut is better than both no filter and a random subset of its size" if over_all or over_random else ""
         )
-        if (gain := outcome.largest) is not None:
-            cut = plan.cuts[int(gain.first.split()[1])]
-            need = noise.seeds_for(gain.difference, family) if gain.difference > 0 else None
-            text = f"The largest gain over no filter is {gain.difference:+.3f} ({_range(gain)}), at {cut}"
-            text += f"; {need:,} seeds would show a gain of that size." if need else "."
-            lines.append(text)
+        lines.append(f"{head}{found or 'no difference found'}.")
+        for better, text in ((over_all, "no filter"), (over_random, "a random subset of its size")):
+            if better:
+                names = "; ".join(str(plan.cuts[int(c.first.split()[1])]) for c in better)
+                lines.append(f"Better than {text}: {names}.")
+        for versus, text in ((NO_FILTER, "no filter"), (None, "random")):
+            if (gain := outcome.largest(versus)) is not None and not gain.better:
+                cut = plan.cuts[int(gain.first.split()[1])]
+                need = noise.seeds_for(gain.difference, family) if gain.difference > 0 else None
+                line = f"The largest gain over {text} is {gain.difference:+.3f} ({_range(gain)}), at {cut}"
+                lines.append(line + (f"; {need:,} seeds would show a gain of that size." if need else "."))
     lines.append(
         f"With {noise.seeds} seeds and {family} comparisons this trial can show a difference of "
         f"{noise.detectable(family):.3f} with {POWER:.0%} power; the noise of one training is {noise.sd:.3f}."
