@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import queue
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,8 +151,14 @@ class Trainer:
         return None if data is None else dict(json.loads(data))
 
     def train(self, arms: Sequence[Arm], say: Callable[[Arm, dict[str, Any]], None]) -> None:
-        """Trains the arms that have no record yet, `workers` at a time. `say` is called after each. Raises ArmError."""
-        due = [arm for arm in dict.fromkeys(arms) if self.result(arm) is None]
+        """Trains the arms that have no record yet, `workers` at a time, and calls `say` after each. Raises ArmError,
+        and StudyError if the metric that decides is not among the results."""
+        due = []
+        for arm in dict.fromkeys(arms):
+            if (record := self.result(arm)) is None:
+                due.append(arm)
+            else:
+                check_metric(record, self.training.metric)
         if not due:
             return
         idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -166,6 +173,7 @@ class Trainer:
             worker = idle.get()
             try:
                 record = worker.run(self._order(arm))
+                check_metric(record, self.training.metric)
                 self.store.create(f"{arm.key}.json", json.dumps(record).encode())
                 shutil.rmtree(self.out / "training" / arm.key, ignore_errors=True)
                 with lock:
@@ -203,7 +211,11 @@ class _Worker:
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "pipeline.study.worker"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # The package may be known to this process alone, by its working directory.
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+        )
 
     def run(self, order: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -230,10 +242,8 @@ class _Worker:
                 stream.close()
 
 
-def metric_of(records: Iterable[dict[str, Any]], name: str) -> None:
-    """Raises StudyError if a record lacks the metric that decides."""
-    for record in records:
-        value = record["metrics"].get(name)
-        if not isinstance(value, int | float):
-            known = ", ".join(key for key, value in record["metrics"].items() if isinstance(value, int | float))
-            raise StudyError(f"train.metric: the tasks give no number {name!r}; they give {known}")
+def check_metric(record: dict[str, Any], name: str) -> None:
+    """Raises StudyError if a training has not given the metric that decides."""
+    numbers = [key for key, value in record["metrics"].items() if isinstance(value, int | float)]
+    if name not in numbers:
+        raise StudyError(f"train.metric: the tasks give no number {name!r}; they give {', '.join(numbers)}")

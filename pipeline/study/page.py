@@ -214,7 +214,7 @@ def _line(results: Results, number: int, cut: Cut) -> dict[str, Any]:
 
 def _heat(results: Results) -> Iterator[dict[str, Any]]:
     for cut, row in zip(results.plan.cuts, results.overlap.tolist()):
-        cells = [{"text": "–", "shade": 0} if v != v else {"text": f"{v:.2f}", "shade": round(70 * v)} for v in row]
+        cells = [{"text": "–", "shade": 0} if v != v else {"text": f"{v:.2f}", "shade": round(40 * v)} for v in row]
         yield {"title": str(cut), "cells": cells}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.reader import open_run
-from pipeline.study.arms import Arm, Trainer, index_pictures, metric_of, random_places, write_subset
+from pipeline.study.arms import Arm, Trainer, index_pictures, random_places, write_subset
 from pipeline.study.candidates import default_after, open_candidates
 from pipeline.study.contents import check_concepts, contents, duplicates_by
 from pipeline.study.cuts import Cuts, cut_rows, jaccard, overlaps
@@ -87,7 +87,6 @@ def train(results: Results, cuts: Cuts, training: Training, config: TrainConfig,
         progress = _Progress(console, plan, training.metric, labels, sum(trainer.result(arm) is None for arm in due))
         trainer.train(due, progress.say)
         records = {key: trainer.result(arm) or {} for key, arm in arms.items()}
-        metric_of(records.values(), training.metric)
         values = {
             name: np.array([records[name, seed]["metrics"][training.metric] for seed in training.seeds], np.float64)
             for name in names
