@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,50 +64,52 @@ def training_config(plan: Plan) -> TrainConfig:
 
 def train(results: Results, cuts: Cuts, training: Training, config: TrainConfig, out: Path, console: Console) -> None:
     """Trains the arms budget after budget, and adds what they say to the results."""
-    plan, candidates = results.plan, cuts.candidates
-    pictures = out / "pictures"
-    numbers = index_pictures(candidates, pictures)
+    plan = results.plan
+    pictures = cuts.candidates.folder / "pictures"
+    numbers = index_pictures(cuts.candidates, pictures)
     subsets = _Subsets(cuts, numbers, out / "subsets", config.batch_size)
     trainer = Trainer(training, config, pictures, out)
-    living = [n for n in range(len(plan.cuts)) if subsets.sizes[f"cut {n}"]]
-    planned = done = 0
-    skipped: list[str] = []
-    for place, budget in enumerate(plan.budgets):
-        arms: dict[tuple[str, int], Arm] = {}
-        names = [NO_FILTER, *(f"cut {n}" for n in living)]
+    living = list(range(len(plan.cuts)))
+
+    def arms_of(numbers: Sequence[int], budget: int) -> dict[tuple[str, int], Arm]:
+        """The arms of these cuts, of their random subsets and of no filter, by name and seed."""
+        names = [NO_FILTER, *(f"cut {n}" for n in numbers)]
         if training.random:
-            names += dict.fromkeys(f"random {s}" for n in living if (s := subsets.sizes[f"cut {n}"]) < subsets.whole)
-        for seed in training.seeds:
-            for name in names:
-                path, samples = subsets.of(name, seed)
-                arms[name, seed] = trainer.arm(path, samples, budget, seed)
-        labels = {arm.key: name for (name, _), arm in arms.items()}
-        distinct = list({arms[name, training.seeds[0]].key: name for name in names}.values())
+            sizes = dict.fromkeys(subsets.sizes[f"cut {n}"] for n in numbers)
+            names += [f"random {size}" for size in sizes if size < subsets.whole]
+        keys = [(name, seed) for seed in training.seeds for name in names]
+        return {key: trainer.arm(*subsets.of(*key), budget, key[1]) for key in keys}
+
+    done = planned = 0
+    stopped: list[str] = []
+    for budget in plan.budgets:
+        arms = arms_of(living, budget)
         due = list(dict.fromkeys(arms.values()))
+        labels = {arm.key: name for (name, _), arm in arms.items()}
         progress = _Progress(console, plan, training.metric, labels, sum(trainer.result(arm) is None for arm in due))
         trainer.train(due, progress.say)
-        records = {key: trainer.result(arm) or {} for key, arm in arms.items()}
+        records = {arm.key: trainer.result(arm) or {} for arm in due}
+        results.records += records.values()
         values = {
-            name: np.array([records[name, seed]["metrics"][training.metric] for seed in training.seeds], np.float64)
-            for name in names
+            name: np.array(
+                [records[arms[name, seed].key]["metrics"][training.metric] for seed in training.seeds], np.float64
+            )
+            for name, _ in arms
         }
-        results.outcomes.append(analyse(budget, values, subsets.sizes, distinct))
-        results.records += {arm.key: records[key] for key, arm in arms.items()}.values()
+        distinct = {arm.key: name for (name, seed), arm in arms.items() if seed == training.seeds[0]}
+        results.outcomes.append(analyse(budget, values, subsets.sizes, list(distinct.values())))
         done += len(due) * budget
-        planned += len(due) * budget
-        if training.halving and place + 1 < len(plan.budgets):
+        planned += len({*arms_of(range(len(plan.cuts)), budget).values()}) * budget
+        if training.halving and budget < plan.budgets[-1] and len(living) > 1:
             ranked = sorted(living, key=lambda n: -float(values[f"cut {n}"].mean()))
-            keep = sorted(ranked[: math.ceil(len(ranked) / 2)])
-            lost = [n for n in living if n not in keep]
-            if lost:
-                skipped.append(f"after {budget:,} samples: {'; '.join(str(plan.cuts[n]) for n in lost)}")
-                gone = len({subsets.sizes[f"cut {n}"] for n in lost} - {subsets.whole}) * (2 if training.random else 1)
-                planned += sum(plan.budgets[place + 1 :]) * gone * len(training.seeds)
-            living = keep
-    if skipped:
+            living = sorted(ranked[: math.ceil(len(ranked) / 2)])
+            lost = "; ".join(str(plan.cuts[n]) for n in sorted({*ranked} - {*living}))
+            stopped.append(f"after {budget:,} samples it stopped {lost}")
+    if stopped:
         results.saved = (
-            f"Successive halving trained {done:,} samples of {planned:,}, {1 - done / planned:.0%} less; stopped "
-            + ", ".join(skipped)
+            f"Successive halving saw {done:,} samples instead of {planned:,}, {1 - done / planned:.0%} less: "
+            + ", ".join(stopped)
+            + "."
         )
 
 
@@ -155,11 +157,10 @@ class _Progress:
         name = self.labels[arm.key]
         if name.startswith("cut "):
             name = str(self.plan.cuts[int(name.split()[1])])
-        value = record["metrics"].get(self.metric)
-        shown = f"{value:.4f}" if isinstance(value, float) else "not given"
         left = (time.monotonic() - self.started) / self.done * (self.due - self.done)
         self.console.print(
-            f"{self.done}/{self.due} at {arm.budget:,} samples: {name}, seed {arm.seed}: {self.metric} {shown} "
+            f"{self.done}/{self.due} at {arm.budget:,} samples: {name}, seed {arm.seed}: "
+            f"{self.metric} {record['metrics'][self.metric]:.4f} "
             f"({record['seconds']:.0f} s); {left / 60:.0f} min left for this budget",
             highlight=False,
             soft_wrap=True,
