@@ -31,7 +31,11 @@ COMMANDS = {
     "study": Command(
         "pipeline.study.__main__", (), "compare cuts of a finished run: what each keeps, and what it trains"
     ),
+    "report": Command("pipeline.report", (), "write the report of a finished run: one HTML page"),
     "verify": Command("pipeline.verify", (), "check everything that a finished run claims about itself"),
+    "status": Command("pipeline.status", (), "show how far a run is, from outside, while it goes"),
+    "studio": Command("pipeline.studio", (), "open a local page to move cuts and see what would be kept"),
+    "diff": Command("pipeline.diff", (), "compare two runs: rows gained and lost, and which step decided"),
     "steps": Command("pipeline.reference", (), "print the reference of all steps, or of those named"),
     "train": Command("trainer.train", (), "pretrain a dual encoder on shards"),
     "evaluate": Command("trainer.evaluate.__main__", (), "evaluate a model: zero-shot, retrieval, probe and others"),

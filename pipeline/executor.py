@@ -93,6 +93,7 @@ def execute(job: Job) -> Outcome:
         _ingest(job)
     else:
         reused.append(passes[0].label)
+        job.progress.reused(passes[0].label, _funnel(passes[0]))
     job.units = unit_total(passes)
     _borrow(job)
     index = 1
@@ -102,6 +103,7 @@ def execute(job: Job) -> Outcome:
         p = passes[index]
         if p.complete() is not None and (not isinstance(p, SinkPass) or _written_whole(job.recipe, p)):
             reused.append(p.label)
+            job.progress.reused(p.label, _funnel(p))
             funnel.add(_funnel(p))
             index += 1
             continue
@@ -334,9 +336,9 @@ def _map(job: Job, chain: list[int]) -> dict[str, tuple[int, int]]:
     known: Counter[int] = Counter()
     parts: dict[int, dict[str, int]] = {i: {} for i in chain}
     """Numbers of records of the units that have more or fewer than one."""
-    for i, report in run_passes(passes, chain, units, job.recipe.workers):
+    for i, report, workers in run_passes(passes, chain, units, job.recipe.workers):
         job.claim.check()
-        job.progress.add(passes[i].label, report.rows, report.kept, report.reasons, units=len(report.records))
+        job.progress.add(passes[i].label, report.rows, report.kept, report.reasons, len(report.records), workers)
         for record in report.records:
             funnels[i].add(Funnel.from_json(record["funnel"]))
             entries[i] += record["entries"]

@@ -205,6 +205,21 @@ class Run:
     def __repr__(self) -> str:
         return f"<Run {self.name!r} in {self._store.root}: {', '.join(self._places)}>"
 
+    @property
+    def path(self) -> str:
+        """The absolute path of its folder, or its address."""
+        return self._store.root
+
+    @property
+    def pool_key(self) -> str:
+        """Names the contents of the pool: in runs with the same key, `unit` and `row` name the same rows."""
+        return self._passes[0].key
+
+    @property
+    def has_passes(self) -> bool:
+        """Whether the results of all its passes are there; without them, rows have neither `unit` nor `row`."""
+        return self._missing(len(self._passes) - 1) is None
+
     # --- The books ----------------------------------------------------------------------------------------------------
 
     @cached_property

@@ -20,7 +20,7 @@ from pipeline.claim import Claim, InUseError, LostClaimError, hold
 from pipeline.ledger import BooksError, Funnel
 from pipeline.lifetime import GOES_ON, Watch
 from pipeline.passes import Loan, MeasurePass, Pass, SinkPass, make_passes
-from pipeline.reader import RunError, describe, described_passes
+from pipeline.reader import RunError, describe, described_passes, open_run
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.schema import is_heavy
 from pipeline.step import HaltError
@@ -108,10 +108,13 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
     _claim(checked, own, describe(passes, checked))
 
     from pipeline import cluster, executor
+    from pipeline.events import Events
     from pipeline.progress import Progress, print_funnel
 
     started = time.monotonic()
-    progress = Progress(console)
+    events = Events(Store(checked.run))
+    progress, done = Progress(console, events.watch), False
+    events.command(checked.name, [p.label for p in passes])
     try:
         try:
             cluster.start_ray(checked.workers)
@@ -124,11 +127,23 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
             cluster.check_nodes(Store(checked.run), pool.find_files(checked.pool))
         except cluster.UnseenError as error:
             raise RefusedError(str(error)) from None
+        from pipeline.metrics import Metrics
+
+        progress.watchers.append(Metrics(checked.name).watch)
         job = executor.Job(checked, passes, types, progress, claim)
         outcome = executor.execute(job)
         dropped = executor.write_books(job, outcome)
+        done = True
+    except LostClaimError:
+        events.close()  # the file is the other command's now
+        raise
+    except BaseException as error:
+        progress.end(done)
+        said = "interrupted" if isinstance(error, KeyboardInterrupt) else _explain(error, checked.run)
+        events.end(2 if isinstance(error, RefusedError) else 1, error=said)
+        raise
     finally:
-        progress.end()
+        progress.end(done)
         ending = watch.is_ending()
         if not ending:
             watch.close()
@@ -149,6 +164,8 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
         if known:
             console.print(f"{label}: {known:,} of {rows:,} rows had been measured before", highlight=False)
     print_funnel(console, outcome.funnel)
+    if checked.report:
+        _report(console, checked.run)
     # A run that writes nothing is there for its measurements and its drops.
     empty = not outcome.funnel.kept and folder and not checked.allow_empty
     if not outcome.funnel.kept:
@@ -166,7 +183,27 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
             f"error: no row was kept: {why}. If that is what you want, say so in the recipe: allow_empty: true",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
-    return 1 if empty else 0
+    status = 1 if empty else 0
+    events.end(status, rows_in=outcome.funnel.rows_in, kept=outcome.funnel.kept)
+    return status
+
+
+def _report(console: Console, path: str) -> None:
+    """Writes the report. The run is done, so a failure is only a warning."""
+    try:
+        from pipeline import report
+
+        written = report.write(open_run(path), path, console=console)
+    except Exception as error:
+        Console(stderr=True).print(
+            f"warning: the report was not written: {type(error).__name__}: {one_line(str(error))}. "
+            f"Try again: winnow report {path}",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        return
+    for verdict in written.verdicts:
+        console.print(verdict, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {written.where}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _why_empty(funnel: Funnel) -> str:
@@ -200,7 +237,7 @@ def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]])
     those of this directory; `described` is what `run.json` says of them.
     """
     store = Store(checked.run)
-    source = masked({**checked.source, "workers": None, "reuse": None, "allow_empty": None})
+    source = masked({**checked.source, "workers": None, "reuse": None, "report": None, "allow_empty": None})
     claim: dict[str, Any] = {"name": checked.name, "recipe": source, "passes": described}
     data = json.dumps(claim, indent=1, default=str).encode()
     ours = _is_ours(store, passes)
@@ -221,7 +258,7 @@ def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]])
         measured = [os.path.basename(p["root"]) for p in old["passes"] if p["kind"] == "measure"]
         orphans = [root for root in measured if root not in roots and store.names(f"passes/{root}/commits")]
         same_pool = os.path.basename(old["passes"][0]["root"]) == roots[0]
-        differences = _differences(old["recipe"], source)
+        changed = differences(old["recipe"], source)
     except (ValueError, KeyError, TypeError, IndexError):
         if ours:
             store.write("run.json", data)
@@ -230,10 +267,10 @@ def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]])
     if old["name"] == claim["name"] and same_pool and not orphans:
         store.write("run.json", data)
         return
-    if not differences:
-        differences = ["the files of the pool, or of a step, have changed since"]
+    if not changed:
+        changed = ["the files of the pool, or of a step, have changed since"]
     cost = f"; {', '.join(orphans)} would have to be done again" if orphans else ""
-    lines = "\n".join(f"  {line}" for line in differences)
+    lines = "\n".join(f"  {line}" for line in changed)
     raise RefusedError(
         f"{checked.run} holds the run of another recipe{cost}. Nothing was changed. The difference:\n{lines}\n"
         "Give the old recipe to go on with it, or another `run` (with `reuse: OLD_RUN` to share what is the same)."
@@ -285,7 +322,7 @@ def _adopt(checked: Recipe, passes: list[Pass]) -> list[Pass]:
     return [adopted(p) for p in passes]
 
 
-def _differences(old: Any, new: Any) -> list[str]:
+def differences(old: Any, new: Any) -> list[str]:
     """The keys of two recipes that differ, as `steps.download.timeout: 10 → 5`."""
     before, after = dict(_flat(old)), dict(_flat(new))
     lines = []

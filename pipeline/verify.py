@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 from rich.progress import track
 
+from pipeline import events
 from pipeline.ledger import BooksError, Funnel
 from pipeline.passes import record_name
 from pipeline.reader import RunError, open_run
@@ -122,7 +123,7 @@ def check_run(store: Store, console: Console, deep: bool) -> Audit:
             audit.unchecked.append(
                 f"the contents of {size / 1e9:,.0f} GB of files, only their sizes (--deep hashes them)"
             )
-        audit.report_strays(store, "", store.names(), {"run.json", "funnel.json", "seal.json"})
+        audit.report_strays(store, "", store.names(), {"run.json", "funnel.json", "seal.json", events.NAME})
         files = {entry["name"]: entry for entry in seal["files"]}
         drops = [name for name in files if name.startswith("drops/")]
         audit.report_strays(store, "drops", store.names("drops"), {name.partition("/")[2] for name in drops})

@@ -61,11 +61,11 @@ def map_tasks(
 
 def run_passes(
     passes: list[Pass], numbers: Sequence[int], units: int, workers: int | None
-) -> Iterator[tuple[int, UnitReport]]:
+) -> Iterator[tuple[int, UnitReport, int]]:
     """Sends units 0 … `units` − 1 through neighbouring passes, each with a pool of workers of its own.
 
     The passes overlap: while one downloads a unit, the next scores those that are downloaded. Yields the number of a
-    pass and a report of its progress.
+    pass, a report of its progress, and how many workers it has.
     """
     gpus = cluster.capacity("GPU")
     resources = {
@@ -99,7 +99,7 @@ def run_passes(
                     left[place] -= len(done)
                     if place + 1 < len(pools):
                         pools[place + 1].backlog.extend(done)
-                    yield pool.index, report
+                    yield pool.index, report, len(pool.workers)
                 if not left[place]:
                     pool.release()
     finally:

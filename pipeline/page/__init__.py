@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -44,7 +45,7 @@ def shown(text: object, limit: int = TEXT) -> Markup:
 
     Beyond `limit` characters, the rest is folded; beyond LONGEST, it is left out with a note.
     """
-    full = _plain(text)
+    full = plain(text)
     if len(full) <= limit:
         return Markup("<bdi>{}</bdi>").format(full)
     rest = full[limit:LONGEST]
@@ -54,7 +55,7 @@ def shown(text: object, limit: int = TEXT) -> Markup:
     )
 
 
-def _plain(text: object) -> str:
+def plain(text: object) -> str:
     one = "" if text is None else _SURROGATE.sub("\ufffd", str(text))
     return visible(_HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", mask(one)))
 
@@ -103,6 +104,7 @@ _VARIABLES = {
 }  # fmt: skip
 _CONFIG = {
     "background": None,
+    "padding": 12,  # fonts in the browser may be wider than those that it was laid out with
     "font": "system-ui, sans-serif",
     "view": {"stroke": None},
     "axis": {
@@ -128,7 +130,7 @@ def chart(
     import vl_convert
 
     whole = {"width": width, "height": height, "config": _CONFIG, **spec}
-    svg = vl_convert.vegalite_to_svg(whole, vl_version=_VEGA_LITE)
+    svg = vl_convert.vegalite_to_svg(json.dumps(whole, default=float), vl_version=_VEGA_LITE)  # float: NumPy's numbers
     svg = re.sub(r' (?:role|aria-[a-z]+|aria-roledescription)="[^"]*"', "", svg)  # one picture, described as a whole
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(f'"{colour}"', f'"var(--{variable})"')

@@ -6,16 +6,17 @@ concept collects the bits of its candidates, so a cut holds the concepts that ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.concepts import find_entries, matches
+from pipeline.filters.balance import _read_entries
 from pipeline.hashing import hash64
+from pipeline.reader import Run
 from pipeline.study.candidates import Candidates
 from pipeline.study.cuts import Cuts, packed
+from pipeline.study.plan import StudyError
 from trainer.command import progress
 
 WORD_BITS = 22
@@ -27,14 +28,29 @@ DUPLICATES = ("phash", "sha256")
 """The columns by which rows count as duplicates, the first that there is: equal perceptual hashes, or equal files."""
 
 
-def contents(cuts: Cuts, concepts: str | None) -> dict[str, list[int]]:
+def find_concepts(run: Run, said: str | None) -> tuple[str, ...] | str | None:
+    """What counts as a concept: entries, or `words`; None if they are not to be counted. Raises StudyError."""
+    if said == "entries":
+        return find_entries(run) or "words"
+    if said is None or said == "words":
+        return said
+    try:
+        entries = tuple(_read_entries(said))
+    except (OSError, ValueError) as error:
+        raise StudyError(f"concepts: cannot read {said!r}: {error}") from None
+    if not entries:
+        raise StudyError(f"concepts: {said!r} has no entry with a letter or digit")
+    return entries
+
+
+def contents(cuts: Cuts, concepts: tuple[str, ...] | str | None) -> dict[str, list[int]]:
     """For each cut, the distinct `concepts` and `languages`, and the rows that are `duplicates` of others that it keeps
     too; each only where the run has the columns."""
     candidates = cuts.candidates
     types = candidates.run.columns(candidates.after)
     counters: dict[str, _Distinct] = {}
     if concepts is not None:
-        counters["concepts"] = _Words() if concepts == "words" else _Entries(concepts)
+        counters["concepts"] = _Entries(concepts) if isinstance(concepts, tuple) else _Words()
     if "language" in types:
         counters["languages"] = _Values("language")
     key = duplicates_by(candidates)
@@ -115,17 +131,12 @@ class _Words(_Distinct):
 class _Entries(_Distinct):
     column = "caption"
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, entries: tuple[str, ...]) -> None:
         super().__init__()
-        from pipeline.filters import balance
-
-        self.entries = tuple(balance._read_entries(path))
-        self.match: Callable[[Any], tuple[np.ndarray, np.ndarray]] = lambda values: balance._matches(
-            balance._normalised(values), self.entries
-        )
+        self.entries = entries
 
     def things(self, values: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-        return self.match(values)
+        return matches(values, self.entries)
 
 
 class _Values(_Distinct):
@@ -177,13 +188,3 @@ def _duplicates(cuts: Cuts, column: str) -> list[int]:
         groups = np.unpackbits(np.bitwise_or.reduceat(kept, first, axis=0), axis=1)[:, : len(cuts.cuts)]
         found += each - groups.sum(axis=0, dtype=np.int64)
     return [int(n) for n in found]
-
-
-def check_concepts(path: str | None) -> Sequence[str]:
-    """What is wrong with `concepts`."""
-    if path in (None, "words"):
-        return []
-    try:
-        return [] if _Entries(str(path)).entries else [f"concepts: {path!r} has no entry with a letter or digit"]
-    except (OSError, ValueError) as error:
-        return [f"concepts: cannot read {path!r}: {error}"]

@@ -52,6 +52,7 @@ def write(results: Results) -> bytes:
         metric=plan.train.metric if plan.train else "",
         level=f"{LEVEL:.0%}",
         verdicts=verdicts,
+        scorers=results.scorers,
         notes=[*results.warnings, *([results.saved] if results.saved else [])],
         choices=choices if results.outcomes else [],
         curves=[{"svg": _curves(results, outcome, groups), "caption": _caption(outcome)} for outcome in outcomes],
@@ -221,7 +222,7 @@ def _heat(results: Results) -> Iterator[dict[str, Any]]:
 def _method(results: Results) -> list[str]:
     lines = []
     if "concepts" in results.contents:
-        words = "distinct words of the captions" if results.plan.concepts == "words" else "matched entries"
+        words = "the entries that captions match" if results.entries else "the distinct words of captions"
         lines.append(f"Concepts are {words}.")
     if results.duplicates_by:
         lines.append(

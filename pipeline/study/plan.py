@@ -86,8 +86,9 @@ class Plan:
     """The step whose survivors are the candidates; None: the step before the first `threshold`."""
     budgets: tuple[int, ...] = ()
     """Samples seen in a training."""
-    concepts: str | None = "words"
-    """`words`: the distinct words of captions. A file: its entries, as `balance` matches them. None: not counted."""
+    concepts: str | None = "entries"
+    """What is counted as a concept. `entries`: those of the run's `balance`, as it matches them, else words. `words`:
+    the distinct words of captions. A file of entries, as `balance` takes them. None: nothing."""
     train: Training | None = None
     source: str = field(default="", compare=False)
 
@@ -136,7 +137,7 @@ class _Reader:
         run, out = (self.text((key,), data.get(key), required=True) for key in ("run", "out"))
         after = self.text(("after",), data.get("after"))
         budgets = self.numbers(("budgets",), data.get("budgets", []), least=1)
-        concepts = self.text(("concepts",), data.get("concepts", "words"))
+        concepts = self.text(("concepts",), data.get("concepts", "entries"))
         cuts = list(dict.fromkeys(self.cuts(data.get("cuts"))))
         if len(cuts) > MAX_CUTS:
             self.note(("cuts",), f"{len(cuts):,} cuts, expected at most {MAX_CUTS:,}")

@@ -43,7 +43,7 @@ def show(results: Results, out: Path) -> None:
             console.print(
                 "\n".join(["steps:", *results.plan.cuts[outcome.best].recipe_lines]), highlight=False, markup=False
             )
-    for line in [*results.warnings, results.saved]:
+    for line in [*(line for line, _ in results.scorers), *results.warnings, results.saved]:
         if line:
             console.print(line, highlight=False, markup=False)
     console.print(f"tables in {out}/, page in {out}/index.html", highlight=False, markup=False)

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.fitness import measure
 from pipeline.reader import open_run
 from pipeline.study.arms import Arm, Trainer, index_pictures, random_places, write_subset
 from pipeline.study.candidates import default_after, open_candidates
-from pipeline.study.contents import check_concepts, contents, duplicates_by
+from pipeline.study.contents import contents, duplicates_by, find_concepts
 from pipeline.study.cuts import Cuts, cut_rows, jaccard, overlaps
 from pipeline.study.plan import Plan, StudyError, Training
 from pipeline.study.table import NO_FILTER, Results, analyse
@@ -28,8 +29,7 @@ def run(plan: Plan, console: Console) -> Results:
     opened = open_run(plan.run)
     if out.resolve().is_relative_to(Path(plan.run).resolve()):
         raise StudyError(f"out: {plan.out} lies in the run {plan.run}; expected a folder of its own")
-    if problems := check_concepts(plan.concepts):
-        raise StudyError("\n".join(problems))
+    concepts = find_concepts(opened, plan.concepts)
     config = training_config(plan) if plan.train else None
     after = plan.after or default_after(opened)
     columns = list(dict.fromkeys(condition.column for cut in plan.cuts for condition in cut.conditions))
@@ -39,7 +39,8 @@ def run(plan: Plan, console: Console) -> Results:
     both = overlaps(cuts)
     results = Results(
         plan, opened.name, after, len(candidates), both.diagonal().tolist(), jaccard(both),
-        contents(cuts, plan.concepts), duplicates_by(candidates),
+        contents(cuts, concepts), isinstance(concepts, tuple), duplicates_by(candidates),
+        [(f"{found.score} {found.fits[0]}.", found.fits[0].low >= 0.7) for found in measure(opened)],
     )  # fmt: skip
     if plan.train and config:
         train(results, cuts, plan.train, config, out, console)

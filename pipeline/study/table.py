@@ -66,7 +66,13 @@ class Results:
     overlap: np.ndarray
     """Jaccard index of each pair of cuts."""
     contents: dict[str, list[int]]
-    duplicates_by: str | None = None
+    entries: bool
+    """Whether concepts are entries; else they are words."""
+    duplicates_by: str | None
+    """The column by which rows count as duplicates."""
+    scorers: list[tuple[str, bool]]
+    """Of each scorer whose embeddings are stored, how well it tells captions apart, and whether that is enough to cut
+    by it."""
     outcomes: list[Outcome] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
     """Of all trainings."""
