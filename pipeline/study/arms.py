@@ -31,6 +31,7 @@ from pipeline.study.candidates import Candidates
 from pipeline.study.cuts import largest
 from pipeline.study.plan import StudyError, Training
 from trainer import atomic
+from trainer.command import progress
 from trainer.config import FREE_ON_RESUME, TrainConfig
 from trainer.shards import ABSENT, PICTURES_FORMAT
 
@@ -69,6 +70,7 @@ def index_pictures(candidates: Candidates, folder: Path) -> np.ndarray:
     digest, count, caption_at = hashlib.sha256(), 0, 0
     with (folder / "rows.part").open("wb") as rows, (folder / "captions.txt").open("wb") as captions:
         texts = candidates.run.scan(["caption"], after=candidates.after)
+        texts = progress(texts, len(candidates.counts), "units: index of pictures")
         for (unit, at), table in zip(candidates.units, texts):
             if at.start == at.stop:
                 continue
@@ -186,8 +188,15 @@ class Trainer:
 
         try:
             with ThreadPoolExecutor(len(workers)) as threads:
-                for future in [threads.submit(run, arm) for arm in due]:
-                    future.result()
+                futures = [threads.submit(run, arm) for arm in due]
+                try:
+                    for future in futures:
+                        future.result()
+                except BaseException:  # the threads end when their processes do
+                    stop.set()
+                    for worker in workers:
+                        worker.process.kill()
+                    raise
         finally:
             for worker in workers:
                 worker.close()

@@ -189,11 +189,10 @@ def _table(results: Results, outcome: Outcome) -> page.Table:
     for number, cut in enumerate(results.plan.cuts):
         if (name := f"cut {number}") not in outcome.arms:
             continue
-        mine = {c.second == NO_FILTER: c for c in outcome.primary if c.first == name}
+        over_all, control = outcome.gains(number)
         cells: list[object] = [str(cut), results.rows[number], _shown(outcome.paired(name))]
-        control = mine.get(False)
         cells.append(_shown(outcome.paired(control.second)) if control else None)
-        for gain in (mine.get(True), control):
+        for gain in (over_all, control):
             cells.append(
                 f"{gain.difference:+.3f} ({gain.low:+.3f} to {gain.high:+.3f}), p {gain.p:.2g}" if gain else None
             )

@@ -72,14 +72,11 @@ def _trained(results: Results, outcome: Outcome) -> Table:
         name = f"cut {number}"
         if name not in outcome.arms:
             continue
-        mine = [c for c in outcome.primary if c.first == name]
-        control = next((c.second for c in mine if c.second != NO_FILTER), None)
-        gains = {c.second == NO_FILTER: f"{c.difference:+.3f} ({c.low:+.3f} to {c.high:+.3f})" for c in mine}
+        gains = outcome.gains(number)
+        control = _shown(outcome, gains[1].second) if gains[1] else ""
+        cells = [f"{c.difference:+.3f} ({c.low:+.3f} to {c.high:+.3f})" if c else "" for c in gains]
         shown = f"{cut} *" if number == outcome.best else str(cut)
-        random = _shown(outcome, control) if control else ""
-        table.add_row(
-            shown, f"{results.rows[number]:,}", _shown(outcome, name), random, gains.get(True, ""), gains.get(False, "")
-        )
+        table.add_row(shown, f"{results.rows[number]:,}", _shown(outcome, name), control, *cells)
     return table
 
 

@@ -52,7 +52,8 @@ def training_config(plan: Plan) -> TrainConfig:
     from trainer.evaluation import parse
 
     assert plan.train is not None
-    config = load_config(plan.train.config, ["shards=null-is-replaced", f"output={plan.out}"])
+    # Both are replaced for each arm.
+    config = load_config(plan.train.config, ["shards=study", "output=study"])
     parse(plan.train.evaluate)
     for budget in plan.budgets:
         if budget < config.batch_size:

@@ -43,8 +43,10 @@ class Outcome:
         mean, half = float(self.arms[arm].mean()), self.noise.half
         return Interval(mean, mean - half, mean + half)
 
-    def against(self, number: int, other: str) -> Comparison | None:
-        return next((c for c in self.primary if c.first == f"cut {number}" and c.second == other), None)
+    def gains(self, number: int) -> tuple[Comparison | None, Comparison | None]:
+        """The comparisons of a cut with no filter and with random; None where there is none."""
+        mine = {c.second == NO_FILTER: c for c in self.primary if c.first == f"cut {number}"}
+        return mine.get(True), mine.get(False)
 
     def largest(self, versus: str | None) -> Comparison | None:
         """The largest gain over no filter, or over random for None."""
@@ -111,7 +113,7 @@ def analyse(budget: int, arms: Mapping[str, np.ndarray], sizes: Mapping[str, int
     if best is not None:
         others = [n for n in numbers if n != best]
         told = compare(arms, [(f"cut {best}", f"cut {n}") for n in others], noise)
-        ties = [n for n, comparison in zip(others, told) if not comparison.differs]
+        ties = [n for n, comparison in zip(others, told) if not comparison.better]
     return Outcome(budget, arms, noise, primary, best, ties)
 
 
@@ -126,40 +128,30 @@ def verdict(outcome: Outcome, plan: Plan) -> list[str]:
         return [f"{head}one seed says nothing about noise, so no cut is recommended. Give at least 2 seeds, better 3."]
     lines = []
     if outcome.best is not None:
-        cut = plan.cuts[outcome.best]
-        gain = outcome.against(outcome.best, NO_FILTER)
-        random = (
-            next((c for c in outcome.primary if c.first == gain.first and c.second != NO_FILTER), None)
-            if gain
-            else None
-        )
-        assert gain is not None
-        mean = outcome.interval(gain.first).mean
-        text = f"{head}cut at {cut}: {metric} {mean:.3f}, {gain.difference:+.3f} over no filter ({_range(gain)})"
-        text += (
-            f" and {random.difference:+.3f} over a random subset of equal size ({_range(random)})." if random else "."
-        )
-        lines.append(text)
+        over_all, over_random = outcome.gains(outcome.best)
+        assert over_all is not None
+        text = f"{head}cut at {plan.cuts[outcome.best]}: {metric} {outcome.interval(over_all.first).mean:.3f}, "
+        text += f"{over_all.difference:+.3f} over no filter ({_range(over_all)})"
+        if over_random:
+            text += f" and {over_random.difference:+.3f} over a random subset of equal size ({_range(over_random)})"
+        lines.append(f"{text}.")
         if outcome.ties:
             lines.append(f"These cuts cannot be told from it: {'; '.join(str(plan.cuts[n]) for n in outcome.ties)}.")
         else:
             lines.append("It is better than every other cut.")
     else:
-        over_all = [c for c in outcome.primary if c.second == NO_FILTER and c.better]
-        over_random = [c for c in outcome.primary if c.second != NO_FILTER and c.better]
-        found = (
-            "no cut is better than both no filter and a random subset of its size" if over_all or over_random else ""
-        )
-        lines.append(f"{head}{found or 'no difference found'}.")
-        for better, text in ((over_all, "no filter"), (over_random, "a random subset of its size")):
-            if better:
-                names = "; ".join(str(plan.cuts[int(c.first.split()[1])]) for c in better)
-                lines.append(f"Better than {text}: {names}.")
+        better = [
+            (text, [c for c in outcome.primary if (c.second == NO_FILTER) == versus and c.better])
+            for text, versus in (("no filter", True), ("a random subset of its size", False))
+        ]
+        found = "no cut is better than both no filter and a random subset of its size"
+        lines.append(f"{head}{found if any(cuts for _, cuts in better) else 'no difference found'}.")
+        lines += [f"Better than {text}: {_names(cuts, plan)}." for text, cuts in better if cuts]
         for versus, text in ((NO_FILTER, "no filter"), (None, "random")):
             if (gain := outcome.largest(versus)) is not None and not gain.better:
-                cut = plan.cuts[int(gain.first.split()[1])]
                 need = noise.seeds_for(gain.difference, family) if gain.difference > 0 else None
-                line = f"The largest gain over {text} is {gain.difference:+.3f} ({_range(gain)}), at {cut}"
+                line = f"The largest gain over {text} is {gain.difference:+.3f} ({_range(gain)}), "
+                line += f"at {_names([gain], plan)}"
                 lines.append(line + (f"; {need:,} seeds would show a gain of that size." if need else "."))
     lines.append(
         f"With {noise.seeds} seeds and {family} comparisons this trial can show a difference of "
@@ -172,9 +164,13 @@ def verdict(outcome: Outcome, plan: Plan) -> list[str]:
         )
     worse = [c for c in outcome.primary if c.second == NO_FILTER and c.differs and c.difference < 0]
     if worse:
-        names = "; ".join(str(plan.cuts[int(c.first.split()[1])]) for c in worse)
-        lines.append(f"Worse than no filter: {names}.")
+        lines.append(f"Worse than no filter: {_names(worse, plan)}.")
     return lines
+
+
+def _names(comparisons: Sequence[Comparison], plan: Plan) -> str:
+    """The cuts that come first in comparisons."""
+    return "; ".join(str(plan.cuts[int(c.first.split()[1])]) for c in comparisons)
 
 
 def _range(comparison: Comparison) -> str:
@@ -204,7 +200,7 @@ def as_table(results: Results) -> pa.Table:
 
 TRAINED = (
     "metric", "metric_low", "metric_high", "random", "random_low", "random_high",
-    "gain_over_no_filter", "no_filter_low", "no_filter_high", "no_filter_p",
+    "gain_over_no_filter", "gain_no_filter_low", "gain_no_filter_high", "gain_no_filter_p",
     "gain_over_random", "gain_random_low", "gain_random_high", "gain_random_p",
 )  # fmt: skip
 
@@ -216,28 +212,21 @@ def _trained(outcome: Outcome | None, number: int) -> dict[str, Any]:
     line["seeds"] = outcome.noise.seeds
     line["recommended"] = number == outcome.best
     line |= _bounds("metric", outcome.interval(name))
-    for c in outcome.primary:
-        if c.first == name and c.second == NO_FILTER:
-            line |= {
-                "gain_over_no_filter": c.difference,
-                "no_filter_low": c.low,
-                "no_filter_high": c.high,
-                "no_filter_p": c.p,
-            }
-        elif c.first == name:
-            line |= {
-                "gain_over_random": c.difference,
-                "gain_random_low": c.low,
-                "gain_random_high": c.high,
-                "gain_random_p": c.p,
-            }
-            line |= _bounds("random", outcome.interval(c.second))
-    return line
+    over_all, over_random = outcome.gains(number)
+    if over_all:
+        values = (over_all.difference, over_all.low, over_all.high, over_all.p)
+        line |= dict(
+            zip(("gain_over_no_filter", "gain_no_filter_low", "gain_no_filter_high", "gain_no_filter_p"), values)
+        )
+    if over_random:
+        values = (over_random.difference, over_random.low, over_random.high, over_random.p)
+        line |= dict(zip(("gain_over_random", "gain_random_low", "gain_random_high", "gain_random_p"), values))
+        line |= _bounds("random", outcome.interval(over_random.second))
+    return {key: None if value != value else value for key, value in line.items()}  # NaN with one seed
 
 
-def _bounds(name: str, of: Interval) -> dict[str, float | None]:
-    values = {name: of.mean, f"{name}_low": of.low, f"{name}_high": of.high}
-    return {key: None if value != value else value for key, value in values.items()}
+def _bounds(name: str, of: Interval) -> dict[str, float]:
+    return {name: of.mean, f"{name}_low": of.low, f"{name}_high": of.high}
 
 
 def _schema(results: Results) -> pa.Schema:

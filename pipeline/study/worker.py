@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -17,10 +18,13 @@ from typing import Any
 
 def train(config: dict[str, Any]) -> dict[str, float]:
     """Trains a model and returns the metrics of its tasks after the last step."""
-    from trainer import loop
+    from trainer import distributed, loop
     from trainer.config import TrainConfig
 
-    loop.train(TrainConfig(**config))
+    if config["ranks"]:
+        distributed.on_ray(loop.train, TrainConfig(**config))
+    else:
+        loop.train(TrainConfig(**config))
     metrics: dict[str, float] = {}
     steps = config["samples"] // config["batch_size"]
     for line in (Path(config["output"]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
@@ -33,6 +37,7 @@ def train(config: dict[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the study too, which ends this process
     orders: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def listen() -> None:
