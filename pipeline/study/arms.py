@@ -35,8 +35,6 @@ from trainer.command import progress
 from trainer.config import FREE_ON_RESUME, TrainConfig
 from trainer.shards import ABSENT, PICTURES_FORMAT
 
-RANDOM, EVERYTHING = "random", "no filter"
-
 
 class ArmError(RuntimeError):
     """A training failed; the message says which, why, and where its log is."""
