@@ -28,6 +28,9 @@ COMMANDS = {
     "web": Command("pipeline.demo.web", (), "build and serve the demo's web, for `winnow run demo.yaml`"),
     "run": Command("pipeline.run", (), "curate a pool of image URLs and captions into shards, as a recipe says"),
     "plan": Command("pipeline.run", ("--plan",), "print what a recipe would run and cost; run nothing"),
+    "study": Command(
+        "pipeline.study.__main__", (), "compare cuts of a finished run: what each keeps, and what it trains"
+    ),
     "report": Command("pipeline.report", (), "write the report of a finished run: one HTML page"),
     "verify": Command("pipeline.verify", (), "check everything that a finished run claims about itself"),
     "status": Command("pipeline.status", (), "show how far a run is, from outside, while it goes"),

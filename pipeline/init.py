@@ -3,6 +3,7 @@
     winnow init                  lists what is there
     winnow init 400m             writes 400m.yaml
     winnow init demo             writes demo.yaml, train_demo.yaml and demo/ with the model and entries they name
+    winnow init study            writes study.yaml and the train_demo.yaml that it names
 
 Files that exist already are left alone, and the command fails.
 """
@@ -33,7 +34,7 @@ def copy(name: str, folder: Path) -> list[Path]:
     KeyError for an unknown name, FileExistsError if a file is in the way: then nothing is written.
     """
     texts = {f"{name}.yaml": recipes()[name]}
-    if name == "demo":
+    if name in ("demo", "study"):
         texts["train_demo.yaml"] = recipes()["train_demo"]
     data = DEMO_FILES if name == "demo" else ()
     targets = [*(folder / target for target in texts), *([folder / "demo"] if data else [])]
@@ -42,7 +43,9 @@ def copy(name: str, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for file_name, template in texts.items():
         # In a checkout the demo's files lie inside the package.
-        text = template.read_text(encoding="utf-8").replace("pipeline/demo/", "demo/")
+        text = (
+            template.read_text(encoding="utf-8").replace("pipeline/demo/", "demo/").replace("config: conf/", "config: ")
+        )
         (folder / file_name).write_text(text, encoding="utf-8")
     for item in data:
         source, target = PACKAGE / "demo" / item, folder / "demo" / item

@@ -515,7 +515,8 @@ def read_unit(
                     f"{p.root}: unit {unit} lacks rows that a later pass has. To go on, remove the folders of the "
                     "passes after it and give the same command again."
                 )
-            light |= {c: table[c].take(pa.array(at)) for c in small}
+            whole = len(at) == len(table) and bool((np.diff(at) == 1).all())
+            light |= {c: table[c] if whole else table[c].take(pa.array(at)) for c in small}
             if big:
                 source = stack.enter_context(_Heavy(p, unit, files))
                 heavy.append((source, big, table["heavy_at"].take(pa.array(at)).to_numpy()))
@@ -530,6 +531,18 @@ def read_unit(
                 for column, values in source.take(positions[start : start + HEAVY_ROWS], names).items():
                     piece = piece.append_column(column, values)
             yield piece.select(order)
+
+
+def byte_ranges(p: UnitPass, unit: int, column: str, rows: np.ndarray) -> tuple[list[File], np.ndarray]:
+    """Where a pass has stored the pixels of these rows of a unit: the files, and for each row the number of its file,
+    the offset and the bytes; int64 (n, 3). DamagedError if a row or a file is missing or not as recorded."""
+    table, files = p.stored(unit, ["heavy_at"])
+    at = _places(table, rows)
+    with _cure(p, unit):
+        if not (at >= 0).all():
+            raise DamagedError(f"{p.root}: unit {unit} lacks rows that a later pass has")
+    with _Heavy(p, unit, files) as heavy:
+        return files, heavy.ranges(table["heavy_at"].take(pa.array(at)).to_numpy().astype(np.int64), column)
 
 
 @lru_cache(maxsize=8)  # a recipe has some barriers, and each is asked for every unit of a file in turn
@@ -844,6 +857,8 @@ def _spread(table: pa.Table, rows: np.ndarray) -> pa.Table:
 def _places(table: pa.Table, rows: np.ndarray) -> np.ndarray:
     """The place of each of these rows in a table in the order of `row`; −1 if the table lacks it."""
     there = table["row"].to_numpy()
+    if np.array_equal(there, rows):
+        return np.arange(len(rows))
     at = np.searchsorted(there, rows)
     found = np.append(there, -1)[at] == rows
     return np.where(found, at, -1)
@@ -890,15 +905,19 @@ class _Heavy:
     def __init__(self, p: Pass, unit: int, files: Sequence[File]) -> None:
         self._files: list[pa.NativeFile] = []
         self._batches: list[tuple[Any, int]] = []
+        self._owners: list[tuple[int, int]] = []
+        """For each batch, the number of its file and the address at which that is mapped."""
         starts: list[int] = []
         for number, (store, entry) in enumerate(files):
             if entry is None:  # every row of this part was dropped
                 continue
             with _cure(p, unit):
                 self._files.append(store.mapped(entry))
+            base = self._files[-1].read_buffer(1).address
             reader, at = pa.ipc.open_file(self._files[-1]), number << PART_BITS
             for i in range(reader.num_record_batches):
                 self._batches.append((reader, i))
+                self._owners.append((number, base))
                 starts.append(at)
                 at += reader.get_batch(i).num_rows
         self._starts = np.array(starts, np.int64)
@@ -922,6 +941,27 @@ class _Heavy:
         back[order] = np.arange(len(order))
         table = pa.concat_tables(pieces).combine_chunks().take(pa.array(back))
         return {name: table[name] for name in names}
+
+    def ranges(self, positions: np.ndarray, name: str) -> np.ndarray:
+        """Where the values of a column of bytes lie: the number of the file, the offset and the bytes; int64 (n, 3).
+
+        Files are Arrow IPC without compression, so every value is a range of bytes. A null has 0 bytes.
+        """
+        chunk = np.searchsorted(self._starts, positions, side="right") - 1
+        found = np.zeros((len(positions), 3), np.int64)
+        for i in np.unique(chunk):
+            reader, batch = self._batches[i]
+            number, base = self._owners[i]
+            values = reader.get_batch(batch).column(name)
+            _, bounds, data = values.buffers()
+            width = np.int64 if pa.types.is_large_binary(values.type) else np.int32
+            ends = np.frombuffer(bounds, width)[values.offset : values.offset + len(values) + 1].astype(np.int64)
+            mine = np.flatnonzero(chunk == i)
+            at = positions[mine] - self._starts[i]
+            found[mine] = np.stack(
+                [np.full(len(at), number), data.address - base + ends[at], ends[at + 1] - ends[at]], 1
+            )
+        return found
 
 
 def _table(p: Pass, record: dict[str, Any], columns: list[str]) -> pa.Table:

@@ -29,11 +29,13 @@ from pipeline.ledger import Funnel
 from pipeline.passes import (
     HEAVY_ROWS,
     KINDS,
+    BarrierPass,
     MeasurePass,
     Pass,
     PoolPass,
     SinkPass,
     UnitPass,
+    byte_ranges,
     read_unit,
     surviving_rows,
 )
@@ -162,6 +164,8 @@ class Run:
     """The recipe as plain data, as it was given; secrets are masked."""
     steps: list[RunStep]
     """The pool and the steps, in the order of the recipe."""
+    fingerprint: str
+    """Changes with the recipe and with the results of a finished run."""
     finished: bool
     """Whether the last command came to its end: the books balance, and drops and shards are those of `recipe`."""
 
@@ -189,6 +193,7 @@ class Run:
         seal = store.read_record("seal.json")
         self._files: dict[str, Entry] = {entry["name"]: entry for entry in seal["files"]} if seal else {}
         sealed = self._files.get("run.json", {}).get("sha256")
+        self.fingerprint = hashlib.sha256(data + json.dumps(seal, sort_keys=True).encode()).hexdigest()
         self.finished = sealed == hashlib.sha256(data).hexdigest()
         # Where each step is: the number of its pass, and the labels of the steps of that pass that come after it.
         self._places = {
@@ -291,12 +296,25 @@ class Run:
 
     def _surviving(self, index: int, later: Sequence[str], unit: int) -> np.ndarray:
         """The rows of a unit that survived the step of a pass after which these come."""
-        rows = surviving_rows(self._passes[: index + 1], unit)
+        passes = self._passes[: index + 1]
+        rows = surviving_rows([p for p, drops in zip(passes, self._dropping) if drops], unit)
         if later:
             drops = self._passes[index].drops(self._passes[:index], unit)
             after = drops.filter(pc.is_in(drops["step"], pa.array(later)))
             rows = np.union1d(rows, after["row"].to_numpy())
         return rows
+
+    @cached_property
+    def _dropping(self) -> list[bool]:
+        """For each pass, whether its tables must be read to know which rows survived: not those of scores, which drop
+        none."""
+
+        def decides(p: Pass) -> bool:
+            # A pass over units knows all rows that came in, so nothing before it need be read.
+            complete = p.complete() if isinstance(p, MeasurePass | BarrierPass) else None
+            return complete is None or any(line["dropped"] for line in complete["funnel"])
+
+        return list(map(decides, self._passes))
 
     # --- Rows that were dropped ---------------------------------------------------------------------------------------
 
@@ -405,6 +423,25 @@ class Run:
             if not wanted:
                 break
         return found
+
+    def picture_ranges(self, unit: int, rows: Sequence[int] | np.ndarray) -> tuple[list[Entry], np.ndarray]:
+        """Where the encoded pictures of some rows of a unit lie, for readers that want them without a copy.
+
+        Returns the files, as entries whose `name` is a full path or address, and an int64 array (n, 3) in the order of
+        `rows`: the number of the file, the offset and the size in bytes of the picture, 0 if the row has none. Each
+        file is hashed once in the life of a process, and copied first if it is remote.
+        """
+        numbers = np.asarray(rows, np.int64).reshape(-1)
+        index = next((i for i, p in enumerate(self._passes) if "image" in p.adds), None)
+        if index is None:
+            raise RunError(f"{self._store.root}: no step of the run adds pictures")
+        p = self._passes[index]
+        if p.complete() is None:
+            self._gone(index)
+        assert isinstance(p, UnitPass)
+        files, ranges = byte_ranges(p, unit, "image", numbers)
+        entries = [{**entry, "name": store.path(entry["name"])} if entry else {} for store, entry in files]
+        return entries, ranges
 
     def _uids(self, unit: int) -> pa.ChunkedArray:
         """Of all rows of a unit; the place is the row."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import cli, init, recipe
+from pipeline.study.plan import load
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS.values(), ids=cli.COMMANDS)
@@ -54,6 +55,14 @@ def test_init_demo_writes_a_recipe_that_names_files_beside_it(tmp_path: Path, mo
     assert [step.name() for step in checked.steps][-1] == "write_shards"
     assert (tmp_path / "demo/scorer/open_clip_model.safetensors").is_file()
     assert (tmp_path / "train_demo.yaml").is_file()
+
+
+def test_init_study_writes_a_study_that_names_a_file_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert init.main(["study"]) == 0
+    training = load("study.yaml").train
+    assert training is not None
+    assert Path(training.config).is_file()
 
 
 def test_init_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

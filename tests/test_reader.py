@@ -251,6 +251,17 @@ def test_an_unfinished_run(copy: Path) -> None:
             refused()
 
 
+@pytest.mark.parametrize("name", ["out", "changed", "arm"])
+def test_picture_ranges_are_the_pictures(runs: Path, name: str) -> None:
+    run = open_run(runs / name)
+    for table in run.scan(["image"], after="paint", units=[3]):
+        files, ranges = run.picture_ranges(3, table["row"].to_numpy()[::-1])
+        for (number, at, size), image in zip(ranges.tolist(), table["image"].to_pylist()[::-1]):
+            assert Path(files[number]["name"]).read_bytes()[at : at + size] == image
+    with pytest.raises(DamagedError, match="lacks rows"):
+        run.picture_ranges(3, [100_000])
+
+
 @pytest.mark.parametrize(
     ("ask", "said"),
     [

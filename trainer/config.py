@@ -48,6 +48,7 @@ class TrainConfig:
     output: str = option("folder for checkpoints/, metrics.jsonl and model/")
     model: str = option("architecture: a name of open_clip's or of trainer/configs/")
     lr: float = option("peak learning rate")
+    subset: str | None = option("an .npy file of sample numbers, int64: train on these samples of `shards` alone", None)
     pretrained: str | None = option("weights to start from: a tag of open_clip's, a file, or an exported folder", None)
     lock_image: bool = option("leave the image tower as `pretrained` gave it (LiT)", False)
     lock_text: bool = option("leave the text tower as `pretrained` gave it", False)
@@ -122,7 +123,7 @@ class TrainConfig:
 # Keys that may change on resume: they affect no weights, apart from the order in which floats are added. (Batch norm
 # and dropout do depend on how a batch is divided into ranks and micro-batches.)
 FREE_ON_RESUME = {
-    *("shards", "output", "device", "workers", "checkpoint_every", "keep_checkpoints", "log_every", "resume"),
+    *("shards", "subset", "output", "device", "workers", "checkpoint_every", "keep_checkpoints", "log_every", "resume"),
     *("export", "grad_checkpointing", "compile", "threads", "ranks", "micro_batch_size", "tensorboard"),
     *("wandb", "evaluate"),
 }

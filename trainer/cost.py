@@ -65,7 +65,7 @@ def estimate(config: TrainConfig) -> str:
 
     per_epoch = None
     try:
-        shards = open_shards(config.shards)
+        shards = open_shards(config.shards, config.subset)
     except ShardsError as error:
         lines.append(f"data         missing: {error}")
     else:

@@ -22,6 +22,7 @@ from trainer.model import Tokenizer
 from trainer.order import mix, shuffled
 from trainer.pictures import decode
 from trainer.shards import CorruptSampleError, Shards, ShardsError
+from trainer.subset import Subset
 
 __all__ = [
     "Batch", "Batches", "CorruptSampleError", "Mixture", "Shards", "ShardsError",
@@ -58,7 +59,9 @@ class Batches(Dataset[Batch]):
     to transfer. The device gets uint8 and normalises it (`Preprocess.normalize`).
     """
 
-    def __init__(self, shards: Shards | Mixture, batch_size: int, size: int, tokenizer: Tokenizer, seed: int) -> None:
+    def __init__(
+        self, shards: Shards | Mixture | Subset, batch_size: int, size: int, tokenizer: Tokenizer, seed: int
+    ) -> None:
         self.shards, self.batch_size, self.size = shards, batch_size, size
         self.tokenizer, self.seed = tokenizer, seed
         self.per_epoch = len(shards) // batch_size

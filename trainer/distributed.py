@@ -114,6 +114,8 @@ def on_ray(train: Callable[[TrainConfig], Any], config: TrainConfig) -> None:
     gpu = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
     # Ray's workers have a working directory of their own.
     paths: dict[str, Any] = {"output": _absolute(config.output), "shards": _absolute(config.shards)}
+    if config.subset:
+        paths["subset"] = _absolute(config.subset)
     if config.pretrained and os.path.exists(config.pretrained):
         paths["pretrained"] = _absolute(config.pretrained)
     if config.resume not in ("latest", "none"):

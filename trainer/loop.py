@@ -84,7 +84,7 @@ class Run:
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
         if config.batch_size % self.ranks:
             raise ConfigError("batch_size", [f"{config.batch_size} cannot be divided among {self.ranks} ranks"])
-        self.shards = open_shards(config.shards)
+        self.shards = open_shards(config.shards, config.subset)
         torch.manual_seed(config.seed)
         if config.threads:
             torch.set_num_threads(config.threads)

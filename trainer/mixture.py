@@ -12,6 +12,7 @@ import numpy as np
 
 from trainer.order import mix, shuffled
 from trainer.shards import CorruptSampleError, Shards, ShardsError
+from trainer.subset import Subset
 
 CYCLE = 1 << 16
 """Draws after which the pattern of sources repeats; shares are rounded to 1/CYCLE."""
@@ -86,11 +87,19 @@ class Mixture:
         return self.parts[at], number - (self._ends[at] - len(self.parts[at]))
 
 
-def open_shards(source: str | Path | Sequence[dict[str, object]]) -> Shards | Mixture:
-    """Opens the configuration's `shards`: one source, or a list of `{path: SOURCE, weight: NUMBER}`.
+def open_shards(
+    source: str | Path | Sequence[dict[str, object]], subset: str | None = None
+) -> Shards | Mixture | Subset:
+    """Opens the configuration's `shards`: one source, or a list of `{path: SOURCE, weight: NUMBER}`; of these, the
+    samples that `subset` names.
 
     Raises ShardsError.
     """
+    whole = _open_whole(source)
+    return whole if subset is None else Subset(whole, subset)
+
+
+def _open_whole(source: str | Path | Sequence[dict[str, object]]) -> Shards | Mixture:
     if isinstance(source, str | Path):
         return Shards(source)
     parts: list[tuple[Shards, float]] = []

@@ -37,6 +37,8 @@ from trainer.tar import ABSENT, BLOCK, DOTTED, TarError, index_tar, member_name
 from trainer.terminal import Console
 
 FORMAT = "winnow-shards/1"
+PICTURES_FORMAT = "winnow-pictures/1"
+"""Of `pictures.json`, an index of pictures that lie in other files: `_elsewhere` reads it."""
 INDEX_VERSION = 2
 """Of the indexes built here. Their first row is `version, tar bytes, tar stamp, digest, digest, 0`."""
 MAX_IMAGE_BYTES = 1 << 26
@@ -78,6 +80,8 @@ class Shard:
     """a local .npy file"""
     first_row: int
     """the byte of that file at which the rows start"""
+    captions: str = ""
+    """a local file that holds the captions, if they are not in the tar"""
 
 
 class Shards:
@@ -85,7 +89,8 @@ class Shards:
 
     `source` is the `shards/` folder of a run or the run's own folder; any folder of WebDataset tars; one tar; or
     tars by a pattern, `data/{00000..00999}.tar` or `data/*.tar`. Each can be local or a URL that fsspec knows
-    (`s3://`, `gs://`, `https://`, …). Raises ShardsError.
+    (`s3://`, `gs://`, `https://`, …). Or a local folder with `pictures.json`: an index of pictures in other files, as a
+    study writes it. Raises ShardsError.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -98,6 +103,7 @@ class Shards:
         except (OSError, ImportError) as error:
             cure = "; pip install 'winnow-clip[s3]' or 'winnow-clip[gcs]'" if isinstance(error, ImportError) else ""
             raise ShardsError(f"shards: {self.folder}: {error}{cure}") from error
+        self.remote = self.remote or any("://" in shard.url for shard in self.shards)
         self._ends = list(accumulate(shard.samples for shard in self.shards))
         if not self._ends[-1]:
             raise ShardsError(f"shards: {self.folder}: there is nothing to read, its {len(self.shards)} tars are empty")
@@ -118,6 +124,8 @@ class Shards:
     def key(self, number: int) -> str:
         """`SHARD.tar:KEY`, the name of a sample in messages, from the tar's own header."""
         shard, row = self._locate(number)
+        if shard.captions:
+            return f"{shard.name}:sample {number}"
         at = max(0, self._index(shard, row)[0] - BLOCK)
         header = b""
         with suppress(ShardsError, OSError):
@@ -165,8 +173,12 @@ class Shards:
             return CorruptSampleError("its picture's name has more dots than one, and a key ends at the first")
         if text_size == ABSENT:
             return CorruptSampleError("it has no caption: neither txt nor json")
-        for at, size, most in ((image_at, image_size, MAX_IMAGE_BYTES), (text_at, text_size, MAX_TEXT_BYTES)):
-            if at < BLOCK or size < 0 or at + size > shard.size:
+        # In a tar a header comes first. Captions in a file of their own are checked when they are read.
+        first, most_text = (0, sys.maxsize) if shard.captions else (BLOCK, shard.size)
+        for at, size, end, most in (
+            (image_at, image_size, shard.size, MAX_IMAGE_BYTES), (text_at, text_size, most_text, MAX_TEXT_BYTES)
+        ):  # fmt: skip
+            if at < first or size < 0 or at + size > end:
                 return CorruptSampleError(f"the index points outside {shard.name}")
             if size > most:
                 return CorruptSampleError(f"{size:,} bytes, more than {most:,}")
@@ -189,8 +201,8 @@ def _read_local(places: _Places | CorruptSampleError) -> tuple[bytes, str] | Cor
     if isinstance(places, CorruptSampleError):
         return places
     shard, image_at, image_size, text_at, text_size, _ = places
-    file = _opened(shard.url, shard.digest).descriptor
-    image, text = os.pread(file, image_size, image_at), os.pread(file, text_size, text_at)
+    image = os.pread(_opened(shard.url, shard.digest).descriptor, image_size, image_at)
+    text = os.pread(_opened(shard.captions or shard.url, shard.digest).descriptor, text_size, text_at)
     return _sample(image, text, places)
 
 
@@ -200,7 +212,9 @@ def _read_remote(found: list[_Places | CorruptSampleError]) -> list[tuple[bytes,
     for places in found:
         if isinstance(places, _Places):
             url, (start, end) = places.shard.url, _span(places)
-            if end - start <= places.image_size + places.text_size + GAP:
+            if places.shard.captions:
+                ranges.append((url, places.image_at, places.image_size))
+            elif end - start <= places.image_size + places.text_size + GAP:
                 ranges.append((url, start, end - start))
             else:
                 ranges.append((url, places.image_at, places.image_size))
@@ -210,6 +224,10 @@ def _read_remote(found: list[_Places | CorruptSampleError]) -> list[tuple[bytes,
     for places in found:
         if isinstance(places, CorruptSampleError):
             samples.append(places)
+            continue
+        if places.shard.captions:
+            file = _opened(places.shard.captions, places.shard.digest).descriptor
+            samples.append(_sample(next(blocks), os.pread(file, places.text_size, places.text_at), places))
             continue
         start, end = _span(places)
         if end - start <= places.image_size + places.text_size + GAP:
@@ -311,6 +329,8 @@ def _open(source: str) -> tuple[str, str, list[Shard]]:
     folder = source.rstrip("/") or source
     if "://" not in folder and not os.path.isdir(folder):
         raise ShardsError(f"shards: {folder} is not a folder")
+    if "://" not in folder and os.path.isfile(f"{folder}/pictures.json"):
+        return folder, *_elsewhere(folder)
     for place in (folder, f"{folder}/shards"):
         if fs.exists(f"{place}/manifest.json"):
             return place, *_finished(fs, place)
@@ -404,6 +424,39 @@ def _finished_shard(folder: str, entry: dict[str, Any]) -> Shard:
             f"{index}: {rows.dtype} of shape {rows.shape}, expected int64 of shape ({entry['samples']}, 6)"
         )
     return Shard(entry["name"], tar, entry["bytes"], len(rows), entry["sha256"], local, rows.offset)
+
+
+def _elsewhere(folder: str) -> tuple[str, list[Shard]]:
+    """The name and shards of an index of pictures in other files.
+
+    `pictures.json` has `format, name, files` and the SHA-256 of the `index`; of each file its `url, bytes, sha256`, and
+    how many `samples` it holds. `index.npy` has the six numbers of every sample, file after file, as in the index of a
+    tar: the picture is a range of its file, the caption one of `captions.txt`.
+    """
+    path, index, captions = (f"{folder}/{name}" for name in ("pictures.json", "index.npy", "captions.txt"))
+    try:
+        with open(path, "rb") as file:
+            described = json.loads(file.read())
+        if described["format"] != PICTURES_FORMAT:
+            raise ShardsError(f"{path}: format {described['format']!r}, expected {PICTURES_FORMAT!r}")
+        rows = np.load(index, mmap_mode="r", allow_pickle=False)
+        total = sum(entry["samples"] for entry in described["files"])
+        if rows.shape != (total, 6) or rows.dtype != np.dtype("<i8") or not rows.flags.c_contiguous:
+            raise ShardsError(f"{index}: {rows.dtype} of shape {rows.shape}, expected int64 of shape ({total}, 6)")
+        shards, at = [], rows.offset
+        for entry in described["files"]:
+            url, size, count = str(entry["url"]), int(entry["bytes"]), int(entry["samples"])
+            if "://" not in url and (not os.path.isfile(url) or os.path.getsize(url) != size):
+                raise ShardsError(f"{url}: missing, or not of {size:,} bytes as {path} says")
+            name = url.rsplit("/", 1)[-1]
+            digest = hashlib.sha256(f"{entry['sha256']}\n{described['index']}".encode()).hexdigest()
+            shards.append(Shard(name, url, size, count, digest, index, at, captions))
+            at += count * _Row.size
+        return str(described["name"]), shards
+    except (ValueError, KeyError, TypeError, EOFError) as error:
+        if isinstance(error, ShardsError):
+            raise
+        raise ShardsError(f"{path}: not an index of pictures ({type(error).__name__}: {error})") from error
 
 
 # --- Tars without an index --------------------------------------------------------------------------------------------

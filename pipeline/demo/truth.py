@@ -1,18 +1,21 @@
 """Evaluates a curation of the demo web against the truth: recall of each kind of noise, and loss of good rows.
 
-    python -m pipeline.demo.truth RUN WEB
+    python -m pipeline.demo.truth RUN WEB                  what the run kept and dropped
+    python -m pipeline.demo.truth RUN WEB STUDY.yaml       what each cut of a study of the run would keep
 
-Compares the rows that RUN kept and dropped with `WEB/truth/truth.parquet`.
+Compares with `WEB/truth/truth.parquet`.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.table import Table
@@ -94,6 +97,21 @@ def judge(truth: list[dict[str, Any]], kept: set[Pair], drops: dict[Pair, Drop])
     )
 
 
+def judge_cuts(truth: list[dict[str, Any]], candidates: list[Pair], kept: np.ndarray) -> list[tuple[float, float]]:
+    """Precision and recall of cuts. `kept` says which of the candidates each cut keeps: bool (cuts, candidates).
+
+    A candidate is good if its row is, or if it is a copy whose original is not a candidate. Precision is the share of
+    good rows among those kept, recall the share kept of the good candidates.
+    """
+    known = {(row["url"], row["caption"]): row for row in truth}
+    present = {known[pair]["picture"] for pair in candidates if known[pair]["good"]}
+    originals = {row["picture"] for row in truth if row["good"]} - present
+    good = np.array([known[pair]["good"] or known[pair]["picture"] in originals for pair in candidates], bool)
+    return [
+        (_share(int(good[cut].sum()), int(cut.sum())), _share(int(good[cut].sum()), int(good.sum()))) for cut in kept
+    ]
+
+
 def _outcomes(truth: list[dict[str, Any]], kept: set[Pair], drops: dict[Pair, Drop]) -> list[Drop | None]:
     """The outcome of each row, None if kept, with those of originals and kept copies swapped."""
     outcomes = [drops.get((row["url"], row["caption"])) for row in truth]
@@ -160,10 +178,36 @@ def show(score: Score, console: Console) -> None:
     console.print(f"kept set: precision [bold]{score.precision:.3f}[/bold], recall [bold]{score.recall:.3f}[/bold]")
 
 
+def show_cuts(run: Path, web: Path, study: str, console: Console) -> None:
+    """Prints precision and recall of each cut of a study."""
+    from pipeline.study.candidates import default_after, open_candidates
+    from pipeline.study.cuts import Cuts
+    from pipeline.study.plan import load
+
+    plan, opened = load(study), open_run(run)
+    after = plan.after or default_after(opened)
+    columns = list(dict.fromkeys(condition.column for cut in plan.cuts for condition in cut.conditions))
+    with tempfile.TemporaryDirectory() as folder:
+        candidates = open_candidates(opened, after, columns, Path(folder) / "candidates")
+        kept = Cuts(candidates, plan.cuts).kept(slice(0, len(candidates)))
+    pairs = [pair for rows in opened.scan(["url", "caption"], after=after) for pair in _pairs(rows)]
+    truth = pq.read_table(web / "truth" / "truth.parquet").to_pylist()
+    table = Table(title=f"Cuts of {len(pairs):,} candidates against the truth", title_justify="left")
+    for name in ("cut", "rows", "precision", "recall"):
+        table.add_column(name, justify="left" if name == "cut" else "right")
+    for cut, mask, (precision, recall) in zip(plan.cuts, kept, judge_cuts(truth, pairs, kept)):
+        table.add_row(str(cut), f"{mask.sum():,}", f"{precision:.3f}", f"{recall:.3f}")
+    console.print(table)
+
+
 def main() -> None:
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (3, 4):
         raise SystemExit(__doc__)
-    show(judge(*read(Path(sys.argv[1]), Path(sys.argv[2]))), Console())
+    run, web, *study = sys.argv[1:]
+    if study:
+        show_cuts(Path(run), Path(web), study[0], Console())
+    else:
+        show(judge(*read(Path(run), Path(web))), Console())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
+import numpy as np
 import pytest
 
-from pipeline.demo.truth import judge
+from pipeline.demo.truth import judge, judge_cuts
 
 
 def rows(*entries):
@@ -61,3 +62,13 @@ def test_unbalanced_books_are_an_error():
         judge(truth, set(), {})
     with pytest.raises(ValueError, match="both kept and dropped"):
         judge(truth, {("a", "c")}, {("a", "c"): ("threshold", "threshold")})
+
+
+def test_cuts_are_judged_among_the_candidates():
+    truth = rows(
+        ("a", "clean", True, 0), ("b", "clean", True, 1), ("x", "mismatched", False, 2),
+        ("copy of a", "near_copy", False, 0), ("copy of c", "near_copy", False, 3), ("c", "clean", True, 3),
+    )  # fmt: skip
+    candidates = [(name, "c") for name in ("a", "b", "x", "copy of a", "copy of c")]  # c itself was dropped before
+    kept = np.array([[1, 1, 1, 1, 1], [1, 0, 0, 0, 1], [0, 0, 1, 1, 0], [0, 0, 0, 0, 0]], bool)
+    assert judge_cuts(truth, candidates, kept) == [(3 / 5, 1), (1, 2 / 3), (0, 0), (1, 0)]

@@ -1,0 +1,81 @@
+"""Studies where to cut a finished run: what each cut would keep, and which one trains the better model.
+
+    python -m pipeline.study STUDY.yaml [key=value ...]
+
+For example, after `winnow demo`, count first, then train:
+
+    winnow study conf/study.yaml train=null
+    winnow study conf/study.yaml train.seeds=5
+
+Reads the stored columns of the run; writes nothing into it, and needs neither network nor GPU. A study that was stopped
+goes on where it was when the same command is given again; more cuts, budgets or seeds only add to it.
+OUT gets `index.html`, `table.parquet` and `table.csv`, `overlap.parquet`, and, with a `train` block, `arms.parquet`.
+docs/study.md describes the keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.study.plan import StudyError, load
+from trainer.terminal import Console, guarded
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Holds the folder of a study. StudyError if another command does."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StudyError(f"out: {out} is in use by another study; wait for it, or name another folder") from None
+        yield
+
+
+@guarded()
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.study",
+        description=__doc__,
+        epilog="exit status: 0 done; 1 a training failed, or a file of the run is damaged; 2 the study is wrong",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("study", help="a YAML file such as conf/study.yaml")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replaces a value of the file")
+    args = parser.parse_args(argv)
+    errors = Console(stderr=True)
+    try:
+        plan = load(args.study, args.overrides)
+        # Imported only now: numpy and pyarrow take time, and --help does not need them.
+        from pipeline.reader import RunError
+        from pipeline.storage import DamagedError
+        from pipeline.study import report, study
+        from pipeline.study.arms import ArmError
+        from trainer.errors import InputError
+    except StudyError as error:
+        errors.error(error)
+        return 2
+    try:
+        with claimed(Path(plan.out)):
+            report.show(study.run(plan, errors), Path(plan.out))
+    except (InputError, RunError) as error:
+        errors.error(error)
+        return 2
+    except (ArmError, DamagedError, OSError) as error:
+        errors.error(error)
+        return 1
+    except KeyboardInterrupt:
+        errors.print("stopped; the same command goes on from here", highlight=False)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""The candidates of a study: the columns that its cuts read, of all rows that survived a step of the run.
+
+The run is scanned once, and the columns are spooled to files of numbers in the study's folder. All cuts are then worked
+out on memory-mapped files, a block of rows at a time, so memory does not grow with the rows, and a study that is given
+again with other cuts reads the run again only for other columns. Ray and Dask do not pay here: Ray takes as long to
+start as the scan of six columns of ten million rows does on two cores (`benchmarks/study.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.hashing import hash64
+from pipeline.reader import Run
+from pipeline.study.plan import StudyError
+from trainer import atomic
+from trainer.command import progress
+
+BLOCK = 1 << 17
+"""Rows at a time. A multiple of 64, so that blocks of bits are whole words; 50 cuts over it fit into a cache."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The candidates, in the order of unit and row."""
+
+    run: Run
+    after: str
+    folder: Path
+    counts: np.ndarray
+    """Candidates in each unit, int64."""
+    types: dict[str, str]
+    """The numpy types of the columns: float32, or float64 where float32 would round."""
+    maps: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """The files that are mapped."""
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    def column(self, name: str) -> np.ndarray:
+        """The values of a numeric column, NaN where the row has none; mapped, not read."""
+        return self._mapped(_file(name), self.types[name])
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The `row` of each candidate, int32."""
+        return self._mapped("row", "int32")
+
+    @property
+    def blocks(self) -> Iterator[slice]:
+        for start in range(0, len(self), BLOCK):
+            yield slice(start, min(start + BLOCK, len(self)))
+
+    @property
+    def units(self) -> Iterator[tuple[int, slice]]:
+        """Each unit and the places of its candidates."""
+        ends = np.cumsum(self.counts).tolist()
+        for unit, (end, count) in enumerate(zip(ends, self.counts.tolist())):
+            yield unit, slice(end - count, end)
+
+    def uid_hashes(self, places: np.ndarray) -> np.ndarray:
+        """The hash by which `threshold` breaks ties, of the candidates at these ascending places; uint64.
+
+        Kept in a sparse file where 0 means not yet known, so only the units with ties are read, once.
+        """
+        if (name := "uid-hashes") not in self.maps:
+            path = self.folder / name
+            if not path.exists():
+                with path.open("wb") as file:
+                    file.truncate(8 * len(self))
+            self.maps[name] = np.asarray(np.memmap(path, np.uint64, "r+"))
+        hashes = self.maps[name]
+        missing = places[hashes[places] == 0]
+        starts = np.cumsum(self.counts) - self.counts
+        unit = np.searchsorted(starts, missing, side="right") - 1
+        for number in np.unique(unit).tolist():
+            mine = missing[unit == number]
+            (table,) = self.run.scan(["uid"], after=self.after, units=[number])
+            hashes[mine] = hash64(table["uid"].take(pa.array(mine - starts[number])), purpose="threshold")
+        return np.asarray(hashes[places])
+
+    def spooled(
+        self, name: str, dtype: Any, columns: Sequence[str], values: Callable[[pa.Table], np.ndarray]
+    ) -> np.ndarray:
+        """A value for each candidate, computed from columns of the run; mapped. Computed once for a folder."""
+        path = self.folder / name
+        if not path.exists():
+            tables = self.run.scan(columns, after=self.after)
+            _spool(
+                path, (values(table).astype(dtype) for table in progress(tables, len(self.counts), f"units: {name}"))
+            )
+        return self._mapped(name, dtype)
+
+    def _mapped(self, name: str, dtype: Any) -> np.ndarray:
+        if name not in self.maps:
+            path = self.folder / name
+            # A plain view: slicing a memmap object costs ten times as much.
+            self.maps[name] = np.asarray(np.memmap(path, dtype, "r")) if len(self) else np.empty(0, dtype)
+        return self.maps[name]
+
+
+def default_after(run: Run) -> str:
+    """The step before the first `threshold`; without one, the last step that is not a sink."""
+    labels = [step.label for step in run.steps]
+    first = next((i for i, step in enumerate(run.steps) if step.step.endswith(".Threshold")), None)
+    if first is None:
+        first = len(labels) - run.steps[-1].step.endswith(".WriteShards")
+    return labels[max(0, first - 1)]
+
+
+def open_candidates(run: Run, after: str, columns: Sequence[str], folder: Path) -> Candidates:
+    """Spools the candidates' columns into a folder, unless they are there. Raises StudyError, RunError."""
+    types = run.columns(after)
+    kinds = {}
+    for name in columns:
+        if name in types and not _numeric(types[name]):
+            raise StudyError(f"cuts: the column {name!r} must hold numbers, found {types[name]}")
+        narrow = name in types and types[name] in (pa.float16(), pa.float32())
+        kinds[name] = "float32" if narrow else "float64"
+    identity = hashlib.sha256(json.dumps([run.fingerprint, after]).encode()).hexdigest()
+    described = folder / "candidates.json"
+    known = json.loads(described.read_text()) if described.exists() else {}
+    if known.get("of") != identity:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        known = {"of": identity, "columns": {}}
+    missing = [name for name in columns if known["columns"].get(name) != kinds[name]]
+    if missing or "counts" not in known:
+        counts: list[int] = []
+        files = {name: (folder / f"{_file(name)}.part").open("wb") for name in missing}
+        files["row"] = (folder / "row.part").open("wb")
+        try:
+            for table in progress(run.scan(missing, after=after), run.units, "units scanned"):
+                counts.append(len(table))
+                table["row"].to_numpy().tofile(files["row"])
+                for name in missing:
+                    values = table[name].cast(pa.type_for_alias(kinds[name]), safe=False)
+                    pc.fill_null(values, float("nan")).to_numpy().tofile(files[name])
+        finally:
+            for file in files.values():
+                file.close()
+        for name in [*map(_file, missing), "row"]:
+            (folder / f"{name}.part").replace(folder / name)
+        known = {**known, "counts": counts, "columns": {**known["columns"], **{name: kinds[name] for name in missing}}}
+        with atomic.replacing(described) as record:  # last: it makes the other files count
+            record.write(json.dumps(known).encode())
+    return Candidates(run, after, folder, np.array(known["counts"], np.int64), known["columns"])
+
+
+def _file(column: str) -> str:
+    return f"column-{quote(column, safe='')}"
+
+
+def _spool(path: Path, arrays: Iterator[np.ndarray]) -> None:
+    with atomic.replacing(path) as file:
+        for array in arrays:
+            file.write(array.data)
+
+
+def _numeric(dtype: pa.DataType) -> bool:
+    return any(
+        kind(dtype) for kind in (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
+    )

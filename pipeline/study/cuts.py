@@ -1,0 +1,214 @@
+"""Which candidates each cut keeps, exactly, and what is among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.study.candidates import Candidates
+from pipeline.study.plan import Condition, Cut, wanted
+
+SAMPLE = 1 << 16
+"""Values from which the place of a fraction's boundary is estimated; more where the rows are more than SAMPLE^1.5."""
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The lowest key that a condition keeps: a value, and where rows tie there, a hash of the uid, then the place."""
+
+    value: float
+    uid_hash: int | None = None
+    place: int = 0
+
+
+class Cuts:
+    """The cuts of a study over its candidates."""
+
+    def __init__(self, candidates: Candidates, cuts: Sequence[Cut]) -> None:
+        self.candidates, self.cuts = candidates, list(cuts)
+        self.boundaries: dict[tuple[Condition, ...], Boundary | None] = {}
+        """By condition and those before it; None where no row has a value."""
+        grids: dict[tuple[tuple[Condition, ...], str], list[Condition]] = {}
+        for cut in self.cuts:
+            for number, condition in enumerate(cut.conditions):
+                before = cut.conditions[:number]
+                if condition.rule == "min":
+                    self.boundaries[before + (condition,)] = Boundary(condition.value)
+                elif condition not in (of := grids.setdefault((before, condition.column), [])):
+                    of.append(condition)
+        for (before, column), conditions in sorted(grids.items(), key=lambda grid: len(grid[0][0])):
+            fractions = [condition.value for condition in conditions]
+            for condition, boundary in zip(conditions, self._boundaries(before, column, fractions)):
+                self.boundaries[before + (condition,)] = boundary
+
+    def kept(self, at: slice) -> np.ndarray:
+        """Whether each cut keeps each candidate of a block: bool (cuts, rows)."""
+        known: dict[tuple[Condition, ...], np.ndarray] = {}
+        kept = np.empty((len(self.cuts), at.stop - at.start), bool)
+        for number, cut in enumerate(self.cuts):
+            kept[number] = self._meets(cut.conditions, at, known)
+        return kept
+
+    def _meets(
+        self, conditions: tuple[Condition, ...], at: slice, known: dict[tuple[Condition, ...], np.ndarray]
+    ) -> np.ndarray:
+        if not conditions:
+            return np.ones(at.stop - at.start, bool)
+        if conditions not in known:
+            meets = self._above(self.boundaries[conditions], conditions[-1].column, at)
+            known[conditions] = meets & self._meets(conditions[:-1], at, known) if len(conditions) > 1 else meets
+        return known[conditions]
+
+    def _above(self, boundary: Boundary | None, column: str, at: slice) -> np.ndarray:
+        values = self.candidates.column(column)[at]
+        if boundary is None:
+            return np.zeros(len(values), bool)
+        if boundary.uid_hash is None:
+            return np.asarray(values >= _at_least(boundary.value, values.dtype))
+        kept = np.asarray(values > boundary.value)
+        tied = np.flatnonzero(values == boundary.value)
+        if len(tied):
+            places = at.start + tied
+            hashes, lowest = self.candidates.uid_hashes(places), np.uint64(boundary.uid_hash)
+            kept[tied] = (hashes > lowest) | ((hashes == lowest) & (places >= boundary.place))
+        return kept
+
+    def _boundaries(
+        self, before: tuple[Condition, ...], column: str, fractions: Sequence[float]
+    ) -> list[Boundary | None]:
+        """The boundaries of the top fractions, among the candidates that meet the conditions before."""
+        candidates = self.candidates
+        values = candidates.column(column)
+
+        def living(at: slice) -> np.ndarray:
+            there = ~np.isnan(values[at])
+            return there & self._meets(before, at, {}) if before else there
+
+        counts = [int(np.count_nonzero(living(at))) for at in candidates.blocks]
+        everything, count = sum(counts) == len(candidates), sum(counts)
+        if not count:
+            return [None] * len(fractions)
+        ranks = [wanted(fraction, count) for fraction in fractions]
+
+        def blocks() -> Iterator[np.ndarray]:
+            return (values[at] if everything else values[at][living(at)] for at in candidates.blocks)
+
+        found: list[Boundary | None] = []
+        for rank, (value, above, tied) in zip(ranks, largest(blocks, count, ranks)):
+            if above + tied == rank:
+                found.append(Boundary(float(value)))
+                continue
+            # `threshold` breaks ties by the hash of the uid, and those of equal uids by the place.
+            left = rank - above
+
+            def ties(value: np.number = value) -> Iterator[np.ndarray]:
+                for at in candidates.blocks:
+                    tied = np.flatnonzero(values[at] == value)
+                    yield at.start + (tied if everything or not len(tied) else tied[living(at)[tied]])
+
+            [(lowest, higher, same)] = largest(lambda: map(candidates.uid_hashes, ties()), tied, [left])
+            equal = np.concatenate([places[candidates.uid_hashes(places) == lowest] for places in ties()])
+            found.append(Boundary(float(value), int(lowest), int(equal[same - (left - higher)])))
+        return found
+
+
+def largest(
+    blocks: Callable[[], Iterator[np.ndarray]], count: int, ranks: Sequence[int]
+) -> list[tuple[np.number, int, int]]:
+    """The k-th largest of `count` numbers for each k in `ranks`, from 1: the value, how many are above it, how many
+    equal it.
+
+    Exact, in two or three passes over the blocks. A sample says between which two values each result almost surely lies
+    (Floyd and Rivest, 1975); a pass counts what is above them and collects what is between, O(count^(2/3)) numbers. If
+    the sample misled, the pass is made again with wider bounds.
+    """
+    size = max(SAMPLE, int(count ** (2 / 3)))
+    step = max(1, count // size)
+    seen, parts = 0, []
+    for block in blocks():
+        parts.append(np.array(block[-seen % step :: step]))
+        seen += len(block)
+    sample = np.sort(np.concatenate(parts))[::-1]
+    margin = 0 if step == 1 else 4 * int(len(sample) ** 0.5)
+    results: dict[int, tuple[np.number, int, int]] = {}
+    while due := [rank for rank in dict.fromkeys(ranks) if rank not in results]:
+        bounds = []
+        for rank in due:
+            near = min((rank - 1) // step, len(sample) - 1)
+            high = sample[near - margin] if near >= margin else None
+            low = sample[near + margin] if near + margin < len(sample) else None
+            bounds.append((low, high))
+        if step == 1:
+            inside, above = [sample] * len(due), [0] * len(due)
+        else:
+            inside, above = _between(blocks, bounds)
+        for rank, between, higher in zip(due, inside, above):
+            if higher < rank <= higher + len(between):
+                place = len(between) - (rank - higher)
+                value = np.partition(between, place)[place]
+                greater = int((between > value).sum())
+                results[rank] = (value, higher + greater, int((between == value).sum()))
+        margin *= 4
+    return [results[rank] for rank in ranks]
+
+
+def _between(
+    blocks: Callable[[], Iterator[np.ndarray]], bounds: Sequence[tuple[np.number | None, np.number | None]]
+) -> tuple[list[np.ndarray], list[int]]:
+    """For each pair of bounds, the numbers from low to high, and how many are above; None is unbounded."""
+    parts: list[list[np.ndarray]] = [[] for _ in bounds]
+    above = [0] * len(bounds)
+    for block in blocks():
+        for i, (low, high) in enumerate(bounds):
+            within = np.ones(len(block), bool) if low is None else block >= low
+            if high is not None:
+                over = block > high
+                above[i] += int(np.count_nonzero(over))
+                within &= ~over
+            parts[i].append(block[within])
+    return [np.concatenate(of) for of in parts], above
+
+
+def _at_least(value: float, dtype: np.dtype) -> np.floating:
+    """The smallest number of the type that is not below the value: comparing with it is comparing in float64."""
+    rounded: np.floating = dtype.type(value)
+    return dtype.type(np.nextafter(rounded, dtype.type(np.inf))) if float(rounded) < value else rounded
+
+
+# --- What a cut keeps -------------------------------------------------------------------------------------------------
+
+
+def overlaps(cuts: Cuts) -> np.ndarray:
+    """How many candidates each pair of cuts keeps both of: int64 (cuts, cuts); on the diagonal what each keeps."""
+    count = len(cuts.cuts)
+    both = np.zeros((count, count), np.int64)
+    for at in cuts.candidates.blocks:
+        bits = np.packbits(cuts.kept(at), axis=1)
+        padded = np.zeros((count, -(-bits.shape[1] // 8) * 8), np.uint8)
+        padded[:, : bits.shape[1]] = bits
+        words = padded.view(np.uint64)
+        for i in range(count):
+            both[i, i:] += np.bitwise_count(words[i] & words[i:]).sum(axis=1, dtype=np.int64)
+    return both + np.triu(both, 1).T
+
+
+def jaccard(both: np.ndarray) -> np.ndarray:
+    """The share of rows that two cuts keep both of, among those that either keeps: float64 (cuts, cuts), NaN where
+    neither keeps any."""
+    sizes = both.diagonal()
+    either = sizes[:, None] + sizes[None, :] - both
+    return np.divide(both, either, out=np.full(both.shape, np.nan), where=either > 0)
+
+
+def packed(cuts: Cuts, at: slice) -> np.ndarray:
+    """The cuts that keep each candidate of a block, as bits: uint8 (rows, bytes)."""
+    return np.packbits(cuts.kept(at), axis=0).T
+
+
+def cut_rows(cuts: Cuts, number: int) -> np.ndarray:
+    """The places of the candidates that a cut keeps: int64, ascending."""
+    only = cuts.cuts[number].conditions
+    kept = (at.start + np.flatnonzero(cuts._meets(only, at, {})) for at in cuts.candidates.blocks)
+    return np.concatenate([np.empty(0, np.int64), *kept])

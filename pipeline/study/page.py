@@ -1,0 +1,248 @@
+"""The page of a study: one HTML file with the recommendation, curves and tables.
+
+The curves are drawn here and not by `pipeline.page.chart`, because their marks are links and their series can be
+hidden: with styles alone, since no script may run on a page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from pipeline import page
+from pipeline.study.plan import Cut
+from pipeline.study.statistics import LEVEL, POWER, Interval
+from pipeline.study.table import MOST_EPOCHS, NO_FILTER, Outcome, Results, verdict
+
+WIDTH, HEIGHT = 640, 340
+LEFT, RIGHT, TOP, BOTTOM = 54, 18, 14, 44
+MOST_HEAT = 40
+"""Cuts up to which the page shows how each pair overlaps."""
+COLOURS = ("kept", "series-4", "series-5", "series-6")
+"""Of the grids of cuts, in turn."""
+
+
+def write(results: Results) -> bytes:
+    """The page."""
+    plan = results.plan
+    groups = _groups(plan.cuts)
+    choices = [
+        {"name": f"series-{i}", "title": title, "colour": COLOURS[i % len(COLOURS)]} for i, title in enumerate(groups)
+    ]
+    if any(name.startswith("random ") for outcome in results.outcomes for name in outcome.arms):
+        choices.append({"name": "random", "title": "random, equal size", "colour": "other"})
+    choices.append({"name": "everything", "title": NO_FILTER, "colour": "cut"})
+    outcomes = sorted(results.outcomes, key=lambda outcome: -outcome.budget)
+    verdicts = [
+        {
+            "lines": verdict(outcome, plan),
+            "recipe": "" if outcome.best is None else "\n".join(["steps:", *plan.cuts[outcome.best].recipe_lines]),
+        }
+        for outcome in outcomes
+    ]
+    return page.render(
+        "study.html",
+        name=results.run,
+        candidates=results.candidates,
+        after=results.after,
+        seeds=len(plan.train.seeds) if plan.train else 0,
+        metric=plan.train.metric if plan.train else "",
+        level=f"{LEVEL:.0%}",
+        verdicts=verdicts,
+        scorers=results.scorers,
+        notes=[*results.warnings, *([results.saved] if results.saved else [])],
+        choices=choices if results.outcomes else [],
+        curves=[{"svg": _curves(results, outcome, groups), "caption": _caption(outcome)} for outcome in outcomes],
+        trained=[_table(results, outcome) for outcome in outcomes],
+        columns=["cut", "rows", "kept", *results.contents, *(f"epochs of {b:,}" for b in plan.budgets), "recipe"],
+        cuts=[_line(results, number, cut) for number, cut in enumerate(plan.cuts)],
+        heat=list(_heat(results)) if len(plan.cuts) <= MOST_HEAT else [],
+        method=_method(results),
+    )
+
+
+def _groups(cuts: Sequence[Cut]) -> dict[str, list[int]]:
+    """The cuts that make up a curve: those that ask the same of the same columns."""
+    groups: dict[str, list[int]] = {}
+    for number, cut in enumerate(cuts):
+        title = ", ".join(f"{condition.column} {condition.rule}" for condition in cut.conditions)
+        groups.setdefault(title, []).append(number)
+    return groups
+
+
+def _caption(outcome: Outcome) -> str:
+    return f"Trained on {outcome.budget:,} samples, {outcome.noise.seeds} seeds."
+
+
+# --- Curves -----------------------------------------------------------------------------------------------------------
+
+
+def _curves(results: Results, outcome: Outcome, groups: dict[str, list[int]]) -> Markup:
+    intervals = {name: outcome.paired(name) for name in outcome.arms}
+    bounds = [v for of in intervals.values() for v in (of.mean, of.low, of.high) if v == v]
+    spread = max(bounds) - min(bounds) or 1.0
+    low, high = min(bounds) - 0.05 * spread, max(bounds) + 0.05 * spread
+
+    def x(share: float) -> float:
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+    def y(value: float) -> float:
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [*_axes(low, high, x, y, results.plan.train.metric if results.plan.train else "")]
+    whole = intervals[NO_FILTER]
+    level = [(0.0, whole, None, ""), (1.0, whole, None, NO_FILTER)]
+    parts.append(_series("everything", "cut", level, x, y, dashed=True))
+    shares = {number: rows / results.candidates for number, rows in enumerate(results.rows)}
+    controls = sorted(
+        (shares[int(c.first.split()[1])], intervals[c.second], None, f"random, {shares[int(c.first.split()[1])]:.1%}")
+        for c in outcome.primary
+        if c.second != NO_FILTER
+    )
+    unique = {point[0]: point for point in controls}
+    parts.append(_series("random", "other", [*unique.values()], x, y))
+    for i, numbers in enumerate(groups.values()):
+        points = sorted(
+            (
+                (shares[n], intervals[f"cut {n}"], n, str(results.plan.cuts[n]))
+                for n in numbers
+                if f"cut {n}" in intervals
+            ),
+            key=lambda point: point[0],
+        )
+        parts.append(_series(f"series-{i}", COLOURS[i % len(COLOURS)], points, x, y, best=outcome.best))
+    label = f"The metric against the share kept, after {outcome.budget:,} samples"
+    return Markup('<svg class="curve" viewBox="0 0 {} {}" role="group" aria-label="{}">{}</svg>').format(
+        WIDTH, HEIGHT, label, Markup("").join(parts)
+    )
+
+
+def _axes(low: float, high: float, x: Any, y: Any, metric: str) -> Iterator[Markup]:
+    line = Markup('<line class="axis" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>')
+    text = Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
+    for share in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        yield line.format(x(share), x(share), TOP, HEIGHT - BOTTOM)
+        yield text.format(x(share), HEIGHT - BOTTOM + 18, "middle", f"{share:.0%}")
+    for value in _ticks(low, high):
+        yield line.format(x(0), x(1), y(value), y(value))
+        yield text.format(LEFT - 8, y(value) + 4, "end", f"{value:g}")
+    yield text.format(x(0.5), HEIGHT - 8, "middle", f"share of the candidates kept ({metric} upwards)")
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Some four to eight round numbers in between."""
+    power = 10 ** math.floor(math.log10((high - low) / 4))
+    step = next(of * power for of in (1, 2, 5, 10) if (high - low) / (of * power) <= 8)
+    return [round(n * step, 12) for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _series(
+    name: str,
+    colour: str,
+    points: Sequence[tuple[float, Interval, int | None, str]],
+    x: Any,
+    y: Any,
+    dashed: bool = False,
+    best: int | None = None,
+) -> Markup:
+    if not points:
+        return Markup("")
+    path = "M" + "L".join(f"{x(share):.1f},{y(of.mean):.1f}" for share, of, _, _ in points)
+    parts = []
+    if all(of.low == of.low for _, of, _, _ in points):
+        upper = [f"{x(share):.1f},{y(of.high):.1f}" for share, of, _, _ in points]
+        lower = [f"{x(share):.1f},{y(of.low):.1f}" for share, of, _, _ in reversed(points)]
+        parts.append(Markup('<path class="band" d="M{}Z"/>').format("L".join(upper + lower)))
+    dash = Markup(' stroke-dasharray="6 4"') if dashed else ""
+    parts.append(Markup('<path class="line" d="{}"{}/>').format(path, dash))
+    for share, of, number, title in points:
+        if not title:
+            continue
+        at, value = (x(share), y(of.mean)), f"{title}: {_shown(of)}"
+        mark = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="5"/>').format(*at)
+        anchor = "start" if share < 0.35 else "end" if share > 0.65 else "middle"
+        label = Markup('<text class="value" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
+            at[0], max(TOP + 10, at[1] - 12), anchor, value
+        )
+        target = "#recommendation" if number is None else f"#cut-{number}"
+        chosen = "best" if number is not None and number == best else ""
+        parts.append(
+            Markup('<a href="{}" class="{}" aria-label="{}">{}{}</a>').format(target, chosen, value, mark, label)
+        )
+    return Markup('<g class="{}" style="--tone: var(--{})">{}</g>').format(name, colour, Markup("").join(parts))
+
+
+def _shown(of: Interval) -> str:
+    return f"{of.mean:.3f}" + ("" if of.low != of.low else f" ({of.low:.3f} to {of.high:.3f})")
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------------
+
+
+def _table(results: Results, outcome: Outcome) -> page.Table:
+    rows: list[list[object]] = [
+        [NO_FILTER, results.candidates, _shown(outcome.paired(NO_FILTER)), None, None, None, None]
+    ]
+    for number, cut in enumerate(results.plan.cuts):
+        if (name := f"cut {number}") not in outcome.arms:
+            continue
+        over_all, control = outcome.gains(number)
+        cells: list[object] = [str(cut), results.rows[number], _shown(outcome.paired(name))]
+        cells.append(_shown(outcome.paired(control.second)) if control else None)
+        for gain in (over_all, control):
+            cells.append(
+                f"{gain.difference:+.3f} ({gain.low:+.3f} to {gain.high:+.3f}), p {gain.p:.2g}" if gain else None
+            )
+        rows.append([*cells, "recommended" if number == outcome.best else None])
+    columns = ["cut", "rows", "metric", "random, equal size", "over no filter", "over random", "verdict"]
+    return page.Table(columns, rows, _caption(outcome))
+
+
+def _line(results: Results, number: int, cut: Cut) -> dict[str, Any]:
+    rows = results.rows[number]
+    cells = [
+        f"{rows:,}",
+        page.share(rows, results.candidates),
+        *(f"{of[number]:,}" for of in results.contents.values()),
+    ]
+    cells += [f"{budget / rows:.1f}" if rows else "–" for budget in results.plan.budgets]
+    return {"title": str(cut), "cells": cells, "recipe": " ".join(cut.recipe_lines)}
+
+
+def _heat(results: Results) -> Iterator[dict[str, Any]]:
+    for cut, row in zip(results.plan.cuts, results.overlap.tolist()):
+        cells = [{"text": "–", "shade": 0} if v != v else {"text": f"{v:.2f}", "shade": round(40 * v)} for v in row]
+        yield {"title": str(cut), "cells": cells}
+
+
+def _method(results: Results) -> list[str]:
+    lines = []
+    if "concepts" in results.contents:
+        words = "the entries that captions match" if results.entries else "the distinct words of captions"
+        lines.append(f"Concepts are {words}.")
+    if results.duplicates_by:
+        lines.append(
+            f"Duplicates are rows whose {results.duplicates_by} another row that the cut keeps has too: the rows kept "
+            "less the distinct values."
+        )
+    if results.outcomes:
+        lines += [
+            "Arms with the same seed start from the same weights. Random subsets are drawn anew for each seed. "
+            f"Intervals of one arm leave out what a seed does to all arms alike, at {LEVEL:.0%} (Loftus and Masson, "
+            "1994); `table.parquet` has plain t intervals over seeds. Differences are paired by seed; their noise is "
+            "estimated from all arms of a budget together (arms by seeds, taken to be equal in all arms). Their "
+            f"intervals hold all at once at {LEVEL:.0%} (Bonferroni), and their p values are adjusted for all "
+            "comparisons of a budget (Holm).",
+            "A cut is recommended if it is better than no filter and than a random subset of equal size. Power is the "
+            f"chance to show a true difference, {POWER:.0%} by custom.",
+        ]
+    if results.plan.budgets:
+        lines.append(
+            f"Epochs are the samples of a training divided by the rows kept. Beyond {MOST_EPOCHS}, repeated data is "
+            "worth visibly less than new data: Muennighoff et al., Scaling Data-Constrained Language Models, 2023, "
+            "measured on language models."
+        )
+    return lines

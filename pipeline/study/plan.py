@@ -1,0 +1,237 @@
+"""The YAML of a study, checked in full before anything starts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from trainer.errors import InputError
+from trainer.spelling import did_you_mean
+from trainer.yamlfile import Document
+
+RULES = ("min", "top_fraction")
+"""What a cut can ask of a column, as the step `threshold` does."""
+MAX_CUTS = 1000
+SEEDS = 3
+"""Default number of seeds: the least with which the noise between seeds says anything; the power statement says how
+many are needed."""
+
+
+class StudyError(InputError):
+    """All problems of a study, one a line."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One `threshold`: `min`, or `top_fraction` of the rows that the conditions before it kept."""
+
+    column: str
+    rule: str
+    value: float
+
+    def __str__(self) -> str:
+        shown = f"top {_percent(self.value)}" if self.rule == "top_fraction" else f"≥ {self.value:g}"
+        return f"{self.column} {shown}"
+
+    @property
+    def recipe_line(self) -> str:
+        return f"- threshold: {{column: {self.column}, {self.rule}: {self.value!r}}}"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Conditions that a row must meet one after the other, as `threshold` lines of a recipe do."""
+
+    conditions: tuple[Condition, ...]
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.conditions))
+
+    @property
+    def recipe_lines(self) -> list[str]:
+        return [condition.recipe_line for condition in self.conditions]
+
+
+@dataclass(frozen=True)
+class Training:
+    """The block `train`."""
+
+    config: str
+    """A training configuration, as for `trainer.train`; the study sets its shards, output, samples and seed."""
+    evaluate: list[Any]
+    """Tasks, as the key `evaluate` of a training configuration has them."""
+    metric: str
+    """The metric that decides, larger is better: NAME/METRIC of a task, as in `zeroshot/colour/acc1`."""
+    seeds: tuple[int, ...]
+    random: bool = True
+    """Train a random subset of equal size beside each cut."""
+    halving: bool = False
+    """After each budget, train only the better half of the cuts at the next one."""
+    workers: int = 1
+    """Models trained at a time, each in a process of its own."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study, as its YAML describes it."""
+
+    run: str
+    out: str
+    cuts: list[Cut]
+    after: str | None = None
+    """The step whose survivors are the candidates; None: the step before the first `threshold`."""
+    budgets: tuple[int, ...] = ()
+    """Samples seen in a training."""
+    concepts: str | None = "entries"
+    """What is counted as a concept. `entries`: those of the run's `balance`, as it matches them, else words. `words`:
+    the distinct words of captions. A file of entries, as `balance` takes them. None: nothing."""
+    train: Training | None = None
+    source: str = field(default="", compare=False)
+
+
+KEYS = ("run", "out", "after", "cuts", "budgets", "concepts", "train")
+TRAIN_KEYS = ("config", "evaluate", "metric", "seeds", "random", "halving", "workers")
+
+
+def load(path: str, overrides: Iterable[str] = ()) -> Plan:
+    """Reads a study and applies `key=value` pairs (`train.seeds=5`). Raises StudyError with every problem."""
+    document = Document.read(path)
+    if document.problems:
+        raise StudyError("\n".join(document.problems))
+    data = {} if document.data is None else document.data
+    if not isinstance(data, dict):
+        raise StudyError(f"{path}: expected lines of `key: value`, found a {type(data).__name__}")
+    problems: list[str] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        value = Document(text)
+        if not equals or value.problems:
+            problems += value.problems or [f"{override!r}: expected key=value"]
+            continue
+        *above, last = key.split(".")
+        block = data
+        for name in above:
+            block = block.setdefault(name, {}) if isinstance(block, dict) else {}
+        if isinstance(block, dict):
+            block[last] = value.data
+    reader = _Reader(document, problems)
+    plan = reader.plan(data)
+    if plan is None or problems:
+        raise StudyError("\n".join(problems))
+    return plan
+
+
+class _Reader:
+    def __init__(self, document: Document, problems: list[str]) -> None:
+        self.document, self.problems = document, problems
+
+    def note(self, key: Sequence[Any], problem: str) -> None:
+        self.problems.append(f"{self.document.where(*key)}: {'.'.join(map(str, key))}: {problem}")
+
+    def plan(self, data: dict[str, Any]) -> Plan | None:
+        self.known((), data, KEYS)
+        run, out = (self.text((key,), data.get(key), required=True) for key in ("run", "out"))
+        after = self.text(("after",), data.get("after"))
+        budgets = self.numbers(("budgets",), data.get("budgets", []), least=1)
+        concepts = self.text(("concepts",), data.get("concepts", "entries"))
+        cuts = list(dict.fromkeys(self.cuts(data.get("cuts"))))
+        if len(cuts) > MAX_CUTS:
+            self.note(("cuts",), f"{len(cuts):,} cuts, expected at most {MAX_CUTS:,}")
+        if "://" in out:
+            self.note(("out",), f"found {out}, expected a local folder; only the run may be remote")
+        train = self.training(data["train"], budgets) if data.get("train") is not None else None
+        if self.problems:
+            return None
+        return Plan(
+            run, out, cuts, after or None, tuple(sorted(set(budgets))), concepts or None, train, self.document.path
+        )
+
+    def cuts(self, lines: Any) -> Iterator[Cut]:
+        if not isinstance(lines, list) or not lines:
+            self.note(
+                ("cuts",), f"found {lines!r}, expected a list such as [{{clip_score: {{top_fraction: [0.2, 0.3]}}}}]"
+            )
+            return
+        for number, line in enumerate(lines):
+            at = ("cuts", number)
+            if not isinstance(line, dict) or not line:
+                self.note(at, f"found {line!r}, expected COLUMN: {{min: …}} or COLUMN: {{top_fraction: …}}")
+                continue
+            grids = [list(self.conditions((*at, column), column, rules)) for column, rules in line.items()]
+            yield from map(Cut, itertools.product(*grids))
+
+    def conditions(self, at: tuple[Any, ...], column: str, rules: Any) -> Iterator[Condition]:
+        if not isinstance(rules, dict) or len(rules) != 1 or next(iter(rules)) not in RULES:
+            self.note(at, f"found {rules!r}, expected {{min: …}} or {{top_fraction: …}}, a number or a list of numbers")
+            return
+        [(rule, values)] = rules.items()
+        values = values if isinstance(values, list) else [values]
+        for value in values:
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or (rule == "top_fraction" and not 0 < value <= 1):
+                expected = "a number above 0 and at most 1" if rule == "top_fraction" else "a number"
+                self.note((*at, rule), f"found {value!r}, expected {expected}")
+            else:
+                yield Condition(column, rule, float(value))
+        if not values:
+            self.note((*at, rule), "found no values")
+
+    def training(self, block: Any, budgets: list[int]) -> Training | None:
+        if not isinstance(block, dict):
+            self.note(("train",), f"found {block!r}, expected keys {', '.join(TRAIN_KEYS)}")
+            return None
+        self.known(("train",), block, TRAIN_KEYS)
+        config = self.text(("train", "config"), block.get("config"), required=True)
+        evaluate = block.get("evaluate")
+        if not isinstance(evaluate, list) or not evaluate:
+            self.note(
+                ("train", "evaluate"), f"found {evaluate!r}, expected a list of tasks: [{{zeroshot: {{data: …}}}}]"
+            )
+        metric = self.text(("train", "metric"), block.get("metric"), required=True)
+        seeds = block.get("seeds", SEEDS)
+        seeds = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
+        seeds = self.numbers(("train", "seeds"), seeds, least=0)
+        if not seeds:
+            self.note(("train", "seeds"), "expected a number of seeds, at least 1, or a list of them")
+        if not budgets:
+            self.note(("budgets",), "missing: the samples that a training sees, such as [5120, 10240]")
+        flags = {key: block.get(key, default) for key, default in (("random", True), ("halving", False))}
+        for key, value in flags.items():
+            if not isinstance(value, bool):
+                self.note(("train", key), f"found {value!r}, expected true or false")
+        workers = self.numbers(("train", "workers"), [block.get("workers", 1)], least=1)
+        if self.problems:
+            return None
+        return Training(config, list(evaluate or []), metric, tuple(seeds), **flags, workers=workers[0])
+
+    def known(self, at: tuple[Any, ...], block: Mapping[str, Any], keys: Sequence[str]) -> None:
+        for key in block:
+            if key not in keys:
+                self.note((*at, key), f"no such key{did_you_mean(key, keys) or '; the keys are ' + ', '.join(keys)}")
+
+    def text(self, at: tuple[Any, ...], value: Any, required: bool = False) -> str:
+        if isinstance(value, str) and value.strip():
+            return value
+        if required or value is not None:
+            self.note(at, "missing" if value is None else f"found {value!r}, expected text")
+        return ""
+
+    def numbers(self, at: tuple[Any, ...], values: Any, least: int) -> list[int]:
+        values = values if isinstance(values, list) else [values]
+        whole = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= least]
+        if len(whole) < len(values):
+            self.note(at, f"found {values!r}, expected whole numbers, at least {least}")
+        return list(dict.fromkeys(whole))
+
+
+def wanted(fraction: float, rows: int) -> int:
+    """How many rows `top_fraction` keeps of these: in decimal arithmetic, as `threshold` counts."""
+    return math.ceil(Fraction(str(fraction)) * rows)
+
+
+def _percent(fraction: float) -> str:
+    return f"{float(Fraction(str(fraction)) * 100):g}%"

@@ -1,0 +1,169 @@
+"""Runs a study: candidates, cuts, contents, then the trainings."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.fitness import measure
+from pipeline.reader import open_run
+from pipeline.study.arms import Arm, Trainer, index_pictures, random_places, write_subset
+from pipeline.study.candidates import default_after, open_candidates
+from pipeline.study.contents import contents, duplicates_by, find_concepts
+from pipeline.study.cuts import Cuts, cut_rows, jaccard, overlaps
+from pipeline.study.plan import Plan, StudyError, Training
+from pipeline.study.table import NO_FILTER, Results, analyse
+from trainer.config import TrainConfig, load_config
+from trainer.terminal import Console
+
+
+def run(plan: Plan, console: Console) -> Results:
+    """Does all that a study asks for. Raises StudyError and other InputErrors before anything starts; RunError,
+    DamagedError, ArmError."""
+    out = Path(plan.out)
+    opened = open_run(plan.run)
+    if out.resolve().is_relative_to(Path(plan.run).resolve()):
+        raise StudyError(f"out: {plan.out} lies in the run {plan.run}; expected a folder of its own")
+    concepts = find_concepts(opened, plan.concepts)
+    config = training_config(plan) if plan.train else None
+    after = plan.after or default_after(opened)
+    columns = list(dict.fromkeys(condition.column for cut in plan.cuts for condition in cut.conditions))
+    candidates = open_candidates(opened, after, columns, out / "candidates")
+    console.print(f"{len(candidates):,} candidates after {after}, {len(plan.cuts):,} cuts", highlight=False)
+    cuts = Cuts(candidates, plan.cuts)
+    both = overlaps(cuts)
+    results = Results(
+        plan, opened.name, after, len(candidates), both.diagonal().tolist(), jaccard(both),
+        contents(cuts, concepts), isinstance(concepts, tuple), duplicates_by(candidates),
+        [(f"{found.score} {found.fits[0]}.", found.fits[0].low >= 0.7) for found in measure(opened)],
+    )  # fmt: skip
+    if plan.train and config:
+        train(results, cuts, plan.train, config, out, console)
+    return results
+
+
+def training_config(plan: Plan) -> TrainConfig:
+    """The training configuration of a study; its tasks and budgets are checked too."""
+    from trainer.evaluation import parse
+
+    assert plan.train is not None
+    # Both are replaced for each arm.
+    config = load_config(plan.train.config, ["shards=study", "output=study"])
+    parse(plan.train.evaluate)
+    for budget in plan.budgets:
+        if budget < config.batch_size:
+            raise StudyError(
+                f"budgets: found {budget:,}, expected at least one batch ({plan.train.config}: batch_size "
+                f"{config.batch_size:,})"
+            )
+    return config
+
+
+def train(results: Results, cuts: Cuts, training: Training, config: TrainConfig, out: Path, console: Console) -> None:
+    """Trains the arms budget after budget, and adds what they say to the results."""
+    plan = results.plan
+    pictures = cuts.candidates.folder / "pictures"
+    numbers = index_pictures(cuts.candidates, pictures)
+    subsets = _Subsets(cuts, numbers, out / "subsets", config.batch_size)
+    trainer = Trainer(training, config, pictures, out)
+    living = list(range(len(plan.cuts)))
+
+    def arms_of(numbers: Sequence[int], budget: int) -> dict[tuple[str, int], Arm]:
+        """The arms of these cuts, of their random subsets and of no filter, by name and seed."""
+        names = [NO_FILTER, *(f"cut {n}" for n in numbers)]
+        if training.random:
+            sizes = dict.fromkeys(subsets.sizes[f"cut {n}"] for n in numbers)
+            names += [f"random {size}" for size in sizes if size < subsets.whole]
+        keys = [(name, seed) for seed in training.seeds for name in names]
+        return {key: trainer.arm(*subsets.of(*key), budget, key[1]) for key in keys}
+
+    done = planned = 0
+    stopped: list[str] = []
+    for budget in plan.budgets:
+        arms = arms_of(living, budget)
+        due = list(dict.fromkeys(arms.values()))
+        labels = {arm.key: name for (name, _), arm in arms.items()}
+        progress = _Progress(console, plan, training.metric, labels, sum(trainer.result(arm) is None for arm in due))
+        trainer.train(due, progress.say)
+        records = {arm.key: trainer.result(arm) or {} for arm in due}
+        results.records += records.values()
+        values = {
+            name: np.array(
+                [records[arms[name, seed].key]["metrics"][training.metric] for seed in training.seeds], np.float64
+            )
+            for name, _ in arms
+        }
+        distinct = {arm.key: name for (name, seed), arm in arms.items() if seed == training.seeds[0]}
+        results.outcomes.append(analyse(budget, values, subsets.sizes, list(distinct.values())))
+        done += len(due) * budget
+        planned += len({*arms_of(range(len(plan.cuts)), budget).values()}) * budget
+        if training.halving and budget < plan.budgets[-1] and len(living) > 1:
+            ranked = sorted(living, key=lambda n: -float(values[f"cut {n}"].mean()))
+            living = sorted(ranked[: math.ceil(len(ranked) / 2)])
+            lost = "; ".join(str(plan.cuts[n]) for n in sorted({*ranked} - {*living}))
+            stopped.append(f"after {budget:,} samples it stopped {lost}")
+    if stopped:
+        results.saved = (
+            f"Successive halving saw {done:,} samples instead of {planned:,}, {1 - done / planned:.0%} less: "
+            + ", ".join(stopped)
+            + "."
+        )
+
+
+class _Subsets:
+    """The subsets of a study as files of sample numbers, each written when it is first asked for."""
+
+    def __init__(self, cuts: Cuts, numbers: np.ndarray, folder: Path, batch_size: int) -> None:
+        self.cuts, self.numbers, self.folder = cuts, numbers, folder
+        self.known: dict[tuple[str, int], tuple[str, int]] = {}
+        everything = np.arange(len(numbers))
+        self.known[NO_FILTER, 0] = write_subset(everything, numbers, folder)
+        self.whole = self.known[NO_FILTER, 0][1]
+        self.sizes = {NO_FILTER: self.whole}
+        """Samples of each subset."""
+        small = []
+        for n, cut in enumerate(cuts.cuts):
+            self.known[f"cut {n}", 0] = found = write_subset(cut_rows(cuts, n), numbers, folder)
+            self.sizes[f"cut {n}"] = size = found[1]
+            self.sizes[f"random {size}"] = size
+            if size < batch_size:
+                small.append(f"cuts: {cut} keeps {size:,} samples, fewer than a batch of {batch_size:,}")
+        if small:
+            raise StudyError(
+                "\n".join([*small, "  Lower batch_size in the training configuration, or leave them out."])
+            )
+
+    def of(self, name: str, seed: int) -> tuple[str, int]:
+        """The file of a subset and its samples. Only random subsets depend on the seed."""
+        key = (name, seed if name.startswith("random") else 0)
+        if key not in self.known:
+            places = random_places(self.cuts.candidates, self.numbers, int(name.split()[1]), seed)
+            self.known[key] = write_subset(places, self.numbers, self.folder)
+        return self.known[key]
+
+
+class _Progress:
+    """A line for each training."""
+
+    def __init__(self, console: Console, plan: Plan, metric: str, labels: Mapping[str, str], due: int) -> None:
+        self.console, self.plan, self.metric, self.labels, self.due = console, plan, metric, labels, due
+        self.done, self.started = 0, time.monotonic()
+
+    def say(self, arm: Arm, record: dict[str, Any]) -> None:
+        self.done += 1
+        name = self.labels[arm.key]
+        if name.startswith("cut "):
+            name = str(self.plan.cuts[int(name.split()[1])])
+        left = (time.monotonic() - self.started) / self.done * (self.due - self.done)
+        self.console.print(
+            f"{self.done}/{self.due} at {arm.budget:,} samples: {name}, seed {arm.seed}: "
+            f"{self.metric} {record['metrics'][self.metric]:.4f} "
+            f"({record['seconds']:.0f} s); {left / 60:.0f} min left for this budget",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,249 @@
+"""The results of a study as one table: a line for each cut and budget, and what they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.study.plan import Plan
+from pipeline.study.statistics import LEVEL, POWER, Comparison, Interval, Noise, compare, interval, noise_of
+
+MOST_EPOCHS = 4
+"""Beyond 4 epochs repeated data is worth visibly less than new data (Muennighoff et al., "Scaling Data-Constrained
+Language Models", 2023; measured on language models)."""
+NO_FILTER = "no filter"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a budget's trainings say."""
+
+    budget: int
+    arms: dict[str, np.ndarray]
+    """The metric by seed of each cut (`cut N`), random subset (`random N`) and of no filter."""
+    noise: Noise
+    primary: list[Comparison]
+    """Each cut against no filter and against random: one family."""
+    best: int | None
+    """The recommended cut; None if no cut is better than both."""
+    ties: list[int]
+    """The other cuts that cannot be told from it."""
+
+    def interval(self, arm: str) -> Interval:
+        """The mean over seeds and its t interval."""
+        return interval(self.arms[arm])
+
+    def paired(self, arm: str) -> Interval:
+        """The mean with an interval that leaves out what a seed does to all arms alike, so that intervals of two arms
+        can be compared by eye (Loftus and Masson, 1994)."""
+        mean, half = float(self.arms[arm].mean()), self.noise.half
+        return Interval(mean, mean - half, mean + half)
+
+    def gains(self, number: int) -> tuple[Comparison | None, Comparison | None]:
+        """The comparisons of a cut with no filter and with random; None where there is none."""
+        mine = {c.second == NO_FILTER: c for c in self.primary if c.first == f"cut {number}"}
+        return mine.get(True), mine.get(False)
+
+    def largest(self, versus: str | None) -> Comparison | None:
+        """The largest gain over no filter, or over random for None."""
+        gains = [c for c in self.primary if (c.second == NO_FILTER) == (versus == NO_FILTER)]
+        return max(gains, key=lambda c: c.difference, default=None)
+
+
+@dataclass
+class Results:
+    """Everything that a study has found."""
+
+    plan: Plan
+    run: str
+    """The run's name."""
+    after: str
+    candidates: int
+    rows: list[int]
+    """Rows that each cut keeps."""
+    overlap: np.ndarray
+    """Jaccard index of each pair of cuts."""
+    contents: dict[str, list[int]]
+    entries: bool
+    """Whether concepts are entries; else they are words."""
+    duplicates_by: str | None
+    """The column by which rows count as duplicates."""
+    scorers: list[tuple[str, bool]]
+    """Of each scorer whose embeddings are stored, how well it tells captions apart, and whether that is enough to cut
+    by it."""
+    outcomes: list[Outcome] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    """Of all trainings."""
+    saved: str = ""
+    """What successive halving saved."""
+
+    @property
+    def warnings(self) -> list[str]:
+        lines = []
+        for budget in self.plan.budgets:
+            over = [
+                f"{cut} ({budget / kept:.1f})"
+                for cut, kept in zip(self.plan.cuts, self.rows)
+                if kept and budget / kept > MOST_EPOCHS
+            ]
+            if over:
+                lines.append(
+                    f"{budget:,} samples are more than {MOST_EPOCHS} epochs of {', '.join(over)}. Beyond that, "
+                    "repeated data is worth less than new data (Muennighoff et al. 2023)."
+                )
+        return lines
+
+
+def analyse(budget: int, arms: Mapping[str, np.ndarray], sizes: Mapping[str, int], distinct: Sequence[str]) -> Outcome:
+    """Judges one budget. `arms` has the metric by seed, `sizes` the samples; arms with one subset are one training, and
+    `distinct` names one of each."""
+    arms, whole = dict(arms), sizes[NO_FILTER]
+    noise = noise_of(np.stack([arms[name] for name in distinct]))
+    numbers = [int(name.split()[1]) for name in arms if name.startswith("cut ") and sizes[name] < whole]
+    pairs = [(f"cut {n}", NO_FILTER) for n in numbers]
+    pairs += [(f"cut {n}", name) for n in numbers if (name := f"random {sizes[f'cut {n}']}") in arms]
+    primary = compare(arms, pairs, noise)
+    helpful = [n for n in numbers if all(c.better for c in primary if c.first == f"cut {n}")]
+    best = max(helpful, key=lambda n: float(arms[f"cut {n}"].mean()), default=None)
+    ties: list[int] = []
+    if best is not None:
+        others = [n for n in numbers if n != best]
+        told = compare(arms, [(f"cut {best}", f"cut {n}") for n in others], noise)
+        ties = [n for n, comparison in zip(others, told) if not comparison.better]
+    return Outcome(budget, arms, noise, primary, best, ties)
+
+
+def verdict(outcome: Outcome, plan: Plan) -> list[str]:
+    """The recommendation of a budget in sentences, or why there is none."""
+    noise, family = outcome.noise, len(outcome.primary)
+    metric = plan.train.metric if plan.train else ""
+    head = f"At {outcome.budget:,} samples: "
+    if not outcome.primary:
+        return [f"{head}no cut leaves anything out, so there is nothing to compare."]
+    if noise.seeds < 2:
+        return [f"{head}one seed says nothing about noise, so no cut is recommended. Give at least 2 seeds, better 3."]
+    lines = []
+    if outcome.best is not None:
+        over_all, over_random = outcome.gains(outcome.best)
+        assert over_all is not None
+        text = f"{head}cut at {plan.cuts[outcome.best]}: {metric} {outcome.interval(over_all.first).mean:.3f}, "
+        text += f"{over_all.difference:+.3f} over no filter ({_range(over_all)})"
+        if over_random:
+            text += f" and {over_random.difference:+.3f} over a random subset of equal size ({_range(over_random)})"
+        lines.append(f"{text}.")
+        if outcome.ties:
+            lines.append(f"These cuts cannot be told from it: {'; '.join(str(plan.cuts[n]) for n in outcome.ties)}.")
+        else:
+            lines.append("It is better than every other cut.")
+    else:
+        better = [
+            (text, [c for c in outcome.primary if (c.second == NO_FILTER) == versus and c.better])
+            for text, versus in (("no filter", True), ("a random subset of its size", False))
+        ]
+        found = "no cut is better than both no filter and a random subset of its size"
+        lines.append(f"{head}{found if any(cuts for _, cuts in better) else 'no difference found'}.")
+        lines += [f"Better than {text}: {_names(cuts, plan)}." for text, cuts in better if cuts]
+        for versus, text in ((NO_FILTER, "no filter"), (None, "random")):
+            if (gain := outcome.largest(versus)) is not None and not gain.better:
+                need = noise.seeds_for(gain.difference, family) if gain.difference > 0 else None
+                line = f"The largest gain over {text} is {gain.difference:+.3f} ({_range(gain)}), "
+                line += f"at {_names([gain], plan)}"
+                lines.append(line + (f"; {need:,} seeds would show a gain of that size." if need else "."))
+    lines.append(
+        f"With {noise.seeds} seeds and {family} comparisons this trial can show a difference of "
+        f"{noise.detectable(family):.3f} with {POWER:.0%} power; the noise of one training is {noise.sd:.3f}."
+    )
+    if noise.p_arms > 1 - LEVEL:
+        lines.append(
+            f"This trial has no power to rank its arms: taken together they do not differ (F test, p = "
+            f"{noise.p_arms:.2f}). Train longer, on more samples, or with more seeds."
+        )
+    worse = [c for c in outcome.primary if c.second == NO_FILTER and c.differs and c.difference < 0]
+    if worse:
+        lines.append(f"Worse than no filter: {_names(worse, plan)}.")
+    return lines
+
+
+def _names(comparisons: Sequence[Comparison], plan: Plan) -> str:
+    """The cuts that come first in comparisons."""
+    return "; ".join(str(plan.cuts[int(c.first.split()[1])]) for c in comparisons)
+
+
+def _range(comparison: Comparison) -> str:
+    return f"{LEVEL:.0%} interval {comparison.low:+.3f} to {comparison.high:+.3f}"
+
+
+def as_table(results: Results) -> pa.Table:
+    """A line for each cut and budget; without budgets, one for each cut."""
+    lines: list[dict[str, Any]] = []
+    outcomes = {outcome.budget: outcome for outcome in results.outcomes}
+    for budget in results.plan.budgets or (None,):
+        for number, (cut, kept) in enumerate(zip(results.plan.cuts, results.rows)):
+            line: dict[str, Any] = {
+                "cut": str(cut),
+                "recipe": "\n".join(cut.recipe_lines),
+                "rows": kept,
+                "kept": kept / results.candidates if results.candidates else None,
+                **{name: counts[number] for name, counts in results.contents.items()},
+                "budget": budget,
+                "epochs": budget / kept if budget and kept else None,
+            }
+            if results.plan.train is not None:
+                line |= _trained(outcomes.get(budget or 0), number)
+            lines.append(line)
+    return pa.Table.from_pylist(lines, schema=_schema(results))
+
+
+TRAINED = (
+    "metric", "metric_low", "metric_high", "random", "random_low", "random_high",
+    "gain_over_no_filter", "gain_no_filter_low", "gain_no_filter_high", "gain_no_filter_p",
+    "gain_over_random", "gain_random_low", "gain_random_high", "gain_random_p",
+)  # fmt: skip
+
+
+def _trained(outcome: Outcome | None, number: int) -> dict[str, Any]:
+    line: dict[str, Any] = dict.fromkeys(("seeds", *TRAINED, "recommended"))
+    if outcome is None or (name := f"cut {number}") not in outcome.arms:
+        return line
+    line["seeds"] = outcome.noise.seeds
+    line["recommended"] = number == outcome.best
+    line |= _bounds("metric", outcome.interval(name))
+    over_all, over_random = outcome.gains(number)
+    if over_all:
+        values = (over_all.difference, over_all.low, over_all.high, over_all.p)
+        line |= dict(
+            zip(("gain_over_no_filter", "gain_no_filter_low", "gain_no_filter_high", "gain_no_filter_p"), values)
+        )
+    if over_random:
+        values = (over_random.difference, over_random.low, over_random.high, over_random.p)
+        line |= dict(zip(("gain_over_random", "gain_random_low", "gain_random_high", "gain_random_p"), values))
+        line |= _bounds("random", outcome.interval(over_random.second))
+    return {key: None if value != value else value for key, value in line.items()}  # NaN with one seed
+
+
+def _bounds(name: str, of: Interval) -> dict[str, float]:
+    return {name: of.mean, f"{name}_low": of.low, f"{name}_high": of.high}
+
+
+def _schema(results: Results) -> pa.Schema:
+    fields: list[tuple[str, pa.DataType]] = [
+        ("cut", pa.string()),
+        ("recipe", pa.string()),
+        ("rows", pa.int64()),
+        ("kept", pa.float64()),
+    ]
+    fields += [(name, pa.int64()) for name in results.contents]
+    fields += [("budget", pa.int64()), ("epochs", pa.float64())]
+    if results.plan.train is not None:
+        fields += [("seeds", pa.int64()), *((name, pa.float64()) for name in TRAINED), ("recommended", pa.bool_())]
+    return pa.schema(fields)
+
+
+def arms_table(records: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """A line for each training: `subset, samples, budget, seed, seconds` and all its metrics."""
+    lines = [{**{k: v for k, v in record.items() if k != "metrics"}, **record["metrics"]} for record in records]
+    return pa.Table.from_pylist(lines)
