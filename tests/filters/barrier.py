@@ -18,7 +18,7 @@ def _nullable(dtype: pa.DataType) -> Any:
     # Arrow-backed, as in a run: a null must not turn integers into floats.
     if pa.types.is_string(dtype):
         return pd.StringDtype("pyarrow")
-    return pd.ArrowDtype(dtype) if pa.types.is_integer(dtype) else None
+    return pd.ArrowDtype(dtype) if pa.types.is_integer(dtype) or pa.types.is_list(dtype) else None
 
 
 def decide(step: Filter, batch: pa.Table) -> list[tuple[str, str | None] | None]:
