@@ -29,7 +29,9 @@ COMMANDS = {
     "run": Command("pipeline.run", (), "curate a pool of image URLs and captions into shards, as a recipe says"),
     "plan": Command("pipeline.run", ("--plan",), "print what a recipe would run and cost; run nothing"),
     "verify": Command("pipeline.verify", (), "check everything that a finished run claims about itself"),
-    "entries": Command("pipeline.entries", (), "build the list of entries, words and phrases, by which `balance` balances"),
+    "entries": Command(
+        "pipeline.entries", (), "build the list of entries, words and phrases, by which `balance` balances"
+    ),
     "confusion": Command("pipeline.confusion", (), "measure the language model on captions of known language"),
     "steps": Command("pipeline.reference", (), "print the reference of all steps, or of those named"),
     "train": Command("trainer.train", (), "pretrain a dual encoder on shards"),

@@ -32,14 +32,14 @@ MOST_SHOWN = 5
 def confusion(spec: PoolSpec, truth: str, step: Language, min_score: float = 0.0) -> Counter[tuple[str, str]]:
     """Counts captions by their true language (column `truth`) and by the most likely one, `unsure` below `min_score`.
 
-    Rows without a caption or a language are left out. Raises `pool.PoolError` if the table cannot be read.
+    Rows without a usable caption or a language are left out. Raises `pool.PoolError` if the table cannot be read.
     """
     types = pool.columns(spec)
     step.setup()
     counts: Counter[tuple[str, str]] = Counter()
     for split in pool.splits(spec):
         for batch in pool.read(spec, split, types):
-            batch = batch.filter(pc.and_(pc.is_valid(batch["caption"]), pc.is_valid(batch[truth])))
+            batch = batch.filter(pc.and_(pc.is_null(batch["drop_reason"]), pc.is_valid(batch[truth])))
             found = step.process(batch.select(["caption"]))
             sure = pc.greater_equal(found["language_score"], min_score)
             taken = pc.if_else(sure, found["language"], UNSURE)

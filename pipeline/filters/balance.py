@@ -73,7 +73,7 @@ class Balance(Filter):
     """Seed of the hash u."""
 
     def __post_init__(self) -> None:
-        self.needs = (self.column or "caption", *([self.by] if self.by else []))
+        self.needs = (self.column or "caption", *([self.by] if self.by else []))  # type: ignore[misc]
 
     def estimate(self, rows: float) -> Estimate:
         # The kept share is assumed to grow with √(cap / rows), calibrated on MetaCLIP's figures.
@@ -266,7 +266,7 @@ class Balance(Filter):
         figures = groups.agg(
             entries=("key", "size"), matches=("count", "sum"), kept=("count_kept", "sum")
         ).reset_index()
-        return figures.astype({"language": object}).astype({c: "int64" for c in figures.columns[1:]})
+        return figures.astype({"language": object}).astype(dict.fromkeys(figures.columns[1:], "int64"))
 
 
 _KEYS = pd.ArrowDtype(pa.list_(pa.string()))

@@ -30,9 +30,12 @@ class Language(Stage):
 
     A row is kept if the languages of `keep` together have a probability of at least `min_score`, even if another
     language is more likely: the model spreads the probability of short captions over many languages. "A girl climbs a
-    rock wall ." is Spanish at 0.16 and English at 0.14. Drop reasons: `language`, or `low_score` if the most likely
-    language is in `keep` but too uncertain. With a minimum for each language, a row is kept if one of them reaches its
-    own. `python -m pipeline.confusion` measures the model on a table whose languages are known. Captions without words score 0.1245 and are dropped as `low_score`.
+    rock wall ." is Spanish at 0.16 and English at 0.14. With a minimum for each language, a row is kept if one of them
+    reaches its own. Drop reasons: `language`, or `low_score` if the most likely language is in `keep` but too
+    uncertain. Captions without words score 0.1245 and are dropped as `low_score`.
+
+    Captions are measured as they are normalised and stored as they came. `python -m pipeline.confusion` measures the
+    model on a table of captions whose languages are known.
 
     Measured with keep: [en], as shares of rows kept:
 
@@ -115,8 +118,8 @@ class Language(Stage):
         detail = [f"{code} {p:.4f}" for code, p in zip(language, score)]
         # The most likely language decides most rows. Predicting all languages takes five times as long.
         for row in np.flatnonzero(~kept & (wanted | (1 - score >= min(minima.values())))):
-            kept[row], found = self._judge(captions[row], minima)
-            detail[row] += f", {found}"
+            kept[row], told = self._judge(captions[row], minima)
+            detail[row] += f", {told}"
         reason = np.where(wanted, "low_score", "language").astype(object)
         reason[kept] = None
         batch = batch.append_column("drop_reason", pa.array(reason, pa.string()))
@@ -129,11 +132,13 @@ class Language(Stage):
 
     def _judge(self, caption: str, minima: dict[str, float]) -> tuple[bool, str]:
         """Whether a caption is kept by the probabilities of all languages, and those that decide."""
-        labels, scores = self._model.predict(caption, k=_ALL, threshold=-1.0)
-        found = {label.removeprefix(_PREFIX): p for label, p in zip(labels, scores)}
+        codes, scores = self._model.predict(caption, k=_ALL, threshold=-1.0)
+        found = {label.removeprefix(_PREFIX): p for label, p in zip(codes, scores)}
         ours = {code: round(min(found[code], 1.0), 4) for code in minima}
         if isinstance(self.min_score, dict):
-            return any(ours[code] >= least for code, least in minima.items()), ", ".join(f"{code} {p:.4f}" for code, p in ours.items())
+            return any(ours[code] >= least for code, least in minima.items()), ", ".join(
+                f"{code} {p:.4f}" for code, p in ours.items()
+            )
         total = round(min(sum(found[code] for code in minima), 1.0), 4)
         return total >= self.min_score, f"{'+'.join(minima)} {total:.4f}"
 

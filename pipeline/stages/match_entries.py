@@ -33,7 +33,7 @@ class MatchEntries(Stage):
     adds = {"entries": pa.list_(pa.string())}  # noqa: RUF012
 
     def __post_init__(self) -> None:
-        self.needs = ("caption", self.by) if isinstance(self.entries, dict) else ("caption",)
+        self.needs = ("caption", self.by) if isinstance(self.entries, dict) else ("caption",)  # type: ignore[misc]
 
     def estimate(self, rows: float) -> Estimate:
         return Estimate(1.0, 100_000, "measured with 500,000 entries (benchmarks/balance.py)")
