@@ -1,27 +1,30 @@
-"""How cost and the driver's memory grow with the rows of a pool: they should grow linearly, and not at all.
+"""How cost, memory and files grow with the rows of a pool: cost and files linearly, and memory not at all.
 
     python benchmarks/scaling.py [ROWS …] [--rows-per-file N]        default: 50000 200000 800000
 
-For each size, makes a pool of made-up URLs and captions, in one file or in many, and runs the steps that need no
-network (text filters, exact deduplication, two barriers) with `python -m pipeline.run`, start of Ray included.
+For each size, makes a pool of made-up URLs and captions, in one file or in many. Builds a list of entries from its
+captions with `python -m pipeline.entries`, then runs all steps that need no network with `python -m pipeline.run`: text
+filters, language, deduplication, matching, balancing. The CPU time is that of both commands, start of Ray included.
 
-Memory is the peak of the driver's process, and of the largest worker: its own pages (RssAnon), and beside them those of
-Ray's object store that it has touched (RssShmem), which all processes share and which `object_store_memory` bounds. The
-resident size that `top` shows is the sum of both, and of files that are mapped.
+Memory is the peak of the process of each driver, and of the largest worker: its own pages (USS, the private pages of
+smaps), and beside them those of Ray's object store that it has touched (RssShmem), which all processes share and which
+`object_store_memory` bounds. The resident size that `top` shows is the sum of both, and of files that are mapped.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
-import subprocess
 import sys
 import tempfile
-import time
+import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fetch import descendants, measure
 
 RECIPE = """
 name: scaling
@@ -33,12 +36,28 @@ steps:
   - caption_pattern
   - language: {keep: [en]}
   - exact_dedup: {by: [url]}
+  - exact_dedup: {by: [caption]}
   - caption_frequency: {max_count: 10}
-  - balance: {min_count: 20, max_per_entry: 200}
+  - match_entries: {entries: entries.tsv}
+  - balance: {column: entries, tail_mass: 0.3}
 """
 WORDS = """a the of in on with and small large red green blue old new dog cat house tree river mountain street woman man
 child boat bridge garden window table chair bird horse market morning evening light shadow under over beside behind
 running sitting standing looking holding wearing playing crossing""".split()
+LOOK_SECONDS = 0.5
+
+
+class Figures(NamedTuple):
+    """Of one size: seconds, CPU microseconds a row, peaks in MB, and the files of the run."""
+
+    rows: int
+    seconds: float
+    cpu: float
+    entries: float
+    driver: float
+    worker: float
+    shared: float
+    files: int
 
 
 def main() -> None:
@@ -46,80 +65,83 @@ def main() -> None:
     parser.add_argument("rows", type=int, nargs="*", default=[50_000, 200_000, 800_000])
     parser.add_argument("--rows-per-file", type=int, help="all in one file without it")
     args = parser.parse_args()
+    print(
+        f"{'rows':>11} {'seconds':>8} {'CPU µs/row':>11} {'entries MB':>11} {'driver MB':>10} {'worker MB':>10} "
+        f"{'shared MB':>10} {'files':>7} {'files/M rows':>13}"
+    )
     figures = []
     for rows in args.rows:
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / "r.yaml").write_text(RECIPE)
-            rng = random.Random(0)
-            urls = [f"https://host{rng.randrange(5000)}.example.org/{rng.getrandbits(40):x}.jpg" for _ in range(rows)]
-            captions = [" ".join(rng.choices(WORDS, k=rng.randint(4, 14))) for _ in range(rows)]
-            table, each = pa.table({"url": urls, "caption": captions}), args.rows_per_file or rows
-            (folder / "pool").mkdir()
-            for start in range(0, rows, each):
-                pq.write_table(table.slice(start, each), folder / f"pool/{start // each:06d}.parquet")
-            figures.append((rows, *run(folder)))
-    print(
-        f"{'rows':>10} {'seconds':>9} {'rows/s':>9} {'driver MB':>10} {'worker MB':>10} {'shared MB':>10} {'files':>7}"
-    )
-    for rows, seconds, peak, worker, shared, files in figures:
+            write_pool(Path(name), rows, args.rows_per_file)
+            f = run(Path(name), rows)
+        figures.append(f)
         print(
-            f"{rows:>10,} {seconds:>9.1f} {rows / seconds:>9,.0f} {peak:>10,.0f} {worker:>10,.0f} {shared:>10,.0f} "
-            f"{files:>7,}"
+            f"{f.rows:>11,} {f.seconds:>8.1f} {f.cpu:>11.1f} {f.entries:>11,.0f} {f.driver:>10,.0f} {f.worker:>10,.0f} "
+            f"{f.shared:>10,.0f} {f.files:>7,} {f.files / f.rows * 1e6:>13,.0f}",
+            flush=True,
         )
-    (few, quick, small, one, _, _), (many, slow, large, other, _, _) = figures[0], figures[-1]
+    few, many = figures[0], figures[-1]
     print(
-        f"RESULT rows_ratio={many / few:.1f} time_ratio={slow / quick:.2f} driver_memory_ratio={large / small:.2f} "
-        f"worker_memory_ratio={other / one:.2f}"
+        f"RESULT rows_ratio={many.rows / few.rows:.1f} cpu_per_row_ratio={many.cpu / few.cpu:.2f} "
+        f"driver_memory_ratio={many.driver / few.driver:.2f} worker_memory_ratio={many.worker / few.worker:.2f} "
+        f"entries_memory_ratio={many.entries / few.entries:.2f} files_per_million={many.files / many.rows * 1e6:.0f}"
     )
 
 
-def run(folder: Path) -> tuple[float, float, float, float, int]:
-    """Seconds of the whole command; peaks in MB of its own memory, and of a worker's own and shared pages; the files
-    that the run has left."""
-    started, peak, worker, shared = time.perf_counter(), 0.0, 0.0, 0.0
-    command = [sys.executable, "-m", "pipeline.run", "r.yaml"]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
-    while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:
-            break
-        peak = max(peak, megabytes(status, "VmHWM"))
-        for pid in workers(process.pid):
-            try:
-                status = Path(f"/proc/{pid}/status").read_text()
-            except OSError:
-                continue
-            worker = max(worker, megabytes(status, "RssAnon"))
-            shared = max(shared, megabytes(status, "RssShmem"))
-        time.sleep(0.2)
-    if process.wait():
-        raise SystemExit(f"pipeline.run ended with status {process.returncode}")
+def write_pool(folder: Path, rows: int, rows_per_file: int | None) -> None:
+    """A pool in which a few captions are frequent and the words follow Zipf's law; a row group every 100,000 rows."""
+    (folder / "r.yaml").write_text(RECIPE)
+    (folder / "pool").mkdir()
+    rng = random.Random(0)
+    schema = pa.schema([("url", pa.string()), ("caption", pa.string())])
+    weights = [1 / (i + 1) for i in range(len(WORDS))]
+    each = rows_per_file or rows
+    for start in range(0, rows, each):
+        with pq.ParquetWriter(folder / f"pool/{start // each:06d}.parquet", schema) as writer:
+            for low in range(start, min(rows, start + each), 100_000):
+                n = min(100_000, min(rows, start + each) - low)
+                urls = [f"https://host{rng.randrange(5000)}.example.org/{rng.getrandbits(40):x}.jpg" for _ in range(n)]
+                captions = [" ".join(rng.choices(WORDS, weights, k=rng.randint(4, 14))) for _ in range(n)]
+                writer.write_table(pa.table([urls, captions], schema=schema))
+
+
+def run(folder: Path, rows: int) -> Figures:
+    builder = [sys.executable, "-m", "pipeline.entries", "entries.tsv", "--captions", "pool", "--min-pmi", "1.1"]
+    built = measure(builder, folder, 3600)
+    peaks = {"driver": 0.0, "worker": 0.0, "shared": 0.0}
+    ended = threading.Event()
+    watcher = threading.Thread(target=watch, args=(peaks, ended))
+    watcher.start()
+    try:
+        used = measure([sys.executable, "-m", "pipeline.run", "r.yaml"], folder, 36000)
+    finally:
+        ended.set()
+        watcher.join()
     files = sum(path.is_file() for path in (folder / "run").rglob("*"))
-    return time.perf_counter() - started, peak, worker, shared, files
+    cpu = (built.cpu + used.cpu) / rows * 1e6
+    return Figures(rows, built.seconds + used.seconds, cpu, built.memory / 1e6, **peaks, files=files)
 
 
-def megabytes(status: str, key: str) -> float:
-    """A line of /proc/PID/status."""
-    return max((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(f"{key}:")), default=0.0)
+def watch(peaks: dict[str, float], ended: threading.Event) -> None:
+    """Keeps the peaks of the driver and of the workers, which Ray names `ray::…`, below this process."""
 
-
-def workers(driver: int) -> list[int]:
-    """The processes below the driver that run steps: Ray names them `ray::…`."""
-    parents: dict[int, int] = {}
-    names: dict[int, bytes] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
+    while not ended.wait(LOOK_SECONDS):
+        for pid in descendants(os.getpid()):
             try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                names[int(entry.name)] = (entry / "cmdline").read_bytes()
-            except OSError:
+                name = Path(f"/proc/{pid}/cmdline").read_bytes()
+                kind = "worker" if name.startswith(b"ray::") else "driver" if b"pipeline.run\0r.yaml" in name else None
+                if kind is None or b"meter\0" in name:
+                    continue
+                peaks[kind] = max(peaks[kind], megabytes(pid, "smaps_rollup", "Private_"))
+                peaks["shared"] = max(peaks["shared"], megabytes(pid, "status", "RssShmem"))
+            except OSError:  # it has ended
                 continue
-    below = {driver}
-    while more := {pid for pid, parent in parents.items() if parent in below} - below:
-        below |= more
-    return [pid for pid in below if names.get(pid, b"").startswith(b"ray::")]
+
+
+def megabytes(pid: int, file: str, prefix: str) -> float:
+    """The sum of the lines of a file of /proc/PID that start so."""
+    lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(prefix)) / 1000
 
 
 if __name__ == "__main__":

@@ -36,6 +36,10 @@ COMMANDS = {
     "status": Command("pipeline.status", (), "show how far a run is, from outside, while it goes"),
     "studio": Command("pipeline.studio", (), "open a local page to move cuts and see what would be kept"),
     "diff": Command("pipeline.diff", (), "compare two runs: rows gained and lost, and which step decided"),
+    "entries": Command(
+        "pipeline.entries", (), "build the list of entries, words and phrases, by which `balance` balances"
+    ),
+    "confusion": Command("pipeline.confusion", (), "measure the language model on captions of known language"),
     "steps": Command("pipeline.reference", (), "print the reference of all steps, or of those named"),
     "train": Command("trainer.train", (), "pretrain a dual encoder on shards"),
     "evaluate": Command("trainer.evaluate.__main__", (), "evaluate a model: zero-shot, retrieval, probe and others"),

@@ -407,13 +407,15 @@ def _barrier(job: Job, index: int) -> None:
 
     with dask.config.set({"scheduler": ray_dask_get, "dataframe.shuffle.method": "tasks"}):
         frame = dd.from_map(frame_of, groups, meta=_to_pandas(schema.empty_table()))
-        drops = step.decide(frame)
-        drops = drops.assign(_file=drops["unit"] // per_file)
+        decided = step.decide(frame)
+        figures = step.figures(frame, decided)
+        drops = decided.assign(_file=decided["unit"] // per_file)
         if drops.npartitions > 1:
             drops = drops.shuffle(on="_file")
         meta = pd.DataFrame({c: pd.Series([], dtype=object) for c in ("file", "entry", "counts")})
-        written = drops.map_partitions(store_part, meta=meta).compute()
-    line = Line(rows)
+        stored = drops.map_partitions(store_part, meta=meta)
+        written, table = dask.compute(stored, figures)
+    line = Line(rows, figures=[] if table is None else json.loads(table.to_json(orient="records")))
     for counts in written["counts"]:
         for reason, n in json.loads(counts).items():
             line.dropped[reason] = line.dropped.get(reason, 0) + n
@@ -425,13 +427,14 @@ def _barrier(job: Job, index: int) -> None:
 
 
 def _to_pandas(table: pa.Table) -> pd.DataFrame:
-    """Converts with types that hold nulls, so that a null among 64-bit hashes does not turn them into floats."""
+    """Converts with types that hold nulls, so that a null among 64-bit hashes does not turn them into floats. Lists
+    stay in Arrow's form: as objects they take ten times the memory."""
     import pandas as pd
 
     def dtype(of: pa.DataType) -> Any:
         if pa.types.is_string(of):
             return pd.StringDtype("pyarrow")
-        return pd.ArrowDtype(of) if pa.types.is_integer(of) else None
+        return pd.ArrowDtype(of) if pa.types.is_integer(of) or pa.types.is_list(of) else None
 
     return table.to_pandas(types_mapper=dtype)
 

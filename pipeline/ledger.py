@@ -24,6 +24,8 @@ class Line:
     rows_in: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    figures: list[dict[str, Any]] = field(default_factory=list)
+    """What a whole-run filter says of its decision (`Filter.figures`): the rows of a small table."""
 
     @property
     def kept(self) -> int:
@@ -52,10 +54,13 @@ class Funnel:
 
     @classmethod
     def from_json(cls, lines: list[dict[str, Any]]) -> Funnel:
-        return cls({d["step"]: Line(d["rows_in"], dict(d["dropped"]), d["seconds"]) for d in lines})
+        return cls(
+            {d["step"]: Line(d["rows_in"], dict(d["dropped"]), d["seconds"], d.get("figures", [])) for d in lines}
+        )
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The format of `funnel.json`: a list of `step, rows_in, kept, dropped: {reason: n}, seconds`."""
+        """The format of `funnel.json`: a list of `step, rows_in, kept, dropped: {reason: n}, seconds`, and `figures`
+        if there are any."""
         return [
             {
                 "step": label,
@@ -63,6 +68,7 @@ class Funnel:
                 "kept": line.kept,
                 "dropped": line.dropped,
                 "seconds": round(line.seconds, 3),
+                **({"figures": line.figures} if line.figures else {}),
             }
             for label, line in self.lines.items()
         ]
@@ -73,6 +79,7 @@ class Funnel:
             ours = self.lines.setdefault(label, Line())
             ours.rows_in += theirs.rows_in
             ours.seconds += theirs.seconds
+            ours.figures = [*ours.figures, *theirs.figures]
             for reason, n in theirs.dropped.items():
                 ours.dropped[reason] = ours.dropped.get(reason, 0) + n
             ours.dropped = dict(sorted(ours.dropped.items()))

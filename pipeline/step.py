@@ -181,6 +181,14 @@ class Filter(Step):
         """
         raise TypeError(f"{type(self).__name__} must define decide() for scope 'run'")
 
+    def figures(self, frame: dd.DataFrame, drops: dd.DataFrame) -> dd.DataFrame | None:
+        """For scope "run": a small table about the decision for the funnel (`Line.figures`) and its readers, or None.
+
+        `frame` and `drops` are the argument and the result of `decide`, and what both compute is computed once. All
+        values must be text, numbers or null.
+        """
+        return None
+
 
 class Sink(Step):
     """Writes the rows that are left; the last step of a recipe. An output format is one file.

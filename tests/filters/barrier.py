@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ def _nullable(dtype: pa.DataType) -> Any:
     # Arrow-backed, as in a run: a null must not turn integers into floats.
     if pa.types.is_string(dtype):
         return pd.StringDtype("pyarrow")
-    return pd.ArrowDtype(dtype) if pa.types.is_integer(dtype) else None
+    return pd.ArrowDtype(dtype) if pa.types.is_integer(dtype) or pa.types.is_list(dtype) else None
 
 
 def decide(step: Filter, batch: pa.Table) -> list[tuple[str, str | None] | None]:
@@ -43,6 +44,21 @@ def decide(step: Filter, batch: pa.Table) -> list[tuple[str, str | None] | None]
         outcomes.append([found.get(place) for place in places])
     assert outcomes[0] == outcomes[1] == outcomes[2], "partitions or the order of rows changed a verdict"
     return outcomes[0]
+
+
+def figures(step: Filter, batch: pa.Table) -> list[dict[str, Any]]:
+    """What the step says of its decision about `batch`, as the line of a funnel has it."""
+    columns = dict.fromkeys(["unit", "row", "uid", *step.needs])
+    frame = batch.select(list(columns)).to_pandas(types_mapper=_nullable)
+    found = []
+    for partitions in (1, 3):
+        with dask.config.set(scheduler="synchronous"):
+            pool = dd.from_pandas(frame, npartitions=partitions, sort=False)
+            table = step.figures(pool, step.decide(pool))
+            assert table is not None
+            found.append(json.loads(table.compute().to_json(orient="records")))
+    assert found[0] == found[1], "partitions changed the figures"
+    return list(found[0])
 
 
 def check_barrier(step: Filter, rows: Sequence[Mapping[str, Any]], expected: Sequence[str | None]) -> None:

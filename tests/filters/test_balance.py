@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from pipeline.filters.balance import Balance
 from pipeline.hashing import uniform
-from tests.filters.barrier import check_barrier, decide
-from tests.tables import make_batch
+from pipeline.stages.match_entries import MatchEntries
+from tests.filters.barrier import check_barrier, decide, figures
+from tests.tables import make_batch, run_step
 
 CUT, NONE = "balance", "no_entry"
 
@@ -123,6 +127,126 @@ def test_seeds_differ(entries: str) -> None:
     assert one != other
 
 
+def metaclip_reference(
+    lists: list[list[str]], languages: list[str], u: np.ndarray, reference: str, t: int
+) -> tuple[np.ndarray, dict[str, float]]:
+    """MetaCLIP's balancing as its papers state it, one caption at a time: which rows are kept, and each language's t.
+
+    Each matched entry keeps a caption with probability t / count, so all of them miss it with Π (1 − t / count).
+    """
+    counts: dict[str, dict[str, int]] = {}
+    for language, entries in zip(languages, lists):
+        for entry in entries:
+            of = counts.setdefault(language, {})
+            of[entry] = of.get(entry, 0) + 1
+    main = np.array(list(counts[reference].values()))
+    tail_share = main[main < t].sum() / main.sum()
+    caps: dict[str, float] = {}
+    for language, of in counts.items():
+        ascending = np.sort(np.array(list(of.values())))
+        reached = np.cumsum(ascending) / ascending.sum() >= tail_share - 1e-12
+        caps[language] = t if language == reference else ascending[np.argmax(reached)]
+    kept = []
+    for language, entries, x in zip(languages, lists, u):
+        missed = 1.0
+        for entry in entries:
+            missed *= 1 - min(1.0, caps[language] / counts[language][entry])
+        kept.append(x < 1 - missed)
+    return np.array(kept), caps
+
+
+@pytest.fixture(scope="module")
+def zipf() -> list[dict[str, Any]]:
+    """Rows in three languages, of different sizes, whose entries are distributed by Zipf's law."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for language, n in [("en", 1500), ("de", 400), ("th", 60)]:
+        for _ in range(n):
+            entries = sorted({f"{word}" for word in rng.zipf(1.5, 4) if word < 200})
+            rows.append({"language": language, "entries": entries, "uid": f"{len(rows):032x}"})
+    return rows
+
+
+def test_languages_are_balanced_as_in_metaclip(zipf: list[dict[str, Any]]) -> None:
+    step = Balance(column="entries", by="language", max_per_entry=60, seed=5)
+    batch = make_batch(zipf)
+    u = uniform(batch["uid"], seed=5, purpose="balance")
+    kept, caps = metaclip_reference([r["entries"] for r in zipf], [r["language"] for r in zipf], u, "en", 60)
+    found = decide(step, batch)
+    assert [drop is None for drop in found] == kept.tolist()
+    assert {f["language"]: f["cap"] for f in figures(step, batch)} == caps
+    assert caps["de"] < 60  # a smaller language has a smaller t
+    assert any("captions in de" in drop[1] for drop in found if drop and drop[1])
+
+
+def test_figures_count_matches_before_and_after(zipf: list[dict[str, Any]]) -> None:
+    rows = [{**row, "language": "en"} for row in zipf]
+    step = Balance(column="entries", max_per_entry=100)
+    batch = make_batch(rows)
+    before = Counter(entry for row in rows for entry in row["entries"])
+    fates = zip(rows, decide(step, batch))
+    after = Counter(entry for row, drop in fates if drop is None for entry in row["entries"])
+    found = figures(step, batch)
+    assert [f["at_least"] for f in found] == sorted({1 << (n.bit_length() - 1) for n in before.values()})
+    for f in found:
+        within = [entry for entry, n in before.items() if f["at_least"] <= n < 2 * f["at_least"]]
+        expected = {
+            "language": None,
+            "cap": 100,
+            "entries": len(within),
+            "matches": sum(before[entry] for entry in within),
+            "kept": sum(after[entry] for entry in within),
+        }
+        assert {key: f[key] for key in expected} == expected
+    assert sum(f["kept"] for f in found) < sum(f["matches"] for f in found)
+
+
+def test_without_the_reference_all_languages_have_its_cap(zipf: list[dict[str, Any]]) -> None:
+    step = Balance(column="entries", by="language", max_per_entry=60, reference="fr")
+    assert {f["cap"] for f in figures(step, make_batch(zipf))} == {60}
+
+
+def test_with_a_tail_mass_each_language_has_a_cap_of_its_own(zipf: list[dict[str, Any]]) -> None:
+    found = figures(Balance(column="entries", by="language", tail_mass=0.3), make_batch(zipf))
+    for language in ("en", "de", "th"):
+        of = [f for f in found if f["language"] == language]
+        rare = sum(f["matches"] for f in of if 2 * f["at_least"] <= of[0]["cap"])
+        assert rare <= 0.3 * sum(f["matches"] for f in of)
+
+
+def test_languages_count_the_same_entry_apart(entries: str) -> None:
+    rows = [{"caption": "a cat", "language": language} for language in ["en"] * 40 + ["de"] * 2 + [None]]
+    found = decide(Balance(entries=entries, by="language", tail_mass=0.5), make_batch(rows))
+    assert found[40:] == [None] * 3
+    found = decide(Balance(min_count=3, by="language"), make_batch(rows))
+    assert [drop and drop[0] for drop in found] == [None] * 40 + [
+        NONE
+    ] * 3  # "a cat" is a frequent pair in English alone
+
+
+def test_balancing_twice_is_balancing_once(zipf: list[dict[str, Any]]) -> None:
+    for options in ({}, {"by": "language"}):
+        step = Balance(column="entries", max_per_entry=50, reference="none", **options)
+        kept = [row for row, drop in zip(zipf, decide(step, make_batch(zipf))) if drop is None]
+        assert len(kept) < len(zipf)
+        assert decide(step, make_batch(kept)) == [None] * len(kept)
+
+
+def test_the_column_of_match_entries_gives_the_same_as_its_file(entries: str) -> None:
+    captions = ["a cat", "a black cat", "T-shirt", "小黑狗", "nothing", None] * 30
+    rows = [{"caption": caption, "uid": f"{i:032x}"} for i, caption in enumerate(captions)]
+    matched, _ = run_step(MatchEntries(entries=entries), make_batch(rows))
+    found = decide(Balance(column="entries", max_per_entry=20), matched)
+    assert found == decide(Balance(entries=entries, max_per_entry=20), make_batch(rows))
+
+
+def test_columns_of_another_type_are_reported() -> None:
+    step = Balance(column="entries", by="language")
+    types = {"entries": pa.string(), "language": pa.int32()}
+    assert [key for key, _ in step.check_columns(types)] == ["column", "by"]
+    assert not list(step.check_columns({"entries": pa.list_(pa.string()), "language": pa.string()}))
+
+
 def test_the_contents_of_the_entries_determine_the_result(tmp_path: Path) -> None:
     path = tmp_path / "entries.txt"
     path.write_text("cat")
@@ -160,6 +284,7 @@ def test_an_invalid_file_is_reported(tmp_path: Path, name: str, content: bytes |
     ("options", "key"),
     [
         ({"max_per_entry": 5, "tail_mass": 0.1}, "tail_mass"),
+        ({"entries": __file__, "column": "entries"}, "column"),
         ({"max_per_entry": 0}, "max_per_entry"),
         ({"tail_mass": 6.0}, "tail_mass"),
         ({"min_count": 0}, "min_count"),

@@ -88,6 +88,19 @@ def test_plain_english_is_kept_by_its_own_probability() -> None:
     assert drops["detail"].to_pylist() == ["es 0.1558, en 0.1434"]
 
 
+def test_each_language_may_have_a_minimum_of_its_own() -> None:
+    rows = [{"caption": caption} for caption in [UNLIKELY[0], *OTHER.values()]]
+    spared = {"de": None}
+    for minima, first in [({"en": 0.1, "de": 0.6}, None), ({"en": 0.15, "de": 0.6}, "language")]:
+        rest = [spared.get(code, "language") for code in OTHER]
+        check_filter(Language(keep=["en", "de"], min_score=minima), rows, [first, *rest])
+    # Neither reaches its own minimum, though together they reach both.
+    check_filter(Language(keep=["es", "en"], min_score={"es": 0.2, "en": 0.2}), rows[:1], ["low_score"])
+    step = Language(keep=["en", "de"], min_score={"en": 0.15, "de": 0.6})
+    _, drops = run_step(step, make_batch(rows[:1]))
+    assert drops["detail"].to_pylist()[0].startswith("es 0.1558, en 0.1434, de 0.")
+
+
 def test_invalid_utf8_does_not_fail_the_batch() -> None:
     batch = make_batch([{}, {}])
     raw = pa.array([b"a brown dog runs across a field of gr\xff\xed\xa0\x80ss", b"\xff\xfe"], pa.binary())
@@ -115,6 +128,9 @@ def test_a_measurement_does_not_depend_on_the_batch() -> None:
         ({"min_score": 30.0}, "min_score", "above 0 and at most 1"),
         ({"min_score": 0.0}, "min_score", "above 0"),
         ({"min_score": float("nan")}, "min_score", "above 0 and at most 1"),
+        ({"min_score": {"en": 2.0}}, "min_score", "found 2.0 for en"),
+        ({"min_score": {"en": 0.5, "de": 0.5}}, "min_score", "each language of `keep` (en), found en, de"),
+        ({"keep": None, "min_score": {"en": 0.5}}, "min_score", "each language of `keep` (none)"),
         ({"model": "no/such.bin"}, "model", "no such file"),
     ],
 )
