@@ -28,6 +28,7 @@ COMMANDS = {
     "web": Command("pipeline.demo.web", (), "build and serve the demo's web, for `winnow run demo.yaml`"),
     "run": Command("pipeline.run", (), "curate a pool of image URLs and captions into shards, as a recipe says"),
     "plan": Command("pipeline.run", ("--plan",), "print what a recipe would run and cost; run nothing"),
+    "learn": Command("pipeline.learn", (), "fit a mixture of a run's scores to labels, as a step to paste"),
     "verify": Command("pipeline.verify", (), "check everything that a finished run claims about itself"),
     "steps": Command("pipeline.reference", (), "print the reference of all steps, or of those named"),
     "train": Command("trainer.train", (), "pretrain a dual encoder on shards"),
