@@ -394,8 +394,8 @@ def fit(sample: Sample, columns: Sequence[str], unlabelled: bool, seed: int = SE
     if best:
         of_best = model.Ranking(singles[best.column], y)
         over = model.bootstrap(lambda w: ranking.auc(w) - of_best.auc(w), weights, seed)
-    name = best.column if best else None
-    return Findings(mixture, parts, penalty, auc, over, name, calibration, logits, singles)
+    best_name = best.column if best else None
+    return Findings(mixture, parts, penalty, auc, over, best_name, calibration, logits, singles)
 
 
 def _oriented(values: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, bool]:

@@ -119,7 +119,8 @@ def load(path: str | Path) -> Mixture:
             columns[name] = curve
         if not columns:
             raise ValueError("it reads no column")
-        return Mixture(*_numbers([content["bias"]]), columns)
+        (bias,) = _numbers([content["bias"]])
+        return Mixture(bias, columns)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         cure = "write it with `python -m pipeline.learn RUN`"

@@ -18,10 +18,10 @@ class LearnedScore(Stage):
     fitted to labels, named good rows or training losses.
 
     Adds `learned_score` (0 to 1, rounded to 6 decimals). Filter by it with `threshold`. The best entries of DataComp's
-    leaderboard (Gadre et al., 2023) mix scores too. The columns that the file names must be stored by steps above, or come with the
-    pool. A row whose value is null, NaN or infinite gets what the fit has learned for missing values of that column; a
-    column that had none then contributes nothing. What the probability refers to depends on the labels: see
-    [Learn a filter](learning.md).
+    leaderboard (Gadre et al., 2023) mix scores too. The columns that the file names must be stored by steps above, or
+    come with the pool. A row whose value is null, NaN or infinite gets what the fit has learned for missing values of
+    that column; a column that had none then contributes its average. What the probability refers to depends on the
+    labels: see [Learn a filter](learning.md).
     """
 
     mixture: str
