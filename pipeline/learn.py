@@ -132,11 +132,12 @@ def read_target(kind: str, path: Path) -> Target:
     value = {"labels": "label", "losses": "loss"}.get(kind)
     wanted = ["uid", *([value] if value else [])]
     try:
-        if path.suffix == ".parquet":
-            table = pq.read_table(path)
-        else:
-            options = pyarrow.csv.ConvertOptions(column_types={"uid": pa.string()})
-            table = pyarrow.csv.read_csv(path, convert_options=options)
+        with path.open("rb") as file:
+            if path.suffix == ".parquet":
+                table = pq.read_table(file)
+            else:
+                options = pyarrow.csv.ConvertOptions(column_types={"uid": pa.string()})
+                table = pyarrow.csv.read_csv(file, convert_options=options)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except pa.ArrowInvalid as error:
@@ -333,7 +334,7 @@ def _dropped(run: Run, target: Target, met: np.ndarray, after: str) -> int:
             at = pc.index_in(table["uid"], value_set=missing).drop_null()
             known[at.to_numpy()] = True
     except RunError:  # a run without its passes cannot tell
-        pass
+        return len(missing)
     if not known.all():
         first = missing[int(np.flatnonzero(~known)[0])]
         raise InputError(
