@@ -125,16 +125,21 @@ def compare(work: Path, share: float) -> pa.Table:
     for name, values in scores.items():
         ranking = score_mixture.Ranking(values, y)
         figures = [score_mixture.bootstrap(ranking.auc, ones, 0)]
-        figures += [score_mixture.bootstrap(lambda w, r=ranking, c=cut: r.kept(w, c)[0], ones, 0) for cut in cuts]
+        for cut in cuts:
+
+            def precision(weights: np.ndarray, ranking=ranking, cut=cut) -> float:
+                return ranking.kept(weights, cut)[0]
+
+            figures.append(score_mixture.bootstrap(precision, ones, 0))
         print(f"{name:<16} {figures[0]!s:>22}" + "".join(f"{figure!s:>24}" for figure in figures[1:]))
     best = max(SCORES, key=lambda name: score_mixture.Ranking(scores[name], y).auc(ones))
     mixed, single = (score_mixture.Ranking(scores[name], y) for name in ("mixture", best))
     gain = score_mixture.bootstrap(lambda w: mixed.auc(w) - single.auc(w), ones, 0)
-    precision = score_mixture.bootstrap(lambda w: mixed.kept(w, even)[0] - single.kept(w, even)[0], ones, 0)
-    print(f"mixture above {best}: AUC {gain}, precision at {even:.0%} {precision}")
+    more = score_mixture.bootstrap(lambda w: mixed.kept(w, even)[0] - single.kept(w, even)[0], ones, 0)
+    print(f"mixture above {best}: AUC {gain}, precision at {even:.0%} {more}")
     print(
         f"RESULT auc_mixture={mixed.auc(ones):.4f} auc_best_single={single.auc(ones):.4f} "
-        f"auc_gain_low={gain.low:.4f} precision_gain={precision.value:.4f} precision_gain_low={precision.low:.4f}"
+        f"auc_gain_low={gain.low:.4f} precision_gain={more.value:.4f} precision_gain_low={more.low:.4f}"
     )
     return pa.table({"uid": held["uid"], "good": held["good"], **scores})
 

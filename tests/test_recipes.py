@@ -1,12 +1,15 @@
 """Every shipped recipe passes `--plan` and runs, on a small pool with small local models.
 
-A new recipe in conf/ is picked up by itself. OVERRIDES names the words it needs beside the pool and the run.
+A new recipe in conf/ is picked up by itself; OVERRIDES names the words it needs. Its pool has the columns of `widened`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,10 @@ import pytest
 import yaml
 
 from pipeline import init, open_run, run
-from pipeline.demo import web
+from pipeline.demo import scorer, web
 from pipeline.score_mixture import Curve, Mixture
 from tests.conftest import ROOT, Command
+from trainer import export
 
 RECIPES = {
     name: path for name, path in init.recipes().items() if "steps" in yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -120,3 +124,34 @@ def test_a_recipe_runs(name: str, site: tuple[Path, int], run: Command) -> None:
     finished = open_run(folder / name)
     assert finished.finished
     assert finished.kept > 0, json.dumps({k: v.dropped for k, v in finished.funnel.lines.items()})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_filter_network_is_trained_exported_and_filters(
+    site: tuple[Path, int], run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From clean pairs through `conf/filter_network.yaml` and `trainer.export` to `conf/dfn.yaml`."""
+    monkeypatch.setattr(scorer, "SCENES", 1024)
+    scorer.make_shards(tmp_path / "clean" / "shards")
+    conf, out = ROOT / "conf/filter_network.yaml", tmp_path / "network"
+    # The settings of the demo's own scorer: ViT-B/32 needs more than a test has.
+    small = ["model=tiny-rn-64", "samples=9600", "batch_size=64", "lr=3e-3", "warmup=20", "compile=false", "workers=1"]
+    train(str(conf), f"shards={tmp_path}/clean", f"output={out}", *small, "precision=fp32")
+    assert export.main([str(out), str(tmp_path / "filter"), "--precision", "fp16"]) == 0
+    assert scorer.separation(tmp_path / "filter", pairs=200) > 0.7  # colours are learned first; half is chance
+    folder, port = site
+    done = run(
+        str(RECIPES["dfn"]), *words("dfn", folder, port), f"steps.clip_score.model={tmp_path}/filter",
+        f"run={tmp_path}/dfn",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    finished = open_run(tmp_path / "dfn")
+    (scored,) = (line for label, line in finished.funnel.lines.items() if label.startswith("threshold"))
+    assert finished.kept == scored.rows_in - sum(scored.dropped.values()) == math.ceil(0.15 * scored.rows_in)
+
+
+def train(*arguments: str) -> None:
+    command = [sys.executable, "-m", "trainer.train", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
