@@ -32,6 +32,7 @@ COMMANDS = {
         "pipeline.study.__main__", (), "compare cuts of a finished run: what each keeps, and what it trains"
     ),
     "report": Command("pipeline.report", (), "write the report of a finished run: one HTML page"),
+    "learn": Command("pipeline.learn", (), "fit a mixture of a run's scores to labels, as a step to paste"),
     "verify": Command("pipeline.verify", (), "check everything that a finished run claims about itself"),
     "status": Command("pipeline.status", (), "show how far a run is, from outside, while it goes"),
     "studio": Command("pipeline.studio", (), "open a local page to move cuts and see what would be kept"),

@@ -1,0 +1,582 @@
+"""Fits a mixture of a run's stored scores, and optionally embeddings, as a `learned_score` step.
+
+    python -m pipeline.learn runs/demo --labels labels.csv
+    python -m pipeline.learn runs/demo --positives clean.csv --vectors image_embedding text_embedding
+    python -m pipeline.learn runs/demo --losses losses.parquet --keep 0.3
+
+Give one of three targets, a CSV or Parquet table of rows of the run:
+
+    --labels     uid, label    1 or true for a good row, 0 or false for a bad one
+    --positives  uid           good rows; all other rows of the run are unlabelled
+    --losses     uid, loss     training losses; rows up to the median loss count as good
+
+Writes the mixture to RUN/report/score_mixture.json. Prints what each score carries, how the mixture compares with the
+best single score, and the recipe lines to paste. All figures are cross-fitted: each row is judged by a fit that never
+saw it. Needs no GPU and no Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.terminal import Console, guarded
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from pipeline.reader import Run
+    from pipeline.score_mixture import Estimate, Mixture
+
+ROWS, FOLDS, SEED = 25_000, 5, 0
+MIN_PER_CLASS = 20
+NAME = "score_mixture.json"
+
+
+class InputError(ValueError):
+    """The run or a file cannot be used. The message names it, what was found, and what helps."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the mixture is to predict."""
+
+    kind: str
+    """`labels`, `positives` or `losses`."""
+    path: Path
+    uids: pa.Array
+    """The rows named in the file, each once."""
+    good: np.ndarray
+    """Whether each of them is good; bool."""
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether rows that the file does not name are the other class."""
+        return self.kind == "positives"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The training rows, in an order that depends on the rows alone."""
+
+    table: pa.Table
+    good: np.ndarray
+    folds: np.ndarray
+    found: tuple[int, int]
+    """How many bad (or unlabelled) and good rows the run has; the table has at most `rows` of each."""
+    gone: int
+    """Rows named in the file that the run dropped before."""
+
+    @property
+    def weights(self) -> np.ndarray:
+        """How many rows of the run each row stands for."""
+        import numpy as np
+
+        each = [n / max(int((self.good == good).sum()), 1) for good, n in enumerate(self.found)]
+        return np.where(self.good, each[1], each[0])
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one column carries."""
+
+    column: str
+    missing: float
+    """Share of the rows without a value."""
+    weight: float
+    """Standard deviation of its contribution, in logits: the size of a standardised weight."""
+    falling: bool
+    """Whether the column alone ranks good rows low."""
+    alone: Estimate
+    """AUC of the column by itself: of the value (low ones first if `falling`, missing last), or of a cross-fitted head
+    on the vectors."""
+    lost: Estimate | None
+    """By how much the AUC falls if the mixture is fitted without it; None if it is the only column."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A fitted mixture and what it is worth; all figures are cross-fitted, with 95% bootstrap intervals."""
+
+    mixture: Mixture
+    parts: list[Part]
+    penalty: float
+    auc: Estimate
+    over_best: Estimate | None
+    """AUC of the mixture minus that of the best single score; None if there is no score beside the vectors."""
+    best: str | None
+    calibration: float
+    """Expected calibration error: mean distance between predicted and observed share of good rows, in tenths."""
+    logits: np.ndarray
+    """The cross-fitted logit of each training row."""
+    singles: dict[str, np.ndarray]
+    """For each scalar column the values by which it ranks the training rows, highest first."""
+
+
+def read_target(kind: str, path: Path) -> Target:
+    """Reads a file of labels, positives or losses. Raises InputError."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.csv
+    import pyarrow.parquet as pq
+
+    value = {"labels": "label", "losses": "loss"}.get(kind)
+    wanted = ["uid", *([value] if value else [])]
+    try:
+        with path.open("rb") as file:
+            if path.suffix == ".parquet":
+                table = pq.read_table(file)
+            else:
+                options = pyarrow.csv.ConvertOptions(column_types={"uid": pa.string()})
+                table = pyarrow.csv.read_csv(file, convert_options=options)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{path}: not a CSV or Parquet table: {str(error).splitlines()[0][:200]}") from None
+    if absent := [name for name in wanted if name not in table.column_names]:
+        found = ", ".join(table.column_names) or "none"
+        raise InputError(f"{path}: no column {absent[0]!r}; expected {', '.join(wanted)}, found {found}")
+    uids = table["uid"].cast(pa.string()).combine_chunks()
+    if not len(uids) or uids.null_count:
+        raise InputError(f"{path}: {'no rows' if not len(uids) else 'a row without a uid'}; expected one uid per row")
+    good = np.ones(len(uids), bool)
+    if value:
+        try:
+            numbers = pc.fill_null(_number(table[value]), math.nan).to_numpy()
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            raise InputError(f"{path}: {value!r} holds {table[value].type}, expected numbers") from None
+        if not np.isfinite(numbers).all():
+            row = int(np.flatnonzero(~np.isfinite(numbers))[0])
+            raise InputError(f"{path}: row {row + 1}: {value!r} is empty, NaN or infinite; leave such rows out")
+        if kind == "labels" and not np.isin(numbers, (0, 1)).all():
+            odd = numbers[~np.isin(numbers, (0, 1))][0]
+            raise InputError(f"{path}: 'label' must be 0 or 1, or true or false, found {odd:g}")
+        good = numbers == 1 if kind == "labels" else numbers <= np.median(numbers)
+    encoded = pc.dictionary_encode(uids)
+    sums = np.bincount(encoded.indices.to_numpy(), good)
+    counts = np.bincount(encoded.indices.to_numpy())
+    if (torn := np.flatnonzero((sums > 0) & (sums < counts))).size:
+        raise InputError(f"{path}: {encoded.dictionary[int(torn[0])]} is both good and bad; give each uid once")
+    target = Target(kind, path, encoded.dictionary, sums > 0)
+    if not target.unlabelled and (len(set(target.good.tolist())) < 2):
+        which = "good" if target.good[0] else "bad"
+        cure = "name some of both, or give the good ones by --positives" if kind == "labels" else "they must differ"
+        raise InputError(f"{path}: all {len(uids):,} rows are {which}; {cure}")
+    return target
+
+
+def _number(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    import pyarrow as pa
+
+    return (column.cast(pa.uint8()) if pa.types.is_boolean(column.type) else column).cast(pa.float64())
+
+
+def choose_columns(
+    run: Run, columns: Sequence[str] | None, vectors: Sequence[str], after: str | None
+) -> tuple[list[str], str]:
+    """The columns to mix, and the step after which to read them: the first that has them all. Raises InputError or
+    RunError."""
+    import pyarrow as pa
+
+    from pipeline.score_mixture import is_scalar, is_vector
+
+    types = run.columns(after)
+    if columns is None:
+        columns = [name for name, of in types.items() if pa.types.is_floating(of)]
+        if not columns and not vectors:
+            raise InputError(f"no column of scores is stored after {after or run.steps[-1].label}; give --columns")
+    names = [*dict.fromkeys([*columns, *vectors])]
+    if after is None:
+        # As early as possible: later cuts would hide the rows that the mixture is to tell apart.
+        after = next((s.label for s in run.steps if set(names) <= run.columns(s.label).keys()), run.steps[-1].label)
+    types = run.columns(after)
+    for option, given, fits, expected in (
+        ("--columns", columns, is_scalar, "numbers"),
+        ("--vectors", vectors, is_vector, "vectors, a fixed-size list of floats"),
+    ):
+        for name in given:
+            if name in types and not fits(types[name]):
+                raise InputError(f"{option}: the column {name!r} holds {types[name]}, expected {expected}")
+    return names, after
+
+
+def draw(
+    run: Run,
+    target: Target,
+    columns: Sequence[str],
+    after: str,
+    rows: int = ROWS,
+    folds: int = FOLDS,
+    seed: int = SEED,
+    done: Callable[[int], None] = lambda unit: None,
+) -> Sample:
+    """Reads the run once and draws the training rows: of each class the `rows` with the lowest hashes of their uids.
+
+    Holds at most twice as many rows at a time. `done` is called with the number of each unit read.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from pipeline.hashing import hash64
+
+    classes = (_Lowest(rows), _Lowest(rows))
+    met = np.zeros(len(target.uids), bool)
+    for table in run.scan(["uid", *columns], after=after):
+        at = pc.index_in(table["uid"], value_set=target.uids)
+        named = np.array(at.is_valid())
+        places = pc.fill_null(at, 0).to_numpy()
+        met[places[named]] = True
+        good = named & target.good[places]
+        for of_class, chosen in ((classes[0], ~good if target.unlabelled else named & ~good), (classes[1], good)):
+            part = table.filter(pa.array(chosen))
+            of_class.add(part, hash64(part["uid"], seed=seed, purpose="learn"))
+        if len(table) and table["unit"][-1].is_valid:
+            done(table["unit"][-1].as_py())
+    gone = _dropped(run, target, met, after)
+    found = (classes[0].seen, classes[1].seen)
+    for n, name in zip(found, ("unlabelled" if target.unlabelled else "bad", "good")):
+        if n < MIN_PER_CLASS:
+            cure = f"; {gone:,} of the rows named were dropped before it" if gone else ""
+            raise InputError(
+                f"{target.path}: {n:,} {name} rows reach {after}, expected at least {MIN_PER_CLASS}: name more{cure}"
+            )
+    tables = [of_class.table() for of_class in classes]
+    table = pa.concat_tables(tables)
+    good = np.repeat([False, True], [len(t) for t in tables])
+    # The order of units must not matter, nor that of rows whose uid repeats.
+    values = [_sortable(table[name]) for name in columns]
+    order = np.lexsort([*values, table["uid"].to_numpy(zero_copy_only=False).astype(str)])
+    table, good = table.take(pa.array(order)), good[order]
+    fold = hash64(table["uid"], seed=seed, purpose="fold") % np.uint64(folds)
+    return Sample(table, good, fold.astype(np.int64), found, gone)
+
+
+class _Lowest:
+    """The rows with the lowest hashes among those added. Rows that share a hash share their fate."""
+
+    def __init__(self, limit: int) -> None:
+        self.seen, self._limit, self._cut = 0, limit, 2**64 - 1
+        self._held: list[tuple[pa.Table, np.ndarray]] = []
+
+    def add(self, table: pa.Table, hashes: np.ndarray) -> None:
+        self.seen += len(table)
+        self._held.append(_below(table, hashes, self._cut))
+        if sum(len(h) for _, h in self._held) > 2 * self._limit:
+            self._prune()
+
+    def _prune(self) -> None:
+        import numpy as np
+        import pyarrow as pa
+
+        table = pa.concat_tables([t for t, _ in self._held])
+        hashes = np.concatenate([h for _, h in self._held])
+        if len(hashes) > self._limit:
+            self._cut = int(np.partition(hashes, self._limit - 1)[self._limit - 1])
+        table, hashes = _below(table, hashes, self._cut)
+        # A filtered table may share memory with the whole: copied, so that what was dropped is freed.
+        self._held = [(table.combine_chunks(), hashes)]
+
+    def table(self) -> pa.Table:
+        self._prune()
+        return self._held[0][0]
+
+
+def _below(table: pa.Table, hashes: np.ndarray, cut: int) -> tuple[pa.Table, np.ndarray]:
+    import numpy as np
+    import pyarrow as pa
+
+    kept = hashes <= np.uint64(cut)
+    return table.filter(pa.array(kept)), hashes[kept]
+
+
+def _sortable(column: pa.ChunkedArray) -> np.ndarray:
+    """One number for each value, equal for equal values."""
+    import numpy as np
+
+    from pipeline import embeddings
+    from pipeline.score_mixture import is_vector, scalars
+
+    if not is_vector(column.type):
+        return scalars(column)
+    import pyarrow.compute as pc
+
+    found = np.full(len(column), np.nan)
+    there = pc.is_valid(column).to_numpy()
+    vectors = embeddings.matrix(column.drop_null())
+    found[there] = np.einsum("nd,d->n", vectors.astype(np.float64), np.arange(1, vectors.shape[1] + 1))
+    return found
+
+
+def _dropped(run: Run, target: Target, met: np.ndarray, after: str) -> int:
+    """How many rows of the file the run dropped before `after`. InputError if some are not of this run."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from pipeline.reader import RunError
+
+    if met.all():
+        return 0
+    missing = target.uids.filter(pa.array(~met))
+    known = np.zeros(len(missing), bool)
+    try:
+        for table in run.scan("uid", after="pool"):
+            at = pc.index_in(table["uid"], value_set=missing).drop_null()
+            known[at.to_numpy()] = True
+    except RunError:  # a run without its passes cannot tell
+        return len(missing)
+    if not known.all():
+        first = missing[int(np.flatnonzero(~known)[0])]
+        raise InputError(
+            f"{target.path}: {int((~known).sum()):,} of {len(target.uids):,} uids are not in this run, the first "
+            f"{first}; take uids from its tables, as by `open_run(RUN).scan('uid')`"
+        )
+    return len(missing)
+
+
+def fit(sample: Sample, columns: Sequence[str], unlabelled: bool, seed: int = SEED) -> Findings:
+    """Fits the mixture and measures it. Raises InputError for a column without a value, or if nothing is learned."""
+    import numpy as np
+
+    from pipeline import score_mixture as model
+
+    y, weights = sample.good, sample.weights
+    try:
+        design = model.Design.of(sample.table, columns)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    x = design.features
+    logits = model.cross_fit(x, y, sample.folds, seed)
+    ranking = model.Ranking(logits, y)
+    auc = model.bootstrap(ranking.auc, weights, seed)
+    if not auc.value > 0.5:
+        raise InputError(f"the columns {', '.join(columns)} do not tell good rows from bad: cross-fitted AUC {auc}")
+    penalty = model.choose_penalty(x, y, seed)
+    mixture = design.mixture(*model.fit(x, y, penalty))
+    # Calibrated on logits that no fit has seen (Platt, 1999), then moved from the shares of the sample to those of the
+    # run, or to equal shares of named and unlabelled rows (King and Zeng, 2001).
+    slope, shift = model.fit(logits[:, None], y, 1.0)
+    drawn = math.log(y.sum() / (~y).sum())
+    shift += (0.0 if unlabelled else math.log(sample.found[1] / sample.found[0])) - drawn
+    mixture = mixture.scaled(float(slope[0]), shift)
+    logits = float(slope[0]) * logits + shift
+    balanced = np.where(y, sample.found[0] / sample.found[1], 1.0) if unlabelled else 1.0
+    calibration = _calibration_error(model.sigmoid(logits), y, weights * balanced)
+
+    parts, singles = [], {}
+    for name in columns:
+        where, _ = design.parts[name]
+        contribution = mixture.columns[name].contribution(sample.table[name])
+        if model.is_vector(sample.table[name].type):
+            alone = model.cross_fit(x[:, where], y, sample.folds, seed, penalty)
+            missing, falling = sample.table[name].null_count / len(y), False
+        else:
+            alone, falling = _oriented(model.scalars(sample.table[name]), y, weights)
+            missing = float(np.isneginf(alone).mean())
+            singles[name] = alone
+        lost = None
+        if len(columns) > 1:
+            rest = model.Ranking(model.cross_fit(design.without([name]), y, sample.folds, seed, penalty), y)
+            lost = model.bootstrap(lambda w, rest=rest: ranking.auc(w) - rest.auc(w), weights, seed)  # type: ignore[misc]
+        single = model.bootstrap(model.Ranking(alone, y).auc, weights, seed)
+        parts.append(Part(name, missing, float(contribution.std()), falling, single, lost))
+    best = max((p for p in parts if p.column in singles), key=lambda p: p.alone.value, default=None)
+    over = None
+    if best:
+        of_best = model.Ranking(singles[best.column], y)
+        over = model.bootstrap(lambda w: ranking.auc(w) - of_best.auc(w), weights, seed)
+    best_name = best.column if best else None
+    return Findings(mixture, parts, penalty, auc, over, best_name, calibration, logits, singles)
+
+
+def _oriented(values: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, bool]:
+    """The values as a score whose high end is the good one, the lowest where missing, and whether it was turned."""
+    import numpy as np
+
+    from pipeline.score_mixture import Ranking
+
+    there = np.isfinite(values)
+    falling = Ranking(values[there], y[there]).auc(weights[there]) < 0.5
+    return np.where(there, -values if falling else values, -np.inf), falling
+
+
+def _calibration_error(probability: np.ndarray, y: np.ndarray, weights: np.ndarray) -> float:
+    import numpy as np
+
+    tenth = np.minimum((probability * 10).astype(int), 9)
+    gaps = np.bincount(tenth, weights * probability, 10) - np.bincount(tenth, weights * y, 10)
+    return float(np.abs(gaps).sum() / weights.sum())
+
+
+def recipe_lines(path: Path, keep: float | None) -> list[str]:
+    """The lines to paste into a recipe."""
+    cut = "min: 0.5" if keep is None else f"top_fraction: {keep:g}"
+    return [f"  - learned_score: {{mixture: {path}}}", f"  - threshold: {{column: learned_score, {cut}}}"]
+
+
+def show(console: Console, findings: Findings, sample: Sample, target: Target, keep: float | None, seed: int) -> None:
+    import numpy as np
+    from rich.table import Table
+
+    from pipeline import score_mixture as model
+
+    other = "unlabelled" if target.unlabelled else "bad"
+    used = [int((~sample.good).sum()), int(sample.good.sum())]
+    gone = f"; {sample.gone:,} rows of {target.path} were dropped before and have no scores" if sample.gone else ""
+    console.print(
+        f"{used[1]:,} of {sample.found[1]:,} good and {used[0]:,} of {sample.found[0]:,} {other} rows{gone}",
+        markup=False, highlight=False,
+    )  # fmt: skip
+    table = Table(title="What each score carries (95% intervals)", title_justify="left")
+    for name in ("column", "missing", "weight (logits)", "AUC alone", "AUC lost without it"):
+        table.add_column(name, justify="left" if name == "column" else "right", no_wrap=True)
+    for part in sorted(findings.parts, key=lambda p: -p.weight):
+        alone = f"{part.alone}{' (low is good)' if part.falling else ''}"
+        lost = "" if part.lost is None else str(part.lost)
+        table.add_row(part.column, f"{part.missing:.1%}", f"{part.weight:.2f}", alone, lost)
+    console.print(table)
+    console.print(f"mixture: AUC {findings.auc}, cross-fitted", markup=False, highlight=False)
+    if findings.best and findings.over_best:
+        console.print(f"above {findings.best}: {findings.over_best}", markup=False, highlight=False)
+    console.print(
+        f"calibration error {findings.calibration:.3f}; penalty {findings.penalty:g}", markup=False, highlight=False
+    )
+    weights = sample.weights
+    kept = float(weights[findings.logits >= 0].sum() / weights.sum()) if keep is None else keep
+    lines = {"mixture": findings.logits, **({findings.best: findings.singles[findings.best]} if findings.best else {})}
+    for name, scores in lines.items():
+        ranking = model.Ranking(scores, sample.good)
+        recall = model.bootstrap(lambda w, r=ranking: r.kept(w, kept)[1], weights, seed)  # type: ignore[misc]
+        text = f"{name} at {kept:.1%} kept: recall of good rows {recall}"
+        if not target.unlabelled:
+            precision = model.bootstrap(lambda w, r=ranking: r.kept(w, kept)[0], weights, seed)  # type: ignore[misc]
+            text += f", precision {precision}"
+        console.print(text, markup=False, highlight=False)
+    if np.isclose(kept, 1.0) or np.isclose(kept, 0.0):
+        console.print("warning: this cut keeps all rows or none; give --keep", markup=False, highlight=False)
+
+
+@contextmanager
+def _progress(console: Console, run: Run) -> Iterator[Callable[[int], None]]:
+    """Shows how many units were read; yields the function that is told the number of each."""
+    from rich.progress import Progress
+
+    from pipeline.reader import RunError
+
+    try:
+        units: int | None = run.units
+    except RunError:  # a run without its passes has no units
+        units = None
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("reading units", total=units)
+        yield lambda unit: progress.update(task, completed=unit + 1)
+        progress.update(task, description="fitting")
+
+
+def _about(run: Run, target: Target, sample: Sample, findings: Findings, after: str, seed: int) -> dict[str, Any]:
+    """What the file says for people."""
+    auc = findings.auc
+    return {
+        "run": run.name,
+        "target": target.kind,
+        "after": after,
+        "rows": {"good": sample.found[1], "unlabelled" if target.unlabelled else "bad": sample.found[0]},
+        "fitted_to": len(sample.good),
+        "seed": seed,
+        "penalty": findings.penalty,
+        "auc": [round(value, 4) for value in (auc.value, auc.low, auc.high)],
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.learn",
+        description=__doc__,
+        epilog="exit status: 0 written; 1 the run is damaged or the file cannot be written; 2 unusable input",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", help="the folder of a run, local or remote")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--labels", type=Path, metavar="FILE", help="table of uid, label")
+    target.add_argument("--positives", type=Path, metavar="FILE", help="table of uid")
+    target.add_argument("--losses", type=Path, metavar="FILE", help="table of uid, loss")
+    parser.add_argument("--columns", nargs="+", metavar="NAME", help="scores to mix (default: all columns of floats)")
+    parser.add_argument("--vectors", nargs="+", default=[], metavar="NAME", help="columns of embeddings to mix too")
+    parser.add_argument(
+        "--after", metavar="STEP", help="use the rows that survived this step (default: the first that has all columns)"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=ROWS, metavar="N", help="training rows of each class, at most (default %(default)s)"
+    )
+    parser.add_argument("--folds", type=int, default=FOLDS, help="folds of the cross-fit (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=SEED, help="of rows, folds and bootstrap (default %(default)s)")
+    parser.add_argument(
+        "--keep", type=float, metavar="SHARE", help="cut at this share of the rows (default: at a probability of 0.5)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"where to write (default RUN/report/{NAME})")
+    return parser
+
+
+def _usage(args: argparse.Namespace) -> Iterator[str]:
+    if args.rows < MIN_PER_CLASS:
+        yield f"--rows must be at least {MIN_PER_CLASS}, found {args.rows}"
+    if not 2 <= args.folds <= 20:
+        yield f"--folds must be from 2 to 20, found {args.folds}"
+    if args.keep is not None and not 0 < args.keep < 1:
+        yield f"--keep must be above 0 and below 1, found {args.keep:g}"
+    if args.seed < 0:
+        yield f"--seed must not be negative, found {args.seed}"
+    if "://" in args.run and args.out is None:
+        yield f"{args.run} is remote, and the step reads a local file: give --out FILE"
+    if args.out is not None and args.out.is_dir():
+        yield f"--out {args.out} is a folder; name a file in it, such as {args.out / NAME}"
+
+
+@guarded()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command. Returns 0 if the mixture was written, 2 for unusable input, 1 otherwise."""
+    args = _parser().parse_args(argv)
+    console, errors = Console(), Console(stderr=True)
+    if problems := list(_usage(args)):
+        for problem in problems:
+            errors.error(problem)
+        return 2
+    from pipeline.reader import RunError, open_run
+    from pipeline.storage import DamagedError, Store
+
+    kind = next(name for name in ("labels", "positives", "losses") if getattr(args, name) is not None)
+    out: Path = args.out or Path(args.run) / "report" / NAME
+    try:
+        target = read_target(kind, getattr(args, kind))
+        run = open_run(args.run)
+        columns, after = choose_columns(run, args.columns, args.vectors, args.after)
+        with _progress(errors, run) as done:
+            sample = draw(run, target, columns, after, args.rows, args.folds, args.seed, done)
+        findings = fit(sample, columns, target.unlabelled, args.seed)
+        about = _about(run, target, sample, findings, after, args.seed)
+        Store(os.fspath(out.parent)).write(out.name, findings.mixture.to_bytes(about))
+    except (InputError, RunError) as error:
+        errors.error(error)
+        return 2
+    except (DamagedError, OSError) as error:
+        errors.error(error)
+        return 1
+    show(console, findings, sample, target, args.keep, args.seed)
+    console.print(f"\nwrote {out}; in a recipe, below the steps that add these columns:\n", highlight=False)
+    for line in recipe_lines(out, args.keep):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

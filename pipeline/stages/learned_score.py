@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from pipeline import score_mixture
+from pipeline.score_mixture import Direction
+from pipeline.step import Estimate, Stage
+
+DECIMALS = 6
+
+
+@dataclass(kw_only=True)
+class LearnedScore(Stage):
+    """Mixes stored scores into one: the probability that a row is good, by a model that `python -m pipeline.learn` has
+    fitted to labels, named good rows or training losses.
+
+    Adds `learned_score` (0 to 1, rounded to 6 decimals). Filter by it with `threshold`. The best entries of DataComp's
+    leaderboard (Gadre et al., 2023) mix scores too. The columns that the file names must be stored by steps above, or
+    come with the pool. A row whose value is null, NaN or infinite gets what the fit has learned for missing values of
+    that column; a column that had none then contributes its average. What the probability refers to depends on the
+    labels: see [Learn a filter](learning.md).
+    """
+
+    mixture: str
+    """The JSON file that `python -m pipeline.learn RUN` has written."""
+    column: str = "learned_score"
+    """Name of the score."""
+
+    def __post_init__(self) -> None:
+        self.adds = {self.column: pa.float32()}  # type: ignore[misc]
+        try:
+            self.needs = tuple(score_mixture.load(self.mixture).columns)  # type: ignore[misc]
+        except (OSError, ValueError):
+            self.needs = ()  # type: ignore[misc]  # check() reports the file
+
+    def estimate(self, rows: float) -> Estimate:
+        return Estimate(1.0, 200_000, "rate assumed", stored=4)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if not self.column.isidentifier():
+            yield "column", f"{self.column!r} is not a valid column name; expected one such as 'learned_score'"
+        try:
+            score_mixture.load(self.mixture)
+        except FileNotFoundError:
+            yield "mixture", f"no file {self.mixture}; write it with `python -m pipeline.learn RUN`"
+        except (OSError, ValueError) as error:
+            yield "mixture", str(error)
+
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        for name, part in score_mixture.load(self.mixture).columns.items():
+            of = types.get(name)
+            if of is None:
+                continue
+            if not isinstance(part, Direction):
+                if not score_mixture.is_scalar(of):
+                    yield "mixture", f"{self.mixture} expects numbers in {name!r}, but the column holds {of}"
+            elif not score_mixture.is_vector(of):
+                yield "mixture", f"{self.mixture} expects vectors in {name!r}, but the column holds {of}"
+            elif of.list_size != len(part.weight):
+                widths = f"expects {len(part.weight)} dimensions, but {name!r} has {of.list_size}"
+                yield "mixture", f"{self.mixture} {widths}: it was fitted to another model's embeddings"
+
+    def fingerprint(self) -> object:
+        return score_mixture.digest(self.mixture)
+
+    def setup(self) -> None:
+        self._mixture = score_mixture.load(self.mixture)
+
+    def process(self, batch: pa.Table) -> pa.Table:
+        score = score_mixture.sigmoid(self._mixture.logits(batch))
+        return batch.append_column(self.column, pa.array(score.round(DECIMALS), pa.float32()))
