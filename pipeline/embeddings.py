@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,14 @@ def finite(column: pa.ChunkedArray) -> np.ndarray:
     there = pc.is_valid(column).to_numpy()
     there[there] = np.isfinite(matrix(column.filter(pa.array(there)))).all(axis=1)
     return there
+
+
+def check_vectors(types: Mapping[str, pa.DataType], *columns: str) -> Iterator[tuple[str, str]]:
+    """Yields `(column, problem)` for each of these columns that is there and holds no vectors."""
+    for column in columns:
+        of = types.get(column)
+        if of is not None and not (pa.types.is_fixed_size_list(of) and pa.types.is_floating(of.value_type)):
+            yield column, f"the column {column!r} holds {of}, expected vectors: a fixed-size list of floats"
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

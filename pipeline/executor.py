@@ -100,10 +100,12 @@ def execute(job: Job) -> Outcome:
             _write(job, index)
             chain = [index]
         else:
-            end = index
-            while end < len(passes) and passes[end].kind in ("map", "measure") and passes[end].complete() is None:
+            end = index + 1
+            while end < len(passes) and _joins(passes[end]):
                 end += 1
             chain = list(range(index, end))
+            if p.fitted is not None:
+                vectors.fit_step(p, passes[:index], job.units, funnel.kept, map_tasks)
             known |= _map(job, chain)
         for i in chain:
             funnel.add(_funnel(passes[i]))
@@ -151,6 +153,11 @@ def write_books(job: Job, outcome: Outcome) -> int:
             store.remove(part)
     store.write("seal.json", sealed({"files": files, "passes": completes}))
     return rows
+
+
+def _joins(p: Pass) -> bool:
+    """Whether a pass can run beside the one before it, on the units that come from there."""
+    return p.kind in ("map", "measure") and p.fitted is None and p.complete() is None
 
 
 def unit_total(passes: Sequence[Pass]) -> int:
