@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline import vectors
+from pipeline.filters.image_cluster import ImageCluster
 from pipeline.filters.semantic_dedup import SemanticDedup
 from pipeline.hashing import hash64
 from pipeline.passes import Pass, UnitWriter, commit, new_attempt, read_unit, run_pass, unit_drops
@@ -254,3 +255,42 @@ def test_neg_clip_loss_without_any_vectors(tmp_path: Path) -> None:
     found, gone = processed(tmp_path, neg_clip_loss(), planted(6, 0), 2, missing=range(6))
     assert found == dict.fromkeys(range(6))
     assert not gone
+
+
+def image_cluster(folder: Path, target: np.ndarray, **options: Any) -> ImageCluster:
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "target.npy", target.astype(np.float32))
+    return ImageCluster(vector="embedding", target=str(folder / "target.npy"), **options)
+
+
+def crowds(centres: int = 8, each: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors around distant centres, with the number of the centre of each."""
+    around = np.repeat(np.eye(DIMENSION)[:centres], each, axis=0)
+    noise = 0.05 * np.random.default_rng(3).normal(size=around.shape)
+    return (around + noise).astype(np.float16), np.repeat(np.arange(centres), each)
+
+
+def test_image_cluster_keeps_the_clusters_of_the_target_set(tmp_path: Path) -> None:
+    matrix, centre = crowds()
+    # Two targets near centre 2, and one between 5 and 6 but nearer to 5.
+    eye = np.eye(DIMENSION)
+    target = np.array([5 * eye[2], eye[2] + 0.1, eye[5] + 0.8 * eye[6]])
+    step = image_cluster(tmp_path, target, clusters=8)
+    added, gone = processed(tmp_path, step, matrix, 4, missing=[0, 130])
+    assert set(added) == {i for i in range(len(matrix)) if centre[i] in (2, 5) and i != 130}
+    assert {i for i, reason in gone.items() if reason == "missing"} == {0, 130}
+    assert set(gone.values()) == {"missing", "image_cluster"}
+
+
+@pytest.mark.parametrize("units", [1, 9])
+def test_units_decide_nothing_about_image_cluster(tmp_path: Path, units: int) -> None:
+    matrix = planted()
+    target = matrix[:5] + 0.01
+    fates = processed(tmp_path / "a", image_cluster(tmp_path, target), matrix, units)
+    assert fates == processed(tmp_path / "b", image_cluster(tmp_path, target), matrix, 2)
+    assert 20 < len(fates[0]) < 300
+
+
+def test_image_cluster_without_any_vectors(tmp_path: Path) -> None:
+    step = image_cluster(tmp_path, planted(3, 0))
+    assert processed(tmp_path, step, planted(6, 0), 2, missing=range(6))[1] == dict.fromkeys(range(6), "missing")

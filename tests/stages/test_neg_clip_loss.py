@@ -35,7 +35,8 @@ VECTORS = {"image_embedding": pa.list_(pa.float16(), 8), "text_embedding": pa.li
         ({}, []),
         (
             {"text_embedding": pa.list_(pa.float16(), 4)},
-            [("text_vector", "image_embedding has 8 dimensions, and text_embedding has 4: they are from different models")],
+            [("text_vector", "image_embedding has 8 dimensions, and text_embedding has 4: they are from different "
+              "models")],
         ),
         (
             {"image_embedding": pa.list_(pa.float16())},
@@ -44,7 +45,8 @@ VECTORS = {"image_embedding": pa.list_(pa.float16(), 8), "text_embedding": pa.li
         ),
         (
             {"image_embedding": pa.string(), "text_embedding": pa.list_(pa.int8(), 8)},
-            [("image_vector", "the column 'image_embedding' holds string, expected vectors: a fixed-size list of floats"),
+            [("image_vector", "the column 'image_embedding' holds string, expected vectors: a fixed-size list of "
+              "floats"),
              ("text_vector", "the column 'text_embedding' holds fixed_size_list<item: int8>[8], expected vectors: "
               "a fixed-size list of floats")],
         ),
