@@ -43,6 +43,7 @@ import numpy as np
 import simplejpeg
 from PIL import AvifImagePlugin, Image, ImageCms, JpegImagePlugin, UnidentifiedImageError, features
 
+from pipeline.fetch import quality
 from pipeline.fetch.deny import DenyList
 from pipeline.fetch.reasons import FetchError, one_line
 
@@ -97,6 +98,7 @@ class Rules:
     skip_reencode: bool = False
     decode: DecodeMode = "scaled"
     compute_phash: bool = True
+    image_quality: bool = False
     compute_hash: HashType | None = None
     verify_hash: HashType | None = None
     hash_mismatch: Literal["reject", "flag"] = "reject"
@@ -122,6 +124,11 @@ class Picture:
     """The digest selected by `Rules.compute_hash`."""
     hash_matches: bool | None = None
     """Whether the body has the claimed digest; None without a claim."""
+    dark_score: float | None = None
+    """This and the following: `quality.measure` of the picture as encoded. None unless `Rules.image_quality`."""
+    light_score: float | None = None
+    blurry_score: float | None = None
+    low_information_score: float | None = None
 
 
 def decode(body: bytes, rules: Rules, claim: str | None = None, blur: Sequence[Box] = ()) -> Picture:
@@ -192,6 +199,7 @@ def _decode(body: bytes, rules: Rules, claim: str | None, blur: Sequence[Box]) -
         exif=found.exif if rules.extract_exif else None,
         hash=hashlib.new(rules.compute_hash, body).hexdigest() if rules.compute_hash else None,
         hash_matches=matches,
+        **(quality.measure(pixels) if rules.image_quality else {}),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import pyarrow as pa
 
-from pipeline.fetch import img2dataset_engine
+from pipeline.fetch import img2dataset_engine, quality
 from pipeline.fetch.client import Client, Limits, tls_context
 from pipeline.fetch.concurrent_rows import Begin, ConcurrentRows, Work, as_drop, table_of, with_columns
 from pipeline.fetch.decoder import DecodeMode, Decoder, EncodeFormat, HashType, Picture, ResizeMode, Rules
@@ -83,6 +83,9 @@ class Download(Stage):
     """Fill `exif` with the tags as a JSON object of strings."""
     compute_phash: bool = True
     """Fill `phash`, used by `near_dedup` and `placeholder`. Without it, decoding takes 10% less CPU time."""
+    image_quality: bool = False
+    """Add `dark_score`, `light_score`, `blurry_score` and `low_information_score`, for the filter `image_quality`:
+    0.3 ms of CPU time a picture."""
     compute_hash: HashType | None = None
     """A further hash of the bytes as fetched, in a column named after it. `sha256` is always computed."""
     verify_hash: list[str] | None = None
@@ -155,6 +158,8 @@ class Download(Stage):
         self.adds = dict(type(self).adds)  # type: ignore[misc]
         if not self.compute_phash:
             del self.adds["phash"]
+        if self.image_quality:
+            self.adds |= quality.SCORES
         if self.compute_hash:
             self.adds[self.compute_hash] = pa.string()
         if self.verify_hash and self.hash_mismatch == "flag":
@@ -186,8 +191,9 @@ class Download(Stage):
         for category in self.content_usage:
             if not re.fullmatch(r"[a-z*][a-z0-9_.*-]*", category):
                 yield "content_usage", f"{category!r} must be a lower-case category such as train-ai"
-        if self.inline and self.engine != "winnow":
-            yield "inline", f"not supported by the engine {self.engine}; leave `engine` out"
+        for key in ("inline", "image_quality"):
+            if getattr(self, key) and self.engine != "winnow":
+                yield key, f"not supported by the engine {self.engine}; leave `engine` out"
         if self.verify_hash is not None and (
             len(self.verify_hash) != 2 or self.verify_hash[1] not in get_args(HashType)
         ):
