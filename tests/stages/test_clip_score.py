@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,23 +14,6 @@ from pipeline.schema import is_heavy
 from pipeline.stages.clip_score import CONFIG_FILE, WEIGHTS_FILE, ClipScore
 from pipeline.step import split_marked
 from tests.tables import check_filter, make_batch, run_step
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a small, untrained dual encoder. All scores are defined and distinct."""
-    import torch
-    from safetensors.torch import save_file
-
-    from trainer.model import create, model_config
-
-    torch.manual_seed(0)
-    model, preprocess, _ = create("tiny-64")
-    folder = tmp_path_factory.mktemp("tiny")
-    config = {"model_cfg": model_config("tiny-64"), "preprocess_cfg": preprocess.config}
-    (folder / CONFIG_FILE).write_text(json.dumps(config))
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS_FILE)
-    return str(folder)
 
 
 def picture(seed: int, size: tuple[int, int] = (80, 64), encoding: str = "JPEG") -> bytes:
