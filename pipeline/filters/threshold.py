@@ -73,13 +73,13 @@ class Threshold(Filter):
     def judge(self, batch: pa.Table) -> pa.StringArray:
         values = self._values(batch)
         outside = pc.if_else(
-            pa.array((values < self._low) | (values > self._high)), "threshold", pa.scalar(None, pa.string())
+            pa.array((values < self._low) | (values > self._highest(batch))), "threshold", pa.scalar(None, pa.string())
         )
         return pc.if_else(pa.array(np.isnan(values)), "missing", outside)
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
         values = self._values(dropped)
-        return _compared(values, np.where(values > self._high, self._high, self._low))
+        return _compared(values, np.where(values > self._highest(dropped), self._high, self._low))
 
     def value(self, dropped: pa.Table) -> pa.DoubleArray:
         return pa.array(self._values(dropped), from_pandas=True)  # NaN becomes null
@@ -142,6 +142,11 @@ class Threshold(Filter):
         key = _word(table, values, len(cut)) >> np.uint64(shift)
         above, digit = np.divmod(key, np.uint64(1 << _DIGIT_BITS))
         return pd.Series(digit[above == np.uint64(prefix)].astype(np.int64))
+
+    def _highest(self, table: pa.Table) -> float:
+        """`max` in the precision of the column: a 0.1 that was stored as float32 is above the float64 0.1."""
+        dtype = table[self.column].type
+        return float(dtype.to_pandas_dtype()(self._high)) if pa.types.is_floating(dtype) else self._high
 
     def _values(self, table: pa.Table) -> np.ndarray:
         column = table[self.column]
