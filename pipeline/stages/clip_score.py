@@ -80,6 +80,7 @@ class ClipScore(Stage):
     decode_threads: int | None = field(default=None, metadata={"speed": True})
     """Threads that decode and resize while the model runs. Default: all available cores."""
 
+    needs = ("image", "caption")
     expensive = True
     resource = "gpu"
 
