@@ -145,9 +145,14 @@ def test_image_based_and_negcliploss_run_at_small_scale(
     np.save("t.npy", np.random.default_rng(0).normal(size=(4, width)).astype(np.float32))
     both = [
         *("pool.path=pool.parquet", "pool.image=image", "pool.rows=null", "unit_rows=40", "steps.download.inline=true"),
-        *("steps.clip_score.model=model", "steps.clip_score.pretrained=null", "steps.clip_score.batch_size=32"),
+        *(
+            f"steps.clip_score.model={tmp_path}/model",
+            "steps.clip_score.pretrained=null",
+            "steps.clip_score.batch_size=32",
+        ),
     ]
     for name, target in TARGETS.items():
+        target = target.replace("t.npy", f"{tmp_path}/t.npy")  # workers run in another directory
         done = run(str(ROOT / f"conf/{name}.yaml"), *both, target, f"run=runs/{name}")
         assert done.returncode == 0, done.stderr + done.stdout
         funnel = json.loads(Path(f"runs/{name}/funnel.json").read_text())
@@ -155,5 +160,5 @@ def test_image_based_and_negcliploss_run_at_small_scale(
         assert not list(Path(f"runs/{name}/passes").glob("*/fit.arrow")), "what a step was fitted to is removed"
     # 30% of 90 by negCLIPLoss, then 66.7% of these.
     assert funnel["kept"] == int(np.ceil(0.667 * 27))
-    again = run(str(ROOT / "conf/negclip_normsim.yaml"), *both, TARGETS["negclip_normsim"], "run=runs/negclip_normsim")
+    again = run(str(ROOT / f"conf/{name}.yaml"), *both, target, f"run=runs/{name}")
     assert "reused" in again.stdout

@@ -135,10 +135,11 @@ def drawn(words: list[str], seed: int) -> Image.Image:
     return image
 
 
-def test_the_default_engine_reads_drawn_words() -> None:
+@pytest.mark.parametrize("pictures", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_the_default_engine_reads_drawn_words(pictures: int) -> None:
     pytest.importorskip("rapidocr")
     rng = random.Random(0)
-    pairs = [rng.sample(WORDS, 2) for _ in range(6)]
+    pairs = [rng.sample(WORDS, 2) for _ in range(pictures)]
     rows = [{"image": encoded(drawn(pair, i), "JPEG"), "caption": " ".join(pair)} for i, pair in enumerate(pairs)]
     rows.append({"image": encoded(drawn([], 99), "JPEG"), "caption": "nothing is written here"})
     kept, _ = run_step(TextOverlap(), make_batch(rows))
