@@ -105,7 +105,10 @@ def execute(job: Job) -> Outcome:
                 end += 1
             chain = list(range(index, end))
             if p.fitted is not None:
+                label = f"{p.fitted.label} (fit)"
+                job.progress.begin([(label, funnel.kept)])
                 vectors.fit_step(p, passes[:index], job.units, funnel.kept, map_tasks)
+                job.progress.add(label, funnel.kept, funnel.kept, {})
             known |= _map(job, chain)
         for i in chain:
             funnel.add(_funnel(passes[i]))
