@@ -309,7 +309,7 @@ class Fitted(Step):
         return 65_536
 
     def fit(self, sample: pa.Table, rows: int) -> pa.Table:
-        """Makes what each worker needs.
+        """Makes what each worker needs. Runs once, on a worker, without `setup`.
 
         `sample` has `uid` and the needed columns, in the order of the uids. It lacks rows without a vector, or with a
         NaN or infinity in it, and may be empty. `rows` is the number of rows that it was drawn from.

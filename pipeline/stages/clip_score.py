@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -80,7 +80,7 @@ class ClipScore(Stage):
     decode_threads: int | None = field(default=None, metadata={"speed": True})
     """Threads that decode and resize while the model runs. Default: all available cores."""
 
-    needs = ("image", "caption")
+    needs: ClassVar[tuple[str, ...]] = ("image", "caption")
     expensive = True
     resource = "gpu"
 
