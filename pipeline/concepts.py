@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.filters import balance
+from pipeline.matching import matcher, normalised, read_entries
 from pipeline.reader import Run
 
 
@@ -15,7 +16,7 @@ def find_entries(run: Run) -> tuple[str, ...]:
         path = step.options.get("entries")
         if step.step == f"{balance.__name__}.{balance.Balance.__name__}" and path:
             try:
-                return tuple(balance._read_entries(path))
+                return read_entries(path)
             except (OSError, ValueError):
                 continue
     return ()
@@ -23,4 +24,4 @@ def find_entries(run: Run) -> tuple[str, ...]:
 
 def matches(captions: pa.ChunkedArray, entries: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Row and entry (indices) of every distinct match, as `balance` finds them."""
-    return balance._matches(balance._normalised(captions), entries)
+    return matcher(entries).pairs(normalised(captions))

@@ -108,10 +108,15 @@ def execute(job: Job) -> Outcome:
             index += 1
             continue
         if p.over_units:
-            end = index
-            while end < len(passes) and passes[end].over_units and passes[end].complete() is None:
+            end = index + 1
+            while end < len(passes) and _joins(passes[end]):
                 end += 1
             chain = list(range(index, end))
+            if p.fitted is not None:
+                label = f"{p.fitted.label} (fit)"
+                job.progress.begin([(label, funnel.kept)])
+                vectors.fit_step(p, passes[:index], job.units, funnel.kept, map_tasks)
+                job.progress.add(label, funnel.kept, funnel.kept, {})
             known |= _map(job, chain)
         else:
             (_write if isinstance(p, SinkPass) else _barrier)(job, index)
@@ -162,6 +167,11 @@ def write_books(job: Job, outcome: Outcome) -> int:
             store.remove(part)
     store.write("seal.json", sealed({"files": files, "passes": completes}))
     return rows
+
+
+def _joins(p: Pass) -> bool:
+    """Whether a pass can run beside the one before it, on the units that come from there."""
+    return p.over_units and p.fitted is None and p.complete() is None
 
 
 def unit_total(passes: Sequence[Pass]) -> int:

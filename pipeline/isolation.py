@@ -81,8 +81,7 @@ def _child(passes: Sequence[Pass], index: int, unit: int, rows: np.ndarray, cras
 def _main() -> None:
     die_with_parent()
     passes, index, unit, rows, crashers, commit = cloudpickle.loads(sys.stdin.buffer.read())
-    for step in passes[index].steps:
-        step.setup()
+    passes[index].setup()
     for _ in run_pass(passes, index, [unit], rows=rows, crashers=crashers, commit=commit):
         pass
 

@@ -84,6 +84,12 @@ class Matcher:
     def match(self, captions: pa.Array | pa.ChunkedArray) -> pa.ListArray:
         """The distinct entries that occur in each caption, in the order of the entries. 330,000 captions/s on one
         core."""
+        row, entry = self.pairs(captions)
+        bounds = np.searchsorted(row, np.arange(len(captions) + 1)).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(bounds), self._entries.take(pa.array(entry)))
+
+    def pairs(self, captions: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+        """Caption and entry (indices, int64) of each distinct match, in the order of both."""
         n = max(1, len(self._entries))
         pairs = [np.empty(0, np.int64)]
         for low in range(0, len(captions), _CAPTIONS_AT_A_TIME):
@@ -95,8 +101,7 @@ class Matcher:
             row = low + np.searchsorted(ends, start, side="right")
             pairs.append(np.unique(row * n + entry))
         row, entry = np.divmod(np.concatenate(pairs), n)
-        bounds = np.searchsorted(row, np.arange(len(captions) + 1)).astype(np.int32)
-        return pa.ListArray.from_arrays(pa.array(bounds), self._entries.take(pa.array(entry)))
+        return row, entry
 
 
 @lru_cache(maxsize=1)

@@ -34,7 +34,7 @@ import pyarrow.compute as pc
 from pipeline.ledger import Funnel
 from pipeline.recipe import Recipe, identity
 from pipeline.schema import DROP, POSITION, SAMPLE, is_heavy
-from pipeline.step import Filter, Sink, Stage, Step, apply, drops_table, split_marked
+from pipeline.step import Filter, Fitted, Sink, Stage, Step, apply, drops_table, split_marked
 from pipeline.storage import DamagedError, Entry, Output, Store, sealed
 from trainer import atomic
 
@@ -44,6 +44,9 @@ HEAVY_ROWS = 256
 PART_BITS = 32
 """`heavy_at` locates the pixels and vectors of a row: the lower PART_BITS bits are the place in a file, those above
 the number of the file."""
+
+FIT = "fit.arrow"
+"""What a `Fitted` step was fitted to; removed when the pass is complete."""
 
 File = tuple[Store, "Entry | None"]
 
@@ -77,6 +80,18 @@ class Pass:
     @property
     def labels(self) -> list[str]:
         return [step.label for step in self.steps] if self.steps else [self.label]
+
+    @property
+    def fitted(self) -> Fitted | None:
+        """The step, always the first, for which all units must have come so far, since it is fitted to all rows."""
+        return next((step for step in self.steps if isinstance(step, Fitted)), None)
+
+    def setup(self) -> None:
+        """Sets up the steps on a worker."""
+        if (fitted := self.fitted) is not None:
+            fitted.use(pa.ipc.open_file(self.store.input(FIT)).read_all())
+        for step in self.steps:
+            step.setup()
 
     @property
     def repeatable(self) -> bool:
@@ -417,8 +432,9 @@ KINDS: dict[str, type[Pass]] = {of.kind: of for of in (PoolPass, UnitPass, Measu
 def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.DataType]) -> list[Pass]:
     """Cuts a recipe into passes.
 
-    An expensive step, a barrier and a sink are passes of their own; a pass also ends where a step that needs whole
-    units would not get them. The first pass is the pool's own; `types` are the pool's further columns.
+    An expensive step, a barrier and a sink are passes of their own. A pass also ends where a step that needs whole
+    units would not get them, and before a step that is fitted to all rows. The first pass is the pool's own; `types`
+    are the pool's further columns.
     """
     known = {**{f.name: f.type for f in SAMPLE}, **types}
     passes: list[Pass] = [PoolPass(_key("", pool_key), "pool", adds=dict(known))]
@@ -457,7 +473,8 @@ def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.Da
         regroups = any(isinstance(s, Stage) and type(s).stream is not Stage.stream for s in steps)
         wants_units = any(isinstance(s, Filter) and s.scope == "unit" for s in steps)
         pixels = any(is_heavy(known[c]) for c in step.needs if c in known and not any(c in s.adds for s in steps))
-        if alone or (scope == "unit" and (regroups or _reads_heavy(steps, known))) or (wants_units and pixels):
+        torn = scope == "unit" and (regroups or _reads_heavy(steps, known))
+        if alone or torn or (wants_units and pixels) or isinstance(step, Fitted):
             close()
         steps.append(step)
         identities.append(identity(step))

@@ -300,6 +300,35 @@ class VectorFilter(Filter):
         raise TypeError(f"{type(self).__name__} must define judge_group()")
 
 
+class Fitted(Step):
+    """For a stage or a row-wise filter that depends on all rows only through something fitted to a sample of them.
+
+    Mix it in: `class MyScore(Fitted, Stage)`. When every unit has reached the step, a uniform sample of the rows is
+    drawn, with their vectors, and `fit` makes a table of it: centroids, or vectors to compare with. Each worker gets
+    that table by `use`, before `setup`, memory-mapped where the run's storage is local. From there on the step is
+    row-wise. Neither the sample nor the table passes through pandas or the object store.
+
+    The sample depends on the uids of the rows alone, and so must `fit`. Not for `expensive` steps: their results must
+    not depend on the filters above them, as this sample does.
+    """
+
+    def sample_rows(self, rows: int) -> int:
+        """About how many of the `rows` that reach the step to sample. The number drawn differs by its square root."""
+        return 65_536
+
+    def fit(self, sample: pa.Table, rows: int) -> pa.Table:
+        """Makes what each worker needs. Runs once, on a worker, without `setup`.
+
+        `sample` has `uid` and the needed columns, in the order of the uids. It lacks rows without a vector, or with a
+        NaN or infinity in it, and may be empty. `rows` is the number of rows that it was drawn from.
+        """
+        raise TypeError(f"{type(self).__name__} must define fit()")
+
+    def use(self, fitted: pa.Table) -> None:
+        """Called on each worker, before `setup`, with the result of `fit`."""
+        raise TypeError(f"{type(self).__name__} must define use()")
+
+
 class FrequencyFilter(KeyedFilter):
     """Drops all rows whose value is shared by more than `max_count` rows of the run. Rows with a null are kept."""
 

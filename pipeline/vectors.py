@@ -1,10 +1,14 @@
-"""How a whole-run filter over vectors (`step.VectorFilter`) is run.
+"""How steps that look at the vectors of the whole run are run: `step.VectorFilter`, and the fit of `step.Fitted`.
+
+A `VectorFilter`:
 
     units ──sample──▶ fit, once ──▶ units ──by group──▶ spool ──a partition of groups at a time──▶ drops, by unit
 
 Costs, for n rows of d dimensions in fp16: about two reads and one write of n·d·2 bytes, then one read for each pair of
 a piece and a partition, both of some 256 MB. A worker holds one piece, one partition, or the largest group. For 10⁹
 rows of 512 dimensions that is 1 TB, 4,000 pieces and 4,000 partitions: 16 million reads of 64 KB.
+
+A `Fitted` step needs only the sample, which one task holds in memory; its rows then go through an ordinary pass.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import pyarrow.compute as pc
 
 from pipeline import embeddings, spool
 from pipeline.hashing import hash64, uniform
-from pipeline.passes import Pass, read_unit
+from pipeline.passes import FIT, Pass, read_unit
 from pipeline.schema import DROP, POSITION
 from pipeline.step import VectorFilter, drops_table
 from pipeline.storage import Entry, Store
@@ -149,42 +153,22 @@ def decide(
     piece_bytes = min(PIECE_BYTES, max(LEAST_PIECE_BYTES, rows * row_bytes // LEAST_PIECES))
     piece_rows = max(1, piece_bytes // row_bytes)
     unit_groups = _ranges(units, max(1, piece_rows * units // max(rows, 1)))
-    share = min(1.0, step.sample_rows(rows) / max(rows, 1))
 
-    def vectors_of(unit: int, names: list[str], chosen: np.ndarray | None = None) -> Iterator[pa.Table]:
-        for table in read_unit(before, unit, names, chosen):
+    def vectors_of(unit: int) -> Iterator[pa.Table]:
+        for table in read_unit(before, unit, columns):
             yield table.filter(pa.array(embeddings.finite(table[step.vector])))
 
-    def sample(ranges: Sequence[range]) -> Iterator[dict[str, Any]]:
-        for some in ranges:
-            held = []
-            for unit in some:
-                (texts,) = read_unit(before, unit, ["uid"])
-                chosen = uniform(texts["uid"], purpose="vectors") < share
-                held += list(vectors_of(unit, ["uid", step.vector], texts["row"].to_numpy()[chosen]))
-            name = f"{attempt}-sample-{some.start:07d}.arrow"
-            with (
-                p.store.output(name) as file,
-                pa.ipc.new_file(file, schema.empty_table().select(["uid", step.vector]).schema) as writer,
-            ):
-                for table in held:
-                    writer.write_table(table.select(["uid", step.vector]))
-            yield {"name": name}
+    names = _draw(
+        p, before, unit_groups, ["uid", step.vector], step.sample_rows(rows) / max(rows, 1), attempt, run_tasks
+    )
 
     def fit_once(names: Sequence[list[str]]) -> Iterator[dict[str, Any]]:
-        tables = []
-        for name in names[0]:
-            with p.store.input(name) as file:
-                tables.append(pa.ipc.open_file(file).read_all())
-        table = pa.concat_tables(tables)
-        order = np.argsort(np.array(table["uid"].to_pylist(), dtype=object), kind="stable")
-        matrix = embeddings.matrix(table[step.vector])[order]
+        matrix = embeddings.matrix(_drawn(p.store, names[0])[step.vector])
         step.setup()
         if len(matrix):
             fit(step, matrix, rows).save(p.store, f"{attempt}-groups.npz")
         yield {"rows": len(matrix)}
 
-    names = [record["name"] for record in run_tasks(unit_groups, sample)]
     (record,) = run_tasks([names], fit_once)
     if not record["rows"]:  # no row has a vector
         _clear(p.store)
@@ -196,7 +180,7 @@ def decide(
         grouping = Grouping.load(p.store, f"{attempt}-groups.npz")
         for some in ranges:
             table = pa.concat_tables(
-                [schema.empty_table(), *(t.select(schema.names) for u in some for t in vectors_of(u, columns))]
+                [schema.empty_table(), *(t.select(schema.names) for u in some for t in vectors_of(u))]
             )
             index, group = assign(step, embeddings.matrix(table[step.vector]), table["uid"], grouping)
             table = table.take(pa.array(index)).append_column("group", pa.array(group))
@@ -245,6 +229,77 @@ def decide(
     _clear(p.store)
     reasons: Counter[str] = sum((record["reasons"] for record in stored), Counter())
     return {str(record["number"]): record["entry"] for record in stored}, reasons
+
+
+def fit_step(p: Pass, before: Sequence[Pass], units: int, rows: int, run_tasks: RunTasks) -> None:
+    """Draws the sample for the fitted step of a pass, and writes what the step makes of it, unless that is there."""
+    step = p.fitted
+    assert step is not None
+    if p.store.exists(FIT):
+        return
+    _clear(p.store)  # what a killed run has left
+    columns = list(dict.fromkeys(["uid", *(c for c in step.needs if c not in POSITION.names)]))
+    attempt = f"spool/{secrets.token_hex(4)}"
+    names = _draw(
+        p,
+        before,
+        _ranges(units, -(-units // LEAST_PIECES) or 1),
+        columns,
+        step.sample_rows(rows) / max(rows, 1),
+        attempt,
+        run_tasks,
+    )
+
+    def fit_once(names: Sequence[list[str]]) -> Iterator[dict[str, Any]]:
+        fitted = step.fit(_drawn(p.store, names[0]), rows)
+        with p.store.output(FIT) as file, pa.ipc.new_file(file, fitted.schema) as writer:
+            writer.write_table(fitted)
+        yield {}
+
+    list(run_tasks([names], fit_once))
+    _clear(p.store)
+
+
+def _draw(
+    p: Pass,
+    before: Sequence[Pass],
+    unit_groups: Sequence[range],
+    columns: list[str],
+    share: float,
+    attempt: str,
+    run_tasks: RunTasks,
+) -> list[str]:
+    """Draws rows with usable vectors by a hash of their uids, and spools `columns`. Returns the names of the files."""
+    types = {name: of for q in before for name, of in q.adds.items()}
+    schema = pa.schema([(name, types[name]) for name in columns])
+    of_vectors = [name for name in columns if pa.types.is_fixed_size_list(types[name])]
+
+    def draw(ranges: Sequence[range]) -> Iterator[dict[str, Any]]:
+        for some in ranges:
+            name = f"{attempt}-sample-{some.start:07d}.arrow"
+            with p.store.output(name) as file, pa.ipc.new_file(file, schema) as writer:
+                for unit in some:
+                    (texts,) = read_unit(before, unit, ["uid"])
+                    chosen = uniform(texts["uid"], purpose="vectors") < share
+                    for table in read_unit(before, unit, columns, texts["row"].to_numpy()[chosen]):
+                        usable = np.ones(len(table), bool)
+                        for column in of_vectors:
+                            usable &= embeddings.finite(table[column])
+                        writer.write_table(table.filter(pa.array(usable)).select(columns))
+            yield {"name": name}
+
+    return sorted(record["name"] for record in run_tasks(unit_groups, draw))
+
+
+def _drawn(store: Store, names: list[str]) -> pa.Table:
+    """The rows of spooled samples, in the order of their uids."""
+    tables = []
+    for name in names:
+        with store.input(name) as file:
+            tables.append(pa.ipc.open_file(file).read_all())
+    table = pa.concat_tables(tables)
+    order = np.argsort(np.array(table["uid"].to_pylist(), dtype=object), kind="stable")
+    return table.take(pa.array(order))
 
 
 def _clear(store: Store) -> None:

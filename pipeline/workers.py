@@ -138,10 +138,10 @@ class _Worker:
 
     def run(self) -> Iterator[UnitReport]:
         """Sets up the steps, reports that by an empty report, and works until there are no more units."""
-        for number, step in enumerate(self._own[self._index].steps):
-            if number in self._shared:
-                step.connect(_Remote(self._shared[number]))
-            step.setup()
+        p = self._own[self._index]
+        for number, actor in self._shared.items():
+            p.steps[number].connect(_Remote(actor))
+        p.setup()
         # What is loaded by now stays, and the thousands of rows in progress are no garbage. Scanning them took a sixth
         # of a fetching worker's time.
         gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -38,6 +39,28 @@ def painted(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     painted.run(folder, ray_address, "r.yaml", "run=stricter", "reuse=out", "steps.threshold.min=0.7")
     painted.run(folder, ray_address, "r.yaml", "run=other", "pool.path=other.parquet", "steps.threshold.min=0.3")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Callable[[Path], int]:
+    """`small_model(folder)`: writes a small, untrained dual encoder and returns the dimension of its embeddings."""
+
+    def write(folder: Path) -> int:
+        import torch
+        from safetensors.torch import save_file
+
+        from pipeline.stages.clip_score import CONFIG_FILE, WEIGHTS_FILE
+        from trainer.model import create, model_config
+
+        torch.manual_seed(0)
+        model, preprocess, _ = create("tiny-64")
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"model_cfg": model_config("tiny-64"), "preprocess_cfg": preprocess.config}
+        (folder / CONFIG_FILE).write_text(json.dumps(config))
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS_FILE)
+        return int(config["model_cfg"]["embed_dim"])
+
+    return write
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from scipy.stats import rankdata
 
 from pipeline import learn, open_run, score_mixture
-from pipeline.passes import Pass, UnitWriter, commit, new_attempt
+from pipeline.passes import UnitWriter, commit, new_attempt
 from pipeline.reader import describe
 from pipeline.recipe import PoolSpec, Recipe
 from pipeline.schema import DROP, SAMPLE
@@ -73,8 +73,8 @@ def measured(folder: Path, units: int = 1, gone: Mapping[int, str] | None = None
     """A run of `n` rows in so many units, written without Ray. Rows of `gone` are dropped before they are measured."""
     values, dropped = columns(n), gone or {}
     recipe = Recipe(name="r", pool=PoolSpec(path="p.parquet"), run=str(folder), steps=[Measure()])
-    first = Pass("pool", "k", "pool", adds={f.name: f.type for f in SAMPLE}, root=f"{folder}/passes/pool")
-    second = Pass("map", "k", "measure", recipe.steps, adds=dict(Measure.adds), root=f"{folder}/passes/measure")
+    first = PoolPass("k", "pool", adds={f.name: f.type for f in SAMPLE}, root=f"{folder}/passes/pool")
+    second = UnitPass("k", "measure", recipe.steps, adds=dict(Measure.adds), root=f"{folder}/passes/measure")
     for unit in range(units):
         mine = np.arange(n)[np.arange(n) % units == unit]
         rows = pa.array(np.arange(len(mine), dtype=np.int32))

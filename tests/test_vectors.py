@@ -12,9 +12,12 @@ import pyarrow as pa
 import pytest
 
 from pipeline import vectors
+from pipeline.filters.image_cluster import ImageCluster
 from pipeline.filters.semantic_dedup import SemanticDedup
-from pipeline.passes import BarrierPass, Pass, PoolPass, UnitPass, UnitWriter, commit, new_attempt
+from pipeline.hashing import hash64
+from pipeline.passes import BarrierPass, Pass, PoolPass, UnitPass, UnitWriter, commit, new_attempt, read_unit, run_pass
 from pipeline.schema import DROP, SAMPLE
+from pipeline.stages.neg_clip_loss import NegClipLoss
 from pipeline.step import VectorFilter
 
 DIMENSION = 16
@@ -25,12 +28,18 @@ def run_tasks(items: Sequence[Any], work: Callable[..., Iterable[Any]], at_once:
     return [record for start in range(0, len(items), at_once) for record in work(items[start : start + at_once])]
 
 
+def texts(matrix: np.ndarray) -> np.ndarray:
+    """Vectors of captions for those of pictures, more or less near to them."""
+    noise = np.random.default_rng(1).normal(size=matrix.shape) * np.linspace(0.05, 0.5, len(matrix))[:, None]
+    return (matrix + noise).astype(np.float16)
+
+
 def stored(folder: Path, matrix: np.ndarray, units: int, missing: Sequence[int] = ()) -> list[Pass]:
     """A run of two passes in which row i has the uid `i` and the vector matrix[i]; none for those of `missing`."""
     types = {f.name: f.type for f in SAMPLE} | {"score": pa.float32()}
     before = [
         PoolPass("k", "pool", adds=types, root=f"{folder}/pool"),
-        UnitPass("k", "embed", adds={"embedding": VECTOR}, root=f"{folder}/embed"),
+        UnitPass("k", "embed", adds={"embedding": VECTOR, "text": VECTOR}, root=f"{folder}/embed"),
     ]
     numbers = np.arange(len(matrix))
     for unit in range(units):
@@ -41,10 +50,10 @@ def stored(folder: Path, matrix: np.ndarray, units: int, missing: Sequence[int] 
             {"row": rows, "uid": uids, "url": uids, "caption": uids, "score": pa.array(mine % 7, pa.float32())}
         )
         commit(before[0], unit, new_attempt(unit), len(mine), table, None, DROP.empty_table(), {})
-        values = [None if i in missing else matrix[i].astype(np.float16) for i in mine]
-        batch = pa.table(
-            {"unit": pa.array([unit] * len(mine), pa.int32()), "row": rows, "embedding": pa.array(values, VECTOR)}
-        )
+        batch = pa.table({"unit": pa.array([unit] * len(mine), pa.int32()), "row": rows})
+        for name, of in (("embedding", matrix), ("text", texts(matrix))):
+            values = [None if i in missing else of[i].astype(np.float16) for i in mine]
+            batch = batch.append_column(name, pa.array(values, VECTOR))
         writer = UnitWriter(before[1], unit, np.arange(len(mine)))
         writer.add(batch)
         writer.commit({})
@@ -62,6 +71,28 @@ def dropped(
     assert sum(reasons.values()) == len(drops)
     assert not p.store.names("spool"), "what the rows travelled in is left behind"
     return {d["row"] * units + d["unit"]: (d["reason"], d["detail"]) for d in drops}
+
+
+def processed(
+    folder: Path, step: Any, matrix: np.ndarray, units: int, missing: Sequence[int] = ()
+) -> tuple[dict[int, Any], dict[int, str]]:
+    """What a fitted step of one column adds to each row it keeps, and the reasons of the others, by their numbers."""
+    before = stored(folder, matrix, units, missing)
+    p = UnitPass("k", step.label, [step], adds=dict(step.adds), root=f"{folder}/fitted")
+    assert p.fitted is step
+    vectors.fit_step(p, before, units, len(matrix), run_tasks)
+    assert not p.store.names("spool"), "what the sample travelled in is left behind"
+    p.setup()
+    list(run_pass([*before, p], 2, range(units)))
+    added: dict[int, Any] = {}
+    gone: dict[int, str] = {}
+    for unit in range(units):
+        for table in read_unit([*before, p], unit, step.adds):
+            for row, *values in zip(*(table[name].to_pylist() for name in ("row", *step.adds))):
+                added[row * units + unit] = values[0] if values else None
+        drops = p.drops(before, unit)
+        gone |= {row * units + unit: reason for row, reason in zip(*(drops[c].to_pylist() for c in ("row", "reason")))}
+    return added, gone
 
 
 def planted(n: int = 600, copies: int = 150, seed: int = 0) -> np.ndarray:
@@ -170,3 +201,96 @@ def test_a_row_of_several_groups_is_dropped_once(tmp_path: Path) -> None:
         members = [i for i in range(200) if group in pairs[i]]
         first |= set(members[1:])
     assert set(found) == first
+
+
+def clip_losses(matrix: np.ndarray, of: Sequence[int], temperature: float) -> np.ndarray:
+    """Minus τ times the contrastive loss of each pair in one batch of the pairs `of`, from its definition."""
+    image, text = (m[list(of)].astype(np.float16).astype(np.float64) for m in (matrix, texts(matrix)))
+    image, text = (m / np.linalg.norm(m, axis=1, keepdims=True) for m in (image, text))
+    chances = np.exp(image @ text.T / temperature)
+    own = np.diag(chances)
+    return temperature * (np.log(own / chances.sum(axis=1)) + np.log(own / chances.sum(axis=0))) / 2
+
+
+def neg_clip_loss(**options: Any) -> NegClipLoss:
+    return NegClipLoss(image_vector="embedding", text_vector="text", **options)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0])
+def test_neg_clip_loss_of_a_small_run_is_the_loss_of_one_batch(tmp_path: Path, temperature: float) -> None:
+    matrix = planted(300, 60)
+    found, gone = processed(tmp_path, neg_clip_loss(temperature=temperature), matrix, 4, missing=[3, 250])
+    assert not gone
+    assert (found[3], found[250]) == (None, None), "null for rows without vectors, which count in no batch either"
+    of = [i for i in range(300) if found[i] is not None]
+    assert len(of) == 298
+    np.testing.assert_allclose([found[i] for i in of], clip_losses(matrix, of, temperature), atol=2e-5)
+
+
+def test_neg_clip_loss_averages_over_disjoint_batches_that_a_row_joins(tmp_path: Path) -> None:
+    matrix = planted(500, 60)
+    step = neg_clip_loss(batch_size=100, draws=3, temperature=0.1)
+    found, _ = processed(tmp_path, step, matrix, 3)
+    number = {int(hash64([f"{i:032x}"], purpose="neg_clip_loss")[0]): i for i in range(500)}
+    batches = [{number[key] for key in keys} for *_, keys in step._batches]
+    assert len(set.union(*batches)) == 300
+    for row in (0, 7, 499, *sorted(batches[0])[:3]):
+        losses = []
+        for batch in batches:
+            of = sorted(batch | {row})
+            losses.append(clip_losses(matrix, of, 0.1)[of.index(row)])
+        assert found[row] == pytest.approx(np.mean(losses), abs=2e-5)
+
+
+@pytest.mark.parametrize("units", [1, 4, 9])
+def test_units_decide_nothing_about_neg_clip_loss(tmp_path: Path, units: int) -> None:
+    matrix = planted()
+    options: dict[str, Any] = {"batch_size": 128, "draws": 2}
+    found, _ = processed(tmp_path / "a", neg_clip_loss(**options), matrix, units)
+    assert found == processed(tmp_path / "b", neg_clip_loss(**options), matrix, 2)[0]
+    assert found != processed(tmp_path / "c", neg_clip_loss(**options, seed=1), matrix, 2)[0]
+
+
+def test_neg_clip_loss_without_any_vectors(tmp_path: Path) -> None:
+    found, gone = processed(tmp_path, neg_clip_loss(), planted(6, 0), 2, missing=range(6))
+    assert found == dict.fromkeys(range(6))
+    assert not gone
+
+
+def image_cluster(folder: Path, target: np.ndarray, **options: Any) -> ImageCluster:
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "target.npy", target.astype(np.float32))
+    return ImageCluster(vector="embedding", target=str(folder / "target.npy"), **options)
+
+
+def crowds(centres: int = 8, each: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors around distant centres, with the number of the centre of each."""
+    around = np.repeat(np.eye(DIMENSION)[:centres], each, axis=0)
+    noise = 0.05 * np.random.default_rng(3).normal(size=around.shape)
+    return (around + noise).astype(np.float16), np.repeat(np.arange(centres), each)
+
+
+def test_image_cluster_keeps_the_clusters_of_the_target_set(tmp_path: Path) -> None:
+    matrix, centre = crowds()
+    # Two targets near centre 2, and one between 5 and 6 but nearer to 5.
+    eye = np.eye(DIMENSION)
+    target = np.array([5 * eye[2], eye[2] + 0.1, eye[5] + 0.8 * eye[6]])
+    step = image_cluster(tmp_path, target, clusters=8)
+    added, gone = processed(tmp_path, step, matrix, 4, missing=[0, 130])
+    assert set(added) == {i for i in range(len(matrix)) if centre[i] in (2, 5) and i != 130}
+    assert {i for i, reason in gone.items() if reason == "missing"} == {0, 130}
+    assert set(gone.values()) == {"missing", "image_cluster"}
+
+
+@pytest.mark.parametrize("units", [1, 9])
+def test_units_decide_nothing_about_image_cluster(tmp_path: Path, units: int) -> None:
+    matrix = planted()
+    target = matrix[:5] + 0.01
+    fates = processed(tmp_path / "a", image_cluster(tmp_path, target), matrix, units)
+    assert fates == processed(tmp_path / "b", image_cluster(tmp_path, target), matrix, 2)
+    assert 20 < len(fates[0]) < 300
+
+
+def test_image_cluster_without_any_vectors(tmp_path: Path) -> None:
+    step = image_cluster(tmp_path, planted(3, 0))
+    assert processed(tmp_path, step, planted(6, 0), 2, missing=range(6))[1] == dict.fromkeys(range(6), "missing")

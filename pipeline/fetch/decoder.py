@@ -31,7 +31,7 @@ import re
 import resource
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -43,6 +43,8 @@ import numpy as np
 import simplejpeg
 from PIL import AvifImagePlugin, Image, JpegImagePlugin, UnidentifiedImageError, features
 
+from pipeline import plugin
+from pipeline.fetch import quality
 from pipeline.fetch.deny import DenyList
 from pipeline.fetch.reasons import FetchError, one_line
 from trainer.colour import srgb_transform, to_rgb
@@ -53,6 +55,9 @@ DecodeMode = Literal["scaled", "fast", "exact"]
 HashType = Literal["md5", "sha1", "sha256", "sha512"]
 Box = Sequence[float]
 """x_min, y_min, x_max, y_max in the upright image, from 0 to 1."""
+
+Detector = Callable[[np.ndarray], Sequence[Box]]
+"""Finds boxes, such as faces, in (height, width, 3) uint8 RGB."""
 
 # The longest side supported by the encoded format, in pixels.
 MAX_SIDE = {"jpg": 65_500, "png": 65_500, "webp": 16_383}
@@ -98,6 +103,8 @@ class Rules:
     skip_reencode: bool = False
     decode: DecodeMode = "scaled"
     compute_phash: bool = True
+    image_quality: bool = False
+    blur_detector: str | None = None
     compute_hash: HashType | None = None
     verify_hash: HashType | None = None
     hash_mismatch: Literal["reject", "flag"] = "reject"
@@ -123,16 +130,23 @@ class Picture:
     """The digest selected by `Rules.compute_hash`."""
     hash_matches: bool | None = None
     """Whether the body has the claimed digest; None without a claim."""
+    dark_score: float | None = None
+    """This and the following: `quality.measure` of the picture as encoded. None unless `Rules.image_quality`."""
+    light_score: float | None = None
+    blurry_score: float | None = None
+    low_information_score: float | None = None
 
 
-def decode(body: bytes, rules: Rules, claim: str | None = None, blur: Sequence[Box] = ()) -> Picture:
-    """Decodes, resizes and re-encodes `body` by `rules`, and blurs the boxes in `blur`.
+def decode(
+    body: bytes, rules: Rules, claim: str | None = None, blur: Sequence[Box] = (), detect: Detector | None = None
+) -> Picture:
+    """Decodes, resizes and re-encodes `body` by `rules`, and blurs the boxes in `blur` and those that `detect` finds.
 
     `claim` is the expected digest of the body in hex, of the kind `rules.verify_hash`.
     Raises only FetchError for bad input, and MemoryError.
     """
     try:
-        return _decode(body, rules, claim, blur)
+        return _decode(body, rules, claim, blur, detect)
     except (FetchError, MemoryError):
         raise
     except cv2.error as error:
@@ -154,17 +168,21 @@ class Decoder:
     rules: Rules
 
     def __call__(self, body: bytes, claim: str | None = None, blur: Sequence[Box] = ()) -> Picture:
-        return decode(body, self.rules, claim, blur)
+        return decode(body, self.rules, claim, blur, vars(self).get("_detect"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        if self.rules.blur_detector:
+            vars(self)["_detect"] = plugin.load(self.rules.blur_detector)
         if self.rules.compute_phash:
             # Load SciPy (imagehash imports it at first use) and allocate BLAS buffers now. Their 80 MB of address space
             # would otherwise count against the first picture's memory limit.
             phash(np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8))
 
 
-def _decode(body: bytes, rules: Rules, claim: str | None, blur: Sequence[Box]) -> Picture:
+def _decode(
+    body: bytes, rules: Rules, claim: str | None, blur: Sequence[Box], detect: Detector | None = None
+) -> Picture:
     if rules.deny_hashes is not None and (denied := rules.deny_hashes.find(body)):
         raise FetchError("denied_hash", denied)
     matches = None
@@ -176,6 +194,8 @@ def _decode(body: bytes, rules: Rules, claim: str | None, blur: Sequence[Box]) -
     if kind is None:
         raise FetchError("not_an_image", f"starts with {body[:16]!r}")
     found = _read_bare(body, kind, rules) or _read(body, kind, rules)
+    if detect is not None:
+        blur = [*blur, *([float(side) for side in box] for box in detect(found.pixels))]
     pixels = _resize(found.pixels, found.plan, rules, blur)
     denies_pictures = rules.deny_hashes is not None and rules.deny_hashes.holds_pictures
     bits = phash(pixels) if rules.compute_phash or denies_pictures else None
@@ -197,6 +217,7 @@ def _decode(body: bytes, rules: Rules, claim: str | None, blur: Sequence[Box]) -
         exif=found.exif if rules.extract_exif else None,
         hash=hashlib.new(rules.compute_hash, body).hexdigest() if rules.compute_hash else None,
         hash_matches=matches,
+        **(quality.measure(pixels) if rules.image_quality else {}),
     )
 
 

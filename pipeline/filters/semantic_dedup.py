@@ -68,23 +68,10 @@ class SemanticDedup(VectorFilter):
 
     def fit(self, sample: np.ndarray, rows: int) -> np.ndarray:
         """Unit centroids, float32 of shape (k, d)."""
-        import faiss
-
-        sample = embeddings.unit(sample)
-        k = min(self._k(rows), len(sample))
-        means = faiss.Kmeans(
-            sample.shape[1], k, niter=self.iterations, seed=self.seed, spherical=True, min_points_per_centroid=1
-        )
-        means.train(sample)
-        return np.asarray(means.centroids)
+        return embeddings.spherical_kmeans(sample, self._k(rows), self.seed, self.iterations)
 
     def groups(self, vectors: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-        return np.concatenate(
-            [
-                np.argmax(embeddings.unit(vectors[i : i + _BLOCK]) @ fitted.T, axis=1)
-                for i in range(0, len(vectors), _BLOCK)
-            ]
-        )
+        return embeddings.nearest(vectors, fitted)
 
     def judge_group(self, rows: pa.Table, vectors: np.ndarray) -> tuple[pa.StringArray, pa.StringArray]:
         n = len(rows)

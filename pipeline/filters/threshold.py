@@ -24,34 +24,44 @@ _SHIFTS = (48, 32, 16, 0)
 
 @dataclass(kw_only=True)
 class Threshold(Filter):
-    """Keeps the rows with the highest values in a column: those of at least `min`, or the `top_fraction` of the run.
+    """Keeps the rows whose value in a column is at least `min` and at most `max`, or the `top_fraction` of the run with
+    the highest values.
 
     `top_fraction` keeps exactly ceil(fraction · n) of the n rows with a value; a hash of the uid breaks ties. Prefer a
     fraction for scores, since their scale depends on the model (DataComp, Gadre et al. 2023: the top 30% by CLIP
-    score). Rows with null or NaN are dropped as `missing`, others as `threshold`.
+    score). `max` is for scores of which less is better: CommonPool, of the same paper, dropped unsafe probabilities
+    above 0.1. Rows with null or NaN are dropped as `missing`, others as `threshold`.
     """
 
     column: str
     """The numeric column to compare."""
     min: float | None = None
     """Lowest value kept. Decided row by row."""
+    max: float | None = None
+    """Highest value kept. Decided row by row."""
     top_fraction: float | None = None
     """Share of the run's rows to keep, above 0 and at most 1. Makes the step a barrier."""
 
     def __post_init__(self) -> None:
         self.needs = (self.column,)  # type: ignore[misc]
         self.scope = "row" if self.top_fraction is None else "run"
+        self._low = -math.inf if self.min is None else self.min
+        self._high = math.inf if self.max is None else self.max
 
     def estimate(self, rows: float) -> Estimate:
         keep = 0.5 if self.top_fraction is None else self.top_fraction
         return Estimate(keep, 500_000, "keep as given" if self.top_fraction else "keep assumed")
 
     def check(self) -> Iterator[tuple[str, str]]:
-        if (self.min is None) == (self.top_fraction is None):
-            found = "neither" if self.min is None else "both"
-            yield "min", f"exactly one of `min` and `top_fraction` must be given, found {found}"
-        if self.min is not None and math.isnan(self.min):
-            yield "min", "must be a number, found nan"
+        bounds = {key: value for key in ("min", "max") if (value := getattr(self, key)) is not None}
+        if bool(bounds) == (self.top_fraction is not None):
+            found = "both" if bounds else "neither"
+            yield "min", f"either `min` or `max`, or `top_fraction` must be given, found {found}"
+        for key, value in bounds.items():
+            if math.isnan(value):
+                yield key, "must be a number, found nan"
+        if len(bounds) == 2 and bounds["min"] > bounds["max"]:
+            yield "max", f"must be at least `min`, {self.min}, found {self.max}"
         if self.top_fraction is not None and not 0 < self.top_fraction <= 1:
             yield "top_fraction", f"must be above 0 and at most 1, found {self.top_fraction}"
 
@@ -62,11 +72,14 @@ class Threshold(Filter):
 
     def judge(self, batch: pa.Table) -> pa.StringArray:
         values = self._values(batch)
-        low = pc.if_else(pa.array(values < self.min), "threshold", pa.scalar(None, pa.string()))
-        return pc.if_else(pa.array(np.isnan(values)), "missing", low)
+        outside = pc.if_else(
+            pa.array((values < self._low) | (values > self._highest(batch))), "threshold", pa.scalar(None, pa.string())
+        )
+        return pc.if_else(pa.array(np.isnan(values)), "missing", outside)
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
-        return _compared(self._values(dropped), self.min)
+        values = self._values(dropped)
+        return _compared(values, np.where(values > self._highest(dropped), self._high, self._low))
 
     def value(self, dropped: pa.Table) -> pa.DoubleArray:
         return pa.array(self._values(dropped), from_pandas=True)  # NaN becomes null
@@ -130,6 +143,11 @@ class Threshold(Filter):
         above, digit = np.divmod(key, np.uint64(1 << _DIGIT_BITS))
         return pd.Series(digit[above == np.uint64(prefix)].astype(np.int64))
 
+    def _highest(self, table: pa.Table) -> float:
+        """`max` in the precision of the column: a 0.1 that was stored as float32 is above the float64 0.1."""
+        dtype = table[self.column].type
+        return float(dtype.to_pandas_dtype()(self._high)) if pa.types.is_floating(dtype) else self._high
+
     def _values(self, table: pa.Table) -> np.ndarray:
         column = table[self.column]
         if not _comparable(column.type):
@@ -159,5 +177,7 @@ def _decoded(key: int) -> np.float64:
     return np.uint64(key & ~(1 << 63) if key >> 63 else ~key & (1 << 64) - 1).view(np.float64)
 
 
-def _compared(values: np.ndarray, cut: float | None) -> pa.StringArray:
-    return pa.array([None if math.isnan(v) else f"{v:.6g}, cut at {cut:.6g}" for v in values.tolist()], pa.string())
+def _compared(values: np.ndarray, cut: float | np.ndarray) -> pa.StringArray:
+    cuts = np.broadcast_to(cut, values.shape).tolist()
+    texts = [None if math.isnan(v) else f"{v:.6g}, cut at {c:.6g}" for v, c in zip(values.tolist(), cuts)]
+    return pa.array(texts, pa.string())

@@ -4,16 +4,17 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -65,6 +66,9 @@ class ClipScore(Stage):
     `COLUMN_text_embedding`, so that several models can be used in one recipe."""
     embeddings: bool = False
     """Store the embeddings, as `semantic_dedup` and further scores need them."""
+    mask: str | None = None
+    """A column of boxes, lists of [x_min, y_min, x_max, y_max] from 0 to 1, that are filled with the mean colour around
+    them before the picture is scored: `text_boxes` of `text_overlap` (T-MARS, Maini et al., 2024)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type of the weights. `auto` is fp16 on a GPU (an eighth of bf16's error). On a CPU it is bf16 if the CPU has
     instructions for it (AMX, AVX-512 BF16), up to five times faster, else fp32. bf16 changes scores by some thousandths
@@ -76,11 +80,12 @@ class ClipScore(Stage):
     decode_threads: int | None = field(default=None, metadata={"speed": True})
     """Threads that decode and resize while the model runs. Default: all available cores."""
 
-    needs = ("image", "caption")
+    needs: ClassVar[tuple[str, ...]] = ("image", "caption")
     expensive = True
     resource = "gpu"
 
     def __post_init__(self) -> None:
+        self.needs = ("image", "caption", *([self.mask] if self.mask else []))  # type: ignore[misc]
         prefix = "" if self.column == "clip_score" else f"{self.column}_"
         self._vectors = (f"{prefix}image_embedding", f"{prefix}text_embedding") if self.embeddings else ()
         adds: dict[str, pa.DataType] = {self.column: pa.float32()}
@@ -89,7 +94,8 @@ class ClipScore(Stage):
         self.adds = adds  # type: ignore[misc]
 
     def estimate(self, rows: float) -> Estimate:
-        return Estimate(1.0, 1500, "rate assumed: ViT-B/32 on one GPU, bound by decoding", stored=8)
+        stored = 8 + 2 * len(self._vectors) * (self._dimension() or 1)
+        return Estimate(1.0, 1500, "rate assumed: ViT-B/32 on one GPU, bound by decoding", stored=stored)
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Checks without importing torch, which takes seconds. Tags are looked up as words in open_clip's list. Whether
@@ -123,6 +129,11 @@ class ClipScore(Stage):
         if self.embeddings and folder is not None and self._dimension() is None:
             yield "model", f"{folder / CONFIG_FILE} is not an open_clip configuration: model_cfg.embed_dim is missing"
 
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        boxes = types.get(self.mask or "")
+        if boxes is not None and not (pa.types.is_nested(boxes) and pa.types.is_nested(boxes.field(0).type)):
+            yield "mask", f"the column {self.mask!r} must hold lists of boxes, found type {boxes}"
+
     def fingerprint(self) -> object:
         folder = _folder(self.model)
         files = [folder / CONFIG_FILE, folder / WEIGHTS_FILE] if folder else [Path(self._weights() or "")]
@@ -145,7 +156,9 @@ class ClipScore(Stage):
         waiting: deque[tuple[pa.Table, list[Future], Future]] = deque()
         try:
             for table in _rebatch(batches, self.batch_size):
-                pictures = [pool.submit(self._pixels, image.as_buffer()) for image in table["image"]]
+                boxes = table[self.mask].to_pylist() if self.mask else [None] * len(table)
+                images = (image.as_buffer() for image in table["image"])
+                pictures = [pool.submit(self._pixels, image, of) for image, of in zip(images, boxes)]
                 waiting.append((table, pictures, pool.submit(self._tokens, table["caption"])))
                 if len(waiting) > _PREFETCH:
                     yield self._score(*waiting.popleft())
@@ -154,13 +167,13 @@ class ClipScore(Stage):
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _pixels(self, image: pa.Buffer | None) -> Tensor | str:
+    def _pixels(self, image: pa.Buffer | None, boxes: list[list[float]] | None) -> Tensor | str:
         """uint8 of shape (3, side, side), or an error message."""
         try:
             with Image.open(io.BytesIO(image or b""), formats=_FORMATS) as picture:
                 if picture.width * picture.height > _MAX_PIXELS:
                     return f"{picture.width}x{picture.height} is too large"
-                return self._preprocess.pixels(picture)
+                return self._preprocess.pixels(masked(picture, boxes) if boxes else picture)
         except Exception as error:  # Pillow raises all kinds of exceptions on hostile bytes
             return f"{type(error).__name__}: {error}"[:200]
 
@@ -231,6 +244,26 @@ class ClipScore(Stage):
             return int(config.get("model_cfg", config)["embed_dim"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
+
+
+def masked(picture: Image.Image, boxes: list[list[float]]) -> Image.Image:
+    """The picture in RGB with each box, from 0 to 1, filled with the mean colour of the pixels around it."""
+    pixels = np.array(picture.convert("RGB"))
+    before, (height, width) = pixels.copy(), pixels.shape[:2]
+    for x_min, y_min, x_max, y_max in boxes:
+        left, top = max(0, math.floor(x_min * width)), max(0, math.floor(y_min * height))
+        right, bottom = min(width, math.ceil(x_max * width)), min(height, math.ceil(y_max * height))
+        if left >= right or top >= bottom:
+            continue
+        ring = np.s_[max(0, top - 1) : bottom + 1, max(0, left - 1) : right + 1]
+        inside = before[top:bottom, left:right].reshape(-1, 3)
+        around = before[ring].reshape(-1, 3)
+        n = len(around) - len(inside)
+        colour = (
+            (around.sum(axis=0, dtype=np.int64) - inside.sum(axis=0, dtype=np.int64)) / n if n else inside.mean(axis=0)
+        )
+        pixels[top:bottom, left:right] = np.rint(colour)
+    return Image.fromarray(pixels)
 
 
 def _rebatch(batches: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.fetch import quality
 from pipeline.fetch.concurrent_rows import Begin, ConcurrentRows, Work, as_drop, table_of, with_columns
 from pipeline.fetch.decoder import EncodeFormat, Picture, Rules, decode, sniff
 from pipeline.fetch.img2dataset_engine import failure
@@ -84,11 +85,15 @@ class ReadShards(Stage):
     """Maximum size of an image, in bytes."""
     max_image_area: float = 36_000_000
     """Maximum number of pixels of an image."""
+    image_quality: bool = False
+    """Add `dark_score`, `light_score`, `blurry_score` and `low_information_score`, for the filter `image_quality`."""
     index: str = field(default="~/.cache/winnow/shards", metadata=_SPEED)
     """A local or remote folder that caches the offsets of images in each tar. A tar is indexed once, in one pass, for
     all workers that share the folder and for later runs."""
 
     def __post_init__(self) -> None:
+        if self.image_quality:
+            self.adds = PICTURE | quality.SCORES  # type: ignore[misc]
         # Resolve paths now: workers run in other working directories.
         self._folder = Folder(Store(os.path.expanduser(self.path)).root, Store(os.path.expanduser(self.index)).root)
 
@@ -133,7 +138,7 @@ class ReadShards(Stage):
 
     @asynccontextmanager
     async def _open(self) -> AsyncIterator[Work[dict[str, Any]]]:
-        target = partial(check_image, max_image_area=self.max_image_area)
+        target = partial(check_image, max_image_area=self.max_image_area, image_quality=self.image_quality)
         readers = ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="shards")
         try:
             async with Sandbox(target, processes=1, seconds=DECODE_SECONDS, memory=DECODE_BYTES) as sandbox:
@@ -157,7 +162,7 @@ class ReadShards(Stage):
         return vars(picture) | {name: value for name, value in found.items() if value is not None}
 
 
-def check_image(body: bytes, *, max_image_area: float) -> Picture:
+def check_image(body: bytes, *, max_image_area: float, image_quality: bool = False) -> Picture:
     """Decodes the image and keeps its bytes if they need no change. Raises FetchError like `decode`."""
     formats: dict[str | None, EncodeFormat] = {"PNG": "png", "WEBP": "webp"}
     encode_format = formats.get(sniff(body), "jpg")
@@ -167,6 +172,7 @@ def check_image(body: bytes, *, max_image_area: float) -> Picture:
         encode_format=encode_format,
         encode_quality=6 if encode_format == "png" else 95,
         max_image_area=max_image_area,
+        image_quality=image_quality,
     )
     return decode(body, rules)
 

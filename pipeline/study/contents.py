@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.concepts import find_entries, matches
-from pipeline.filters.balance import _read_entries
 from pipeline.hashing import hash64
+from pipeline.matching import read_entries
 from pipeline.reader import Run
 from pipeline.study.candidates import Candidates
 from pipeline.study.cuts import Cuts, packed
@@ -35,11 +35,9 @@ def find_concepts(run: Run, said: str | None) -> tuple[str, ...] | str | None:
     if said is None or said == "words":
         return said
     try:
-        entries = tuple(_read_entries(said))
+        entries = read_entries(said)
     except (OSError, ValueError) as error:
         raise StudyError(f"concepts: cannot read {said!r}: {error}") from None
-    if not entries:
-        raise StudyError(f"concepts: {said!r} has no entry with a letter or digit")
     return entries
 
 

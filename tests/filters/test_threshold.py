@@ -22,6 +22,15 @@ def test_min_is_inclusive() -> None:
     check_filter(Threshold(column="clip_score", min=0.25), rows, [None, CUT, None, MISSING, MISSING, None, CUT])
 
 
+def test_max_is_inclusive() -> None:
+    rows = scored([0.1, 0.1001, -math.inf, None, NAN, math.inf])
+    check_filter(Threshold(column="clip_score", max=0.1), rows, [None, CUT, None, MISSING, MISSING, CUT])
+    rows = scored([0.1, 0.2, 0.3, 0.4])
+    step = Threshold(column="clip_score", min=0.2, max=0.3)
+    check_filter(step, rows, [CUT, None, None, CUT])
+    assert run_step(step, make_batch(rows))[1]["detail"].to_pylist() == ["0.1, cut at 0.2", "0.4, cut at 0.3"]
+
+
 @pytest.mark.parametrize(
     ("fraction", "values", "kept"),
     [
@@ -108,7 +117,10 @@ def test_a_column_of_text_is_refused_by_name() -> None:
     [
         ({}, "min"),
         ({"min": 0.3, "top_fraction": 0.3}, "min"),
+        ({"max": 0.3, "top_fraction": 0.3}, "min"),
         ({"min": NAN}, "min"),
+        ({"max": NAN}, "max"),
+        ({"min": 0.3, "max": 0.2}, "max"),
         ({"top_fraction": 0.0}, "top_fraction"),
         ({"top_fraction": 30.0}, "top_fraction"),
     ],

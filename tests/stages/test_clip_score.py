@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,27 +10,13 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from pipeline import pool
+from pipeline.passes import make_passes
+from pipeline.recipe import RecipeError, load
 from pipeline.schema import is_heavy
 from pipeline.stages.clip_score import CONFIG_FILE, WEIGHTS_FILE, ClipScore
 from pipeline.step import split_marked
 from tests.tables import check_filter, make_batch, run_step
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a small, untrained dual encoder. All scores are defined and distinct."""
-    import torch
-    from safetensors.torch import save_file
-
-    from trainer.model import create, model_config
-
-    torch.manual_seed(0)
-    model, preprocess, _ = create("tiny-64")
-    folder = tmp_path_factory.mktemp("tiny")
-    config = {"model_cfg": model_config("tiny-64"), "preprocess_cfg": preprocess.config}
-    (folder / CONFIG_FILE).write_text(json.dumps(config))
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS_FILE)
-    return str(folder)
 
 
 def picture(seed: int, size: tuple[int, int] = (80, 64), encoding: str = "JPEG") -> bytes:
@@ -143,6 +128,37 @@ def test_several_models_in_one_recipe() -> None:
     step = ClipScore(model="ViT-L-14", column="clip_score_l14", embeddings=True)
     assert list(step.adds) == ["clip_score_l14", "clip_score_l14_image_embedding", "clip_score_l14_text_embedding"]
     assert step.adds["clip_score_l14_image_embedding"].list_size == 768
+
+
+def test_the_scores_of_two_models_are_filtered_in_one_recipe(tmp_path: Path) -> None:
+    (tmp_path / "pool.csv").write_text("url,caption\nhttp://a/1,one\n")
+    (tmp_path / "r.yaml").write_text(
+        f"""
+name: two
+run: {tmp_path}/run
+pool: {{path: {tmp_path}/pool.csv}}
+steps:
+  - download
+  - clip_score: {{embeddings: true}}
+  - clip_score: {{model: ViT-L-14, column: l14, embeddings: true}}
+  - neg_clip_loss
+  - neg_clip_loss: {{image_vector: l14_image_embedding, text_vector: l14_text_embedding, column: l14_neg}}
+  - threshold: {{column: l14, min: 0.2}}
+  - threshold: {{column: l14_neg, top_fraction: 0.3}}
+"""
+    )
+    passes = make_passes(load(str(tmp_path / "r.yaml"), pool_columns=pool.columns), {}, {})
+    assert [p.labels for p in passes[1:]] == [
+        ["download"],
+        ["clip_score"],
+        ["clip_score.2"],
+        ["neg_clip_loss"],
+        ["neg_clip_loss.2", "threshold"],
+        ["threshold.2"],
+    ]
+    (tmp_path / "r.yaml").write_text((tmp_path / "r.yaml").read_text().replace("text_vector: l14_text_embedding, ", ""))
+    with pytest.raises(RecipeError, match="l14_image_embedding has 768 dimensions, and text_embedding has 512"):
+        load(str(tmp_path / "r.yaml"), pool_columns=pool.columns)
 
 
 def test_only_the_picture_that_cannot_be_decoded_is_dropped(checkpoint: str) -> None:

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.step import Estimate, Filter
+
+
+@dataclass(kw_only=True)
+class TextReliance(Filter):
+    """Drops pictures that match their caption mostly by the text in them: those whose score falls by more than
+    `max_drop` when the text is masked.
+
+    The masked score is that of `clip_score` with `mask` (see `text_overlap`). Rows without either score are dropped as
+    `missing`. T-MARS (Maini et al., ICLR 2024) keeps the highest masked scores instead: `threshold` does that.
+    """
+
+    max_drop: float
+    """Largest `score` − `masked_score` kept. Depends on the model, as the scores do."""
+    score: str = "clip_score"
+    """The column of the picture's score."""
+    masked_score: str = "masked_clip_score"
+    """The column of the score with its text masked, by the same model."""
+
+    def __post_init__(self) -> None:
+        self.needs = (self.score, self.masked_score)  # type: ignore[misc]
+
+    def estimate(self, rows: float) -> Estimate:
+        return Estimate(0.8, 1e6, "keep assumed")
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if not self.max_drop >= 0:
+            yield "max_drop", f"must be 0 or more, found {self.max_drop}"
+
+    def judge(self, batch: pa.Table) -> pa.StringArray:
+        fall = self.value(batch)
+        reason = pc.if_else(pc.greater(fall, self.max_drop), self.name(), pa.scalar(None, pa.string()))
+        return pc.if_else(pc.is_null(fall, nan_is_null=True), "missing", reason)
+
+    def value(self, dropped: pa.Table) -> pa.DoubleArray:
+        return pc.subtract(*(dropped[column].cast(pa.float64()) for column in self.needs))

@@ -1,0 +1,33 @@
+"""Loads what a recipe names by import path: an OCR engine, a detector, a scorer of your own."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+
+def problem(path: str) -> str | None:
+    """Why an import path is unusable, or None. Imports the packages above the module, not the module."""
+    module, colon, name = path.partition(":")
+    if not (colon and all(part.isidentifier() for part in module.split(".")) and name.isidentifier()):
+        return f"expected an import path such as my_package.my_module:MyClass, found {path!r}"
+    try:
+        found = importlib.util.find_spec(module)
+    except Exception as error:  # a package may raise anything when it is imported
+        return f"{module} cannot be imported: {error}"
+    return None if found else f"no module named {module}; is its folder on PYTHONPATH?"
+
+
+def load(path: str) -> Any:
+    """Calls the class or function at `module:name` without arguments, once for each worker, and returns the result.
+
+    Raises ValueError if there is none.
+    """
+    if (found := problem(path)) is not None:
+        raise ValueError(found)
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)()
+    except AttributeError as error:
+        raise ValueError(f"{path}: {error}") from error

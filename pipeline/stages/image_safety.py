@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from pipeline import plugin
+from pipeline.safety import check_score, scored, with_score
+from pipeline.step import Estimate, Stage
+
+
+@dataclass(kw_only=True)
+class ImageSafety(Stage):
+    """Scores how unsafe a picture is, by a scorer of yours, and drops the row (`unsafe`) above `max_score`.
+
+    Adds `image_unsafe_score`, 0 to 1. CommonPool (Gadre et al., 2023) dropped pictures to which a classifier on CLIP
+    ViT-L/14 embeddings gave an unsafe probability above 0.1. With such a linear head no second pass over the pictures
+    is needed: `linear_head: {head: FILE, column: unsafe_score, output: probability}`, then
+    `threshold: {column: unsafe_score, max: 0.1}`. No classifier comes with Winnow.
+    """
+
+    scorer: str
+    """Import path of a scorer, `my_package.my_module:MyClass`: called without arguments once per worker, it returns a
+    callable that maps a list of n pictures, uint8 RGB of shape (height, width, 3), to n scores from 0 to 1, or NaN
+    where it has none."""
+    max_score: float | None = 0.1
+    """Highest score kept (CommonPool: 0.1). None keeps all rows. Rows without a score, such as pictures that cannot be
+    decoded, are dropped as `missing`."""
+    column: str = "image_unsafe_score"
+    """Name of the score."""
+    runs_on: Literal["cpu", "gpu"] = "cpu"
+    """What a worker occupies: `gpu` is a GPU if the cluster has one."""
+
+    needs = ("image",)
+    expensive = True
+
+    def __post_init__(self) -> None:
+        self.adds = {self.column: pa.float32()}  # type: ignore[misc]
+        self.resource = self.runs_on  # type: ignore[misc]
+
+    def estimate(self, rows: float) -> Estimate:
+        return Estimate(0.98, 50, "assumed", stored=4)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if (found := plugin.problem(self.scorer)) is not None:
+            yield "scorer", found
+        yield from check_score(self.column, self.max_score)
+
+    def setup(self) -> None:
+        self._scorer = plugin.load(self.scorer)
+
+    def process(self, batch: pa.Table) -> pa.Table:
+        pictures = [_decoded(image.as_buffer()) for image in batch["image"]]
+        there = np.array([picture is not None for picture in pictures], bool)
+        scores = np.full(len(batch), np.nan)
+        if there.any():
+            scores[there] = scored(self.scorer, self._scorer, [picture for picture in pictures if picture is not None])
+        return with_score(batch, self.column, scores, self.max_score)
+
+
+def _decoded(image: pa.Buffer | None) -> np.ndarray | None:
+    try:
+        with Image.open(io.BytesIO(image or b""), formats=("JPEG", "PNG", "WEBP", "GIF")) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except Exception:  # Pillow raises all kinds of exceptions on hostile bytes
+        return None

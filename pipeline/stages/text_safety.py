@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import plugin
+from pipeline.caption import normal
+from pipeline.matching import matcher, normalised, read_entries
+from pipeline.safety import check_score, scored, with_score
+from pipeline.step import Estimate, Stage
+
+
+@dataclass(kw_only=True)
+class TextSafety(Stage):
+    """Scores how unsafe a caption is, by a scorer of yours or a list of words, and drops the row (`unsafe`) above
+    `max_score`.
+
+    Adds `text_unsafe_score`, 0 to 1. CommonPool (Gadre et al., 2023) dropped captions to which any class of Detoxify, a
+    classifier of toxic comments, gave more than 0.1. No classifier comes with Winnow.
+    """
+
+    scorer: str | None = None
+    """Import path of a scorer, `my_package.my_module:MyClass`: called without arguments once per worker, it returns a
+    callable that maps a list of n captions to n scores from 0 to 1, or NaN where it has none."""
+    words: str | None = None
+    """A file of words and phrases instead: a JSON list of strings (`.json`), or text with one per line; may be `.gz` or
+    `.zst`. The score is 1 if the caption contains one, matched as in `balance`, else 0."""
+    max_score: float | None = 0.1
+    """Highest score kept (CommonPool: 0.1). None keeps all rows. Rows without a score are dropped as `missing`."""
+    column: str = "text_unsafe_score"
+    """Name of the score."""
+
+    needs = ("caption",)
+
+    def __post_init__(self) -> None:
+        self.adds = {self.column: pa.float32()}  # type: ignore[misc]
+
+    def estimate(self, rows: float) -> Estimate:
+        return Estimate(0.98, 100_000 if self.words else 100, "assumed", stored=4)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if (self.scorer is None) == (self.words is None):
+            given = "neither" if self.scorer is None else "both"
+            yield "scorer", f"exactly one of `scorer` and `words` must be given, found {given}"
+        if self.scorer is not None and (problem := plugin.problem(self.scorer)) is not None:
+            yield "scorer", problem
+        if self.words is not None:
+            try:
+                if not read_entries(self.words):
+                    yield "words", f"{self.words!r} has no word with a letter or digit"
+            except (OSError, ValueError) as error:
+                yield "words", f"cannot read {self.words!r}: {error}"
+        yield from check_score(self.column, self.max_score)
+
+    def fingerprint(self) -> object:
+        return self.words and hashlib.sha256("\n".join(read_entries(self.words)).encode()).hexdigest()
+
+    def setup(self) -> None:
+        if self.words is not None:
+            self._words = read_entries(self.words)
+        else:
+            self._scorer = plugin.load(str(self.scorer))
+
+    def process(self, batch: pa.Table) -> pa.Table:
+        if self.words is None:
+            captions = normal(batch["caption"]).to_pylist()
+            scores = scored(str(self.scorer), self._scorer, captions) if captions else np.empty(0)
+        else:
+            scores = np.zeros(len(batch))
+            scores[matcher(self._words).pairs(normalised(batch["caption"]))[0]] = 1
+        return with_score(batch, self.column, scores, self.max_score)
