@@ -14,7 +14,7 @@ import pytest
 from scipy.stats import rankdata
 
 from pipeline import learn, open_run, score_mixture
-from pipeline.passes import UnitWriter, commit, new_attempt
+from pipeline.passes import PoolPass, UnitPass, UnitWriter, commit, new_attempt
 from pipeline.reader import describe
 from pipeline.recipe import PoolSpec, Recipe
 from pipeline.schema import DROP, SAMPLE
