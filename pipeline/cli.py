@@ -29,6 +29,7 @@ COMMANDS = {
     "run": Command("pipeline.run", (), "curate a pool of image URLs and captions into shards, as a recipe says"),
     "plan": Command("pipeline.run", ("--plan",), "print what a recipe would run and cost; run nothing"),
     "verify": Command("pipeline.verify", (), "check everything that a finished run claims about itself"),
+    "takedown": Command("pipeline.takedown", (), "take listed samples out of the shards of a finished run"),
     "steps": Command("pipeline.reference", (), "print the reference of all steps, or of those named"),
     "train": Command("trainer.train", (), "pretrain a dual encoder on shards"),
     "evaluate": Command("trainer.evaluate.__main__", (), "evaluate a model: zero-shot, retrieval, probe and others"),

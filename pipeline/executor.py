@@ -10,6 +10,7 @@ error.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import secrets
@@ -33,6 +34,8 @@ from pipeline.recipe import Recipe
 from pipeline.schema import DROP, POSITION
 from pipeline.step import Filter, Sink, VectorFilter, drops_table
 from pipeline.storage import DamagedError, Entry, Store, sealed
+from pipeline.taken_down import NAME as TAKEN_DOWN
+from pipeline.taken_down import REASON, read_taken, taken_drops, taken_rows
 from pipeline.workers import map_tasks, run_passes
 
 if TYPE_CHECKING:
@@ -125,7 +128,7 @@ def write_books(job: Job, outcome: Outcome) -> int:
     def export(numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
         for number in numbers:
             claim.check()
-            yield _export_drops(store, passes, number, range(number * group, min(units, (number + 1) * group)))
+            yield export_drops(store, passes, number, range(number * group, min(units, (number + 1) * group)))
 
     exported = list(map_tasks(groups, export))
     rows = sum(record["rows"] for record in exported)
@@ -139,6 +142,7 @@ def write_books(job: Job, outcome: Outcome) -> int:
         raise BooksError(f"{funnel.rows_in:,} rows in, but {funnel.kept:,} kept and {rows:,} in the ledger of drops")
     books = {"name": recipe.name, "rows_in": funnel.rows_in, "kept": funnel.kept, "steps": funnel.to_json()}
     files = [store.write("funnel.json", json.dumps(books, indent=1).encode()), store.entry("run.json")]
+    files += [store.entry(TAKEN_DOWN)] if store.exists(TAKEN_DOWN) else []
     files += sorted((record["entry"] for record in exported), key=lambda entry: str(entry["name"]))
     if passes[-1].kind == "write" and (complete := passes[-1].complete()) is not None:
         folder = complete["folder"]
@@ -473,15 +477,19 @@ def _write(job: Job, index: int) -> None:
     types = {k: v for q in before for k, v in q.adds.items()}
 
     def write(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
+        ledger = read_taken(store)
         for part in batch:
             claim.check()
+            low, high = bounds[part], bounds[part + 1]
+            taken = rows_taken(before, ends, low, high, ledger)
             with contextlib.suppress(DamagedError):
                 record = p.record(part)
-                if record is not None and _whole(folder, record["files"]):
+                if record is not None and record.get("taken", []) == taken and _whole(folder, record["files"]):
                     yield record
                     continue
-            rows = _rows_of(before, ends, bounds[part], bounds[part + 1], list(types))
-            written = step.write(folder, part, rows, types)
+            written = step.write(folder, part, rows_between(before, ends, low, high, list(types)), types)
+            if taken:
+                written = {**step.remove(folder, written, ledger["uid"]), "taken": taken}
             p.forget(part)
             p.commit(part, written)
             yield {**written, "unit": part}
@@ -492,38 +500,65 @@ def _write(job: Job, index: int) -> None:
         claim.check()
         records.append(record)
         job.progress.add(p.label, record["rows"], record["rows"], {})
-    kept = sum(record["rows"] for record in records)
-    if kept != bounds[-1]:
-        raise BooksError(f"{p.label} wrote {kept:,} of {bounds[-1]:,} rows")
-    files, tail = {}, total - kept
-    if tail:
-        left = pa.concat_tables(_rows_of(before, ends, kept, total, []))
-        name = f"drops/{secrets.token_hex(4)}.parquet"
-        files = {"0": p.store.write_table(name, drops_table(left, p.label, step.leftover))}
-    line = Line(total, {step.leftover: tail} if tail else {}, time.perf_counter() - started)
     records.sort(key=lambda record: int(record["unit"]))
     books = Funnel()
-    for lines in (*map(_funnel, before), Funnel({p.label: line})):
+    for lines in map(_funnel, before):
         books.add(lines)
     honours = [wish for q in before for step in q.steps for wish in step.honours()]
     about = About(recipe.name, types, books, honours)
 
     def finish(_: Sequence[int]) -> Iterator[dict[str, Any]]:
         claim.check()
-        documents = step.finish(folder, about, records)
-        named = {"OWNER", *(e["name"] for e in documents), *(e["name"] for r in records for e in r["files"])}
-        for name in folder.names():
-            if name not in named:
-                folder.remove(name)
-        yield {"documents": documents}
+        finish_sink(p, before, step, folder, ends, about, records, time.perf_counter() - started)
+        yield {}
 
-    (end,) = map_tasks([0], finish)  # not on the driver: it may hold the uids of all samples
+    list(map_tasks([0], finish))  # not on the driver: it may hold the uids of all samples
+
+
+def finish_sink(
+    p: Pass, before: Sequence[Pass], step: Sink, folder: Store, ends: np.ndarray, about: About,
+    records: Sequence[dict[str, Any]], seconds: float,
+) -> None:  # fmt: skip
+    """Writes what describes all parts of a sink, given their records in order, and the record of the pass.
+
+    `ends` has for each unit the number of rows that reach the sink up to its end; `about` the funnel of the steps
+    before it.
+    """
+    total = int(ends[-1]) if len(ends) else 0
+    bounds = step.plan(total)
+    taken = [row for record in records for row in record.get("taken", [])]
+    if (kept := sum(record["rows"] for record in records)) + len(taken) != bounds[-1]:
+        raise BooksError(f"{p.label} wrote {kept:,} of {bounds[-1]:,} rows, and {len(taken):,} were taken down")
+    tail = pa.concat_tables([POSITION.empty_table(), *rows_between(before, ends, bounds[-1], total, [])])
+    drops = pa.concat_tables([taken_drops(taken, p.label), drops_table(tail, p.label, step.leftover)])
+    files = {"0": p.store.write_table(f"drops/{secrets.token_hex(4)}.parquet", drops)} if len(drops) else {}
+    reasons = {step.leftover: len(tail), REASON: len(taken)}
+    funnel = Funnel({p.label: Line(total, {why: n for why, n in reasons.items() if n}, seconds)})
+    books = Funnel()
+    for lines in (about.funnel, funnel):
+        books.add(lines)
+    documents = step.finish(folder, dataclasses.replace(about, funnel=books), list(records))
+    named = {"OWNER", *(e["name"] for e in documents), *(e["name"] for r in records for e in r["files"])}
+    for name in folder.names():
+        if name not in named:
+            folder.remove(name)
     p.sweep(files.values())
-    funnel = Funnel({p.label: line})
-    p.finish(funnel, files=files, units_per_file=max(1, units), folder=step.folder, parts=len(records), **end)
+    p.finish(
+        funnel, files=files, units_per_file=max(1, len(ends)), folder=step.folder, parts=len(records),
+        documents=documents,
+    )  # fmt: skip
 
 
-def _rows_of(before: Sequence[Pass], ends: np.ndarray, low: int, high: int, columns: list[str]) -> Iterator[pa.Table]:
+def rows_taken(before: Sequence[Pass], ends: np.ndarray, low: int, high: int, ledger: pa.Table) -> list[list[Any]]:
+    """Those of the surviving rows low … high − 1 of the run that were taken down (`taken_down.taken_rows`)."""
+    if not len(ledger) or low == high:
+        return []
+    return taken_rows(pa.concat_tables(rows_between(before, ends, low, high, ["uid"])), ledger)
+
+
+def rows_between(
+    before: Sequence[Pass], ends: np.ndarray, low: int, high: int, columns: list[str]
+) -> Iterator[pa.Table]:
     """The surviving rows low … high − 1 of the run, in the order of units."""
     unit = int(np.searchsorted(ends, low, side="right"))
     while low < high:
@@ -536,7 +571,7 @@ def _rows_of(before: Sequence[Pass], ends: np.ndarray, low: int, high: int, colu
         unit += 1
 
 
-def _export_drops(store: Store, passes: list[Pass], number: int, units: range) -> dict[str, Any]:
+def export_drops(store: Store, passes: list[Pass], number: int, units: range) -> dict[str, Any]:
     """Writes the drops of a group of units, with uid, url and caption, into one file for people and tools."""
     types = {"uid": pa.string(), "url": pa.string(), "caption": pa.string()}
     said = [name for name in DROP.names if name not in POSITION.names]

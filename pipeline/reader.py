@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -66,6 +67,17 @@ class RunStep:
     """The columns that it adds, with the names of their Arrow types."""
     repeatable: bool
     """Whether the same inputs give the same results again; false for what comes from the web."""
+
+    def load(self) -> Step:
+        """The step itself, with these options. RunError if its module cannot be imported, or has changed."""
+        module, _, name = self.step.rpartition(".")
+        try:
+            step: Step = getattr(importlib.import_module(module), name)(**self.options)
+        except Exception as error:  # a module of the user's can raise anything
+            cure = "put its folder on PYTHONPATH, at the version that the run was made with"
+            raise RunError(f"the step {self.label} ({self.step}) cannot be loaded: {error}; {cure}") from None
+        step.__dict__["_label"] = self.label
+        return step
 
 
 def describe(passes: Sequence[Pass], recipe: Recipe) -> list[dict[str, Any]]:
@@ -186,6 +198,11 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {self.name!r} in {self._store.root}: {', '.join(self._places)}>"
+
+    @property
+    def passes(self) -> list[Pass]:
+        """The passes, for commands that write to the run. Their steps are descriptions (`RunStep`)."""
+        return self._passes
 
     # --- The books ----------------------------------------------------------------------------------------------------
 

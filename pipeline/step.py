@@ -212,6 +212,14 @@ class Sink(Step):
         """
         raise TypeError(f"{type(self).__name__} must define write()")
 
+    def remove(self, store: Store, record: dict[str, Any], uids: pa.ChunkedArray) -> dict[str, Any]:
+        """Takes the samples with these uids out of a part that was written, and returns its record as it is now.
+
+        Called with a part as `write` left it, or as an interrupted call of this method did. What is left of other
+        samples must not change. Optional: without it, nothing can be taken down from a finished run.
+        """
+        raise TypeError(f"{self.name()} cannot take samples out of what it wrote")
+
     def finish(self, store: Store, about: About, parts: list[dict[str, Any]]) -> list[Entry]:
         """Writes the files that describe all parts, given their records in order, and returns their entries.
 

@@ -121,8 +121,8 @@ def check_run(store: Store, console: Console, deep: bool) -> Audit:
             audit.unchecked.append(
                 f"the contents of {size / 1e9:,.0f} GB of files, only their sizes (--deep hashes them)"
             )
-        audit.report_strays(store, "", store.names(), {"run.json", "funnel.json", "seal.json"})
         files = {entry["name"]: entry for entry in seal["files"]}
+        audit.report_strays(store, "", store.names(), {"seal.json", *files})
         drops = [name for name in files if name.startswith("drops/")]
         audit.report_strays(store, "drops", store.names("drops"), {name.partition("/")[2] for name in drops})
         audit.map_threaded("tables of drops", lambda entry: audit.check(store, entry), list(files.values()))
