@@ -11,7 +11,6 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 
-from pipeline.hamming import masks
 from pipeline.url import InvalidUrlError, canonical, web_address
 
 KINDS = {"uid": ("uid",), "url": ("url",), "domain": ("url",), "sha256": ("sha256",), "phash": ("phash",)}
@@ -176,6 +175,8 @@ def _covering(host: str, listed: set[str]) -> str:
 
 
 def _sorted_under_masks(values: set[int], distance: int) -> list[tuple[np.uint64, np.ndarray, np.ndarray]]:
+    from pipeline.hamming import masks  # brings scipy, which `--help` does not need
+
     hashes = np.array(sorted(values), np.uint64)
     result = []
     for mask in map(np.uint64, masks(distance)):
