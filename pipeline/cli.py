@@ -35,6 +35,7 @@ COMMANDS = {
     "evaluate": Command("trainer.evaluate.__main__", (), "evaluate a model: zero-shot, retrieval, probe and others"),
     "search": Command("trainer.search", (), "search pictures by text or by picture"),
     "moderate": Command("trainer.moderate", (), "flag pictures by a policy of prompts"),
+    "seen": Command("trainer.seen", (), "say at which steps of a training listed samples were trained on"),
     "export": Command("trainer.export", (), "write a checkpoint as a folder that open_clip loads"),
 }
 

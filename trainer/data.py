@@ -97,7 +97,7 @@ class Batches(Dataset[Batch]):
             if not failed:
                 return Batch(pixels, self.tokenizer(captions), numbers.tolist(), corrupt)
             left = np.array(failed)
-            others = mix(self.seed, epoch, _REPLACEMENTS + attempt, positions[left]) % np.uint64(len(self.shards))
+            others = replacements(positions[left], len(self.shards), self.seed, epoch, attempt)
             numbers[left] = self.shards.order(others, self.seed, epoch)
         raise ShardsError(
             f"{self.shards.folder}: {MAX_REPLACEMENTS} samples in a row cannot be read, among them {corrupt[-1]}"
@@ -115,6 +115,12 @@ class Batches(Dataset[Batch]):
             worker_init_fn=_outlive_sigterm if workers else None,
         )  # fmt: skip
         return (_delivered(part) for part in loader)
+
+
+def replacements(positions: np.ndarray, count: int, seed: int, epoch: int, attempt: int) -> np.ndarray:
+    """The positions, int64, whose samples replace those at `positions` of an epoch of `count` samples, where these and
+    the replacements of earlier attempts cannot be read."""
+    return (mix(seed, epoch, _REPLACEMENTS + attempt, positions) % np.uint64(count)).astype(np.int64)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.order import mix, shuffled
+from trainer.order import mix, shuffled, unshuffled
 from trainer.shards import CorruptSampleError, Shards, ShardsError
 
 CYCLE = 1 << 16
@@ -64,6 +64,32 @@ class Mixture:
                 found[now] = shuffled(at[now], len(shards), own_seed, int(turn))
             numbers[mine] = found + (self._ends[i] - len(shards))
         return numbers
+
+    def positions(self, numbers: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `Shards.positions`; but a number may be at several positions of an epoch, or at none."""
+        found: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+        first, last = epoch * len(self), (epoch + 1) * len(self)
+        for i, shards in enumerate(self.parts):
+            end = self._ends[i]
+            mine = np.flatnonzero((numbers >= end - len(shards)) & (numbers < end))
+            own, places = numbers[mine] - (end - len(shards)), np.flatnonzero(self._source == i)
+
+            def drawn(until: int, places: np.ndarray = places) -> int:
+                """Samples of this source among the first `until` of the run."""
+                return until // CYCLE * len(places) + int(np.searchsorted(places, until % CYCLE))
+
+            low, high, own_seed = drawn(first), drawn(last), int(mix(seed, i)[0] >> np.uint64(1))
+            for turn in range(low // len(shards), -(-high // len(shards))) if len(mine) else ():
+                draws = unshuffled(own, len(shards), own_seed, turn) + turn * len(shards)
+                within = (draws >= low) & (draws < high)
+                cycle, place = np.divmod(draws[within], len(places))
+                found.append((mine[within], cycle * CYCLE + places[place] - first))
+        indices, positions = zip(*found)
+        return np.concatenate(indices), np.concatenate(positions)
+
+    def uids(self) -> Iterator[list[str | None]]:
+        """As `Shards.uids`."""
+        return (uids for shards in self.parts for uids in shards.uids())
 
     def key(self, number: int) -> str:
         """`FOLDER/SHARD.tar:KEY`."""

@@ -31,7 +31,7 @@ from braceexpand import braceexpand
 from rich.progress import track
 
 from trainer.errors import InputError
-from trainer.order import shuffled
+from trainer.order import shuffled, unshuffled
 from trainer.tar import ABSENT, BLOCK, DOTTED, TarError, index_tar, member_name
 from trainer.terminal import Console
 
@@ -45,6 +45,8 @@ WINDOW = 1 << 24
 GAP = 1 << 16
 """Image and caption of a sample come in one request if no more bytes than this lie between them."""
 
+UIDS_AT_ONCE = 1024
+"""JSON members read at a time in search of uids."""
 PAUSES = (0.3, 2.0)
 """Seconds before a request that failed is made again."""
 
@@ -77,6 +79,8 @@ class Shard:
     """a local .npy file"""
     first_row: int
     """the byte of that file at which the rows start"""
+    table: str = ""
+    """the parquet file with the columns of its samples, if the manifest names one"""
 
 
 class Shards:
@@ -113,6 +117,36 @@ class Shards:
     def order(self, positions: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         """The sample numbers, int64, at these positions (0 to `len - 1`) of an epoch: each number exactly once."""
         return shuffled(positions, len(self), seed, epoch)
+
+    def positions(self, numbers: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where these sample numbers are in an epoch, the inverse of `order`: indices into `numbers`, and for each a
+        position, both int64."""
+        return np.arange(len(numbers)), unshuffled(numbers, len(self), seed, epoch)
+
+    def uids(self) -> Iterator[list[str | None]]:
+        """The uids of all samples in the order of their numbers, a list for each tar; None for a sample without one.
+
+        Read from the table beside the tar where a manifest names one, otherwise from the JSON of each sample.
+        ShardsError if the table does not fit its tar.
+        """
+        for shard in self.shards:
+            uids = _table_uids(shard) if shard.table else None
+            yield list(self._json_uids(shard)) if uids is None else uids
+
+    def _json_uids(self, shard: Shard) -> Iterator[str | None]:
+        for start in range(0, shard.samples, UIDS_AT_ONCE):
+            rows = [self._index(shard, row) for row in range(start, min(start + UIDS_AT_ONCE, shard.samples))]
+            ranges = [(shard.url, row[2], row[3] if 0 < row[3] <= MAX_TEXT_BYTES else 0) for row in rows]
+            if self.remote:
+                texts = _fetch(ranges)
+            else:
+                file = _opened(shard.url, shard.digest).descriptor
+                texts = [os.pread(file, size, at) if size else b"" for _, at, size in ranges]
+            for text in texts:
+                uid = None
+                with suppress(ValueError, KeyError, TypeError, RecursionError):
+                    uid = json.loads(text)["uid"]
+                yield uid if isinstance(uid, str) else None
 
     def key(self, number: int) -> str:
         """`SHARD.tar:KEY`, the name of a sample in messages, from the tar's own header."""
@@ -242,6 +276,23 @@ def _sample(image: bytes, text: bytes, places: _Places) -> tuple[bytes, str] | C
         return CorruptSampleError("it has no txt, and its json has no text as caption")
 
 
+def _table_uids(shard: Shard) -> list[str | None] | None:
+    """None without a table: the tars are enough to train on, so others may have been left behind."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with fsspec.open(shard.table, "rb") as file:
+            uids: list[str | None] = pq.read_table(file, columns=["uid"])["uid"].to_pylist()
+    except FileNotFoundError:
+        return None
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise ShardsError(f"{shard.table}: its uids cannot be read: {error}") from error
+    if len(uids) != shard.samples:
+        raise ShardsError(f"{shard.table}: {len(uids):,} rows, expected the {shard.samples:,} of {shard.name}")
+    return uids
+
+
 class _File:
     """A descriptor, closed with the last reference. Not a map: a map of a file that shrinks kills the process."""
 
@@ -365,7 +416,7 @@ def _read_manifest(fs: Any, path: str) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise ShardsError(f"{path}: format {manifest['format']!r}, expected {FORMAT!r}")
         for shard in manifest["shards"]:
-            if any(Path(shard[key]).name != shard[key] for key in ("name", "index")):
+            if any(Path(shard[key]).name != shard[key] for key in ("name", "index", "parquet") if key in shard):
                 raise ShardsError(f"{path}: {shard['name']!r} is not a plain file name")
             _ = int(shard["samples"]), int(shard["bytes"]), str(shard["sha256"])
         _ = str(manifest["name"]), int(manifest["samples"])
@@ -402,7 +453,8 @@ def _finished_shard(folder: str, entry: dict[str, Any]) -> Shard:
         raise ShardsError(
             f"{index}: {rows.dtype} of shape {rows.shape}, expected int64 of shape ({entry['samples']}, 6)"
         )
-    return Shard(entry["name"], tar, entry["bytes"], len(rows), entry["sha256"], local, rows.offset)
+    table = f"{folder}/{entry['parquet']}" if "parquet" in entry else ""
+    return Shard(entry["name"], tar, entry["bytes"], len(rows), entry["sha256"], local, rows.offset, table)
 
 
 # --- Tars without an index --------------------------------------------------------------------------------------------
