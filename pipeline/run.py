@@ -189,6 +189,8 @@ def _pool_key(checked: Recipe) -> dict[str, Any]:
     spec = dataclasses.asdict(checked.pool)
     del spec["rows"], spec["path"]
     spec |= {"retry": True} if spec.pop("retry") else {}
+    if spec["embeddings"] is None:  # the key of runs that were made before there was such an option
+        del spec["embeddings"]
     return {"version": 2, "files": pool.stamp(checked.pool), "unit_rows": checked.unit_rows, **spec}
 
 
