@@ -143,8 +143,8 @@ def _parquet_head(path: str, spec: PoolSpec) -> _Head:
         size = sum(group.total_byte_size for group in groups)
         head = _Head(file.schema_arrow.remove_metadata(), tuple(group.num_rows for group in groups), size)
     for name, pattern in (spec.embeddings or {}).items():
+        place = _beside(name, pattern, path)
         try:
-            place = sidecar.locate(pattern, path)
             array = sidecar.head(*place)
         except sidecar.SidecarError as error:
             raise PoolError(f"embeddings.{name}: {error}") from None
@@ -486,13 +486,24 @@ def count(spec: PoolSpec, split: Split) -> int:
 def stamp(spec: PoolSpec) -> list[list[Any]]:
     """Identifies the version of the pool without reading it: name, size, and time or ETag of each file."""
     paths = find_files(spec)
-    beside = [
-        sidecar.locate(pattern, path)[0]
+    beside = dict.fromkeys(
+        _beside(name, pattern, path)[0]
         for path in paths
-        for pattern in (spec.embeddings or {}).values()
+        for name, pattern in (spec.embeddings or {}).items()
         if _format(path) == "parquet"
-    ]
-    return _stamps([*paths, *dict.fromkeys(beside)])
+    )
+    return _stamps([*paths, *beside])
+
+
+def _beside(name: str, pattern: str, table: str) -> tuple[str, str]:
+    """The file of vectors beside a table, and the array in it. PoolError if there is none."""
+    try:
+        path, array = sidecar.locate(pattern, table)
+    except sidecar.SidecarError as error:
+        raise PoolError(f"embeddings.{name}: {error}") from None
+    if "://" not in path and not os.path.exists(path):
+        raise PoolError(f"embeddings.{name}: {path} does not exist; expected the vectors of {table}")
+    return path, array
 
 
 def _stamps(paths: list[str]) -> list[list[Any]]:
