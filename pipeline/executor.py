@@ -32,7 +32,7 @@ from pipeline.passes import Pass, check_measured, check_unit, read_unit, survivi
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.schema import DROP, POSITION
-from pipeline.step import Filter, Sink, VectorFilter, drops_table
+from pipeline.step import Filter, Sink, VectorFilter, drops_table, to_pandas
 from pipeline.storage import DamagedError, Entry, Store, sealed
 from pipeline.taken_down import NAME as TAKEN_DOWN
 from pipeline.taken_down import REASON, read_taken, taken_drops, taken_rows
@@ -359,7 +359,7 @@ def _barrier(job: Job, index: int, rows: int) -> None:
 
     def frame_of(group: range) -> pd.DataFrame:
         tables = [t for unit in group for t in read_unit(before, unit, schema.names[2:])]
-        return _to_pandas(pa.concat_tables([schema.empty_table(), *tables]))
+        return to_pandas(pa.concat_tables([schema.empty_table(), *tables]))
 
     attempt = secrets.token_hex(4)
 
@@ -367,18 +367,20 @@ def _barrier(job: Job, index: int, rows: int) -> None:
         written = []
         for number, drops in part.sort_values(["unit", "row"]).groupby("_file"):
             name = f"drops/{number:06d}-{attempt}.parquet"
+            columns = [*DROP, *map(pa.field, p.adds.keys(), p.adds.values())]
+            drops = drops.assign(step=p.label)
             table = pa.table(
-                {**{c: drops[c].to_numpy() for c in POSITION.names}, "step": [p.label] * len(drops),
-                 **{c: pa.array(drops[c] if c in drops else [None] * len(drops), DROP.field(c).type, from_pandas=True)
-                    for c in ("reason", "detail", "value")}}
-            ).cast(DROP)  # fmt: skip
+                {f.name: pa.array(drops[f.name] if f.name in drops else [None] * len(drops), f.type, from_pandas=True)
+                 for f in columns},
+                pa.schema(columns),
+            )  # fmt: skip
             entry = json.dumps(p.store.write_table(name, table))
             counts = json.dumps({str(k): int(v) for k, v in drops["reason"].value_counts().items()})
             written.append((int(number), entry, counts))
         return pd.DataFrame(written, columns=["file", "entry", "counts"]).astype(object)
 
     with dask.config.set({"scheduler": ray_dask_get, "dataframe.shuffle.method": "tasks"}):
-        frame = dd.from_map(frame_of, groups, meta=_to_pandas(schema.empty_table()))
+        frame = dd.from_map(frame_of, groups, meta=to_pandas(schema.empty_table()))
         drops = step.decide(frame)
         drops = drops.assign(_file=drops["unit"] // per_file)
         if drops.npartitions > 1:
@@ -394,18 +396,6 @@ def _barrier(job: Job, index: int, rows: int) -> None:
     job.progress.add(p.label, rows, line.kept, line.dropped)
     p.sweep(files.values())
     p.finish(Funnel({p.label: line}), files=files, units_per_file=per_file)
-
-
-def _to_pandas(table: pa.Table) -> pd.DataFrame:
-    """Converts with types that hold nulls, so that a null among 64-bit hashes does not turn them into floats."""
-    import pandas as pd
-
-    def dtype(of: pa.DataType) -> Any:
-        if pa.types.is_string(of):
-            return pd.StringDtype("pyarrow")
-        return pd.ArrowDtype(of) if pa.types.is_integer(of) else None
-
-    return table.to_pandas(types_mapper=dtype)
 
 
 # --- What is written --------------------------------------------------------------------------------------------------

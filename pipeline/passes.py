@@ -177,6 +177,7 @@ def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.Da
         pixels = any(is_heavy(known[c]) for c in step.needs if c in known and not any(c in s.adds for s in steps))
         if alone or (scope == "unit" and (regroups or _reads_heavy(steps, known))) or (wants_units and pixels):
             close()
+        step.needs = (*step.needs, *(c for c in step.wants if c in known and c not in step.needs))  # type: ignore[misc]
         steps.append(step)
         identities.append(identity(step))
         known |= step.adds
@@ -228,7 +229,14 @@ def read_unit(
     with contextlib.ExitStack() as stack:
         for p in before:
             mine = [c for c in wanted if c in p.adds]
-            if not mine or p.kind in ("barrier", "write"):
+            if not mine or p.kind == "write":
+                continue
+            if p.kind == "barrier":
+                values = barrier_values(p, unit)
+                at = _places(values, rows)
+                for c in mine:  # the other rows keep what they had
+                    new = values[c].take(pa.array(at, mask=at < 0))
+                    light[c] = pc.coalesce(new, light[c]) if c in light else new
                 continue
             small = [c for c in mine if not is_heavy(p.adds[c])]
             big = [c for c in mine if is_heavy(p.adds[c])]
@@ -258,18 +266,32 @@ def read_unit(
 
 def barrier_drops(p: Pass, unit: int) -> pa.Table:
     """The drops of a barrier or sink in one unit: the columns of `schema.DROP` without `unit`."""
+    table = _decided(p, unit)
+    return table.filter(pc.is_valid(table["reason"])).select([name for name in DROP.names if name != "unit"])
+
+
+def barrier_values(p: Pass, unit: int) -> pa.Table:
+    """`row` and the columns that a barrier adds, of the rows of a unit that got values, in the order of `row`."""
+    table = _decided(p, unit)
+    if not p.adds or not len(table):
+        return pa.schema([POSITION.field("row"), *p.adds.items()]).empty_table()
+    return table.filter(pc.is_null(table["reason"])).select(["row", *p.adds])
+
+
+def _decided(p: Pass, unit: int) -> pa.Table:
+    """What a barrier has stored of one unit: its drops, and lines without a reason for rows that got values."""
     complete = p.complete()
     if complete is None:
         raise FileNotFoundError(f"{p.root}: the barrier is not complete")
     entry = complete["files"].get(str(unit // complete["units_per_file"]))
     if entry is None:
-        return DROP.empty_table().drop_columns("unit")
+        return DROP.empty_table()
     try:
         table = _barrier_file(p.root, **entry)
     except DamagedError as error:
         again = f"remove {p.store.path('complete.json')} and give the same command again: the pass is made again"
         raise DamagedError(f"{error} (unit {unit} of the pass {p.label}). To go on, {again}.") from None
-    return table.filter(pc.equal(table["unit"], unit)).drop_columns("unit")
+    return table.filter(pc.equal(table["unit"], unit))
 
 
 @lru_cache(maxsize=8)  # a recipe has some barriers, and each is asked for every unit of a file in turn
@@ -300,7 +322,10 @@ def _drops(p: Pass, unit: int, rows: np.ndarray | None) -> pa.Table:
 
 def rows_with_values(p: Pass, unit: int) -> np.ndarray:
     """The rows of a unit (int32, ascending) for which a pass over units has stored values of the columns that it adds:
-    those that it kept (the pool's own pass: all), whatever the passes before and after it say of them."""
+    those that it kept (the pool's own pass: all; a barrier: those that got some), whatever the passes before and after
+    it say of them."""
+    if p.kind == "barrier":
+        return barrier_values(p, unit)["row"].to_numpy()
     table = _measured(p, unit, ["drop_reason"])[0]
     there = np.ones(len(table), bool) if p.kind == "pool" else pc.is_null(table["drop_reason"]).to_numpy()
     return table["row"].to_numpy()[there]

@@ -354,7 +354,10 @@ class Run:
             empty = pa.schema([*POSITION, *((name, types[name]) for name in mine)]).empty_table()
             table = pa.concat_tables([empty, *read_unit([p], unit, mine, there)])
             at = pa.array(np.searchsorted(there, numbers), mask=~np.isin(numbers, there))
-            found |= {name: table[name].take(at) for name in mine}
+            for name in mine:
+                values = table[name].take(at)
+                # A whole-run filter gives values to some rows; the others keep those of an earlier step.
+                found[name] = pc.coalesce(values, found[name]) if name in found else values
         return pa.table({name: found[name] for name in [*POSITION.names, *wanted]})
 
     def pictures(self, uids: Iterable[str]) -> dict[str, bytes]:

@@ -379,7 +379,7 @@ class _Checker:
                 self._note((*key, step.name(), option), f"steps.{step.label}.{option}", problem)
             types |= step.adds
             for column in step.adds:
-                if column in have:
+                if column in have and column not in step.wants:
                     cure = (
                         "list the columns to carry in pool.columns"
                         if have[column] == "the pool"
