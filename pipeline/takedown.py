@@ -98,6 +98,7 @@ class FinishedRun:
     def _find(self, listed: TakedownList) -> pa.Table:
         kinds = listed.kinds
         names = list(dict.fromkeys([*SAMPLE.names, *(name for kind in kinds for name in KINDS[kind])]))
+        there: list[str] = []
         for shard in self.shards[:1]:
             with self.folder.input(shard["parquet"]) as file:
                 there = pq.read_schema(file).names
@@ -108,9 +109,13 @@ class FinishedRun:
                         "the list are compared with; take those entries out of the list"
                     )
 
+        names += ["captions"] if "uid" in kinds and "captions" in there else []
+
         def look(part: int) -> pa.Table:
             rows = self.folder.read_table(self.shards[part]["parquet"], names)
             kind, entry = listed.find(rows, kinds)
+            if "captions" in rows.column_names:
+                kind, entry = _with_merged(listed, rows, kind, entry)
             hit = kind.is_valid()
             details = pc.binary_join_element_wise(kind.filter(hit), entry.filter(hit), " ")
             columns = {name: rows[name].filter(hit) for name in SAMPLE.names}
@@ -239,6 +244,15 @@ class FinishedRun:
             done = threads.map(work, items)
             quiet = not self.console.is_terminal
             return list(track(done, what, len(items), console=self.console, transient=True, disable=quiet))
+
+
+def _with_merged(listed: TakedownList, rows: pa.Table, kind: pa.Array, entry: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Kind and entry for each row, found also by the uids of the rows whose captions it has."""
+    captions = rows["captions"].combine_chunks()
+    kinds, uids = listed.find(pa.table({"uid": pc.struct_field(captions.flatten(), "uid")}), ["uid"])
+    owners = pc.list_parent_indices(captions).filter(kinds.is_valid())
+    at = pc.index_in(pa.array(np.arange(len(rows))), owners.cast(pa.int64()))
+    return pc.coalesce(kind, kinds.drop_null().take(at)), pc.coalesce(entry, uids.drop_null().take(at))
 
 
 @guarded()

@@ -1,7 +1,7 @@
-"""Batches of a training run: chooses samples and crops, and decodes them in worker processes.
+"""Batches of a training run: chooses samples, captions and crops, and decodes them in worker processes.
 
 Batch `step` is a pure function of (shards, seed, step). So a run can start at any step without delay, and gets the same
-samples and crops for any number of workers and ranks.
+samples, captions and crops for any number of workers and ranks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ __all__ = [
 
 MAX_REPLACEMENTS = 20
 """Replacements tried for an unreadable sample. If half of all samples are corrupt, one in a million needs more."""
-_CROPS, _REPLACEMENTS = 1 << 32, 1 << 33  # distinct from the small round numbers of `order.shuffled`
+# Distinct from the small round numbers of `order.shuffled`.
+_CROPS, _REPLACEMENTS, _CAPTIONS = 1 << 32, 1 << 33, 1 << 34
 
 
 @dataclass
@@ -79,13 +80,14 @@ class Batches(Dataset[Batch]):
         positions = batch * self.batch_size + rank * count + np.arange(count)
         numbers = self.shards.order(positions, self.seed, epoch)
         places = (mix(self.seed, epoch, _CROPS, positions) / 2**64).tolist()
+        draws = mix(self.seed, epoch, _CAPTIONS, positions)
         pixels = torch.empty((count, 3, self.size, self.size), dtype=torch.uint8)
         captions, corrupt = [""] * count, []
         left = np.arange(count)
         for attempt in range(MAX_REPLACEMENTS + 1):
             failed = []
             wanted = numbers[left].tolist()
-            for i, number, sample in zip(left.tolist(), wanted, self.shards.read_many(wanted)):
+            for i, number, sample in zip(left.tolist(), wanted, self.shards.read_many(wanted, draws[left].tolist())):
                 try:
                     if isinstance(sample, CorruptSampleError):
                         raise sample

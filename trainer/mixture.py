@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, repeat
 from pathlib import Path
 
 import numpy as np
@@ -101,11 +101,17 @@ class Mixture:
         shards, own = self._locate(number)
         return shards.read(own)
 
-    def read_many(self, numbers: Iterable[int]) -> Iterator[tuple[bytes, str] | CorruptSampleError]:
+    def read_many(
+        self, numbers: Iterable[int], draws: Iterable[int] | None = None
+    ) -> Iterator[tuple[bytes, str] | CorruptSampleError]:
         """As `Shards.read_many`."""
-        located = [self._locate(number) for number in numbers]
-        read = {id(part): part.read_many([own for of, own in located if of is part]) for part in self.parts}
-        return (next(read[id(part)]) for part, _ in located)
+        pairs = zip(numbers, repeat(0) if draws is None else draws)
+        located = [(*self._locate(number), draw) for number, draw in pairs]
+        read = {}
+        for part in self.parts:
+            mine = [(own, draw) for of, own, draw in located if of is part]
+            read[id(part)] = part.read_many(*zip(*mine)) if mine else iter(())
+        return (next(read[id(part)]) for part, _, _ in located)
 
     def _locate(self, number: int) -> tuple[Shards, int]:
         at = bisect_right(self._ends, number)

@@ -21,7 +21,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -79,6 +79,8 @@ class Shard:
     """a local .npy file"""
     first_row: int
     """the byte of that file at which the rows start"""
+    lists_captions: bool = False
+    """whether the JSON of a sample may list several captions"""
     table: str = ""
     """the parquet file with the columns of its samples, if the manifest names one"""
 
@@ -171,9 +173,15 @@ class Shards:
             raise sample
         return sample
 
-    def read_many(self, numbers: Iterable[int]) -> Iterator[tuple[bytes, str] | CorruptSampleError]:
-        """`read` for several samples: from a disk one at a time, from a remote store all asked for at once."""
-        places = (self._places(number) for number in numbers)
+    def read_many(
+        self, numbers: Iterable[int], draws: Iterable[int] | None = None
+    ) -> Iterator[tuple[bytes, str] | CorruptSampleError]:
+        """`read` for several samples: from a disk one at a time, from a remote store all asked for at once.
+
+        `draws` has a whole number for each, which chooses among the captions of a sample that has several: the one
+        at draw modulo their number. By default the first.
+        """
+        places = (self._places(number, draw) for number, draw in zip(numbers, repeat(0) if draws is None else draws))
         return iter(_read_remote(list(places))) if self.remote else map(_read_local, places)
 
     def _locate(self, number: int) -> tuple[Shard, int]:
@@ -187,10 +195,10 @@ class Shards:
             raise ShardsError(f"{shard.index}: shorter than when it was opened; start again")
         return _Row.unpack(data)
 
-    def _places(self, number: int) -> _Places | CorruptSampleError:
+    def _places(self, number: int, draw: int = 0) -> _Places | CorruptSampleError:
         shard, row = self._locate(number)
         image_at, image_size, json_at, json_size, text_at, text_size = self._index(shard, row)
-        if in_json := text_size == ABSENT:
+        if in_json := text_size == ABSENT or (shard.lists_captions and json_size > 0):
             text_at, text_size = json_at, json_size
         if image_size == ABSENT:
             return CorruptSampleError("it has no jpg, png, webp, gif or avif")
@@ -198,12 +206,13 @@ class Shards:
             return CorruptSampleError("its picture's name has more dots than one, and a key ends at the first")
         if text_size == ABSENT:
             return CorruptSampleError("it has no caption: neither txt nor json")
-        for at, size, most in ((image_at, image_size, MAX_IMAGE_BYTES), (text_at, text_size, MAX_TEXT_BYTES)):
+        most_text = MAX_IMAGE_BYTES if shard.lists_captions else MAX_TEXT_BYTES
+        for at, size, most in ((image_at, image_size, MAX_IMAGE_BYTES), (text_at, text_size, most_text)):
             if at < BLOCK or size < 0 or at + size > shard.size:
                 return CorruptSampleError(f"the index points outside {shard.name}")
             if size > most:
                 return CorruptSampleError(f"{size:,} bytes, more than {most:,}")
-        return _Places(shard, image_at, image_size, text_at, text_size, in_json)
+        return _Places(shard, image_at, image_size, text_at, text_size, in_json, draw)
 
 
 class _Places(NamedTuple):
@@ -215,13 +224,16 @@ class _Places(NamedTuple):
     text_at: int
     text_size: int
     in_json: bool
-    """the caption is in a JSON object's `caption`, a text or a list of which the first counts"""
+    """the caption is in a JSON object: one of its `captions`, objects with a `caption` each; without those its
+    `caption`, a text or a list of texts"""
+    draw: int
+    """chooses among several captions"""
 
 
 def _read_local(places: _Places | CorruptSampleError) -> tuple[bytes, str] | CorruptSampleError:
     if isinstance(places, CorruptSampleError):
         return places
-    shard, image_at, image_size, text_at, text_size, _ = places
+    shard, image_at, image_size, text_at, text_size, *_ = places
     file = _opened(shard.url, shard.digest).descriptor
     image, text = os.pread(file, image_size, image_at), os.pread(file, text_size, text_at)
     return _sample(image, text, places)
@@ -265,9 +277,11 @@ def _sample(image: bytes, text: bytes, places: _Places) -> tuple[bytes, str] | C
     try:
         if not places.in_json:
             return image, text.decode("utf-8")
-        caption = json.loads(text)["caption"]
+        about = json.loads(text)
+        captions = [one["caption"] for one in about.get("captions") or ()] if places.shard.lists_captions else []
+        caption = captions or about["caption"]
         if isinstance(caption, list) and caption:
-            caption = caption[0]
+            caption = caption[places.draw % len(caption)]
         caption.encode()  # JSON can spell a lone surrogate, which no tokenizer takes
         return image, str(caption)
     except UnicodeError:
@@ -401,7 +415,7 @@ def _finished(fs: Any, folder: str) -> tuple[str, list[Shard]]:
             f"{folder}/manifest.json: says {manifest['samples']} samples, its shards add up to {total}"
             + ("" if total else "; there is nothing to read")
         )
-    open_one = partial(_finished_shard, folder)
+    open_one = partial(_finished_shard, folder, bool(manifest.get("captions")))
     if "://" in folder:
         with ThreadPoolExecutor(16) as pool:
             shards = _shown(pool, open_one, entries, "fetching indexes")
@@ -427,7 +441,7 @@ def _read_manifest(fs: Any, path: str) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _finished_shard(folder: str, entry: dict[str, Any]) -> Shard:
+def _finished_shard(folder: str, lists_captions: bool, entry: dict[str, Any]) -> Shard:
     tar, index = f"{folder}/{entry['name']}", f"{folder}/{entry['index']}"
     local = index
     if "://" in folder:
@@ -454,7 +468,9 @@ def _finished_shard(folder: str, entry: dict[str, Any]) -> Shard:
             f"{index}: {rows.dtype} of shape {rows.shape}, expected int64 of shape ({entry['samples']}, 6)"
         )
     table = f"{folder}/{entry['parquet']}" if "parquet" in entry else ""
-    return Shard(entry["name"], tar, entry["bytes"], len(rows), entry["sha256"], local, rows.offset, table)
+    return Shard(
+        entry["name"], tar, entry["bytes"], len(rows), entry["sha256"], local, rows.offset, lists_captions, table
+    )  # fmt: skip
 
 
 # --- Tars without an index --------------------------------------------------------------------------------------------

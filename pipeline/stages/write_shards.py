@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from pipeline.card import About, croissant, readme
 from pipeline.sample_json import json_values, sample_json
-from pipeline.schema import INLINE
+from pipeline.schema import CAPTIONS, INLINE
 from pipeline.step import Estimate, Sink
 from pipeline.storage import Entry, Output, Store
 
@@ -114,7 +114,8 @@ class WriteShards(Sink):
     def finish(self, store: Store, about: About, parts: list[dict[str, Any]]) -> list[Entry]:
         """Writes what describes all shards together, `manifest.json` first of all.
 
-        The manifest names every other file with its size and SHA-256. `subset.npy` is DataComp's subset format: the
+        The manifest names every other file with its size and SHA-256, and says whether the JSON of samples may list
+        several `captions`. `subset.npy` is DataComp's subset format: the
         sorted uids as pairs of uint64, 16 bytes a sample in memory.
         """
         extensions = sorted({extension for part in parts for extension in part["extensions"]})
@@ -129,6 +130,7 @@ class WriteShards(Sink):
             "samples_per_shard": self.samples_per_shard,
             "extension": "|".join(extensions),
             "index_columns": list(INDEX_COLUMNS),
+            **({"captions": True} if about.types.get("captions") == CAPTIONS else {}),
             "shards": shards,
         }
         sizes = {shard["name"]: shard["samples"] for shard in shards}
