@@ -11,6 +11,8 @@ import pytest
 
 from pipeline import pool, wat
 from pipeline.recipe import PoolSpec
+from pipeline.run import main
+from tests.conftest import ROOT, Command
 
 PAGE = "http://page.example/dir/a.html"
 
@@ -182,3 +184,27 @@ def test_without_fastwarc_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(pool.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(pool.PoolError, match=r"winnow-clip\[commoncrawl\]"):
         pool.columns(PoolSpec(path=str(tmp_path / "a.wat.gz")))
+
+
+def test_the_shipped_recipe_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "a.wat.gz", *(numbered(i) for i in range(9)))
+    conf = str(ROOT / "conf/common_crawl.yaml")
+    assert main([conf, "--plan", f"pool.path={tmp_path}/*.wat.gz"]) == 0
+    assert "common-crawl: 9 rows (counted)" in capsys.readouterr().out
+    assert main([conf, "--plan"]) == 0
+    assert "5,000,000,000 rows (pool.rows)" in capsys.readouterr().out
+
+
+def test_a_run_reads_links_and_accounts_for_damage(run: Command, tmp_path: Path) -> None:
+    records = [page(image("x.jpg", f"caption {i}"), image("data:x", "inline")) for i in range(3)]
+    write(tmp_path / "a.wat.gz", *records, warc(b"{nope"), *(numbered(i) for i in range(9)))
+    (tmp_path / "r.yaml").write_text(
+        "name: crawl\npool: {path: '*.wat.gz'}\nrun: out\n"
+        "steps:\n  - exact_dedup: {by: [url], captions: merge}\n  - write_subset\n"
+    )
+    done = run("r.yaml")
+    assert done.returncode == 0, done.stderr
+    steps = {line["step"]: line for line in json.loads((tmp_path / "out/funnel.json").read_text())["steps"]}
+    assert steps["pool"]["dropped"] == {"bad_record": 1, "bad_url": 3}
+    assert steps["exact_dedup"]["dropped"] == {"merged": 2}
+    assert steps["write_subset"]["rows_in"] == 10
