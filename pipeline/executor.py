@@ -477,7 +477,7 @@ def _write(job: Job, index: int) -> None:
                 if record is not None and record.get("taken", []) == taken and _whole(folder, record["files"]):
                     yield record
                     continue
-            written = step.write(folder, part, rows_between(before, ends, low, high, step.columns(types)), types)
+            written = step.write(folder, part, rows_between(before, ends, low, high, step.reads(types)), types)
             if taken:
                 written = {**step.remove(folder, written, ledger["uid"]), "taken": taken}
             p.forget(part)

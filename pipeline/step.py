@@ -223,15 +223,15 @@ class Sink(Step):
         """
         raise TypeError(f"{type(self).__name__} must define plan()")
 
-    def columns(self, types: Mapping[str, pa.DataType]) -> list[str]:
+    def reads(self, types: Mapping[str, pa.DataType]) -> list[str]:
         """The columns of the rows that `write` gets, among those of `types`. By default all, pixels and vectors too."""
         return list(types)
 
     def write(
         self, store: Store, part: int, tables: Iterator[pa.Table], types: dict[str, pa.DataType]
     ) -> dict[str, Any]:
-        """Writes one part into the folder `store`. `tables` hold its rows with what `columns` returned,
-        of the types in `types`.
+        """Writes one part into the folder `store`. `tables` hold its rows with the columns that `reads`
+        returned, of the types in `types`.
 
         Returns a JSON-able record with at least `rows`, the number written, and `files`, the `Entry` of each file.
         """

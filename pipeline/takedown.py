@@ -52,7 +52,7 @@ R = TypeVar("R")
 
 
 @dataclass
-class Takedown:
+class Outcome:
     """What was taken down."""
 
     samples: pa.Table
@@ -81,7 +81,7 @@ class FinishedRun:
         self.has_passes = all(p.complete() is not None for p in self.before)
         """Whether `passes/` is still there. Then its records follow too."""
 
-    def take_down(self, listed: TakedownList) -> Takedown:
+    def take_down(self, listed: TakedownList) -> Outcome:
         """Rewrites the shards that hold listed samples. RunError if the shards lack a column that the list needs."""
         found = self._find(listed)
         taken = read_taken(self.store)
@@ -93,7 +93,7 @@ class FinishedRun:
         if affected:
             self.claim.check()
             self._write(taken, sorted(affected))
-        return Takedown(found, len(affected), len(self.shards))
+        return Outcome(found, len(affected), len(self.shards))
 
     def _find(self, listed: TakedownList) -> pa.Table:
         kinds = listed.kinds

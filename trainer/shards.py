@@ -19,7 +19,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate, repeat
 from pathlib import Path
@@ -138,7 +138,7 @@ class Shards:
     def _json_uids(self, shard: Shard) -> Iterator[str | None]:
         for start in range(0, shard.samples, UIDS_AT_ONCE):
             rows = [self._index(shard, row) for row in range(start, min(start + UIDS_AT_ONCE, shard.samples))]
-            ranges = [(shard.url, row[2], row[3] if 0 < row[3] <= MAX_TEXT_BYTES else 0) for row in rows]
+            ranges = [(shard.url, row[2], row[3] if 0 < row[3] <= MAX_IMAGE_BYTES else 0) for row in rows]
             if self.remote:
                 texts = _fetch(ranges)
             else:
@@ -468,9 +468,8 @@ def _finished_shard(folder: str, lists_captions: bool, entry: dict[str, Any]) ->
             f"{index}: {rows.dtype} of shape {rows.shape}, expected int64 of shape ({entry['samples']}, 6)"
         )
     table = f"{folder}/{entry['parquet']}" if "parquet" in entry else ""
-    return Shard(
-        entry["name"], tar, entry["bytes"], len(rows), entry["sha256"], local, rows.offset, lists_captions, table
-    )  # fmt: skip
+    shard = Shard(entry["name"], tar, entry["bytes"], len(rows), entry["sha256"], local, rows.offset)
+    return replace(shard, lists_captions=lists_captions, table=table)
 
 
 # --- Tars without an index --------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class WriteSubset(Sink):
     def plan(self, rows: int) -> list[int]:
         return [*range(0, rows, self.rows_per_part), rows]
 
-    def columns(self, types: Mapping[str, pa.DataType]) -> list[str]:
+    def reads(self, types: Mapping[str, pa.DataType]) -> list[str]:
         return ["uid"]
 
     def write(
