@@ -12,7 +12,7 @@ The order of samples is a function of the seed, so nothing but the checkpoint an
 be those that the model was trained on: ask before samples are taken out of them. Uids come from the tables beside the
 tars, or from the JSON of each sample, read once; of the uids only those listed are in memory. Samples that replaced
 unreadable ones are found too. Only if the training met unreadable samples, that takes a further pass over all positions
-of the run, some 2 µs of CPU each.
+of the run, some 0.2 µs of CPU each.
 """
 
 from __future__ import annotations
@@ -90,9 +90,8 @@ class Training:
         """The numbers of the samples that have one of these uids, ascending, and for each the index of its uid."""
         wanted = {uid: i for i, uid in enumerate(uids)}
         hits: list[tuple[int, int]] = []
-        parts = self.shards.parts if hasattr(self.shards, "parts") else [self.shards]
         number = 0
-        for held in progress(self.shards.uids(), sum(len(part.shards) for part in parts), "tars searched"):
+        for held in progress(self.shards.uids(), None, "tars searched"):
             hits += [(number + i, wanted[uid]) for i, uid in enumerate(held) if uid in wanted]
             number += len(held)
         numbers, which = zip(*hits) if hits else ((), ())
