@@ -114,8 +114,6 @@ class FinishedRun:
         def look(part: int) -> pa.Table:
             rows = self.folder.read_table(self.shards[part]["parquet"], names)
             kind, entry = listed.find(rows, kinds)
-            if "captions" in rows.column_names:
-                kind, entry = _with_merged(listed, rows, kind, entry)
             hit = kind.is_valid()
             details = pc.binary_join_element_wise(kind.filter(hit), entry.filter(hit), " ")
             columns = {name: rows[name].filter(hit) for name in SAMPLE.names}
@@ -244,15 +242,6 @@ class FinishedRun:
             done = threads.map(work, items)
             quiet = not self.console.is_terminal
             return list(track(done, what, len(items), console=self.console, transient=True, disable=quiet))
-
-
-def _with_merged(listed: TakedownList, rows: pa.Table, kind: pa.Array, entry: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """Kind and entry for each row, found also by the uids of the rows whose captions it has."""
-    captions = rows["captions"].combine_chunks()
-    kinds, uids = listed.find(pa.table({"uid": pc.struct_field(captions.flatten(), "uid")}), ["uid"])
-    owners = pc.list_parent_indices(captions).filter(kinds.is_valid())
-    at = pc.index_in(pa.array(np.arange(len(rows))), owners.cast(pa.int64()))
-    return pc.coalesce(kind, kinds.drop_null().take(at)), pc.coalesce(entry, uids.drop_null().take(at))
 
 
 @guarded()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.url import InvalidUrlError, canonical, web_address
 
@@ -88,7 +89,8 @@ class TakedownList:
     def find(self, rows: pa.Table, kinds: Iterable[str]) -> tuple[pa.StringArray, pa.StringArray]:
         """For each row, the kind and the entry of the list that name it; null if none does.
 
-        `rows` has the columns of these kinds. If several entries name a row, the first kind of KINDS counts.
+        `rows` has the columns of these kinds. A `uid` also names the row that has the caption of that sample, if there
+        is a column `captions`. If several entries name a row, the first kind of KINDS counts.
         """
         found: list[str | None] = [None] * len(rows)
         entries: list[str | None] = [None] * len(rows)
@@ -99,7 +101,15 @@ class TakedownList:
             for i, entry in self._matches(kind, rows[column]):
                 if found[i] is None:
                     found[i], entries[i] = kind, entry
-        return pa.array(found, pa.string()), pa.array(entries, pa.string())
+        kind, entry = pa.array(found, pa.string()), pa.array(entries, pa.string())
+        if "uid" in kinds and "captions" in rows.column_names:
+            captions = rows["captions"].combine_chunks()
+            merged, uids = self.find(pa.table({"uid": pc.struct_field(captions.flatten(), "uid")}), ["uid"])
+            owners = pc.list_parent_indices(captions).filter(merged.is_valid()).cast(pa.int64())
+            at = pc.index_in(pa.array(np.arange(len(rows))), owners)
+            kind = pc.coalesce(kind, merged.drop_null().take(at))
+            entry = pc.coalesce(entry, uids.drop_null().take(at))
+        return kind, entry
 
     def _matches(self, kind: str, column: pa.ChunkedArray) -> Iterable[tuple[int, str]]:
         """Each row that an entry of a kind names, with the entry."""

@@ -427,9 +427,7 @@ def _merged(audit: Audit, drops: list[File], manifest: dict[str, Any]) -> None:
             for at in np.flatnonzero(here(keepers)).tolist():
                 pair = int(rows[at]), int(keepers[at])
                 if pair[1] in samples and pair not in there:
-                    audit.report(
-                        f"{audit.store.path('shards')}: the caption of {found[at]}, which was merged, is missing"
-                    )
+                    audit.report(f"{audit.store.path('shards')}: the caption of {found[at]}, a merged row, is missing")
 
 
 def _hashes(uids: pa.ChunkedArray) -> np.ndarray:

@@ -161,6 +161,7 @@ def test_a_training_draws_one_by_seed_epoch_and_position(made: Path) -> None:
     assert plain.read(0)[1] == pq.read_table(made / "shards/00000.parquet")["caption"][0].as_py()
 
 
+@pytest.mark.slow
 def test_merging_changes_nothing_else(run: Command, made: Path, tmp_path: Path) -> None:
     done = run("r.yaml", "workers=1", "unit_rows=1000", "run=other")
     assert done.returncode == 0, done.stderr

@@ -195,6 +195,7 @@ def test_the_shipped_recipe_is_planned(tmp_path: Path, capsys: pytest.CaptureFix
     assert "5,000,000,000 rows (pool.rows)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_reads_links_and_accounts_for_damage(run: Command, tmp_path: Path) -> None:
     records = [page(image("x.jpg", f"caption {i}"), image("data:x", "inline")) for i in range(3)]
     write(tmp_path / "a.wat.gz", *records, warc(b"{nope"), *(numbered(i) for i in range(9)))

@@ -40,6 +40,8 @@ class Takedown(Filter):
             self._kinds = ()  # check() reports it
         self.needs = tuple(dict.fromkeys(column for kind in self._kinds for column in KINDS[kind]))  # type: ignore[misc]
 
+        self.wants = ("captions",) if "uid" in self._kinds else ()  # type: ignore[misc]
+
     def estimate(self, rows: float) -> Estimate:
         return Estimate(1.0, 100_000, "nearly all are kept; rate assumed")
 

@@ -87,6 +87,16 @@ def test_hashes_are_found_as_by_brute_force(tmp_path: Path, distance: int) -> No
     assert kinds.is_valid().to_pylist() == expected.tolist()
 
 
+def test_a_uid_names_the_sample_that_has_its_caption(tmp_path: Path) -> None:
+    step = Takedown(file=listed(tmp_path, f"uid {'a' * 32}\nuid {'c' * 32}\n"))
+    assert step.wants == ("captions",)
+    several = [
+        [{"caption": "x", "uid": uid * 32, "language": None} for uid in uids] for uids in ("ba", "bd", "c", "ca")
+    ]
+    rows = [{"uid": "e" * 32}, *({"uid": captions[0]["uid"], "captions": captions} for captions in several)]
+    check_filter(step, rows, [None, "uid", None, "uid", "uid"])
+
+
 def test_by_limits_what_is_applied(tmp_path: Path) -> None:
     step = Takedown(file=listed(tmp_path, LIST), by=["domain"])
     assert step.needs == ("url",)
