@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline import pool, wat
+from pipeline import pool, verify, wat
+from pipeline.demo import web
 from pipeline.recipe import PoolSpec
 from pipeline.run import main
 from tests.conftest import ROOT, Command
@@ -209,3 +211,32 @@ def test_a_run_reads_links_and_accounts_for_damage(run: Command, tmp_path: Path)
     assert steps["pool"]["dropped"] == {"bad_record": 1, "bad_url": 3}
     assert steps["exact_dedup"]["dropped"] == {"merged": 2}
     assert steps["write_subset"]["rows_in"] == 10
+
+
+@pytest.mark.slow
+def test_the_shipped_recipe_runs_on_a_small_crawl(run: Command, tmp_path: Path) -> None:
+    """The demo's web as Common Crawl would have seen it: each row of its pool is an image on a page, half by a relative
+    link, and every third page is there twice with another text."""
+    with web.open_port(0) as server:
+        web.build(tmp_path / "web", 200, seed=0, port=server.server_port)
+        rows = pq.read_table(tmp_path / "web/pool.parquet").to_pylist()
+        site = f"http://127.0.0.1:{server.server_port}"
+        pages = []
+        for i, row in enumerate(rows):
+            link = row["url"].removeprefix(site) if i % 2 else row["url"]
+            texts = [row["caption"], *([f"seen again: {row['caption']}"] if i % 3 == 0 else [])]
+            pages += [page(image(link, text), url=f"{site}/pages/{i}") for text in texts if text]
+        write(tmp_path / "crawl.wat.gz", *pages)
+        options = {
+            "pool.path": tmp_path / "crawl.wat.gz", "run": tmp_path / "out", "unit_rows": 100,
+            "steps.download.allow_addrs": f'["127.0.0.1:{server.server_port}"]', "steps.download.timeout": 4,
+            "steps.byte_size.min": 100, "steps.image_size.min_side": 64,
+            "steps.clip_score.model": ROOT / "pipeline/demo/scorer", "steps.clip_score.pretrained": "null",
+        }  # fmt: skip
+        with web.serving(server, tmp_path / "web"):
+            done = run(str(ROOT / "conf/common_crawl.yaml"), *(f"{key}={value}" for key, value in options.items()))
+    assert done.returncode == 0, done.stderr
+    steps = {line["step"]: line for line in json.loads((tmp_path / "out/funnel.json").read_text())["steps"]}
+    assert steps["exact_dedup"]["dropped"]["merged"] > 20
+    assert steps["write_shards"]["rows_in"] > 20
+    assert verify.main([str(tmp_path / "out"), "--deep"]) == 0
