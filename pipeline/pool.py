@@ -774,8 +774,10 @@ def _wat_batches(
                 for name, values in columns.items():
                     values.append(_to_bytes(getattr(link, name)))
             texts = {name: pa.array(values, pa.large_binary()) for name, values in columns.items()}
+            mapped = {ours: texts[theirs] for ours, theirs in wanted.items()}
+            others = {name: column for name, column in texts.items() if name not in wanted.values()}
             flags = {why: [link.problem == why for link in some] for why in ("bad_record", "bad_url")}
-            yield pa.table({**texts, **flags})
+            yield pa.table({**mapped, **others, **flags})
 
 
 # --- Text -------------------------------------------------------------------------------------------------------------

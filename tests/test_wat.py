@@ -165,6 +165,9 @@ def test_as_a_pool(tmp_path: Path) -> None:
     assert rows[9]["url"] == "http://page.example/dir/x.jpg"
     assert rows[9]["page_url"] == PAGE
     assert rows[10]["caption"] == "inline"
+    pages = PoolSpec(path=spec.path, url="page_url", columns=[])
+    ((table, *_), _) = (list(pool.read(pages, split, pool.columns(pages))) for split in pool.splits(pages))
+    assert set(table["url"].to_pylist()) == {PAGE}
 
 
 def test_memory_is_that_of_a_record(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +52,11 @@ class Takedown(Filter):
             TakedownList(self._path)
         except (OSError, ValueError) as error:
             yield "file", str(error)
+
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        of = types.get("phash")
+        if "phash" in self._kinds and of is not None and not pa.types.is_integer(of):
+            yield "file", f"has entries `phash`, but the column 'phash' holds {of}, expected uint64 hashes"
 
     def fingerprint(self) -> object:
         return TakedownList(self._path).digest
