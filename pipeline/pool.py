@@ -775,7 +775,7 @@ def _wat_batches(
                     values.append(_to_bytes(getattr(link, name)))
             texts = {name: pa.array(values, pa.large_binary()) for name, values in columns.items()}
             mapped = {ours: texts[theirs] for ours, theirs in wanted.items()}
-            others = {name: column for name, column in texts.items() if name not in wanted.values()}
+            others = {carried(name): column for name, column in texts.items() if name not in wanted.values()}
             flags = {why: [link.problem == why for link in some] for why in ("bad_record", "bad_url")}
             yield pa.table({**mapped, **others, **flags})
 
