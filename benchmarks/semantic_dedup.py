@@ -24,7 +24,7 @@ from fetch import measure
 
 from pipeline import cluster, vectors
 from pipeline.filters.semantic_dedup import SemanticDedup
-from pipeline.passes import Pass, UnitWriter, commit, new_attempt
+from pipeline.passes import BarrierPass, PoolPass, UnitPass, UnitWriter, commit, new_attempt
 from pipeline.schema import DROP, SAMPLE
 from pipeline.workers import map_tasks
 
@@ -93,12 +93,12 @@ def write(folder: Path, rows: int, dimension: int) -> None:
         writer.commit({})
 
 
-def run_passes(folder: Path, dimension: int) -> list[Pass]:
+def run_passes(folder: Path, dimension: int) -> list[UnitPass]:
     types = {f.name: f.type for f in SAMPLE}
     vector = {"embedding": pa.list_(pa.float16(), dimension)}
     return [
-        Pass("pool", "k", "pool", adds=types, root=f"{folder}/run/pool"),
-        Pass("map", "k", "embed", adds=vector, root=f"{folder}/run/embed"),
+        PoolPass("k", "pool", adds=types, root=f"{folder}/run/pool"),
+        UnitPass("k", "embed", adds=vector, root=f"{folder}/run/embed"),
     ]
 
 
@@ -106,7 +106,7 @@ def winnow(folder: Path) -> None:
     rows, dimension = np.load(folder / "vectors.npy", mmap_mode="r").shape
     units = -(-rows // UNIT_ROWS)
     step = SemanticDedup(vector="embedding")
-    p = Pass("barrier", "k", step.label, [step], root=f"{folder}/run/barrier")
+    p = BarrierPass("k", step.label, [step], root=f"{folder}/run/barrier")
     cluster.start_ray(2)
     per_file = 1_000_000 // UNIT_ROWS
     files, _ = vectors.decide(p, run_passes(folder, dimension), units, rows, per_file, map_tasks)

@@ -20,6 +20,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,32 @@ class InUseError(Exception):
 
 class LostClaimError(Exception):
     """Another command has taken over the run directory; this one must stop writing."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The command that holds a run directory, as its claim says."""
+
+    host: str
+    pid: int
+    since: float
+    beat: float
+    """When it claimed the directory, and its last heartbeat: seconds since 1970, by its own clock."""
+    alive: bool
+    """False if its process on this machine is gone, or if it ran elsewhere and its last heartbeat is older than
+    EXPIRY seconds by the clock of this machine."""
+
+
+def find_owner(store: Store) -> Owner | None:
+    """The owner of a run directory, or None. Only reads, and waits for nothing."""
+    for name in reversed(_names(store)):
+        if (data := store.read_if_there(name)) is not None:
+            claim = _parsed(data)
+            since, beat = (float(claim.get(key, 0.0)) for key in ("since", "beat"))
+            here = _on_this_machine(claim)
+            alive = _runs_here(claim) if here else time.time() - beat < EXPIRY
+            return Owner(str(claim.get("host")), int(claim.get("pid", 0)), since, beat, alive)
+    return None
 
 
 class Claim:
@@ -130,8 +157,8 @@ def _take(store: Store) -> Claim:
 
 def _alive(store: Store, name: str, data: bytes) -> bool:
     owner = _parsed(data)
-    if all(owner.get(key) == value for key, value in _host_identity().items()):
-        return owner.get("started") in ({_start_time(owner.get("pid", 0))} - {""})
+    if _on_this_machine(owner):
+        return _runs_here(owner)
     if time.time() - owner.get("beat", 0.0) < EXPIRY:
         return True
     end = time.monotonic() + WATCH
@@ -140,6 +167,14 @@ def _alive(store: Store, name: str, data: bytes) -> bool:
         if store.read_if_there(name) != data:
             return True
     return False
+
+
+def _on_this_machine(owner: dict[str, Any]) -> bool:
+    return all(owner.get(key) == value for key, value in _host_identity().items())
+
+
+def _runs_here(owner: dict[str, Any]) -> bool:
+    return owner.get("started") in ({_start_time(owner.get("pid", 0))} - {""})
 
 
 def _refusal(store: Store, owner: dict[str, Any]) -> str:

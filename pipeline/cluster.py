@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from ray.exceptions import NodeDiedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.keeper import Keeper
+from pipeline.lifetime import GOES_ON, PROBE_SECONDS
 from pipeline.storage import Store
 
 TOKENS = "nodes"
@@ -22,19 +24,26 @@ TOKENS = "nodes"
 NODE_SECONDS = 120.0
 """Seconds a node has to answer; it may have to start a worker and unpack an environment first."""
 
+_CANNOT_RUN = "cannot run Winnow"
+
 _keeper: Keeper | None = None
+
+
+class StartError(Exception):
+    """Ray could not be started or joined."""
 
 
 def start_ray(workers: int | None) -> None:
     """Joins the cluster at RAY_ADDRESS (set by `ray job submit`), or starts Ray on this machine.
 
-    A Ray started here ends with this process, however it ends. A joined cluster keeps running.
+    A Ray started here ends with this process, however it ends. A joined cluster keeps running. Raises StartError.
     """
     global _keeper
     debug = bool(os.environ.get("WINNOW_DEBUG"))
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": debug}
     if joined():
         options["address"] = os.environ["RAY_ADDRESS"]
+        _probe(options["address"])
     else:
         _keeper = Keeper()
         store_bytes = 1 << 30  # holds only columns of barriers, and spills to disk
@@ -49,7 +58,20 @@ def start_ray(workers: int | None) -> None:
             "_system_config": {"idle_worker_killing_time_threshold_ms": 120_000},
         }
     with contextlib.nullcontext() if debug else _quiet_core():
-        ray.init(**options)
+        try:
+            ray.init(**options)
+        except Exception as error:  # a part of it died, or the machine is too busy
+            raise StartError(f"Ray did not start: {str(error).partition(chr(10))[0]} {GOES_ON}") from error
+
+
+def _probe(address: str) -> None:
+    """Raises StartError if nobody answers at `host:port`: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in address and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS).close()
+        except OSError as error:
+            raise StartError(f"no cluster answers at RAY_ADDRESS={address} ({error.strerror or error})") from None
 
 
 def joined() -> bool:
@@ -136,11 +158,13 @@ def check_nodes(store: Store, files: Sequence[str]) -> None:
             if not problem and store.read_if_there(f"{TOKENS}/{token}.{node}") != token.encode():
                 problem = f"writes to another {store.root} than this process"
             if problem:
-                raise UnseenError(
-                    f"the node {nodes[node]} {problem}. Put the pool and the run where every node can access "
-                    "them: in an object store (s3://, gs://) or on a file system mounted at the same path. See "
-                    "docs/cluster.md"
+                cure = (
+                    "Install the same environment on every node"
+                    if problem.startswith(_CANNOT_RUN)
+                    else "Put the pool and the run where every node can access them: in an object store (s3://, gs://) "
+                    "or on a file system mounted at the same path"
                 )
+                raise UnseenError(f"the node {nodes[node]} {problem}. {cure}. See docs/cluster.md")
     finally:
         for answer in silent:  # canceling a task that has just ended can abort this process (Ray 2.60)
             ray.cancel(answer)
@@ -171,4 +195,4 @@ def _answer_of(answer: Any) -> str:
         return "was lost during the check"
     except Exception as error:
         cause = getattr(error, "cause", None) or error
-        return f"cannot run Winnow: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}"
+        return f"{_CANNOT_RUN}: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}"

@@ -28,7 +28,18 @@ from pipeline import ingest, pool, vectors
 from pipeline.card import About
 from pipeline.claim import Claim
 from pipeline.ledger import BooksError, Funnel, Line
-from pipeline.passes import Pass, check_measured, check_unit, read_unit, surviving_rows, unit_drops
+from pipeline.passes import (
+    BarrierPass,
+    MeasurePass,
+    Pass,
+    PoolPass,
+    SinkPass,
+    UnitPass,
+    check_measured,
+    check_unit,
+    read_unit,
+    surviving_rows,
+)
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.schema import DROP, POSITION
@@ -85,29 +96,29 @@ def execute(job: Job) -> Outcome:
         _ingest(job)
     else:
         reused.append(passes[0].label)
+        job.progress.reused(passes[0].label, _funnel(passes[0]))
     job.units = unit_total(passes)
+    _borrow(job)
     index = 1
     funnel.add(_funnel(passes[0]))
     while index < len(passes):
         job.claim.check()
         p = passes[index]
-        if p.complete() is not None and (p.kind != "write" or _written_whole(job.recipe, p)):
+        if p.complete() is not None and (not isinstance(p, SinkPass) or _written_whole(job.recipe, p)):
             reused.append(p.label)
+            job.progress.reused(p.label, _funnel(p))
             funnel.add(_funnel(p))
             index += 1
             continue
-        if p.kind == "barrier":
-            _barrier(job, index, funnel.kept)
-            chain = [index]
-        elif p.kind == "write":
-            _write(job, index)
-            chain = [index]
-        else:
+        if p.over_units:
             end = index
-            while end < len(passes) and passes[end].kind in ("map", "measure") and passes[end].complete() is None:
+            while end < len(passes) and passes[end].over_units and passes[end].complete() is None:
                 end += 1
             chain = list(range(index, end))
             known |= _map(job, chain)
+        else:
+            (_write if isinstance(p, SinkPass) else _barrier)(job, index)
+            chain = [index]
         for i in chain:
             funnel.add(_funnel(passes[i]))
         index = chain[-1] + 1
@@ -144,7 +155,7 @@ def write_books(job: Job, outcome: Outcome) -> int:
     files = [store.write("funnel.json", json.dumps(books, indent=1).encode()), store.entry("run.json")]
     files += [store.entry(TAKEN_DOWN)] if store.exists(TAKEN_DOWN) else []
     files += sorted((record["entry"] for record in exported), key=lambda entry: str(entry["name"]))
-    if passes[-1].kind == "write" and (complete := passes[-1].complete()) is not None:
+    if isinstance(passes[-1], SinkPass) and (complete := passes[-1].complete()) is not None:
         folder = complete["folder"]
         files += [store.entry(f"{folder}/OWNER")]
         files += [{**entry, "name": f"{folder}/{entry['name']}"} for entry in complete["documents"]]
@@ -188,9 +199,11 @@ def _mend(job: Job) -> list[str]:
     if complete[0] is None:
         return []
     units = int(complete[0]["units"])
+    own = f"{Store(job.recipe.run).root}/"
+    here = [record is not None and p.root.startswith(own) for record, p in zip(complete, passes)]
     for i, p in enumerate(passes):
         there = units if complete[i] or p.repeatable else len(p.store.names("commits"))
-        if there < units and any(complete[i:]):
+        if there < units and any(here[i:]):
             raise DamagedError(
                 f"{p.root}: only {there:,} of {units:,} units are there, and later passes rest on the others. "
                 "To go on, restore it from a copy; or, to fetch again what the web still has, remove the folders of "
@@ -199,30 +212,31 @@ def _mend(job: Job) -> list[str]:
     work = [
         (i, low, min(units, low + 64))
         for i, p in enumerate(passes)
-        if p.kind in ("pool", "map", "measure") and (complete[i] or p.kind == "measure" or p.store.names("commits"))
+        if p.over_units and (complete[i] or isinstance(p, MeasurePass) or p.store.names("commits"))
         for low in range(0, units, 64)
     ]
 
     def look(ranges: Sequence[tuple[int, int, int]]) -> Iterator[dict[str, Any]]:
         for i, low, high in ranges:
+            p = passes[i]
+            assert isinstance(p, UnitPass)
             for unit in range(low, high):
                 try:
-                    if passes[i].kind == "measure":
+                    if isinstance(p, MeasurePass):
                         check_measured(passes, i, unit, digest=done, whole=complete[i] is not None)
-                    elif complete[i] or passes[i].record(unit) is not None:
-                        check_unit(passes[i], unit, digest=done)
+                    elif complete[i] or p.record(unit) is not None:
+                        check_unit(p, unit, digest=done)
                 except DamagedError as error:
                     yield {"pass": i, "unit": unit, "error": str(error)}
 
     found = list(map_tasks(work, look))
     for i, record in enumerate(complete):
-        if record is not None and passes[i].kind == "barrier":
+        if record is not None and isinstance(passes[i], BarrierPass):
             try:
                 for entry in record["files"].values():
                     passes[i].store.check(entry)
             except DamagedError as error:
                 found.append({"pass": i, "unit": None, "error": str(error)})
-    own = f"{Store(job.recipe.run).root}/"
     if final := [d for d in found if not (passes[d["pass"]].repeatable and passes[d["pass"]].root.startswith(own))]:
         for damage in final:
             if not passes[damage["pass"]].root.startswith(own):
@@ -241,6 +255,7 @@ def _mend(job: Job) -> list[str]:
 def _ingest(job: Job) -> None:
     """Cuts the pool into units: scatters its files by partition, then gathers each partition."""
     recipe, types, claim, p = job.recipe, job.types, job.claim, job.passes[0]
+    assert isinstance(p, PoolPass)
     ingest.mend(p)
     spec, splits = recipe.pool, pool.splits(recipe.pool)
     plan = p.store.read_record("plan.json")
@@ -296,6 +311,22 @@ def _ingest(job: Job) -> None:
 # --- Passes over units ------------------------------------------------------------------------------------------------
 
 
+def _borrow(job: Job) -> None:
+    """Takes over what the run named by `reuse` has measured of the same rows."""
+    passes, units = job.passes, job.units
+    for index, p in enumerate(passes):
+        if not isinstance(p, MeasurePass) or p.lender is None or p.complete() is not None:
+            continue
+
+        def borrow(batch: Sequence[int], index: int = index, p: MeasurePass = p) -> Iterator[dict[str, Any]]:
+            for unit in batch:
+                p.borrow(passes[:index], unit, units)
+                yield {}
+
+        for _ in map_tasks(range(units), borrow, at_once=16):
+            job.claim.check()
+
+
 def _map(job: Job, chain: list[int]) -> dict[str, tuple[int, int]]:
     """Streams all units through neighbouring passes: one unit is downloaded while another is scored.
 
@@ -309,9 +340,9 @@ def _map(job: Job, chain: list[int]) -> dict[str, tuple[int, int]]:
     known: Counter[int] = Counter()
     parts: dict[int, dict[str, int]] = {i: {} for i in chain}
     """Numbers of records of the units that have more or fewer than one."""
-    for i, report in run_passes(passes, chain, units, job.recipe.workers):
+    for i, report, workers in run_passes(passes, chain, units, job.recipe.workers):
         job.claim.check()
-        job.progress.add(passes[i].label, report.rows, report.kept, report.reasons, units=len(report.records))
+        job.progress.add(passes[i].label, report.rows, report.kept, report.reasons, len(report.records), workers)
         for record in report.records:
             funnels[i].add(Funnel.from_json(record["funnel"]))
             entries[i] += record["entries"]
@@ -322,14 +353,14 @@ def _map(job: Job, chain: list[int]) -> dict[str, tuple[int, int]]:
         if funnels[i].rows_in != (rows if i == chain[0] else funnels[i - 1].kept):
             raise BooksError(f"{passes[i].label}: {rows:,} rows were due, {funnels[i].rows_in:,} came")
         passes[i].sweep(entries[i])
-        passes[i].finish(funnels[i], **({"parts": parts[i]} if passes[i].kind == "measure" else {}))
-    return {passes[i].label: (funnels[i].rows_in, known[i]) for i in chain if passes[i].kind == "measure"}
+        passes[i].finish(funnels[i], **({"parts": parts[i]} if isinstance(passes[i], MeasurePass) else {}))
+    return {passes[i].label: (funnels[i].rows_in, known[i]) for i in chain if isinstance(passes[i], MeasurePass)}
 
 
 # --- Barriers ---------------------------------------------------------------------------------------------------------
 
 
-def _barrier(job: Job, index: int, rows: int) -> None:
+def _barrier(job: Job, index: int) -> None:
     """Runs a whole-run filter over columns of all units, as a Dask graph that Ray computes."""
     import dask
     import dask.dataframe as dd
@@ -337,6 +368,7 @@ def _barrier(job: Job, index: int, rows: int) -> None:
     from ray.util.dask import ray_dask_get
 
     p, before, units = job.passes[index], job.passes[:index], job.units
+    rows = _funnel(before[-1]).kept
     step = p.steps[0]
     assert isinstance(step, Filter)
     job.progress.begin([(p.label, rows)])
@@ -401,19 +433,13 @@ def _barrier(job: Job, index: int, rows: int) -> None:
 # --- What is written --------------------------------------------------------------------------------------------------
 
 
-def _sink(p: Pass) -> Sink:
-    (step,) = p.steps
-    assert isinstance(step, Sink)
-    return step
+def _owns_folder(recipe: Recipe, p: SinkPass) -> bool:
+    return Store(recipe.run).read_if_there(f"{p.sink.folder}/OWNER") == p.key.encode()
 
 
-def _owns_folder(recipe: Recipe, p: Pass) -> bool:
-    return Store(recipe.run).read_if_there(f"{_sink(p).folder}/OWNER") == p.key.encode()
-
-
-def _written_whole(recipe: Recipe, p: Pass) -> bool:
+def _written_whole(recipe: Recipe, p: SinkPass) -> bool:
     """Whether the sink's folder holds exactly what this pass wrote, compared byte for byte."""
-    folder, complete = Store(recipe.run).folder(_sink(p).folder), p.complete()
+    folder, complete = Store(recipe.run).folder(p.sink.folder), p.complete()
     if complete is None or not _owns_folder(recipe, p):
         return False
     try:
@@ -442,7 +468,8 @@ def _write(job: Job, index: int) -> None:
     """Runs a sink. Each part is a fixed range of the run's rows in the order of units, whichever worker writes it."""
     recipe, claim, units = job.recipe, job.claim, job.units
     p, before = job.passes[index], job.passes[:index]
-    step, store = _sink(p), Store(recipe.run)
+    assert isinstance(p, SinkPass)
+    step, store = p.sink, Store(recipe.run)
     folder = store.folder(step.folder)
     if not _owns_folder(recipe, p):
         # The folder holds the output of an earlier variant of the recipe, which is incomplete from now on.
@@ -569,7 +596,7 @@ def export_drops(store: Store, passes: list[Pass], number: int, units: range) ->
     name, rows = f"drops/{number:05d}.parquet", 0
     with store.output(name) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for unit in units:
-            ledgers = [unit_drops(passes[: i + 1], unit) for i in range(len(passes))]
+            ledgers = [p.drops(passes[:i], unit) for i, p in enumerate(passes)]
             drops = pa.concat_tables([ledger.select(["row", *said]) for ledger in ledgers])
             if not len(drops):
                 continue

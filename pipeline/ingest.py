@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from pipeline import spool
 from pipeline.hashing import hash64
-from pipeline.passes import HEAVY_ROWS, Pass, check_unit, commit, new_attempt
+from pipeline.passes import HEAVY_ROWS, PoolPass, check_unit, commit, new_attempt
 from pipeline.pool import Split, read
 from pipeline.recipe import PoolSpec
 from pipeline.schema import SAMPLE, is_heavy
@@ -64,7 +64,7 @@ def pieces(rows: Sequence[int]) -> list[int]:
 
 
 def scatter(
-    p: Pass, piece: int, first: int, splits: Sequence[Split], spec: PoolSpec, types: dict[str, pa.DataType],
+    p: PoolPass, piece: int, first: int, splits: Sequence[Split], spec: PoolSpec, types: dict[str, pa.DataType],
     units: int, parts: int,
 ) -> None:  # fmt: skip
     """Reads the splits of one piece, numbered from `first`, and writes their rows to spool files by partition.
@@ -100,7 +100,7 @@ def scatter(
     p.store.create(record_name, sealed({"files": entries}))
 
 
-def mend(p: Pass) -> None:
+def mend(p: PoolPass) -> None:
     """Removes damaged spool records of an interrupted command, so that their pieces are scattered again.
 
     Checks only the sizes of spool files, which exist only during ingestion.
@@ -121,7 +121,7 @@ def mend(p: Pass) -> None:
 
 
 def gather(
-    p: Pass, part: int, pieces: int, types: dict[str, pa.DataType], units: int, parts: int
+    p: PoolPass, part: int, pieces: int, types: dict[str, pa.DataType], units: int, parts: int
 ) -> Iterator[dict[str, Any]]:
     """Collects one partition from all pieces and commits its units. Yields their records."""
     first, last = -(-part * units // parts), -(-(part + 1) * units // parts)
@@ -146,7 +146,7 @@ def gather(
         yield known[unit] or _commit_unit(p, unit, table.slice(low, high - low))
 
 
-def _known(p: Pass, unit: int) -> dict[str, Any] | None:
+def _known(p: PoolPass, unit: int) -> dict[str, Any] | None:
     """The record of a unit committed by an interrupted command. Withdraws a damaged unit."""
     try:
         if p.record(unit) is not None:
@@ -157,7 +157,7 @@ def _known(p: Pass, unit: int) -> dict[str, Any] | None:
         return None
 
 
-def _commit_unit(p: Pass, unit: int, table: pa.Table) -> dict[str, Any]:
+def _commit_unit(p: PoolPass, unit: int, table: pa.Table) -> dict[str, Any]:
     reason = table["drop_reason"].to_numpy(zero_copy_only=False).copy()
     usable = np.array([r is None for r in reason], bool)
     seen: set[str] = set()

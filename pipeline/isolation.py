@@ -17,7 +17,7 @@ import cloudpickle
 import numpy as np
 
 from pipeline.fetch.sandbox import die_with_parent
-from pipeline.passes import Pass, committed, missing_rows, run_pass
+from pipeline.passes import Pass, UnitPass, run_pass
 
 ATTEMPTS = 3
 """Ordinary attempts at a unit before it is isolated."""
@@ -43,10 +43,12 @@ def forgive(p: Pass, units: Iterable[int]) -> None:
 
 def run_isolated(passes: Sequence[Pass], index: int, unit: int) -> dict[str, Any]:
     """Commits a unit without the rows that crash, and returns its record."""
-    rows = missing_rows(passes[: index + 1], unit)
+    p, before = passes[index], passes[:index]
+    assert isinstance(p, UnitPass)
+    rows = p.missing(before, unit)
     crashers = _find(passes, index, unit, rows)
     _child(passes, index, unit, rows, np.array(crashers, np.int32), commit=True)
-    record = committed(passes[: index + 1], unit)
+    record = p.account(before, unit)
     if record is None:
         raise RuntimeError(
             f"unit {unit} of {passes[index].label} crashes only when all its rows run together; free more memory"

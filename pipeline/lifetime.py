@@ -63,8 +63,9 @@ class Watch:
         return self._reason is not None or self.lost() is not None
 
     def close(self) -> None:
-        """Stops watching the cluster."""
+        """Stops watching the cluster, which may be shut down from now on: `lost` returns None."""
         self._closed.set()
+        self._parts = {}
 
     def leave(self) -> NoReturn:
         """Prints the reason and exits, skipping Ray's exit handlers, which would wait for a lost cluster."""

@@ -9,7 +9,8 @@ to pass.
 The results of an expensive step belong to rows, not to the filters above it. Such a step is a pass of its own
 (`measure`), stored under a key of what determines its values alone. A unit may have several records there, each for
 other rows: when a filter above lets more rows through, only those never measured are measured, as a further record.
-Results that another run has of the same pool count too (`lenders`).
+Results that another run has of the same rows are taken over as a record of their own, whose pictures stay where they
+are (`MeasurePass.borrow`).
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +35,8 @@ from pipeline.ledger import Funnel
 from pipeline.recipe import Recipe, identity
 from pipeline.schema import DROP, POSITION, SAMPLE, is_heavy
 from pipeline.step import Filter, Sink, Stage, Step, apply, drops_table, split_marked
-from pipeline.storage import DamagedError, Entry, Output, Store, is_part, sealed
+from pipeline.storage import DamagedError, Entry, Output, Store, sealed
+from trainer import atomic
 
 HEAVY_ROWS = 256
 """Rows whose pixels are in memory at a time."""
@@ -48,25 +50,25 @@ File = tuple[Store, "Entry | None"]
 FATE = [pa.field(f"drop_{f.name}", f.type) for f in DROP if f.name not in POSITION.names]
 """Columns of a unit's table that describe a dropped row; null for kept rows."""
 
-Kind = Literal["pool", "map", "measure", "barrier", "write"]
-
 
 @dataclass
 class Pass:
-    """Neighbouring steps that run together over each unit and are committed once."""
+    """Neighbouring steps that run together and are committed once. Subclasses say what is stored, and for which rows.
 
-    kind: Kind
+    `before` is always the list of all passes before this one.
+    """
+
+    kind: ClassVar[str] = ""
+    """The name of the class in records and in `run.json`."""
+    over_units: ClassVar[bool] = False
+    """Whether each unit is run and committed alone, so that neighbouring passes overlap."""
+
     key: str
-    """Hash of everything that determines what is stored: the pool, and every step up to the last of this pass. For a
-    `measure` pass: the step, and what determines the columns that it reads."""
+    """Hash of everything that determines what is stored: the pool, and every step up to the last of this pass."""
     label: str
     steps: list[Step] = field(default_factory=list)
     adds: dict[str, pa.DataType] = field(default_factory=dict)
     root: str = ""
-    chain: str = ""
-    """For a `measure` pass, the hash of all steps so far, which decide which rows must be measured."""
-    lenders: list[str] = field(default_factory=list)
-    """For a `measure` pass, the folders of the same pass in other runs of the same pool."""
 
     @property
     def store(self) -> Store:
@@ -81,8 +83,13 @@ class Pass:
         """Whether the pass gives the same results if it is run again."""
         return all(step.repeatable for step in self.steps)
 
+    @property
+    def rows_key(self) -> str:
+        """Hash of everything that determines which rows are left after the pass."""
+        return self.key
+
     def record(self, unit: int, part: int | None = None) -> dict[str, Any] | None:
-        """The record of a unit, or None. In a `write` pass: of a sink's part. In a `measure` pass: of one `part`.
+        """The record of a unit, or None. Of a sink: of one of its parts. In a `MeasurePass`: of one `part`.
 
         DamagedError if the record was changed.
         """
@@ -92,16 +99,9 @@ class Pass:
             raise DamagedError(f"{self.store.path(name)}: damaged: this is the record of another unit")
         return record
 
-    def parts(self, unit: int) -> list[dict[str, Any]]:
-        """The records of a unit in a `measure` pass, in the order in which they were committed."""
-        found: list[dict[str, Any]] = []
-        while (record := self.record(unit, len(found))) is not None:
-            found.append(record)
-        return found
-
     @property
     def complete_name(self) -> str:
-        return f"complete-{self.chain}.json" if self.chain else "complete.json"
+        return "complete.json"
 
     def complete(self) -> dict[str, Any] | None:
         """The record of the whole pass, written when all its units are committed.
@@ -110,7 +110,7 @@ class Pass:
         """
         with contextlib.suppress(DamagedError):
             record = self.store.read_record(self.complete_name)
-            if record is not None and record["pass"] == (self.chain or self.key):
+            if record is not None and record["pass"] == self.rows_key:
                 return record
         return None
 
@@ -121,26 +121,313 @@ class Pass:
 
     def finish(self, funnel: Funnel, **more: Any) -> None:
         """Writes the record of the whole pass."""
-        record = {"pass": self.chain or self.key, "key": self.key, "label": self.label, "kind": self.kind, **more}
+        record = {"pass": self.rows_key, "key": self.key, "label": self.label, "kind": self.kind, **more}
         self.store.write(self.complete_name, sealed({**record, "funnel": funnel.to_json()}))
 
     def forget(self, unit: int | None = None) -> None:
         """Removes the record of a unit, and the record that the pass is complete."""
         self.store.remove(self.complete_name)
         if unit is not None:
-            names = self.store.names("commits") if self.kind == "measure" else []
-            for name in [n for n in names if n.startswith(f"{unit:07d}.")] or [f"{unit:07d}.json"]:
-                self.store.remove(f"commits/{name}")
+            self.store.remove(record_name(unit))
 
     def sweep(self, entries: Iterable[Entry | None]) -> None:
         """Removes what failed or killed attempts left: all files except records and those that `entries` name."""
         keep = {entry["name"] for entry in entries if entry is not None}
-        keep |= {name for name in self.store.names() if name.startswith("complete") and not is_part(name)}
+        keep |= {name for name in self.store.names() if name.startswith("complete") and not atomic.is_part(name)}
         for folder in ("", "units", "drops", "attempts", "spool", "commits"):
             for file in self.store.names(folder):
                 name = f"{folder}/{file}" if folder else file
-                if name not in keep and (folder != "commits" or is_part(file)):
+                if name not in keep and (folder != "commits" or atomic.is_part(file)):
                     self.store.remove(name)
+
+    def surviving(self, before: Sequence[Pass], unit: int) -> np.ndarray:
+        """The rows of a unit that are left after the pass: int32, ascending."""
+        raise NotImplementedError
+
+    def drops(self, before: Sequence[Pass], unit: int) -> pa.Table:
+        """What the pass dropped of a unit: the columns of `schema.DROP` without `unit`."""
+        raise NotImplementedError
+
+
+class UnitPass(Pass):
+    """A pass over units: of each, one record and one table, which has a line for every row that came in."""
+
+    kind = "map"
+    over_units = True
+
+    def records(self, unit: int) -> list[dict[str, Any]]:
+        """All records of a unit. DamagedError if one is missing."""
+        return [_must(self, unit)]
+
+    def next_part(self, unit: int) -> int | None:
+        """The number of the unit's next record, if it may have several."""
+        return None
+
+    def stored(self, unit: int, columns: list[str]) -> tuple[pa.Table, list[File]]:
+        """`row` and columns of all rows with a line in the unit's tables, in the order of `row`.
+
+        Also returns the files of the pixels and vectors, which `heavy_at` refers to.
+        """
+        (record,) = self.records(unit)
+        return _table(self, record, ["row", *columns]), self.files(record)
+
+    def files(self, record: dict[str, Any]) -> list[File]:
+        """The files of the pixels and vectors of a record."""
+        return [(self.store, record["heavy"])]
+
+    def surviving(self, before: Sequence[Pass], unit: int) -> np.ndarray:
+        # Its table has every row that reached it, so the passes before it need not be read.
+        table = self.stored(unit, ["drop_reason"])[0]
+        return table["row"].to_numpy()[pc.is_null(table["drop_reason"]).to_numpy()]
+
+    def drops(self, before: Sequence[Pass], unit: int) -> pa.Table:
+        return _fates(self.stored(unit, [f.name for f in FATE])[0])
+
+    def valued(self, unit: int) -> np.ndarray:
+        """The rows (int32, ascending) with stored values of the columns that the pass adds: those that it kept,
+        whatever the passes before and after it say of them."""
+        table = self.stored(unit, ["drop_reason"])[0]
+        return table["row"].to_numpy()[pc.is_null(table["drop_reason"]).to_numpy()]
+
+    def missing(self, before: Sequence[Pass], unit: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """The rows that the pass still has to process, among those that reach it or among `rows`."""
+        return surviving_rows(before, unit) if rows is None else rows
+
+    def account(self, before: Sequence[Pass], unit: int) -> dict[str, Any] | None:
+        """The record of a unit if the pass is done with it, else None.
+
+        `entries` lists all files stored for the unit, and `known` counts the rows measured before.
+        """
+        record = self.record(unit)
+        return None if record is None else {**record, "entries": _entries([record]), "known": 0}
+
+
+class PoolPass(UnitPass):
+    """The pool, cut into units."""
+
+    kind = "pool"
+
+    def valued(self, unit: int) -> np.ndarray:
+        return self.stored(unit, [])[0]["row"].to_numpy()
+
+
+class Loan(NamedTuple):
+    """A run that has results of the same step: its pool, and its pass."""
+
+    pool: Pass
+    measured: MeasurePass
+
+
+@dataclass
+class MeasurePass(UnitPass):
+    """An expensive step. Its results belong to rows, so `key` is a hash of the step and of what determines the columns
+    that it reads. A unit may have several records, each of other rows."""
+
+    kind = "measure"
+
+    chain: str = ""
+    """Hash of all steps so far, which decide which rows must be measured."""
+    origins: tuple[str, ...] = ()
+    """The columns of the pool that determine the results."""
+    upstream: tuple[str, ...] = ()
+    """The keys of the passes of this class whose results determine those of this one."""
+    lender: Loan | None = None
+
+    @property
+    def rows_key(self) -> str:
+        return self.chain
+
+    @property
+    def complete_name(self) -> str:
+        return f"complete-{self.chain}.json"
+
+    def forget(self, unit: int | None = None) -> None:
+        super().forget()
+        if unit is not None:
+            for name in self.store.names("commits"):
+                if name.startswith(f"{unit:07d}."):
+                    self.store.remove(f"commits/{name}")
+
+    def records(self, unit: int) -> list[dict[str, Any]]:
+        """In the order in which they were committed."""
+        found: list[dict[str, Any]] = []
+        while (record := self.record(unit, len(found))) is not None:
+            found.append(record)
+        return found
+
+    def next_part(self, unit: int) -> int | None:
+        return len(self.records(unit))
+
+    def stored(self, unit: int, columns: list[str]) -> tuple[pa.Table, list[File]]:
+        """Each row once. The rows need not be those that reach the pass now."""
+        wanted = ["row", *columns]
+        tables: list[pa.Table] = []
+        files: list[File] = []
+        for record in self.records(unit):
+            table = _table(self, record, wanted)
+            if "heavy_at" in columns:
+                at = pc.add(table["heavy_at"].cast(pa.int64()), len(files) << PART_BITS)
+                table = table.set_column(table.schema.get_field_index("heavy_at"), "heavy_at", at)
+            tables.append(table)
+            files += self.files(record)
+        if not tables:
+            schema = {"row": pa.int32(), "heavy_at": pa.int64(), **self.adds, **{f.name: f.type for f in FATE}}
+            return pa.schema([(name, schema[name]) for name in wanted]).empty_table(), files
+        if len(tables) == 1:
+            return tables[0], files
+        table = pa.concat_tables(tables)
+        _, first = np.unique(table["row"].to_numpy(), return_index=True)  # the first record that has a row counts
+        return table.take(pa.array(first)), files
+
+    def files(self, record: dict[str, Any]) -> list[File]:
+        if "borrowed" in record:
+            return [(Store(file["root"]), file["entry"]) for file in record["borrowed"]]
+        return super().files(record)
+
+    def of_rows(self, unit: int, columns: list[str], rows: np.ndarray) -> pa.Table:
+        """What is stored for these rows. DamagedError if one is missing."""
+        table = self.stored(unit, columns)[0]
+        at = _places(table, rows)
+        with _cure(self, unit):
+            if not (at >= 0).all():
+                lack = f"the records of unit {unit} lack {np.sum(at < 0):,} rows"
+                raise DamagedError(f"{self.store.path('commits')}: {lack}")
+        return table.take(pa.array(at))
+
+    def surviving(self, before: Sequence[Pass], unit: int) -> np.ndarray:
+        table = self.of_rows(unit, ["drop_reason"], surviving_rows(before, unit))
+        return table["row"].to_numpy()[pc.is_null(table["drop_reason"]).to_numpy()]
+
+    def drops(self, before: Sequence[Pass], unit: int) -> pa.Table:
+        drops = _fates(self.of_rows(unit, [f.name for f in FATE], surviving_rows(before, unit)))
+        # The same step may have been called otherwise in another recipe.
+        return drops.set_column(1, "step", pa.array([self.label] * len(drops), pa.string()))
+
+    def missing(self, before: Sequence[Pass], unit: int, rows: np.ndarray | None = None) -> np.ndarray:
+        rows = super().missing(before, unit, rows)
+        return np.setdiff1d(rows, self.stored(unit, [])[0]["row"].to_numpy()).astype(np.int32)
+
+    def account(self, before: Sequence[Pass], unit: int, seconds: dict[str, float] | None = None, new: int = 0) -> Any:
+        """Sums up all rows that reach the pass, `new` of which were measured just now."""
+        rows = surviving_rows(before, unit)
+        if len(self.missing(before, unit, rows)):
+            return None
+        drops = self.drops(before, unit)
+        drops = drops.append_column("unit", pa.array(np.full(len(drops), unit, np.int32)))
+        records = self.records(unit)
+        return {
+            "unit": unit,
+            "rows_in": len(rows),
+            "kept": len(rows) - len(drops),
+            "funnel": Funnel.of(self.labels, len(rows), [drops], seconds or {}).to_json(),
+            "entries": _entries(records),
+            "parts": len(records),
+            "known": len(rows) - new,
+        }
+
+    def borrow(self, before: Sequence[Pass], unit: int, units: int) -> None:
+        """Commits what the lender has measured of a unit's rows as one more record. Pixels and vectors stay there.
+
+        Two rows are the same if their uids are and, in another pool, all columns `origins`. Equal URLs have an equal
+        place in every pool, so the rows of a unit are in the one or two units of the lender that overlap it. A result
+        that rests on another pass is taken only for rows for which that pass took the lender's result as well.
+        """
+        assert self.lender is not None
+        pool, (lent_pool, lent) = before[0], self.lender
+        complete = lent_pool.complete()
+        rows = self.missing(before[:1], unit)
+        for p in before:
+            if isinstance(p, MeasurePass) and p.key in self.upstream:
+                rows = np.intersect1d(rows, p.borrowed_rows(unit, lent_pool)).astype(np.int32)
+        if complete is None or not len(rows):
+            return
+        same = ["uid"] if lent_pool.key == pool.key else list(self.origins)
+        place = {line["uid"]: (row, line) for row, line in zip(rows.tolist(), _lines(pool, unit, same, rows))}
+        light = [name for name, dtype in self.adds.items() if not is_heavy(dtype)]
+        columns = [*light, *(["heavy_at"] if len(light) < len(self.adds) else []), *(f.name for f in FATE)]
+        tables: list[pa.Table] = []
+        files: list[File] = []
+        for other in range(unit * complete["units"] // units, -(-(unit + 1) * complete["units"] // units)):
+            table, held = lent.stored(other, columns)
+            found = [
+                (i, place[line["uid"]][0])
+                for i, line in enumerate(_lines(lent_pool, other, same, table["row"].to_numpy()))
+                if line["uid"] in place and place[line["uid"]][1] == line
+            ]
+            table = table.take(pa.array([i for i, _ in found], pa.int64()))
+            table = table.set_column(0, "row", pa.array([row for _, row in found], pa.int32()))
+            fate = pc.if_else(pc.is_valid(table["drop_reason"]), self.label, pa.scalar(None, pa.string()))
+            table = table.set_column(table.schema.get_field_index("drop_step"), "drop_step", fate)
+            if "heavy_at" in columns:
+                at = pc.add(table["heavy_at"].cast(pa.int64()), len(files) << PART_BITS)
+                table = table.set_column(table.schema.get_field_index("heavy_at"), "heavy_at", at)
+            tables.append(table)
+            files += held
+        table = pa.concat_tables(tables).sort_by("row")
+        if len(table):
+            borrowed = [{"root": store.root, "entry": entry} for store, entry in files]
+            record = {"heavy": None, "borrowed": borrowed, "pool": lent_pool.key, "part": self.next_part(unit)}
+            _commit_table(self, unit, new_attempt(unit), table, len(table), {}, record)
+
+    def borrowed_rows(self, unit: int, pool: Pass) -> np.ndarray:
+        """The rows of a unit that were borrowed from a run of this pool."""
+        tables = [_table(self, record, ["row"]) for record in self.records(unit) if record.get("pool") == pool.key]
+        return np.concatenate([np.empty(0, np.int32), *(table["row"].to_numpy() for table in tables)])
+
+
+class BarrierPass(Pass):
+    """A whole-run filter: its drops are stored by groups of units."""
+
+    kind = "barrier"
+
+    def surviving(self, before: Sequence[Pass], unit: int) -> np.ndarray:
+        drops = self.drops(before, unit)["row"].to_numpy()
+        return np.setdiff1d(surviving_rows(before, unit), drops).astype(np.int32)
+
+    def drops(self, before: Sequence[Pass], unit: int) -> pa.Table:
+        table = self._decided(unit)
+        return table.filter(pc.is_valid(table["reason"])).select([name for name in DROP.names if name != "unit"])
+
+    def values(self, unit: int) -> pa.Table:
+        """`row` and the columns that the filter adds, of the rows of a unit that got values, in the order of `row`."""
+        table = self._decided(unit)
+        if not self.adds or not len(table):
+            return pa.schema([POSITION.field("row"), *self.adds.items()]).empty_table()
+        return table.filter(pc.is_null(table["reason"])).select(["row", *self.adds])
+
+    def valued(self, unit: int) -> np.ndarray:
+        """The rows (int32, ascending) that got values of the columns that the filter adds."""
+        return self.values(unit)["row"].to_numpy()
+
+    def _decided(self, unit: int) -> pa.Table:
+        """What is stored of a unit: its drops, and lines without a reason for rows that got values."""
+        complete = self.complete()
+        if complete is None:
+            raise FileNotFoundError(f"{self.root}: the barrier is not complete")
+        entry = complete["files"].get(str(unit // complete["units_per_file"]))
+        if entry is None:
+            return DROP.empty_table()
+        try:
+            table = _barrier_file(self.root, **entry)
+        except DamagedError as error:
+            again = f"remove {self.store.path('complete.json')} and give the same command again: the pass is made again"
+            raise DamagedError(f"{error} (unit {unit} of the pass {self.label}). To go on, {again}.") from None
+        return table.filter(pc.equal(table["unit"], unit))
+
+
+class SinkPass(BarrierPass):
+    """A sink: its records speak of the parts that it wrote, and its drops are the rows behind the last part."""
+
+    kind = "write"
+
+    @property
+    def sink(self) -> Sink:
+        (step,) = self.steps
+        assert isinstance(step, Sink)
+        return step
+
+
+KINDS: dict[str, type[Pass]] = {of.kind: of for of in (PoolPass, UnitPass, MeasurePass, BarrierPass, SinkPass)}
 
 
 def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.DataType]) -> list[Pass]:
@@ -150,28 +437,39 @@ def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.Da
     units would not get them. The first pass is the pool's own; `types` are the pool's further columns.
     """
     known = {**{f.name: f.type for f in SAMPLE}, **types}
-    passes = [Pass("pool", _key("", pool_key), "pool", adds=dict(known))]
+    passes: list[Pass] = [PoolPass(_key("", pool_key), "pool", adds=dict(known))]
     sources: dict[str, str] = {}
     """For a column that a step added, a key of what determines its values."""
+    origins = {column: {column} for column in known}
+    """The columns of the pool that determine the values of a column. A step may read SAMPLE without saying so."""
+    measured: dict[str, set[str]] = {column: set() for column in known}
+    """The keys of the `measure` passes that determine the values of a column."""
     steps: list[Step] = []
     identities: list[dict[str, Any]] = []
 
-    def close(kind: Kind = "map") -> None:
+    def close(kind: type[Pass] = UnitPass) -> None:
         if steps:
             adds = {k: v for step in steps for k, v in step.adds.items()}
-            key = _key(passes[-1].chain or passes[-1].key, identities)
-            p = Pass(kind, key, steps[-1].label, list(steps), adds, f"{len(passes):02d}-{steps[-1].label}-{key}")
-            if kind == "measure":
-                p.chain, p.key = key, sources[next(iter(adds))]
-                p.root = f"{steps[-1].name()}-{p.key}"
+            key = _key(passes[-1].rows_key, identities)
+            name = f"{len(passes):02d}-{steps[-1].label}-{key}"
+            if kind is MeasurePass:
+                source, (column, *_) = sources[next(iter(adds))], adds
+                p: Pass = MeasurePass(
+                    source, steps[-1].label, list(steps), adds, f"{steps[-1].name()}-{source}", key,
+                    tuple(sorted({*SAMPLE.names} | origins[column])), tuple(sorted(measured[column])),
+                )  # fmt: skip
+                for column in adds:
+                    measured[column] = measured[column] | {source}
+            else:
+                p = kind(key, steps[-1].label, list(steps), adds, name)
             passes.append(p)
             steps.clear()
             identities.clear()
 
     for step in recipe.steps:
         scope = step.scope if isinstance(step, Filter) else "row"
-        alone: Kind | None = "barrier" if scope == "run" else "write" if isinstance(step, Sink) else None
-        alone = "measure" if step.expensive else alone
+        alone: type[Pass] | None = BarrierPass if scope == "run" else SinkPass if isinstance(step, Sink) else None
+        alone = MeasurePass if step.expensive else alone
         regroups = any(isinstance(s, Stage) and type(s).stream is not Stage.stream for s in steps)
         wants_units = any(isinstance(s, Filter) and s.scope == "unit" for s in steps)
         pixels = any(is_heavy(known[c]) for c in step.needs if c in known and not any(c in s.adds for s in steps))
@@ -183,6 +481,8 @@ def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.Da
         known |= step.adds
         source = _key("", [identities[-1], {c: sources[c] for c in step.needs if c in sources}])
         sources |= dict.fromkeys(step.adds, source)
+        for of in (origins, measured):
+            of |= dict.fromkeys(step.adds, set().union(*(of[c] for c in step.needs if c in of)))
         if alone:
             close(alone)
     close()
@@ -201,17 +501,9 @@ def source_columns(p: Pass) -> list[str]:
     return list(wanted)
 
 
-def surviving_rows(before: Sequence[Pass], unit: int) -> np.ndarray:
-    """The rows of a unit that the passes so far have kept: int32, ascending."""
-    earlier, last = before[:-1], before[-1]
-    if last.kind == "barrier":
-        return np.setdiff1d(surviving_rows(earlier, unit), barrier_drops(last, unit)["row"].to_numpy()).astype(np.int32)
-    if last.kind == "measure":
-        table = _of_rows(last, unit, ["drop_reason"], surviving_rows(earlier, unit))
-    else:
-        # Its table has every row that reached it, so the passes before it need not be read.
-        table = _table(last, _must(last, unit), ["row", "drop_reason"])
-    return table["row"].to_numpy()[pc.is_null(table["drop_reason"]).to_numpy()]
+def surviving_rows(passes: Sequence[Pass], unit: int) -> np.ndarray:
+    """The rows of a unit that these passes have kept: int32, ascending."""
+    return passes[-1].surviving(passes[:-1], unit)
 
 
 def read_unit(
@@ -229,18 +521,17 @@ def read_unit(
     with contextlib.ExitStack() as stack:
         for p in before:
             mine = [c for c in wanted if c in p.adds]
-            if not mine or p.kind == "write":
-                continue
-            if p.kind == "barrier":
-                values = barrier_values(p, unit)
+            if isinstance(p, BarrierPass) and mine:
+                values = p.values(unit)
                 at = _places(values, rows)
                 for c in mine:  # the other rows keep what they had
                     new = values[c].take(pa.array(at, mask=at < 0))
                     light[c] = pc.coalesce(new, light[c]) if c in light else new
+            if not mine or not isinstance(p, UnitPass):
                 continue
             small = [c for c in mine if not is_heavy(p.adds[c])]
             big = [c for c in mine if is_heavy(p.adds[c])]
-            table, files = _measured(p, unit, [*small, *(["heavy_at"] if big else [])])
+            table, files = p.stored(unit, [*small, *(["heavy_at"] if big else [])])
             at = _places(table, rows)
             if not (at >= 0).all():
                 raise DamagedError(
@@ -264,139 +555,53 @@ def read_unit(
             yield piece.select(order)
 
 
-def barrier_drops(p: Pass, unit: int) -> pa.Table:
-    """The drops of a barrier or sink in one unit: the columns of `schema.DROP` without `unit`."""
-    table = _decided(p, unit)
-    return table.filter(pc.is_valid(table["reason"])).select([name for name in DROP.names if name != "unit"])
-
-
-def barrier_values(p: Pass, unit: int) -> pa.Table:
-    """`row` and the columns that a barrier adds, of the rows of a unit that got values, in the order of `row`."""
-    table = _decided(p, unit)
-    if not p.adds or not len(table):
-        return pa.schema([POSITION.field("row"), *p.adds.items()]).empty_table()
-    return table.filter(pc.is_null(table["reason"])).select(["row", *p.adds])
-
-
-def _decided(p: Pass, unit: int) -> pa.Table:
-    """What a barrier has stored of one unit: its drops, and lines without a reason for rows that got values."""
-    complete = p.complete()
-    if complete is None:
-        raise FileNotFoundError(f"{p.root}: the barrier is not complete")
-    entry = complete["files"].get(str(unit // complete["units_per_file"]))
-    if entry is None:
-        return DROP.empty_table()
-    try:
-        table = _barrier_file(p.root, **entry)
-    except DamagedError as error:
-        again = f"remove {p.store.path('complete.json')} and give the same command again: the pass is made again"
-        raise DamagedError(f"{error} (unit {unit} of the pass {p.label}). To go on, {again}.") from None
-    return table.filter(pc.equal(table["unit"], unit))
-
-
 @lru_cache(maxsize=8)  # a recipe has some barriers, and each is asked for every unit of a file in turn
 def _barrier_file(root: str, **entry: Any) -> pa.Table:
     return Store(root).read_table(entry)
 
 
-def unit_drops(passes: Sequence[Pass], unit: int) -> pa.Table:
-    """The drops of the last of these passes in one unit: the columns of `schema.DROP` without `unit`."""
-    p = passes[-1]
-    if p.kind in ("barrier", "write"):
-        return barrier_drops(p, unit)
-    return _drops(p, unit, surviving_rows(passes[:-1], unit) if p.kind == "measure" else None)
+def _fates(table: pa.Table) -> pa.Table:
+    """The dropped rows of a unit's table with `row` and FATE, as the columns of `schema.DROP` without `unit`."""
+    dropped = table.filter(pc.is_valid(table["drop_reason"]))
+    return dropped.rename_columns([f.name for f in DROP if f.name != "unit"])
 
 
-def _drops(p: Pass, unit: int, rows: np.ndarray | None) -> pa.Table:
-    """The drops of a pass over one unit; of one that measures, among these rows."""
-    names = [f.name for f in FATE]
-    if rows is None:
-        table = _table(p, _must(p, unit), ["row", *names])
-    else:
-        table = _of_rows(p, unit, names, rows)
-    table = table.filter(pc.is_valid(table["drop_reason"])).rename_columns([f.name for f in DROP if f.name != "unit"])
-    if rows is not None:  # the same step may have been called otherwise in another recipe
-        table = table.set_column(1, "step", pa.array([p.label] * len(table), pa.string()))
-    return table
-
-
-def rows_with_values(p: Pass, unit: int) -> np.ndarray:
-    """The rows of a unit (int32, ascending) for which a pass over units has stored values of the columns that it adds:
-    those that it kept (the pool's own pass: all; a barrier: those that got some), whatever the passes before and after
-    it say of them."""
-    if p.kind == "barrier":
-        return barrier_values(p, unit)["row"].to_numpy()
-    table = _measured(p, unit, ["drop_reason"])[0]
-    there = np.ones(len(table), bool) if p.kind == "pool" else pc.is_null(table["drop_reason"]).to_numpy()
-    return table["row"].to_numpy()[there]
-
-
-def missing_rows(passes: Sequence[Pass], unit: int, rows: np.ndarray | None = None) -> np.ndarray:
-    """The rows that the last of these passes still has to process, among those that reach it or among `rows`."""
-    rows = surviving_rows(passes[:-1], unit) if rows is None else rows
-    if passes[-1].kind != "measure":
-        return rows
-    return np.setdiff1d(rows, _measured(passes[-1], unit, [])[0]["row"].to_numpy()).astype(np.int32)
-
-
-def committed(passes: Sequence[Pass], unit: int) -> dict[str, Any] | None:
-    """The record of a unit if the last of these passes is done with it, else None.
-
-    `entries` lists all files stored for the unit, and `known` counts the rows measured before.
-    """
-    p = passes[-1]
-    if p.kind == "measure":
-        return None if len(missing_rows(passes, unit)) else _account(passes, unit, 0, {})
-    record = p.record(unit)
-    return None if record is None else {**record, "entries": _entries([record]), "known": 0}
-
-
-def _account(passes: Sequence[Pass], unit: int, new: int, seconds: dict[str, float]) -> dict[str, Any]:
-    """The record of a unit in a `measure` pass over all rows that reach it, `new` of which were measured just now."""
-    p, rows = passes[-1], surviving_rows(passes[:-1], unit)
-    drops = _drops(p, unit, rows)
-    drops = drops.append_column("unit", pa.array(np.full(len(drops), unit, np.int32)))
-    parts = p.parts(unit)
-    return {
-        "unit": unit,
-        "rows_in": len(rows),
-        "kept": len(rows) - len(drops),
-        "funnel": Funnel.of(p.labels, len(rows), [drops], seconds).to_json(),
-        "entries": _entries(parts),
-        "parts": len(parts),
-        "known": len(rows) - new,
-    }
+def _lines(pool: Pass, unit: int, columns: list[str], rows: np.ndarray) -> Iterator[dict[str, Any]]:
+    """These columns of rows of the pool."""
+    for table in read_unit([pool], unit, columns, rows):
+        yield from table.drop_columns(POSITION.names).to_pylist()
 
 
 def _entries(records: Iterable[dict[str, Any]]) -> list[Entry]:
     return [entry for record in records for entry in (record["table"], record["heavy"]) if entry]
 
 
-def check_unit(p: Pass, unit: int, digest: bool) -> None:
+def check_unit(p: UnitPass, unit: int, digest: bool) -> None:
     """Raises DamagedError unless a committed unit is as its records say.
 
     Pixels and vectors are compared by size, with `digest` byte for byte.
     """
-    records = p.parts(unit) if p.kind == "measure" else [_must(p, unit)]
-    for record in records:
+    for record in p.records(unit):
         _table(p, record, [])
-        if record["heavy"]:
-            with _cure(p, unit):
-                p.store.check(record["heavy"], digest)
+        for store, entry in p.files(record):
+            if entry:
+                with _cure(p, unit):
+                    store.check(entry, digest)
 
 
 def check_measured(passes: Sequence[Pass], index: int, unit: int, digest: bool, whole: bool) -> None:
-    """Does what `check_unit` does for a `measure` pass, and raises DamagedError if measurements are gone.
+    """Does what `check_unit` does for a `MeasurePass`, and raises DamagedError if measurements are gone.
 
     They must be there for all rows that reach the pass, if it was complete (`whole`), and for all rows from whose
     results a later pass has measured something.
     """
     p = passes[index]
+    assert isinstance(p, MeasurePass)
     check_unit(p, unit, digest)
-    lost = missing_rows(passes[: index + 1], unit) if whole else np.empty(0, np.int32)
+    lost = p.missing(passes[:index], unit) if whole else np.empty(0, np.int32)
     for later in passes[index + 1 :]:
-        if later.kind == "measure" and set(p.adds) & {c for step in later.steps for c in step.needs}:
-            known, based = (_measured(q, unit, [])[0]["row"].to_numpy() for q in (p, later))
+        if isinstance(later, MeasurePass) and p.key in later.upstream:
+            known, based = (q.stored(unit, [])[0]["row"].to_numpy() for q in (p, later))
             lost = np.union1d(lost, np.setdiff1d(based, known))
     if len(lost):
         with _cure(p, unit):
@@ -448,6 +653,7 @@ def run_pass(
     some of its rows, and `crashers` are dropped without being processed: see `pipeline.isolation`.
     """
     p, before = passes[index], passes[:index]
+    assert isinstance(p, UnitPass)
     columns = source_columns(p)
     writers: dict[int, UnitWriter] = {}
     report = UnitReport()
@@ -455,8 +661,8 @@ def run_pass(
 
     def source() -> Iterator[pa.Table]:
         for unit in units:
-            part = len(p.parts(unit)) if p.kind == "measure" else None  # before a look at which rows it has
-            living = missing_rows(passes[: index + 1], unit, rows)
+            part = p.next_part(unit)  # before a look at which rows it has
+            living = p.missing(before, unit, rows)
             writers[unit] = UnitWriter(p, unit, living, part)
             if crashers is not None:
                 dead = pa.table({"unit": np.full(len(crashers), unit, np.int32), "row": crashers.astype(np.int32)})
@@ -484,9 +690,9 @@ def run_pass(
             seconds = _self_times(clock, p.labels)
             if not commit:
                 writer.abort()
-            elif p.kind == "measure":
+            elif isinstance(p, MeasurePass):
                 writer.commit(seconds)
-                account = _account(passes[: index + 1], unit, writer.rows_in, seconds)
+                account = p.account(before, unit, seconds, writer.rows_in)
                 whole = UnitReport.of(account)
                 report.rows += whole.rows - writer.rows_in
                 report.kept += whole.kept - writer.kept
@@ -520,8 +726,8 @@ def run_pass(
 class UnitWriter:
     """Collects the results of one attempt at a unit, and commits them."""
 
-    def __init__(self, p: Pass, unit: int, rows: np.ndarray, part: int | None = None) -> None:
-        """`part` is the number of the unit's next record in a `measure` pass."""
+    def __init__(self, p: UnitPass, unit: int, rows: np.ndarray, part: int | None = None) -> None:
+        """`part` is the number of the record, if the unit may have several."""
         self.p, self.unit, self.rows_in, self._part = p, unit, len(rows), part
         self._store = p.store
         self._attempt = new_attempt(unit)
@@ -628,20 +834,28 @@ def commit(
     light, fates = _spread(light, rows), _spread(drops, rows)
     columns = {c: light[c] for c in light.column_names} | {"row": pa.array(rows)}
     table = pa.table(columns | {f"drop_{c}": fates[c] for c in drops.column_names if c not in POSITION.names})
+    more = {"heavy": heavy, **({} if part is None else {"part": part})}
+    return _commit_table(p, unit, attempt, table, rows_in, seconds, more)
+
+
+def _commit_table(
+    p: Pass, unit: int, attempt: str, table: pa.Table, rows_in: int, seconds: dict[str, float], more: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes a unit's table, whose columns include FATE, and creates the record, which also holds `more`."""
+    drops = table.filter(pc.is_valid(table["drop_reason"]))
+    fates = [pa.table({"step": drops["drop_step"], "reason": drops["drop_reason"]})]
     record: dict[str, Any] = {
         "rows_in": rows_in,
         "kept": rows_in - len(drops),
         "table": p.store.write_table(f"{attempt}.parquet", table),
-        "heavy": heavy,
-        "funnel": Funnel.of(p.labels, rows_in, [drops], seconds).to_json(),
+        "funnel": Funnel.of(p.labels, rows_in, fates, seconds).to_json(),
+        **more,
     }
-    if part is not None:
-        record["part"] = part
     if p.commit(unit, record):
         return {"pass": p.key, "unit": unit, **record}
     for entry in _entries([record]):
         p.store.remove(entry["name"])
-    return _must(p, unit, part)
+    return _must(p, unit, more.get("part"))
 
 
 def _spread(table: pa.Table, rows: np.ndarray) -> pa.Table:
@@ -738,45 +952,6 @@ def _table(p: Pass, record: dict[str, Any], columns: list[str]) -> pa.Table:
         return p.store.read_table(record["table"], columns)
 
 
-def _measured(p: Pass, unit: int, columns: list[str]) -> tuple[pa.Table, list[File]]:
-    """`row` and columns of a unit from all its records, lenders' included, each row once, in the order of `row`.
-
-    Also returns the files of its pixels and vectors, one for each record, which `heavy_at` refers to.
-    """
-    wanted = ["row", *columns]
-    if p.kind != "measure":
-        record = _must(p, unit)
-        return _table(p, record, wanted), [(p.store, record["heavy"])]
-    tables: list[pa.Table] = []
-    files: list[File] = []
-    for owner in [p, *(replace(p, root=root, lenders=[]) for root in p.lenders)]:
-        for record in owner.parts(unit):
-            table = _table(owner, record, wanted)
-            if "heavy_at" in columns:
-                at = pc.add(table["heavy_at"].cast(pa.int64()), len(files) << PART_BITS)
-                table = table.set_column(table.schema.get_field_index("heavy_at"), "heavy_at", at)
-            tables.append(table)
-            files.append((owner.store, record["heavy"]))
-    if not tables:
-        schema = {"row": pa.int32(), "heavy_at": pa.int64(), **p.adds, **{f.name: f.type for f in FATE}}
-        return pa.schema([(name, schema[name]) for name in wanted]).empty_table(), files
-    if len(tables) == 1:
-        return tables[0], files
-    table = pa.concat_tables(tables)
-    _, first = np.unique(table["row"].to_numpy(), return_index=True)  # the first record that has a row counts
-    return table.take(pa.array(first)), files
-
-
-def _of_rows(p: Pass, unit: int, columns: list[str], rows: np.ndarray) -> pa.Table:
-    """What a pass has measured for these rows. DamagedError if it lacks one."""
-    table = _measured(p, unit, columns)[0]
-    at = _places(table, rows)
-    with _cure(p, unit):
-        if not (at >= 0).all():
-            raise DamagedError(f"{p.store.path('commits')}: the records of unit {unit} lack {np.sum(at < 0):,} rows")
-    return table.take(pa.array(at))
-
-
 def _must(p: Pass, unit: int, part: int | None = None) -> dict[str, Any]:
     with _cure(p, unit):
         record = p.record(unit, part)
@@ -792,7 +967,7 @@ def _cure(p: Pass, unit: int) -> Iterator[None]:
         yield
     except DamagedError as error:
         if p.repeatable:
-            name = p.store.path(f"commits/{unit:07d}.*" if p.kind == "measure" else record_name(unit))
+            name = p.store.path(f"commits/{unit:07d}.*" if isinstance(p, MeasurePass) else record_name(unit))
             cure = f"remove {name} and give the same command again: the unit is made again"
         else:
             cure = (

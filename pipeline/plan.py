@@ -8,9 +8,9 @@ from collections import defaultdict
 from rich.table import Table
 
 from pipeline import ingest, pool
-from pipeline.passes import Pass, make_passes
+from pipeline.passes import BarrierPass, Pass, PoolPass, SinkPass, make_passes
 from pipeline.recipe import Recipe, RecipeError
-from pipeline.step import Estimate, Sink, Step
+from pipeline.step import Estimate, Step
 from trainer.terminal import Console
 
 _POOL = Estimate(1.0, 20_000, "rows of the pool; rate measured on 10,000 web rows", stored=120)
@@ -87,10 +87,10 @@ def print_plan(console: Console, recipe: Recipe) -> None:
 
 def _workers(p: Pass) -> str:
     """The kind of worker of a pass and the resource that the scheduler reserves for each."""
-    if p.kind == "barrier":
-        return "Dask on Ray, columns only"
-    if p.kind not in ("map", "measure"):
+    if isinstance(p, PoolPass | SinkPass):
         return "tasks, 1 core each"
+    if isinstance(p, BarrierPass):
+        return "Dask on Ray, columns only"
     if any(step.resource == "gpu" for step in p.steps):
         return "actors, 1 GPU each" if _has_gpu() else "actors, 1 GPU each (where there is one)"
     return "actors, 1 core each"
@@ -102,10 +102,9 @@ def _has_gpu() -> bool:
 
 def _units(p: Pass, units: int, rows: float) -> str:
     """The work items of a pass: units, parts of the output, or the whole run."""
-    last = p.steps[-1] if p.steps else None
-    if isinstance(last, Sink):
-        return f"{len(last.plan(int(rows))) - 1:,} parts"
-    return "all at once" if p.kind == "barrier" else f"{units:,} units"
+    if isinstance(p, SinkPass):
+        return f"{len(p.sink.plan(int(rows))) - 1:,} parts"
+    return f"{units:,} units" if p.over_units else "all at once"
 
 
 def _bytes(n: float) -> str:

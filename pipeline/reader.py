@@ -27,7 +27,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.ledger import Funnel
-from pipeline.passes import HEAVY_ROWS, Pass, read_unit, rows_with_values, surviving_rows, unit_drops
+from pipeline.passes import (
+    HEAVY_ROWS,
+    KINDS,
+    BarrierPass,
+    MeasurePass,
+    Pass,
+    PoolPass,
+    SinkPass,
+    UnitPass,
+    read_unit,
+    surviving_rows,
+)
 from pipeline.recipe import Recipe
 from pipeline.schema import DROP, INLINE, POSITION, SAMPLE, is_heavy
 from pipeline.step import Step
@@ -98,9 +109,8 @@ def describe(passes: Sequence[Pass], recipe: Recipe) -> list[dict[str, Any]]:
             "kind": p.kind,
             "label": p.label,
             "key": p.key,
-            "chain": p.chain,
+            "chain": p.rows_key,
             "root": p.root.removeprefix(f"{recipe.run}/"),
-            "lenders": p.lenders,
             "steps": [dataclasses.asdict(of) for of in (map(step, p.steps) if p.steps else [pool])],
             "schema": base64.b64encode(pa.schema(list(p.adds.items())).serialize()).decode(),
         }
@@ -114,16 +124,20 @@ def _restore(described: dict[str, Any], store: Store) -> Pass:
     steps = [RunStep(**{**step, "needs": tuple(step["needs"])}) for step in described["steps"]]
     root = described["root"]
     schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(described["schema"])))
-    return Pass(
-        kind=described["kind"],
-        key=described["key"],
-        label=described["label"],
-        steps=cast("list[Step]", steps),  # a pass that is only read asks them for their labels alone
-        adds={field.name: field.type for field in schema},
-        root=root if "://" in root or os.path.isabs(root) else store.path(root),
-        chain=described["chain"],
-        lenders=described["lenders"],
+    kind = KINDS[described["kind"]]
+    return kind(
+        described["key"],
+        described["label"],
+        cast("list[Step]", steps),  # a pass that is only read asks them for their labels alone
+        {field.name: field.type for field in schema},
+        root if "://" in root or os.path.isabs(root) else store.path(root),
+        **({"chain": described["chain"]} if kind is MeasurePass else {}),
     )
+
+
+def described_passes(store: Store) -> list[Pass]:
+    """The passes of the run in a folder, for reading. RunError if there is no run."""
+    return open_run(store.root)._passes
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -179,7 +193,7 @@ class Run:
                 )
             self._passes = [_restore(p, store) for p in described]
             self.steps = [cast(RunStep, step) for p in self._passes for step in p.steps]
-            if not self._passes or self._passes[0].kind != "pool":
+            if not self._passes or not isinstance(self._passes[0], PoolPass):
                 raise ValueError
         except RunError:
             raise
@@ -203,6 +217,21 @@ class Run:
     def passes(self) -> list[Pass]:
         """The passes, for commands that write to the run. Their steps are descriptions (`RunStep`)."""
         return self._passes
+
+    @property
+    def path(self) -> str:
+        """The absolute path of its folder, or its address."""
+        return self._store.root
+
+    @property
+    def pool_key(self) -> str:
+        """Names the contents of the pool: in runs with the same key, `unit` and `row` name the same rows."""
+        return self._passes[0].key
+
+    @property
+    def has_passes(self) -> bool:
+        """Whether the results of all its passes are there; without them, rows have neither `unit` nor `row`."""
+        return self._missing(len(self._passes) - 1) is None
 
     # --- The books ----------------------------------------------------------------------------------------------------
 
@@ -280,12 +309,9 @@ class Run:
 
     def _surviving(self, index: int, later: Sequence[str], unit: int) -> np.ndarray:
         """The rows of a unit that survived the step of a pass after which these come."""
-        passes = self._passes[: index + 1]
-        if passes[-1].kind == "write":
-            return np.setdiff1d(surviving_rows(passes[:-1], unit), unit_drops(passes, unit)["row"].to_numpy())
-        rows = surviving_rows(passes, unit)
+        rows = surviving_rows(self._passes[: index + 1], unit)
         if later:
-            drops = unit_drops(passes, unit)
+            drops = self._passes[index].drops(self._passes[:index], unit)
             after = drops.filter(pc.is_in(drops["step"], pa.array(later)))
             rows = np.union1d(rows, after["row"].to_numpy())
         return rows
@@ -313,7 +339,7 @@ class Run:
 
         def read(unit: int) -> pa.Table:
             names = [name for name in DROP.names if name != "unit"]
-            ledgers = [unit_drops(self._passes[: i + 1], unit).select(names) for i in due]
+            ledgers = [self._passes[i].drops(self._passes[:i], unit).select(names) for i in due]
             drops = _chosen(pa.concat_tables(ledgers), step, reason).sort_by("row")
             (texts,) = read_unit(self._passes[:1], unit, SAMPLE.names, drops["row"].to_numpy())
             columns = {name: (texts if name in texts.column_names else drops)[name] for name in DROPS.names}
@@ -350,7 +376,8 @@ class Run:
                 continue
             if p.complete() is None:
                 self._gone(i)
-            there = np.intersect1d(numbers, rows_with_values(p, unit)).astype(np.int32)
+            assert isinstance(p, UnitPass | BarrierPass)
+            there = np.intersect1d(numbers, p.valued(unit)).astype(np.int32)
             empty = pa.schema([*POSITION, *((name, types[name]) for name in mine)]).empty_table()
             table = pa.concat_tables([empty, *read_unit([p], unit, mine, there)])
             at = pa.array(np.searchsorted(there, numbers), mask=~np.isin(numbers, there))
@@ -403,7 +430,8 @@ class Run:
     def _uids(self, unit: int) -> pa.ChunkedArray:
         """Of all rows of a unit; the place is the row."""
         pool = self._passes[0]
-        (table,) = read_unit([pool], unit, ["uid"], rows_with_values(pool, unit))
+        assert isinstance(pool, PoolPass)
+        (table,) = read_unit([pool], unit, ["uid"], pool.valued(unit))
         return table["uid"]
 
     # --- What there is ------------------------------------------------------------------------------------------------
@@ -438,19 +466,11 @@ class Run:
 
     @property
     def _writes_shards(self) -> bool:
-        return self._passes[-1].kind == "write"
+        return isinstance(self._passes[-1], SinkPass)
 
     def _missing(self, index: int) -> int | None:
-        """The first of the passes up to this one that is not there; RunError if one has borrowed what is gone."""
-        for i, p in enumerate(self._passes[: index + 1]):
-            if p.complete() is None:
-                return i
-            for lender in p.lenders:
-                if not Store(lender).exists(""):
-                    raise RunError(
-                        f"{lender}: missing: {p.label} shares it with the run that {self._store.root} reuses"
-                    )
-        return None
+        """The first of the passes up to this one that is not there."""
+        return next((i for i, p in enumerate(self._passes[: index + 1]) if p.complete() is None), None)
 
     def _reads_shards(self, label: str) -> bool:
         """Whether the rows after a step must come from the shards, since passes are gone; RunError if those cannot

@@ -134,7 +134,9 @@ class Recipe:
     join during the run. Never changes a result."""
     reuse: str | None = None
     """Another run to take results from: its complete passes where they are the same, and what it measured of the same
-    pool."""
+    rows, also if its pool is another one. Its pictures are not copied, so it must stay where it is."""
+    report: bool = True
+    """Whether the run ends with writing `RUN/report/index.html`, as `winnow report RUN` does at any time."""
     allow_empty: bool = False
     """Whether a run that writes shards and keeps no row ends with exit status 0 instead of 1."""
     source: dict[str, Any] = field(default_factory=dict)

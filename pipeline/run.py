@@ -19,10 +19,11 @@ from pipeline import pool, recipe
 from pipeline.claim import Claim, InUseError, LostClaimError, hold
 from pipeline.ledger import BooksError, Funnel
 from pipeline.lifetime import GOES_ON, Watch
-from pipeline.passes import Pass, make_passes
-from pipeline.reader import describe
+from pipeline.passes import Loan, MeasurePass, Pass, SinkPass, make_passes
+from pipeline.reader import RunError, describe, described_passes, open_run
 from pipeline.recipe import Recipe, RecipeError
-from pipeline.step import HaltError, Sink
+from pipeline.schema import is_heavy
+from pipeline.step import HaltError
 from pipeline.storage import DamagedError, Store
 from trainer.terminal import Console, guarded, masked, one_line
 
@@ -107,13 +108,18 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
     _claim(checked, own, describe(passes, checked))
 
     from pipeline import cluster, executor
+    from pipeline.events import Events
     from pipeline.progress import Progress, print_funnel
 
     started = time.monotonic()
-    progress = Progress(console)
+    events = Events(Store(checked.run))
+    progress, done = Progress(console, events.watch), False
+    events.command(checked.name, [p.label for p in passes])
     try:
         try:
             cluster.start_ray(checked.workers)
+        except cluster.StartError as error:
+            raise HaltError(str(error)) from None
         except SystemExit:  # Ray's own answer to a SIGTERM while it starts
             watch.take_signals()
             signal.raise_signal(signal.SIGTERM)
@@ -123,11 +129,23 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
             cluster.check_nodes(Store(checked.run), pool.find_files(checked.pool))
         except cluster.UnseenError as error:
             raise RefusedError(str(error)) from None
+        from pipeline.metrics import Metrics
+
+        progress.watchers.append(Metrics(checked.name).watch)
         job = executor.Job(checked, passes, types, progress, claim)
         outcome = executor.execute(job)
         dropped = executor.write_books(job, outcome)
+        done = True
+    except LostClaimError:
+        events.close()  # the file is the other command's now
+        raise
+    except BaseException as error:
+        progress.end(done)
+        said = "interrupted" if isinstance(error, KeyboardInterrupt) else _explain(error, checked.run)
+        events.end(2 if isinstance(error, RefusedError) else 1, error=said)
+        raise
     finally:
-        progress.end()
+        progress.end(done)
         ending = watch.is_ending()
         if not ending:
             watch.close()
@@ -141,13 +159,15 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
     if len(outcome.mended) > 10:
         console.print(f"made again: {len(outcome.mended) - 10:,} more", highlight=False)
     if outcome.reused:
-        measured = [p.label for p in passes if p.kind == "measure" and p.label in outcome.reused]
+        measured = [p.label for p in passes if isinstance(p, MeasurePass) and p.label in outcome.reused]
         said = f"; nothing was measured again by {' or '.join(measured)}" if measured else ""
         console.print(f"reused {', '.join(outcome.reused)}{said}", highlight=False)
     for label, (rows, known) in outcome.known.items():
         if known:
             console.print(f"{label}: {known:,} of {rows:,} rows had been measured before", highlight=False)
     print_funnel(console, outcome.funnel)
+    if checked.report:
+        _report(console, checked.run)
     # A run that writes nothing is there for its measurements and its drops.
     empty = not outcome.funnel.kept and folder and not checked.allow_empty
     if not outcome.funnel.kept:
@@ -165,7 +185,27 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
             f"error: no row was kept: {why}. If that is what you want, say so in the recipe: allow_empty: true",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
-    return 1 if empty else 0
+    status = 1 if empty else 0
+    events.end(status, rows_in=outcome.funnel.rows_in, kept=outcome.funnel.kept)
+    return status
+
+
+def _report(console: Console, path: str) -> None:
+    """Writes the report. The run is done, so a failure is only a warning."""
+    try:
+        from pipeline import report
+
+        written = report.write(open_run(path), path, console=console)
+    except Exception as error:
+        Console(stderr=True).print(
+            f"warning: the report was not written: {type(error).__name__}: {one_line(str(error))}. "
+            f"Try again: winnow report {path}",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        return
+    for verdict in written.verdicts:
+        console.print(verdict, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {written.where}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _why_empty(funnel: Funnel) -> str:
@@ -201,7 +241,7 @@ def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]])
     those of this directory; `described` is what `run.json` says of them.
     """
     store = Store(checked.run)
-    source = masked({**checked.source, "workers": None, "reuse": None, "allow_empty": None})
+    source = masked({**checked.source, "workers": None, "reuse": None, "report": None, "allow_empty": None})
     claim: dict[str, Any] = {"name": checked.name, "recipe": source, "passes": described}
     data = json.dumps(claim, indent=1, default=str).encode()
     ours = _is_ours(store, passes)
@@ -222,7 +262,7 @@ def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]])
         measured = [os.path.basename(p["root"]) for p in old["passes"] if p["kind"] == "measure"]
         orphans = [root for root in measured if root not in roots and store.names(f"passes/{root}/commits")]
         same_pool = os.path.basename(old["passes"][0]["root"]) == roots[0]
-        differences = _differences(old["recipe"], source)
+        changed = differences(old["recipe"], source)
     except (ValueError, KeyError, TypeError, IndexError):
         if ours:
             store.write("run.json", data)
@@ -231,10 +271,10 @@ def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]])
     if old["name"] == claim["name"] and same_pool and not orphans:
         store.write("run.json", data)
         return
-    if not differences:
-        differences = ["the files of the pool, or of a step, have changed since"]
+    if not changed:
+        changed = ["the files of the pool, or of a step, have changed since"]
     cost = f"; {', '.join(orphans)} would have to be done again" if orphans else ""
-    lines = "\n".join(f"  {line}" for line in differences)
+    lines = "\n".join(f"  {line}" for line in changed)
     raise RefusedError(
         f"{checked.run} holds the run of another recipe{cost}. Nothing was changed. The difference:\n{lines}\n"
         "Give the old recipe to go on with it, or another `run` (with `reuse: OLD_RUN` to share what is the same)."
@@ -243,8 +283,8 @@ def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]])
 
 def _folder(passes: list[Pass]) -> str | None:
     """The folder of the run that its sink writes to, if it has one."""
-    last = passes[-1].steps[-1] if passes[-1].steps else None
-    return last.folder if isinstance(last, Sink) else None
+    last = passes[-1]
+    return last.sink.folder if isinstance(last, SinkPass) else None
 
 
 def _is_ours(store: Store, passes: list[Pass]) -> bool:
@@ -254,32 +294,39 @@ def _is_ours(store: Store, passes: list[Pass]) -> bool:
     roots = {os.path.basename(p.root): p for p in passes}
     strangers = [name for name in store.folders("passes") if name not in roots]
     return not strangers or all(
-        store.names(f"passes/{root}/commits") for root, p in roots.items() if p.kind == "measure"
+        store.names(f"passes/{root}/commits") for root, p in roots.items() if isinstance(p, MeasurePass)
     )
 
 
 def _adopt(checked: Recipe, passes: list[Pass]) -> list[Pass]:
-    """The passes with the results of the run named by `reuse`: passes complete there, measurements of the same pool.
+    """The passes with the results of the run named by `reuse`: passes complete there, and measurements of equal rows.
 
-    Equal keys mean equal bytes.
+    Equal keys mean equal bytes. Its pool may be another one, as when a pool grew. Then pixels and vectors of the pool
+    itself are not compared, so what rests on them is measured again.
     """
     if not checked.reuse:
         return passes
-    theirs = [
-        dataclasses.replace(p, root=f"{Store(checked.reuse).root}/passes/{os.path.basename(p.root)}") for p in passes
-    ]
-    same_pool = theirs[0].complete() is not None
+    store = Store(checked.reuse)
+    try:
+        lender = described_passes(store)[0]
+    except RunError as error:
+        raise RefusedError(f"reuse: {error}") from None
 
-    def adopted(mine: Pass, other: Pass) -> Pass:
-        if mine.kind == "measure":
-            there = same_pool and other.store.exists("")
-            return dataclasses.replace(mine, lenders=[other.root] if there else [])
-        return other if mine.kind != "write" and mine.complete() is None and other.complete() is not None else mine
+    def adopted(mine: Pass) -> Pass:
+        other = dataclasses.replace(mine, root=store.path(f"passes/{os.path.basename(mine.root)}"))
+        if isinstance(mine, SinkPass):
+            return mine
+        if not isinstance(mine, MeasurePass) or not isinstance(other, MeasurePass):
+            return other if mine.complete() is None and other.complete() is not None else mine
+        types = {**lender.adds, **passes[0].adds}
+        comparable = all(c in lender.adds and not is_heavy(types[c]) for c in mine.origins)
+        lends = lender.key == passes[0].key or comparable
+        return dataclasses.replace(other, root=mine.root, lender=Loan(lender, other) if lends else None)
 
-    return [adopted(mine, other) for mine, other in zip(passes, theirs)]
+    return [adopted(p) for p in passes]
 
 
-def _differences(old: Any, new: Any) -> list[str]:
+def differences(old: Any, new: Any) -> list[str]:
     """The keys of two recipes that differ, as `steps.download.timeout: 10 → 5`."""
     before, after = dict(_flat(old)), dict(_flat(new))
     lines = []

@@ -17,8 +17,6 @@ import hashlib
 import io
 import json
 import os
-import re
-import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -28,10 +26,11 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainer import atomic
+
 Entry = dict[str, Any]
 """A file as listed in a record: its `name` in the store, its size in `bytes`, and its `sha256`."""
 
-_PART = re.compile(r"\..+\.[0-9a-f]{12}\.part")
 _SEAL = b', "sha256": "'
 
 
@@ -182,18 +181,9 @@ class Store:
             file.close()
             return
         final = self.path(name)
-        part = self._part(final)
-        try:
-            with open(part, "wb") as file:
-                yield Output(name, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, final)
-            _sync_folder(os.path.dirname(final))
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(part)
-            raise
+        _make_folder(os.path.dirname(final))
+        with atomic.replacing(final) as file:
+            yield Output(name, file)
 
     def create(self, name: str, data: bytes) -> bool:
         """Atomically creates a file with its contents. Returns False, changing nothing, if it already exists."""
@@ -204,14 +194,15 @@ class Store:
                 return False
             return True
         final = self.path(name)
-        part = self._part(final)
+        _make_folder(os.path.dirname(final))
+        part = atomic.part_of(final)
         try:
             with open(part, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.link(part, final)
-            _sync_folder(os.path.dirname(final))
+            atomic.sync_folder(os.path.dirname(final))
         except FileExistsError:
             return False
         finally:
@@ -238,7 +229,10 @@ class Store:
         name = entry["name"]
         if self.local:
             _check_once(self.path(name), entry["bytes"], entry["sha256"])
-            return pa.memory_map(self.path(name))
+            try:
+                return pa.memory_map(self.path(name))
+            except FileNotFoundError:  # removed since it was checked
+                raise DamagedError(f"{self.path(name)}: missing") from None
         with tempfile.TemporaryDirectory() as folder:
             try:
                 self.fs.get_file(self.path(name), f"{folder}/copy")
@@ -254,16 +248,18 @@ class Store:
         A file given by its entry is checked against it, and so read whole. Remote files are read whole too: they are
         small, and every request is slow.
         """
+        # Arrow's threads may release Python's bytes while the interpreter ends, which aborts the process (pyarrow 26;
+        # 4 of 40 short scripts). Callers read several files side by side anyway.
         if isinstance(of, str) and self.local:
             with self.input(of) as file:
-                return pq.ParquetFile(file).read(columns)
+                return pq.ParquetFile(file).read(columns, use_threads=False)
         data = self.read(of) if isinstance(of, str) else self.read_entry(of)
-        return pq.ParquetFile(pa.BufferReader(data)).read(columns)
+        return pq.ParquetFile(pa.BufferReader(data)).read(columns, use_threads=False)
 
     def batches(self, name: str, columns: list[str] | None = None, rows: int = 65_536) -> Iterator[pa.Table]:
         """A parquet file, or some columns of it, so many rows at a time."""
         with self.input(name) as source:
-            for batch in pq.ParquetFile(source).iter_batches(rows, columns=columns):
+            for batch in pq.ParquetFile(source).iter_batches(rows, columns=columns, use_threads=False):
                 yield pa.Table.from_batches([batch])
 
     def write_table(self, name: str, table: pa.Table) -> Entry:
@@ -324,7 +320,9 @@ class Store:
         if not self.local:
             return []
         walk = os.walk(self.root)
-        return sorted(os.path.relpath(f"{at}/{n}", self.root) for at, _, names in walk for n in names if is_part(n))
+        return sorted(
+            os.path.relpath(f"{at}/{n}", self.root) for at, _, names in walk for n in names if atomic.is_part(n)
+        )
 
     def remove(self, name: str) -> None:
         """Removes a file if it exists."""
@@ -333,16 +331,6 @@ class Store:
                 os.unlink(self.path(name))
             else:
                 self.fs.rm_file(self.path(name))
-
-    def _part(self, final: str) -> str:
-        folder, base = os.path.split(final)
-        _make_folder(folder)
-        return os.path.join(folder, f".{base}.{secrets.token_hex(6)}.part")
-
-
-def is_part(name: str) -> bool:
-    """Whether a file name is that of a partially written file."""
-    return _PART.fullmatch(name) is not None
 
 
 @lru_cache(maxsize=4096)
@@ -357,13 +345,4 @@ def _make_folder(path: str) -> None:
         above = os.path.dirname(path)
         _make_folder(above)
         os.makedirs(path, exist_ok=True)
-        _sync_folder(above)
-
-
-def _sync_folder(path: str) -> None:
-    """Syncs a folder so that new entries in it survive a power failure."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        atomic.sync_folder(above)

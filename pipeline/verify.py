@@ -31,12 +31,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.progress import track
 
+from pipeline import events
 from pipeline.ledger import BooksError, Funnel
 from pipeline.passes import record_name
 from pipeline.reader import RunError, open_run
 from pipeline.schema import MERGED
 from pipeline.stages.write_shards import FORMAT
-from pipeline.storage import DamagedError, Entry, Store, is_part
+from pipeline.storage import DamagedError, Entry, Store
+from trainer import atomic
 from trainer.terminal import Console, guarded
 
 FULL_BYTES = 4 << 30
@@ -100,7 +102,7 @@ class Audit:
     def report_strays(self, store: Store, folder: str, names: Iterable[str], named: Collection[str]) -> None:
         """Reports files in a folder that no record names. Ignores hidden files, except partial ones of the run."""
         for name in names:
-            if name not in named and (is_part(name) or not name.startswith(".")):
+            if name not in named and (atomic.is_part(name) or not name.startswith(".")):
                 self.report(f"{store.path(f'{folder}/{name}' if folder else name)}: no record names this file")
 
 
@@ -127,7 +129,7 @@ def check_run(store: Store, console: Console, deep: bool) -> Audit:
                 f"the contents of {size / 1e9:,.0f} GB of files, only their sizes (--deep hashes them)"
             )
         files = {entry["name"]: entry for entry in seal["files"]}
-        audit.report_strays(store, "", store.names(), {"seal.json", *files})
+        audit.report_strays(store, "", store.names(), {"seal.json", events.NAME, *files})
         drops = [name for name in files if name.startswith("drops/")]
         audit.report_strays(store, "drops", store.names("drops"), {name.partition("/")[2] for name in drops})
         audit.map_threaded("tables of drops", lambda entry: audit.check(store, entry), list(files.values()))
@@ -195,7 +197,7 @@ def _units(audit: Audit, root: Store, complete: dict[str, Any], units: int) -> N
     """Checks the records of a pass and the files that they name."""
     listed = {folder: root.sizes(folder) for folder in ("", "commits", "units", "drops", "attempts", "spool")}
     # A measuring pass has one completion record per recipe.
-    named = {name for name in listed[""] if name.startswith("complete") and not is_part(name)}
+    named = {name for name in listed[""] if name.startswith("complete") and not atomic.is_part(name)}
     before = len(audit.problems)
 
     def check_record(name: str) -> tuple[int, int]:
@@ -213,6 +215,9 @@ def _units(audit: Audit, root: Store, complete: dict[str, Any], units: int) -> N
                 if entry:
                     named.add(entry["name"])
                     audit.check(root, entry)
+            for file in record.get("borrowed", ()):
+                if file["entry"]:
+                    audit.check(Store(file["root"]), file["entry"])
             return record["rows_in"], record["kept"]
         return 0, 0
 
@@ -220,7 +225,9 @@ def _units(audit: Audit, root: Store, complete: dict[str, Any], units: int) -> N
         parts = [complete["parts"].get(str(unit), 1) for unit in range(units)]
         names = {record_name(unit, part) for unit, count in enumerate(parts) for part in range(count)}
         # Check measurements made for other recipes too.
-        names |= {f"commits/{name}" for name in listed["commits"] if name.endswith(".json") and not is_part(name)}
+        names |= {
+            f"commits/{name}" for name in listed["commits"] if name.endswith(".json") and not atomic.is_part(name)
+        }
     else:
         names = {record_name(unit) for unit in range(units)}
     counts = audit.map_threaded(f"pass {complete['label']}", check_record, sorted(names))

@@ -7,6 +7,7 @@ run's storage. The driver or a worker may die at any moment: only the units' com
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import math
 import queue
@@ -21,7 +22,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from pipeline import cluster, isolation
-from pipeline.passes import Pass, UnitReport, committed, run_pass
+from pipeline.passes import Pass, UnitPass, UnitReport, run_pass
 from pipeline.step import HaltError
 
 T = TypeVar("T")
@@ -61,11 +62,11 @@ def map_tasks(
 
 def run_passes(
     passes: list[Pass], numbers: Sequence[int], units: int, workers: int | None
-) -> Iterator[tuple[int, UnitReport]]:
+) -> Iterator[tuple[int, UnitReport, int]]:
     """Sends units 0 … `units` − 1 through neighbouring passes, each with a pool of workers of its own.
 
     The passes overlap: while one downloads a unit, the next scores those that are downloaded. Yields the number of a
-    pass and a report of its progress.
+    pass, a report of its progress, and how many workers it has.
     """
     gpus = cluster.capacity("GPU")
     resources = {
@@ -99,7 +100,7 @@ def run_passes(
                     left[place] -= len(done)
                     if place + 1 < len(pools):
                         pools[place + 1].backlog.extend(done)
-                    yield pool.index, report
+                    yield pool.index, report, len(pool.workers)
                 if not left[place]:
                     pool.release()
     finally:
@@ -127,6 +128,8 @@ class _Worker:
 
     def __init__(self, passes: list[Pass], index: int, shared: dict[int, Any]) -> None:
         self._passes, self._index, self._shared = passes, index, shared
+        # Steps that are set up hold models, threads and shared objects, which cannot go to another process.
+        self._own = copy.deepcopy(passes)
         self._inbox: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
     def submit(self, unit: int | None) -> None:
@@ -135,7 +138,7 @@ class _Worker:
 
     def run(self) -> Iterator[UnitReport]:
         """Sets up the steps, reports that by an empty report, and works until there are no more units."""
-        for number, step in enumerate(self._passes[self._index].steps):
+        for number, step in enumerate(self._own[self._index].steps):
             if number in self._shared:
                 step.connect(_Remote(self._shared[number]))
             step.setup()
@@ -149,14 +152,15 @@ class _Worker:
             yield from _merged(self._stream(unit))
 
     def _stream(self, first: int) -> Iterator[UnitReport]:
-        p = self._passes[self._index]
+        p, before = self._passes[self._index], self._passes[: self._index]
+        assert isinstance(p, UnitPass)
         started: set[int] = set()
         found: list[dict[str, Any]] = []
         hopeless: list[int] = []
 
         def fresh() -> Iterator[int]:
             for unit in chain([first], self._arrived()):
-                if (record := committed(self._passes[: self._index + 1], unit)) is not None:
+                if (record := p.account(before, unit)) is not None:
                     found.append(record)
                 elif isolation.attempt(p, unit) > isolation.ATTEMPTS:
                     hopeless.append(unit)
@@ -165,7 +169,7 @@ class _Worker:
                     yield unit
 
         try:
-            for report in run_pass(self._passes, self._index, fresh()):
+            for report in run_pass(self._own, self._index, fresh()):
                 started.difference_update(record["unit"] for record in report.records)
                 yield report
         except HaltError:

@@ -28,6 +28,18 @@ def ray_address() -> Iterator[str]:
     ray.shutdown()
 
 
+@pytest.fixture(scope="session")
+def painted(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of finished runs, to be read: `out`; `stricter`, of the same pool; `other`, of an overlapping pool."""
+    from tests import painted
+
+    folder = painted.furnish(tmp_path_factory.mktemp("painted"))
+    painted.run(folder, ray_address, "r.yaml")
+    painted.run(folder, ray_address, "r.yaml", "run=stricter", "reuse=out", "steps.threshold.min=0.7")
+    painted.run(folder, ray_address, "r.yaml", "run=other", "pool.path=other.parquet", "steps.threshold.min=0.3")
+    return folder
+
+
 @pytest.fixture
 def run(ray_address: str, tmp_path: Path) -> Command:
     """`run("recipe.yaml", "key=value", …)`: runs the main command in `tmp_path` on the session Ray."""
@@ -36,7 +48,8 @@ def run(ray_address: str, tmp_path: Path) -> Command:
         env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", **environment}
         if ray:
             env["RAY_ADDRESS"] = ray_address
-        argv = [sys.executable, "-m", "pipeline.run", *args]
+        quick = [] if any("report" in word for word in args) else ["report=false"]
+        argv = [sys.executable, "-m", "pipeline.run", *args, *quick]
         return subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False)
 
     return command

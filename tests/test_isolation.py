@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import ingest, isolation, pool, recipe
-from pipeline.passes import Pass, make_passes, unit_drops
+from pipeline.passes import Pass, make_passes
 
 DEADLY = '''
 import os, signal
@@ -50,7 +50,7 @@ def passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
 def test_a_row_that_kills_its_worker_becomes_a_drop(passes: list[Pass]) -> None:
     record = isolation.run_isolated(passes, 1, 0)
     assert record["kept"] == 11
-    (drop,) = unit_drops(passes[:2], 0).to_pylist()
+    (drop,) = passes[1].drops(passes[:1], 0).to_pylist()
     assert (drop["step"], drop["reason"]) == ("deadly", "decoder_crash")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import lifetime
 from tests.conftest import ROOT
 from tests.fetch.process_tree import family
 
@@ -117,3 +118,18 @@ def test_missing_packages_are_reported_in_one_line_with_the_interpreter(tmp_path
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: the Python at {sys.executable} lacks packages that Winnow needs: aiohttp, ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_cluster_that_was_shut_down_in_good_order_is_not_lost() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        parts = {"the head node (GCS)": server.getsockname()}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    watch = lifetime.Watch()
+    try:
+        watch.watch(parts)
+        assert "the head node (GCS) at 127.0.0.1" in (watch.lost() or "")
+        watch.close()
+        assert watch.lost() is None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

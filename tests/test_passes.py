@@ -15,16 +15,16 @@ import pytest
 from pipeline import ingest, pool
 from pipeline.ledger import Funnel
 from pipeline.passes import (
+    Loan,
+    MeasurePass,
     Pass,
     UnitReport,
     check_measured,
     check_unit,
-    committed,
     make_passes,
     read_unit,
     run_pass,
     surviving_rows,
-    unit_drops,
 )
 from pipeline.recipe import PoolSpec, Recipe
 from pipeline.step import Filter, Stage, Step
@@ -83,14 +83,15 @@ def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> Recipe:
     return Recipe(name="t", pool=PoolSpec(path=str(tmp_path / "p.csv")), run=run)
 
 
-def ingested(recipe: Recipe, steps: list[Step], units: int = 3) -> list[Pass]:
+def ingested(recipe: Recipe, steps: list[Step], units: int = 3, rows: int = ROWS) -> list[Pass]:
     recipe.steps = steps
-    passes = make_passes(recipe, {"test": 1}, {})
+    passes = make_passes(recipe, {"units": units, "pool": Path(str(recipe.pool.path)).read_text()}, {})
     (split,) = pool.splits(recipe.pool)
     ingest.scatter(passes[0], 0, 0, [split], recipe.pool, {}, units, 2)
     records = [r for part in range(2) for r in ingest.gather(passes[0], part, 1, {}, units, 2)]
     assert sorted(r["unit"] for r in records) == list(range(units))
-    assert sum(r["kept"] for r in records) == ROWS
+    assert sum(r["kept"] for r in records) == rows
+    passes[0].finish(Funnel(), units=units)
     return passes
 
 
@@ -165,9 +166,7 @@ def contents(passes: list[Pass], units: int = 3) -> list[dict[str, Any]]:
         for table in read_unit(passes, unit, ["uid", "image", "size", "score"])
         for row in table.to_pylist()
     ]
-    return rows + [
-        d for u in range(units) for i in range(len(passes)) for d in unit_drops(passes[: i + 1], u).to_pylist()
-    ]
+    return rows + [d for u in range(units) for i, p in enumerate(passes) for d in p.drops(passes[:i], u).to_pylist()]
 
 
 def funnels(accounts: list[list[dict[str, Any]]]) -> list[dict[int, list[dict[str, Any]]]]:
@@ -206,31 +205,80 @@ def test_filters_above_a_measurement_move_freely(recipe: Recipe, tmp_path: Path)
         assert funnels(accounts) == funnels(again)
 
 
-def test_measurements_of_another_run_are_reused(recipe: Recipe) -> None:
+def lend(lender: list[Pass], passes: list[Pass], units: int) -> None:
+    for index, p in enumerate(passes):
+        if isinstance(p, MeasurePass):
+            (other,) = (q for q in lender if isinstance(q, MeasurePass) and q.key == p.key)
+            p.lender = Loan(lender[0], other)
+            for unit in range(units):
+                p.borrow(passes[:index], unit, units)
+
+
+@pytest.mark.parametrize(("added", "units"), [(0, 3), (0, 5), (400, 3), (400, 4), (3000, 2)])
+def test_measurements_of_another_run_are_reused(recipe: Recipe, added: int, units: int) -> None:
+    """Also if its pool is another one: the rows that both have are measured once, in whichever unit they are."""
     lender = ingested(recipe, [Even(), Paint(), Score()])
     run_all(lender)
     recipe.run += "-borrower"
+    if added:
+        file = Path(str(recipe.pool.path))
+        file.write_text(file.read_text() + "".join(f"http://new/{i},picture number {i}\n" for i in range(added)))
     steps: list[Step] = [Paint(), Score()]
-    passes = ingested(recipe, steps)
-    for p in passes:
-        p.lenders = [q.root for q in lender if q.kind == "measure" and q.key == p.key]
-    accounts = run_all(passes)
-    assert known_of(accounts, 1) == (2000, 1000)
+    passes = ingested(recipe, steps, units, ROWS + added)
+    lend(lender, passes, units)
+    entries = [p.store.names("commits") for p in passes]
+    lend(lender, passes, units)
+    assert [p.store.names("commits") for p in passes] == entries, "once is enough"
+    Score.seen.clear()
+    accounts = run_all(passes, units)
+    assert known_of(accounts, 1) == (ROWS + added, 1000)
     assert known_of(accounts, 2)[1] == 1000
-    for account in accounts[0]:
-        (own,), (lent,) = (p.parts(account["unit"]) for p in (passes[1], lender[2]))
-        assert own["rows_in"] + lent["rows_in"] == account["rows_in"]
+    assert len(Score.seen) == 800 + added
     recipe.run += "-fresh"
-    fresh = ingested(recipe, steps)
-    run_all(fresh)
-    assert contents(passes) == contents(fresh)
+    fresh = ingested(recipe, steps, units, ROWS + added)
+    run_all(fresh, units)
+    assert contents(passes, units) == contents(fresh, units)
+    for unit in range(units):
+        check_measured(passes, 1, unit, digest=True, whole=True)
+    # A run that borrowed lends what it borrowed.
+    recipe.run += "-third"
+    third = ingested(recipe, steps, units, ROWS + added)
+    lend(passes, third, units)
+    assert [records_of(run_pass(third, i, range(units)))[0]["known"] > 0 for i in (1, 2)] == [True, True]
+    assert contents(third, units) == contents(fresh, units)
+
+
+def test_only_equal_rows_and_results_of_their_own_pictures_are_borrowed(recipe: Recipe) -> None:
+    lender = ingested(recipe, [Paint(), Score()])
+    run_all(lender)
+    recipe.run += "-borrower"
+    passes = ingested(recipe, [Even(), Paint(), Score()])
+    records_of(run_pass(passes, 1, range(3)))
+    records_of(run_pass(passes, 2, range(3)))  # it has pictures of its own of half of the rows
+    lend(lender, passes, 3)
+    assert sum(len(passes[2].borrowed_rows(u, lender[0])) for u in range(3)) == 1000
+    assert sum(len(passes[3].borrowed_rows(u, lender[0])) for u in range(3)) == 800
+
+
+def test_an_equal_uid_with_another_caption_is_another_row(recipe: Recipe) -> None:
+    file = Path(str(recipe.pool.path))
+    lines = [f"{i:032x},http://h/{i},picture number {i}" for i in range(ROWS)]
+    recipe.pool.uid = "id"
+    file.write_text("id,url,caption\n" + "\n".join(lines))
+    lender = ingested(recipe, [Paint()])
+    run_all(lender)
+    file.write_text("id,url,caption\n" + "\n".join(f"{line} again" if i % 4 else line for i, line in enumerate(lines)))
+    recipe.run += "-borrower"
+    passes = ingested(recipe, [Paint()])
+    lend(lender, passes, 3)
+    assert sum(len(passes[1].borrowed_rows(u, lender[0])) for u in range(3)) == ROWS / 4
 
 
 def test_rows_that_a_record_lost_are_named_and_not_passed_over(recipe: Recipe) -> None:
     passes = ingested(recipe, [Paint(), Score()])
     run_all(passes)
     passes[1].store.remove("commits/0000001.000.json")
-    assert committed(passes[:2], 1) is None
+    assert passes[1].account(passes[:1], 1) is None
     with pytest.raises(DamagedError, match="the records of unit 1 lack"):
         surviving_rows(passes[:2], 1)
     # Whatever the filters above are now: scores were taken of pictures that are gone.
@@ -251,7 +299,7 @@ def test_every_row_comes_through_once_with_its_own_pixels(recipe: Recipe) -> Non
         for caption, image in zip(table["caption"].to_pylist(), table["image"].to_pylist()):
             assert image == caption.encode() * 3
             seen.append(int(caption.split()[-1]))
-        fates = [r for i in range(len(passes)) for r in unit_drops(passes[: i + 1], unit)["row"].to_pylist()] + table[
+        fates = [r for i, p in enumerate(passes) for r in p.drops(passes[:i], unit)["row"].to_pylist()] + table[
             "row"
         ].to_pylist()
         (pool_rows,) = read_unit(passes[:1], unit, ["uid"])
@@ -293,7 +341,7 @@ def test_a_restricted_attempt_drops_the_rows_it_must_not_touch(recipe: Recipe) -
     passes = ingested(recipe, [Paint()])
     rows = surviving_rows(passes[:1], 1)
     (record,) = records_of(run_pass(passes, 1, [1], rows=rows, crashers=np.array([5], np.int32)))
-    drops = {r["row"]: r["reason"] for r in unit_drops(passes[:2], 1).to_pylist()}
+    drops = {r["row"]: r["reason"] for r in passes[1].drops(passes[:1], 1).to_pylist()}
     assert drops[5] == "decoder_crash"
     assert record["kept"] + len(drops) == len(rows)
 

@@ -119,7 +119,7 @@ def test_rows_after_each_step_are_those_of_the_funnel(runs: Path, name: str) -> 
 def test_filters_that_were_changed_twice_and_reuse_give_the_same(runs: Path) -> None:
     changed, arm = open_run(runs / "changed"), open_run(runs / "arm")
     assert len(list((runs / "changed/passes").glob("paint-*/commits/*.001.json"))) > 0, "measured in parts"
-    assert not list((runs / "arm/passes").glob("paint-*/units/*")), "measured by the other run"
+    assert not list((runs / "arm/passes").glob("paint-*/units/*.arrow")), "pictures stay in the other run"
     for label in changed.funnel.lines:
         assert rows(changed.scan(["uid"], label)) == rows(arm.scan(["uid"], label))
         assert rows(changed.drops(label)) == rows(arm.drops(label))
@@ -303,12 +303,15 @@ def test_damage_is_named(copy: Path) -> None:
         list(open_run(copy).scan(["shade"]))
 
 
-def test_a_lender_that_is_gone_is_named(runs: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(runs / "arm", tmp_path / "arm")
-    at = run / "run.json"
-    at.write_text(at.read_text().replace(str(runs / "out/passes/paint"), str(tmp_path / "moved/passes/paint")))
-    with pytest.raises(RunError, match=r"moved/passes/paint-\w+: missing: paint shares it with the run that"):
-        open_run(run).scan(["shade"], after="threshold")
+def test_pictures_of_a_lender_that_is_gone_are_named(runs: Path, tmp_path: Path) -> None:
+    (painted,) = (runs / "out/passes").glob("paint-*")
+    hidden = painted.rename(tmp_path / "hidden")
+    try:
+        assert len(rows(open_run(runs / "arm").scan(["shade"]))), "numbers were copied"
+        with pytest.raises(DamagedError, match=rf"{painted}/units/\S+\.arrow: missing"):
+            list(open_run(runs / "arm").scan(["image"]))
+    finally:
+        hidden.rename(painted)
 
 
 def test_an_object_store(runs: Path) -> None:

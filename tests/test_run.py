@@ -337,6 +337,12 @@ def test_a_folder_with_foreign_files_is_refused(run: Command, project: Path) -> 
     assert [p.name for p in (project / "out").iterdir()] == ["shards"]
 
 
+def test_a_cluster_that_does_not_answer_is_named_at_once(run: Command, project: Path) -> None:
+    started = run("r.yaml", ray=False, RAY_ADDRESS="127.0.0.1:1")
+    assert started.returncode == 1
+    assert started.stderr == "error: no cluster answers at RAY_ADDRESS=127.0.0.1:1 (Connection refused)\n"
+
+
 def test_a_directory_in_use_is_refused(run: Command, project: Path) -> None:
     with hold(Store(str(project / "out"))):
         refused = run("r.yaml", ray=False, RAY_ADDRESS="127.0.0.1:1")

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline import vectors
 from pipeline.filters.semantic_dedup import SemanticDedup
-from pipeline.passes import Pass, UnitWriter, commit, new_attempt
+from pipeline.passes import BarrierPass, Pass, PoolPass, UnitPass, UnitWriter, commit, new_attempt
 from pipeline.schema import DROP, SAMPLE
 from pipeline.step import VectorFilter
 
@@ -29,8 +29,8 @@ def stored(folder: Path, matrix: np.ndarray, units: int, missing: Sequence[int] 
     """A run of two passes in which row i has the uid `i` and the vector matrix[i]; none for those of `missing`."""
     types = {f.name: f.type for f in SAMPLE} | {"score": pa.float32()}
     before = [
-        Pass("pool", "k", "pool", adds=types, root=f"{folder}/pool"),
-        Pass("map", "k", "embed", adds={"embedding": VECTOR}, root=f"{folder}/embed"),
+        PoolPass("k", "pool", adds=types, root=f"{folder}/pool"),
+        UnitPass("k", "embed", adds={"embedding": VECTOR}, root=f"{folder}/embed"),
     ]
     numbers = np.arange(len(matrix))
     for unit in range(units):
@@ -56,7 +56,7 @@ def dropped(
 ) -> dict[int, tuple[str, str]]:
     """Reason and detail of each dropped row, by its number."""
     before = stored(folder, matrix, units, missing)
-    p = Pass("barrier", "k", step.label, [step], root=f"{folder}/barrier")
+    p = BarrierPass("k", step.label, [step], root=f"{folder}/barrier")
     files, reasons = vectors.decide(p, before, units, len(matrix), max(1, units // 2), run_tasks)
     drops = [row for name in files.values() for row in p.store.read_table(name).to_pylist()]
     assert sum(reasons.values()) == len(drops)

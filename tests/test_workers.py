@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pytest
 from ray.cluster_utils import Cluster
 
+from pipeline import isolation
 from pipeline.passes import Pass, UnitReport
 from pipeline.recipe import Recipe
 from pipeline.step import Stage
@@ -104,6 +106,18 @@ class Late(Stage):
             yield held
 
 
+@dataclass(kw_only=True)
+class Loaded(Stage):
+    """Holds something that cannot be pickled, as a model or a pool of threads, once it is set up."""
+
+    def setup(self) -> None:
+        self.lock = threading.Lock()
+
+    def process(self, batch: pa.Table) -> pa.Table:
+        with self.lock:
+            return batch
+
+
 def worked(passes: list[Pass], units: list[int]) -> list[UnitReport]:
     worker = _Worker(passes, 1, {})
     for unit in (*units, None):
@@ -111,6 +125,15 @@ def worked(passes: list[Pass], units: list[int]) -> list[UnitReport]:
     ready, *told = worker.run()
     assert ready == UnitReport(), "first it says that it is there"
     return told
+
+
+@pytest.mark.parametrize("recipe", ["local"], indirect=True)
+def test_a_unit_is_isolated_from_a_worker_that_is_set_up(recipe: Recipe) -> None:
+    passes = ingested(recipe, [Loaded()])
+    for _ in range(isolation.ATTEMPTS):
+        isolation.attempt(passes[1], 0)
+    (told,) = [report for report in worked(passes, [0]) if report.records]
+    assert told.records[0]["kept"] == told.records[0]["rows_in"] > 0
 
 
 def test_a_worker_begins_the_next_unit_while_the_last_rows_of_this_one_run_out(recipe: Recipe) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
 import re
 import zipfile
@@ -12,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trainer import atomic
 from trainer.errors import InputError
 
 _NAME = re.compile(r"step-(\d{8})\.pt")
@@ -27,25 +26,19 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     Raises OSError if it cannot be written, and leaves the folder unchanged.
     """
     path = folder / f"step-{step:08d}.pt"
-    partial = path.with_suffix(".partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with atomic.replacing(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _sync(folder)
     except (OSError, RuntimeError) as error:  # torch's writer has errors of its own, caused by the file's
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__ or error
         why = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         raise OSError(
             f"{path}: the checkpoint cannot be written: {why}; those before it are left as they were"
         ) from None
     whole = [found for found in _found(folder) if found <= path]  # later ones are damaged, or will be rewritten
-    for old in [*whole[:-keep], *(stray for stray in folder.glob("step-*.partial"))]:
+    killed = [stray for stray in folder.iterdir() if atomic.is_part(stray.name)]
+    for old in [*whole[:-keep], *killed]:
         old.unlink(missing_ok=True)
     return path
 
@@ -98,15 +91,6 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"model", "model_config", "step"} <= state.keys():
         raise CheckpointError(f"{path}: not a checkpoint of this trainer")
     return state
-
-
-def _sync(folder: Path) -> None:
-    """Flushes a folder's entries to disk, so that they survive a loss of power."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def _found(folder: Path) -> list[Path]:

@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.command import exit_status
 from trainer.config import PRECISIONS
-from trainer.errors import InputError
 from trainer.terminal import guarded
 
 if TYPE_CHECKING:
@@ -85,9 +85,10 @@ def main(argv: list[str] | None = None) -> int:
     ):
         print(f"error: {args.out} exists and is not an earlier export; name another folder", file=sys.stderr)
         return 2
-    path: Path | None = args.checkpoint
-    damaged: list[str] = []
-    try:
+
+    def run() -> None:
+        path: Path | None = args.checkpoint
+        damaged: list[str] = []
         if args.checkpoint.is_dir():
             path, damaged = checkpoint.newest_whole(args.checkpoint)
         if path is None:
@@ -98,15 +99,10 @@ def main(argv: list[str] | None = None) -> int:
         for line in damaged:
             print(f"warning: {line}; exporting {path.name} instead", file=sys.stderr)
         export(state, args.out, args.precision, find_tokenizer(state["config"]["model"]))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    parameters = sum(value.numel() for value in state["model"].values() if torch.is_tensor(value))
-    print(f"{args.out}: step {state['step']}, {parameters:,} values in {args.precision}")
-    return 0
+        parameters = sum(value.numel() for value in state["model"].values() if torch.is_tensor(value))
+        print(f"{args.out}: step {state['step']}, {parameters:,} values in {args.precision}")
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

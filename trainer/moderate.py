@@ -22,6 +22,7 @@ pictures of your own: they belong to one model.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import sys
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from trainer import atomic
 from trainer.command import add_model_arguments, exit_status, open_encoder, say
 from trainer.config import ConfigError
 from trainer.evaluate.samples import Sample, read_pictures
@@ -150,13 +152,10 @@ def main(argv: list[str] | None = None) -> int:
             return
         args.output.parent.mkdir(parents=True, exist_ok=True)
         # Whole or absent: of a file that ends early, nobody sees which pictures were not judged.
-        partial = args.output.with_name(f".{args.output.name}.partial")
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                moderate(args, file)
-            partial.replace(args.output)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic.replacing(args.output) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", write_through=True)
+            moderate(args, text)
+            text.detach()
 
     return exit_status(run)
 

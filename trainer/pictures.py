@@ -14,15 +14,14 @@ pixels whoever wrote the shards:
 
 from __future__ import annotations
 
-import functools
 import io
 import math
 import warnings
 import zlib
 
-import numpy as np
-from PIL import AvifImagePlugin, Image, ImageCms, JpegImagePlugin, features
+from PIL import AvifImagePlugin, Image, JpegImagePlugin, features
 
+from trainer.colour import to_rgb
 from trainer.shards import CorruptSampleError
 
 MAX_PIXELS = 64_000_000
@@ -94,7 +93,7 @@ def _decode(encoded: bytes, kind: str, size: int | None) -> Image.Image:
         if kind == "GIF":  # where it stands as it is, behind this name and before a trailer that leads out of it
             image.info["xmp"] = encoded.partition(b"\x21\xff\x0bXMP DataXMP")[2].partition(b"\x01\xff\xfe\xfd")[0]
         turn = _orientation(image)
-        opaque = _to_rgb(image)
+        opaque = to_rgb(image)
     return opaque if turn is None else opaque.transpose(turn)
 
 
@@ -177,55 +176,4 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
     try:
         return _TURNS.get(image.getexif().get(0x0112, 1))
     except Exception:  # broken metadata does not make a broken picture
-        return None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    icc = image.info.get("icc_profile")
-    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
-        image = _grey_from_16_bit(image)
-    alpha = None
-    if image.has_transparency_data:
-        alpha = (image if image.mode in ("LA", "RGBA") else image.convert("RGBA")).getchannel("A")
-    # A profile is made for one of these modes.
-    if image.mode in ("1", "LA"):
-        image = image.convert("L")
-    elif image.mode not in ("RGB", "L", "CMYK"):
-        image = image.convert("RGB")
-    if icc and (transform := _srgb_transform(icc, image.mode)):
-        image = transform.apply(image)
-    image = image.convert("RGB")
-    if alpha is None:
-        return image
-    opaque = Image.new("RGB", image.size, "white")
-    opaque.paste(image, mask=alpha)
-    return opaque
-
-
-def _grey_from_16_bit(image: Image.Image) -> Image.Image:
-    wide = np.asarray(image)
-    grey = (wide >> 8).clip(0, 255).astype(np.uint8)
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        grey[wide == clear] = 255
-    return Image.fromarray(grey)
-
-
-@functools.lru_cache(maxsize=64)
-def _srgb_transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """None where the profile is sRGB already, is broken, or is meant for another kind of picture."""
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(profile).lower():
-            return None
-        return ImageCms.buildTransform(
-            profile,
-            ImageCms.createProfile("sRGB"),
-            mode,
-            "RGB",
-            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            # One transform serves many threads, and the library's one-pixel cache is not made for that.
-            flags=ImageCms.Flags.NOCACHE | ImageCms.Flags.BLACKPOINTCOMPENSATION,
-        )
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None

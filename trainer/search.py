@@ -18,16 +18,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainer import atomic
 from trainer.command import add_model_arguments, exit_status, open_encoder, progress, say
 from trainer.config import ConfigError
 from trainer.evaluate.samples import (
@@ -73,7 +73,8 @@ def embed(args: argparse.Namespace) -> None:
     parts = math.ceil(len(shards) / args.part)
     digits = int(math.log10(parts)) + 1  # as clip-retrieval pads them
     encoder = open_encoder(args)
-    _write(out / SETTINGS, lambda file: file.write(json.dumps(settings, indent=2).encode() + b"\n"))
+    with _output(out / SETTINGS) as file:
+        file.write(json.dumps(settings, indent=2).encode() + b"\n")
     for part in range(parts):
         path = out / "metadata" / f"metadata_{part:0{digits}d}.parquet"
         if not path.is_file():
@@ -96,21 +97,17 @@ def _embed_part(encoder: Encoder, shards: Shards, start: int, out: Path, name: s
     if not keys:
         raise ShardsError(f"{shards.folder}: none of the samples {start} to {stop - 1} is readable")
     for kind, blocks in (("img_emb", images), ("text_emb", texts)):
-        array = np.concatenate(blocks)
-        _write(out / kind / f"{kind}_{name}.npy", lambda file, array=array: np.save(file, array))  # type: ignore[misc]
+        with _output(out / kind / f"{kind}_{name}.npy") as file:
+            np.save(file, np.concatenate(blocks))
     # Written last: if it exists, the part is complete.
     table = pa.table({"image_path": keys, "caption": captions})
-    _write(out / "metadata" / f"metadata_{name}.parquet", lambda file: pq.write_table(table, file))
+    with _output(out / "metadata" / f"metadata_{name}.parquet") as file:
+        pq.write_table(table, file)
 
 
-def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def _output(path: Path) -> AbstractContextManager[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    return atomic.replacing(path)
 
 
 def index(args: argparse.Namespace) -> None:
@@ -167,9 +164,8 @@ def build(files: list[Path], out: Path, lists: int | None) -> None:
             block = np.array(array[start : start + 65_536], np.float32)
             sound(torch.from_numpy(block), lambda row, file=file, start=start: f"{file}: row {start + row}")  # type: ignore[misc]
             built.add(block)
-    partial = out.with_name(f".{out.name}.partial")
-    faiss.write_index(built, str(partial))
-    partial.replace(out)
+    with atomic.replacing(out) as written:
+        faiss.write_index(built, faiss.PyCallbackIOWriter(written.write))
 
 
 class Searcher:

@@ -30,6 +30,7 @@ import numpy as np
 from braceexpand import braceexpand
 from rich.progress import track
 
+from trainer import atomic
 from trainer.errors import InputError
 from trainer.order import shuffled, unshuffled
 from trainer.tar import ABSENT, BLOCK, DOTTED, TarError, index_tar, member_name
@@ -625,17 +626,9 @@ def _cached(name: str) -> str:
 
 
 def _write(path: str, save: Callable[[Any], object]) -> None:
-    # Whole or absent, whoever else writes it at the same time.
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    part = f"{path}.{os.getpid()}.{random.getrandbits(32):08x}.part"
-    try:
-        with open(part, "xb") as file:
-            save(file)
-        os.replace(part, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(part)
-        raise
+    with atomic.replacing(path) as file:
+        save(file)
 
 
 def _shown(pool: Executor, work: Callable[[_T], _R], items: Sequence[_T], label: str) -> list[_R]:

@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
@@ -32,6 +32,7 @@ Finished = tuple[pa.Table, int, T]
 HOLD_SECONDS = 0.5
 
 
+@dataclass(eq=False)  # weakref.finalize needs a hash
 class ConcurrentRows(Generic[T]):
     """Calls `work(values, begin)` for each row, with the row's values in `columns`.
 
@@ -43,21 +44,13 @@ class ConcurrentRows(Generic[T]):
     finished rows wait for the consumer, no further row begins.
     """
 
-    def __init__(
-        self,
-        open_work: Callable[[], AbstractAsyncContextManager[Work[T]]],
-        *,
-        columns: Sequence[str],
-        concurrency: int,
-        admitted: int,
-        group: int,
-    ):
-        self._open_work = open_work
-        self._columns = columns
-        self._concurrency = concurrency
-        self._admitted = admitted
-        self._group = group
-        self._run: _Run[T] | None = None
+    open_work: Callable[[], AbstractAsyncContextManager[Work[T]]]
+    _: KW_ONLY
+    columns: Sequence[str]
+    concurrency: int
+    admitted: int
+    group: int
+    _run: _Run[T] | None = field(default=None, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_run": None}
@@ -69,7 +62,7 @@ class ConcurrentRows(Generic[T]):
         flight and ends the thread.
         """
         if self._run is None:
-            self._run = _Run(self._open_work, self._columns, self._concurrency, self._admitted, self._group)
+            self._run = _Run(self)
             weakref.finalize(self, self._run.stop)
         run, whole = self._run, False
         source = iter(tables)
@@ -111,22 +104,15 @@ _Group = list[tuple[Finished[T], bool]]
 class _Run(Generic[T]):
     """The event loop. `feed`, `taken` and `stop` are called from the consumer's thread."""
 
-    def __init__(
-        self,
-        open_work: Callable[[], AbstractAsyncContextManager[Work[T]]],
-        columns: Sequence[str],
-        concurrency: int,
-        admitted: int,
-        group: int,
-    ):
+    def __init__(self, of: ConcurrentRows[T]):
         # Bounded by `admitted`.
         self.events: queue.SimpleQueue[_Group[T] | _Room | _End] = queue.SimpleQueue()
-        self._open_work = open_work
-        self._columns = columns
+        self._open_work = of.open_work
+        self._columns = of.columns
         self._inbox: asyncio.Queue[pa.Table | None] = asyncio.Queue()
-        self._places = asyncio.Semaphore(concurrency)
-        self._admissions = asyncio.Semaphore(admitted)
-        self._size = group
+        self._places = asyncio.Semaphore(of.concurrency)
+        self._admissions = asyncio.Semaphore(of.admitted)
+        self._size = of.group
         self._group: _Group[T] = []
         self._untaken = 0
         self._due: asyncio.TimerHandle | None = None

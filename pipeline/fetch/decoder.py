@@ -41,10 +41,11 @@ import exifread
 import imagehash
 import numpy as np
 import simplejpeg
-from PIL import AvifImagePlugin, Image, ImageCms, JpegImagePlugin, UnidentifiedImageError, features
+from PIL import AvifImagePlugin, Image, JpegImagePlugin, UnidentifiedImageError, features
 
 from pipeline.fetch.deny import DenyList
 from pipeline.fetch.reasons import FetchError, one_line
+from trainer.colour import srgb_transform, to_rgb
 
 ResizeMode = Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"]
 EncodeFormat = Literal["jpg", "png", "webp"]
@@ -305,7 +306,7 @@ def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Ru
     if source.format == "JPEG" and (source.mode == "RGB" or (source.mode == "L" and "icc_profile" not in source.info)):
         pixels = _turbo_pixels(body, source.size, target, rules)
         if pixels is not None:
-            transform = _srgb_transform(icc, "RGB") if (icc := source.info.get("icc_profile")) else None
+            transform = srgb_transform(icc, "RGB") if (icc := source.info.get("icc_profile")) else None
             if transform:
                 pixels = np.asarray(transform.apply(Image.fromarray(pixels)))
             return pixels, transform is None
@@ -319,7 +320,7 @@ def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Ru
     clean = source.mode in ("RGB", "L") and not source.has_transparency_data and "icc_profile" not in source.info
     if source.format == "PNG" and body[24] > 8:  # bits per channel; Pillow converts to 8
         clean = False
-    image = _to_rgb(source)
+    image = to_rgb(source)
     if cover and image.width * image.height > _LARGE_PIXELS:
         # Reduce before making a second copy: Pillow already uses four bytes per pixel.
         image = image.reduce(max(1, int(min(image.width / target[0], image.height / target[1]) / cover)))
@@ -770,59 +771,6 @@ def _is_animated(image: Image.Image) -> bool:
         return bool(image.info.get("animated", getattr(image, "is_animated", False)))
     except Exception:  # a broken second frame must not fail the first
         return False
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    icc = image.info.get("icc_profile")
-    if image.mode.startswith("I;16"):
-        image = _grey_from_16_bit(image)
-    alpha = None
-    if image.has_transparency_data:
-        alpha = (image if image.mode in ("LA", "RGBA") else image.convert("RGBA")).getchannel("A")
-    # A profile applies to one of these modes.
-    if image.mode in ("1", "LA"):
-        image = image.convert("L")
-    elif image.mode not in ("RGB", "L", "CMYK"):
-        image = image.convert("RGB")
-    if icc and (transform := _srgb_transform(icc, image.mode)):
-        image = transform.apply(image)
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    if alpha is not None:
-        opaque = Image.new("RGB", image.size, "white")
-        opaque.paste(image, mask=alpha)
-        return opaque
-    return image
-
-
-def _grey_from_16_bit(image: Image.Image) -> Image.Image:
-    wide = np.asarray(image)
-    grey = (wide >> 8).astype(np.uint8)
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        grey[wide == clear] = 255
-    return Image.fromarray(grey)
-
-
-# Small, since each profile may have PROFILE_BYTES and cached ones count against the memory limit of the next image.
-@functools.lru_cache(maxsize=16)
-def _srgb_transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The transform to sRGB; None if the profile is sRGB already, broken, or for another mode."""
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(profile).lower():
-            return None
-        return ImageCms.buildTransform(
-            profile,
-            ImageCms.createProfile("sRGB"),
-            mode,
-            "RGB",
-            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            # Threads share the transform, and lcms's one-pixel cache is not thread-safe.
-            flags=ImageCms.Flags.NOCACHE | ImageCms.Flags.BLACKPOINTCOMPENSATION,
-        )
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None
 
 
 def _exif(block: object) -> str | None:

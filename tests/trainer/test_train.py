@@ -91,7 +91,7 @@ def test_killed_and_resumed_gives_the_same_weights(shards: Path, reference: Path
 
 
 def test_a_half_written_checkpoint_is_never_seen(tmp_path: Path) -> None:
-    (tmp_path / "step-00000007.partial").write_bytes(b"cut")
+    (tmp_path / ".step-00000007.pt.0123456789ab.part").write_bytes(b"cut")
     assert checkpoint.latest(tmp_path) is None
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, {"step": step}, keep=2)

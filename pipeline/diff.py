@@ -1,0 +1,387 @@
+"""Compares two finished runs: the rows that a changed recipe gained and lost, and which step decided.
+
+    python -m pipeline.diff runs/before runs/after
+    python -m pipeline.diff runs/before runs/after --json | jq .lost_by
+    python -m pipeline.diff runs/before runs/after --html diff.html
+
+A row is gained if the second run kept it and the first did not, and lost the other way round. Runs of one pool are
+compared row by row, one unit at a time. Runs of different pools are compared by uid: rows with the same uid count once,
+and both are first sorted by a hash of the uid into temporary files of about 500,000 rows each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import math
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.progress import track
+from rich.table import Table
+
+from pipeline import spool
+from pipeline.concepts import find_entries, matches
+from pipeline.hashing import hash64
+from pipeline.reader import Run, RunError, open_run
+from pipeline.run import differences
+from pipeline.schema import SAMPLE
+from pipeline.storage import DamagedError, Store
+from pipeline.url import hosts
+from trainer.terminal import Console, guarded
+
+PARTITION_ROWS = 500_000
+"""Rows of a run whose uids, URLs and captions are in memory at a time where the pools differ: some 200 MB."""
+VALUES = 200_000
+"""Distinct hosts, languages or concepts that are counted; beyond that the rarest are forgotten."""
+SAMPLES = 12
+"""Rows shown for each step that decided, on each side: those with the lowest hash of their uid."""
+SHOWN, SHOWN_HTML = 12, 50
+"""Lines of each table on the terminal, and of hosts and concepts on the page."""
+ABSENT = "(not in the pool)"
+"""The step of a row that the other run never saw."""
+
+KEPT = pa.schema([("key", pa.string()), *SAMPLE, ("language", pa.string())])
+DROPPED = pa.schema([(name, pa.string()) for name in ("key", "step", "reason", "detail")])
+
+
+class Tally:
+    """Counts values in bounded memory: of more than VALUES distinct ones, the rarest half is forgotten."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.exact = True
+
+    def add(self, values: pa.Array | pa.ChunkedArray) -> None:
+        for found in pc.value_counts(values.drop_null()).to_pylist():
+            self.counts[found["values"]] += found["counts"]
+        if len(self.counts) > VALUES:
+            self.counts = Counter(dict(self.counts.most_common(VALUES // 2)))
+            self.exact = False
+
+
+class Row(NamedTuple):
+    """A row that was gained or lost, and how the run that did not keep it decided."""
+
+    uid: str
+    url: str
+    caption: str
+    step: str
+    reason: str | None
+    detail: str | None
+
+
+@dataclass
+class Side:
+    """The rows that one run kept and the other did not."""
+
+    rows: int = 0
+    decided: Counter[tuple[str, str | None]] = field(default_factory=Counter)
+    """Rows by step and reason of the run that dropped them."""
+    hosts: Tally = field(default_factory=Tally)
+    languages: Tally = field(default_factory=Tally)
+    concepts: Tally = field(default_factory=Tally)
+    _samples: dict[str, list[tuple[int, Row]]] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> list[Row]:
+        """At most SAMPLES rows for each step, the same whatever the order of the rows."""
+        return [row for step in sorted(self._samples) for _, row in sorted(self._samples[step], reverse=True)]
+
+    def add(self, rows: pa.Table, dropped: pa.Table, entries: tuple[str, ...]) -> None:
+        """Adds rows (KEPT), given what the other run has dropped (DROPPED)."""
+        at = pc.index_in(rows["key"], dropped["key"])
+        fates = dropped.take(at.combine_chunks() if isinstance(at, pa.ChunkedArray) else at)
+        fates = fates.set_column(1, "step", pc.fill_null(fates["step"], ABSENT))
+        self.rows += len(rows)
+        for group in fates.group_by(["step", "reason"]).aggregate([([], "count_all")]).to_pylist():
+            self.decided[group["step"], group["reason"]] += group["count_all"]
+        self.hosts.add(hosts(rows["url"]))
+        self.languages.add(rows["language"])
+        if entries:
+            self.concepts.add(pa.array(entries, pa.string()).take(pa.array(matches(rows["caption"], entries)[1])))
+        order = hash64(rows["uid"], purpose="diff")
+        steps = fates["step"].to_numpy(zero_copy_only=False)
+        for step in np.unique(steps.astype(str)):
+            held = self._samples.setdefault(step, [])
+            mine = np.flatnonzero(steps == step)
+            for i in mine[np.argsort(order[mine], kind="stable")[:SAMPLES]].tolist():
+                texts, fate = rows.slice(i, 1).to_pylist()[0], fates.slice(i, 1).to_pylist()[0]
+                row = Row(texts["uid"], texts["url"], texts["caption"], step, fate["reason"], fate["detail"])
+                heapq.heappush(held, (-int(order[i]), row))
+                if len(held) > SAMPLES:
+                    heapq.heappop(held)
+
+
+@dataclass
+class Diff:
+    """What the run `b` gained and lost against the run `a`."""
+
+    same_pool: bool
+    kept: tuple[int, int] = (0, 0)
+    """Rows that `a` kept, and that `b` kept."""
+    gained: Side = field(default_factory=Side)
+    lost: Side = field(default_factory=Side)
+
+    @property
+    def both(self) -> int:
+        """Rows that both runs kept."""
+        return self.kept[0] - self.lost.rows
+
+
+def compare(a: Run, b: Run, console: Console | None = None) -> Diff:
+    """Compares two finished runs by set algebra over their ledgers. RunError if one of them is not finished.
+
+    Time is linear in the rows. Memory: a few units of each run where they share the pool, otherwise a partition of
+    PARTITION_ROWS rows of each, and the VALUES most frequent hosts, languages and concepts.
+    """
+    for run in (a, b):
+        _ = run.funnel  # the books of a finished run
+    same = a.pool_key == b.pool_key and a.has_passes and b.has_passes
+    diff, entries = Diff(same), find_entries(b) or find_entries(a)
+    console = console or Console(stderr=True)
+    with tempfile.TemporaryDirectory(prefix="winnow-diff-") as folder:
+        blocks = _units(a, b) if same else _partitions(a, b, Store(folder))
+        total = a.units if same else _partition_count(a, b)
+        hidden = not console.is_terminal
+        for kept_a, dropped_a, kept_b, dropped_b in track(
+            blocks, "rows", total, console=console, transient=True, disable=hidden
+        ):
+            diff.kept = diff.kept[0] + len(kept_a), diff.kept[1] + len(kept_b)
+            diff.gained.add(_without(kept_b, kept_a), dropped_a, entries)
+            diff.lost.add(_without(kept_a, kept_b), dropped_b, entries)
+    return diff
+
+
+Block = tuple[pa.Table, pa.Table, pa.Table, pa.Table]
+"""The rows that a kept, those that it dropped, and both of b."""
+
+
+def _units(a: Run, b: Run) -> Iterator[Block]:
+    """The rows of each unit of two runs of one pool. The key of a row is its number."""
+    yield from zip(_kept(a, "row"), _dropped(a, "row"), _kept(b, "row"), _dropped(b, "row"), strict=True)
+
+
+def _partitions(a: Run, b: Run, store: Store) -> Iterator[Block]:
+    """The rows of two runs with equal hashes of the uid, which is the key, at a time."""
+    parts = _partition_count(a, b)
+    streams = {
+        f"{name}-{what}": stream
+        for name, run in (("a", a), ("b", b))
+        for what, stream in (("kept", _kept(run, "uid")), ("dropped", _dropped(run, "uid")))
+    }
+    files = {name: list(_spooled(stream, store, name, parts)) for name, stream in streams.items()}
+    schemas = {name: KEPT if name.endswith("kept") else DROPPED for name in files}
+    for part in range(parts):
+        held = [_distinct(spool.read(store, files[name], part, schemas[name])) for name in files]
+        yield held[0], held[1], held[2], held[3]
+
+
+def _partition_count(a: Run, b: Run) -> int:
+    return max(1, math.ceil(max(a.rows_in, b.rows_in) / PARTITION_ROWS))
+
+
+def _spooled(stream: Iterator[pa.Table], store: Store, name: str, parts: int) -> Iterator[str]:
+    """Sorts a stream of tables into files by the hash of their keys; each file holds PARTITION_ROWS rows or more."""
+    waiting: list[pa.Table] = []
+    end = pa.table({})
+    for table in chain(stream, [end]):
+        waiting += [table] if table is not end else []
+        if waiting and (table is end or sum(map(len, waiting)) >= PARTITION_ROWS):
+            rows = pa.concat_tables(waiting)
+            file = f"{name}-{len(store.names()):05d}.arrow"
+            spool.write(store, file, rows, (hash64(rows["key"]) % np.uint64(parts)).astype(np.int64), parts)
+            yield file
+            waiting = []
+
+
+def _kept(run: Run, key: str) -> Iterator[pa.Table]:
+    """The rows that a run kept (KEPT); a table for each unit, if the run still has them."""
+    columns = [*SAMPLE.names, *(["language"] if run.columns().get("language") == pa.string() else [])]
+    for table in run.scan(columns):
+        language = table["language"] if "language" in columns else pa.nulls(len(table), pa.string())
+        texts = [table[name] for name in SAMPLE.names]
+        yield pa.table([table[key].cast(pa.string()), *texts, language], schema=KEPT)
+
+
+def _dropped(run: Run, key: str) -> Iterator[pa.Table]:
+    """The rows that a run dropped (DROPPED), in tables like those of `_kept`."""
+    for table in run.drops():
+        said = [table[name] for name in DROPPED.names[1:]]
+        yield pa.table([table[key].cast(pa.string()), *said], schema=DROPPED)
+
+
+def _distinct(table: pa.Table) -> pa.Table:
+    """The first of the rows of each key."""
+    first = pc.index_in(table["key"], table["key"])
+    return table.filter(pc.equal(first, pa.array(np.arange(len(table), dtype=np.int32))))
+
+
+def _without(rows: pa.Table, others: pa.Table) -> pa.Table:
+    return rows.filter(pc.invert(pc.is_in(rows["key"], others["key"])))
+
+
+# --- What is shown ----------------------------------------------------------------------------------------------------
+
+
+def to_json(diff: Diff, a: Run, b: Run) -> dict[str, Any]:
+    """The whole comparison as plain data."""
+
+    def decided(side: Side) -> list[dict[str, Any]]:
+        ranked = sorted(side.decided.items(), key=lambda item: (-item[1], item[0][0], item[0][1] or ""))
+        return [{"step": step, "reason": reason, "rows": rows} for (step, reason), rows in ranked]
+
+    def values(name: str) -> list[dict[str, Any]]:
+        return [{"value": v, "gained": g, "lost": n} for v, g, n in _values(diff, name)]
+
+    return {
+        "runs": [
+            {"path": run.path, "name": run.name, "rows_in": run.rows_in, "kept": kept}
+            for run, kept in zip((a, b), diff.kept)
+        ],
+        "same_pool": diff.same_pool,
+        "recipe": differences(a.recipe, b.recipe),
+        "both": diff.both,
+        "gained": diff.gained.rows,
+        "lost": diff.lost.rows,
+        "gained_by": decided(diff.gained),
+        "lost_by": decided(diff.lost),
+        **{name: values(name) for name in ("languages", "hosts", "concepts")},
+        "samples": {
+            "gained": [row._asdict() for row in diff.gained.samples],
+            "lost": [row._asdict() for row in diff.lost.samples],
+        },
+    }
+
+
+def _values(diff: Diff, name: str) -> list[tuple[str, int, int]]:
+    """Values of a tally with the rows gained and lost, the largest sums first."""
+    gained, lost = getattr(diff.gained, name).counts, getattr(diff.lost, name).counts
+    found = [(value, gained[value], lost[value]) for value in {**gained, **lost}]
+    return sorted(found, key=lambda line: (-line[1] - line[2], line[0]))
+
+
+def to_html(found: dict[str, Any], a: Run, b: Run) -> bytes:
+    """What `to_json` returns as a page, with pictures of the samples."""
+    from pipeline import page
+
+    thumbnails, sides = page.Thumbnails(), []
+    for name, kept_by, other, letter in (("gained", b, a, "A"), ("lost", a, b, "B")):
+        rows = found["samples"][name]
+        encoded = _pictures(kept_by, [row["uid"] for row in rows])
+        pictures: dict[str, list[page.Picture]] = {}
+        for row in rows:
+            notes = [row["detail"] or row["reason"] or "", *hosts(pa.array([row["url"]], pa.string())).to_pylist()]
+            picture = page.Picture(thumbnails(encoded.get(row["uid"])), row["caption"], [n for n in notes if n])
+            pictures.setdefault(row["step"], []).append(picture)
+        decided = [(by["step"], by["reason"], by["rows"]) for by in found[f"{name}_by"]]
+        sides.append(
+            {
+                "name": name,
+                "decided": page.Table(
+                    [f"step of {letter}", "reason", "rows"], decided, f"{name.capitalize()}: what {letter} dropped"
+                ),
+                "lead": f"Rows that {kept_by.path} kept, by the step of {other.path} that had dropped them.",
+                "pictures": list(pictures.items()),
+            }
+        )
+    tables = [
+        page.Table(
+            [name[:-1], "gained", "lost"],
+            [(v["value"], v["gained"], v["lost"]) for v in found[name][:SHOWN_HTML]],
+            f"{len(found[name]):,} {name}" + (f", the first {SHOWN_HTML}" if len(found[name]) > SHOWN_HTML else ""),
+        )
+        for name in ("languages", "hosts", "concepts")
+        if found[name]
+    ]
+    title = f"Diff of {a.name} and {b.name}"
+    return page.render("diff.html", title=title, found=found, sides=sides, tables=tables, samples=SAMPLES)
+
+
+def _pictures(run: Run, uids: list[str]) -> dict[str, bytes]:
+    """The pictures of rows that a run kept; none for a run without pictures."""
+    return run.pictures(uids) if any("image" in step.adds for step in run.steps) else {}
+
+
+def show(console: Console, found: dict[str, Any]) -> None:
+    """Prints what `to_json` returns."""
+
+    def line(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    for letter, run in zip("AB", found["runs"]):
+        line(f"{letter}: {run['path']}: {run['rows_in']:,} rows in, {run['kept']:,} kept")
+    line("the same pool" if found["same_pool"] else "different pools, compared by uid")
+    for change in found["recipe"]:
+        line(f"  {change}")
+    line(f"{found['both']:,} kept by both, {found['gained']:,} gained, {found['lost']:,} lost")
+    for side, run in (("gained", "A"), ("lost", "B")):
+        if found[side]:
+            table = _table(f"{side}: the step of {run} that dropped them", "reason", "rows")
+            for by in found[f"{side}_by"]:
+                table.add_row(by["step"], by["reason"] or "", f"{by['rows']:,}")
+            console.print(table)
+    for name in ("languages", "hosts", "concepts"):
+        if found[name]:
+            table = _table(name, "gained", "lost")
+            for value in found[name][:SHOWN]:
+                table.add_row(value["value"], f"{value['gained']:,}", f"{value['lost']:,}")
+            console.print(table)
+            if len(found[name]) > SHOWN:
+                line(f"and {len(found[name]) - SHOWN:,} more")
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(title, overflow="ellipsis", no_wrap=True, max_width=60)
+    for column in columns:
+        table.add_column(column, justify="left" if column == "reason" else "right", no_wrap=True)
+    return table
+
+
+@guarded()
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.diff",
+        description=__doc__,
+        epilog="exit status: 0 compared, whatever the difference; 2 no finished run, or a wrong command line; "
+        "1 a damaged run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("a", metavar="RUN_A", help="the folder or address of a finished run")
+    parser.add_argument("b", metavar="RUN_B", help="the run to compare with it")
+    parser.add_argument("--json", action="store_true", help="print the comparison as one JSON object")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with pictures of both sides")
+    args = parser.parse_args(argv)
+    errors = Console(stderr=True)
+    try:
+        a, b = open_run(args.a), open_run(args.b)
+        found = to_json(compare(a, b, errors), a, b)
+        if args.html:
+            Path(args.html).write_bytes(to_html(found, a, b))
+    except RunError as error:
+        errors.error(error)
+        return 2
+    except (DamagedError, OSError) as error:
+        errors.error(error)
+        return 1
+    if args.json:
+        print(json.dumps(found, ensure_ascii=False, indent=1))
+    else:
+        show(Console(), found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,691 @@
+"""Writes the report of a finished run: one HTML page that opens from disk or an object store, without network.
+
+    python -m pipeline.report runs/demo          writes runs/demo/report/index.html
+    python -m pipeline.report s3://bucket/run --out report.html
+
+The funnel; for each step what it measured, with the cut drawn in, and pictures from both sides of it; failed downloads;
+hosts; languages; groups of duplicates; sizes; scores against each other; whether the scorer is fit at all; timings; and
+the recipe.
+
+Everything is read through the read API. Distributions and counts are of all rows, pictures of PICTURE_UNITS units,
+chosen by hash, so the same run gives the same page. Memory does not grow with the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import math
+import os
+import platform
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+
+from pipeline import fitness, page
+from pipeline.fetch import reasons
+from pipeline.hashing import hash64
+from pipeline.page import CUT, DROPPED, KEPT, OTHER, Picture, Table, Thumbnails, chart, count, share
+from pipeline.reader import Run, RunError, RunStep, open_run
+from pipeline.storage import DamagedError, Store
+from trainer import atomic
+from trainer.terminal import Console, guarded
+
+PICTURE_UNITS = 8
+"""Units that pictures are taken from: reading one picture costs a check of its unit's whole file."""
+DOZEN = 12
+"""Pictures from each side of a cut, and of what a step dropped."""
+MOST_HOSTS = 50_000
+"""Hosts counted at a time. Beyond twice as many, the rarest are forgotten."""
+BINS = 48
+
+
+@guarded()
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", help="the folder or address of a finished run")
+    parser.add_argument("--out", help="file to write instead of RUN/report/index.html")
+    args = parser.parse_args(argv)
+    console, errors = Console(), Console(stderr=True)
+    try:
+        run = open_run(args.run)
+        written = write(run, args.run, args.out, console)
+    except RunError as error:
+        errors.error(error)
+        return 2
+    except (DamagedError, OSError) as error:
+        errors.error(error)
+        return 1
+    for verdict in written.verdicts:
+        console.print(verdict, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {written.where}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+class Written(NamedTuple):
+    where: str
+    verdicts: list[str]
+    """A line about each scorer whose embeddings are stored."""
+
+
+def write(run: Run, path: str, out: str | None = None, console: Console | None = None) -> Written:
+    """Writes the report of a run at `path`, to `path/report/index.html` unless `out` is given.
+
+    RunError for a run that is not finished or whose passes were removed.
+    """
+    if not run.finished:
+        raise RunError(f"{path} is not finished; give the command of the run again, then report on it")
+    fits = fitness.measure(run)
+    body = page.render("report.html", **gather(run, fits, console))
+    verdicts = [f"{found.score} {found.fits[0]}" for found in fits]
+    if out is None:
+        store = Store(path)
+        store.write("report/index.html", body)
+        return Written(store.path("report/index.html"), verdicts)
+    with atomic.replacing(out) as file:
+        file.write(body)
+    return Written(out, verdicts)
+
+
+# --- What is gathered -------------------------------------------------------------------------------------------------
+
+
+class Histogram:
+    """Counts of numbers in BINS to 2 · BINS bins of equal width, which doubles when a number lies outside."""
+
+    def __init__(self) -> None:
+        self.low, self.width = 0.0, 0.0
+        self.counts = np.zeros(2 * BINS, np.int64)
+        self.total = 0
+
+    def add(self, values: np.ndarray) -> None:
+        values = values[np.isfinite(values)].astype(np.float64)
+        if not len(values):
+            return
+        low, high = float(values.min()), float(values.max())
+        if not self.width:
+            span = max(high - low, abs(high) * 1e-6, 1e-9)
+            self.width = 2.0 ** math.ceil(math.log2(span / BINS))
+            self.low = math.floor(low / self.width) * self.width
+        self._cover(low, high)
+        self.counts += np.bincount(((values - self.low) / self.width).astype(np.int64), minlength=len(self.counts))
+        self.total += len(values)
+
+    def _cover(self, low: float, high: float) -> None:
+        """Moves the bins, and doubles their width where that is not enough, so that they cover these numbers too.
+
+        Edges stay multiples of the width, so no count is divided.
+        """
+        there = np.flatnonzero(self.counts)
+        at = self.low + there * self.width
+        low, high = min([low, *at[:1]]), max([high, *at[-1:]])
+        wide = self.width
+        while math.floor(high / wide) - math.floor(low / wide) >= len(self.counts):
+            wide *= 2
+        start = math.floor(low / wide) * wide
+        if (start, wide) != (self.low, self.width):
+            index = np.rint((np.floor(at / wide) * wide - start) / wide).astype(np.int64)
+            self.counts = np.bincount(index, self.counts[there], len(self.counts)).astype(np.int64)
+            self.low, self.width = start, wide
+
+    def bars(self, width: float = 0.0) -> list[tuple[float, float, int]]:
+        """The bins from the first to the last that is not empty, as `(from, to, count)`.
+
+        With the `width` of another, wider histogram, its bins.
+        """
+        there = np.flatnonzero(self.counts)
+        if not len(there):
+            return []
+        width = width or self.width
+        at = np.floor((self.low + there * self.width) / width).astype(np.int64)
+        counts = np.bincount(at - at[0], self.counts[there])
+        return [((at[0] + i) * width, (at[0] + i + 1) * width, int(n)) for i, n in enumerate(counts)]
+
+
+class Named(NamedTuple):
+    """A row with what chose it."""
+
+    unit: int
+    row: int
+    note: str
+
+
+class Nearest:
+    """The rows with the smallest keys."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._heap: list[tuple[float, int, int, str]] = []
+
+    def add(self, keys: np.ndarray, table: pa.Table, notes: Sequence[str]) -> None:
+        best = np.argsort(keys, kind="stable")[: self._most]
+        units, rows = (table[name].take(pa.array(best)).to_pylist() for name in ("unit", "row"))
+        for i, unit, row in zip(best.tolist(), units, rows):
+            item = (-float(keys[i]), -unit, -row, notes[i])
+            if len(self._heap) < self._most:
+                heapq.heappush(self._heap, item)
+            else:
+                heapq.heappushpop(self._heap, item)
+
+    def rows(self) -> list[Named]:
+        """Nearest first."""
+        return [Named(-unit, -row, note) for _, unit, row, note in sorted(self._heap, reverse=True)]
+
+
+@dataclass
+class Judged:
+    """What a step dropped, and where it drew the line."""
+
+    step: RunStep
+    line: Any
+    column: str | None = None
+    """The numeric column that it compares, if its values are stored."""
+    kept: Histogram = field(default_factory=Histogram)
+    dropped: Histogram = field(default_factory=Histogram)
+    cut: float | None = None
+    above: Nearest = field(default_factory=lambda: Nearest(DOZEN))
+    below: Nearest = field(default_factory=lambda: Nearest(DOZEN))
+    random: Nearest = field(default_factory=lambda: Nearest(DOZEN))
+    texts: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+def gather(run: Run, fits: Sequence[fitness.Fitness], console: Console | None = None) -> dict[str, object]:
+    """The values of the template `report.html`."""
+    from rich.progress import track
+
+    steps = [step for step in run.steps if step.label in run.funnel.lines]
+    say = console or Console(quiet=True)
+    some = {int(u) for u in np.linspace(0, run.units - 1, min(run.units, PICTURE_UNITS)).astype(int)}
+    thumbnails = Thumbnails()
+    judged = []
+    hosts: dict[str, Counter[str]] = {"rows": Counter(), "lost": Counter()}
+    pictured = "image" in run.columns()
+    for step in track(steps, "report", console=say, transient=True, disable=not say.is_terminal):
+        line = run.funnel.lines[step.label]
+        if line.dropped:
+            judged.append(_judge(run, step, line, some, hosts["lost"]))
+    for table in run.scan("url", after=steps[0].label):
+        _count_hosts(hosts["rows"], table["url"])
+    return {
+        "run": run,
+        "facts": _facts(run),
+        "fits": [_fitness(found) for found in fits],
+        "funnel": _funnel(run),
+        "judged": [_shown_step(run, of, thumbnails, pictured) for of in judged],
+        "failures": _failures(run),
+        "hosts": _hosts(hosts),
+        "languages": _languages(run),
+        "duplicates": list(_duplicates(run, some, thumbnails)),
+        "sizes": _sizes(run),
+        "scores": _scores(run),
+        "timings": _timings(run),
+        "recipe": yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=100),
+        "versions": _versions(),
+    }
+
+
+def _judge(run: Run, step: RunStep, line: Any, some: set[int], lost: Counter[str]) -> Judged:
+    """Goes through what a step dropped, and through what it kept if it compares a stored number."""
+    of = Judged(step, line)
+    for table in run.drops(step.label):
+        if not len(table):
+            continue
+        values = _numbers(table["value"])
+        of.dropped.add(values)
+        _count_hosts(lost, table["url"])
+        if (unit := table["unit"][0].as_py()) in some or unit is None:
+            notes = [
+                " ".join(text for text in (reason, detail) if text)
+                for reason, detail in zip(table["reason"].to_pylist(), table["detail"].to_pylist())
+            ]
+            of.random.add(hash64(table["uid"], purpose="report").astype(np.float64), table, notes)
+            of.below.add(np.where(np.isfinite(values), -values, np.inf), table, notes)
+    column = step.options.get("column")
+    if not of.dropped.total or not isinstance(column, str) or column not in run.columns(step.label):
+        return of
+    of.column, lowest = column, math.inf
+    for table in run.scan(column, after=step.label):
+        values = _numbers(table[column])
+        of.kept.add(values)
+        lowest = min(lowest, float(np.nanmin(values, initial=math.inf)))
+        if len(table) and table["unit"][0].as_py() in some:
+            of.above.add(np.where(np.isfinite(values), values, np.inf), table, [f"{v:.4g}" for v in values])
+    of.cut = lowest if step.options.get("min") is None else step.options["min"]
+    return of
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    return pc.fill_null(column.cast(pa.float64(), safe=False), math.nan).to_numpy()
+
+
+def _is_number(dtype: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(dtype) or pa.types.is_floating(dtype))
+
+
+def _first(run: Run, *columns: str) -> str:
+    """The first step after which these columns can be read."""
+    return next(step.label for step in run.steps if set(columns) <= run.columns(step.label).keys())
+
+
+def host_of(url: str) -> str:
+    """The host of a URL for counting; "" if it has none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _count_hosts(counter: Counter[str], urls: pa.ChunkedArray) -> None:
+    counter.update(host_of(url) for url in urls.to_pylist())
+    if len(counter) > 2 * MOST_HOSTS:
+        for host, _ in counter.most_common()[MOST_HOSTS:]:
+            del counter[host]
+
+
+# --- Sections ---------------------------------------------------------------------------------------------------------
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    lines = run.funnel.lines.values()
+    seconds = sum(line.seconds for line in lines)
+    return [
+        (count(run.rows_in), "rows in the pool"),
+        (count(run.kept), "kept"),
+        (share(run.kept, run.rows_in), "of the pool"),
+        (count(run.rows_in - run.kept), "dropped, each with its reason"),
+        (count(len(run.steps) - 1), "steps"),
+        (_duration(seconds), "of work, all workers together"),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    for unit, of in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * of:
+            return f"{seconds / of:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _funnel(run: Run) -> dict[str, object]:
+    lines = list(run.funnel.lines.items())
+    held = _bytes_after(run)
+    values: list[dict[str, object]] = []
+    rows: list[list[object]] = []
+    for label, line in lines:
+        gone = sum(line.dropped.values())
+        values += [
+            {"step": label, "rows": line.kept, "is": "kept"},
+            {"step": label, "rows": gone, "is": "dropped here"},
+        ]
+        rate = line.rows_in / line.seconds if line.seconds > 0 else None
+        rows.append(
+            [label, line.rows_in, line.kept, share(line.kept, line.rows_in), share(line.kept, run.rows_in),
+             page.size(held[label]) if label in held else None, None if rate is None else round(rate), line.seconds]
+        )  # fmt: skip
+    spec = {
+        "data": {"values": values},
+        "mark": {"type": "bar", "cornerRadiusEnd": 2},
+        "encoding": {
+            "y": {"field": "step", "sort": [label for label, _ in lines], "title": None},
+            "x": {"field": "rows", "type": "quantitative", "title": "rows"},
+            "order": {"field": "is", "sort": "descending"},
+            "color": {"field": "is", "scale": {"domain": ["kept", "dropped here"], "range": [KEPT, DROPPED]}},
+        },
+    }
+    said = f"Of {run.rows_in:,} rows, {run.kept:,} ({share(run.kept, run.rows_in)}) come out."
+    if lines:
+        worst, line = max(lines, key=lambda item: sum(item[1].dropped.values()))
+        said += f" {worst} drops most: {sum(line.dropped.values()):,}."
+    columns = ["step", "rows in", "kept", "of these", "of the pool", "pictures", "rows/s", "seconds"]
+    return {"chart": chart(spec, said, width=760, height=26 * len(lines)), "table": Table(columns, rows)}
+
+
+def _bytes_after(run: Run) -> dict[str, int]:
+    """The bytes of the fetched pictures that are left after each step."""
+    labels = [step.label for step in run.steps]
+    column = "original_bytes"
+    first = next((i for i, label in enumerate(labels) if column in run.columns(label)), None)
+    if first is None:
+        return {}
+    total, held = 0, {}
+    for table in run.scan(column, after=labels[first]):
+        total += int(pc.sum(table[column]).as_py() or 0)
+    held[labels[first]] = total
+    for label in labels[first + 1 :]:
+        if run.funnel.lines[label].dropped:
+            total = sum(int(pc.sum(t[column]).as_py() or 0) for t in run.scan(column, after=label))
+        held[label] = total
+    return held
+
+
+def _shown_step(run: Run, of: Judged, thumbnails: Thumbnails, pictured: bool) -> dict[str, object]:
+    line, label = of.line, of.step.label
+    sides: list[tuple[str, list[Picture] | Table]] = []
+    gone = sum(line.dropped.values())
+    reasons_ = sorted(line.dropped.items(), key=lambda item: (-item[1], item[0]))
+    out: dict[str, object] = {
+        "label": label,
+        "said": f"{gone:,} of {line.rows_in:,} rows dropped ({share(gone, line.rows_in)}).",
+        "reasons": Table(
+            ["reason", "rows", "of the step's rows"], [[r, n, share(n, line.rows_in)] for r, n in reasons_]
+        ),
+        "chart": _distribution(of),
+        "sides": sides,
+    }
+    chosen = [("just kept", of.above), ("just dropped", of.below)] if of.column else []
+    chosen.append(("a random dozen of what it dropped", of.random))
+    for title, rows in chosen:
+        items = _pictures(run, rows.rows(), thumbnails if pictured else None)
+        if any(item.address for item in items):
+            sides.append((title, items))
+        elif items:
+            texts = Table(["caption", "why"], [[item.caption, *item.notes] for item in items])
+            sides.append((title, texts))
+    return out
+
+
+def _distribution(of: Judged) -> object:
+    """The histogram of what a step compared, or of the numbers that decided its drops; None if there are none."""
+    width = max(of.kept.width, of.dropped.width)
+    values = [
+        {"from": low, "to": high, "rows": n, "is": name}
+        for name, histogram in (("dropped", of.dropped), ("kept", of.kept))
+        for low, high, n in histogram.bars(width)
+    ]
+    if len({v["from"] for v in values if v["rows"]}) < 4:
+        return None
+    name = of.column or "the number that decided"
+    layers: list[dict[str, object]] = [
+        {
+            "data": {"values": values},
+            "mark": {"type": "bar", "binSpacing": 0.5, "opacity": 0.85},
+            "encoding": {
+                "x": {"field": "from", "type": "quantitative", "bin": {"binned": True}, "title": name,
+                      "scale": {"zero": False}},
+                "x2": {"field": "to"},
+                "y": {"field": "rows", "type": "quantitative", "title": "rows"},
+                "color": {"field": "is", "scale": {"domain": ["kept", "dropped"], "range": [KEPT, DROPPED]}},
+            },
+        }
+    ]  # fmt: skip
+    if of.cut is not None and math.isfinite(of.cut):
+        at = {"x": {"field": "cut", "type": "quantitative"}}
+        cut = {"data": {"values": [{"cut": of.cut}]}}
+        layers.append({**cut, "mark": {"type": "rule", "strokeWidth": 2}, "encoding": at})
+        text = {
+            "type": "text",
+            "align": "left",
+            "dx": 5,
+            "dy": -2,
+            "baseline": "top",
+            "text": f"cut {of.cut:.4g}",
+            "color": CUT,
+        }
+        layers.append({**cut, "mark": text, "encoding": {**at, "y": {"value": 0}}})
+    said = (
+        f"{name}: {of.kept.total:,} kept, {of.dropped.total:,} dropped" if of.column else f"{name} of each dropped row"
+    )
+    if of.cut is not None and math.isfinite(of.cut):
+        said += f", cut at {of.cut:.4g}"
+    rows = [[f"{v['from']:.4g} to {v['to']:.4g}", v["is"], v["rows"]] for v in values]
+    return chart({"layer": layers}, f"{said}.", Table(["range", "rows that were", "rows"], rows))
+
+
+def _pictures(run: Run, rows: list[Named], thumbnails: Thumbnails | None) -> list[Picture]:
+    """Captions and, where they were fetched, pictures of rows."""
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    for unit in sorted({row.unit for row in rows if row.unit >= 0}):
+        numbers = [row.row for row in rows if row.unit == unit]
+        columns = ["caption", *(["image"] if thumbnails else [])]
+        for values in run.take(unit, numbers, columns).to_pylist():
+            found[unit, values["row"]] = values
+    shown = []
+    for row in rows:
+        values = found.get((row.unit, row.row))
+        if values is not None:
+            address = thumbnails(values.get("image")) if thumbnails else None
+            shown.append(Picture(address, values["caption"], [row.note]))
+    return shown
+
+
+def _failures(run: Run) -> Table | None:
+    """Why downloads failed, and whether another try may help."""
+    rows: list[list[object]] = []
+    for step in run.steps:
+        line = run.funnel.lines.get(step.label)
+        if line is None or not step.step.endswith(".Download"):
+            continue
+        for reason, n in sorted(line.dropped.items(), key=lambda item: -item[1]):
+            known = reasons.find(reason)
+            rows.append([reason, n, share(n, line.rows_in), "may help" if known.transient else "no", known.meaning])
+    return Table(["reason", "rows", "of those tried", "another try", "meaning"], rows) if rows else None
+
+
+def _hosts(hosts: dict[str, Counter[str]]) -> Table:
+    rows = [
+        [host or "(none)", hosts["rows"][host], n, share(n, hosts["rows"][host])]
+        for host, n in hosts["lost"].most_common(20)
+        if hosts["rows"][host]
+    ]
+    return Table(["host", "rows", "dropped", "share"], rows)
+
+
+def _languages(run: Run) -> object:
+    step = next((step for step in run.steps if "language" in step.adds), None)
+    if step is None:
+        return None
+    counts: Counter[str] = Counter()
+    for table in run.scan("language", after=_first(run, "language")):
+        counts.update(table["language"].to_pylist())
+    dropped: Counter[str] = Counter()
+    for table in run.drops(step.label):
+        dropped.update((detail or "").split(" ")[0].strip(":,") or "?" for detail in table["detail"].to_pylist())
+    values = [{"language": k or "?", "rows": n, "is": "kept"} for k, n in counts.most_common(20)]
+    values += [{"language": k, "rows": n, "is": "dropped"} for k, n in dropped.most_common(20)]
+    spec = {
+        "data": {"values": values},
+        "mark": "bar",
+        "encoding": {
+            "y": {"field": "language", "sort": "-x", "title": None},
+            "x": {"field": "rows", "type": "quantitative", "scale": {"type": "symlog"}, "title": "rows (log)"},
+            "color": {"field": "is", "scale": {"domain": ["kept", "dropped"], "range": [KEPT, DROPPED]}},
+        },
+    }
+    said = f"{len(counts)} languages kept by {step.label}; {sum(dropped.values()):,} captions of others dropped."
+    table = Table(["language", "rows that were", "rows"], [[v["language"], v["is"], v["rows"]] for v in values])
+    return chart(spec, said, table, height=18 * max(3, len({v["language"] for v in values})))
+
+
+def _duplicates(run: Run, some: set[int], thumbnails: Thumbnails) -> Iterator[tuple[str, list[Picture]]]:
+    """Some groups of duplicates: the row that was kept, and those that were dropped for it."""
+    for step in run.steps:
+        if step.step.rpartition(".")[2] not in ("NearDedup", "SemanticDedup") or step.label not in run.funnel.lines:
+            continue
+        groups: dict[str, list[Named]] = defaultdict(list)
+        for table in run.drops(step.label, units=sorted(some)):
+            for drop in table.select(["unit", "row", "detail"]).to_pylist():
+                keeper = (drop["detail"] or "").split(" ")[0]
+                if len(groups) < 4 * DOZEN or keeper in groups:
+                    groups[keeper].append(Named(drop["unit"], drop["row"], drop["detail"] or ""))
+        largest = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))[: DOZEN // 2]
+        kept = run.pictures([keeper for keeper, _ in largest])
+        for keeper, rows in largest:
+            first = Picture(thumbnails(kept.get(keeper)), "kept", [keeper])
+            yield f"{step.label}: {len(rows)} for {keeper}", [first, *_pictures(run, rows[:5], thumbnails)]
+
+
+def _sizes(run: Run) -> list[object]:
+    label = next((s.label for s in run.steps if "original_width" in run.columns(s.label)), None)
+    if label is None:
+        return []
+    width, ratio = Histogram(), Histogram()
+    for table in run.scan(["original_width", "original_height"], after=label):
+        w, h = (_numbers(table[f"original_{side}"]) for side in ("width", "height"))
+        width.add(np.log2(np.maximum(np.minimum(w, h), 1)))
+        ratio.add(np.log2(np.maximum(w, 1) / np.maximum(h, 1)))
+    return [
+        _plain_histogram(width, "shorter side, pixels", "pow(2, datum.value)"),
+        _plain_histogram(ratio, "width / height", "pow(2, datum.value)"),
+    ]
+
+
+def _plain_histogram(histogram: Histogram, name: str, label: str = "datum.value") -> object:
+    values = [{"from": low, "to": high, "rows": n} for low, high, n in histogram.bars()]
+    spec = {
+        "data": {"values": values},
+        "mark": {"type": "bar", "binSpacing": 0.5, "color": OTHER},
+        "encoding": {
+            "x": {"field": "from", "type": "quantitative", "bin": {"binned": True}, "title": name,
+                  "axis": {"labelExpr": f"format({label}, '.3~g')"}},
+            "x2": {"field": "to"},
+            "y": {"field": "rows", "type": "quantitative", "title": "rows"},
+        },
+    }  # fmt: skip
+    rows = [[f"{2 ** v['from']:.4g} to {2 ** v['to']:.4g}", v["rows"]] for v in values]
+    return chart(spec, f"{name} of {histogram.total:,} fetched pictures.", Table(["range", "rows"], rows))
+
+
+def _scores(run: Run) -> list[object]:
+    """Each pair of scores that the run stored, as a heat map with its correlation."""
+    last = run.steps[-1].label
+    types = run.columns(last)
+    names = [n for n, dtype in types.items() if n.endswith("_score") and _is_number(dtype)]
+    found = []
+    for i, one in enumerate(names):
+        for two in names[i + 1 :][:3]:
+            grid = _grid(run, one, two, _first(run, one, two))
+            if grid is not None:
+                found.append(grid)
+    return found[:6]
+
+
+def _grid(run: Run, one: str, two: str, label: str) -> object:
+    ranges = [Histogram(), Histogram()]
+    sums = np.zeros(6)
+    for table in run.scan([one, two], after=label):
+        x, y = _numbers(table[one]), _numbers(table[two])
+        there = np.isfinite(x) & np.isfinite(y)
+        x, y = x[there], y[there]
+        for histogram, values in zip(ranges, (x, y)):
+            histogram.add(values)
+        sums += [len(x), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()]
+    if sums[0] < 3:
+        return None
+    edges = [np.linspace(bars[0][0], bars[-1][1], 33) for bars in (h.bars() for h in ranges)]
+    counts = np.zeros((32, 32))
+    for table in run.scan([one, two], after=label):
+        x, y = _numbers(table[one]), _numbers(table[two])
+        there = np.isfinite(x) & np.isfinite(y)
+        counts += np.histogram2d(x[there], y[there], edges)[0]
+    n, sx, sy, sxx, syy, sxy = sums
+    spread = (n * sxx - sx**2) * (n * syy - sy**2)
+    correlation = (n * sxy - sx * sy) / spread**0.5 if spread > 0 else math.nan
+    values = [
+        {
+            "x": edges[0][i],
+            "x2": edges[0][i + 1],
+            "y": edges[1][j],
+            "y2": edges[1][j + 1],
+            "rows": math.log1p(counts[i, j]),
+        }
+        for i, j in zip(*np.nonzero(counts))
+    ]
+    spec = {
+        "data": {"values": values},
+        "mark": {"type": "rect", "color": OTHER},
+        "encoding": {
+            "x": {"field": "x", "type": "quantitative", "title": one, "scale": {"zero": False}},
+            "x2": {"field": "x2"},
+            "y": {"field": "y", "type": "quantitative", "title": two, "scale": {"zero": False}},
+            "y2": {"field": "y2"},
+            "opacity": {"field": "rows", "type": "quantitative", "scale": {"range": [0.15, 1]}, "legend": None},
+        },
+    }
+    return chart(
+        spec, f"{one} against {two}: correlation {correlation:.2f} over {int(n):,} rows.", width=360, height=300
+    )
+
+
+def _fitness(found: fitness.Fitness) -> dict[str, object]:
+    values = [
+        {"from": a, "to": b, "density": d, "is": name}
+        for name, of in (("own captions", found.own), ("other captions", found.other))
+        for a, b, d in zip(found.edges, found.edges[1:], of)
+    ]
+    spec = {
+        "data": {"values": values},
+        "mark": {"type": "area", "interpolate": "step-after", "opacity": 0.55, "line": True},
+        "encoding": {
+            "x": {"field": "from", "type": "quantitative", "title": found.score, "scale": {"zero": False}},
+            "y": {"field": "density", "type": "quantitative", "title": "density", "stack": None},
+            "color": {"field": "is", "scale": {"domain": ["own captions", "other captions"], "range": [KEPT, OTHER]}},
+        },
+    }
+    whole = found.fits[0]
+    rows = [[f.group, f.rows, f.auc, f"{f.low:.3f} to {f.high:.3f}", f"{f.overlap:.0%}", f.word] for f in found.fits]
+    columns = ["rows of", "rows", "AUC", "95% interval", "overlap", "told apart"]
+    return {
+        "score": found.score,
+        "verdict": f"{found.score} {whole}.",
+        "bad": whole.low < 0.7,
+        "chart": chart(spec, f"{found.score} of pictures with their own captions and with those of other rows."),
+        "table": Table(columns, rows),
+    }
+
+
+def _timings(run: Run) -> dict[str, object]:
+    lines = [(label, line) for label, line in run.funnel.lines.items() if line.seconds > 0]
+    total = sum(line.seconds for _, line in lines)
+    values = [{"step": label, "seconds": line.seconds} for label, line in lines]
+    spec = {
+        "data": {"values": values},
+        "mark": {"type": "bar", "color": OTHER},
+        "encoding": {
+            "y": {"field": "step", "sort": "-x", "title": None},
+            "x": {"field": "seconds", "type": "quantitative", "title": "seconds of work"},
+        },
+    }
+    slowest = max(lines, key=lambda item: item[1].seconds, default=None)
+    said = "Seconds of work of each step, all workers together; for a step that fetches, waiting included."
+    if slowest is not None:
+        said += f" {slowest[0]} takes most: {share(slowest[1].seconds, total)}."
+    return {"chart": chart(spec, said, height=20 * max(1, len(lines)))}
+
+
+def _versions() -> Table:
+    rows: list[list[object]] = [["Python", platform.python_version()]]
+    for name in ("winnow-clip", "ray", "pyarrow", "dask", "torch", "open_clip_torch", "img2dataset", "webdataset"):
+        try:
+            rows.append([name, metadata.version(name)])
+        except metadata.PackageNotFoundError:
+            continue
+    cpu = next(
+        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor() or platform.machine(),
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    rows += [["processor", f"{os.cpu_count()} × {cpu}"], ["memory", page.size(memory)], ["system", platform.platform()]]
+    return Table(["of the machine that wrote this page", "version"], rows)
+
+
+def _lines(path: str) -> Iterable[str]:
+    try:
+        return Path(path).read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,548 @@
+"""Opens a local page to move the cuts of a run and see at once what would be kept.
+
+    python -m pipeline.studio runs/demo
+    python -m pipeline.studio runs/demo --after clip_score --port 8800
+
+The page shows the rows that survived the step `--after`; by default, those before the last `threshold` lines of the
+recipe, whose cuts it starts with. It draws the curve of each score, counts what the cuts keep, shows pictures on both
+sides of each cut, narrows all that by language, host, concept or text, and finds pictures by meaning where the run has
+embeddings. Pictures marked good or bad go to `report/labels.csv` of the run as `uid,label` (1 or 0). "Export" gives
+the cuts as recipe lines; a run with them keeps exactly the rows that were counted. Nothing else is written.
+
+The page is served to this machine only, at an address with a random token. On a remote machine, forward the port:
+`ssh -L 8790:127.0.0.1:8790 HOST`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import csv
+import functools
+import hmac
+import io
+import secrets
+import sys
+import tempfile
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import yaml
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline import page
+from pipeline.cuts import Cut, View, load, vector_columns
+from pipeline.embeddings import matrix
+from pipeline.reader import Run, RunError, RunStep, open_run
+from pipeline.storage import DamagedError, Store
+from trainer.terminal import Console, guarded
+
+PORT = 8790
+LABELS = "report/labels.csv"
+TILES = 24
+"""Most rows in one answer."""
+FOUND = 1000
+"""Rows that a search by meaning ranks."""
+PICTURES = 2000
+"""Encoded pictures that are kept in memory."""
+THRESHOLD = "pipeline.filters.threshold.Threshold"
+FILES = {"studio.js": "text/javascript", "studio.css": "text/css", "page.css": "text/css", "page.js": "text/javascript"}
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class CutAsked(_Asked):
+    """A cut, as the page sends it."""
+
+    column: str
+    min: float | None = None
+    top_fraction: float | None = Field(None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _one(self) -> CutAsked:
+        if (self.min is None) == (self.top_fraction is None):
+            raise ValueError("exactly one of min and top_fraction must be given")
+        return self
+
+
+class ViewAsked(_Asked):
+    """A view, as the page sends it."""
+
+    language: str = Field(default="", max_length=1000)
+    host: str = Field(default="", max_length=1000)
+    concept: str = Field(default="", max_length=1000)
+    text: str = Field(default="", max_length=1000)
+
+
+class Question(_Asked):
+    """What the page asks: the same cuts and view for all answers, and what to show."""
+
+    cuts: list[CutAsked] = Field(default=[], max_length=64)
+    view: ViewAsked = ViewAsked()
+    columns: list[str] = Field(default=[], max_length=256)
+    """Scores whose histograms are wanted."""
+    show: str | int = "sample"
+    """The rows to show: `sample`, `search`, or the number of a cut."""
+    text: str = Field(default="", max_length=1000)
+    """Search: what the pictures should show."""
+    like: int | None = None
+    """Search: the row whose picture they should be like."""
+
+
+class LabelAsked(_Asked):
+    """A mark on a row; null takes it back."""
+
+    id: int
+    label: int | None = Field(ge=0, le=1)
+
+
+class Studio:
+    """A run in memory, and what the page asks of it. Methods are called in threads."""
+
+    def __init__(self, run: Run, after: str, folder: str, progress: Callable[[int], None] = lambda units: None) -> None:
+        self.run, self.after, self._folder = run, after, folder
+        self.rows = load(run, after, folder, progress)
+        self.labels = read_labels(Store(run.path))
+        self._lock = threading.Lock()
+        self._vectors: np.ndarray | None = None
+        columns = vector_columns(run.columns(after))
+        self.vector = columns[0] if columns else None
+        self._has_pictures = any("image" in step.adds for step in run.steps)
+        self.picture = functools.lru_cache(PICTURES)(self._picture)
+        self.ranking = functools.lru_cache(32)(self._ranking)
+
+    # --- Answers ------------------------------------------------------------------------------------------------------
+
+    def start(self) -> dict[str, Any]:
+        """What the page needs to begin."""
+        rows, model = self.rows, self.text_model()
+        searches = {
+            (True, True): "",
+            (True, False): "The model that made the embeddings is not a local folder or file, so text cannot be "
+            "embedded here: search by picture.",
+            (False, False): "The run has no embeddings (clip_score: {embeddings: true} stores them).",
+        }
+        return {
+            "name": self.run.name,
+            "path": self.run.path,
+            "after": self.after,
+            "rows": rows.n,
+            "scores": [
+                {"name": name, "low": low, "high": high, "present": len(rows.order[name])}
+                for name, (low, high) in rows.ranges.items()
+            ],
+            "cuts": [
+                {"column": cut.column, "min": cut.min, "top_fraction": cut.top_fraction}
+                for cut in cuts_after(self.run, self.after)
+                if cut.column in rows.scores
+            ],
+            "later": [step.label for step in later_steps(self.run, self.after)],
+            "has_languages": rows.languages is not None,
+            "has_concepts": bool(rows.entries),
+            "has_pictures": self._has_pictures,
+            "search": {
+                "picture": self.vector is not None,
+                "text": model is not None,
+                "why": searches[self.vector is not None, model is not None],
+            },
+            "labels": len(self.labels),
+            "labels_path": f"{self.run.path}/{LABELS}",
+        }
+
+    def summary(self, asked: Question) -> dict[str, Any]:
+        """Counts and histograms."""
+        cuts, view = self._cuts(asked), self._view(asked)
+        unknown = [name for name in asked.columns if name not in self.rows.scores]
+        if unknown:
+            raise ValueError(f"no score {unknown[0]!r}")
+        return self.rows.summary(cuts, view, asked.columns)
+
+    def tiles(self, asked: Question) -> dict[str, Any]:
+        """Two groups of rows with a title each."""
+        cuts, view, rows = self._cuts(asked), self._view(asked), self.rows
+        if asked.show == "sample":
+            groups = {"kept": rows.sample(cuts, view, True, TILES), "dropped": rows.sample(cuts, view, False, TILES)}
+        elif asked.show == "search":
+            ranked = self.ranking(asked.text, asked.like)
+            groups = {"found": ranked[rows.seen(view)[ranked]][:TILES]}
+        else:
+            number = int(asked.show)
+            if not 0 <= number < len(cuts):
+                raise ValueError(f"there is no cut {number}")
+            above, below = rows.sides(cuts, number, view, TILES // 2)
+            groups = {"above": above, "below": below}
+        return {name: [self._tile(row) for row in rows.describe(found, cuts)] for name, found in groups.items()}
+
+    def label(self, asked: LabelAsked) -> dict[str, Any]:
+        """Stores a mark."""
+        if not 0 <= asked.id < self.rows.n:
+            raise ValueError(f"there is no row {asked.id}")
+        uid = self.rows.texts["uid"][asked.id].as_py()
+        with self._lock:
+            store = Store(self.run.path)
+            labels = read_labels(store)  # another studio may have added some
+            labels.pop(uid, None)
+            if asked.label is not None:
+                labels[uid] = asked.label
+            write_labels(store, labels)
+            self.labels = labels
+        return {"labels": len(labels)}
+
+    def export(self, asked: Question) -> dict[str, Any]:
+        """The cuts as recipe lines, and the whole recipe with them in place."""
+        cuts = self._cuts(asked)
+        lines = "".join(f"  - {_flow(cut.line())}\n" for cut in cuts)
+        return {"lines": lines, "recipe": recipe_with(self.run, self.after, cuts), "after": self.after}
+
+    def _cuts(self, asked: Question) -> tuple[Cut, ...]:
+        for cut in asked.cuts:
+            if cut.column not in self.rows.scores:
+                raise ValueError(f"no score {cut.column!r}")
+        return tuple(Cut(cut.column, cut.min, cut.top_fraction) for cut in asked.cuts)
+
+    def _view(self, asked: Question) -> View:
+        return View(**asked.view.model_dump())
+
+    def _tile(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {
+            **row,
+            "uid": page.plain(row["uid"]),
+            "url": page.plain(row["url"])[: page.TEXT],
+            "caption": page.plain((row["caption"] or "")[: page.LONGEST])[: page.TEXT],
+            "label": self.labels.get(row["uid"]),
+        }
+
+    def _picture(self, row: int) -> bytes | None:
+        if not self._has_pictures:
+            return None
+        unit, number = self.rows.place[row].tolist()
+        found: bytes | None = self.run.take(unit, [number], ["image"])["image"][0].as_py()
+        return found
+
+    # --- Search by meaning --------------------------------------------------------------------------------------------
+
+    def text_model(self) -> RunStep | None:
+        """The step that made the embeddings, if its model can embed texts and is here."""
+        if self.vector is None:
+            return None
+        step = next(step for step in self.run.steps if self.vector in step.adds)
+        model, weights = step.options.get("model"), step.options.get("pretrained")
+        here = bool(model) and (Path(str(model)).is_dir() or (bool(weights) and Path(str(weights)).is_file()))
+        return step if here and "text" not in str(self.vector) else None
+
+    def _ranking(self, text: str, like: int | None) -> np.ndarray:
+        """The rows nearest to a text or to the picture of a row, nearest first; those without an embedding are last."""
+        import torch
+
+        from trainer.evaluate.features import nearest
+
+        vectors = self._embeddings()
+        if like is not None:
+            if not 0 <= like < self.rows.n:
+                raise ValueError(f"there is no row {like}")
+            query = torch.from_numpy(np.array(vectors[like : like + 1], np.float32))
+        else:
+            query = self._encoder().texts([text]).cpu()
+            if query.shape[1] != vectors.shape[1]:
+                raise ValueError(
+                    f"the model gives {query.shape[1]} dimensions, but {self.vector} has {vectors.shape[1]}"
+                )
+        _, found = nearest(query, torch.from_numpy(vectors), FOUND, torch.device("cpu"))
+        return found[0].numpy().astype(np.int32)
+
+    def _embeddings(self) -> np.ndarray:
+        """The embeddings of all rows, fp16 in a mapped file; zeros for a row without one. Read when first needed."""
+        if self.vector is None:
+            raise ValueError("the run has no embeddings")
+        with self._lock:
+            if self._vectors is None:
+                size = self.run.columns(self.after)[self.vector].list_size
+                shape = (max(1, self.rows.n), size)
+                found = np.lib.format.open_memmap(f"{self._folder}/vectors.npy", "w+", np.float16, shape)
+                at = 0
+                for table in self.run.scan([self.vector], self.after):
+                    column = table[self.vector]
+                    there = pa.compute.is_valid(column)
+                    found[at : at + len(table)][there.to_numpy()] = np.nan_to_num(matrix(column.filter(there)))
+                    at += len(table)
+                self._vectors = found
+        return self._vectors
+
+    @functools.cached_property
+    def _encode(self) -> Any:
+        from trainer.command import open_encoder
+
+        step = self.text_model()
+        if step is None:
+            raise ValueError("the model that made the embeddings is not here")
+        options = step.options
+        named = SimpleNamespace(
+            model=options["model"], pretrained=options.get("pretrained"), batch_size=1, device="cpu", precision="fp32"
+        )
+        return open_encoder(cast(argparse.Namespace, named))
+
+    def _encoder(self) -> Any:
+        with self._lock:
+            return self._encode
+
+
+# --- Labels and recipes -----------------------------------------------------------------------------------------------
+
+
+def read_labels(store: Store) -> dict[str, int]:
+    """The marks of a run: 1 for good and 0 for bad, by uid. RunError if the file is not one of labels."""
+    data = store.read_if_there(LABELS)
+    if data is None:
+        return {}
+    try:
+        rows = list(csv.reader(io.StringIO(data.decode())))
+        if not rows or rows[0] != ["uid", "label"]:
+            raise ValueError
+        return {uid: {"0": 0, "1": 1}[label] for uid, label in rows[1:]}
+    except (ValueError, KeyError):
+        raise RunError(
+            f"{store.path(LABELS)}: expected the header uid,label and labels 0 or 1; move it away to begin anew"
+        ) from None
+
+
+def write_labels(store: Store, labels: dict[str, int]) -> None:
+    """Writes the marks of a run, in the order in which they were made."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerows([("uid", "label"), *labels.items()])
+    store.write(LABELS, out.getvalue().encode())
+
+
+def default_step(run: Run) -> str:
+    """The step before the last `threshold` lines that follow each other; without one, the last that writes nothing."""
+    steps = run.steps
+    last = max((i for i, step in enumerate(steps) if step.step == THRESHOLD), default=None)
+    if last is None:
+        return steps[-2].label if steps[-1].step.startswith("pipeline.stages.write_") else steps[-1].label
+    while steps[last - 1].step == THRESHOLD:
+        last -= 1
+    return steps[last - 1].label
+
+
+def cuts_after(run: Run, after: str) -> list[Cut]:
+    """The cuts of the `threshold` lines right after a step."""
+    cuts = []
+    for step in run.steps[_number(run, after) + 1 :]:
+        if step.step != THRESHOLD:
+            break
+        options = step.options
+        cuts.append(Cut(options["column"], options.get("min"), options.get("top_fraction")))
+    return cuts
+
+
+def later_steps(run: Run, after: str) -> list[RunStep]:
+    """The steps after those cuts."""
+    return run.steps[_number(run, after) + 1 + len(cuts_after(run, after)) :]
+
+
+def recipe_with(run: Run, after: str, cuts: Sequence[Cut]) -> str:
+    """The recipe of a run as YAML, with these cuts in the place of the `threshold` lines right after a step."""
+    at = _number(run, after)  # the pool is step 0 and has no line
+    lines = run.recipe["steps"]
+    steps = [*lines[:at], *(cut.line() for cut in cuts), *lines[at + len(cuts_after(run, after)) :]]
+    rest = {key: value for key, value in run.recipe.items() if key != "steps" and value is not None}
+    head = yaml.safe_dump(rest, sort_keys=False, allow_unicode=True, default_flow_style=None, width=1 << 30)
+    body = "".join(f"  - {_flow(step)}\n" for step in steps)
+    return f"# Relative paths are those of the folder where the run was made.\n{head}steps:\n{body}"
+
+
+def _flow(line: Any) -> str:
+    """A recipe line: `threshold: {column: clip_score, min: 0.3}`."""
+    if isinstance(line, dict) and len(line) == 1:
+        ((name, options),) = line.items()
+        text = yaml.safe_dump(
+            options or {}, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1 << 30
+        )
+        return f"{name}: {text.strip()}"
+    return str(line)
+
+
+def _number(run: Run, label: str) -> int:
+    return next(i for i, step in enumerate(run.steps) if step.label == label)
+
+
+# --- The server -------------------------------------------------------------------------------------------------------
+
+
+def application(studio: Studio, token: str, hosts: Sequence[str]) -> web.Application:
+    """The pages and answers. Every request needs one of `hosts`, and the token in a cookie that the first page sets."""
+    cookie = f"winnow_studio_{hosts[0].rpartition(':')[2]}"
+
+    def known(given: str | None) -> bool:
+        return given is not None and hmac.compare_digest(given.encode(), token.encode())
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            answer = await _guarded(request, handler)
+        except web.HTTPException as error:
+            answer = error
+        answer.headers.update(
+            {
+                "Content-Security-Policy": POLICY,
+                "X-Content-Type-Options": "nosniff",
+                "Referrer-Policy": "no-referrer",
+                "Cross-Origin-Resource-Policy": "same-origin",
+            }
+        )
+        answer.headers.setdefault("Cache-Control", "no-store")
+        return answer
+
+    async def _guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.host not in hosts:  # a page elsewhere whose name was pointed at this machine
+            return _refused(403, "This address is not the studio's.")
+        if request.path == "/" and known(request.query.get("token")):
+            answer = web.HTTPSeeOther("/")
+            answer.set_cookie(cookie, token, httponly=True, samesite="Strict", path="/")
+            return answer
+        if not known(request.cookies.get(cookie)):
+            return _refused(403, "Open the address that the command printed: it has a token.")
+        if request.method == "POST":
+            origin = request.headers.get("Origin")
+            if origin is not None and origin != f"http://{request.host}":
+                return _refused(403, "Another page must not ask.")
+            if request.content_type != "application/json":
+                return _refused(415, "Expected JSON.")
+        return await handler(request)
+
+    async def index(_: web.Request) -> web.Response:
+        html = page.environment().get_template("studio.html").render(name=studio.run.name)
+        return web.Response(text=html, content_type="text/html")
+
+    async def file(request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        if name not in FILES:
+            raise web.HTTPNotFound
+        return web.Response(body=(page.FOLDER / name).read_bytes(), content_type=FILES[name], charset="utf-8")
+
+    async def picture(request: web.Request) -> web.Response:
+        row, data = int(request.match_info["row"]), None
+        with contextlib.suppress(DamagedError, OSError):  # the page shows an empty frame
+            data = await asyncio.to_thread(studio.picture, row) if row < studio.rows.n else None
+        kind = picture_type(data or b"")
+        if data is None or kind is None:
+            raise web.HTTPNotFound
+        return web.Response(body=data, content_type=kind, headers={"Cache-Control": "private, max-age=3600"})
+
+    async def start(_: web.Request) -> web.Response:
+        return web.json_response(await asyncio.to_thread(studio.start))
+
+    def asks(model: type[_Asked], answer: Callable[[Any], dict[str, Any]]) -> Handler:
+        async def handle(request: web.Request) -> web.Response:
+            try:
+                asked = model.model_validate_json(await request.read())
+                return web.json_response(await asyncio.to_thread(answer, asked))
+            except (ValidationError, ValueError) as error:  # RunError and EvaluationError are ValueErrors
+                said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+                return web.json_response({"error": page.plain(said)}, status=400)
+            except (DamagedError, OSError) as error:
+                return web.json_response({"error": page.plain(error)}, status=500)
+
+        return handle
+
+    app = web.Application(middlewares=[guard], client_max_size=1 << 20)
+    app.add_routes(
+        [
+            web.get("/", index),
+            web.get("/{name:[a-z]+\\.(?:js|css)}", file),
+            web.get("/picture/{row:[0-9]{1,9}}", picture),
+            web.get("/start", start),
+            web.post("/summary", asks(Question, studio.summary)),
+            web.post("/tiles", asks(Question, studio.tiles)),
+            web.post("/export", asks(Question, studio.export)),
+            web.post("/label", asks(LabelAsked, studio.label)),
+        ]
+    )
+    return app
+
+
+def _refused(status: int, why: str) -> web.Response:
+    return web.Response(status=status, text=why)
+
+
+def picture_type(data: bytes) -> str | None:
+    """The media type of an encoded picture, by its first bytes; None for anything that a browser need not be shown."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png"
+    return "image/webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+
+
+async def _serve(studio: Studio, port: int, console: Console) -> None:
+    token = secrets.token_urlsafe(24)
+    hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost")]
+    runner = web.AppRunner(application(studio, token, hosts), access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        # Not through the console, which hides tokens: this one is for the user.
+        print(f"http://127.0.0.1:{port}/?token={token}", file=console.file, flush=True)
+        console.print("Ctrl-C ends it.")
+        await asyncio.Event().wait()
+    finally:
+        await runner.cleanup()
+
+
+@guarded()
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.studio",
+        description=__doc__,
+        epilog="exit status: 0 ended by Ctrl-C; 2 no such run, step or free port; 1 a damaged run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", help="the folder or address of a run whose steps up to the cuts are done")
+    parser.add_argument("--after", metavar="STEP", help="look at the rows that survived this step (see `winnow diff`)")
+    parser.add_argument("--port", type=int, default=PORT, help="port on 127.0.0.1 (default: %(default)s)")
+    args = parser.parse_args(argv)
+    console, errors = Console(), Console(stderr=True)
+    try:
+        run = open_run(args.run)
+        after = args.after or default_step(run)
+        run.columns(after)
+        with tempfile.TemporaryDirectory(prefix="winnow-studio-") as folder:
+            with errors.status("reading") as status:
+                studio = Studio(
+                    run, after, folder, lambda units: status.update(f"reading: unit {units:,} of {run.units:,}")
+                )
+            console.print(f"{studio.rows.n:,} rows after {after}", markup=False, highlight=False)
+            asyncio.run(_serve(studio, args.port, console))
+    except RunError as error:
+        errors.error(error)
+        return 2
+    except OSError as error:
+        taken = getattr(error, "errno", None) in (13, 98) and "bind" in str(error)
+        errors.error(f"--port {args.port}: {error}; give another --port" if taken else error)
+        return 2 if taken else 1
+    except DamagedError as error:
+        errors.error(error)
+        return 1
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

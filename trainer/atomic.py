@@ -1,0 +1,52 @@
+"""Writes files that are complete or absent, whatever is killed and whoever else writes them at the same time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from typing import BinaryIO
+
+_PART = re.compile(r"\..+\.[0-9a-f]{12}\.part")
+
+
+def part_of(path: str | os.PathLike[str]) -> str:
+    """A new hidden name, in the same folder, for a file that is being written."""
+    folder, base = os.path.split(os.fspath(path))
+    return os.path.join(folder, f".{base}.{secrets.token_hex(6)}.part")
+
+
+def is_part(name: str) -> bool:
+    """Whether a file name is one of `part_of`."""
+    return _PART.fullmatch(name) is not None
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Opens a file that takes its name, and replaces what had it, when the block ends.
+
+    If the block raises, nothing is left of it. File and folder are flushed to disk. Raises OSError.
+    """
+    part = part_of(path)
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        sync_folder(os.path.dirname(path) or ".")
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
+
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+    """Flushes a folder, so that new entries in it survive a power failure."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

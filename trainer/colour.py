@@ -1,0 +1,63 @@
+"""Converts the colours of a decoded picture to opaque 8-bit sRGB, by the same rules for fetched and stored pictures."""
+
+from __future__ import annotations
+
+import functools
+import io
+
+import numpy as np
+from PIL import Image, ImageCms
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opaque RGB picture: the profile converted to sRGB, 16 bits cut to 8, transparency laid on white."""
+    icc = image.info.get("icc_profile")
+    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
+        image = _grey_from_16_bit(image)
+    alpha = None
+    if image.has_transparency_data:
+        alpha = (image if image.mode in ("LA", "RGBA") else image.convert("RGBA")).getchannel("A")
+    # A profile applies to one of these modes.
+    if image.mode in ("1", "LA"):
+        image = image.convert("L")
+    elif image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    if icc and (transform := srgb_transform(icc, image.mode)):
+        image = transform.apply(image)
+    if image.mode != "RGB":  # otherwise it would be copied
+        image = image.convert("RGB")
+    if alpha is None:
+        return image
+    opaque = Image.new("RGB", image.size, "white")
+    opaque.paste(image, mask=alpha)
+    return opaque
+
+
+def _grey_from_16_bit(image: Image.Image) -> Image.Image:
+    wide = np.asarray(image)
+    grey = (wide >> 8).clip(0, 255).astype(np.uint8)
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey[wide == clear] = 255
+    return Image.fromarray(grey)
+
+
+# Small, since each profile may have a megabyte, and a sandboxed decoder has a memory limit.
+@functools.lru_cache(maxsize=16)
+def srgb_transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The transform to sRGB; None if the profile is sRGB already, broken, or for another mode."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(profile).lower():
+            return None
+        return ImageCms.buildTransform(
+            profile,
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            # Threads share the transform, and lcms's one-pixel cache is not thread-safe.
+            flags=ImageCms.Flags.NOCACHE | ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
