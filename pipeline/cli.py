@@ -34,6 +34,7 @@ COMMANDS = {
     "report": Command("pipeline.report", (), "write the report of a finished run: one HTML page"),
     "learn": Command("pipeline.learn", (), "fit a mixture of a run's scores to labels, as a step to paste"),
     "verify": Command("pipeline.verify", (), "check everything that a finished run claims about itself"),
+    "takedown": Command("pipeline.takedown", (), "take listed samples out of the shards of a finished run"),
     "status": Command("pipeline.status", (), "show how far a run is, from outside, while it goes"),
     "studio": Command("pipeline.studio", (), "open a local page to move cuts and see what would be kept"),
     "diff": Command("pipeline.diff", (), "compare two runs: rows gained and lost, and which step decided"),
@@ -46,6 +47,7 @@ COMMANDS = {
     "evaluate": Command("trainer.evaluate.__main__", (), "evaluate a model: zero-shot, retrieval, probe and others"),
     "search": Command("trainer.search", (), "search pictures by text or by picture"),
     "moderate": Command("trainer.moderate", (), "flag pictures by a policy of prompts"),
+    "seen": Command("trainer.seen", (), "say at which steps of a training listed samples were trained on"),
     "export": Command("trainer.export", (), "write a checkpoint as a folder that open_clip loads"),
 }
 

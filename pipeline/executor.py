@@ -10,6 +10,7 @@ error.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import secrets
@@ -42,8 +43,10 @@ from pipeline.passes import (
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.schema import DROP, POSITION
-from pipeline.step import Filter, VectorFilter, drops_table
+from pipeline.step import Filter, Sink, VectorFilter, drops_table, to_pandas
 from pipeline.storage import DamagedError, Entry, Store, sealed
+from pipeline.taken_down import NAME as TAKEN_DOWN
+from pipeline.taken_down import REASON, read_taken, taken_drops, taken_rows
 from pipeline.workers import map_tasks, run_passes
 
 if TYPE_CHECKING:
@@ -141,7 +144,7 @@ def write_books(job: Job, outcome: Outcome) -> int:
     def export(numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
         for number in numbers:
             claim.check()
-            yield _export_drops(store, passes, number, range(number * group, min(units, (number + 1) * group)))
+            yield export_drops(store, passes, number, range(number * group, min(units, (number + 1) * group)))
 
     exported = list(map_tasks(groups, export))
     rows = sum(record["rows"] for record in exported)
@@ -155,6 +158,7 @@ def write_books(job: Job, outcome: Outcome) -> int:
         raise BooksError(f"{funnel.rows_in:,} rows in, but {funnel.kept:,} kept and {rows:,} in the ledger of drops")
     books = {"name": recipe.name, "rows_in": funnel.rows_in, "kept": funnel.kept, "steps": funnel.to_json()}
     files = [store.write("funnel.json", json.dumps(books, indent=1).encode()), store.entry("run.json")]
+    files += [store.entry(TAKEN_DOWN)] if store.exists(TAKEN_DOWN) else []
     files += sorted((record["entry"] for record in exported), key=lambda entry: str(entry["name"]))
     if isinstance(passes[-1], SinkPass) and (complete := passes[-1].complete()) is not None:
         folder = complete["folder"]
@@ -397,7 +401,7 @@ def _barrier(job: Job, index: int) -> None:
 
     def frame_of(group: range) -> pd.DataFrame:
         tables = [t for unit in group for t in read_unit(before, unit, schema.names[2:])]
-        return _to_pandas(pa.concat_tables([schema.empty_table(), *tables]))
+        return to_pandas(pa.concat_tables([schema.empty_table(), *tables]))
 
     attempt = secrets.token_hex(4)
 
@@ -405,18 +409,20 @@ def _barrier(job: Job, index: int) -> None:
         written = []
         for number, drops in part.sort_values(["unit", "row"]).groupby("_file"):
             name = f"drops/{number:06d}-{attempt}.parquet"
+            columns = [*DROP, *map(pa.field, p.adds.keys(), p.adds.values())]
+            drops = drops.assign(step=p.label)
             table = pa.table(
-                {**{c: drops[c].to_numpy() for c in POSITION.names}, "step": [p.label] * len(drops),
-                 **{c: pa.array(drops[c] if c in drops else [None] * len(drops), DROP.field(c).type, from_pandas=True)
-                    for c in ("reason", "detail", "value")}}
-            ).cast(DROP)  # fmt: skip
+                {f.name: pa.array(drops[f.name] if f.name in drops else [None] * len(drops), f.type, from_pandas=True)
+                 for f in columns},
+                pa.schema(columns),
+            )  # fmt: skip
             entry = json.dumps(p.store.write_table(name, table))
             counts = json.dumps({str(k): int(v) for k, v in drops["reason"].value_counts().items()})
             written.append((int(number), entry, counts))
         return pd.DataFrame(written, columns=["file", "entry", "counts"]).astype(object)
 
     with dask.config.set({"scheduler": ray_dask_get, "dataframe.shuffle.method": "tasks"}):
-        frame = dd.from_map(frame_of, groups, meta=_to_pandas(schema.empty_table()))
+        frame = dd.from_map(frame_of, groups, meta=to_pandas(schema.empty_table()))
         decided = step.decide(frame)
         figures = step.figures(frame, decided)
         drops = decided.assign(_file=decided["unit"] // per_file)
@@ -434,19 +440,6 @@ def _barrier(job: Job, index: int) -> None:
     job.progress.add(p.label, rows, line.kept, line.dropped)
     p.sweep(files.values())
     p.finish(Funnel({p.label: line}), files=files, units_per_file=per_file)
-
-
-def _to_pandas(table: pa.Table) -> pd.DataFrame:
-    """Converts with types that hold nulls, so that a null among 64-bit hashes does not turn them into floats. Lists
-    stay in Arrow's form: as objects they take ten times the memory."""
-    import pandas as pd
-
-    def dtype(of: pa.DataType) -> Any:
-        if pa.types.is_string(of):
-            return pd.StringDtype("pyarrow")
-        return pd.ArrowDtype(of) if pa.types.is_integer(of) or pa.types.is_list(of) else None
-
-    return table.to_pandas(types_mapper=dtype)
 
 
 # --- What is written --------------------------------------------------------------------------------------------------
@@ -513,15 +506,19 @@ def _write(job: Job, index: int) -> None:
     types = {k: v for q in before for k, v in q.adds.items()}
 
     def write(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
+        ledger = read_taken(store)
         for part in batch:
             claim.check()
+            low, high = bounds[part], bounds[part + 1]
+            taken = rows_taken(before, ends, low, high, ledger)
             with contextlib.suppress(DamagedError):
                 record = p.record(part)
-                if record is not None and _whole(folder, record["files"]):
+                if record is not None and record.get("taken", []) == taken and _whole(folder, record["files"]):
                     yield record
                     continue
-            rows = _rows_of(before, ends, bounds[part], bounds[part + 1], list(types))
-            written = step.write(folder, part, rows, types)
+            written = step.write(folder, part, rows_between(before, ends, low, high, step.reads(types)), types)
+            if taken:
+                written = {**step.remove(folder, written, ledger["uid"]), "taken": taken}
             p.forget(part)
             p.commit(part, written)
             yield {**written, "unit": part}
@@ -532,38 +529,65 @@ def _write(job: Job, index: int) -> None:
         claim.check()
         records.append(record)
         job.progress.add(p.label, record["rows"], record["rows"], {})
-    kept = sum(record["rows"] for record in records)
-    if kept != bounds[-1]:
-        raise BooksError(f"{p.label} wrote {kept:,} of {bounds[-1]:,} rows")
-    files, tail = {}, total - kept
-    if tail:
-        left = pa.concat_tables(_rows_of(before, ends, kept, total, []))
-        name = f"drops/{secrets.token_hex(4)}.parquet"
-        files = {"0": p.store.write_table(name, drops_table(left, p.label, step.leftover))}
-    line = Line(total, {step.leftover: tail} if tail else {}, time.perf_counter() - started)
     records.sort(key=lambda record: int(record["unit"]))
     books = Funnel()
-    for lines in (*map(_funnel, before), Funnel({p.label: line})):
+    for lines in map(_funnel, before):
         books.add(lines)
     honours = [wish for q in before for step in q.steps for wish in step.honours()]
     about = About(recipe.name, types, books, honours)
 
     def finish(_: Sequence[int]) -> Iterator[dict[str, Any]]:
         claim.check()
-        documents = step.finish(folder, about, records)
-        named = {"OWNER", *(e["name"] for e in documents), *(e["name"] for r in records for e in r["files"])}
-        for name in folder.names():
-            if name not in named:
-                folder.remove(name)
-        yield {"documents": documents}
+        finish_sink(p, before, step, folder, ends, about, records, time.perf_counter() - started)
+        yield {}
 
-    (end,) = map_tasks([0], finish)  # not on the driver: it may hold the uids of all samples
+    list(map_tasks([0], finish))  # not on the driver: it may hold the uids of all samples
+
+
+def finish_sink(
+    p: Pass, before: Sequence[Pass], step: Sink, folder: Store, ends: np.ndarray, about: About,
+    records: Sequence[dict[str, Any]], seconds: float,
+) -> None:  # fmt: skip
+    """Writes what describes all parts of a sink, given their records in order, and the record of the pass.
+
+    `ends` has for each unit the number of rows that reach the sink up to its end; `about` the funnel of the steps
+    before it.
+    """
+    total = int(ends[-1]) if len(ends) else 0
+    bounds = step.plan(total)
+    taken = [row for record in records for row in record.get("taken", [])]
+    if (kept := sum(record["rows"] for record in records)) + len(taken) != bounds[-1]:
+        raise BooksError(f"{p.label} wrote {kept:,} of {bounds[-1]:,} rows, and {len(taken):,} were taken down")
+    tail = pa.concat_tables([POSITION.empty_table(), *rows_between(before, ends, bounds[-1], total, [])])
+    drops = pa.concat_tables([taken_drops(taken, p.label), drops_table(tail, p.label, step.leftover)])
+    files = {"0": p.store.write_table(f"drops/{secrets.token_hex(4)}.parquet", drops)} if len(drops) else {}
+    reasons = {step.leftover: len(tail), REASON: len(taken)}
+    funnel = Funnel({p.label: Line(total, {why: n for why, n in reasons.items() if n}, seconds)})
+    books = Funnel()
+    for lines in (about.funnel, funnel):
+        books.add(lines)
+    documents = step.finish(folder, dataclasses.replace(about, funnel=books), list(records))
+    named = {"OWNER", *(e["name"] for e in documents), *(e["name"] for r in records for e in r["files"])}
+    for name in folder.names():
+        if name not in named:
+            folder.remove(name)
     p.sweep(files.values())
-    funnel = Funnel({p.label: line})
-    p.finish(funnel, files=files, units_per_file=max(1, units), folder=step.folder, parts=len(records), **end)
+    p.finish(
+        funnel, files=files, units_per_file=max(1, len(ends)), folder=step.folder, parts=len(records),
+        documents=documents,
+    )  # fmt: skip
 
 
-def _rows_of(before: Sequence[Pass], ends: np.ndarray, low: int, high: int, columns: list[str]) -> Iterator[pa.Table]:
+def rows_taken(before: Sequence[Pass], ends: np.ndarray, low: int, high: int, ledger: pa.Table) -> list[list[Any]]:
+    """Those of the surviving rows low … high − 1 of the run that were taken down (`taken_down.taken_rows`)."""
+    if not len(ledger) or low == high:
+        return []
+    return taken_rows(pa.concat_tables(rows_between(before, ends, low, high, ["uid"])), ledger)
+
+
+def rows_between(
+    before: Sequence[Pass], ends: np.ndarray, low: int, high: int, columns: list[str]
+) -> Iterator[pa.Table]:
     """The surviving rows low … high − 1 of the run, in the order of units."""
     unit = int(np.searchsorted(ends, low, side="right"))
     while low < high:
@@ -576,7 +600,7 @@ def _rows_of(before: Sequence[Pass], ends: np.ndarray, low: int, high: int, colu
         unit += 1
 
 
-def _export_drops(store: Store, passes: list[Pass], number: int, units: range) -> dict[str, Any]:
+def export_drops(store: Store, passes: list[Pass], number: int, units: range) -> dict[str, Any]:
     """Writes the drops of a group of units, with uid, url and caption, into one file for people and tools."""
     types = {"uid": pa.string(), "url": pa.string(), "caption": pa.string()}
     said = [name for name in DROP.names if name not in POSITION.names]

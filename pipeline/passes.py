@@ -400,18 +400,34 @@ class BarrierPass(Pass):
         return np.setdiff1d(surviving_rows(before, unit), drops).astype(np.int32)
 
     def drops(self, before: Sequence[Pass], unit: int) -> pa.Table:
+        table = self._decided(unit)
+        return table.filter(pc.is_valid(table["reason"])).select([name for name in DROP.names if name != "unit"])
+
+    def values(self, unit: int) -> pa.Table:
+        """`row` and the columns that the filter adds, of the rows of a unit that got values, in the order of `row`."""
+        table = self._decided(unit)
+        if not self.adds or not len(table):
+            return pa.schema([POSITION.field("row"), *self.adds.items()]).empty_table()
+        return table.filter(pc.is_null(table["reason"])).select(["row", *self.adds])
+
+    def valued(self, unit: int) -> np.ndarray:
+        """The rows (int32, ascending) that got values of the columns that the filter adds."""
+        return self.values(unit)["row"].to_numpy()
+
+    def _decided(self, unit: int) -> pa.Table:
+        """What is stored of a unit: its drops, and lines without a reason for rows that got values."""
         complete = self.complete()
         if complete is None:
             raise FileNotFoundError(f"{self.root}: the barrier is not complete")
         entry = complete["files"].get(str(unit // complete["units_per_file"]))
         if entry is None:
-            return DROP.empty_table().drop_columns("unit")
+            return DROP.empty_table()
         try:
             table = _barrier_file(self.root, **entry)
         except DamagedError as error:
             again = f"remove {self.store.path('complete.json')} and give the same command again: the pass is made again"
             raise DamagedError(f"{error} (unit {unit} of the pass {self.label}). To go on, {again}.") from None
-        return table.filter(pc.equal(table["unit"], unit)).drop_columns("unit")
+        return table.filter(pc.equal(table["unit"], unit))
 
 
 class SinkPass(BarrierPass):
@@ -476,6 +492,7 @@ def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.Da
         torn = scope == "unit" and (regroups or _reads_heavy(steps, known))
         if alone or torn or (wants_units and pixels) or isinstance(step, Fitted):
             close()
+        step.needs = (*step.needs, *(c for c in step.wants if c in known and c not in step.needs))  # type: ignore[misc]
         steps.append(step)
         identities.append(identity(step))
         known |= step.adds
@@ -521,6 +538,12 @@ def read_unit(
     with contextlib.ExitStack() as stack:
         for p in before:
             mine = [c for c in wanted if c in p.adds]
+            if isinstance(p, BarrierPass) and mine:
+                values = p.values(unit)
+                at = _places(values, rows)
+                for c in mine:  # the other rows keep what they had
+                    new = values[c].take(pa.array(at, mask=at < 0))
+                    light[c] = pc.coalesce(new, light[c]) if c in light else new
             if not mine or not isinstance(p, UnitPass):
                 continue
             small = [c for c in mine if not is_heavy(p.adds[c])]

@@ -1,4 +1,4 @@
-"""Reads a pool (parquet, csv, tsv, jsonl or json; one file or thousands) into batches of clean rows.
+"""Reads a pool (parquet, csv, tsv, jsonl, json or wat; one file or thousands) into batches of clean rows.
 
 `columns` checks everything in the files' heads (a parquet footer, or the first rows of a text file) and rejects
 unsupported columns before a run starts. `read` yields each row exactly once: clean, or with the reason why it is
@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -32,16 +33,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline import sidecar, wat
 from pipeline.compressed import COMPRESSIONS, open_plain
 from pipeline.fetch.reasons import find
 from pipeline.recipe import PoolSpec
 from pipeline.schema import INLINE, carried
 from pipeline.storage import Store
 
-FORMATS = ("parquet", "csv", "tsv", "jsonl", "json")
+FORMATS = ("parquet", "csv", "tsv", "jsonl", "json", "wat")
 BATCH_ROWS = 50_000
 BATCH_BYTES = 64 << 20
 FOOTERS_AT_ONCE = 32
+WAT_ROWS = 10_000
+"""Image links of a WAT file in a batch."""
 HEAD_ROWS = 1_000
 """Rows of a text file from which its columns and types are inferred."""
 MAX_LINE = 64 << 20
@@ -59,6 +63,8 @@ REASONS = {
     "caption_oversized": f"the caption is larger than {MAX_CAPTION_BYTES:,} bytes",
     "url_oversized": f"the url is larger than {MAX_URL_BYTES:,} bytes",
     "bad_line": "the line is not a JSON object, or has too many or too few fields",
+    "bad_record": "a record of the WAT file is damaged",
+    "bad_url": "the image link does not lead to an http or https address",
     "bad_value": "another column has a value that does not fit the column's type (set it in `pool.types`)",
     "bad_uid": "the uid in the pool is not 32 hex digits",
     "duplicate_uid": "an earlier row has the same uid",
@@ -100,7 +106,9 @@ class _Head:
     groups: tuple[int, ...] | None
     """Rows of each row group of a parquet file; None for a text file."""
     bytes: int
-    """Uncompressed size of a parquet file; stored size of a text file."""
+    """Uncompressed size of a parquet file with its vectors; stored size of a text file."""
+    vectors: dict[str, pa.DataType] = dataclasses.field(default_factory=dict)
+    """The columns of vectors in the files beside a table (`pool.embeddings`)."""
 
 
 _known: dict[bytes, dict[str, _Head]] = {}
@@ -110,13 +118,13 @@ def _heads(spec: PoolSpec) -> dict[str, _Head]:
     """The heads of a pool's files, in order. Cached until a file or the recipe changes. Read concurrently, since each
     costs a round trip to a remote store."""
     paths = find_files(spec)
-    stamps = _stamps(paths)
+    stamps = stamp(spec)
     state = hashlib.sha256(json.dumps([dataclasses.asdict(spec), paths, stamps]).encode()).digest()
     if state not in _known:
         schemas: dict[pa.Schema, pa.Schema] = {}  # most files share one
 
         def read(path: str, size: int) -> _Head:
-            head = _parquet_head(path) if _format(path) == "parquet" else _text_head(path, spec, size)
+            head = _parquet_head(path, spec) if _format(path) == "parquet" else _text_head(path, spec, size)
             twins = [name for name, n in Counter(head.schema.names).items() if n > 1]
             if twins:
                 raise PoolError(f"path: {path} has more than one column {twins[0]!r}; rename one of them")
@@ -129,11 +137,25 @@ def _heads(spec: PoolSpec) -> dict[str, _Head]:
     return _known[state]
 
 
-def _parquet_head(path: str) -> _Head:
+def _parquet_head(path: str, spec: PoolSpec) -> _Head:
     with _open_parquet(path) as file:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         size = sum(group.total_byte_size for group in groups)
-        return _Head(file.schema_arrow.remove_metadata(), tuple(group.num_rows for group in groups), size)
+        head = _Head(file.schema_arrow.remove_metadata(), tuple(group.num_rows for group in groups), size)
+    for name, pattern in (spec.embeddings or {}).items():
+        place = _beside(name, pattern, path)
+        try:
+            array = sidecar.head(*place)
+        except sidecar.SidecarError as error:
+            raise PoolError(f"embeddings.{name}: {error}") from None
+        if array.rows != sum(head.groups or ()):
+            raise PoolError(
+                f"embeddings.{name}: {place[0]} has {array.rows:,} vectors, expected one for each of the "
+                f"{sum(head.groups or ()):,} rows of {path}"
+            )
+        vectors = head.vectors | {name: array.column}
+        head = dataclasses.replace(head, vectors=vectors, bytes=head.bytes + array.rows * array.row_bytes)
+    return head
 
 
 def find_files(spec: PoolSpec) -> list[str]:
@@ -237,7 +259,25 @@ def columns(spec: PoolSpec) -> dict[str, pa.DataType]:
             )
     wanted = list(types) if spec.columns is None else spec.columns
     asked = {name: TYPES[kind] for name, kind in (spec.types or {}).items()}
-    return _in_run({name: asked.get(name) or types[name] for name in wanted}, spec)
+    return _in_run({name: asked.get(name) or types[name] for name in wanted} | _vector_types(spec, heads), spec)
+
+
+def _vector_types(spec: PoolSpec, heads: dict[str, _Head]) -> dict[str, pa.DataType]:
+    """The columns of `pool.embeddings`. PoolError if they are of different types in two files, or a table has none."""
+    types: dict[str, pa.DataType] = {}
+    first = next(iter(heads), "")
+    for path, head in heads.items():
+        for name in spec.embeddings or ():
+            if head.groups is None:
+                raise PoolError(f"embeddings.{name}: {path} is not a parquet file, and only those have vectors beside")
+            if name in head.schema.names:
+                raise PoolError(f"embeddings.{name}: {path} has a column of that name; choose another")
+            if types.setdefault(name, head.vectors[name]) != head.vectors[name]:
+                raise PoolError(
+                    f"embeddings.{name}: the vectors beside {first} are {types[name]}, those beside {path} are "
+                    f"{head.vectors[name]}; they are from different models"
+                )
+    return types
 
 
 def _in_run(types: dict[str, pa.DataType], spec: PoolSpec) -> dict[str, pa.DataType]:
@@ -436,6 +476,8 @@ def count(spec: PoolSpec, split: Split) -> int:
     if split.row_groups is not None:
         wanted = {"caption": spec.caption} if spec.captions else {}
         return sum(len(batch) for batch in _parquet_batches(spec, split, wanted, {}))
+    if _format(split.path) == "wat":
+        return sum(len(batch) for batch in _wat_batches(spec, split, {}, {}))
     each = spec.captions == "each"
     captions = (row.get(spec.caption) if row else None for row in _text_rows(split.path, spec))
     return sum(max(1, len(caption)) if each and isinstance(caption, list) else 1 for caption in captions)
@@ -443,7 +485,25 @@ def count(spec: PoolSpec, split: Split) -> int:
 
 def stamp(spec: PoolSpec) -> list[list[Any]]:
     """Identifies the version of the pool without reading it: name, size, and time or ETag of each file."""
-    return _stamps(find_files(spec))
+    paths = find_files(spec)
+    beside = dict.fromkeys(
+        _beside(name, pattern, path)[0]
+        for path in paths
+        for name, pattern in (spec.embeddings or {}).items()
+        if _format(path) == "parquet"
+    )
+    return _stamps([*paths, *beside])
+
+
+def _beside(name: str, pattern: str, table: str) -> tuple[str, str]:
+    """The file of vectors beside a table, and the array in it. PoolError if there is none."""
+    try:
+        path, array = sidecar.locate(pattern, table)
+    except sidecar.SidecarError as error:
+        raise PoolError(f"embeddings.{name}: {error}") from None
+    if "://" not in path and not os.path.exists(path):
+        raise PoolError(f"embeddings.{name}: {path} does not exist; expected the vectors of {table}")
+    return path, array
 
 
 def _stamps(paths: list[str]) -> list[list[Any]]:
@@ -470,7 +530,8 @@ def read(spec: PoolSpec, split: Split, types: dict[str, pa.DataType]) -> Iterato
     """
     wanted = {"url": spec.url, "caption": spec.caption}
     wanted |= {key: column for key, column in (("uid", spec.uid), (INLINE, spec.image)) if column}
-    batches = _text_batches if split.row_groups is None else _parquet_batches
+    is_wat = _format(split.path) == "wat"
+    batches = _wat_batches if is_wat else _text_batches if split.row_groups is None else _parquet_batches
     partition = {carried(name): value for name, value in _partition(spec, split.path).items()}
     for batch in batches(spec, split, wanted, types):
         for name, value in partition.items():
@@ -487,7 +548,7 @@ def _clean(batch: pa.Table, types: dict[str, pa.DataType]) -> pa.Table:
     def mark(rows: np.ndarray, why: str) -> None:
         reason[rows & (reason == np.array(None))] = why  # the first reason wins
 
-    for flag in ("bad_line", "not_text"):  # detected by the reader of text files
+    for flag in ("bad_line", "not_text", "bad_record", "bad_url"):  # detected by the reader of the file
         if flag in batch.column_names:
             mark(batch[flag].to_numpy(), flag)
     if INLINE in types:
@@ -622,8 +683,8 @@ def _format(path: str) -> str | None:
     """The format by the file name, ignoring the compression extension."""
     parts = os.path.basename(path).lower().split(".")[1:]
     if parts and parts[-1] in COMPRESSIONS:
-        parts.pop()
-        if parts[-1:] in (["parquet"], ["pq"]):
+        compression = parts.pop()
+        if parts[-1:] in (["parquet"], ["pq"]) or (parts[-1:] == ["wat"] and compression != "gz"):
             return None
     aliases = {"pq": "parquet", "ndjson": "jsonl"}
     kind = aliases.get(parts[-1], parts[-1]) if parts else None
@@ -637,6 +698,8 @@ def _reading(path: str, kind: str = "") -> Iterator[None]:
         yield
     except PoolError:
         raise
+    except sidecar.SidecarError as error:
+        raise PoolError(f"embeddings: {error}") from None
     except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeError, csv.Error) as error:
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise PoolError(f"path: {path} cannot be read{kind}: {cause}; it may be truncated or damaged") from None
@@ -660,8 +723,15 @@ def _parquet_batches(
     why = ["step", "reason"] if split.retry else []
     groups = [file.metadata.row_group(i) for i in split.row_groups or ()]
     row_bytes = max([group.total_byte_size // max(1, group.num_rows) for group in groups], default=0)
+    patterns = {carried(name): pattern for name, pattern in (spec.embeddings or {}).items() if carried(name) in types}
+    row_bytes += sum(types[name].list_size * types[name].value_type.bit_width // 8 for name in patterns)
     rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, row_bytes)))
-    with _reading(split.path, " as parquet"), file:
+    first = sum(file.metadata.row_group(i).num_rows for i in range(min(split.row_groups or (0,))))
+    with _reading(split.path, " as parquet"), file, contextlib.ExitStack() as stack:
+        vectors = {
+            name: stack.enter_context(sidecar.reader(*sidecar.locate(pattern, split.path), first))
+            for name, pattern in patterns.items()
+        }
         for batch in file.iter_batches(
             rows, row_groups=list(split.row_groups or ()), columns=list(dict.fromkeys([*mapped.values(), *here, *why]))
         ):
@@ -669,6 +739,7 @@ def _parquet_batches(
                 whys = zip(batch["step"].to_pylist(), batch["reason"].to_pylist())
                 batch = batch.filter(pa.array([_is_transient(step, reason) for step, reason in whys], pa.bool_()))
             columns = {**{ours: batch[theirs] for ours, theirs in mapped.items()}, **{here[n]: batch[n] for n in here}}
+            columns |= {name: take(len(batch)) for name, take in vectors.items()}
             table = pa.table(columns or {"step": batch["step"]})
             yield _explode_captions(table, spec) if "caption" in mapped else table
 
@@ -687,6 +758,26 @@ def _explode_captions(table: pa.Table, spec: PoolSpec) -> pa.Table:
     captions = column.drop_null().flatten().take(at)
     table = table.take(pa.array(parent))
     return table.set_column(table.column_names.index("caption"), "caption", captions)
+
+
+# --- WAT --------------------------------------------------------------------------------------------------------------
+
+
+def _wat_batches(
+    spec: PoolSpec, split: Split, wanted: dict[str, str], types: dict[str, pa.DataType]
+) -> Iterator[pa.Table]:
+    with _reading(split.path, " as WAT"):
+        links = wat.read_links(split.path)
+        while some := list(itertools.islice(links, WAT_ROWS)):
+            columns: dict[str, Any] = {"url": [], "caption": [], "page_url": []}
+            for link in some:
+                for name, values in columns.items():
+                    values.append(_to_bytes(getattr(link, name)))
+            texts = {name: pa.array(values, pa.large_binary()) for name, values in columns.items()}
+            mapped = {ours: texts[theirs] for ours, theirs in wanted.items()}
+            others = {carried(name): column for name, column in texts.items() if name not in wanted.values()}
+            flags = {why: [link.problem == why for link in some] for why in ("bad_record", "bad_url")}
+            yield pa.table({**mapped, **others, **flags})
 
 
 # --- Text -------------------------------------------------------------------------------------------------------------
@@ -719,6 +810,10 @@ def _open_text(path: str) -> Iterator[io.TextIOBase]:
 
 
 def _text_head(path: str, spec: PoolSpec, stored: int) -> _Head:
+    if _format(path) == "wat":
+        if importlib.util.find_spec("fastwarc") is None:
+            raise PoolError(f"path: {path}: fastwarc is not installed; pip install 'winnow-clip[commoncrawl]'")
+        return _Head(pa.schema([(name, pa.string()) for name in ("url", "caption", "page_url")]), None, stored)
     rows = list(itertools.islice(_text_rows(path, spec), HEAD_ROWS))
     good = [row for row in rows if row is not None]
     if _format(path) in ("csv", "tsv"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -78,6 +79,17 @@ class RunStep:
     """The columns that it adds, with the names of their Arrow types."""
     repeatable: bool
     """Whether the same inputs give the same results again; false for what comes from the web."""
+
+    def load(self) -> Step:
+        """The step itself, with these options. RunError if its module cannot be imported, or has changed."""
+        module, _, name = self.step.rpartition(".")
+        try:
+            step: Step = getattr(importlib.import_module(module), name)(**self.options)
+        except Exception as error:  # a module of the user's can raise anything
+            cure = "put its folder on PYTHONPATH, at the version that the run was made with"
+            raise RunError(f"the step {self.label} ({self.step}) cannot be loaded: {error}; {cure}") from None
+        step.__dict__["_label"] = self.label
+        return step
 
 
 def describe(passes: Sequence[Pass], recipe: Recipe) -> list[dict[str, Any]]:
@@ -204,6 +216,11 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {self.name!r} in {self._store.root}: {', '.join(self._places)}>"
+
+    @property
+    def passes(self) -> list[Pass]:
+        """The passes, for commands that write to the run. Their steps are descriptions (`RunStep`)."""
+        return self._passes
 
     @property
     def path(self) -> str:
@@ -376,12 +393,15 @@ class Run:
                 continue
             if p.complete() is None:
                 self._gone(i)
-            assert isinstance(p, UnitPass)
+            assert isinstance(p, UnitPass | BarrierPass)
             there = np.intersect1d(numbers, p.valued(unit)).astype(np.int32)
             empty = pa.schema([*POSITION, *((name, types[name]) for name in mine)]).empty_table()
             table = pa.concat_tables([empty, *read_unit([p], unit, mine, there)])
             at = pa.array(np.searchsorted(there, numbers), mask=~np.isin(numbers, there))
-            found |= {name: table[name].take(at) for name in mine}
+            for name in mine:
+                values = table[name].take(at)
+                # A whole-run filter gives values to some rows; the others keep those of an earlier step.
+                found[name] = pc.coalesce(values, found[name]) if name in found else values
         return pa.table({name: found[name] for name in [*POSITION.names, *wanted]})
 
     def pictures(self, uids: Iterable[str]) -> dict[str, bytes]:

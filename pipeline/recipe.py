@@ -43,8 +43,8 @@ class PoolSpec:
     """The source of the candidate rows."""
 
     path: str | list[str] = ""
-    """A file, a glob, a folder, or a list of these: parquet, csv, tsv, jsonl or json, also `.gz`, `.zst` and `.bz2`.
-    Required unless `retry` is given."""
+    """A file, a glob, a folder, or a list of these: parquet, csv, tsv, jsonl or json, also `.gz`, `.zst` and `.bz2`; or
+    Common Crawl's `.wat.gz`. Required unless `retry` is given."""
     retry: str | None = None
     """A finished run, instead of all other keys: the pool is its rows that failed for a transient reason."""
     url: str = "url"
@@ -64,6 +64,9 @@ class PoolSpec:
     quoted: bool | None = None
     """Whether quotation marks enclose fields (RFC 4180) or are data. By default they enclose in csv and are data in
     tsv."""
+    embeddings: dict[str, str] | None = None
+    """Columns of vectors from NumPy files beside parquet tables, as `{image_embedding: "{stem}.npz#l14_img"}`
+    (CommonPool) or `{image_embedding: "../img_emb/img_emb_{number}.npy"}` (clip-retrieval)."""
     captions: Literal["each", "first"] | None = None
     """For a column of caption lists: `each` makes a row of each caption, `first` takes the first."""
     rows: int | None = None
@@ -378,7 +381,7 @@ class _Checker:
                 self._note((*key, step.name(), option), f"steps.{step.label}.{option}", problem)
             types |= step.adds
             for column in step.adds:
-                if column in have:
+                if column in have and column not in step.wants:
                     cure = (
                         "list the columns to carry in pool.columns"
                         if have[column] == "the pool"

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="changes to it, as in steps.download.timeout=5"
     )
     parser.add_argument("--plan", action="store_true", help="print what would run and what it would cost; run nothing")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # so that `--plan` may stand before the overrides
     console, errors = Console(), Console(stderr=True)
     watch = Watch()
     checked: Recipe | None = None
@@ -229,6 +229,8 @@ def _pool_key(checked: Recipe) -> dict[str, Any]:
     spec = dataclasses.asdict(checked.pool)
     del spec["rows"], spec["path"]
     spec |= {"retry": True} if spec.pop("retry") else {}
+    if spec["embeddings"] is None:  # the key of runs that were made before there was such an option
+        del spec["embeddings"]
     return {"version": 2, "files": pool.stamp(checked.pool), "unit_rows": checked.unit_rows, **spec}
 
 

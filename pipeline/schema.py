@@ -30,12 +30,17 @@ PICTURE: dict[str, pa.DataType] = {
     "exif": pa.string(),
 }
 
+# Set where a step merged rows that show one picture: the captions of all of them, that of the row itself first.
+CAPTIONS = pa.list_(pa.struct([("caption", pa.string()), ("uid", pa.string()), ("language", pa.string())]))
+MERGED = "merged"
+"""Reason of the drop of a row whose caption went to another row; the detail is the uid of that row."""
+
 INLINE = "inline_image"
 """The column of pictures supplied by the pool (`pool.image`): read by `download`, never written to shards."""
 
 RESERVED = frozenset(
-    {*POSITION.names, *SAMPLE.names, *PICTURE, INLINE, "place", "heavy_at", "drop_reason", "drop_detail", "drop_value",
-     "status", "error_message"}
+    {*POSITION.names, *SAMPLE.names, *PICTURE, INLINE, "captions", "place", "heavy_at", "drop_reason", "drop_detail",
+     "drop_value", "status", "error_message"}
 )  # fmt: skip
 """Column names that Winnow uses itself. Pool columns with these names get a prefix; see `carried`."""
 

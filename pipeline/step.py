@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.hashing import hash64
-from pipeline.schema import DROP, is_heavy
+from pipeline.schema import DROP, POSITION, is_heavy
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
@@ -58,6 +59,9 @@ class Step:
 
     needs: ClassVar[tuple[str, ...]] = ()
     """Columns read; checked before anything starts."""
+    wants: ClassVar[tuple[str, ...]] = ()
+    """Further columns that are read where the pool or a step above has them. A step may also add such a column: then it
+    replaces the values."""
     adds: ClassVar[dict[str, pa.DataType]] = {}
     """Columns written, with their types."""
     version: ClassVar[int] = 1
@@ -153,6 +157,20 @@ class Filter(Step):
                 cure = "a whole-run filter reads no pixels, and vectors only as a VectorFilter"
                 yield "needs", f"the column {column!r} holds pixels or vectors ({types[column]}); {cure}"
 
+    def split(self, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
+        """Splits a batch into the rows that go on, and the drops (`schema.DROP`).
+
+        Override it for a filter that `adds` columns to the rows that it keeps. In a whole-run filter they are null for
+        the rows that it leaves as they are.
+        """
+        reason = self.judge(batch)
+        kept = pc.is_null(reason)
+        if pc.all(kept, min_count=0).as_py():
+            return batch, DROP.empty_table()
+        dropped, reason = batch.filter(pc.invert(kept)), reason.filter(pc.invert(kept))
+        drops = drops_table(dropped, self.label, reason, self.detail(dropped), self.value(dropped))
+        return batch.filter(kept), drops
+
     reason: ClassVar[str | None] = None
     """The reason of drops that `keep` decides; the step's name if None."""
 
@@ -175,6 +193,8 @@ class Filter(Step):
 
     def decide(self, frame: dd.DataFrame) -> dd.DataFrame:
         """For scope "run": returns the drops (`unit, row, reason, detail, value`) among all rows of the run.
+
+        If the filter `adds` columns, the result has them too, and lines without a reason for the rows that get values.
 
         `frame` is a lazy Dask frame with `unit, row, uid` and the needed columns. Compute only small aggregates on the
         driver; everything that grows with the pool must stay in the graph.
@@ -211,14 +231,27 @@ class Sink(Step):
         """
         raise TypeError(f"{type(self).__name__} must define plan()")
 
+    def reads(self, types: Mapping[str, pa.DataType]) -> list[str]:
+        """The columns of the rows that `write` gets, among those of `types`. By default all, pixels and vectors too."""
+        return list(types)
+
     def write(
         self, store: Store, part: int, tables: Iterator[pa.Table], types: dict[str, pa.DataType]
     ) -> dict[str, Any]:
-        """Writes one part into the folder `store`. `tables` hold its rows with the columns of `types`.
+        """Writes one part into the folder `store`. `tables` hold its rows with the columns that `reads`
+        returned, of the types in `types`.
 
         Returns a JSON-able record with at least `rows`, the number written, and `files`, the `Entry` of each file.
         """
         raise TypeError(f"{type(self).__name__} must define write()")
+
+    def remove(self, store: Store, record: dict[str, Any], uids: pa.ChunkedArray) -> dict[str, Any]:
+        """Takes the samples with these uids out of a part that was written, and returns its record as it is now.
+
+        Called with a part as `write` left it, or as an interrupted call of this method did. What is left of other
+        samples must not change. Optional: without it, nothing can be taken down from a finished run.
+        """
+        raise TypeError(f"{self.name()} cannot take samples out of what it wrote")
 
     def finish(self, store: Store, about: About, parts: list[dict[str, Any]]) -> list[Entry]:
         """Writes the files that describe all parts, given their records in order, and returns their entries.
@@ -243,14 +276,19 @@ class KeyedFilter(Filter):
         keyed = frame.map_partitions(with_key, meta=with_key(frame._meta))
         if keyed.npartitions > 1:
             keyed = keyed.shuffle(on="_key", shuffle_method="tasks")
-        return keyed.map_partitions(self._drops, meta=drops_frame())
+        return keyed.map_partitions(self._drops, meta=drops_frame(adds=self.adds))
 
     def _drops(self, part):  # type: ignore[no-untyped-def]
         # In the order of positions, so that no decision depends on the order of the shuffle.
         part = part.sort_values(["unit", "row"])
         table = pa.Table.from_pandas(part.drop(columns="_key"), preserve_index=False)
-        _, drops = apply(self, table)
-        return drops_frame(drops)
+        table = table.replace_schema_metadata(None)  # pandas cannot read back its own names of nested types
+        kept, drops = apply(self, table)
+        if not self.adds:
+            return drops_frame(drops)
+        given = reduce(pc.or_, (pc.is_valid(kept[name]) for name in self.adds))
+        values = kept.filter(given).select([*POSITION.names, *self.adds])
+        return drops_frame(pa.concat_tables([drops, values], promote_options="default"), self.adds)
 
 
 class VectorFilter(Filter):
@@ -365,28 +403,44 @@ class FrequencyFilter(KeyedFilter):
         return np.where(codes.indices.is_valid(), shared, 0)
 
 
-def drops_frame(drops: pa.Table | None = None):  # type: ignore[no-untyped-def]
-    """The drops that `decide` returns, as pandas: `unit, row, reason, detail, value`; empty without an argument.
+def drops_frame(drops: pa.Table | None = None, adds: Mapping[str, pa.DataType] | None = None):  # type: ignore[no-untyped-def]
+    """The drops that `decide` returns, as pandas: `unit, row, reason, detail, value`, and the columns that the filter
+    adds; empty without an argument.
 
-    `detail` and `value` may be missing from `drops`.
+    All but `unit`, `row` and `reason` may be missing from `drops`.
     """
     table = DROP.empty_table() if drops is None else drops
-    for name in ("detail", "value"):
+    types = {"detail": DROP.field("detail").type, "value": DROP.field("value").type, **(adds or {})}
+    for name, dtype in types.items():
         if name not in table.column_names:
-            table = table.append_column(name, pa.nulls(len(table), DROP.field(name).type))
-    return table.select(["unit", "row", "reason", "detail", "value"]).to_pandas()
+            table = table.append_column(name, pa.nulls(len(table), dtype))
+    return to_pandas(table.select(["unit", "row", "reason", *types]), nested_only=True)
+
+
+def to_pandas(table: pa.Table, nested_only: bool = False):  # type: ignore[no-untyped-def]
+    """Converts with types that hold nulls and lists, so that a null among 64-bit hashes does not turn them into floats.
+
+    `nested_only` leaves text and numbers to pandas.
+    """
+    import pandas as pd
+
+    def dtype(of: pa.DataType) -> Any:
+        if pa.types.is_nested(of):
+            return pd.ArrowDtype(of)
+        if nested_only:
+            return None
+        if pa.types.is_string(of):
+            return pd.StringDtype("pyarrow")
+        return pd.ArrowDtype(of) if pa.types.is_integer(of) else None
+
+    return table.to_pandas(types_mapper=dtype)
 
 
 def apply(step: Stage | Filter, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
     """Runs one step over one batch: the rows that go on, and the drops (`schema.DROP`)."""
     if isinstance(step, Stage):
         return split_marked(step, step.process(batch))
-    reason = step.judge(batch)
-    kept = pc.is_null(reason)
-    if pc.all(kept, min_count=0).as_py():
-        return batch, DROP.empty_table()
-    dropped, reason = batch.filter(pc.invert(kept)), reason.filter(pc.invert(kept))
-    return batch.filter(kept), drops_table(dropped, step.label, reason, step.detail(dropped), step.value(dropped))
+    return step.split(batch)
 
 
 def split_marked(step: Stage, batch: pa.Table) -> tuple[pa.Table, pa.Table]:

@@ -4,7 +4,8 @@
     python -m pipeline.verify s3://bucket/runs/400m --deep
 
 Always checked: the SHA-256 of each record; that exactly the recorded files exist, with the recorded sizes; that the
-books balance; and that each uid of the pool is in the shards or the drops exactly once. With `--deep`, or in a run of
+books balance; that each uid of the pool is in the shards or the drops exactly once; and that the captions of merged
+rows are where their drops say. With `--deep`, or in a run of
 up to 4 GiB, every file is also hashed, and the members of each tar are compared with its table and its index. Whatever
 was not checked is listed.
 """
@@ -27,12 +28,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.progress import track
 
 from pipeline import events
 from pipeline.ledger import BooksError, Funnel
 from pipeline.passes import record_name
 from pipeline.reader import RunError, open_run
+from pipeline.schema import MERGED
 from pipeline.stages.write_shards import FORMAT
 from pipeline.storage import DamagedError, Entry, Store
 from trainer import atomic
@@ -42,6 +45,8 @@ FULL_BYTES = 4 << 30
 """Runs up to this size are hashed even without `--deep`: it takes seconds."""
 BUCKETS = 4096
 """Hash buckets of uids. Only buckets whose sums differ are compared uid by uid."""
+MERGED_AT_ONCE = 4_000_000
+"""Merged rows whose captions are looked for at a time: some 1 GB."""
 READS_AT_ONCE = 16
 SUFFIXES = ("json", "txt")
 
@@ -123,8 +128,8 @@ def check_run(store: Store, console: Console, deep: bool) -> Audit:
             audit.unchecked.append(
                 f"the contents of {size / 1e9:,.0f} GB of files, only their sizes (--deep hashes them)"
             )
-        audit.report_strays(store, "", store.names(), {"run.json", "funnel.json", "seal.json", events.NAME})
         files = {entry["name"]: entry for entry in seal["files"]}
+        audit.report_strays(store, "", store.names(), {"seal.json", events.NAME, *files})
         drops = [name for name in files if name.startswith("drops/")]
         audit.report_strays(store, "drops", store.names("drops"), {name.partition("/")[2] for name in drops})
         audit.map_threaded("tables of drops", lambda entry: audit.check(store, entry), list(files.values()))
@@ -133,6 +138,8 @@ def check_run(store: Store, console: Console, deep: bool) -> Audit:
         _books(audit, drops, manifest)
         if not audit.problems:
             _uids(audit, passes, [(store, name) for name in drops], manifest)
+        if not audit.problems and manifest and manifest.get("captions"):
+            _merged(audit, [(store, name) for name in drops], manifest)
     audit.problems = list(dict.fromkeys(audit.problems))
     return audit
 
@@ -376,6 +383,58 @@ def _uids(audit: Audit, passes: list[Pass], drops: list[File], manifest: dict[st
             audit.report(f"{' and '.join(where[uid])}: {uid} occurs {-n:,} times more than in the pool")
         else:
             audit.report(f"{audit.store.path('drops')}: {uid} of the pool is neither in the drops nor in the shards")
+
+
+def _merged(audit: Audit, drops: list[File], manifest: dict[str, Any]) -> None:
+    """Checks that a sample's `captions` are its own and those of rows that were dropped as merged, each once.
+
+    A row may be merged into one that is itself merged later. Memory is bounded by going through drops and shards once
+    for every MERGED_AT_ONCE merged rows, each time for a part of the rows and of the samples, by hash.
+    """
+    shards = [(audit.store.folder("shards"), shard["parquet"]) for shard in manifest["shards"]]
+
+    def merged() -> Iterator[tuple[np.ndarray, np.ndarray, pa.ChunkedArray]]:
+        """Hashes of the rows dropped as merged and of the rows that they went to, and the uids of the former."""
+        for place, name in drops:
+            for table in place.batches(name, ["uid", "reason", "detail"]):
+                table = table.filter(pc.equal(table["reason"], MERGED))
+                yield _hashes(table["uid"]), _hashes(table["detail"]), table["uid"]
+
+    def listed() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, pa.Array, str]]:
+        """Hashes of all samples; of the captions that are not their own: hash, hash of the sample, uid; the path."""
+        for place, name in shards:
+            for table in place.batches(name, ["uid", "captions"]):
+                captions, of = table["captions"].combine_chunks(), _hashes(table["uid"])
+                uids = pc.struct_field(captions.flatten(), "uid")
+                rows, owners = _hashes(pa.chunked_array([uids])), of[pc.list_parent_indices(captions).to_numpy()]
+                other = rows != owners
+                yield of, rows[other], owners[other], uids.filter(pa.array(other)), place.path(name)
+
+    parts = max(1, -(-sum(len(rows) for rows, _, _ in merged()) // MERGED_AT_ONCE))
+    for part in range(parts):
+
+        def here(hashes: np.ndarray, part: int = part) -> np.ndarray:
+            return hashes % np.uint64(parts) == np.uint64(part)
+
+        # Each caption is that of one merged row.
+        left = Counter(one for rows, _, _ in merged() for one in rows[here(rows)].tolist())
+        for _, rows, _, uids, path in listed():
+            for at in np.flatnonzero(here(rows)).tolist():
+                left[int(rows[at])] -= 1
+                if left[int(rows[at])] < 0:
+                    audit.report(f"{path}: lists the caption of {uids[at]}, but no drop says that it was merged")
+        # Each row merged into a sample has its caption there.
+        there: set[tuple[int, int]] = set()
+        samples: set[int] = set()
+        for of, rows, owners, _, _ in listed():
+            there.update(zip(rows[here(owners)].tolist(), owners[here(owners)].tolist()))
+            samples.update(owners[here(owners)].tolist())
+            samples.update(of[here(of)].tolist())
+        for rows, keepers, found in merged():
+            for at in np.flatnonzero(here(keepers)).tolist():
+                pair = int(rows[at]), int(keepers[at])
+                if pair[1] in samples and pair not in there:
+                    audit.report(f"{audit.store.path('shards')}: the caption of {found[at]}, a merged row, is missing")
 
 
 def _hashes(uids: pa.ChunkedArray) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Batches of a training run: chooses samples and crops, and decodes them in worker processes.
+"""Batches of a training run: chooses samples, captions and crops, and decodes them in worker processes.
 
 Batch `step` is a pure function of (shards, seed, step). So a run can start at any step without delay, and gets the same
-samples and crops for any number of workers and ranks.
+samples, captions and crops for any number of workers and ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ __all__ = [
 
 MAX_REPLACEMENTS = 20
 """Replacements tried for an unreadable sample. If half of all samples are corrupt, one in a million needs more."""
-_CROPS, _REPLACEMENTS = 1 << 32, 1 << 33  # distinct from the small round numbers of `order.shuffled`
+# Distinct from the small round numbers of `order.shuffled`.
+_CROPS, _REPLACEMENTS, _CAPTIONS = 1 << 32, 1 << 33, 1 << 34
 
 
 @dataclass
@@ -82,13 +83,14 @@ class Batches(Dataset[Batch]):
         positions = batch * self.batch_size + rank * count + np.arange(count)
         numbers = self.shards.order(positions, self.seed, epoch)
         places = (mix(self.seed, epoch, _CROPS, positions) / 2**64).tolist()
+        draws = mix(self.seed, epoch, _CAPTIONS, positions)
         pixels = torch.empty((count, 3, self.size, self.size), dtype=torch.uint8)
         captions, corrupt = [""] * count, []
         left = np.arange(count)
         for attempt in range(MAX_REPLACEMENTS + 1):
             failed = []
             wanted = numbers[left].tolist()
-            for i, number, sample in zip(left.tolist(), wanted, self.shards.read_many(wanted)):
+            for i, number, sample in zip(left.tolist(), wanted, self.shards.read_many(wanted, draws[left].tolist())):
                 try:
                     if isinstance(sample, CorruptSampleError):
                         raise sample
@@ -100,7 +102,7 @@ class Batches(Dataset[Batch]):
             if not failed:
                 return Batch(pixels, self.tokenizer(captions), numbers.tolist(), corrupt)
             left = np.array(failed)
-            others = mix(self.seed, epoch, _REPLACEMENTS + attempt, positions[left]) % np.uint64(len(self.shards))
+            others = replacements(positions[left], len(self.shards), self.seed, epoch, attempt)
             numbers[left] = self.shards.order(others, self.seed, epoch)
         raise ShardsError(
             f"{self.shards.folder}: {MAX_REPLACEMENTS} samples in a row cannot be read, among them {corrupt[-1]}"
@@ -118,6 +120,12 @@ class Batches(Dataset[Batch]):
             worker_init_fn=_outlive_sigterm if workers else None,
         )  # fmt: skip
         return (_delivered(part) for part in loader)
+
+
+def replacements(positions: np.ndarray, count: int, seed: int, epoch: int, attempt: int) -> np.ndarray:
+    """The positions, int64, whose samples replace those at `positions` of an epoch of `count` samples, where these and
+    the replacements of earlier attempts cannot be read."""
+    return (mix(seed, epoch, _REPLACEMENTS + attempt, positions) % np.uint64(count)).astype(np.int64)
 
 
 @dataclass

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, repeat
 from pathlib import Path
 
 import numpy as np
 
-from trainer.order import mix, shuffled
+from trainer.order import mix, shuffled, unshuffled
 from trainer.shards import CorruptSampleError, Shards, ShardsError
 from trainer.subset import Subset
 
@@ -66,6 +66,32 @@ class Mixture:
             numbers[mine] = found + (self._ends[i] - len(shards))
         return numbers
 
+    def positions(self, numbers: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `Shards.positions`; but a number may be at several positions of an epoch, or at none."""
+        found: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+        first, last = epoch * len(self), (epoch + 1) * len(self)
+        for i, shards in enumerate(self.parts):
+            end = self._ends[i]
+            mine = np.flatnonzero((numbers >= end - len(shards)) & (numbers < end))
+            own, places = numbers[mine] - (end - len(shards)), np.flatnonzero(self._source == i)
+
+            def drawn(until: int, places: np.ndarray = places) -> int:
+                """Samples of this source among the first `until` of the run."""
+                return until // CYCLE * len(places) + int(np.searchsorted(places, until % CYCLE))
+
+            low, high, own_seed = drawn(first), drawn(last), int(mix(seed, i)[0] >> np.uint64(1))
+            for turn in range(low // len(shards), -(-high // len(shards))) if len(mine) else ():
+                draws = unshuffled(own, len(shards), own_seed, turn) + turn * len(shards)
+                within = (draws >= low) & (draws < high)
+                cycle, place = np.divmod(draws[within], len(places))
+                found.append((mine[within], cycle * CYCLE + places[place] - first))
+        indices, positions = zip(*found)
+        return np.concatenate(indices), np.concatenate(positions)
+
+    def uids(self) -> Iterator[list[str | None]]:
+        """As `Shards.uids`."""
+        return (uids for shards in self.parts for uids in shards.uids())
+
     def key(self, number: int) -> str:
         """`FOLDER/SHARD.tar:KEY`."""
         shards, own = self._locate(number)
@@ -76,11 +102,17 @@ class Mixture:
         shards, own = self._locate(number)
         return shards.read(own)
 
-    def read_many(self, numbers: Iterable[int]) -> Iterator[tuple[bytes, str] | CorruptSampleError]:
+    def read_many(
+        self, numbers: Iterable[int], draws: Iterable[int] | None = None
+    ) -> Iterator[tuple[bytes, str] | CorruptSampleError]:
         """As `Shards.read_many`."""
-        located = [self._locate(number) for number in numbers]
-        read = {id(part): part.read_many([own for of, own in located if of is part]) for part in self.parts}
-        return (next(read[id(part)]) for part, _ in located)
+        pairs = zip(numbers, repeat(0) if draws is None else draws)
+        located = [(*self._locate(number), draw) for number, draw in pairs]
+        read = {}
+        for part in self.parts:
+            mine = [(own, draw) for of, own, draw in located if of is part]
+            read[id(part)] = part.read_many(*zip(*mine)) if mine else iter(())
+        return (next(read[id(part)]) for part, _, _ in located)
 
     def _locate(self, number: int) -> tuple[Shards, int]:
         at = bisect_right(self._ends, number)

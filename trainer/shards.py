@@ -19,9 +19,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,7 +32,7 @@ from rich.progress import track
 
 from trainer import atomic
 from trainer.errors import InputError
-from trainer.order import shuffled
+from trainer.order import shuffled, unshuffled
 from trainer.tar import ABSENT, BLOCK, DOTTED, TarError, index_tar, member_name
 from trainer.terminal import Console
 
@@ -48,6 +48,8 @@ WINDOW = 1 << 24
 GAP = 1 << 16
 """Image and caption of a sample come in one request if no more bytes than this lie between them."""
 
+UIDS_AT_ONCE = 1024
+"""JSON members read at a time in search of uids."""
 PAUSES = (0.3, 2.0)
 """Seconds before a request that failed is made again."""
 
@@ -82,6 +84,10 @@ class Shard:
     """the byte of that file at which the rows start"""
     captions: str = ""
     """a local file that holds the captions, if they are not in the tar"""
+    lists_captions: bool = False
+    """whether the JSON of a sample may list several captions"""
+    table: str = ""
+    """the parquet file with the columns of its samples, if the manifest names one"""
 
 
 class Shards:
@@ -121,6 +127,36 @@ class Shards:
         """The sample numbers, int64, at these positions (0 to `len - 1`) of an epoch: each number exactly once."""
         return shuffled(positions, len(self), seed, epoch)
 
+    def positions(self, numbers: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where these sample numbers are in an epoch, the inverse of `order`: indices into `numbers`, and for each a
+        position, both int64."""
+        return np.arange(len(numbers)), unshuffled(numbers, len(self), seed, epoch)
+
+    def uids(self) -> Iterator[list[str | None]]:
+        """The uids of all samples in the order of their numbers, a list for each tar; None for a sample without one.
+
+        Read from the table beside the tar where a manifest names one, otherwise from the JSON of each sample.
+        ShardsError if the table does not fit its tar.
+        """
+        for shard in self.shards:
+            uids = _table_uids(shard) if shard.table else None
+            yield list(self._json_uids(shard)) if uids is None else uids
+
+    def _json_uids(self, shard: Shard) -> Iterator[str | None]:
+        for start in range(0, shard.samples, UIDS_AT_ONCE):
+            rows = [self._index(shard, row) for row in range(start, min(start + UIDS_AT_ONCE, shard.samples))]
+            ranges = [(shard.url, row[2], row[3] if 0 < row[3] <= MAX_IMAGE_BYTES else 0) for row in rows]
+            if self.remote:
+                texts = _fetch(ranges)
+            else:
+                file = _opened(shard.url, shard.digest).descriptor
+                texts = [os.pread(file, size, at) if size else b"" for _, at, size in ranges]
+            for text in texts:
+                uid = None
+                with suppress(ValueError, KeyError, TypeError, RecursionError):
+                    uid = json.loads(text)["uid"]
+                yield uid if isinstance(uid, str) else None
+
     def key(self, number: int) -> str:
         """`SHARD.tar:KEY`, the name of a sample in messages, from the tar's own header."""
         shard, row = self._locate(number)
@@ -146,9 +182,15 @@ class Shards:
             raise sample
         return sample
 
-    def read_many(self, numbers: Iterable[int]) -> Iterator[tuple[bytes, str] | CorruptSampleError]:
-        """`read` for several samples: from a disk one at a time, from a remote store all asked for at once."""
-        places = (self._places(number) for number in numbers)
+    def read_many(
+        self, numbers: Iterable[int], draws: Iterable[int] | None = None
+    ) -> Iterator[tuple[bytes, str] | CorruptSampleError]:
+        """`read` for several samples: from a disk one at a time, from a remote store all asked for at once.
+
+        `draws` has a whole number for each, which chooses among the captions of a sample that has several: the one
+        at draw modulo their number. By default the first.
+        """
+        places = (self._places(number, draw) for number, draw in zip(numbers, repeat(0) if draws is None else draws))
         return iter(_read_remote(list(places))) if self.remote else map(_read_local, places)
 
     def _locate(self, number: int) -> tuple[Shard, int]:
@@ -162,10 +204,10 @@ class Shards:
             raise ShardsError(f"{shard.index}: shorter than when it was opened; start again")
         return _Row.unpack(data)
 
-    def _places(self, number: int) -> _Places | CorruptSampleError:
+    def _places(self, number: int, draw: int = 0) -> _Places | CorruptSampleError:
         shard, row = self._locate(number)
         image_at, image_size, json_at, json_size, text_at, text_size = self._index(shard, row)
-        if in_json := text_size == ABSENT:
+        if in_json := text_size == ABSENT or (shard.lists_captions and json_size > 0):
             text_at, text_size = json_at, json_size
         if image_size == ABSENT:
             return CorruptSampleError("it has no jpg, png, webp, gif or avif")
@@ -174,15 +216,16 @@ class Shards:
         if text_size == ABSENT:
             return CorruptSampleError("it has no caption: neither txt nor json")
         # In a tar a header comes first. Captions in a file of their own are checked when they are read.
-        first, most_text = (0, sys.maxsize) if shard.captions else (BLOCK, shard.size)
+        first, longest = (0, sys.maxsize) if shard.captions else (BLOCK, shard.size)
+        most_text = MAX_IMAGE_BYTES if shard.lists_captions else MAX_TEXT_BYTES
         for at, size, end, most in (
-            (image_at, image_size, shard.size, MAX_IMAGE_BYTES), (text_at, text_size, most_text, MAX_TEXT_BYTES)
+            (image_at, image_size, shard.size, MAX_IMAGE_BYTES), (text_at, text_size, longest, most_text)
         ):  # fmt: skip
             if at < first or size < 0 or at + size > end:
                 return CorruptSampleError(f"the index points outside {shard.name}")
             if size > most:
                 return CorruptSampleError(f"{size:,} bytes, more than {most:,}")
-        return _Places(shard, image_at, image_size, text_at, text_size, in_json)
+        return _Places(shard, image_at, image_size, text_at, text_size, in_json, draw)
 
 
 class _Places(NamedTuple):
@@ -194,13 +237,16 @@ class _Places(NamedTuple):
     text_at: int
     text_size: int
     in_json: bool
-    """the caption is in a JSON object's `caption`, a text or a list of which the first counts"""
+    """the caption is in a JSON object: one of its `captions`, objects with a `caption` each; without those its
+    `caption`, a text or a list of texts"""
+    draw: int
+    """chooses among several captions"""
 
 
 def _read_local(places: _Places | CorruptSampleError) -> tuple[bytes, str] | CorruptSampleError:
     if isinstance(places, CorruptSampleError):
         return places
-    shard, image_at, image_size, text_at, text_size, _ = places
+    shard, image_at, image_size, text_at, text_size, *_ = places
     image = os.pread(_opened(shard.url, shard.digest).descriptor, image_size, image_at)
     text = os.pread(_opened(shard.captions or shard.url, shard.digest).descriptor, text_size, text_at)
     return _sample(image, text, places)
@@ -250,15 +296,34 @@ def _sample(image: bytes, text: bytes, places: _Places) -> tuple[bytes, str] | C
     try:
         if not places.in_json:
             return image, text.decode("utf-8")
-        caption = json.loads(text)["caption"]
+        about = json.loads(text)
+        captions = [one["caption"] for one in about.get("captions") or ()] if places.shard.lists_captions else []
+        caption = captions or about["caption"]
         if isinstance(caption, list) and caption:
-            caption = caption[0]
+            caption = caption[places.draw % len(caption)]
         caption.encode()  # JSON can spell a lone surrogate, which no tokenizer takes
         return image, str(caption)
     except UnicodeError:
         return CorruptSampleError("the caption is not UTF-8")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return CorruptSampleError("it has no txt, and its json has no text as caption")
+
+
+def _table_uids(shard: Shard) -> list[str | None] | None:
+    """None without a table: the tars are enough to train on, so others may have been left behind."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with fsspec.open(shard.table, "rb") as file:
+            uids: list[str | None] = pq.read_table(file, columns=["uid"])["uid"].to_pylist()
+    except FileNotFoundError:
+        return None
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise ShardsError(f"{shard.table}: its uids cannot be read: {error}") from error
+    if len(uids) != shard.samples:
+        raise ShardsError(f"{shard.table}: {len(uids):,} rows, expected the {shard.samples:,} of {shard.name}")
+    return uids
 
 
 class _File:
@@ -371,7 +436,7 @@ def _finished(fs: Any, folder: str) -> tuple[str, list[Shard]]:
             f"{folder}/manifest.json: says {manifest['samples']} samples, its shards add up to {total}"
             + ("" if total else "; there is nothing to read")
         )
-    open_one = partial(_finished_shard, folder)
+    open_one = partial(_finished_shard, folder, bool(manifest.get("captions")))
     if "://" in folder:
         with ThreadPoolExecutor(16) as pool:
             shards = _shown(pool, open_one, entries, "fetching indexes")
@@ -386,7 +451,7 @@ def _read_manifest(fs: Any, path: str) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise ShardsError(f"{path}: format {manifest['format']!r}, expected {FORMAT!r}")
         for shard in manifest["shards"]:
-            if any(Path(shard[key]).name != shard[key] for key in ("name", "index")):
+            if any(Path(shard[key]).name != shard[key] for key in ("name", "index", "parquet") if key in shard):
                 raise ShardsError(f"{path}: {shard['name']!r} is not a plain file name")
             _ = int(shard["samples"]), int(shard["bytes"]), str(shard["sha256"])
         _ = str(manifest["name"]), int(manifest["samples"])
@@ -397,7 +462,7 @@ def _read_manifest(fs: Any, path: str) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _finished_shard(folder: str, entry: dict[str, Any]) -> Shard:
+def _finished_shard(folder: str, lists_captions: bool, entry: dict[str, Any]) -> Shard:
     tar, index = f"{folder}/{entry['name']}", f"{folder}/{entry['index']}"
     local = index
     if "://" in folder:
@@ -423,7 +488,9 @@ def _finished_shard(folder: str, entry: dict[str, Any]) -> Shard:
         raise ShardsError(
             f"{index}: {rows.dtype} of shape {rows.shape}, expected int64 of shape ({entry['samples']}, 6)"
         )
-    return Shard(entry["name"], tar, entry["bytes"], len(rows), entry["sha256"], local, rows.offset)
+    table = f"{folder}/{entry['parquet']}" if "parquet" in entry else ""
+    shard = Shard(entry["name"], tar, entry["bytes"], len(rows), entry["sha256"], local, rows.offset)
+    return replace(shard, lists_captions=lists_captions, table=table)
 
 
 def _elsewhere(folder: str) -> tuple[str, list[Shard]]:

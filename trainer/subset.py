@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainer.order import shuffled
+from trainer.order import shuffled, unshuffled
 from trainer.shards import CorruptSampleError, Shards, ShardsError
 
 if TYPE_CHECKING:
@@ -51,6 +51,16 @@ class Subset:
         """As `Shards.order`: the sample numbers at these positions of an epoch, each number exactly once."""
         return np.asarray(self.numbers[shuffled(positions, len(self), seed, epoch)])
 
+    def positions(self, numbers: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `Shards.positions`; a number that is not in the subset is at none."""
+        places = np.searchsorted(self.numbers, numbers)
+        here = np.flatnonzero(np.append(self.numbers, -1)[places] == numbers)
+        return here, unshuffled(places[here], len(self), seed, epoch)
+
+    def uids(self) -> Iterator[list[str | None]]:
+        """As `Shards.uids`, of all samples of `whole`."""
+        return self.whole.uids()
+
     def key(self, number: int) -> str:
         """As `Shards.key`."""
         return self.whole.key(number)
@@ -59,6 +69,8 @@ class Subset:
         """As `Shards.read`."""
         return self.whole.read(number)
 
-    def read_many(self, numbers: Iterable[int]) -> Iterator[tuple[bytes, str] | CorruptSampleError]:
+    def read_many(
+        self, numbers: Iterable[int], draws: Iterable[int] | None = None
+    ) -> Iterator[tuple[bytes, str] | CorruptSampleError]:
         """As `Shards.read_many`."""
-        return self.whole.read_many(numbers)
+        return self.whole.read_many(numbers, draws)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,8 +20,14 @@ class AspectRatio(Filter):
     max: float = 3.0
     """Maximum ratio; 1.0 keeps only squares."""
 
-    needs = ("original_width", "original_height")
+    columns: list[str] = field(default_factory=lambda: ["original_width", "original_height"])
+    """The columns of width and height. Before a download, those of the pool: `[pool_original_width,
+    pool_original_height]` for CommonPool."""
+
     reason = "too_elongated"
+
+    def __post_init__(self) -> None:
+        self.needs = tuple(self.columns)  # type: ignore[misc]
 
     def estimate(self, rows: float) -> Estimate:
         return Estimate(0.98, 1e6, "keep assumed")
@@ -30,18 +36,22 @@ class AspectRatio(Filter):
         if not self.max >= 1:
             yield "max", f"{self.max} drops every picture; expected 1.0 or more (longer side / shorter side)"
 
+        if len(self.columns) != 2:
+            yield "columns", f"must name two columns, width and height, found {self.columns}"
+
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        for name in self.columns:
+            if name in types and not (pa.types.is_integer(types[name]) or pa.types.is_floating(types[name])):
+                yield "columns", f"the column {name!r} holds {types[name]}, expected pixels"
+
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
-        return pc.less_equal(_ratio(batch), self.max)
+        return pc.less_equal(self.value(batch), self.max)
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
-        return pc.fill_null(pc.round(_ratio(dropped), 2).cast(pa.string()), "unknown")
+        return pc.fill_null(pc.round(self.value(dropped), 2).cast(pa.string()), "unknown")
 
     def value(self, dropped: pa.Table) -> pa.DoubleArray:
-        return _ratio(dropped)
-
-
-def _ratio(batch: pa.Table) -> pa.ChunkedArray:
-    # Floats, so that a side of 0 gives infinity (dropped) instead of an error.
-    width, height = (batch[name].cast(pa.float64()) for name in AspectRatio.needs)
-    longer = pc.max_element_wise(width, height, skip_nulls=False)
-    return pc.divide(longer, pc.min_element_wise(width, height, skip_nulls=False))
+        # Floats, so that a side of 0 gives infinity (dropped) instead of an error.
+        width, height = (dropped[name].cast(pa.float64()) for name in self.columns)
+        longer = pc.max_element_wise(width, height, skip_nulls=False)
+        return pc.divide(longer, pc.min_element_wise(width, height, skip_nulls=False))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -9,8 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.hashing import hash64
-from pipeline.step import Estimate, KeyedFilter
+from pipeline.schema import CAPTIONS, MERGED
+from pipeline.step import Estimate, KeyedFilter, drops_table
 from pipeline.url import canonical
+
+MOST = 1_000
+"""Rows that are merged into one at most. Some pictures, such as spacers, are on millions of pages."""
 
 
 @dataclass(kw_only=True)
@@ -19,13 +24,25 @@ class ExactDedup(KeyedFilter):
 
     Compares URLs in canonical form (`pipeline.url`) and other columns verbatim. Keeps rows with a null in a `by`
     column. If `by` contains `url`, the step is not a barrier: rows with equal URLs are in the same unit.
+
+    With `captions: merge`, the row that is kept gets the captions of all: the column `captions`, a list of `caption`,
+    `uid` and (below the step `language`) `language`, its own first, the others by uid; null if nothing was merged. The
+    other rows are dropped as `merged`, with the uid of the row that is kept as detail. So a picture is fetched and
+    stored once, and `winnow train` draws one of its captions each time. Rows after the first 1,000 of a picture are
+    dropped as `exact_dedup`. Put filters of captions above the step: below it, they judge `caption` alone.
     """
 
     by: list[str] = field(default_factory=lambda: ["url"])
     """The columns to compare, such as `[url]`, `[url, caption]` or, after the download, `[sha256]`."""
+    captions: Literal["first", "merge"] = "first"
+    """What happens to the captions of the rows that are dropped: `first` keeps only that of the row that is kept."""
 
     def __post_init__(self) -> None:
-        self.needs = ("uid", *(column for column in self.by if column != "uid"))  # type: ignore[misc]
+        merge = self.captions == "merge"
+        columns = [*self.by, *(["caption"] if merge else [])]
+        self.needs = tuple(dict.fromkeys(["uid", *columns]))  # type: ignore[misc]
+        self.wants = ("language", "captions") if merge else ()  # type: ignore[misc]
+        self.adds = {"captions": CAPTIONS} if merge else {}  # type: ignore[misc]
         self.scope = "unit" if "url" in self.by else "run"
 
     def estimate(self, rows: float) -> Estimate:
@@ -45,15 +62,55 @@ class ExactDedup(KeyedFilter):
         return key
 
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
+        keep = np.ones(len(batch), bool)
+        twins = self._twins(batch)
+        keep[twins.index[twins.duplicated()]] = False
+        return pa.array(keep)
+
+    def split(self, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
+        if self.captions == "first":
+            return super().split(batch)
+        twins = self._twins(batch)
+        group = twins.groupby(list(twins.columns), sort=False)
+        rows, nth = twins.index.to_numpy(), group.cumcount().to_numpy()
+        keepers = rows[nth == 0][group.ngroup().to_numpy()]  # groups are numbered in the order of their first rows
+        captions = self._captions(batch, keepers[nth < MOST], rows[nth < MOST])
+        later = np.flatnonzero(nth > 0)
+        later = later[np.argsort(rows[later])]
+        dropped = rows[later]
+        reason = pa.array(np.where(nth[later] < MOST, MERGED, self.name()), pa.string())
+        kept_instead = batch["uid"].take(pa.array(keepers[later])).combine_chunks()
+        drops = drops_table(batch.take(pa.array(dropped)), self.label, reason, kept_instead)
+        keep = np.ones(len(batch), bool)
+        keep[dropped] = False
+        at = batch.schema.get_field_index("captions")
+        batch = batch.append_column("captions", captions) if at < 0 else batch.set_column(at, "captions", captions)
+        return batch.filter(pa.array(keep)), drops
+
+    def _captions(self, batch: pa.Table, keepers: np.ndarray, rows: np.ndarray) -> pa.Array:
+        """The column `captions`: to what each row has, adds what the rows that are merged into it have.
+
+        `keepers` are the rows that these `rows` are merged into, themselves among them and first.
+        """
+        have = batch["captions"].to_pylist() if "captions" in batch.column_names else [None] * len(batch)
+        language = batch["language"] if "language" in batch.column_names else pa.nulls(len(batch), pa.string())
+        columns = [column.take(pa.array(rows)).to_pylist() for column in (batch["caption"], batch["uid"], language)]
+        merged: dict[int, list[dict[str, str | None]]] = {}
+        for keeper, row, *values in zip(keepers.tolist(), rows.tolist(), *columns):
+            own = [dict(zip(("caption", "uid", "language"), values))]
+            merged.setdefault(keeper, []).extend(have[row] or own)
+        for keeper, captions in merged.items():
+            have[keeper] = captions
+        return pa.array(have, CAPTIONS)
+
+    def _twins(self, batch: pa.Table) -> pd.DataFrame:
+        """The compared values of rows that have equals, in the order of uid. The index is the place in the batch."""
         compared = pd.concat([c.to_pandas(types_mapper=pd.ArrowDtype) for c in self._compared(batch)], axis=1)
         shared = (compared.duplicated(keep=False) & compared.notna().all(axis=1)).to_numpy()
         # Only duplicate rows need sorting, and they are few.
         twins = compared[shared].set_axis(range(compared.shape[1]), axis=1)
         order = batch.select(["uid", "unit", "row"]).filter(pa.array(shared)).to_pandas()
-        twins = twins.iloc[np.lexsort((order["row"], order["unit"], order["uid"].astype(str)))]
-        keep = np.ones(len(batch), bool)
-        keep[twins.index[twins.duplicated()]] = False
-        return pa.array(keep)
+        return twins.iloc[np.lexsort((order["row"], order["unit"], order["uid"].astype(str)))]
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
         """The values shared with the row that was kept, by which to find it."""

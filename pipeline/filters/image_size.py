@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,8 +19,14 @@ class ImageSize(Filter):
     min_side: int = 200
     """Minimum shorter side before resizing, in pixels."""
 
-    needs = ("original_width", "original_height")
+    columns: list[str] = field(default_factory=lambda: ["original_width", "original_height"])
+    """The columns of width and height. Before a download, those of the pool: `[pool_original_width,
+    pool_original_height]` for CommonPool."""
+
     reason = "too_small"
+
+    def __post_init__(self) -> None:
+        self.needs = tuple(self.columns)  # type: ignore[misc]
 
     def estimate(self, rows: float) -> Estimate:
         return Estimate(0.80, 1e6, "keep assumed")
@@ -28,6 +34,14 @@ class ImageSize(Filter):
     def check(self) -> Iterator[tuple[str, str]]:
         if self.min_side < 1:
             yield "min_side", f"{self.min_side} keeps everything; expected at least 1 pixel"
+
+        if len(self.columns) != 2:
+            yield "columns", f"must name two columns, width and height, found {self.columns}"
+
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        for name in self.columns:
+            if name in types and not (pa.types.is_integer(types[name]) or pa.types.is_floating(types[name])):
+                yield "columns", f"the column {name!r} holds {types[name]}, expected pixels"
 
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
         return pc.greater_equal(self.value(batch), self.min_side)
@@ -37,5 +51,5 @@ class ImageSize(Filter):
         return pc.fill_null(pc.binary_join_element_wise(width, height, "x"), "unknown")
 
     def value(self, dropped: pa.Table) -> pa.DoubleArray:
-        shorter = pc.min_element_wise(dropped["original_width"], dropped["original_height"], skip_nulls=False)
+        shorter = pc.min_element_wise(*(dropped[name] for name in self.columns), skip_nulls=False)
         return shorter.cast(pa.float64())

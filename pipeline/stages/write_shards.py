@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from pipeline.card import About, croissant, readme
 from pipeline.sample_json import json_values, sample_json
-from pipeline.schema import INLINE
+from pipeline.schema import CAPTIONS, INLINE
 from pipeline.step import Estimate, Sink
 from pipeline.storage import Entry, Output, Store
 
@@ -86,26 +86,36 @@ class WriteShards(Sink):
                     )
             tar.close()
         empty = _readable(pa.schema([("key", pa.string()), *((c, types[c]) for c in columns)]).empty_table())
-        rows = store.write_table(f"{name}.parquet", pa.concat_tables(rest) if rest else empty)
-        with store.output(f"{name}.index.npy") as offsets:
-            np.save(offsets, np.array(index, np.int64).reshape(-1, len(INDEX_COLUMNS)))
-        shard_entry = {
-            "samples": len(index),
-            **file.entry,
-            "parquet": f"{name}.parquet",
-            "index": f"{name}.index.npy",
-        }
-        return {
-            "rows": len(index),
-            "files": [file.entry, rows, offsets.entry],
-            "shard": shard_entry,
-            "extensions": sorted(extensions),
-        }
+        return _close(store, file.entry, pa.concat_tables(rest) if rest else empty, index, extensions)
+
+    def remove(self, store: Store, record: dict[str, Any], uids: pa.ChunkedArray) -> dict[str, Any]:
+        """Rewrites the three files of a shard without these samples. The others keep their keys and their bytes."""
+        shard = record["shard"]
+        rows = store.read_table(shard["parquet"])
+        rows = rows.filter(pc.invert(pc.is_in(rows["uid"], uids.combine_chunks())))
+        keys = set(rows["key"].to_pylist())
+        index: list[list[int]] = []
+        extensions: set[str] = set()
+        # Read in full, not by its index, which an interrupted call may have left behind.
+        with store.input(shard["name"]) as source, store.output(shard["name"]) as file:
+            tar = _Tar(file)
+            with tarfile.open(fileobj=source, mode="r:") as members:
+                for number, member in enumerate(m for m in members if m.name.partition(".")[0] in keys):
+                    data = members.extractfile(member)
+                    assert data is not None
+                    place = tar.add(member.name, data.read())
+                    if number % 3 == 0:  # the picture; its JSON and its text follow
+                        index.append([])
+                        extensions.add(member.name.partition(".")[2])
+                    index[-1] += place
+            tar.close()
+        return _close(store, file.entry, rows, index, extensions)
 
     def finish(self, store: Store, about: About, parts: list[dict[str, Any]]) -> list[Entry]:
         """Writes what describes all shards together, `manifest.json` first of all.
 
-        The manifest names every other file with its size and SHA-256. `subset.npy` is DataComp's subset format: the
+        The manifest names every other file with its size and SHA-256, and says whether the JSON of samples may list
+        several `captions`. `subset.npy` is DataComp's subset format: the
         sorted uids as pairs of uint64, 16 bytes a sample in memory.
         """
         extensions = sorted({extension for part in parts for extension in part["extensions"]})
@@ -120,6 +130,7 @@ class WriteShards(Sink):
             "samples_per_shard": self.samples_per_shard,
             "extension": "|".join(extensions),
             "index_columns": list(INDEX_COLUMNS),
+            **({"captions": True} if about.types.get("captions") == CAPTIONS else {}),
             "shards": shards,
         }
         sizes = {shard["name"]: shard["samples"] for shard in shards}
@@ -144,6 +155,23 @@ class WriteShards(Sink):
         written = [store.write(file_name, data) for file_name, data in documents.items()]
         manifest["files"] = {entry["name"]: {k: entry[k] for k in ("bytes", "sha256")} for entry in files + written}
         return [store.write("manifest.json", _dump(manifest)), *written]
+
+
+def _close(
+    store: Store, tar: Entry, rows: pa.Table, index: list[list[int]], extensions: set[str]
+) -> dict[str, Any]:  # fmt: skip
+    """Writes the table and the index of a shard whose tar is written; returns the record of the part."""
+    name = tar["name"].removesuffix(".tar")
+    table = store.write_table(f"{name}.parquet", rows)
+    with store.output(f"{name}.index.npy") as offsets:
+        np.save(offsets, np.array(index, np.int64).reshape(-1, len(INDEX_COLUMNS)))
+    shard = {"samples": len(index), **tar, "parquet": table["name"], "index": offsets.entry["name"]}
+    return {
+        "rows": len(index),
+        "files": [tar, table, offsets.entry],
+        "shard": shard,
+        "extensions": sorted(extensions),
+    }
 
 
 class _Tar:

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import dask
+import dask.dataframe as dd
+import pyarrow as pa
 import pytest
 
 from pipeline.filters.exact_dedup import ExactDedup
+from pipeline.schema import CAPTIONS
+from pipeline.step import to_pandas
 from tests.filters.barrier import check_barrier, decide
 from tests.tables import check_filter, make_batch, run_step
 
@@ -74,3 +79,86 @@ def test_invalid_options_are_reported(by: list[str]) -> None:
 def test_an_empty_unit() -> None:
     kept, drops = run_step(ExactDedup(), make_batch([]))
     assert len(kept) == len(drops) == 0
+
+
+# --- One picture, all its captions ------------------------------------------------------------------------------------
+
+MERGE = [
+    {"uid": "c", "url": "https://a.org/1", "caption": "third", "sha256": "x", "language": "de"},
+    {"uid": "a", "url": "https://A.org/1#top", "caption": "first", "sha256": "x", "language": "en"},
+    {"uid": "e", "url": "https://a.org/2", "caption": "alone", "sha256": "y", "language": "fr"},
+    {"uid": "b", "url": "https://a.org/1", "caption": "second", "sha256": "x", "language": None},
+    {"uid": "d", "url": "https://a.org/3", "caption": "no digest", "sha256": None, "language": "en"},
+]
+ALL = [
+    {"caption": "first", "uid": "a", "language": "en"},
+    {"caption": "second", "uid": "b", "language": None},
+    {"caption": "third", "uid": "c", "language": "de"},
+]
+
+
+def merged(batch: pa.Table, step: ExactDedup) -> tuple[dict[str, object], dict[str, tuple[str, str]]]:
+    """The `captions` of the rows that are kept, and reason and detail of the others, by uid."""
+    kept, drops = run_step(step, batch)
+    uids = dict(zip(batch["row"].to_pylist(), batch["uid"].to_pylist()))
+    fates = zip(drops["row"].to_pylist(), drops["reason"].to_pylist(), drops["detail"].to_pylist())
+    return dict(zip(kept["uid"].to_pylist(), kept["captions"].to_pylist())), {uids[r]: (why, d) for r, why, d in fates}
+
+
+def test_captions_of_one_url_are_kept_together() -> None:
+    step = ExactDedup(by=["url"], captions="merge")
+    captions, drops = merged(make_batch(MERGE), step)
+    assert captions == {"a": ALL, "e": None, "d": None}
+    assert drops == {"b": ("merged", "a"), "c": ("merged", "a")}
+    without = [{k: v for k, v in row.items() if k != "language"} for row in MERGE]
+    captions, _ = merged(make_batch(without), step)
+    assert captions["a"] == [{**one, "language": None} for one in ALL]
+
+
+def test_captions_that_were_merged_before_come_along() -> None:
+    first = ExactDedup(by=["url"], captions="merge")
+    more = {"uid": "0", "url": "https://b.org/", "caption": "another", "sha256": "x", "language": "it"}
+    batch, _ = run_step(first, make_batch([*MERGE, more]))
+    captions, drops = merged(batch, ExactDedup(by=["url", "sha256"], captions="merge"))
+    assert captions["a"] == ALL, "nothing to merge leaves the column as it is"
+    assert drops == {}
+    batch = batch.set_column(batch.column_names.index("url"), "url", pa.array(["https://one.org"] * len(batch)))
+    captions, drops = merged(batch, ExactDedup(by=["url", "sha256"], captions="merge"))
+    own = {"caption": "another", "uid": "0", "language": "it"}
+    assert captions == {"0": [own, *ALL], "e": None, "d": None}
+    assert drops == {"a": ("merged", "0")}
+
+
+def test_rows_after_the_first_thousand_are_no_captions() -> None:
+    rows = [{"uid": f"{i:04d}", "url": "https://spacer.example/", "caption": f"page {i}"} for i in range(1003)]
+    captions, drops = merged(make_batch(rows[::-1]), ExactDedup(captions="merge"))
+    assert [one["uid"] for one in captions["0000"]] == [f"{i:04d}" for i in range(1000)]  # type: ignore[attr-defined]
+    assert {uid: why for uid, (why, _) in drops.items() if why != "merged"} == {f"{i}": DUP for i in range(1000, 1003)}
+
+
+def test_nothing_to_merge() -> None:
+    for rows in (MERGE[2:3], []):
+        captions, drops = merged(make_batch(rows), ExactDedup(captions="merge"))
+        assert list(captions.values()) == [None] * len(rows)
+        assert drops == {}
+
+
+def test_captions_over_the_whole_run_depend_on_no_partition() -> None:
+    step = ExactDedup(by=["sha256"], captions="merge")
+    step.needs = (*step.needs, *step.wants)  # type: ignore[misc]
+    have = [{**ALL[0], "uid": "z"}]
+    batch = make_batch([{**row, "unit": i % 2} for i, row in enumerate(MERGE)])
+    batch = batch.append_column("captions", pa.array([None, None, have, None, None], CAPTIONS))
+    frame = to_pandas(batch)
+    outcomes = []
+    for partitions, shuffle in [(1, None), (3, 0), (8, 1)]:
+        rows = frame if shuffle is None else frame.sample(frac=1, random_state=shuffle)
+        with dask.config.set(scheduler="synchronous"):
+            pool = dd.from_pandas(rows.reset_index(drop=True), npartitions=partitions, sort=False)
+            found = step.decide(pool).compute()
+        lines = pa.Table.from_pandas(found, preserve_index=False).sort_by([("unit", "ascending"), ("row", "ascending")])
+        outcomes.append(lines.select(["unit", "row", "reason", "detail", "captions"]).to_pylist())
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+    assert [(line["row"], line["reason"], line["detail"], line["captions"]) for line in outcomes[0]] == [
+        (0, "merged", "a", None), (2, None, None, have), (1, None, None, ALL), (3, "merged", "a", None)
+    ]  # fmt: skip

@@ -156,6 +156,13 @@ def test_samples_with_a_part_missing_are_named(tmp_path: Path) -> None:
     ]
 
 
+def test_a_draw_chooses_among_several_captions(tmp_path: Path) -> None:
+    several, one = b'{"caption": ["first", "second", "third"]}', b'{"caption": "one"}'
+    tar = write_tar(tmp_path / "a.tar", [("a.jpg", b"A"), ("a.json", several), ("b.jpg", b"B"), ("b.json", one)])
+    read = Shards(tar).read_many([0, 0, 0, 1], [7, 9, 2**64 - 1, 5])
+    assert list(read) == [(b"A", "second"), (b"A", "first"), (b"A", "first"), (b"B", "one")]
+
+
 def test_a_name_cannot_write_to_the_terminal(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", members("\x1b[2Jgone.jpg", "\x1b[2Jgone.txt"), tarfile.USTAR_FORMAT)
     assert Shards(tar).key(0) == "a.tar:?[2Jgone"

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+from pipeline.step import Estimate, Filter
+from pipeline.takedown_list import KINDS, TakedownList
+
+
+@dataclass(kw_only=True)
+class Takedown(Filter):
+    """Drops rows that a takedown list names: by URL, domain, uid, or by the picture's SHA-256 or perceptual hash.
+
+    The reason is the kind of the entry, and the detail the entry itself. `pipeline.takedown_list` describes the file.
+    What is known of a row before the download should be judged before it, so a list with digests is used twice:
+
+        - takedown: {file: takedown.txt, by: [uid, url, domain]}
+        - download
+        - takedown: {file: takedown.txt, by: [sha256, phash]}
+
+    `winnow takedown` applies a list to shards that are finished.
+    """
+
+    file: str
+    """The list, one entry a line: `url …`, `domain …`, `uid …`, `sha256 …`, or `phash … 4` with the number of bits
+    that may differ."""
+    by: list[Literal["uid", "url", "domain", "sha256", "phash"]] | None = None
+    """The kinds of entries to apply. By default all that the list has."""
+
+    def __post_init__(self) -> None:
+        # Resolved now: workers run in other working directories.
+        self._path = self.file if "://" in self.file else os.path.abspath(self.file)
+        try:
+            self._kinds = tuple(self.by or TakedownList(self._path).kinds)
+        except (OSError, ValueError):
+            self._kinds = ()  # check() reports it
+        self.needs = tuple(dict.fromkeys(column for kind in self._kinds for column in KINDS[kind]))  # type: ignore[misc]
+
+        self.wants = ("captions",) if "uid" in self._kinds else ()  # type: ignore[misc]
+
+    def estimate(self, rows: float) -> Estimate:
+        return Estimate(1.0, 100_000, "nearly all are kept; rate assumed")
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if self.by is not None and (not self.by or len(set(self.by)) < len(self.by)):
+            yield "by", f"must name each kind once, found {self.by}"
+        try:
+            TakedownList(self._path)
+        except (OSError, ValueError) as error:
+            yield "file", str(error)
+
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        of = types.get("phash")
+        if "phash" in self._kinds and of is not None and not pa.types.is_integer(of):
+            yield "file", f"has entries `phash`, but the column 'phash' holds {of}, expected uint64 hashes"
+
+    def fingerprint(self) -> object:
+        return TakedownList(self._path).digest
+
+    def setup(self) -> None:
+        self._listed = TakedownList(self._path)
+
+    def judge(self, batch: pa.Table) -> pa.StringArray:
+        return self._listed.find(batch, self._kinds)[0]
+
+    def detail(self, dropped: pa.Table) -> pa.StringArray:
+        return self._listed.find(dropped, self._kinds)[1]
