@@ -64,7 +64,8 @@ def test_the_column_of_languages_is_checked(files: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"), [(None, "No such file"), ("entry\n!", "no entry"), ("entri\ncat", "a column 'entry', found entri")]
+    ("content", "problem"),
+    [(None, "No such file"), ("entry\n!", "no entry"), ("entri\ncat", "a column 'entry', found entri")],
 )
 def test_an_invalid_file_is_reported(tmp_path: Path, content: str | None, problem: str) -> None:
     path = tmp_path / "list.tsv"
