@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -37,8 +38,17 @@ def normal(captions: pa.Array | pa.ChunkedArray) -> pa.Array:
         # Arrow has no function for this, and few captions need it.
         decoded = [html.unescape(caption) for caption in text.filter(with_entities).to_pylist()]
         text = pc.replace_with_mask(text, with_entities, pa.array(decoded, pa.string()))
-    text = pc.utf8_normalize(pc.replace_substring_regex(text, r"\p{Cf}+", ""), "NFKC")
+    text = beyond_ascii(text, lambda t: pc.utf8_normalize(pc.replace_substring_regex(t, r"\p{Cf}+", ""), "NFKC"))
     return pc.utf8_trim(pc.replace_substring_regex(text, r"[\s\p{Z}\p{Cc}]+", " "), " ")
+
+
+def beyond_ascii(texts: pa.Array, change: Callable[[pa.Array], pa.Array]) -> pa.Array:
+    """The texts with `change` applied to those that are not pure ASCII, for changes that would leave the others alone.
+
+    Most captions of most pools are pure ASCII, and the regular expressions of Unicode classes are the slow ones.
+    """
+    other = pc.invert(pc.string_is_ascii(texts))
+    return pc.replace_with_mask(texts, other, change(texts.filter(other)))
 
 
 def words(texts: pa.Array) -> pa.Array:

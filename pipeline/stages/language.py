@@ -107,23 +107,25 @@ class Language(Stage):
 
     def process(self, batch: pa.Table) -> pa.Table:
         captions = [f"{text.lower()}\n" for text in normal(batch["caption"]).to_pylist()]
-        best = [found[0] for found in self._predict(captions)]
+        minima = self._minima()
+        # Finding those above a hundredth costs no more than the most likely one; finding all takes five times as long.
+        least = min(_SMALL, *minima.values()) if minima else 0.0
+        likely = self._predict(captions, _ALL if minima else 1, least)
+        best = [found[0] if found else self._predict([caption])[0][0] for caption, found in zip(captions, likely)]
         language = np.array([label.removeprefix(_PREFIX) for _, label in best], dtype=object)
         score = np.minimum([p for p, _ in best], 1.0).round(4)
         batch = batch.append_column("language", pa.array(language, pa.string()))
         batch = batch.append_column("language_score", pa.array(score, pa.float32()))
         if self.keep is None:
             return batch
-        minima = self._minima()
         wanted = np.isin(language, self.keep)
         kept = wanted & (score >= [minima.get(code, 1.0) for code in language])
         detail = np.full(len(batch), None, object)
         for row in np.flatnonzero(~kept):
             detail[row] = f"{language[row]} {score[row]:.4f}"
         # The most likely language decides most rows.
-        open_rows = np.flatnonzero(~kept & (wanted | (1 - score >= min(minima.values()))))
-        for row, (keep, told) in zip(open_rows, self._judge([captions[row] for row in open_rows], minima)):
-            kept[row] = keep
+        for row in np.flatnonzero(~kept & (wanted | (1 - score >= min(minima.values())))):
+            kept[row], told = self._judge(captions[row], likely[row], minima, least)
             detail[row] += f", {told}"
         reason = np.where(wanted, "low_score", "language").astype(object)
         reason[kept] = None
@@ -141,23 +143,21 @@ class Language(Stage):
         """The minimum for each language of `keep`."""
         return self.min_score if isinstance(self.min_score, dict) else dict.fromkeys(self.keep or (), self.min_score)
 
-    def _judge(self, captions: list[str], minima: dict[str, float]) -> Iterator[tuple[bool, str]]:
-        """For each caption, whether the probabilities of all languages keep it, and those of the languages wanted."""
-        # Finding all languages takes five times as long as the most likely one, and those above a hundredth little.
-        least = min(_SMALL, *minima.values())
-        for caption, likely in zip(captions, self._predict(captions, _ALL, least)):
-            found = {label.removeprefix(_PREFIX): p for p, label in likely}
-            total, missing = sum(found.get(code, 0.0) for code in minima), len(minima.keys() - found.keys())
-            if not isinstance(self.min_score, dict) and total < self.min_score <= total + missing * least:
-                (likely,) = self._predict([caption], _ALL, -1.0)
-                found = {label.removeprefix(_PREFIX): p for p, label in likely}
-            ours = {code: round(min(found.get(code, 0.0), 1.0), 4) for code in minima}
-            if isinstance(self.min_score, dict):
-                told = ", ".join(f"{code} {p:.4f}" for code, p in ours.items())
-                yield any(ours[code] >= minimum for code, minimum in minima.items()), told
-            else:
-                total = round(min(sum(found.get(code, 0.0) for code in minima), 1.0), 4)
-                yield total >= self.min_score, f"{'+'.join(minima)} {total:.4f}"
+    def _judge(
+        self, caption: str, likely: list[tuple[float, str]], minima: dict[str, float], least: float
+    ) -> tuple[bool, str]:
+        """Whether the probabilities of the languages wanted keep a caption, and these; `likely` has those of at least
+        `least`."""
+        found = {label.removeprefix(_PREFIX): p for p, label in likely}
+        total, missing = sum(found.get(code, 0.0) for code in minima), len(minima.keys() - found.keys())
+        if not isinstance(self.min_score, dict) and total < self.min_score <= total + missing * least:
+            found = {label.removeprefix(_PREFIX): p for p, label in self._predict([caption], _ALL, -1.0)[0]}
+        ours = {code: round(min(found.get(code, 0.0), 1.0), 4) for code in minima}
+        if isinstance(self.min_score, dict):
+            told = ", ".join(f"{code} {p:.4f}" for code, p in ours.items())
+            return any(ours[code] >= minimum for code, minimum in minima.items()), told
+        total = round(min(sum(found.get(code, 0.0) for code in minima), 1.0), 4)
+        return total >= self.min_score, f"{'+'.join(minima)} {total:.4f}"
 
 
 def _path(model: str | None) -> Path:
