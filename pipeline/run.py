@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="changes to it, as in steps.download.timeout=5"
     )
     parser.add_argument("--plan", action="store_true", help="print what would run and what it would cost; run nothing")
-    args = parser.parse_intermixed_args(argv)  # so that `--plan` may stand before the overrides
+    args = parser.parse_intermixed_args(argv)  # options may stand between the overrides
     console, errors = Console(), Console(stderr=True)
     watch = Watch()
     checked: Recipe | None = None

@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipeline import pool
 from pipeline.recipe import Recipe, load
+from pipeline.run import main
 from pipeline.step import Filter, Stage
 from tests.conftest import ROOT, Command
 from tests.filters.barrier import decide
@@ -108,10 +109,12 @@ TARGETS = {"datacomp_image_based": "steps.image_cluster.target=t.npy", "negclip_
 
 
 @pytest.mark.parametrize("name", ["datacomp_basic", "datacomp_clip_score", *TARGETS])
-def test_the_recipes_pass_their_checks(name: str) -> None:
+def test_the_recipes_can_be_planned_as_they_say(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     np.save("t.npy", np.ones((3, 768), np.float32))
-    checked = recipe(name, commonpool(20), *([TARGETS[name]] if name in TARGETS else []))
-    assert checked.name == name
+    targets = [TARGETS[name]] if name in TARGETS else []
+    assert recipe(name, commonpool(20), *targets).name == name
+    assert main([str(ROOT / f"conf/{name}.yaml"), "--plan", "pool.path=pool.parquet", *targets]) == 0
+    assert "write_shards" in capsys.readouterr().out
     text = (ROOT / f"conf/{name}.yaml").read_text()
     assert "Gadre et al." in text or "Wang et al." in text
     assert "Left out:" in text

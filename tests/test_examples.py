@@ -58,6 +58,15 @@ def check_vector_filter(step: VectorFilter) -> None:
     assert details.to_pylist() == [None, None]
 
 
+def check_fitted(step: Any) -> None:
+    """The mean of two right angles is as near to the one as to the other."""
+    vectors = pa.array([[2.0, 0.0], [0.0, 1.0], None], pa.list_(pa.float16(), 2))
+    batch = make_batch([{}, {}, {}]).append_column("image_embedding", vectors)
+    step.use(step.fit(batch.slice(0, 2), 3))
+    kept, _ = run_step(step, batch)
+    assert kept["typicality_score"].to_pylist() == [pytest.approx(0.5**0.5), pytest.approx(0.5**0.5), None]
+
+
 def check_words(kept: pa.Table) -> None:
     assert kept["words"].to_pylist() == [3, 6]
 
@@ -67,6 +76,7 @@ def test_the_example_steps() -> None:
     check_filter(find_step("steps.no_shouting")(), CAPTIONS, ["no_shouting", None])  # type: ignore[arg-type]
     check_words(run_step(find_step("steps.caption_words")(), make_batch(CAPTIONS))[0])  # type: ignore[arg-type]
     check_vector_filter(find_step("steps.one_of_a_kind")())  # type: ignore[arg-type]
+    check_fitted(find_step("steps.typicality")())
     batch = make_batch([{}, {}]).append_column(
         "image_embedding", pa.array([[0.6, 0.8], [3.0, 4.0]], pa.list_(pa.float16(), 2))
     )
@@ -78,6 +88,7 @@ def test_the_steps_of_the_docs(documented: dict[str, Any]) -> None:
     assert documented["kept"]["caption"].to_pylist() == ["a red car"]
     assert documented["drops"]["reason"].to_pylist() == ["no_shouting"]
     check_words(run_step(documented["CaptionWords"](), make_batch(CAPTIONS))[0])
+    check_fitted(documented["Typicality"]())
     check_vector_filter(documented["OneOfAKind"]())
 
 

@@ -44,6 +44,7 @@ steps:
   - steps.caption_words
   - embed.embed
   - steps.vector_length
+  - steps.typicality
   - threshold: {column: vector_length, min: 0.0}
   - steps.one_of_a_kind: {planes: 6}
   - steps.write_jsonl: {rows_per_file: 4}

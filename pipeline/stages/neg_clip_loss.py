@@ -39,7 +39,7 @@ class NegClipLoss(Fitted, Stage):
     rows fill. A row outside of a batch is added to it. With fewer rows than `batch_size`, all are one batch, and the
     score is exactly the loss. A row without both embeddings gets a null score and is in no batch.
 
-    A row costs 4 · draws · batch_size · d operations: 0.3 billion by default with 512 dimensions, 5 ms on a CPU core.
+    A row costs 4 · draws · batch_size · d operations: 0.3 billion by default with 512 dimensions, 7 ms on a CPU core.
     """
 
     image_vector: str = "image_embedding"
