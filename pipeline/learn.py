@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 ROWS, FOLDS, SEED = 25_000, 5, 0
 MIN_PER_CLASS = 20
+"""Fewer rows of a class give intervals too wide to say anything."""
+TABLES = 256
+"""Tables held before they are joined: one for each unit of a large run would take more memory than their rows."""
 NAME = "score_mixture.json"
 
 
@@ -145,7 +148,10 @@ def read_target(kind: str, path: Path) -> Target:
     if absent := [name for name in wanted if name not in table.column_names]:
         found = ", ".join(table.column_names) or "none"
         raise InputError(f"{path}: no column {absent[0]!r}; expected {', '.join(wanted)}, found {found}")
-    uids = table["uid"].cast(pa.string()).combine_chunks()
+    try:
+        uids = table["uid"].cast(pa.string()).combine_chunks()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise InputError(f"{path}: 'uid' holds {table['uid'].type}, expected text") from None
     if not len(uids) or uids.null_count:
         raise InputError(f"{path}: {'no rows' if not len(uids) else 'a row without a uid'}; expected one uid per row")
     good = np.ones(len(uids), bool)
@@ -270,8 +276,11 @@ class _Lowest:
 
     def add(self, table: pa.Table, hashes: np.ndarray) -> None:
         self.seen += len(table)
-        self._held.append(_below(table, hashes, self._cut))
-        if sum(len(h) for _, h in self._held) > 2 * self._limit:
+        part = _below(table, hashes, self._cut)
+        if not len(part[0]):
+            return
+        self._held.append(part)
+        if sum(len(h) for _, h in self._held) > 2 * self._limit or len(self._held) > TABLES:
             self._prune()
 
     def _prune(self) -> None:
@@ -283,7 +292,6 @@ class _Lowest:
         if len(hashes) > self._limit:
             self._cut = int(np.partition(hashes, self._limit - 1)[self._limit - 1])
         table, hashes = _below(table, hashes, self._cut)
-        # A filtered table may share memory with the whole: copied, so that what was dropped is freed.
         self._held = [(table.combine_chunks(), hashes)]
 
     def table(self) -> pa.Table:
