@@ -18,8 +18,10 @@ saw it. Needs no GPU and no Ray.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -429,7 +431,9 @@ def _calibration_error(probability: np.ndarray, y: np.ndarray, weights: np.ndarr
 def recipe_lines(path: Path, keep: float | None) -> list[str]:
     """The lines to paste into a recipe."""
     cut = "min: 0.5" if keep is None else f"top_fraction: {keep:g}"
-    return [f"  - learned_score: {{mixture: {path}}}", f"  - threshold: {{column: learned_score, {cut}}}"]
+    # A JSON string is YAML too.
+    file = str(path) if re.fullmatch(r"[\w./-]+", str(path)) else json.dumps(str(path))
+    return [f"  - learned_score: {{mixture: {file}}}", f"  - threshold: {{column: learned_score, {cut}}}"]
 
 
 def show(console: Console, findings: Findings, sample: Sample, target: Target, keep: float | None, seed: int) -> None:
