@@ -492,7 +492,6 @@ def _progress(console: Console, run: Run) -> Iterator[Callable[[int], None]]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading units", total=units)
         yield lambda unit: progress.update(task, completed=unit + 1)
-        progress.update(task, description="fitting")
 
 
 def _about(run: Run, target: Target, sample: Sample, findings: Findings, after: str, seed: int) -> dict[str, Any]:
@@ -574,7 +573,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         columns, after = choose_columns(run, args.columns, args.vectors, args.after)
         with _progress(errors, run) as done:
             sample = draw(run, target, columns, after, args.rows, args.folds, args.seed, done)
-        findings = fit(sample, columns, target.unlabelled, args.seed)
+        with errors.status("fitting the mixture, and once more without each column"):
+            findings = fit(sample, columns, target.unlabelled, args.seed)
         about = _about(run, target, sample, findings, after, args.seed)
         Store(os.fspath(out.parent)).write(out.name, findings.mixture.to_bytes(about))
     except (InputError, RunError) as error:
