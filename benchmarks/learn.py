@@ -19,6 +19,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -125,12 +126,7 @@ def compare(work: Path, share: float) -> pa.Table:
     for name, values in scores.items():
         ranking = score_mixture.Ranking(values, y)
         figures = [score_mixture.bootstrap(ranking.auc, ones, 0)]
-        for cut in cuts:
-
-            def precision(weights: np.ndarray, ranking=ranking, cut=cut) -> float:
-                return ranking.kept(weights, cut)[0]
-
-            figures.append(score_mixture.bootstrap(precision, ones, 0))
+        figures += [score_mixture.bootstrap(precision(ranking, cut), ones, 0) for cut in cuts]
         print(f"{name:<16} {figures[0]!s:>22}" + "".join(f"{figure!s:>24}" for figure in figures[1:]))
     best = max(SCORES, key=lambda name: score_mixture.Ranking(scores[name], y).auc(ones))
     mixed, single = (score_mixture.Ranking(scores[name], y) for name in ("mixture", best))
@@ -142,6 +138,10 @@ def compare(work: Path, share: float) -> pa.Table:
         f"auc_gain_low={gain.low:.4f} precision_gain={more.value:.4f} precision_gain_low={more.low:.4f}"
     )
     return pa.table({"uid": held["uid"], "good": held["good"], **scores})
+
+
+def precision(ranking: score_mixture.Ranking, share: float) -> Callable[[np.ndarray], float]:
+    return lambda weights: ranking.kept(weights, share)[0]
 
 
 def train(work: Path, rows: pa.Table, samples: int, seeds: int, arms: list[str] | None) -> None:

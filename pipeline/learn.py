@@ -18,8 +18,10 @@ saw it. Needs no GPU and no Ray.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 
 ROWS, FOLDS, SEED = 25_000, 5, 0
 MIN_PER_CLASS = 20
+"""Fewer rows of a class give intervals too wide to say anything."""
+TABLES = 256
+"""Tables held before they are joined: one for each unit of a large run would take more memory than their rows."""
 NAME = "score_mixture.json"
 
 
@@ -145,7 +150,10 @@ def read_target(kind: str, path: Path) -> Target:
     if absent := [name for name in wanted if name not in table.column_names]:
         found = ", ".join(table.column_names) or "none"
         raise InputError(f"{path}: no column {absent[0]!r}; expected {', '.join(wanted)}, found {found}")
-    uids = table["uid"].cast(pa.string()).combine_chunks()
+    try:
+        uids = table["uid"].cast(pa.string()).combine_chunks()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise InputError(f"{path}: 'uid' holds {table['uid'].type}, expected text") from None
     if not len(uids) or uids.null_count:
         raise InputError(f"{path}: {'no rows' if not len(uids) else 'a row without a uid'}; expected one uid per row")
     good = np.ones(len(uids), bool)
@@ -270,8 +278,11 @@ class _Lowest:
 
     def add(self, table: pa.Table, hashes: np.ndarray) -> None:
         self.seen += len(table)
-        self._held.append(_below(table, hashes, self._cut))
-        if sum(len(h) for _, h in self._held) > 2 * self._limit:
+        part = _below(table, hashes, self._cut)
+        if not len(part[0]):
+            return
+        self._held.append(part)
+        if sum(len(h) for _, h in self._held) > 2 * self._limit or len(self._held) > TABLES:
             self._prune()
 
     def _prune(self) -> None:
@@ -283,7 +294,6 @@ class _Lowest:
         if len(hashes) > self._limit:
             self._cut = int(np.partition(hashes, self._limit - 1)[self._limit - 1])
         table, hashes = _below(table, hashes, self._cut)
-        # A filtered table may share memory with the whole: copied, so that what was dropped is freed.
         self._held = [(table.combine_chunks(), hashes)]
 
     def table(self) -> pa.Table:
@@ -421,7 +431,9 @@ def _calibration_error(probability: np.ndarray, y: np.ndarray, weights: np.ndarr
 def recipe_lines(path: Path, keep: float | None) -> list[str]:
     """The lines to paste into a recipe."""
     cut = "min: 0.5" if keep is None else f"top_fraction: {keep:g}"
-    return [f"  - learned_score: {{mixture: {path}}}", f"  - threshold: {{column: learned_score, {cut}}}"]
+    # A JSON string is YAML too.
+    file = str(path) if re.fullmatch(r"[\w./-]+", str(path)) else json.dumps(str(path))
+    return [f"  - learned_score: {{mixture: {file}}}", f"  - threshold: {{column: learned_score, {cut}}}"]
 
 
 def show(console: Console, findings: Findings, sample: Sample, target: Target, keep: float | None, seed: int) -> None:
@@ -480,7 +492,6 @@ def _progress(console: Console, run: Run) -> Iterator[Callable[[int], None]]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading units", total=units)
         yield lambda unit: progress.update(task, completed=unit + 1)
-        progress.update(task, description="fitting")
 
 
 def _about(run: Run, target: Target, sample: Sample, findings: Findings, after: str, seed: int) -> dict[str, Any]:
@@ -562,7 +573,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         columns, after = choose_columns(run, args.columns, args.vectors, args.after)
         with _progress(errors, run) as done:
             sample = draw(run, target, columns, after, args.rows, args.folds, args.seed, done)
-        findings = fit(sample, columns, target.unlabelled, args.seed)
+        with errors.status("fitting the mixture, and once more without each column"):
+            findings = fit(sample, columns, target.unlabelled, args.seed)
         about = _about(run, target, sample, findings, after, args.seed)
         Store(os.fspath(out.parent)).write(out.name, findings.mixture.to_bytes(about))
     except (InputError, RunError) as error:

@@ -59,7 +59,8 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
 
 
 def test_the_shipped_configurations_are_valid() -> None:
-    for path in Path(__file__).parents[2].glob("conf/train_*.yaml"):
+    conf = Path(__file__).parents[2] / "conf"
+    for path in [*conf.glob("train_*.yaml"), conf / "filter_network.yaml"]:
         load_config(path)
 
 
