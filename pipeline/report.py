@@ -49,7 +49,7 @@ DOZEN = 12
 MOST_HOSTS = 50_000
 """Hosts counted at a time. Beyond twice as many, the rarest are forgotten."""
 BINS = 48
-_RAREST = re.compile(r"rarest entry (?P<entry>.+) in (?P<captions>\d+) captions")
+_RAREST = re.compile(r"rarest entry (?P<quote>['\"])(?P<entry>.+)(?P=quote) in (?P<captions>\d+) captions")
 """How `balance` says in the detail of a drop which entry of its caption is the rarest."""
 
 
@@ -353,7 +353,7 @@ def _funnel(run: Run) -> dict[str, object]:
         worst, line = max(lines, key=lambda item: sum(item[1].dropped.values()))
         said += f" {worst} drops most: {sum(line.dropped.values()):,}."
     columns = ["step", "rows in", "kept", "of these", "of the pool", "pictures", "rows/s", "seconds"]
-    return {"chart": chart(spec, said, width=760, height=26 * len(lines)), "table": Table(columns, rows)}
+    return {"chart": chart(spec, said, height=26 * len(lines)), "table": Table(columns, rows)}
 
 
 def _bytes_after(run: Run) -> dict[str, int]:

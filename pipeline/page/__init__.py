@@ -142,8 +142,8 @@ def chart(
     wide = re.search(r'viewBox="0 0 ([0-9.]+) ', svg)
     assert wide is not None
     svg = re.sub(r'(<svg [^>]*?) width="[0-9.]+" height="[0-9.]+"', r"\1", svg, count=1)
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(summary)}" style="max-width:{wide[1]}px" ', 1)
-    body = Markup(svg)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(summary)}" style="--wide:{wide[1]}px" ', 1)
+    body = Markup('<div class="scroll" tabindex="0" role="group" aria-label="Chart">{}</div>').format(Markup(svg))
     if table is not None:
         body += environment().get_template("table.html").module.folded(table)  # type: ignore[attr-defined]
     return Markup("<figure class=chart>{}<figcaption>{}</figcaption></figure>").format(body, summary)
