@@ -111,6 +111,7 @@ _CONFIG = {
         "labelColor": _INK, "titleColor": _INK, "domainColor": _GRID, "tickColor": _GRID, "gridColor": _GRID,
         "labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 240,
     },
+    "axisX": {"labelOverlap": "greedy", "labelSeparation": 14},
     "legend": {"labelColor": _INK, "titleColor": _INK, "labelFontSize": 12, "orient": "top", "title": None},
     "text": {"color": _INK},
     "bar": {"color": KEPT},
@@ -121,7 +122,7 @@ _VEGA_LITE = "5.21"
 
 
 def chart(
-    spec: Mapping[str, Any], summary: str, table: Table | None = None, width: int = 560, height: int = 180
+    spec: Mapping[str, Any], summary: str, table: Table | None = None, width: int = 420, height: int = 180
 ) -> Markup:
     """A Vega-Lite specification as an SVG that follows the theme and the width of its place.
 
@@ -142,8 +143,8 @@ def chart(
     wide = re.search(r'viewBox="0 0 ([0-9.]+) ', svg)
     assert wide is not None
     svg = re.sub(r'(<svg [^>]*?) width="[0-9.]+" height="[0-9.]+"', r"\1", svg, count=1)
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(summary)}" style="--wide:{wide[1]}px" ', 1)
-    body = Markup('<div class="scroll" tabindex="0" role="group" aria-label="Chart">{}</div>').format(Markup(svg))
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(summary)}" style="max-width:{wide[1]}px" ', 1)
+    body = Markup(svg)
     if table is not None:
         body += environment().get_template("table.html").module.folded(table)  # type: ignore[attr-defined]
     return Markup("<figure class=chart>{}<figcaption>{}</figcaption></figure>").format(body, summary)
