@@ -1,6 +1,6 @@
 """What the report of a run costs, by the rows of the run: time should grow linearly at most, and memory hardly.
 
-    python benchmarks/report.py [ROWS …]        default: 100000 1000000
+    python benchmarks/report.py [ROWS …]        default: 20000 1000000
 
 For each size, runs a recipe of text filters and two cuts over a pool of made-up URLs, captions and scores, without its
 report; then writes the report by `python -m pipeline.report` in a process of its own. The pool has no pictures: those
@@ -53,7 +53,7 @@ class Figure(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=int, nargs="*", default=[100_000, 1_000_000])
+    parser.add_argument("rows", type=int, nargs="*", default=[20_000, 1_000_000])
     args = parser.parse_args()
     figures = []
     for rows in args.rows:
