@@ -8,7 +8,7 @@ hosts; languages; groups of duplicates; sizes; scores against each other; whethe
 the recipe.
 
 Everything is read through the read API. Distributions and counts are of all rows, pictures of PICTURE_UNITS units,
-chosen by hash, so the same run gives the same page. Memory hardly grows with the run.
+spread evenly, so the same run gives the same page. Memory hardly grows with the run.
 """
 
 from __future__ import annotations
