@@ -8,7 +8,7 @@ hosts; languages; groups of duplicates; sizes; scores against each other; whethe
 the recipe.
 
 Everything is read through the read API. Distributions and counts are of all rows, pictures of PICTURE_UNITS units,
-chosen by hash, so the same run gives the same page. Memory does not grow with the run.
+spread evenly, so the same run gives the same page. Memory hardly grows with the run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import heapq
 import math
 import os
 import platform
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -48,6 +49,8 @@ DOZEN = 12
 MOST_HOSTS = 50_000
 """Hosts counted at a time. Beyond twice as many, the rarest are forgotten."""
 BINS = 48
+_RAREST = re.compile(r"rarest entry (?P<quote>['\"])(?P<entry>.+)(?P=quote) in (?P<captions>\d+) captions")
+"""How `balance` says in the detail of a drop which entry of its caption is the rarest."""
 
 
 @guarded()
@@ -229,6 +232,7 @@ def gather(run: Run, fits: Sequence[fitness.Fitness], console: Console | None = 
         "hosts": _hosts(hosts),
         "languages": _languages(run),
         "duplicates": list(_duplicates(run, some, thumbnails)),
+        "concepts": _concepts(run),
         "sizes": _sizes(run),
         "scores": _scores(run),
         "timings": _timings(run),
@@ -349,7 +353,7 @@ def _funnel(run: Run) -> dict[str, object]:
         worst, line = max(lines, key=lambda item: sum(item[1].dropped.values()))
         said += f" {worst} drops most: {sum(line.dropped.values()):,}."
     columns = ["step", "rows in", "kept", "of these", "of the pool", "pictures", "rows/s", "seconds"]
-    return {"chart": chart(spec, said, width=760, height=26 * len(lines)), "table": Table(columns, rows)}
+    return {"chart": chart(spec, said, height=26 * len(lines)), "table": Table(columns, rows)}
 
 
 def _bytes_after(run: Run) -> dict[str, int]:
@@ -524,6 +528,22 @@ def _duplicates(run: Run, some: set[int], thumbnails: Thumbnails) -> Iterator[tu
         for keeper, rows in largest:
             first = Picture(thumbnails(kept.get(keeper)), "kept", [keeper])
             yield f"{step.label}: {len(rows)} for {keeper}", [first, *_pictures(run, rows[:5], thumbnails)]
+
+
+def _concepts(run: Run) -> Table | None:
+    """The entries at whose expense `balance` dropped rows: each row counts for the rarest entry of its caption."""
+    captions: dict[str, int] = {}
+    dropped: Counter[str] = Counter()
+    for step in run.steps:
+        if not step.step.endswith(".Balance") or step.label not in run.funnel.lines:
+            continue
+        for table in run.drops(step.label):
+            for detail in table["detail"].to_pylist():
+                if found := _RAREST.search(detail or ""):
+                    dropped[found["entry"]] += 1
+                    captions[found["entry"]] = int(found["captions"])
+    rows = [[entry, captions[entry], n] for entry, n in sorted(dropped.items(), key=lambda item: (-item[1], item[0]))]
+    return Table(["rarest entry of the caption", "captions before", "rows dropped"], rows[:20]) if rows else None
 
 
 def _sizes(run: Run) -> list[object]:

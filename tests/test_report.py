@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,8 +12,11 @@ import numpy as np
 import pytest
 
 from pipeline import open_run, report, verify
+from pipeline.filters.balance import Balance
 from pipeline.report import Histogram
 from tests import browser
+from tests.filters.barrier import decide
+from tests.tables import make_batch
 
 
 @pytest.fixture
@@ -67,6 +71,18 @@ def test_what_cannot_be_reported_is_said(
     (tmp_path / "cut/seal.json").unlink()
     assert report.main([str(tmp_path / name)]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("entry", ["cat", "a cat in 3 captions", "café"])
+def test_the_report_finds_the_rarest_entry_in_the_detail_of_balance(tmp_path: Path, entry: str) -> None:
+    (tmp_path / "entries.json").write_text(json.dumps([entry]))
+    balance = Balance(entries=str(tmp_path / "entries.json"), max_per_entry=1)
+    drops = [drop for drop in decide(balance, make_batch([{"caption": entry}] * 40)) if drop]
+    assert drops
+    for _, detail in drops:
+        found = report._RAREST.search(detail or "")
+        assert found is not None
+        assert (found["entry"], found["captions"]) == (entry, "40")
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e9])

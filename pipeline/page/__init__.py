@@ -111,6 +111,7 @@ _CONFIG = {
         "labelColor": _INK, "titleColor": _INK, "domainColor": _GRID, "tickColor": _GRID, "gridColor": _GRID,
         "labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 240,
     },
+    "axisX": {"labelOverlap": "greedy", "labelSeparation": 14},
     "legend": {"labelColor": _INK, "titleColor": _INK, "labelFontSize": 12, "orient": "top", "title": None},
     "text": {"color": _INK},
     "bar": {"color": KEPT},
@@ -121,7 +122,7 @@ _VEGA_LITE = "5.21"
 
 
 def chart(
-    spec: Mapping[str, Any], summary: str, table: Table | None = None, width: int = 560, height: int = 180
+    spec: Mapping[str, Any], summary: str, table: Table | None = None, width: int = 420, height: int = 180
 ) -> Markup:
     """A Vega-Lite specification as an SVG that follows the theme and the width of its place.
 
