@@ -220,7 +220,7 @@ def test_a_study_killed_at_five_places_resumes_to_the_same_table(folder: Path) -
     for reached in places:
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen([sys.executable, "-m", "pipeline.study", *words], env=env, cwd=folder)
-        until = time.monotonic() + 120
+        until = time.monotonic() + 200
         while not reached() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.005)
         assert process.poll() is None
