@@ -75,6 +75,33 @@ def test_crowded_hashes_are_not_compared_pairwise(monkeypatch: pytest.MonkeyPatc
     assert compared < len(hashes) ** 2 / 100
 
 
+def test_a_bucket_of_many_hashes_costs_linear_time() -> None:
+    """200,000 hashes in one bucket of most masks: they agree in their first 40 bits."""
+    rng = np.random.default_rng(0)
+
+    def compared(n: int) -> int:
+        hashes = np.unique(np.uint64(0xABCDEF0123) << np.uint64(24) | rng.integers(0, 2**24, n, np.uint64))
+        count = 0
+
+        class Counting:
+            def __getattr__(self, name: str) -> object:
+                return getattr(np, name)
+
+            def bitwise_count(self, values: np.ndarray) -> np.ndarray:
+                nonlocal count
+                count += len(values)
+                return np.bitwise_count(values)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hamming, "np", Counting())
+            assert not clusters(hashes, 4).any()
+        return count
+
+    half, whole = compared(100_000), compared(200_000)
+    assert whole < 200 * 200_000
+    assert whole < 2.5 * half
+
+
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_few_hashes(n: int) -> None:
     assert clusters(np.arange(n, dtype=np.uint64), 4).tolist() == [0] * n

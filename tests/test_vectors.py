@@ -123,6 +123,31 @@ def test_one_cluster_is_brute_force(tmp_path: Path) -> None:
     assert all(detail.split()[0] == f"{i - 1600:032x}" for i, (_, detail) in found.items() if i >= 1600)
 
 
+def test_many_clusters_are_the_paper_in_numpy(tmp_path: Path) -> None:
+    """SemDeDup in plain NumPy on 2,000 points, given the centroids."""
+    matrix = planted(2000, 400)
+    points = matrix.astype(np.float64)
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    centroids = points[:40].copy()
+    for _ in range(10):  # spherical k-means
+        home = (points @ centroids.T).argmax(axis=1)
+        sums = np.stack([points[home == k].sum(axis=0) for k in range(40)])
+        centroids = sums / np.linalg.norm(sums, axis=1, keepdims=True)
+    home = (points @ centroids.T).argmax(axis=1)
+    gone = set()
+    for k in range(40):
+        members = np.flatnonzero(home == k)
+        similar = np.triu(points[members] @ points[members].T, 1).max(axis=0, initial=-1)
+        gone |= set(members[similar > 1 - 0.03].tolist())
+
+    class Given(SemanticDedup):
+        def fit(self, sample: np.ndarray, rows: int) -> np.ndarray:
+            return centroids.astype(np.float32)
+
+    assert set(dropped(tmp_path, Given(vector="embedding"), matrix, 3)) == gone
+    assert 200 < len(gone) < 400 + 200
+
+
 def test_the_row_with_the_higher_score_stays(tmp_path: Path) -> None:
     matrix = planted()
     found = dropped(tmp_path, SemanticDedup(vector="embedding", clusters=1, keep_highest="score"), matrix, 3)

@@ -74,6 +74,14 @@ def test_many_clusters_over_many_partitions() -> None:
     assert {i for i, drop in enumerate(found) if drop is None} == set(first_of_each.values())
 
 
+def test_twice_is_once() -> None:
+    rng = np.random.default_rng(7)
+    hashes = np.uint64(A) ^ rng.integers(0, 2**14, 300, np.uint64)
+    rows = pictures(*hashes.tolist())
+    left = [row for row, drop in zip(rows, decide(NearDedup(), make_batch(rows))) if drop is None]
+    check_barrier(NearDedup(), left, [None] * len(left))
+
+
 def test_a_column_of_its_own() -> None:
     rows = [{"dhash": A, "uid": "a"}, {"dhash": A, "uid": "b"}]
     step = NearDedup(column="dhash", keep="uid")
