@@ -35,7 +35,7 @@ def main() -> None:
         if (STUDY / "index.html").exists():
             take(browser, f"file://{(STUDY / 'index.html').resolve()}", "study", 1150)
         studio = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.studio", str(RUN), "--port", "0"], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "pipeline.studio", str(RUN), "--port", "8791"], stdout=subprocess.PIPE, text=True
         )
         assert studio.stdout is not None
         try:
@@ -53,7 +53,7 @@ def take(browser: Any, address: str, name: str, height: int, scheme: str = "ligh
     page.wait_for_timeout(2000)
     if at is not None:
         page.locator(at).first.scroll_into_view_if_needed()
-        page.evaluate("window.scrollBy(0, 330)")
+        page.evaluate("window.scrollBy(0, 60)")
     with Image.open(io.BytesIO(page.screenshot())) as picture:
         picture.convert("RGB").quantize(192, dither=Image.Dither.NONE).save(OUT / f"{name}.png", optimize=True)
     page.close()
