@@ -35,7 +35,7 @@ def main() -> None:
         if (STUDY / "index.html").exists():
             take(browser, f"file://{(STUDY / 'index.html').resolve()}", "study", 1150)
         studio = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.studio", str(RUN), "--port", "8791"], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "pipeline.studio", str(RUN), "--port", "0"], stdout=subprocess.PIPE, text=True
         )
         assert studio.stdout is not None
         try:

@@ -23,6 +23,7 @@ import functools
 import hmac
 import io
 import secrets
+import socket
 import sys
 import tempfile
 import threading
@@ -485,11 +486,13 @@ def picture_type(data: bytes) -> str | None:
 
 async def _serve(studio: Studio, port: int, console: Console) -> None:
     token = secrets.token_urlsafe(24)
+    listening = socket.create_server(("127.0.0.1", port))
+    port = listening.getsockname()[1]
     hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost")]
     runner = web.AppRunner(application(studio, token, hosts), access_log=None)
     await runner.setup()
     try:
-        await web.TCPSite(runner, "127.0.0.1", port).start()
+        await web.SockSite(runner, listening).start()
         # Not through the console, which hides tokens: this one is for the user.
         print(f"http://127.0.0.1:{port}/?token={token}", file=console.file, flush=True)
         console.print("Ctrl-C ends it.")
@@ -511,7 +514,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--after", metavar="STEP", help="look at the rows that survived this step, named as in the funnel"
     )
-    parser.add_argument("--port", type=int, default=PORT, help="port on 127.0.0.1 (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=PORT, help="port on 127.0.0.1, 0 for any free one (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     console, errors = Console(), Console(stderr=True)
     try:
