@@ -46,7 +46,7 @@ def runs(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (LAST, ["run=arm", "reuse=out"]),
     ):
         (folder / "r.yaml").write_text(recipe)
-        argv = [sys.executable, "-m", "pipeline.run", "r.yaml", *overrides]
+        argv = [sys.executable, "-m", "pipeline.run", "r.yaml", "report=false", *overrides]
         done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     return folder
