@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +34,14 @@ def check_vectors(types: Mapping[str, pa.DataType], *columns: str) -> Iterator[t
         of = types.get(column)
         if of is not None and not (pa.types.is_fixed_size_list(of) and pa.types.is_floating(of.value_type)):
             yield column, f"the column {column!r} holds {of}, expected vectors: a fixed-size list of floats"
+
+
+def check_width(path: str, column: str, of: pa.DataType) -> Iterator[str]:
+    """Yields what is wrong if the vectors of a `.npy` file and those of a column, of type `of`, differ in width."""
+    shape = load_vectors(path).shape
+    if shape[1] != of.list_size:
+        found = f"{path} has shape {shape}, and {column} has {of.list_size} dimensions"
+        yield f"{found}: they are from different models"
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -117,8 +124,3 @@ def load_head(path: str | Path) -> Head:
     if not (np.isfinite(head.weight).all() and np.isfinite(head.bias)):
         raise ValueError(f"{path}: the weights contain NaN or infinity")
     return head
-
-
-def digest(path: str | Path) -> str:
-    """SHA-256 of a file, in hex."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -14,14 +14,15 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import embeddings
 from pipeline.hashing import hash64
 from pipeline.reader import Run
+from pipeline.url import hosts
 
 SAMPLE = 8192
 """Rows that are measured: the interval is then about ±0.01."""
@@ -93,7 +94,7 @@ def _of_step(run: Run, label: str, adds: list[str]) -> Iterator[Fitness]:
 
 def _sample(run: Run, label: str, image: str, text: str) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Unit vectors of pictures and captions, and the language, host, caption and picture of each row."""
-    chosen = np.unique(np.linspace(0, run.units - 1, min(run.units, UNITS)).astype(int)).tolist()
+    chosen = run.spread_units(UNITS)
     light = [c for c in ("uid", "url", "caption", "sha256", "language") if c in run.columns(label)]
     share = -(-SAMPLE // len(chosen))
     pictures, captions, texts = [], [], {c: [] for c in light}  # type: ignore[var-annotated]
@@ -112,8 +113,8 @@ def _sample(run: Run, label: str, image: str, text: str) -> tuple[np.ndarray, np
             texts[c] += pc.fill_null(rows[c].cast("string"), "").to_pylist()
     if not pictures:
         return np.empty((0, 1)), np.empty((0, 1)), {}
-    hosts = [urlsplit(url).hostname or "" if "[" not in url else "" for url in texts["url"]]
-    columns = {"language": texts.get("language", []), "host": hosts, "caption": texts["caption"]}
+    found = pc.fill_null(hosts(pa.array(texts["url"], pa.string())), "").to_pylist()
+    columns = {"language": texts.get("language", []), "host": found, "caption": texts["caption"]}
     columns["picture"] = texts.get("sha256", texts["uid"])
     return np.concatenate(pictures), np.concatenate(captions), {k: np.array(v, object) for k, v in columns.items() if v}
 

@@ -7,7 +7,8 @@ or resumed run decides the same on any number of workers.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from hashlib import blake2b
+from hashlib import blake2b, sha256
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -34,3 +35,8 @@ def hash64(strings: pa.Array | pa.ChunkedArray | Iterable[str], *, seed: int = 0
 def uniform(strings: pa.Array | pa.ChunkedArray | Iterable[str], *, seed: int = 0, purpose: str = "") -> np.ndarray:
     """A uniform float64 in [0, 1) for each string: the upper 53 bits of `hash64`."""
     return (hash64(strings, seed=seed, purpose=purpose) >> np.uint64(11)) * 2.0**-53
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a local file, in hex."""
+    return sha256(Path(path).read_bytes()).hexdigest()

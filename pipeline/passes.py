@@ -192,8 +192,7 @@ class UnitPass(Pass):
 
     def surviving(self, before: Sequence[Pass], unit: int) -> np.ndarray:
         # Its table has every row that reached it, so the passes before it need not be read.
-        table = self.stored(unit, ["drop_reason"])[0]
-        return table["row"].to_numpy()[pc.is_null(table["drop_reason"]).to_numpy()]
+        return _kept(self.stored(unit, ["drop_reason"])[0])
 
     def drops(self, before: Sequence[Pass], unit: int) -> pa.Table:
         return _fates(self.stored(unit, [f.name for f in FATE])[0])
@@ -201,8 +200,7 @@ class UnitPass(Pass):
     def valued(self, unit: int) -> np.ndarray:
         """The rows (int32, ascending) with stored values of the columns that the pass adds: those that it kept,
         whatever the passes before and after it say of them."""
-        table = self.stored(unit, ["drop_reason"])[0]
-        return table["row"].to_numpy()[pc.is_null(table["drop_reason"]).to_numpy()]
+        return _kept(self.stored(unit, ["drop_reason"])[0])
 
     def missing(self, before: Sequence[Pass], unit: int, rows: np.ndarray | None = None) -> np.ndarray:
         """The rows that the pass still has to process, among those that reach it or among `rows`."""
@@ -280,10 +278,7 @@ class MeasurePass(UnitPass):
         files: list[File] = []
         for record in self.records(unit):
             table = _table(self, record, wanted)
-            if "heavy_at" in columns:
-                at = pc.add(table["heavy_at"].cast(pa.int64()), len(files) << PART_BITS)
-                table = table.set_column(table.schema.get_field_index("heavy_at"), "heavy_at", at)
-            tables.append(table)
+            tables.append(_numbered(table, len(files)))
             files += self.files(record)
         if not tables:
             schema = {"row": pa.int32(), "heavy_at": pa.int64(), **self.adds, **{f.name: f.type for f in FATE}}
@@ -310,11 +305,13 @@ class MeasurePass(UnitPass):
         return table.take(pa.array(at))
 
     def surviving(self, before: Sequence[Pass], unit: int) -> np.ndarray:
-        table = self.of_rows(unit, ["drop_reason"], surviving_rows(before, unit))
-        return table["row"].to_numpy()[pc.is_null(table["drop_reason"]).to_numpy()]
+        return _kept(self.of_rows(unit, ["drop_reason"], surviving_rows(before, unit)))
 
     def drops(self, before: Sequence[Pass], unit: int) -> pa.Table:
-        drops = _fates(self.of_rows(unit, [f.name for f in FATE], surviving_rows(before, unit)))
+        return self._own_fates(self.of_rows(unit, [f.name for f in FATE], surviving_rows(before, unit)))
+
+    def _own_fates(self, table: pa.Table) -> pa.Table:
+        drops = _fates(table)
         # The same step may have been called otherwise in another recipe.
         return drops.set_column(1, "step", pa.array([self.label] * len(drops), pa.string()))
 
@@ -325,9 +322,11 @@ class MeasurePass(UnitPass):
     def account(self, before: Sequence[Pass], unit: int, seconds: dict[str, float] | None = None, new: int = 0) -> Any:
         """Sums up all rows that reach the pass, `new` of which were measured just now."""
         rows = surviving_rows(before, unit)
-        if len(self.missing(before, unit, rows)):
+        table = self.stored(unit, [f.name for f in FATE])[0]
+        at = _places(table, rows)
+        if (at < 0).any():
             return None
-        drops = self.drops(before, unit)
+        drops = self._own_fates(table.take(pa.array(at)))
         drops = drops.append_column("unit", pa.array(np.full(len(drops), unit, np.int32)))
         records = self.records(unit)
         return {
@@ -373,10 +372,7 @@ class MeasurePass(UnitPass):
             table = table.set_column(0, "row", pa.array([row for _, row in found], pa.int32()))
             fate = pc.if_else(pc.is_valid(table["drop_reason"]), self.label, pa.scalar(None, pa.string()))
             table = table.set_column(table.schema.get_field_index("drop_step"), "drop_step", fate)
-            if "heavy_at" in columns:
-                at = pc.add(table["heavy_at"].cast(pa.int64()), len(files) << PART_BITS)
-                table = table.set_column(table.schema.get_field_index("heavy_at"), "heavy_at", at)
-            tables.append(table)
+            tables.append(_numbered(table, len(files)))
             files += held
         table = pa.concat_tables(tables).sort_by("row")
         if len(table):
@@ -892,6 +888,19 @@ def _spread(table: pa.Table, rows: np.ndarray) -> pa.Table:
     """The lines of a table for these rows, with nulls for rows that it lacks."""
     at = _places(table, rows)
     return table.take(pa.array(at, mask=at < 0))
+
+
+def _kept(table: pa.Table) -> np.ndarray:
+    """The rows of a table without a `drop_reason`."""
+    return table["row"].to_numpy()[pc.is_null(table["drop_reason"]).to_numpy()]
+
+
+def _numbered(table: pa.Table, files: int) -> pa.Table:
+    """Makes `heavy_at`, if it is there, refer to the files after the first `files` of a list."""
+    if "heavy_at" not in table.column_names:
+        return table
+    at = pc.add(table["heavy_at"].cast(pa.int64()), files << PART_BITS)
+    return table.set_column(table.schema.get_field_index("heavy_at"), "heavy_at", at)
 
 
 def _places(table: pa.Table, rows: np.ndarray) -> np.ndarray:

@@ -264,6 +264,10 @@ class Run:
             self._gone(0)
         return int(complete["units"])
 
+    def spread_units(self, most: int) -> list[int]:
+        """At most so many units, spread evenly over the pool. Each is a uniform sample of it."""
+        return [int(unit) for unit in np.linspace(0, self.units - 1, min(self.units, most))]
+
     # --- Rows that survived -------------------------------------------------------------------------------------------
 
     def columns(self, after: str | None = None) -> dict[str, pa.DataType]:

@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +38,7 @@ from pipeline.hashing import hash64
 from pipeline.page import CUT, DROPPED, KEPT, OTHER, Picture, Table, Thumbnails, chart, count, share
 from pipeline.reader import Run, RunError, RunStep, open_run
 from pipeline.storage import DamagedError, Store
+from pipeline.url import hosts as hosts_of
 from trainer import atomic
 from trainer.terminal import Console, guarded
 
@@ -72,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DamagedError, OSError) as error:
         errors.error(error)
         return 1
-    for verdict in written.verdicts:
-        console.print(verdict, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"report: {written.where}", markup=False, highlight=False, soft_wrap=True)
+    written.show(console)
     return 0
 
 
@@ -82,6 +80,10 @@ class Written(NamedTuple):
     where: str
     verdicts: list[str]
     """A line about each scorer whose embeddings are stored."""
+
+    def show(self, console: Console) -> None:
+        for line in [*self.verdicts, f"report: {self.where}"]:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def write(run: Run, path: str, out: str | None = None, console: Console | None = None) -> Written:
@@ -202,7 +204,6 @@ class Judged:
     above: Nearest = field(default_factory=lambda: Nearest(DOZEN))
     below: Nearest = field(default_factory=lambda: Nearest(DOZEN))
     random: Nearest = field(default_factory=lambda: Nearest(DOZEN))
-    texts: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
 def gather(run: Run, fits: Sequence[fitness.Fitness], console: Console | None = None) -> dict[str, object]:
@@ -211,7 +212,7 @@ def gather(run: Run, fits: Sequence[fitness.Fitness], console: Console | None = 
 
     steps = [step for step in run.steps if step.label in run.funnel.lines]
     say = console or Console(quiet=True)
-    some = {int(u) for u in np.linspace(0, run.units - 1, min(run.units, PICTURE_UNITS)).astype(int)}
+    some = set(run.spread_units(PICTURE_UNITS))
     thumbnails = Thumbnails()
     judged = []
     hosts: dict[str, Counter[str]] = {"rows": Counter(), "lost": Counter()}
@@ -279,21 +280,13 @@ def _is_number(dtype: pa.DataType) -> bool:
     return bool(pa.types.is_integer(dtype) or pa.types.is_floating(dtype))
 
 
-def _first(run: Run, *columns: str) -> str:
-    """The first step after which these columns can be read."""
-    return next(step.label for step in run.steps if set(columns) <= run.columns(step.label).keys())
-
-
-def host_of(url: str) -> str:
-    """The host of a URL for counting; "" if it has none."""
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
+def _first(run: Run, *columns: str) -> str | None:
+    """The first step after which these columns can be read; None if there is none."""
+    return next((step.label for step in run.steps if set(columns) <= run.columns(step.label).keys()), None)
 
 
 def _count_hosts(counter: Counter[str], urls: pa.ChunkedArray) -> None:
-    counter.update(host_of(url) for url in urls.to_pylist())
+    counter.update(pc.fill_null(hosts_of(urls), "").to_pylist())
     if len(counter) > 2 * MOST_HOSTS:
         for host, _ in counter.most_common()[MOST_HOSTS:]:
             del counter[host]
@@ -358,17 +351,13 @@ def _funnel(run: Run) -> dict[str, object]:
 
 def _bytes_after(run: Run) -> dict[str, int]:
     """The bytes of the fetched pictures that are left after each step."""
-    labels = [step.label for step in run.steps]
     column = "original_bytes"
-    first = next((i for i, label in enumerate(labels) if column in run.columns(label)), None)
-    if first is None:
+    labels = [step.label for step in run.steps]
+    if (first := _first(run, column)) is None:
         return {}
     total, held = 0, {}
-    for table in run.scan(column, after=labels[first]):
-        total += int(pc.sum(table[column]).as_py() or 0)
-    held[labels[first]] = total
-    for label in labels[first + 1 :]:
-        if run.funnel.lines[label].dropped:
+    for label in labels[labels.index(first) :]:
+        if label == first or run.funnel.lines[label].dropped:
             total = sum(int(pc.sum(t[column]).as_py() or 0) for t in run.scan(column, after=label))
         held[label] = total
     return held
@@ -547,28 +536,29 @@ def _concepts(run: Run) -> Table | None:
 
 
 def _sizes(run: Run) -> list[object]:
-    label = next((s.label for s in run.steps if "original_width" in run.columns(s.label)), None)
-    if label is None:
+    sides = ("original_width", "original_height")
+    if (label := _first(run, *sides)) is None:
         return []
     width, ratio = Histogram(), Histogram()
-    for table in run.scan(["original_width", "original_height"], after=label):
-        w, h = (_numbers(table[f"original_{side}"]) for side in ("width", "height"))
+    for table in run.scan(sides, after=label):
+        w, h = (_numbers(table[side]) for side in sides)
         width.add(np.log2(np.maximum(np.minimum(w, h), 1)))
         ratio.add(np.log2(np.maximum(w, 1) / np.maximum(h, 1)))
     return [
-        _plain_histogram(width, "shorter side, pixels", "pow(2, datum.value)"),
-        _plain_histogram(ratio, "width / height", "pow(2, datum.value)"),
+        _log_histogram(width, "shorter side, pixels"),
+        _log_histogram(ratio, "width / height"),
     ]
 
 
-def _plain_histogram(histogram: Histogram, name: str, label: str = "datum.value") -> object:
+def _log_histogram(histogram: Histogram, name: str) -> object:
+    """The chart of a histogram of logarithms to base 2, with the numbers themselves on the axis."""
     values = [{"from": low, "to": high, "rows": n} for low, high, n in histogram.bars()]
     spec = {
         "data": {"values": values},
         "mark": {"type": "bar", "binSpacing": 0.5, "color": OTHER},
         "encoding": {
             "x": {"field": "from", "type": "quantitative", "bin": {"binned": True}, "title": name,
-                  "axis": {"labelExpr": f"format({label}, '.3~g')"}},
+                  "axis": {"labelExpr": "format(pow(2, datum.value), '.3~g')"}},
             "x2": {"field": "to"},
             "y": {"field": "rows", "type": "quantitative", "title": "rows"},
         },
@@ -579,19 +569,18 @@ def _plain_histogram(histogram: Histogram, name: str, label: str = "datum.value"
 
 def _scores(run: Run) -> list[object]:
     """Each pair of scores that the run stored, as a heat map with its correlation."""
-    last = run.steps[-1].label
-    types = run.columns(last)
-    names = [n for n, dtype in types.items() if n.endswith("_score") and _is_number(dtype)]
+    names = [n for n, dtype in run.columns().items() if n.endswith("_score") and _is_number(dtype)]
     found = []
     for i, one in enumerate(names):
         for two in names[i + 1 :][:3]:
-            grid = _grid(run, one, two, _first(run, one, two))
+            grid = _grid(run, one, two)
             if grid is not None:
                 found.append(grid)
     return found[:6]
 
 
-def _grid(run: Run, one: str, two: str, label: str) -> object:
+def _grid(run: Run, one: str, two: str) -> object:
+    label = _first(run, one, two)
     ranges = [Histogram(), Histogram()]
     sums = np.zeros(6)
     for table in run.scan([one, two], after=label):

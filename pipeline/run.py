@@ -203,9 +203,7 @@ def _report(console: Console, path: str) -> None:
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
         return
-    for verdict in written.verdicts:
-        console.print(verdict, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"report: {written.where}", markup=False, highlight=False, soft_wrap=True)
+    written.show(console)
 
 
 def _why_empty(funnel: Funnel) -> str:

@@ -7,7 +7,6 @@ contributes the column's `missing`, which is learned like the rest, so it never 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -125,11 +124,6 @@ def load(path: str | Path) -> Mixture:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         cure = "write it with `python -m pipeline.learn RUN`"
         raise ValueError(f"{path}: not a mixture of scores: {what[:200]}; {cure}") from None
-
-
-def digest(path: str | Path) -> str:
-    """SHA-256 of the file, in hex."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def scalars(column: pa.ChunkedArray) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline import embeddings
 from pipeline.hashing import hash64
 from pipeline.schema import DROP, POSITION, is_heavy
 
@@ -310,9 +311,7 @@ class VectorFilter(Filter):
     """Rows whose vectors a worker holds at a time: 268 MB of float32 at 512 dimensions."""
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
-        of = types.get(self.vector)
-        if of is not None and not (pa.types.is_fixed_size_list(of) and pa.types.is_floating(of.value_type)):
-            yield "vector", f"the column {self.vector!r} holds {of}, expected vectors: a fixed-size list of floats"
+        yield from (("vector", problem) for _, problem in embeddings.check_vectors(types, self.vector))
 
     def sample_rows(self, rows: int) -> int:
         """About how many of the run's vectors to sample for `fit`."""
@@ -365,6 +364,24 @@ class Fitted(Step):
     def use(self, fitted: pa.Table) -> None:
         """Called on each worker, before `setup`, with the result of `fit`."""
         raise TypeError(f"{type(self).__name__} must define use()")
+
+
+class SizeFilter(Filter):
+    """Compares the two sides of pictures, which `columns` names: width, then height."""
+
+    columns: list[str]
+
+    def __post_init__(self) -> None:
+        self.needs = tuple(self.columns)  # type: ignore[misc]
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if len(self.columns) != 2:
+            yield "columns", f"must name two columns, width and height, found {self.columns}"
+
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        for name in self.columns:
+            if name in types and not (pa.types.is_integer(types[name]) or pa.types.is_floating(types[name])):
+                yield "columns", f"the column {name!r} holds {types[name]}, expected pixels"
 
 
 class FrequencyFilter(KeyedFilter):

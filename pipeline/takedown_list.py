@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import fsspec
 import numpy as np
@@ -14,22 +14,15 @@ import pyarrow.compute as pc
 
 from pipeline.url import InvalidUrlError, canonical, web_address
 
+if TYPE_CHECKING:
+    from pipeline.hamming import Index
+
 KINDS = {"uid": ("uid",), "url": ("url",), "domain": ("url",), "sha256": ("sha256",), "phash": ("phash",)}
 """The kinds of entries, and the columns that each is compared with."""
 MAX_HAMMING = 4
 """Bits in which a picture may differ from a `phash` that states no distance, as in `near_dedup`."""
 MOST_HAMMING = 10
 _HEX = {"uid": re.compile(r"[0-9a-f]{32}"), "sha256": re.compile(r"[0-9a-f]{64}"), "phash": re.compile(r"[0-9a-f]{16}")}
-_CHUNK = 1 << 20
-"""Pairs of hashes compared at a time."""
-
-
-class _Hashes(NamedTuple):
-    """Listed perceptual hashes with one distance, sorted under each mask of `hamming.masks`."""
-
-    distance: int
-    under: list[tuple[np.uint64, np.ndarray, np.ndarray]]
-    """Mask, listed hashes under the mask ascending, and the hashes themselves in that order."""
 
 
 class TakedownList:
@@ -76,7 +69,7 @@ class TakedownList:
                 raise ValueError(f"{path}:{number}: {error}") from None
         if not len(self):
             raise ValueError(f"{path}: lists nothing; expected lines such as `url https://example.org/a.jpg`")
-        self._hashes = [_Hashes(bits, _sorted_under_masks(values, bits)) for bits, values in sorted(hashes.items())]
+        self._hashes = _indexed(hashes)
 
     def __len__(self) -> int:
         return sum(map(len, self._values.values()))
@@ -129,17 +122,11 @@ class TakedownList:
         there = np.flatnonzero(column.is_valid().to_numpy())
         # Reinterpret signed hashes as unsigned; a safe cast would reject negative ones.
         hashes = column.drop_null().cast(pa.uint64(), safe=False).to_numpy()
-        for distance, under in self._hashes:
-            for mask, masked, listed in under:
-                low, high = (np.searchsorted(masked, hashes & mask, side) for side in ("left", "right"))
-                for part in _chunks(high - low):
-                    sizes = (high - low)[part]
-                    rows = np.repeat(np.arange(len(hashes))[part], sizes)
-                    nth = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-                    other = listed[np.repeat(low[part], sizes) + nth]
-                    near = np.bitwise_count(hashes[rows] ^ other) <= distance
-                    entries = (f"{value:016x} {distance}" for value in other[near].tolist())
-                    yield from zip(there[rows[near]].tolist(), entries)
+        for distance, listed, index in self._hashes:
+            places, _ = index.nearest(hashes)
+            near = places >= 0
+            entries = (f"{value:016x} {distance}" for value in listed[places[near]].tolist())
+            yield from zip(there[near].tolist(), entries)
 
 
 def _checked(kind: str, value: str) -> str:
@@ -184,23 +171,11 @@ def _covering(host: str, listed: set[str]) -> str:
     return host
 
 
-def _sorted_under_masks(values: set[int], distance: int) -> list[tuple[np.uint64, np.ndarray, np.ndarray]]:
-    from pipeline.hamming import masks  # brings scipy, which `--help` does not need
+def _indexed(hashes: dict[int, set[int]]) -> list[tuple[int, np.ndarray, Index]]:
+    """Each distance, ascending, with the hashes listed with it and an index of them."""
+    if not hashes:
+        return []
+    from pipeline.hamming import Index  # brings scipy, which `--help` does not need
 
-    hashes = np.array(sorted(values), np.uint64)
-    result = []
-    for mask in map(np.uint64, masks(distance)):
-        order = np.argsort(hashes & mask, kind="stable")
-        result.append((mask, hashes[order] & mask, hashes[order]))
-    return result
-
-
-def _chunks(sizes: np.ndarray) -> Iterable[slice]:
-    """Slices of the rows that have about _CHUNK pairs each; at least one row."""
-    ends = np.cumsum(sizes)
-    start = 0
-    while start < len(sizes):
-        before = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + _CHUNK, side="right")))
-        yield slice(start, stop)
-        start = stop
+    listed = {distance: np.array(sorted(values), np.uint64) for distance, values in sorted(hashes.items())}
+    return [(distance, values, Index(values, distance)) for distance, values in listed.items()]

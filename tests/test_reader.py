@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ import pipeline
 from examples import read_a_run
 from pipeline import Run, RunError, open_run
 from pipeline.storage import DamagedError
+from tests import painted
 from tests.conftest import ROOT
 from tests.test_run import RECIPE, furnish
 
@@ -37,7 +37,6 @@ def runs(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of finished runs: `out`; `changed`, whose filters were changed twice; `arm`, the last recipe of
     `changed` on what `out` has measured. To be looked at and not touched."""
     folder = furnish(tmp_path_factory.mktemp("runs"))
-    env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "RAY_ADDRESS": ray_address}
     for recipe, overrides in (
         (RECIPE, ["run=out"]),
         (STRICTER, ["run=changed"]),
@@ -46,9 +45,7 @@ def runs(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (LAST, ["run=arm", "reuse=out"]),
     ):
         (folder / "r.yaml").write_text(recipe)
-        argv = [sys.executable, "-m", "pipeline.run", "r.yaml", "report=false", *overrides]
-        done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        painted.run(folder, ray_address, "r.yaml", "report=false", *overrides)
     return folder
 
 

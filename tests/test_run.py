@@ -20,6 +20,7 @@ from rich.console import Console
 from pipeline import verify
 from pipeline.claim import hold
 from pipeline.storage import Store
+from tests import painted
 from tests.conftest import ROOT, Command
 
 STEPS = '''
@@ -97,10 +98,7 @@ def project(tmp_path: Path) -> Path:
 def finished(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that tests read but do not change."""
     folder = furnish(tmp_path_factory.mktemp("finished"))
-    env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "RAY_ADDRESS": ray_address}
-    subprocess.run(
-        [sys.executable, "-m", "pipeline.run", "r.yaml"], cwd=folder, env=env, check=True, capture_output=True
-    )
+    painted.run(folder, ray_address, "r.yaml")
     return folder / "out"
 
 

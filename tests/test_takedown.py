@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +17,8 @@ from pipeline import takedown, verify
 from pipeline.reader import open_run
 from pipeline.stages.write_shards import WriteShards
 from pipeline.storage import Store
-from tests.conftest import ROOT, Command
+from tests import painted
+from tests.conftest import Command
 from tests.test_run import books_balance, furnish, shards
 from trainer.shards import Shards
 
@@ -28,9 +27,7 @@ from trainer.shards import Shards
 def project(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a recipe and its finished run `out`: 350 samples in shards of 100, 100, 100 and 50."""
     folder = furnish(tmp_path_factory.mktemp("project"))
-    env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "RAY_ADDRESS": ray_address}
-    argv = [sys.executable, "-m", "pipeline.run", "r.yaml"]
-    subprocess.run(argv, cwd=folder, env=env, check=True, capture_output=True)
+    painted.run(folder, ray_address, "r.yaml")
     return folder
 
 

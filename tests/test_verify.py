@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +15,8 @@ from rich.console import Console
 
 from pipeline import verify
 from pipeline.storage import Store, sealed, unsealed
-from tests.conftest import ROOT, Command
+from tests import painted
+from tests.conftest import Command
 from tests.test_run import furnish, shards
 
 KINDS = [
@@ -95,9 +94,7 @@ MATRIX = [
 def project(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a recipe and its finished run `out`, which each test leaves as it was."""
     folder = furnish(tmp_path_factory.mktemp("project"))
-    env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "RAY_ADDRESS": ray_address}
-    argv = [sys.executable, "-m", "pipeline.run", "r.yaml"]
-    subprocess.run(argv, cwd=folder, env=env, check=True, capture_output=True)
+    painted.run(folder, ray_address, "r.yaml")
     return folder
 
 

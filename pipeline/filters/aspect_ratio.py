@@ -1,16 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.step import Estimate, Filter
+from pipeline.step import Estimate, SizeFilter
 
 
 @dataclass(kw_only=True)
-class AspectRatio(Filter):
+class AspectRatio(SizeFilter):
     """Drops pictures whose longer side is over `max` times the shorter: banners, rules (reason `too_elongated`).
 
     The ratio is longer over shorter side of the published size, so it is at least 1. Rows of unknown size are dropped
@@ -26,23 +26,13 @@ class AspectRatio(Filter):
 
     reason = "too_elongated"
 
-    def __post_init__(self) -> None:
-        self.needs = tuple(self.columns)  # type: ignore[misc]
-
     def estimate(self, rows: float) -> Estimate:
         return Estimate(0.98, 1e6, "keep assumed")
 
     def check(self) -> Iterator[tuple[str, str]]:
         if not self.max >= 1:
             yield "max", f"{self.max} drops every picture; expected 1.0 or more (longer side / shorter side)"
-
-        if len(self.columns) != 2:
-            yield "columns", f"must name two columns, width and height, found {self.columns}"
-
-    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
-        for name in self.columns:
-            if name in types and not (pa.types.is_integer(types[name]) or pa.types.is_floating(types[name])):
-                yield "columns", f"the column {name!r} holds {types[name]}, expected pixels"
+        yield from super().check()
 
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
         return pc.less_equal(self.value(batch), self.max)

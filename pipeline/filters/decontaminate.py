@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from pipeline import embeddings
 from pipeline.hamming import Index
+from pipeline.hashing import file_digest
 from pipeline.step import Estimate, Filter
 
 _BLOCK = 4096
@@ -84,14 +85,12 @@ class Decontaminate(Filter):
             yield "vector", f"the column {self.vector!r} holds {of}, expected vectors"
             return
         for name, path in self.vectors.items():
-            shape = embeddings.load_vectors(path).shape
-            if shape[1] != of.list_size:
-                found = f"{name}: {path} has shape {shape}, and {self.vector} has {of.list_size} dimensions"
-                yield "vectors", f"{found}: they are from different models"
+            for problem in embeddings.check_width(path, self.vector, of):
+                yield "vectors", f"{name}: {problem}"
 
     def fingerprint(self) -> object:
         sets = {name: hashlib.sha256(_read_set(path).hashes.tobytes()).hexdigest() for name, path in self._sets}
-        return {**sets, **{f"{name} vectors": embeddings.digest(path) for name, path in (self.vectors or {}).items()}}
+        return {**sets, **{f"{name} vectors": file_digest(path) for name, path in (self.vectors or {}).items()}}
 
     @property
     def _sets(self) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import embeddings
+from pipeline.hashing import file_digest
 from pipeline.step import Estimate, Filter, Fitted
 
 
@@ -61,13 +62,11 @@ class ImageCluster(Fitted, Filter):
         problems = list(embeddings.check_vectors(types, self.vector))
         yield from (("vector", problem) for _, problem in problems)
         if self.vector in types and not problems:
-            targets, width = embeddings.load_vectors(self.target), types[self.vector].list_size
-            if targets.shape[1] != width:
-                found = f"{self.target} has shape {targets.shape}, and {self.vector} has {width} dimensions"
-                yield "target", f"{found}: they are from different models"
+            width = embeddings.check_width(self.target, self.vector, types[self.vector])
+            yield from (("target", problem) for problem in width)
 
     def fingerprint(self) -> object:
-        return embeddings.digest(self.target)
+        return file_digest(self.target)
 
     def _k(self, rows: int) -> int:
         return self.clusters or min(100_000, max(1, round(rows**0.5)))

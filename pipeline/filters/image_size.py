@@ -1,16 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.step import Estimate, Filter
+from pipeline.step import Estimate, SizeFilter
 
 
 @dataclass(kw_only=True)
-class ImageSize(Filter):
+class ImageSize(SizeFilter):
     """Drops pictures whose shorter side, as published, is under `min_side` pixels (reason `too_small`).
 
     Rows of unknown size are dropped too. Source: DataComp's basic filter (2023), shorter side ≥ 200.
@@ -25,23 +25,13 @@ class ImageSize(Filter):
 
     reason = "too_small"
 
-    def __post_init__(self) -> None:
-        self.needs = tuple(self.columns)  # type: ignore[misc]
-
     def estimate(self, rows: float) -> Estimate:
         return Estimate(0.80, 1e6, "keep assumed")
 
     def check(self) -> Iterator[tuple[str, str]]:
         if self.min_side < 1:
             yield "min_side", f"{self.min_side} keeps everything; expected at least 1 pixel"
-
-        if len(self.columns) != 2:
-            yield "columns", f"must name two columns, width and height, found {self.columns}"
-
-    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
-        for name in self.columns:
-            if name in types and not (pa.types.is_integer(types[name]) or pa.types.is_floating(types[name])):
-                yield "columns", f"the column {name!r} holds {types[name]}, expected pixels"
+        yield from super().check()
 
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
         return pc.greater_equal(self.value(batch), self.min_side)

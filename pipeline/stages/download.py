@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from copy import copy
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import pyarrow as pa
@@ -25,6 +23,7 @@ from pipeline.fetch.hosts import Exchange, HostLimiter, Politeness
 from pipeline.fetch.outage import OutageError
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.sandbox import Sandbox, SandboxError, set_malloc
+from pipeline.hashing import file_digest
 from pipeline.schema import INLINE, PICTURE, carried
 from pipeline.step import Estimate, Stage
 
@@ -226,7 +225,7 @@ class Download(Stage):
             yield "bbox_col", f"the column {self._boxes!r} must hold lists of boxes, found type {boxes}"
 
     def fingerprint(self) -> object:
-        return hashlib.sha256(Path(self.deny_hashes).read_bytes()).hexdigest() if self.deny_hashes else None
+        return file_digest(self.deny_hashes) if self.deny_hashes else None
 
     def honours(self) -> Iterator[str]:
         if self.disallowed_header_directives:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import resources
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.caption import normal
+from pipeline.hashing import file_digest
 from pipeline.step import Estimate, Stage
 from trainer.spelling import nearest
 
@@ -100,7 +100,7 @@ class Language(Stage):
                 )
 
     def fingerprint(self) -> object:
-        return hashlib.sha256(_path(self.model).read_bytes()).hexdigest()
+        return file_digest(_path(self.model))
 
     def setup(self) -> None:
         self._model = _load(self.model)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipeline import score_mixture
+from pipeline.hashing import file_digest
 from pipeline.score_mixture import Direction
 from pipeline.step import Estimate, Stage
 
@@ -64,7 +65,7 @@ class LearnedScore(Stage):
                 yield "mixture", f"{self.mixture} {widths}: it was fitted to another model's embeddings"
 
     def fingerprint(self) -> object:
-        return score_mixture.digest(self.mixture)
+        return file_digest(self.mixture)
 
     def setup(self) -> None:
         self._mixture = score_mixture.load(self.mixture)

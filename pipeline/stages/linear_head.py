@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import embeddings
+from pipeline.hashing import file_digest
 from pipeline.step import Estimate, Stage
 
 
@@ -56,7 +57,7 @@ class LinearHead(Stage):
             yield "head", f"{self.head} expects {width} dimensions, but {self.vector} has {of.list_size}"
 
     def fingerprint(self) -> object:
-        return embeddings.digest(self.head)
+        return file_digest(self.head)
 
     def setup(self) -> None:
         self._head = embeddings.load_head(self.head)

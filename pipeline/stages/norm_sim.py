@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import embeddings
+from pipeline.hashing import file_digest
 from pipeline.step import Estimate, Stage
 
 _BLOCK = 4096
@@ -49,15 +50,13 @@ class NormSim(Stage):
         of = types.get(self.vector)
         if of is None:
             return
-        targets = embeddings.load_vectors(self.target)
         if not pa.types.is_fixed_size_list(of):
             yield "vector", f"the column {self.vector!r} holds {of}, expected vectors"
-        elif of.list_size != targets.shape[1]:
-            found = f"{self.target} has shape {targets.shape}, and {self.vector} has {of.list_size} dimensions"
-            yield "target", f"{found}: they are from different models"
+        else:
+            yield from (("target", problem) for problem in embeddings.check_width(self.target, self.vector, of))
 
     def fingerprint(self) -> object:
-        return embeddings.digest(self.target)
+        return file_digest(self.target)
 
     def setup(self) -> None:
         targets = embeddings.unit(embeddings.load_vectors(self.target))

@@ -7,6 +7,7 @@ import imagehash
 import numpy as np
 import pyarrow as pa
 
+from pipeline.fetch.decoder import FLAT
 from pipeline.step import Estimate, Stage
 from trainer.pictures import decode
 from trainer.shards import CorruptSampleError
@@ -44,7 +45,7 @@ class PictureHash(Stage):
             picture = decode(encoded, 64)
         except CorruptSampleError:
             return None
-        if np.ptp(np.asarray(picture.convert("L").resize((32, 32)))) <= 2:
+        if np.ptp(np.asarray(picture.convert("L").resize((32, 32)))) <= FLAT:
             return None
         compute = {"dhash": imagehash.dhash, "ahash": imagehash.average_hash, "whash": imagehash.whash}[self.kind]
         return int(str(compute(picture)), 16)
