@@ -10,7 +10,6 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -19,11 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.concepts import find_entries, matches
+from pipeline.filters.threshold import wanted
 from pipeline.hashing import hash64
 from pipeline.reader import Run
-from pipeline.schema import POSITION, SAMPLE, is_heavy
+from pipeline.schema import POSITION, SAMPLE, is_heavy, is_number, numbers
 from pipeline.url import hosts
 
+THRESHOLD = "pipeline.filters.threshold.Threshold"
+"""The step that cuts decide as."""
 BINS = 80
 """Bars of a histogram."""
 _EDGE = 0.001
@@ -193,19 +195,19 @@ class Rows:
         """The rows at or above the lowest of the ceil(fraction · m) highest of m rows with a value, and that value."""
         values, order = self.scores[name], self.order[name]
         candidates = np.flatnonzero(among[order])  # places in the order
-        wanted = math.ceil(Fraction(str(fraction)) * len(candidates))
-        if not wanted:
+        count = wanted(fraction, len(candidates))
+        if not count:
             return np.zeros(self.n, bool), math.nan
-        lowest = float(values[order[candidates[-wanted]]])
+        lowest = float(values[order[candidates[-count]]])
         keep = values >= lowest
         low, high = (_place(values, order, lowest, side) for side in ("left", "right"))
         first, last = np.searchsorted(candidates, [low, high])
         above = len(candidates) - int(last)
-        if wanted - above < last - first:  # some rows of this value are kept, by the hash of the uid and the position
+        if count - above < last - first:  # some rows of this value are kept, by the hash of the uid and the position
             tied = order[low:high]
             mine = tied[among[tied]]
             ranked = mine[np.lexsort((self._position[mine], self._hash[mine]))]
-            worst = ranked[len(ranked) - (wanted - above)]
+            worst = ranked[len(ranked) - (count - above)]
             word, position = self._hash[tied], self._position[tied]
             same = (word == self._hash[worst]) & (position >= self._position[worst])
             keep[tied[~(same | (word > self._hash[worst]))]] = False
@@ -347,11 +349,21 @@ def first(order: np.ndarray, mask: np.ndarray, n: int) -> np.ndarray:
     return np.concatenate([np.empty(0, np.intp), *found])[:n]
 
 
+def default_step(run: Run) -> str:
+    """The step before the last `threshold` lines that follow each other; without one, the last that writes nothing."""
+    steps = run.steps
+    last = max((i for i, step in enumerate(steps) if step.step == THRESHOLD), default=None)
+    if last is None:
+        return steps[-2].label if steps[-1].step.startswith("pipeline.stages.write_") else steps[-1].label
+    while steps[last - 1].step == THRESHOLD:
+        last -= 1
+    return steps[last - 1].label
+
+
 def score_columns(types: Mapping[str, pa.DataType]) -> list[str]:
     """The columns that can be cut: numbers, but no hashes or sizes of whole integers beyond what a float64 holds."""
-    kinds = (pa.types.is_floating, pa.types.is_decimal, pa.types.is_integer)
     skipped = {*POSITION.names, "phash"}
-    return [name for name, dtype in types.items() if name not in skipped and any(is_kind(dtype) for is_kind in kinds)]
+    return [name for name, dtype in types.items() if name not in skipped and is_number(dtype)]
 
 
 def vector_columns(types: Mapping[str, pa.DataType]) -> list[str]:
@@ -379,8 +391,7 @@ def load(run: Run, after: str, folder: str, progress: Callable[[int], None] = la
             writer.write_table(table.select(SAMPLE.names).combine_chunks())
             places.append(np.stack([table[name].to_numpy() for name in POSITION.names], axis=1))
             for name in scores:
-                values = pc.fill_null(table[name].cast(pa.float64(), safe=False), math.nan)
-                parts[name].append(values.to_numpy())
+                parts[name].append(numbers(table[name]))
             languages += table["language"].chunks if language else []
             progress(done)
     mapped = pa.ipc.open_file(pa.memory_map(file.name)).read_all()

@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from pipeline import ingest, pool, vectors
 from pipeline.card import About
 from pipeline.claim import Claim
 from pipeline.ledger import BooksError, Funnel, Line
+from pipeline.meter import Spent
 from pipeline.passes import (
     BarrierPass,
     MeasurePass,
@@ -301,11 +303,11 @@ def _ingest(job: Job) -> None:
     pieces = [
         (i, first, splits[first:last]) for i, (first, last) in enumerate(itertools.pairwise([*starts, len(splits)]))
     ]
-    started = time.perf_counter()
-    for _ in map_tasks(pieces, scatter):
+    started, spent = time.perf_counter(), Spent()
+    for _ in map_tasks(pieces, scatter, spent=spent):
         claim.check()
     funnel, entries = _empty_funnel(p), []
-    for record in map_tasks(range(parts), gather):
+    for record in map_tasks(range(parts), gather, spent=spent):
         claim.check()
         entries += [record["table"], record["heavy"]]
         unit_funnel = Funnel.from_json(record["funnel"])
@@ -313,6 +315,7 @@ def _ingest(job: Job) -> None:
         job.progress.add(p.label, record["rows_in"], record["kept"], unit_funnel.lines[p.label].dropped, units=1)
     if funnel.rows_in != plan["rows"]:
         raise BooksError(f"the pool has {plan['rows']:,} rows, but its units hold {funnel.rows_in:,}")
+    job.progress.add(p.label, 0, 0, {}, spent=spent)
     funnel.lines[p.label].seconds = time.perf_counter() - started
     p.sweep(entries)
     p.finish(funnel, units=units)
@@ -352,7 +355,8 @@ def _map(job: Job, chain: list[int]) -> dict[str, tuple[int, int]]:
     """Numbers of records of the units that have more or fewer than one."""
     for i, report, workers in run_passes(passes, chain, units, job.recipe.workers):
         job.claim.check()
-        job.progress.add(passes[i].label, report.rows, report.kept, report.reasons, len(report.records), workers)
+        done = len(report.records)
+        job.progress.add(passes[i].label, report.rows, report.kept, report.reasons, done, workers, report.spent)
         for record in report.records:
             funnels[i].add(Funnel.from_json(record["funnel"]))
             entries[i] += record["entries"]
@@ -388,9 +392,10 @@ def _barrier(job: Job, index: int) -> None:
     started = time.perf_counter()
     per_file = max(1, GROUP_ROWS * units // rows)
     if isinstance(step, VectorFilter):
-        files, reasons = vectors.decide(p, before, units, rows, per_file, map_tasks)
+        spent = Spent()
+        files, reasons = vectors.decide(p, before, units, rows, per_file, partial(map_tasks, spent=spent))
         line = Line(rows, dict(sorted(reasons.items())), time.perf_counter() - started)
-        job.progress.add(p.label, rows, line.kept, line.dropped)
+        job.progress.add(p.label, rows, line.kept, line.dropped, spent=spent)
         p.sweep(files.values())
         p.finish(Funnel({p.label: line}), files=files, units_per_file=per_file)
         return
@@ -523,9 +528,9 @@ def _write(job: Job, index: int) -> None:
             p.commit(part, written)
             yield {**written, "unit": part}
 
-    started = time.perf_counter()
+    started, spent = time.perf_counter(), Spent()
     records: list[dict[str, Any]] = []
-    for record in map_tasks(range(len(bounds) - 1), write):
+    for record in map_tasks(range(len(bounds) - 1), write, spent=spent):
         claim.check()
         records.append(record)
         job.progress.add(p.label, record["rows"], record["rows"], {})
@@ -541,7 +546,8 @@ def _write(job: Job, index: int) -> None:
         finish_sink(p, before, step, folder, ends, about, records, time.perf_counter() - started)
         yield {}
 
-    list(map_tasks([0], finish))  # not on the driver: it may hold the uids of all samples
+    list(map_tasks([0], finish, spent=spent))  # not on the driver: it may hold the uids of all samples
+    job.progress.add(p.label, 0, 0, {}, spent=spent)
 
 
 def finish_sink(

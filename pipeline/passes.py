@@ -32,6 +32,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.ledger import Funnel
+from pipeline.meter import Spent
 from pipeline.recipe import Recipe, identity
 from pipeline.schema import DROP, POSITION, SAMPLE, is_heavy
 from pipeline.step import Filter, Fitted, Sink, Stage, Step, apply, drops_table, split_marked
@@ -648,6 +649,8 @@ class UnitReport:
     """Rows dropped among them, by reason."""
     records: list[dict[str, Any]] = field(default_factory=list)
     """Records of the units that were committed."""
+    spent: Spent = field(default_factory=Spent)
+    """What the time of the worker went to."""
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> UnitReport:
@@ -662,6 +665,7 @@ class UnitReport:
         self.kept += other.kept
         self.reasons.update(other.reasons)
         self.records += other.records
+        self.spent += other.spent
         return self
 
 

@@ -37,7 +37,7 @@ from pipeline import sidecar, wat
 from pipeline.compressed import COMPRESSIONS, open_plain
 from pipeline.fetch.reasons import find
 from pipeline.recipe import PoolSpec
-from pipeline.schema import INLINE, carried
+from pipeline.schema import INLINE, carried, is_number
 from pipeline.storage import Store
 
 FORMATS = ("parquet", "csv", "tsv", "jsonl", "json", "wat")
@@ -348,10 +348,6 @@ def _is_list(dtype: pa.DataType) -> bool:
     return bool(pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype))
 
 
-def _is_number(dtype: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(dtype) or pa.types.is_floating(dtype) or pa.types.is_decimal(dtype))
-
-
 def _is_picture(dtype: pa.DataType) -> bool:
     """True for the type of a Hugging Face image column."""
     return pa.types.is_struct(dtype) and "bytes" in dtype.names and _is_binary(dtype.field("bytes").type)
@@ -375,7 +371,7 @@ def _wider(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
     if pa.types.is_null(a):
         return b
     for one, other in ((a, b), (b, a)):
-        if pa.types.is_boolean(one) and _is_number(other):
+        if pa.types.is_boolean(one) and is_number(other):
             return other
         if pa.types.is_date(one) and pa.types.is_timestamp(other):
             return other

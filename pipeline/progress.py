@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.ledger import Funnel
+from pipeline.meter import Spent
 from trainer.terminal import Console
 
 WIDTH = 12
@@ -41,6 +42,8 @@ class Bar:
     """Rows dropped, by reason."""
     workers: int | None = None
     """Worker processes; None for a pass that runs as Ray tasks."""
+    spent: Spent = field(default_factory=Spent)
+    """What the time of its workers or tasks went to, in seconds."""
     first: tuple[float, int] | None = None
     """When the first rows were reported, and how many. The ETA ignores the time before: workers were starting."""
 
@@ -61,7 +64,8 @@ class Bar:
         return int((self.total - self.rows) / (self.rows - rows) * (self.changed - since))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for logs and tools; `dropped` holds rows by reason, `seconds` those since the pass started."""
+        """Plain data for logs and tools; `dropped` holds rows by reason, `seconds` those since the pass started,
+        `spent` what the time of its workers went to."""
         return {
             "pass": self.label,
             "rows": self.rows,
@@ -74,6 +78,7 @@ class Bar:
             "rate": round(self.rate, 1),
             "eta": self.eta,
             "seconds": round(self.changed - self.started, 3),
+            "spent": {what: round(seconds, 3) for what, seconds in self.spent.items()},
         }
 
 
@@ -111,10 +116,17 @@ class Progress:
         self._tell("started")
 
     def add(
-        self, label: str, rows: int, kept: int, reasons: dict[str, int], units: int = 0, workers: int | None = None
+        self,
+        label: str,
+        rows: int,
+        kept: int,
+        reasons: dict[str, int],
+        units: int = 0,
+        workers: int | None = None,
+        spent: Spent | None = None,
     ) -> None:
         """Adds finished rows and units to a pass. `reasons` counts the dropped rows by reason; `workers` are those that
-        the pass has now."""
+        the pass has now; `spent` are seconds of theirs."""
         bar = self._bars.get(label)
         if bar is None:
             return
@@ -122,6 +134,7 @@ class Progress:
         bar.kept += kept
         bar.units_done += units
         bar.workers = workers
+        bar.spent += spent or {}
         bar.changed = time.monotonic()
         if bar.rows and bar.first is None:
             bar.first = (bar.changed, bar.rows)

@@ -33,10 +33,14 @@ import pyarrow.compute as pc
 import yaml
 
 from pipeline import fitness, page
+from pipeline.events import read_events
 from pipeline.fetch import reasons
 from pipeline.hashing import hash64
-from pipeline.page import CUT, DROPPED, KEPT, OTHER, Picture, Table, Thumbnails, chart, count, share
+from pipeline.meter import Spent
+from pipeline.page import CUT, DROPPED, KEPT, OTHER, SERIES, Picture, Table, Thumbnails, chart, count, share
+from pipeline.passes import BarrierPass, Pass, PoolPass
 from pipeline.reader import Run, RunError, RunStep, open_run
+from pipeline.schema import is_number, numbers
 from pipeline.storage import DamagedError, Store
 from pipeline.url import hosts as hosts_of
 from trainer import atomic
@@ -49,8 +53,7 @@ DOZEN = 12
 MOST_HOSTS = 50_000
 """Hosts counted at a time. Beyond twice as many, the rarest are forgotten."""
 BINS = 48
-_RAREST = re.compile(r"rarest entry (?P<quote>['\"])(?P<entry>.+)(?P=quote) in (?P<captions>\d+) captions")
-"""How `balance` says in the detail of a drop which entry of its caption is the rarest."""
+_DIGEST = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{24,}\b")
 
 
 @guarded()
@@ -233,27 +236,32 @@ def gather(run: Run, fits: Sequence[fitness.Fitness], console: Console | None = 
         "hosts": _hosts(hosts),
         "languages": _languages(run),
         "duplicates": list(_duplicates(run, some, thumbnails)),
-        "concepts": _concepts(run),
+        "concepts": list(_concepts(run)),
         "sizes": _sizes(run),
         "scores": _scores(run),
         "timings": _timings(run),
-        "recipe": yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=100),
+        "recipe": yaml.safe_dump(
+            {key: value for key, value in run.recipe.items() if value is not None},
+            sort_keys=False,
+            allow_unicode=True,
+            width=100,
+        ),
         "versions": _versions(),
     }
 
 
 def _judge(run: Run, step: RunStep, line: Any, some: set[int], lost: Counter[str]) -> Judged:
     """Goes through what a step dropped, and through what it kept if it compares a stored number."""
-    of = Judged(step, line)
+    of, named = Judged(step, line), step.label.partition(".")[0]
     for table in run.drops(step.label):
         if not len(table):
             continue
-        values = _numbers(table["value"])
+        values = numbers(table["value"])
         of.dropped.add(values)
         _count_hosts(lost, table["url"])
         if (unit := table["unit"][0].as_py()) in some or unit is None:
             notes = [
-                " ".join(text for text in (reason, detail) if text)
+                _short(" ".join(text for text in (reason if reason != named or not detail else "", detail) if text))
                 for reason, detail in zip(table["reason"].to_pylist(), table["detail"].to_pylist())
             ]
             of.random.add(hash64(table["uid"], purpose="report").astype(np.float64), table, notes)
@@ -263,21 +271,13 @@ def _judge(run: Run, step: RunStep, line: Any, some: set[int], lost: Counter[str
         return of
     of.column, lowest = column, math.inf
     for table in run.scan(column, after=step.label):
-        values = _numbers(table[column])
+        values = numbers(table[column])
         of.kept.add(values)
         lowest = min(lowest, float(np.nanmin(values, initial=math.inf)))
         if len(table) and table["unit"][0].as_py() in some:
             of.above.add(np.where(np.isfinite(values), values, np.inf), table, [f"{v:.4g}" for v in values])
     of.cut = lowest if step.options.get("min") is None else step.options["min"]
     return of
-
-
-def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    return pc.fill_null(column.cast(pa.float64(), safe=False), math.nan).to_numpy()
-
-
-def _is_number(dtype: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(dtype) or pa.types.is_floating(dtype))
 
 
 def _first(run: Run, *columns: str) -> str | None:
@@ -329,7 +329,8 @@ def _funnel(run: Run) -> dict[str, object]:
         rate = line.rows_in / line.seconds if line.seconds > 0 else None
         rows.append(
             [label, line.rows_in, line.kept, share(line.kept, line.rows_in), share(line.kept, run.rows_in),
-             page.size(held[label]) if label in held else None, None if rate is None else round(rate), line.seconds]
+             page.size(held[label]) if label in held else None, None if rate is None else round(rate),
+             f"{line.seconds:,.1f}"]
         )  # fmt: skip
     spec = {
         "data": {"values": values},
@@ -371,9 +372,7 @@ def _shown_step(run: Run, of: Judged, thumbnails: Thumbnails, pictured: bool) ->
     out: dict[str, object] = {
         "label": label,
         "said": f"{gone:,} of {line.rows_in:,} rows dropped ({share(gone, line.rows_in)}).",
-        "reasons": Table(
-            ["reason", "rows", "of the step's rows"], [[r, n, share(n, line.rows_in)] for r, n in reasons_]
-        ),
+        "reasons": Table(["reason", "rows", "share"], [[r, n, share(n, line.rows_in)] for r, n in reasons_]),
         "chart": _distribution(of),
         "sides": sides,
     }
@@ -414,19 +413,7 @@ def _distribution(of: Judged) -> object:
         }
     ]  # fmt: skip
     if of.cut is not None and math.isfinite(of.cut):
-        at = {"x": {"field": "cut", "type": "quantitative"}}
-        cut = {"data": {"values": [{"cut": of.cut}]}}
-        layers.append({**cut, "mark": {"type": "rule", "strokeWidth": 2}, "encoding": at})
-        text = {
-            "type": "text",
-            "align": "left",
-            "dx": 5,
-            "dy": -2,
-            "baseline": "top",
-            "text": f"cut {of.cut:.4g}",
-            "color": CUT,
-        }
-        layers.append({**cut, "mark": text, "encoding": {**at, "y": {"value": 0}}})
+        layers += _rule("x", of.cut, f"cut {of.cut:.4g}")
     said = (
         f"{name}: {of.kept.total:,} kept, {of.dropped.total:,} dropped" if of.column else f"{name} of each dropped row"
     )
@@ -434,6 +421,23 @@ def _distribution(of: Judged) -> object:
         said += f", cut at {of.cut:.4g}"
     rows = [[f"{v['from']:.4g} to {v['to']:.4g}", v["is"], v["rows"]] for v in values]
     return chart({"layer": layers}, f"{said}.", Table(["range", "rows that were", "rows"], rows))
+
+
+def _rule(axis: str, at: float, text: str) -> list[dict[str, object]]:
+    """The layers of a line across a chart at a value of an axis, and of its label."""
+    data = {"data": {"values": [{"at": at}]}}
+    place: dict[str, object] = {axis: {"field": "at", "type": "quantitative"}}
+    label = {"type": "text", "align": "left", "dx": 5, "dy": -2, "text": text, "color": CUT}
+    label["baseline"] = "top" if axis == "x" else "bottom"
+    return [
+        {**data, "mark": {"type": "rule", "strokeWidth": 2}, "encoding": place},
+        {**data, "mark": label, "encoding": {**place, "y" if axis == "x" else "x": {"value": 0}}},
+    ]
+
+
+def _short(text: str) -> str:
+    """Text with long digests cut: their first digits tell them apart."""
+    return _DIGEST.sub(r"\1…", text)
 
 
 def _pictures(run: Run, rows: list[Named], thumbnails: Thumbnails | None) -> list[Picture]:
@@ -449,7 +453,7 @@ def _pictures(run: Run, rows: list[Named], thumbnails: Thumbnails | None) -> lis
         values = found.get((row.unit, row.row))
         if values is not None:
             address = thumbnails(values.get("image")) if thumbnails else None
-            shown.append(Picture(address, values["caption"], [row.note]))
+            shown.append(Picture(address, values["caption"], [row.note] if row.note else []))
     return shown
 
 
@@ -462,7 +466,8 @@ def _failures(run: Run) -> Table | None:
             continue
         for reason, n in sorted(line.dropped.items(), key=lambda item: -item[1]):
             known = reasons.find(reason)
-            rows.append([reason, n, share(n, line.rows_in), "may help" if known.transient else "no", known.meaning])
+            rows.append([reason, n, share(n, line.rows_in), "may help" if known.transient else "no",
+                         known.meaning.replace("`", "")])  # fmt: skip
     return Table(["reason", "rows", "of those tried", "another try", "meaning"], rows) if rows else None
 
 
@@ -487,18 +492,22 @@ def _languages(run: Run) -> object:
         dropped.update((detail or "").split(" ")[0].strip(":,") or "?" for detail in table["detail"].to_pylist())
     values = [{"language": k or "?", "rows": n, "is": "kept"} for k, n in counts.most_common(20)]
     values += [{"language": k, "rows": n, "is": "dropped"} for k, n in dropped.most_common(20)]
+    most = max([*counts.values(), *dropped.values()], default=0)
+    ticks = [0, *(10**digits for digits in range(len(str(most))))]
     spec = {
         "data": {"values": values},
         "mark": "bar",
         "encoding": {
             "y": {"field": "language", "sort": "-x", "title": None},
-            "x": {"field": "rows", "type": "quantitative", "scale": {"type": "symlog"}, "title": "rows (log)"},
+            "yOffset": {"field": "is"},
+            "x": {"field": "rows", "type": "quantitative", "scale": {"type": "symlog"}, "title": "rows (log)",
+                  "axis": {"values": ticks}},
             "color": {"field": "is", "scale": {"domain": ["kept", "dropped"], "range": [KEPT, DROPPED]}},
         },
-    }
+    }  # fmt: skip
     said = f"{len(counts)} languages kept by {step.label}; {sum(dropped.values()):,} captions of others dropped."
     table = Table(["language", "rows that were", "rows"], [[v["language"], v["is"], v["rows"]] for v in values])
-    return chart(spec, said, table, height=18 * max(3, len({v["language"] for v in values})))
+    return chart(spec, said, table, height=24 * max(3, len({v["language"] for v in values})))
 
 
 def _duplicates(run: Run, some: set[int], thumbnails: Thumbnails) -> Iterator[tuple[str, list[Picture]]]:
@@ -511,28 +520,65 @@ def _duplicates(run: Run, some: set[int], thumbnails: Thumbnails) -> Iterator[tu
             for drop in table.select(["unit", "row", "detail"]).to_pylist():
                 keeper = (drop["detail"] or "").split(" ")[0]
                 if len(groups) < 4 * DOZEN or keeper in groups:
-                    groups[keeper].append(Named(drop["unit"], drop["row"], drop["detail"] or ""))
+                    note = (drop["detail"] or "").removeprefix(keeper).lstrip(" ,;")
+                    groups[keeper].append(Named(drop["unit"], drop["row"], note))
         largest = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))[: DOZEN // 2]
         kept = run.pictures([keeper for keeper, _ in largest])
         for keeper, rows in largest:
-            first = Picture(thumbnails(kept.get(keeper)), "kept", [keeper])
-            yield f"{step.label}: {len(rows)} for {keeper}", [first, *_pictures(run, rows[:5], thumbnails)]
+            first = Picture(thumbnails(kept.get(keeper)), "kept")
+            copies = f"{len(rows):,} {'copy' if len(rows) == 1 else 'copies'}"
+            yield f"{step.label}: {copies} of {_short(keeper)}", [first, *_pictures(run, rows[:5], thumbnails)]
 
 
-def _concepts(run: Run) -> Table | None:
-    """The entries at whose expense `balance` dropped rows: each row counts for the rarest entry of its caption."""
-    captions: dict[str, int] = {}
-    dropped: Counter[str] = Counter()
+def _concepts(run: Run) -> Iterator[object]:
+    """For each `balance`, the captions that its entries have before and after it, the most frequent entries first."""
     for step in run.steps:
-        if not step.step.endswith(".Balance") or step.label not in run.funnel.lines:
+        figures = run.funnel.lines[step.label].figures if step.label in run.funnel.lines else []
+        if not step.step.endswith(".Balance") or not figures:
             continue
-        for table in run.drops(step.label):
-            for detail in table["detail"].to_pylist():
-                if found := _RAREST.search(detail or ""):
-                    dropped[found["entry"]] += 1
-                    captions[found["entry"]] = int(found["captions"])
-    rows = [[entry, captions[entry], n] for entry, n in sorted(dropped.items(), key=lambda item: (-item[1], item[0]))]
-    return Table(["rarest entry of the caption", "captions before", "rows dropped"], rows[:20]) if rows else None
+        bins: dict[int, Counter[str]] = defaultdict(Counter)
+        for figure in figures:
+            bins[figure["at_least"]].update({key: figure[key] for key in ("entries", "matches", "kept")})
+        values: list[dict[str, object]] = []
+        rank = 1
+        for _, of in sorted(bins.items(), reverse=True):
+            for is_, matches in (("before", of["matches"]), ("after", of["kept"])):
+                if matches:  # the scale has no zero
+                    each = matches / of["entries"]
+                    values += [{"rank": at, "captions": each, "is": is_} for at in (rank, rank + of["entries"])]
+            rank += of["entries"]
+        caps = sorted({figure["cap"] for figure in figures})
+        curve = {
+            "transform": [{"filter": "datum.is == 'before'"}],
+            "mark": {"type": "line", "strokeWidth": 7, "opacity": 0.4},  # where both are equal, both show
+            "encoding": {
+                "x": {"field": "rank", "type": "quantitative", "title": "entries, the most frequent first",
+                      "scale": {"type": "log", "nice": False}},
+                "y": {"field": "captions", "type": "quantitative", "title": "captions of an entry",
+                      "scale": {"type": "log"}},
+                "color": {"field": "is", "scale": {"domain": ["before", "after"], "range": [OTHER, KEPT]}},
+            },
+        }  # fmt: skip
+        after = {**curve, "transform": [{"filter": "datum.is == 'after'"}], "mark": "line"}
+        curves = {"data": {"values": values}, "layer": [curve, after]}
+        spec = {"layer": [curves, *(_rule("y", caps[0], f"cap {caps[0]:,}") if len(caps) == 1 else [])]}
+        tail = [figure for figure in figures if 2 * figure["at_least"] <= figure["cap"]]
+        whole, rare = ({key: sum(f[key] for f in of) for key in ("matches", "kept")} for of in (figures, tail))
+        said = (
+            f"{step.label}: captions with each of {rank - 1:,} entries, before and after. The tail, entries well below "
+            f"the cap, holds {share(rare['matches'], whole['matches'])} of all matches before and "
+            f"{share(rare['kept'], whole['kept'])} after."
+        )
+        columns = ["captions of an entry", "entries", "matches before", "after", "share kept", "cap"]
+        rows = [
+            [f"{f['at_least']:,} to {2 * f['at_least'] - 1:,}", f["entries"], f["matches"], f["kept"],
+             share(f["kept"], f["matches"]), f["cap"]]
+            for f in figures
+        ]  # fmt: skip
+        if any(figure["language"] is not None for figure in figures):
+            columns.insert(0, "language")
+            rows = [[figure["language"] or "(none)", *row] for figure, row in zip(figures, rows)]
+        yield chart(spec, said, Table(columns, rows), width=560, height=240)
 
 
 def _sizes(run: Run) -> list[object]:
@@ -541,7 +587,7 @@ def _sizes(run: Run) -> list[object]:
         return []
     width, ratio = Histogram(), Histogram()
     for table in run.scan(sides, after=label):
-        w, h = (_numbers(table[side]) for side in sides)
+        w, h = (numbers(table[side]) for side in sides)
         width.add(np.log2(np.maximum(np.minimum(w, h), 1)))
         ratio.add(np.log2(np.maximum(w, 1) / np.maximum(h, 1)))
     return [
@@ -553,12 +599,13 @@ def _sizes(run: Run) -> list[object]:
 def _log_histogram(histogram: Histogram, name: str) -> object:
     """The chart of a histogram of logarithms to base 2, with the numbers themselves on the axis."""
     values = [{"from": low, "to": high, "rows": n} for low, high, n in histogram.bars()]
+    powers = list(range(math.floor(values[0]["from"]), math.ceil(values[-1]["to"]) + 1)) if values else []
     spec = {
         "data": {"values": values},
         "mark": {"type": "bar", "binSpacing": 0.5, "color": OTHER},
         "encoding": {
             "x": {"field": "from", "type": "quantitative", "bin": {"binned": True}, "title": name,
-                  "axis": {"labelExpr": "format(pow(2, datum.value), '.3~g')"}},
+                  "axis": {"labelExpr": "format(pow(2, datum.value), '.3~g')", "values": powers}},
             "x2": {"field": "to"},
             "y": {"field": "rows", "type": "quantitative", "title": "rows"},
         },
@@ -569,7 +616,7 @@ def _log_histogram(histogram: Histogram, name: str) -> object:
 
 def _scores(run: Run) -> list[object]:
     """Each pair of scores that the run stored, as a heat map with its correlation."""
-    names = [n for n, dtype in run.columns().items() if n.endswith("_score") and _is_number(dtype)]
+    names = [n for n, dtype in run.columns().items() if n.endswith("_score") and is_number(dtype)]
     found = []
     for i, one in enumerate(names):
         for two in names[i + 1 :][:3]:
@@ -584,7 +631,7 @@ def _grid(run: Run, one: str, two: str) -> object:
     ranges = [Histogram(), Histogram()]
     sums = np.zeros(6)
     for table in run.scan([one, two], after=label):
-        x, y = _numbers(table[one]), _numbers(table[two])
+        x, y = numbers(table[one]), numbers(table[two])
         there = np.isfinite(x) & np.isfinite(y)
         x, y = x[there], y[there]
         for histogram, values in zip(ranges, (x, y)):
@@ -595,7 +642,7 @@ def _grid(run: Run, one: str, two: str) -> object:
     edges = [np.linspace(bars[0][0], bars[-1][1], 33) for bars in (h.bars() for h in ranges)]
     counts = np.zeros((32, 32))
     for table in run.scan([one, two], after=label):
-        x, y = _numbers(table[one]), _numbers(table[two])
+        x, y = numbers(table[one]), numbers(table[two])
         there = np.isfinite(x) & np.isfinite(y)
         counts += np.histogram2d(x[there], y[there], edges)[0]
     n, sx, sy, sxx, syy, sxy = sums
@@ -655,12 +702,12 @@ def _fitness(found: fitness.Fitness) -> dict[str, object]:
 
 
 def _timings(run: Run) -> dict[str, object]:
+    """Seconds of each step, and what the time of each pass's workers went to."""
     lines = [(label, line) for label, line in run.funnel.lines.items() if line.seconds > 0]
     total = sum(line.seconds for _, line in lines)
-    values = [{"step": label, "seconds": line.seconds} for label, line in lines]
     spec = {
-        "data": {"values": values},
-        "mark": {"type": "bar", "color": OTHER},
+        "data": {"values": [{"step": label, "seconds": line.seconds} for label, line in lines]},
+        "mark": {"type": "bar", "color": OTHER, "cornerRadiusEnd": 2},
         "encoding": {
             "y": {"field": "step", "sort": "-x", "title": None},
             "x": {"field": "seconds", "type": "quantitative", "title": "seconds of work"},
@@ -670,7 +717,136 @@ def _timings(run: Run) -> dict[str, object]:
     said = "Seconds of work of each step, all workers together; for a step that fetches, waiting included."
     if slowest is not None:
         said += f" {slowest[0]} takes most: {share(slowest[1].seconds, total)}."
-    return {"chart": chart(spec, said, height=20 * max(1, len(lines)))}
+    limits = _limits(run)
+    return {
+        "chart": chart(spec, said, height=20 * max(1, len(lines))),
+        "passes": _passes_chart(limits) if any(limit.total for limit in limits) else None,
+        "table": Table(
+            ["pass", "steps", "by the clock", "limited by", "because"],
+            [[limit.label, ", ".join(limit.steps), _duration(limit.seconds) if limit.seconds else None,
+              limit.by, limit.why] for limit in limits],
+        ),
+    }  # fmt: skip
+
+
+class Limit(NamedTuple):
+    """What limited a pass."""
+
+    label: str
+    steps: Sequence[str]
+    seconds: float
+    """By the clock, over all commands that worked on the pass; 0 if that is not known."""
+    waiting: float
+    """Seconds of its workers without a unit. The next three are of their time with one."""
+    storage: float
+    """Outside of the steps: reading columns of a unit, writing its results."""
+    computing: float
+    """In the steps, on a core or in line for one."""
+    idle: float
+    """In the steps, neither: waiting for hosts, for example."""
+    by: str
+    why: str
+
+    @property
+    def total(self) -> float:
+        return self.waiting + self.storage + self.computing + self.idle
+
+
+def _limits(run: Run) -> list[Limit]:
+    """What limited each pass, as docs/report.md states the rule."""
+    spent = _spent(run)
+    return [_limit(run, p, spent.get(p.label, Spent())) for p in run.passes]
+
+
+def _limit(run: Run, p: Pass, spent: Spent) -> Limit:
+    labels = p.labels
+    steps = sum(run.funnel.lines[label].seconds for label in labels)
+    working, clock = spent["working"], spent["seconds"] or (0.0 if p.over_units else steps)
+    own, children = spent["cpu"] + spent["queued"], spent["child_cpu"] + spent["child_queued"]
+    if isinstance(p, (PoolPass, BarrierPass)):  # the seconds of their steps are those of the whole pass
+        steps = min(working, own)
+    steps = min(working, steps)
+    computing = min(steps, max(own, children))
+    storage, idle = working - steps, steps - computing
+    shares = (spent["waiting"], storage, computing, idle)
+
+    def limited(by: str, why: str) -> Limit:
+        return Limit(p.label, labels, clock, *shares, by, why)
+
+    if not working:
+        return limited("not recorded", "")
+    slowest = max(labels, key=lambda label: run.funnel.lines[label].seconds)
+    if spent["waiting"] > working:
+        part = share(spent["waiting"], spent["waiting"] + working)
+        return limited("the pass before it", f"its workers had no unit {part} of the time")
+    if max(shares[1:]) == storage:
+        return limited("reading and writing", f"{share(storage, working)} of the workers' time with a unit")
+    if max(shares[1:]) == idle:
+        what = f"{share(idle, working)} of the workers' time neither on a core nor in line for one"
+        fetches = any(not step.repeatable for step in p.steps)
+        return limited("hosts and the network" if fetches else f"what {slowest} waits for", what)
+    queued, ran, who = (
+        (spent["child_queued"], spent["child_cpu"], "decoding")
+        if children > own
+        else (spent["queued"], spent["cpu"], slowest)
+    )
+    if queued > ran:
+        return limited("too few cores", f"{who}: {_duration(ran)} on a core, {_duration(queued)} in line for one")
+    return limited(
+        f"computing: {who}", f"{share(computing, working)} of the workers' time on a core or in line for one"
+    )
+
+
+def _spent(run: Run) -> dict[str, Spent]:
+    """By pass, what the time of its workers went to and the seconds by the clock, from the log of the run.
+
+    A pass that was interrupted counts with all commands that worked on it.
+    """
+    spent: dict[str, Spent] = {}
+    before: dict[str, Spent] = {}
+    finished: set[str] = set()
+    for event in read_events(Store(run.path)):
+        for bar in event.get("passes", []) if event["event"] not in ("command", "reused") else ():
+            label = bar["pass"]
+            if event["event"] == "started":
+                before[label] = Spent() if label in finished else Spent(spent.get(label, {}))
+                finished.discard(label)
+            elif event["event"] == "finished":
+                finished.add(label)
+            spent[label] = Spent(before.get(label, {}))
+            spent[label] += {**bar.get("spent", {}), "seconds": bar["seconds"]}
+    return spent
+
+
+def _passes_chart(limits: Sequence[Limit]) -> object:
+    kinds = {
+        "no unit": ("waiting", DROPPED),
+        "reading and writing": ("storage", SERIES[3]),
+        "steps: computing": ("computing", KEPT),
+        "steps: waiting": ("idle", OTHER),
+    }
+    shown = [limit for limit in limits if limit.total]
+    values = [
+        {"pass": limit.label, "seconds": getattr(limit, name), "is": kind, "order": order}
+        for limit in shown
+        for order, (kind, (name, _)) in enumerate(kinds.items())
+    ]
+    spec = {
+        "data": {"values": values},
+        "mark": {"type": "bar"},
+        "encoding": {
+            "y": {"field": "pass", "sort": [limit.label for limit in shown], "title": None},
+            "x": {"field": "seconds", "type": "quantitative", "stack": "normalize",
+                  "title": "share of the workers' time", "axis": {"format": ".0%"}},
+            "order": {"field": "order"},
+            "color": {"field": "is", "legend": {"columns": 2},
+                      "scale": {"domain": list(kinds), "range": [colour for _, colour in kinds.values()]}},
+        },
+    }  # fmt: skip
+    columns = ["pass", *(f"{kind}, s" for kind in kinds)]
+    rows = [[limit.label, limit.waiting, limit.storage, limit.computing, limit.idle] for limit in shown]
+    said = "What the time of each pass's workers went to. Computing is time on a core or in line for one."
+    return chart(spec, said, Table(columns, rows), height=22 * max(2, len(shown)))
 
 
 def _versions() -> Table:

@@ -5,7 +5,11 @@ Names follow img2dataset where it has an equivalent. A step declares the columns
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 # The unit number of a row and its position in the unit. Together they identify a row permanently, even if the pool's
 # own uids repeat. Every batch carries both; no step may change them.
@@ -61,6 +65,17 @@ DROP = pa.schema(
         ("value", pa.float64()),
     ]
 )
+
+
+def is_number(dtype: pa.DataType) -> bool:
+    """True for numbers, and for a column without any value."""
+    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
+    return any(is_kind(dtype) for is_kind in kinds)
+
+
+def numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of numbers as float64, NaN for null."""
+    return pc.fill_null(column.cast(pa.float64(), safe=False), math.nan).to_numpy()
 
 
 def is_heavy(dtype: pa.DataType) -> bool:

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline import embeddings
+from pipeline.schema import is_number, numbers
 
 FORMAT = "winnow.score_mixture/1"
 QUANTILES = (0.005, 0.25, 0.5, 0.75, 0.995)
@@ -130,12 +130,11 @@ def scalars(column: pa.ChunkedArray) -> np.ndarray:
     """A numeric or boolean column as float64, NaN for null."""
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.uint8())
-    return np.array(pc.fill_null(column.cast(pa.float64(), safe=False), math.nan).to_numpy())
+    return np.array(numbers(column))
 
 
 def is_scalar(of: pa.DataType) -> bool:
-    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
-    return any(is_kind(of) for is_kind in kinds)
+    return is_number(of) or pa.types.is_boolean(of)
 
 
 def is_vector(of: pa.DataType) -> bool:

@@ -39,7 +39,7 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline import page
-from pipeline.cuts import Cut, View, first, load, vector_columns
+from pipeline.cuts import THRESHOLD, Cut, View, default_step, first, load, vector_columns
 from pipeline.embeddings import matrix
 from pipeline.reader import Run, RunError, RunStep, open_run
 from pipeline.storage import DamagedError, Store
@@ -53,7 +53,6 @@ BLOCK = 65_536
 """Embeddings that a search converts to float32 at a time."""
 PICTURES = 2000
 """Encoded pictures that are kept in memory."""
-THRESHOLD = "pipeline.filters.threshold.Threshold"
 FILES = {"studio.js": "text/javascript", "studio.css": "text/css", "page.css": "text/css", "page.js": "text/javascript"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -321,17 +320,6 @@ def write_labels(store: Store, labels: dict[str, int]) -> None:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerows([("uid", "label"), *labels.items()])
     store.write(LABELS, out.getvalue().encode())
-
-
-def default_step(run: Run) -> str:
-    """The step before the last `threshold` lines that follow each other; without one, the last that writes nothing."""
-    steps = run.steps
-    last = max((i for i, step in enumerate(steps) if step.step == THRESHOLD), default=None)
-    if last is None:
-        return steps[-2].label if steps[-1].step.startswith("pipeline.stages.write_") else steps[-1].label
-    while steps[last - 1].step == THRESHOLD:
-        last -= 1
-    return steps[last - 1].label
 
 
 def cuts_after(run: Run, after: str) -> list[Cut]:

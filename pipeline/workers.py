@@ -22,6 +22,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from pipeline import cluster, isolation
+from pipeline.meter import Meter, Spent
 from pipeline.passes import Pass, UnitPass, UnitReport, run_pass
 from pipeline.step import HaltError
 
@@ -38,16 +39,23 @@ MAX_FAILED_STARTS = 3
 
 
 def map_tasks(
-    items: Sequence[T], work: Callable[[Sequence[T]], Iterable[dict[str, Any]]], at_once: int = 1
+    items: Sequence[T],
+    work: Callable[[Sequence[T]], Iterable[dict[str, Any]]],
+    at_once: int = 1,
+    spent: Spent | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Runs `work` on the cluster over all items, `at_once` items a task; yields its records in any order.
 
-    For pure functions that need no setup. Ray runs a task again when its worker dies.
+    For pure functions that need no setup. Ray runs a task again when its worker dies. Adds what the time of the tasks
+    went to, as `UnitReport.spent`, to `spent`.
     """
 
     @ray.remote(num_cpus=1)
-    def task(some: Sequence[T]) -> list[dict[str, Any]]:
-        return list(work(some))
+    def task(some: Sequence[T]) -> tuple[list[dict[str, Any]], Spent]:
+        meter = Meter()
+        records = list(work(some))
+        meter.add("working")
+        return records, meter.take()
 
     starts = iter(range(0, len(items), at_once))
     running: list[Any] = []
@@ -57,7 +65,10 @@ def map_tasks(
         if not running:
             return
         (done,), running = ray.wait(running, num_returns=1)
-        yield from ray.get(done)
+        records, took = ray.get(done)
+        if spent is not None:
+            spent += took
+        yield from records
 
 
 def run_passes(
@@ -147,9 +158,14 @@ class _Worker:
         gc.collect()
         gc.freeze()
         gc.set_threshold(10_000)
+        meter = Meter()
         yield UnitReport()
         while (unit := self._inbox.get()) is not None:
-            yield from _merged(self._stream(unit))
+            meter.add("waiting")
+            for report in _merged(self._stream(unit)):
+                meter.add("working")
+                report.spent = meter.take()
+                yield report
 
     def _stream(self, first: int) -> Iterator[UnitReport]:
         p, before = self._passes[self._index], self._passes[: self._index]

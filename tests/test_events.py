@@ -12,6 +12,7 @@ import pytest
 from pipeline import events
 from pipeline.events import Events, read_events
 from pipeline.ledger import Funnel, Line
+from pipeline.meter import Spent
 from pipeline.progress import Progress
 from pipeline.storage import Store
 from trainer.terminal import Console
@@ -29,7 +30,7 @@ def test_a_command(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     log.command("demo", ["pool", "download"])
     progress.reused("pool", Funnel({"pool": Line(100, {"null_url": 3})}))
     progress.begin([("download", 97)], units=2)
-    progress.add("download", 50, 40, {"http_404": 10}, units=1, workers=2)
+    progress.add("download", 50, 40, {"http_404": 10}, units=1, workers=2, spent=Spent(working=1.5))
     progress.end()
     log.end(0, kept=40)
     log.add("late")
@@ -41,6 +42,7 @@ def test_a_command(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     bar = found[3]["passes"][0]
     assert (bar["pass"], bar["rows"], bar["rows_total"], bar["kept"]) == ("download", 50, 97, 40)
     assert (bar["dropped"], bar["units"], bar["units_total"], bar["workers"]) == ({"http_404": 10}, 1, 2, 2)
+    assert bar["spent"] == {"working": 1.5}
     Events(store).command("demo", [])
     assert len(read_events(store)) == 7, "the events of the commands before stay"
 

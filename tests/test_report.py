@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import fsspec
 import numpy as np
 import pytest
 
 from pipeline import open_run, report, verify
-from pipeline.filters.balance import Balance
+from pipeline.events import Events
+from pipeline.ledger import Funnel, Line
+from pipeline.meter import Spent
+from pipeline.passes import UnitPass
+from pipeline.reader import Run
 from pipeline.report import Histogram
+from pipeline.step import Step
+from pipeline.storage import Store
 from tests import browser
-from tests.filters.barrier import decide
-from tests.tables import make_batch
 
 
 @pytest.fixture
@@ -73,16 +78,64 @@ def test_what_cannot_be_reported_is_said(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("entry", ["cat", "a cat in 3 captions", "café"])
-def test_the_report_finds_the_rarest_entry_in_the_detail_of_balance(tmp_path: Path, entry: str) -> None:
-    (tmp_path / "entries.json").write_text(json.dumps([entry]))
-    balance = Balance(entries=str(tmp_path / "entries.json"), max_per_entry=1)
-    drops = [drop for drop in decide(balance, make_batch([{"caption": entry}] * 40)) if drop]
-    assert drops
-    for _, detail in drops:
-        found = report._RAREST.search(detail or "")
-        assert found is not None
-        assert (found["entry"], found["captions"]) == (entry, "40")
+def test_the_concepts_are_those_that_balance_counted(painted: Path, page: str) -> None:
+    run = open_run(painted / "out")
+    figures = run.funnel.lines["balance"].figures
+    assert sum(figure["entries"] for figure in figures) == 2
+    for figure in figures:
+        cells = "".join(f'<td class="number">{figure[key]:,}</td>' for key in ("entries", "matches", "kept"))
+        assert cells in page
+
+
+def bar(label: str, seconds: float, **spent: float) -> dict[str, Any]:
+    return {"pass": label, "seconds": seconds, "spent": spent}
+
+
+@pytest.mark.parametrize(
+    ("spent", "by"),
+    [
+        ({"waiting": 30, "working": 10, "cpu": 9}, "the pass before it"),
+        ({"waiting": 1, "working": 40, "cpu": 9}, "reading and writing"),
+        ({"working": 11, "cpu": 9}, "computing: fetch"),
+        ({"working": 11, "cpu": 3, "queued": 5}, "too few cores"),
+        ({"working": 11, "cpu": 2, "queued": 1, "child_cpu": 7, "child_queued": 2}, "computing: decoding"),
+        ({"working": 11, "cpu": 2, "queued": 1, "child_cpu": 2}, "hosts and the network"),
+        ({}, "not recorded"),
+    ],
+)
+def test_what_limited_a_pass(spent: dict[str, float], by: str) -> None:
+    step = SimpleNamespace(label="fetch", repeatable=False)
+    run = cast(Run, SimpleNamespace(funnel=Funnel({"fetch": Line(100, seconds=10.0)})))
+    limit = report._limit(run, UnitPass("key", "fetch", cast("list[Step]", [step]), {}, "nowhere"), Spent(spent))
+    assert limit.by == by
+    assert limit.total == pytest.approx(spent.get("waiting", 0) + spent.get("working", 0))
+
+
+def test_the_time_of_a_pass_is_that_of_all_commands_that_worked_on_it(tmp_path: Path) -> None:
+    log = Events(Store(str(tmp_path)))
+    for event, passes in (
+        ("started", [bar("a", 0)]),
+        ("finished", [bar("a", 9, working=9)]),
+        ("started", [bar("a", 0), bar("b", 0)]),  # with other options: `a` begins anew
+        ("progress", [bar("a", 2, working=1), bar("b", 2, waiting=2)]),
+        ("stopped", [bar("a", 3, working=2), bar("b", 3, waiting=3)]),
+        ("started", [bar("a", 0), bar("b", 0)]),  # goes on
+        ("finished", [bar("a", 4, working=4), bar("b", 5, working=5)]),
+        ("reused", [bar("a", 0)]),
+    ):
+        log.add(event, passes=passes)
+    run = cast(Run, SimpleNamespace(path=str(tmp_path)))
+    assert report._spent(run) == {
+        "a": {"working": 6, "seconds": 7},
+        "b": {"waiting": 3, "working": 5, "seconds": 8},
+    }
+
+
+def test_what_limited_each_pass_is_in_the_report(painted: Path, page: str) -> None:
+    for limit in report._limits(open_run(painted / "out")):
+        # Dask runs the tasks of a filter over the whole run; they are not measured.
+        assert (limit.by == "not recorded") == (limit.label in ("threshold.2", "balance"))
+        assert f"<bdi>{limit.by}</bdi>" in page
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e9])

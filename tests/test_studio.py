@@ -20,7 +20,7 @@ import yaml
 from aiohttp import web
 
 from pipeline import open_run, studio
-from pipeline.cuts import Cut
+from pipeline.cuts import Cut, default_step
 from pipeline.reader import RunError
 from pipeline.storage import Store
 from pipeline.studio import LABELS, Studio, application, picture_type, read_labels, recipe_with
@@ -281,7 +281,7 @@ def test_the_lines_around_the_cuts_stay() -> None:
             "balance",
         ],
     }
-    assert studio.default_step(run) == "download"
+    assert default_step(run) == "download"
 
 
 @pytest.mark.parametrize(

@@ -180,12 +180,13 @@ def show(score: Score, console: Console) -> None:
 
 def show_cuts(run: Path, web: Path, study: str, console: Console) -> None:
     """Prints precision and recall of each cut of a study."""
-    from pipeline.study.candidates import default_after, open_candidates
+    from pipeline.cuts import default_step
+    from pipeline.study.candidates import open_candidates
     from pipeline.study.cuts import Cuts
     from pipeline.study.plan import load
 
     plan, opened = load(study), open_run(run)
-    after = plan.after or default_after(opened)
+    after = plan.after or default_step(opened)
     columns = list(dict.fromkeys(condition.column for cut in plan.cuts for condition in cut.conditions))
     with tempfile.TemporaryDirectory() as folder:
         candidates = open_candidates(opened, after, columns, Path(folder) / "candidates")

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.hashing import hash64
+from pipeline.schema import is_number, numbers
 from pipeline.step import Estimate, Filter, drops_frame
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Threshold(Filter):
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
         dtype = types.get(self.column)
-        if dtype is not None and not _comparable(dtype):
+        if dtype is not None and not is_number(dtype):
             yield "column", f"the column {self.column!r} must hold numbers, found type {dtype}"
 
     def judge(self, batch: pa.Table) -> pa.StringArray:
@@ -110,8 +111,9 @@ class Threshold(Filter):
         match all digits found so far. Four rounds find the value; only ties at the cut need more. Only the counts, at
         most 65,536, reach the driver.
         """
+        assert self.top_fraction is not None
         cut: list[int] = []
-        wanted: int | None = None
+        left: int | None = None
         while len(cut) < _WORDS:
             prefix = 0
             for shift in _SHIFTS:
@@ -119,15 +121,14 @@ class Threshold(Filter):
                 counts = digits.value_counts().compute().sort_index(ascending=False)
                 if counts.empty:
                     return []
-                if wanted is None:
-                    # Exact decimal arithmetic: 0.07 of 100 is 7, although the float nearest to 0.07 is larger.
-                    wanted = math.ceil(Fraction(str(self.top_fraction)) * int(counts.sum()))
+                if left is None:
+                    left = wanted(self.top_fraction, int(counts.sum()))
                 reached = counts.to_numpy(dtype=np.int64).cumsum()
-                place = int(np.searchsorted(reached, wanted))
-                wanted -= int(reached[place - 1]) if place else 0
+                place = int(np.searchsorted(reached, left))
+                left -= int(reached[place - 1]) if place else 0
                 prefix = prefix << _DIGIT_BITS | int(counts.index[place])
             cut.append(prefix)
-            if wanted == int(counts.iloc[place]):
+            if left == int(counts.iloc[place]):
                 break
         return cut
 
@@ -150,14 +151,17 @@ class Threshold(Filter):
 
     def _values(self, table: pa.Table) -> np.ndarray:
         column = table[self.column]
-        if not _comparable(column.type):
+        if not is_number(column.type):
             raise ValueError(f"{self.label}: column {self.column!r} must hold numbers, found {column.type}")
-        return pc.fill_null(column.cast(pa.float64(), safe=False), math.nan).to_numpy()
+        return numbers(column)
 
 
-def _comparable(dtype: pa.DataType) -> bool:
-    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
-    return any(is_kind(dtype) for is_kind in kinds)
+def wanted(fraction: float, rows: int) -> int:
+    """How many of so many rows a top fraction keeps, rounded up.
+
+    Exact decimal arithmetic: 0.07 of 100 is 7, although the float nearest to 0.07 is larger.
+    """
+    return math.ceil(Fraction(str(fraction)) * rows)
 
 
 def _word(table: pa.Table, values: np.ndarray, word: int) -> np.ndarray:

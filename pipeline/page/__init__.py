@@ -38,6 +38,7 @@ _HIDDEN = re.compile(
     "[\u00ad\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffc]"
 )
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_FIGURE = re.compile(r"–|[0-9][0-9.,]*( ?(%|[kMGT]?B|s|min|h|d))?")
 
 
 def shown(text: object, limit: int = TEXT) -> Markup:
@@ -85,11 +86,19 @@ def size(n: float) -> str:
 
 
 class Table(NamedTuple):
-    """Columns and rows. A cell is text, shown as it is, or a number, shown to the right."""
+    """Columns and rows. A cell is text, shown as it is, a number, or None, shown as a dash."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
     caption: str = ""
+
+    @property
+    def figures(self) -> list[bool]:
+        """For each column, whether it has figures alone, such as 12, 3.4% or 5 MB: they stand to the right."""
+        return [
+            all(cell is None or isinstance(cell, int | float) or _FIGURE.fullmatch(str(cell)) for cell in column)
+            for column in zip(*self.rows)
+        ] or [False] * len(self.columns)
 
 
 # --- Charts -----------------------------------------------------------------------------------------------------------

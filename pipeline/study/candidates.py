@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 
 from pipeline.hashing import hash64
 from pipeline.reader import Run
+from pipeline.schema import is_number
 from pipeline.study.plan import StudyError
 from trainer import atomic
 from trainer.command import progress
@@ -110,21 +111,12 @@ class Candidates:
         return self.maps[name]
 
 
-def default_after(run: Run) -> str:
-    """The step before the first `threshold`; without one, the last step that is not a sink."""
-    labels = [step.label for step in run.steps]
-    first = next((i for i, step in enumerate(run.steps) if step.step.endswith(".Threshold")), None)
-    if first is None:
-        first = len(labels) - run.steps[-1].step.endswith(".WriteShards")
-    return labels[max(0, first - 1)]
-
-
 def open_candidates(run: Run, after: str, columns: Sequence[str], folder: Path) -> Candidates:
     """Spools the candidates' columns into a folder, unless they are there. Raises StudyError, RunError."""
     types = run.columns(after)
     kinds = {}
     for name in columns:
-        if name in types and not _numeric(types[name]):
+        if name in types and not is_number(types[name]):
             raise StudyError(f"cuts: the column {name!r} must hold numbers, found {types[name]}")
         narrow = name in types and types[name] in (pa.float16(), pa.float32())
         kinds[name] = "float32" if narrow else "float64"
@@ -166,9 +158,3 @@ def _spool(path: Path, arrays: Iterator[np.ndarray]) -> None:
     with atomic.replacing(path) as file:
         for array in arrays:
             file.write(array.data)
-
-
-def _numeric(dtype: pa.DataType) -> bool:
-    return any(
-        kind(dtype) for kind in (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
-    )

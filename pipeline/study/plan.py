@@ -228,10 +228,5 @@ class _Reader:
         return list(dict.fromkeys(whole))
 
 
-def wanted(fraction: float, rows: int) -> int:
-    """How many rows `top_fraction` keeps of these: in decimal arithmetic, as `threshold` counts."""
-    return math.ceil(Fraction(str(fraction)) * rows)
-
-
 def _percent(fraction: float) -> str:
     return f"{float(Fraction(str(fraction)) * 100):g}%"

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.cuts import default_step
 from pipeline.fitness import measure
 from pipeline.reader import open_run
 from pipeline.study.arms import Arm, Trainer, index_pictures, random_places, write_subset
-from pipeline.study.candidates import default_after, open_candidates
+from pipeline.study.candidates import open_candidates
 from pipeline.study.contents import contents, duplicates_by, find_concepts
 from pipeline.study.cuts import Cuts, cut_rows, jaccard, overlaps
 from pipeline.study.plan import Plan, StudyError, Training
@@ -31,7 +32,7 @@ def run(plan: Plan, console: Console) -> Results:
         raise StudyError(f"out: {plan.out} lies in the run {plan.run}; expected a folder of its own")
     concepts = find_concepts(opened, plan.concepts)
     config = training_config(plan) if plan.train else None
-    after = plan.after or default_after(opened)
+    after = plan.after or default_step(opened)
     columns = list(dict.fromkeys(condition.column for cut in plan.cuts for condition in cut.conditions))
     candidates = open_candidates(opened, after, columns, out / "candidates")
     console.print(f"{len(candidates):,} candidates after {after}, {len(plan.cuts):,} cuts", highlight=False)

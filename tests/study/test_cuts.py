@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from pipeline import open_run
+from pipeline.cuts import default_step
 from pipeline.filters.threshold import Threshold
-from pipeline.study.candidates import Candidates, default_after, open_candidates
+from pipeline.study.candidates import Candidates, open_candidates
 from pipeline.study.cuts import Cuts, cut_rows, jaccard, largest, overlaps
 from pipeline.study.plan import Condition, Cut
 from tests.filters.barrier import decide
@@ -27,7 +28,7 @@ COLUMNS = ["clip_score", "other", "width"]
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Candidates:
     folder = tmp_path_factory.mktemp("cuts")
     run = open_run(make_run(folder / "run", ROWS))
-    return open_candidates(run, default_after(run), COLUMNS, folder / "candidates")
+    return open_candidates(run, default_step(run), COLUMNS, folder / "candidates")
 
 
 def uids(candidates: Candidates, cut: Cut) -> set[str]:
@@ -77,7 +78,7 @@ def test_a_cut_keeps_what_the_lines_of_a_recipe_keep(opened: Candidates, parts: 
 
 def test_units_and_their_order_do_not_matter(opened: Candidates, tmp_path: Path) -> None:
     again = open_run(make_run(tmp_path / "run", ROWS[::-1], units=7))
-    other = open_candidates(again, default_after(again), COLUMNS, tmp_path / "candidates")
+    other = open_candidates(again, default_step(again), COLUMNS, tmp_path / "candidates")
     for part in ("other top_fraction 0.3", "width top_fraction 0.5", "clip_score top_fraction 0.2"):
         assert uids(opened, conditions(part)) == uids(other, conditions(part))
 
@@ -85,7 +86,7 @@ def test_units_and_their_order_do_not_matter(opened: Candidates, tmp_path: Path)
 def test_equal_uids_are_told_apart_by_their_place(tmp_path: Path) -> None:
     rows = [{**row, "uid": "0" * 32, "other": 1.0} for row in ROWS[:40]]
     run = open_run(make_run(tmp_path / "run", rows, units=1))
-    candidates = open_candidates(run, default_after(run), ["other"], tmp_path / "candidates")
+    candidates = open_candidates(run, default_step(run), ["other"], tmp_path / "candidates")
     kept = cut_rows(Cuts(candidates, [conditions("other top_fraction 0.3")]), 0)
     assert kept.tolist() == list(range(28, 40)), "the last places, as `threshold` decides"
 
