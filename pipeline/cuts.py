@@ -7,10 +7,12 @@ same lines keeps the same rows.
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -115,7 +117,11 @@ class Groups:
 
     def most(self, rows: np.ndarray, top: int) -> list[tuple[int, int]]:
         """The names that most rows of a mask have, with the number of these rows."""
-        counts = _sums(rows[self._rows], self._starts)
+        counts = np.zeros(len(self), np.int64)
+        begins = self._starts[:-1]
+        there = begins < self._starts[1:]  # what `reduceat` gives for an empty range is not 0
+        if there.any():
+            counts[there] = np.add.reduceat(rows[self._rows].view(np.uint8), begins[there], dtype=np.int32)
         best = np.argpartition(-counts, top)[:top] if len(counts) > top else np.arange(len(counts))
         best = best[np.lexsort((best, -counts[best]))]
         return [(int(i), int(counts[i])) for i in best if counts[i]]
@@ -143,11 +149,11 @@ class Rows:
         """For each score, the rows that have one, in ascending order."""
         self.ranges: dict[str, tuple[float, float]] = {}
         """For each score, where its histogram begins and ends."""
-        self._edges: dict[str, np.ndarray] = {}
+        self._bars: dict[str, np.ndarray] = {}
         for name, values in self.scores.items():
             order = np.argsort(values, kind="stable")
             self.order[name] = order[: self.n - int(np.isnan(values).sum())]
-            self.ranges[name], self._edges[name] = self._binned(name)
+            self.ranges[name], self._bars[name] = self._binned(name)
         self.groups = {"hosts": Groups.of(hosts(texts["url"]))}
         if language is not None:
             self.groups["languages"] = Groups.of(language)
@@ -155,13 +161,14 @@ class Rows:
             self.groups["concepts"] = Groups(list(entries), *matches(texts["caption"], entries))
         # Where the chunks of the texts begin.
         self._chunks = np.cumsum([0, *(len(chunk) for chunk in texts["uid"].chunks)])
+        self._threads = ThreadPoolExecutor(os.cpu_count())
         self.seen = lru_cache(_MASKS)(self._seen)
         self.apply = lru_cache(4)(self._apply)
         self._drawn = lru_cache(_MASKS * 32)(self._seen_histogram)
         self._most = lru_cache(_MASKS * 4)(self._most_seen)
 
     def _binned(self, name: str) -> tuple[tuple[float, float], np.ndarray]:
-        """Where the histogram of a score begins and ends, and where its bars begin in `order`."""
+        """Where the histogram of a score begins and ends, and the bar of each row (uint8; BINS without a value)."""
         values, order = self.scores[name], self.order[name]
         edge = int(len(order) * _EDGE)
         low, high = (float(values[order[i]]) for i in (edge, len(order) - 1 - edge))
@@ -170,7 +177,10 @@ class Rows:
             low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
         high = high if high > low else low + 1.0
         inner = np.linspace(low, high, BINS + 1)[1:-1]
-        return (low, high), np.array([0, *(_place(values, order, float(at), "left") for at in inner), len(order)])
+        edges = [0, *(_place(values, order, float(at), "left") for at in inner), len(order)]
+        bars = np.full(self.n, BINS, np.uint8)
+        bars[order] = np.repeat(np.arange(BINS), np.diff(edges))
+        return (low, high), bars
 
     # --- Cuts ---------------------------------------------------------------------------------------------------------
 
@@ -222,8 +232,9 @@ class Rows:
             if name and kind in self.groups:
                 seen &= self.groups[kind].where(name, self.n)
         if view.text:
-            hit = pc.match_substring(self.texts["caption"], view.text, ignore_case=True)
-            seen &= pc.fill_null(hit, False).to_numpy()
+            seen &= np.concatenate(
+                list(self._threads.map(partial(_contains, text=view.text), self.texts["caption"].chunks))
+            )
         return seen
 
     def summary(self, cuts: Sequence[Cut], view: View, columns: Sequence[str], top: int = 8) -> dict[str, Any]:
@@ -263,7 +274,7 @@ class Rows:
         return self._histogram(name, self.seen(view))
 
     def _histogram(self, name: str, rows: np.ndarray) -> list[int]:
-        counts: list[int] = _sums(rows[self.order[name]], self._edges[name]).tolist()
+        counts: list[int] = np.bincount(self._bars[name][rows], minlength=BINS + 1)[:BINS].tolist()
         return counts
 
     def _most_seen(self, kind: str, view: View, top: int) -> list[tuple[int, int]]:
@@ -315,14 +326,10 @@ class Rows:
         ]
 
 
-def _sums(mask: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """How many are true between each two neighbouring bounds, which ascend from 0 to the length of the mask."""
-    begins = bounds[:-1]
-    there = begins < bounds[1:]  # what `reduceat` gives for an empty range is not 0
-    sums = np.zeros(len(begins), np.int64)
-    if there.any():
-        sums[there] = np.add.reduceat(mask.view(np.uint8), begins[there], dtype=np.int32)
-    return sums
+def _contains(texts: pa.Array, text: str) -> np.ndarray:
+    """Which texts contain a text, in either case."""
+    hits = pc.match_substring(texts, text, ignore_case=True)
+    return pc.fill_null(hits, False).to_numpy(zero_copy_only=False)
 
 
 def _place(values: np.ndarray, order: np.ndarray, at: float, side: str) -> int:
@@ -376,7 +383,7 @@ def vector_columns(types: Mapping[str, pa.DataType]) -> list[str]:
 def load(run: Run, after: str, folder: str, progress: Callable[[int], None] = lambda units: None) -> Rows:
     """Reads the rows that survived a step; texts go to a file in `folder`, which is mapped.
 
-    Memory: some 60 bytes a row, 16 for each score and 8 for each concept. RunError for an unknown step.
+    Memory: some 60 bytes a row, 17 for each score and 8 for each concept. RunError for an unknown step.
     """
     types = run.columns(after)
     scores = score_columns(types)
