@@ -420,7 +420,7 @@ class BarrierPass(Pass):
         if entry is None:
             return DROP.empty_table()
         try:
-            table = _barrier_file(self.root, **entry)
+            table = _barrier_files(self.root)(**entry)
         except DamagedError as error:
             again = f"remove {self.store.path('complete.json')} and give the same command again: the pass is made again"
             raise DamagedError(f"{error} (unit {unit} of the pass {self.label}). To go on, {again}.") from None
@@ -582,9 +582,12 @@ def byte_ranges(p: UnitPass, unit: int, column: str, rows: np.ndarray) -> tuple[
         return files, heavy.ranges(table["heavy_at"].take(pa.array(at)).to_numpy().astype(np.int64), column)
 
 
-@lru_cache(maxsize=8)  # a recipe has some barriers, and each is asked for every unit of a file in turn
-def _barrier_file(root: str, **entry: Any) -> pa.Table:
-    return Store(root).read_table(entry)
+@lru_cache(maxsize=8)  # a recipe has some barriers
+def _barrier_files(root: str) -> Callable[..., pa.Table]:
+    """Reads files of a barrier, given their entries. Keeps the last two: a file is asked for every unit of it in turn,
+    and units are read side by side."""
+    store = Store(root)
+    return lru_cache(maxsize=2)(lambda **entry: store.read_table(entry))
 
 
 def _fates(table: pa.Table) -> pa.Table:

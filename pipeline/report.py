@@ -8,7 +8,7 @@ hosts; languages; groups of duplicates; sizes; scores against each other; whethe
 the recipe.
 
 Everything is read through the read API. Distributions and counts are of all rows, pictures of PICTURE_UNITS units,
-spread evenly, so the same run gives the same page. Memory hardly grows with the run.
+spread evenly, so the same run gives the same page. Memory does not grow with the run beyond some million rows.
 """
 
 from __future__ import annotations
@@ -779,22 +779,18 @@ def _limit(run: Run, p: Pass, spent: Spent) -> Limit:
     if spent["waiting"] > working:
         part = share(spent["waiting"], spent["waiting"] + working)
         return limited("the pass before it", f"its workers had no unit {part} of the time")
+    queued, who = (spent["child_queued"], "decoding") if children > own else (spent["queued"], slowest)
+    if 2 * queued > working:
+        ran = spent["child_cpu"] if children > own else spent["cpu"]
+        return limited("too few cores", f"{who}: {_duration(ran)} on a core, {_duration(queued)} in line for one")
     if max(shares[1:]) == storage:
         return limited("reading and writing", f"{share(storage, working)} of the workers' time with a unit")
     if max(shares[1:]) == idle:
         what = f"{share(idle, working)} of the workers' time neither on a core nor in line for one"
         fetches = any(not step.repeatable for step in p.steps)
         return limited("hosts and the network" if fetches else f"what {slowest} waits for", what)
-    queued, ran, who = (
-        (spent["child_queued"], spent["child_cpu"], "decoding")
-        if children > own
-        else (spent["queued"], spent["cpu"], slowest)
-    )
-    if queued > ran:
-        return limited("too few cores", f"{who}: {_duration(ran)} on a core, {_duration(queued)} in line for one")
-    return limited(
-        f"computing: {who}", f"{share(computing, working)} of the workers' time on a core or in line for one"
-    )
+    part = share(computing, working)
+    return limited(f"computing: {who}", f"{part} of the workers' time on a core or in line for one")
 
 
 def _spent(run: Run) -> dict[str, Spent]:
@@ -822,8 +818,8 @@ def _passes_chart(limits: Sequence[Limit]) -> object:
     kinds = {
         "no unit": ("waiting", DROPPED),
         "reading and writing": ("storage", SERIES[3]),
-        "steps: computing": ("computing", KEPT),
-        "steps: waiting": ("idle", OTHER),
+        "computing": ("computing", KEPT),
+        "waiting": ("idle", OTHER),
     }
     shown = [limit for limit in limits if limit.total]
     values = [
@@ -845,7 +841,10 @@ def _passes_chart(limits: Sequence[Limit]) -> object:
     }  # fmt: skip
     columns = ["pass", *(f"{kind}, s" for kind in kinds)]
     rows = [[limit.label, limit.waiting, limit.storage, limit.computing, limit.idle] for limit in shown]
-    said = "What the time of each pass's workers went to. Computing is time on a core or in line for one."
+    said = (
+        "What the time of each pass's workers went to. In the steps, they compute if they are on a core or in line for "
+        "one, else they wait."
+    )
     return chart(spec, said, Table(columns, rows), height=22 * max(2, len(shown)))
 
 

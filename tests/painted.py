@@ -86,9 +86,13 @@ def furnish(folder: Path) -> Path:
     (folder / "entries.json").write_text('["red circle", "blue star"]')
     (folder / "r.yaml").write_text(RECIPE.replace("entries.json", str(folder / "entries.json")))
     for name, numbers in (("pool", range(600)), ("other", range(200, 700))):
-        captions = [_caption(n) for n in numbers]
+        captions = [_caption(n).encode() for n in numbers]
         urls = [f"http://h{n % 5}.example/{n}?<b onmouseover=alert(1)>" for n in numbers]
-        pq.write_table(pa.table({"url": urls, "caption": captions}), folder / f"{name}.parquet")
+        if name == "pool":  # one row more, which is dropped as `invalid_utf8`
+            captions.append(b"not UTF-8: \xff\xc3<script>alert(1)</script> 600")
+            urls.append("javascript:alert(document.domain)")
+        text = pa.array(captions, pa.binary()).view(pa.string())
+        pq.write_table(pa.table({"url": urls, "caption": text}), folder / f"{name}.parquet")
     return folder
 
 

@@ -50,6 +50,7 @@ def test_it_is_one_file_of_text_that_cannot_run(page: str) -> None:
     assert not re.search(r"<[^>]+ on\w+=", page), "an event handler"
     assert not re.search(r'(?:src|href)="(?!data:|#)', page), "something from outside"
     assert "\u202e" not in page
+    assert "not UTF-8: ��&lt;script&gt;alert(1)&lt;/script&gt; 600" in page
     assert len(page) < 3_000_000, "a caption of a megabyte is cut"
 
 
@@ -97,7 +98,7 @@ def bar(label: str, seconds: float, **spent: float) -> dict[str, Any]:
         ({"waiting": 30, "working": 10, "cpu": 9}, "the pass before it"),
         ({"waiting": 1, "working": 40, "cpu": 9}, "reading and writing"),
         ({"working": 11, "cpu": 9}, "computing: fetch"),
-        ({"working": 11, "cpu": 3, "queued": 5}, "too few cores"),
+        ({"working": 11, "cpu": 3, "queued": 6}, "too few cores"),
         ({"working": 11, "cpu": 2, "queued": 1, "child_cpu": 7, "child_queued": 2}, "computing: decoding"),
         ({"working": 11, "cpu": 2, "queued": 1, "child_cpu": 2}, "hosts and the network"),
         ({}, "not recorded"),

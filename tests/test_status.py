@@ -41,7 +41,7 @@ def test_a_run_without_events_shows_its_funnel(painted: Path, tmp_path: Path) ->
     (run / events.NAME).unlink()
     found = read_status(str(run))
     assert [at["pass"] for at in found["passes"]][:3] == ["pool", "caption_length", "paint"]
-    assert found["passes"][0]["rows"] == 600
+    assert found["passes"][0]["rows"] == 601
 
 
 def test_a_run_while_it_goes_and_after_it_was_killed(

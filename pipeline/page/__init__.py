@@ -121,7 +121,10 @@ _CONFIG = {
         "labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 240,
     },
     "axisX": {"labelOverlap": "greedy", "labelSeparation": 14},
-    "legend": {"labelColor": _INK, "titleColor": _INK, "labelFontSize": 12, "orient": "top", "title": None},
+    "legend": {
+        "labelColor": _INK, "titleColor": _INK, "labelFontSize": 12, "orient": "top", "title": None,
+        "columnPadding": 18,
+    },
     "text": {"color": _INK},
     "bar": {"color": KEPT},
     "line": {"color": KEPT, "strokeWidth": 2},
