@@ -1,4 +1,4 @@
-"""Joins or starts the Ray cluster of a run, and checks that its nodes can access the run directory and the pool."""
+"""Joins or starts the Ray cluster of a run, and checks that its nodes can access its directory and files."""
 
 from __future__ import annotations
 
@@ -124,18 +124,17 @@ def cluster_parts() -> dict[str, tuple[str, int]]:
 
 
 class UnseenError(Exception):
-    """A node of the cluster cannot access the run directory or the pool of this process."""
+    """A node of the cluster cannot access the run directory, or a file of the recipe."""
 
 
 def check_nodes(store: Store, files: Sequence[str]) -> None:
-    """Raises UnseenError unless every node with workers can read and write the run directory and read the pool.
+    """Raises UnseenError unless every node with workers can read and write the run directory and sees local files.
 
     Each node reads a token from the run directory and writes a file that this process reads back. Nodes that join later
     are not checked.
     """
     if not joined():
         return
-    places = [file for file in files if "://" not in file][:1]
     token = secrets.token_hex(8)
     store.write(f"{TOKENS}/{token}", token.encode())
     nodes = {
@@ -146,7 +145,7 @@ def check_nodes(store: Store, files: Sequence[str]) -> None:
     look = ray.remote(num_cpus=0, max_retries=1)(_look)
     asked = {
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-            store, token, node, places
+            store, token, node, files
         ): node
         for node in nodes
     }
@@ -161,8 +160,8 @@ def check_nodes(store: Store, files: Sequence[str]) -> None:
                 cure = (
                     "Install the same environment on every node"
                     if problem.startswith(_CANNOT_RUN)
-                    else "Put the pool and the run where every node can access them: in an object store (s3://, gs://) "
-                    "or on a file system mounted at the same path"
+                    else "Put pool, run and files of steps where every node can access them: in an object store "
+                    "(s3://, gs://) or on a file system mounted at the same path"
                 )
                 raise UnseenError(f"the node {nodes[node]} {problem}. {cure}. See docs/cluster.md")
     finally:
@@ -182,7 +181,7 @@ def _look(store: Store, token: str, node: str, files: Sequence[str]) -> str:
             return f"does not see {store.root}, which this process writes to"
         store.write(f"{TOKENS}/{token}.{node}", token.encode())
         missing = [file for file in files if not os.path.exists(file)]
-        return f"does not see {missing[0]}, a file of the pool" if missing else ""
+        return f"does not see {missing[0]}, which the recipe names" if missing else ""
     except Exception as error:
         return f"cannot use {store.root}: {type(error).__name__}: {error}"
 

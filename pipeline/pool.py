@@ -22,7 +22,7 @@ import re
 import urllib.parse
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -810,7 +810,7 @@ def _text_head(path: str, spec: PoolSpec, stored: int) -> _Head:
         if importlib.util.find_spec("fastwarc") is None:
             raise PoolError(f"path: {path}: fastwarc is not installed; pip install 'winnow-clip[commoncrawl]'")
         return _Head(pa.schema([(name, pa.string()) for name in ("url", "caption", "page_url")]), None, stored)
-    rows = list(itertools.islice(_text_rows(path, spec), HEAD_ROWS))
+    rows = list(itertools.islice(_text_rows(path, spec, _Object), HEAD_ROWS))
     good = [row for row in rows if row is not None]
     if _format(path) in ("csv", "tsv"):
         with _reading(path), _open_text(path) as text:
@@ -820,17 +820,25 @@ def _text_head(path: str, spec: PoolSpec, stored: int) -> _Head:
         if not good:
             problem = "is empty" if not rows else f"has no JSON object in its first {len(rows):,} lines"
             raise PoolError(f"path: {path} {problem}")
-        fields = [
-            (name, _type_of_json([row.get(name) for row in good])) for name in dict.fromkeys(k for r in good for k in r)
-        ]
+        names = list(dict.fromkeys(name for row in good for name in row))
+        twins = next((row.twins for row in good if isinstance(row, _Object) and row.twins), [])
+        fields = [(name, _type_of_json([row.get(name) for row in good])) for name in [*names, *twins]]
     return _Head(pa.schema(fields), None, stored)
 
 
-def _text_rows(path: str, spec: PoolSpec) -> Iterator[dict[str, Any] | None]:
-    """Yields the rows of a text file as dicts; None for an invalid line."""
+class _Object(dict[str, Any]):
+    """A JSON object that remembers the names that it has more than once."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.twins = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
+
+
+def _text_rows(path: str, spec: PoolSpec, kind: type[_Object] | None = None) -> Iterator[dict[str, Any] | None]:
+    """Yields the rows of a text file as dicts, JSON objects as `kind`; None for an invalid line."""
     with _reading(path), _open_text(path) as text:
         if _format(path) not in ("csv", "tsv"):
-            yield from _json_rows(path, text)
+            yield from _json_rows(path, text, json.JSONDecoder(object_pairs_hook=kind))
             return
         records = _records(_lines(text), path, spec)
         header = _header(path, spec, records)
@@ -914,26 +922,27 @@ def _record(first: str, waiting: deque[str | None], lines: Iterator[str | None],
         return [field.rstrip("\r\n") for field in next(csv.reader([first.replace("\0", "")], delimiter=delimiter))]
 
 
-def _json_rows(path: str, text: io.TextIOBase) -> Iterator[dict[str, Any] | None]:
+def _json_rows(path: str, text: io.TextIOBase, decoder: json.JSONDecoder) -> Iterator[dict[str, Any] | None]:
     """Yields the objects of a JSON Lines file, or of the array in a `.json` file that begins with a bracket."""
     first = text.read(1)
     while first.isspace():
         first = text.read(1)
     if first == "[" and _format(path) == "json":
-        yield from _array(path, text)
+        yield from _array(path, text, decoder.raw_decode)
         return
     for line in _lines(text, first):
         if line is not None and not line.strip():
             continue
         row = None
         with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line) if line is not None else None
+            row = decoder.decode(line) if line is not None else None
         yield row if isinstance(row, dict) else None
 
 
-def _array(path: str, text: io.TextIOBase) -> Iterator[dict[str, Any] | None]:
+def _array(
+    path: str, text: io.TextIOBase, decode: Callable[[str, int], tuple[Any, int]]
+) -> Iterator[dict[str, Any] | None]:
     """Yields the elements of a JSON array after its opening bracket. Holds little more than one element."""
-    decode = json.JSONDecoder().raw_decode
     held, at, lines, want = "", 0, 1, 1 << 20
     expected = "an element"
     while True:

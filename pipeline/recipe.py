@@ -19,15 +19,13 @@ import pyarrow as pa
 import pydantic
 
 from pipeline.schema import INLINE, POSITION, SAMPLE, carried
-from pipeline.step import Sink, Step
+from pipeline.step import JOB_FOLDER, Sink, Step
 from pipeline.storage import Store
 from trainer.spelling import did_you_mean
 from trainer.yamlfile import Document
 
 PACKAGES = ("pipeline.stages", "pipeline.filters")
 BOUNDS = {"unit_rows": (1, 1_000_000), "workers": (1, 100_000)}
-JOB_FOLDER = "/runtime_resources/working_dir_files/"
-"""Path component of the temporary copy that `ray job submit --working-dir` unpacks on each node."""
 
 
 class RecipeError(Exception):

@@ -126,7 +126,7 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
         watch.take_signals()  # Ray has put handlers of its own in their place
         watch.watch(cluster.cluster_parts())
         try:
-            cluster.check_nodes(Store(checked.run), pool.find_files(checked.pool))
+            cluster.check_nodes(Store(checked.run), _files(checked))
         except cluster.UnseenError as error:
             raise RefusedError(str(error)) from None
         from pipeline.metrics import Metrics
@@ -277,6 +277,12 @@ def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]])
         f"{checked.run} holds the run of another recipe{cost}. Nothing was changed. The difference:\n{lines}\n"
         "Give the old recipe to go on with it, or another `run` (with `reuse: OLD_RUN` to share what is the same)."
     )
+
+
+def _files(checked: Recipe) -> list[str]:
+    """The first local file of the pool, and those that the steps name."""
+    of_pool = [file for file in pool.find_files(checked.pool) if "://" not in file]
+    return [*of_pool[:1], *(file for step in checked.steps for file in step.files())]
 
 
 def _folder(passes: list[Pass]) -> str | None:

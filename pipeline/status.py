@@ -29,7 +29,7 @@ from pipeline.events import PERIOD, read_events
 from pipeline.progress import clock
 from pipeline.reader import Run, RunError, open_run
 from pipeline.storage import DamagedError, Store
-from trainer.terminal import Console, guarded
+from trainer.terminal import Console, guarded, interrupted
 
 RECENT = 60.0
 """Seconds over which the present rate of a pass is measured."""
@@ -182,8 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DamagedError, OSError) as error:
         Console(stderr=True).error(error)
         return 1
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        return interrupted(stop)
     finally:
         if live:
             live.stop()

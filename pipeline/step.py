@@ -6,9 +6,10 @@ the keys of their recipe line. Nothing here knows about Ray: a step can be tried
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 
 Scope = Literal["row", "unit", "run"]
 Resource = Literal["cpu", "gpu"]
+
+FILE = {"file": True}
+"""Metadata of an option that names a file or a folder, or maps names to such: `field(metadata=FILE)`. A relative path
+starts at the working directory of the command. Workers have other ones, so a step travels with absolute paths."""
+JOB_FOLDER = "/runtime_resources/working_dir_files/"
+"""Path component of the temporary copy that `ray job submit --working-dir` unpacks on each node."""
 
 
 class HaltError(Exception):
@@ -87,6 +94,16 @@ class Step:
         """The name of this line in ledgers and funnels; the recipe numbers repeated steps (`exact_dedup.2`)."""
         return self.__dict__.get("_label") or self.name()
 
+    def __getstate__(self) -> dict[str, Any]:
+        options = {f.name: _absolute(getattr(self, f.name)) for f in fields(self) if f.metadata.get("file")}
+        return self.__dict__ | options
+
+    def files(self) -> list[str]:
+        """The local files and folders that the options name, by the paths at which workers open them."""
+        values = [_absolute(getattr(self, f.name)) for f in fields(self) if f.metadata.get("file")]
+        paths = [path for value in values for path in (value.values() if isinstance(value, dict) else [value])]
+        return [path for path in paths if isinstance(path, str) and os.path.exists(path)]
+
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields `(key, problem)` for every unusable option, before anything starts."""
         yield from ()
@@ -122,6 +139,20 @@ class Step:
 
     def setup(self) -> None:
         """Runs once per worker, before the first batch: the place to load a model."""
+
+
+def _absolute(value: Any) -> Any:
+    """The value of an option with absolute paths in place of relative ones that exist.
+
+    A path within the copy of a job's working directory stays relative: each node has a copy of its own, in which its
+    workers run.
+    """
+    if isinstance(value, dict):
+        return {key: _absolute(path) for key, path in value.items()}
+    if not isinstance(value, str) or not os.path.exists(value):
+        return value
+    path = os.path.abspath(value)
+    return value if JOB_FOLDER in f"{path}/" else path
 
 
 class Stage(Step):

@@ -549,3 +549,11 @@ def test_a_retry_run_fetches_what_the_first_one_missed(run: Command, tmp_path: P
         ("down?0", "http_500"),
         ("down?1", "http_500"),
     ]
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json"])
+def test_a_name_twice_in_a_json_object_is_refused(name: str) -> None:
+    row = '{"url": "http://h/1", "caption": "c", "x": 1, "x": 2, "nested": {"a": 1, "a": 2}}'
+    Path(name).write_text(f"[{row}]" if name == "p.json" else f"{row}\n")
+    with pytest.raises(pool.PoolError, match=r"p\.json.* has more than one column 'x'; rename one of them"):
+        pool.columns(PoolSpec(path=name))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +25,7 @@ from pipeline.recipe import Recipe
 from pipeline.step import Stage
 from pipeline.workers import _Worker
 from tests.conftest import ROOT, Command
+from tests.fetch.process_tree import family
 from tests.test_passes import ROWS, ingested, recipe
 
 __all__ = ["recipe"]  # the fixture
@@ -229,17 +232,67 @@ def test_a_node_that_joins_later_gets_work(cluster: Cluster, project: Path) -> N
     assert len(set((project / "mine/workers").read_text().split())) == 3
 
 
+def may_unshare() -> bool:
+    """Whether this user may give a process mounts of its own."""
+    words = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(words, capture_output=True, check=False).returncode == 0
+    return False
+
+
+@contextmanager
+def node_without(folder: Path, cluster: Cluster) -> Iterator[None]:
+    """A node that has an empty folder of its own in place of `folder`, started in another working directory."""
+    script = f'mount -t tmpfs none "{folder}" && exec ray start --address {cluster.address} --num-cpus 2 --block'
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    nodes = cluster.global_state._live_node_ids
+    before, deadline = len(nodes()), time.monotonic() + SECONDS
+    with subprocess.Popen(["unshare", "--mount", "sh", "-c", script], cwd="/", env=env, stdout=subprocess.PIPE) as node:
+        try:
+            while len(nodes()) == before:
+                assert node.poll() is None, "the node did not start"
+                assert time.monotonic() < deadline, "the node did not join"
+                time.sleep(0.1)
+            yield
+        finally:
+            for pid in family(node.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.slow
-def test_a_node_without_access_to_the_run_is_named_before_the_start(cluster: Cluster, project: Path) -> None:
-    # Every process has another folder under this path: the driver its own, a worker that of its node.
-    (project / "r.yaml").write_text(RECIPE.replace("STEPS", "mine.dear").replace("run: out", "run: /proc/self/cwd/out"))
-    cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
-    cluster.wait_for_nodes()
+@pytest.mark.skipif(not may_unshare(), reason="needs the right to mount in a namespace of its own (root on Linux)")
+@pytest.mark.parametrize(
+    ("folder", "problem"),
+    [
+        ("data", "does not see {project}/data/out, which this process writes to"),
+        ("lists", "does not see {project}/lists/words.txt, which the recipe names"),
+    ],
+)
+def test_a_node_that_does_not_share_a_folder_is_named_before_the_start(
+    cluster: Cluster, project: Path, folder: str, problem: str
+) -> None:
+    for name in ("data", "lists"):
+        (project / name).mkdir()
+    (project / "lists/words.txt").write_text("red car\n")
+    steps = "{text_safety: {words: lists/words.txt}}, mine.dear"
+    (project / "r.yaml").write_text(RECIPE.replace("STEPS", steps).replace("run: out", "run: data/out"))
     env = {**os.environ, "PYTHONPATH": f"{project}{os.pathsep}{ROOT}", "RAY_ADDRESS": cluster.address}
     words = [sys.executable, "-m", "pipeline.run", "r.yaml"]
-    done = subprocess.run(words, cwd=project, env=env, capture_output=True, text=True, timeout=SECONDS)
+    with node_without(project / folder, cluster):
+        done = subprocess.run(words, cwd=project, env=env, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 2, done.stderr
     assert "error: the node " in done.stderr
-    assert "does not see /proc/self/cwd/out, which this process writes to" in done.stderr
-    assert not list(project.glob("out/passes/*"))
-    assert not list(project.glob("out/nodes/*"))
+    assert problem.format(project=project) in done.stderr
+    assert not list(project.glob("data/out/passes/*"))
+    assert not list(project.glob("data/out/nodes/*"))
+
+
+def test_workers_find_the_files_of_steps(run: Command, project: Path) -> None:
+    """Paths of options start at the folder of the command, and workers run in other ones."""
+    (project / "words.txt").write_text("number 7\n")
+    steps = "{text_safety: {words: words.txt}}"
+    (project / "r.yaml").write_text(RECIPE.replace("STEPS", steps))
+    done = run("r.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "400 rows in = 399 kept + 1 dropped" in done.stdout

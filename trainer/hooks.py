@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from trainer.loop import Run
 
 Record = dict[str, Any]
-"""A line of `metrics.jsonl`: `step`, `epoch`, `samples` and the metrics."""
+"""A line of `metrics.jsonl`: `step`, `epoch`, `samples` and the metrics; one that is not finite is null."""
 
 
 class StoppedError(Exception):
@@ -110,7 +111,9 @@ class Log(Hook):
         run = self.run
         epoch = round(run.step / run.batches.per_epoch, 4)
         record = {"step": run.step, "epoch": epoch, "samples": run.step * run.config.batch_size, **numbers}
-        self.file.write(json.dumps(record) + "\n")
+        # A gradient that overflows in fp16 has an infinite norm, which JSON cannot express.
+        line = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+        self.file.write(json.dumps(line, allow_nan=False) + "\n")
         self.file.flush()
         for board in self.boards:
             board.write(record)

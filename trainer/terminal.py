@@ -1,4 +1,4 @@
-"""Keeps control characters and secrets out of everything that commands print.
+"""What commands have in common: no control characters and no secrets in what they print, and how signals end them.
 
 Column names, file names, URLs, captions and headers are untrusted. An escape sequence in them can clear the screen,
 change the window title or hide what follows. `Console` is rich's, whose own sequences pass; `guarded` does the
@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
@@ -118,15 +120,53 @@ class _Guarded:
             self.write(line)
 
 
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM, raised in the main thread as Ctrl-C is, so that files being written are removed and claims released."""
+
+
+def interrupted(stop: KeyboardInterrupt) -> int:
+    """The exit status of a command that was ended so: 143 by SIGTERM, 130 by Ctrl-C."""
+    return 128 + (signal.SIGTERM if isinstance(stop, TerminatedError) else signal.SIGINT)
+
+
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Makes everything written to standard output and standard error visible and masked."""
+    """Makes everything written to standard output and standard error visible and masked.
+
+    Ctrl-C and SIGTERM end the command with a line and the status of `interrupted`.
+    """
     kept = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (
         stream if isinstance(stream, _Guarded) else _Guarded(stream)  # type: ignore[assignment]
         for stream in kept
     )
     try:
-        yield
+        with _sigterm_raised():
+            yield
+    except KeyboardInterrupt as stop:
+        print(f"interrupted by {'SIGTERM' if isinstance(stop, TerminatedError) else 'Ctrl-C'}", file=sys.stderr)
+        raise SystemExit(interrupted(stop)) from None
     finally:
         sys.stdout, sys.stderr = kept
+
+
+@contextlib.contextmanager
+def _sigterm_raised() -> Iterator[None]:
+    """Raises TerminatedError on SIGTERM, unless it is ignored or handled already."""
+    owner = os.getpid()
+
+    def caught(*_: object) -> None:
+        if os.getpid() != owner:  # a forked child ends as it would without this handler
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
+        raise TerminatedError
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, caught)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

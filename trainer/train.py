@@ -28,8 +28,10 @@ import sys
 
 from trainer.config import describe, load_config
 from trainer.errors import InputError
+from trainer.terminal import guarded, interrupted
 
 
+@guarded()
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
@@ -72,9 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     except loop.StoppedError:
         print("stopped by SIGTERM; the same command resumes from the checkpoint just written", file=sys.stderr)
         return 128 + signal.SIGTERM
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
-        return 1
+        return interrupted(stop)
     return 0
 
 

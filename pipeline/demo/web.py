@@ -37,6 +37,7 @@ from PIL import Image, ImageDraw
 
 from pipeline.demo import captions
 from pipeline.demo.scenes import Scene, draw, random_scene
+from trainer.terminal import guarded
 
 PORT = 8765
 """The port that `conf/demo.yaml` allows."""
@@ -507,6 +508,7 @@ def serving(server: Server, folder: Path) -> Iterator[None]:
         thread.join()
 
 
+@guarded()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="winnow web", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

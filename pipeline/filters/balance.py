@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from pipeline.hashing import uniform
 from pipeline.matching import digest, matcher, normalised, read_entries
-from pipeline.step import Estimate, Filter, drops_frame
+from pipeline.step import FILE, Estimate, Filter, drops_frame
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
@@ -44,7 +44,7 @@ class Balance(Filter):
     version = 2
     scope = "run"
 
-    entries: str | None = None
+    entries: str | None = field(default=None, metadata=FILE)
     """A file of entries, such as `python -m pipeline.entries` writes: a table with a column `entry` (`.tsv`), a JSON
     list of strings (`.json`), or text with one entry per line; may be `.gz`, `.zst` or `.bz2`. Without this and
     `column`: the words and word pairs that occur in at least `min_count` captions of this run."""

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.matching import matcher, normalised, read_entries
-from pipeline.step import Estimate, Filter
+from pipeline.step import FILE, Estimate, Filter
 
 
 @dataclass(kw_only=True)
@@ -25,7 +25,7 @@ class CaptionEntries(Filter):
     forms that WordNet reduces to them.
     """
 
-    entries: str
+    entries: str = field(metadata=FILE)
     """A file of entries: a JSON list of strings (`.json`), or text with one entry per line; may be `.gz` or `.zst`."""
 
     needs = ("caption",)

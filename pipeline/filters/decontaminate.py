@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import pyarrow as pa
 from pipeline import embeddings
 from pipeline.hamming import Index
 from pipeline.hashing import file_digest
-from pipeline.step import Estimate, Filter
+from pipeline.step import FILE, Estimate, Filter
 
 _BLOCK = 4096
 
@@ -40,11 +40,11 @@ class Decontaminate(Filter):
     or embedding are not compared by it.
     """
 
-    sets: dict[str, str] | None = None
+    sets: dict[str, str] | None = field(default=None, metadata=FILE)
     """Evaluation sets by name: a folder of pictures, or shards. Each picture is compared by perceptual hash."""
     max_hamming: int = 4
     """Maximum number of differing bits, of 64. Re-encoded and resized copies differ in up to 4."""
-    vectors: dict[str, str] | None = None
+    vectors: dict[str, str] | None = field(default=None, metadata=FILE)
     """Evaluation sets by name: a `.npy` file of their embeddings, (m, d), by the model that made `vector`."""
     min_cosine: float = 0.95
     """Lowest cosine of copies. It depends on the model: look at the pairs."""

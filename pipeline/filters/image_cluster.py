@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from pipeline import embeddings
 from pipeline.hashing import file_digest
-from pipeline.step import Estimate, Filter, Fitted
+from pipeline.step import FILE, Estimate, Filter, Fitted
 
 
 @dataclass(kw_only=True)
@@ -26,7 +26,7 @@ class ImageCluster(Fitted, Filter):
     fitted to samples, too.
     """
 
-    target: str
+    target: str = field(metadata=FILE)
     """A `.npy` file of target embeddings of shape (m, d), from the same model."""
     vector: str = "image_embedding"
     """The column of embeddings: `clip_score` with `embeddings: true` adds it."""

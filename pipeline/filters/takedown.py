@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import pyarrow as pa
 
-from pipeline.step import Estimate, Filter
+from pipeline.step import FILE, Estimate, Filter
 from pipeline.takedown_list import KINDS, TakedownList
 
 
@@ -25,17 +24,15 @@ class Takedown(Filter):
     `winnow takedown` applies a list to shards that are finished.
     """
 
-    file: str
+    file: str = field(metadata=FILE)
     """The list, one entry a line: `url …`, `domain …`, `uid …`, `sha256 …`, or `phash … 4` with the number of bits
     that may differ."""
     by: list[Literal["uid", "url", "domain", "sha256", "phash"]] | None = None
     """The kinds of entries to apply. By default all that the list has."""
 
     def __post_init__(self) -> None:
-        # Resolved now: workers run in other working directories.
-        self._path = self.file if "://" in self.file else os.path.abspath(self.file)
         try:
-            self._kinds = tuple(self.by or TakedownList(self._path).kinds)
+            self._kinds = tuple(self.by or TakedownList(self.file).kinds)
         except (OSError, ValueError):
             self._kinds = ()  # check() reports it
         self.needs = tuple(dict.fromkeys(column for kind in self._kinds for column in KINDS[kind]))  # type: ignore[misc]
@@ -49,7 +46,7 @@ class Takedown(Filter):
         if self.by is not None and (not self.by or len(set(self.by)) < len(self.by)):
             yield "by", f"must name each kind once, found {self.by}"
         try:
-            TakedownList(self._path)
+            TakedownList(self.file)
         except (OSError, ValueError) as error:
             yield "file", str(error)
 
@@ -59,10 +56,10 @@ class Takedown(Filter):
             yield "file", f"has entries `phash`, but the column 'phash' holds {of}, expected uint64 hashes"
 
     def fingerprint(self) -> object:
-        return TakedownList(self._path).digest
+        return TakedownList(self.file).digest
 
     def setup(self) -> None:
-        self._listed = TakedownList(self._path)
+        self._listed = TakedownList(self.file)
 
     def judge(self, batch: pa.Table) -> pa.StringArray:
         return self._listed.find(batch, self._kinds)[0]

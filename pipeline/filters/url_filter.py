@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from yarl import URL
 
-from pipeline.step import Estimate, Filter
+from pipeline.step import FILE, Estimate, Filter
 
 # RFC 3986 in one expression. The second branch still captures the scheme of "data:…". A backslash before the path is
 # invalid, because browsers and libraries disagree on the host.
@@ -35,9 +35,9 @@ class UrlFilter(Filter):
 
     schemes: list[str] = field(default_factory=lambda: ["http", "https"])
     """Schemes to keep."""
-    block_hosts: list[str] | str = field(default_factory=list)
+    block_hosts: list[str] | str = field(default_factory=list, metadata=FILE)
     """Hosts to drop: a list, or the path of a file with one host per line (`#` starts a comment)."""
-    allow_hosts: list[str] | str = field(default_factory=list)
+    allow_hosts: list[str] | str = field(default_factory=list, metadata=FILE)
     """If given, the only hosts to keep: a list or a file, as above."""
     # Formats that are not photographs. `php` and `html` are not listed: pictures are often served under such names.
     block_extensions: list[str] = field(default_factory=lambda: ["svg", "svgz", "ico", "pdf", "swf", "mp4", "webm"])

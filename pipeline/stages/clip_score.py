@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.step import Estimate, Stage
+from pipeline.step import FILE, Estimate, Stage
 from trainer.spelling import did_you_mean
 
 if TYPE_CHECKING:
@@ -56,10 +56,10 @@ class ClipScore(Stage):
     other rows in its batch: kernels are chosen by shape (bit-identical on ViT-B/32 as measured).
     """
 
-    model: str = "ViT-B-32"
+    model: str = field(default="ViT-B-32", metadata=FILE)
     """An architecture of open_clip by name, `hf-hub:owner/name`, or a folder with `open_clip_config.json` and
     `open_clip_model.safetensors`."""
-    pretrained: str | None = None
+    pretrained: str | None = field(default=None, metadata=FILE)
     """For an architecture name: the tag of published weights (default `openai`) or a checkpoint file."""
     column: str = "clip_score"
     """Name of the score column. For other names than the default, the embeddings are `COLUMN_image_embedding` and

@@ -25,7 +25,7 @@ from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.sandbox import Sandbox, SandboxError, set_malloc
 from pipeline.hashing import file_digest
 from pipeline.schema import INLINE, PICTURE, carried
-from pipeline.step import Estimate, Stage
+from pipeline.step import FILE, Estimate, Stage
 
 GROUP_ROWS = 256
 # Rows held by the event loop, most of them waiting for their host. At most 12 MB, and enough to look far past the slow
@@ -99,7 +99,7 @@ class Download(Stage):
     are not checked."""
     hash_mismatch: Literal["reject", "flag"] = "reject"
     """On a hash mismatch: drop the row, or keep it and record the result in the column `hash_matches`."""
-    deny_hashes: str | None = None
+    deny_hashes: str | None = field(default=None, metadata=FILE)
     """A file of md5, sha1 or sha256 digests or of pHashes in hex, one per line. Bodies with a listed digest are dropped
     before they are decoded; pictures within 4 bits of a listed pHash before they are stored."""
 

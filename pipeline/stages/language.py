@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.caption import normal
 from pipeline.hashing import file_digest
-from pipeline.step import Estimate, Stage
+from pipeline.step import FILE, Estimate, Stage
 from trainer.spelling import nearest
 
 _PREFIX = "__label__"
@@ -57,7 +57,7 @@ class Language(Stage):
     min_score: float | dict[str, float] = 0.13
     """Minimum total probability of the languages of `keep`, 0 to 1; or the minimum probability of each of them, as in
     `{en: 0.3, de: 0.6}`."""
-    model: str | None = None
+    model: str | None = field(default=None, metadata=FILE)
     """Path of another fastText classifier, such as `lid.176.bin`, which is larger and better on very short captions."""
 
     needs = ("caption",)

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 
 from pipeline import score_mixture
 from pipeline.hashing import file_digest
 from pipeline.score_mixture import Direction
-from pipeline.step import Estimate, Stage
+from pipeline.step import FILE, Estimate, Stage
 
 DECIMALS = 6
 
@@ -25,7 +25,7 @@ class LearnedScore(Stage):
     labels: see [Learn a filter](learning.md).
     """
 
-    mixture: str
+    mixture: str = field(metadata=FILE)
     """The JSON file that `python -m pipeline.learn RUN` has written."""
     column: str = "learned_score"
     """Name of the score."""

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipeline import embeddings
 from pipeline.hashing import file_digest
-from pipeline.step import Estimate, Stage
+from pipeline.step import FILE, Estimate, Stage
 
 
 @dataclass(kw_only=True)
@@ -22,7 +22,7 @@ class LinearHead(Stage):
     A row without an embedding gets a null score.
     """
 
-    head: str
+    head: str = field(metadata=FILE)
     """A file with `weight` of shape (1, d) and `bias` of shape (1,): `.pth`, `.safetensors` or `.npz`."""
     column: str
     """Name of the score, such as `aesthetic_score`."""

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.matching import Matcher, digest, normalised, read_entries
-from pipeline.step import Estimate, Stage
+from pipeline.step import FILE, Estimate, Stage
 
 
 @dataclass(kw_only=True)
@@ -22,7 +22,7 @@ class MatchEntries(Stage):
     2024); an entry list for each language follows MetaCLIP 2 (Chuang et al., 2025).
     """
 
-    entries: str | dict[str, str]
+    entries: str | dict[str, str] = field(metadata=FILE)
     """A file of entries, such as `python -m pipeline.entries` writes: a table with a column `entry` (`.tsv`), a JSON
     list of strings (`.json`), or text with one entry per line; may be `.gz`, `.zst` or `.bz2`. Or one file for each
     language, `{en: en.tsv, de: de.tsv}`: a caption is then compared with the entries of its language alone, and one in

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipeline import embeddings
 from pipeline.hashing import file_digest
-from pipeline.step import Estimate, Stage
+from pipeline.step import FILE, Estimate, Stage
 
 _BLOCK = 4096
 
@@ -24,7 +24,7 @@ class NormSim(Stage):
     gets a null score.
     """
 
-    target: str
+    target: str = field(metadata=FILE)
     """A `.npy` file of target embeddings of shape (m, d), from the same model."""
     p: Literal["inf", "2"] = "inf"
     """The norm over the target set."""

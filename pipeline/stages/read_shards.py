@@ -27,7 +27,7 @@ from pipeline.fetch.img2dataset_engine import failure
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.sandbox import Sandbox
 from pipeline.schema import PICTURE
-from pipeline.step import Estimate, Stage
+from pipeline.step import FILE, Estimate, Stage
 from pipeline.storage import Store
 from trainer.tar import TarError, samples
 
@@ -79,7 +79,7 @@ class ReadShards(Stage):
     version: ClassVar[int] = 2
     expensive: ClassVar[bool] = True
 
-    path: str
+    path: str = field(metadata=FILE)
     """The folder of the tars, local or `s3://`, `gs://`, …"""
     max_bytes: int = 20_000_000
     """Maximum size of an image, in bytes."""

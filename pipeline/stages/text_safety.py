@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +11,7 @@ from pipeline import plugin
 from pipeline.caption import normal
 from pipeline.matching import matcher, normalised, read_entries
 from pipeline.safety import check_score, scored, with_score
-from pipeline.step import Estimate, Stage
+from pipeline.step import FILE, Estimate, Stage
 
 
 @dataclass(kw_only=True)
@@ -26,7 +26,7 @@ class TextSafety(Stage):
     scorer: str | None = None
     """Import path of a scorer, `my_package.my_module:MyClass`: called without arguments once per worker, it returns a
     callable that maps a list of n captions to n scores from 0 to 1, or NaN where it has none."""
-    words: str | None = None
+    words: str | None = field(default=None, metadata=FILE)
     """A file of words and phrases instead: a JSON list of strings (`.json`), or text with one per line; may be `.gz` or
     `.zst`. The score is 1 if the caption contains one, matched as in `balance`, else 0."""
     max_score: float | None = 0.1

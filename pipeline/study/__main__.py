@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.study.plan import StudyError, load
-from trainer.terminal import Console, guarded
+from trainer.terminal import Console, guarded, interrupted
 
 
 @contextmanager
@@ -71,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ArmError, DamagedError, OSError) as error:
         errors.error(error)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         errors.print("stopped; the same command goes on from here", highlight=False)
-        return 130
+        return interrupted(stop)
     return 0
 
 

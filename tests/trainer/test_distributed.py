@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.fetch.process_tree import family
 from tests.trainer.models import COCA
 from tests.trainer.shards import samples, write_shards
 from tests.trainer.test_train import assert_equal, metrics, weights, words
@@ -139,6 +140,32 @@ def test_sigterm_to_one_rank_stops_all_after_the_same_step(shards: Path, tmp_pat
     assert [process.returncode for process in processes] == [143, 143], said
     assert "Traceback" not in "".join(said)
     assert int(weights(tmp_path / "out")["step"]) == metrics(tmp_path / "out")[-1]["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sigterm_to_torchrun_writes_a_checkpoint_that_the_same_command_resumes_from(
+    shards: Path, tmp_path: Path
+) -> None:
+    line = words(shards, tmp_path / "out", log_every=1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *MODULE, *line]
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as torchrun:
+        assert torchrun.stderr is not None
+        for said in torchrun.stderr:
+            if said.startswith("step 2/"):
+                break
+        ranks = [pid for pid in family(torchrun.pid) if pid != torchrun.pid]
+        torchrun.send_signal(signal.SIGTERM)
+        said = torchrun.communicate(timeout=200)[1]
+    assert torchrun.returncode == 1, said  # torchrun's own status; it prints what its ranks ended with
+    assert said.count("stopped by SIGTERM; the same command resumes") == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    step = int(weights(tmp_path / "out")["step"])
+    assert step == metrics(tmp_path / "out")[-1]["step"] < 12
+    finish([subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)])
+    finish(start(words(shards, tmp_path / "whole", log_every=1)))
+    assert_equal(weights(tmp_path / "out"), weights(tmp_path / "whole"))
 
 
 @pytest.mark.slow

@@ -1,12 +1,19 @@
-"""Nothing from outside reaches the terminal with control characters, and no secret does at all."""
+"""Nothing from outside reaches the terminal with control characters, and no secret does at all; how signals end."""
 
 from __future__ import annotations
 
+import importlib
 import io
+import os
+import re
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from trainer.terminal import Console, guarded, mask, masked, one_line, visible
 
 
@@ -77,3 +84,90 @@ def test_whatever_prints_is_guarded(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr()
     assert said.err == "a\\x1b[2Jb\n\r50%error: c\\x1b[2Jd\n"
     assert said.out == "http://***@h/\n"
+
+
+WRITING = """
+import sys, time
+from trainer.atomic import replacing
+from trainer.terminal import guarded
+
+@guarded()
+def outer():
+    inner()
+
+@guarded()
+def inner():
+    with replacing("file") as file:
+        file.write(b"half")
+        print("ready", flush=True)
+        time.sleep(600)
+
+outer()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "line"),
+    [
+        (signal.SIGTERM, 143, "interrupted by SIGTERM\n"),
+        (signal.SIGINT, 130, "interrupted by Ctrl-C\n"),
+    ],
+)
+def test_a_signal_ends_a_command_with_a_line_and_leaves_no_part(
+    tmp_path: Path, number: signal.Signals, status: int, line: str
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITING], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as command:  # fmt: skip
+        assert command.stdout is not None
+        assert command.stdout.readline() == "ready\n"
+        assert len(list(tmp_path.iterdir())) == 1
+        command.send_signal(number)
+        _, said = command.communicate(timeout=60)
+    assert (command.returncode, said) == (status, line)
+    assert not list(tmp_path.iterdir())
+
+
+FORKING = """
+import os, signal
+from trainer.terminal import guarded
+
+with guarded():
+    there, here = os.pipe()  # Python forgets signals that arrive before the fork has returned in the child
+    child = os.fork()
+    if child == 0:
+        os.write(here, b"ready")
+        while True:
+            signal.pause()
+    os.read(there, 5)
+    os.kill(child, signal.SIGTERM)
+    print(os.WTERMSIG(os.waitpid(child, 0)[1]))
+print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+"""
+
+
+def test_a_child_of_a_command_dies_of_sigterm_without_a_line() -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", FORKING], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == (f"{signal.SIGTERM.value}\nTrue\n", "")
+
+
+PROCESSES = {
+    "pipeline.demo.scorer", "pipeline.demo.truth", "pipeline.fetch.img2dataset_engine", "pipeline.fetch.sandbox",
+    "pipeline.isolation", "pipeline.keeper", "pipeline.study.worker",
+}  # fmt: skip
+"""Modules that are started by other commands, or make what the demo ships."""
+
+
+def test_every_command_is_guarded() -> None:
+    commands = {
+        re.sub(r"\.__main__$", "", str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")): path
+        for package in ("pipeline", "trainer")
+        for path in (ROOT / package).rglob("*.py")
+        if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+    }
+    assert len(commands) > len(PROCESSES) > 0
+    for name in sorted(commands.keys() - PROCESSES):
+        module = importlib.import_module(name if commands[name].stem != "__main__" else f"{name}.__main__")
+        assert hasattr(module.main, "__wrapped__"), f"{name}: main is not decorated with @guarded()"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,14 @@ def reference(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
+
+
 def metrics(output: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl. ValueError for NaN and Infinity, which are no JSON."""
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=_refuse) for line in lines]
 
 
 def test_same_configuration_same_weights_whatever_the_workers(shards: Path, reference: Path, tmp_path: Path) -> None:
@@ -388,6 +395,14 @@ def test_caching_checkpointing_and_low_precision_train_together_and_resume(
     assert_equal(weights(tmp_path / "again"), weights(tmp_path / "out"))
     model = open_clip.create_model(f"local-dir:{tmp_path / 'out' / 'model'}")
     assert (model.logit_bias is not None) == (loss == "siglip")
+
+
+def test_a_gradient_that_overflows_in_fp16_is_null_in_the_metrics(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**60))
+    assert train.main(words(shards, tmp_path / "out", precision="fp16", epochs=1, log_every=1)) == 0
+    assert {record["grad_norm"] for record in metrics(tmp_path / "out")} == {None}
 
 
 def test_a_locked_tower_stays_as_it_was(shards: Path, reference: Path, tmp_path: Path) -> None:
