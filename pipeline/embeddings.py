@@ -22,12 +22,18 @@ def matrix(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def finite(column: pa.ChunkedArray) -> np.ndarray:
-    """Bool of shape (n,): true for vectors that are not null and have no NaN or infinity."""
+    """Bool of shape (n,): true for vectors that are not null and have only numbers in the range of float32."""
     there = pc.is_valid(column).to_numpy()
     vectors = column if there.all() else column.filter(pa.array(there))
-    of_chunks = [_values(chunk) for chunk in vectors.chunks]  # as they are: converting halves takes longer
-    there[there] = np.concatenate([np.empty(0, bool), *(np.isfinite(values).all(axis=1) for values in of_chunks)])
+    of_chunks = map(_values, vectors.chunks)  # as they are: converting halves takes longer
+    there[there] = np.concatenate([np.empty(0, bool), *(_in_range(values).all(axis=1) for values in of_chunks)])
     return there
+
+
+def _in_range(values: np.ndarray) -> np.ndarray:
+    if values.dtype == np.float64:
+        return np.asarray(np.abs(values) <= np.finfo(np.float32).max)
+    return np.isfinite(values)
 
 
 def _values(chunk: pa.FixedSizeListArray) -> np.ndarray:
