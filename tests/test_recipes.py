@@ -26,9 +26,8 @@ from pipeline.score_mixture import Curve, Mixture
 from tests.conftest import ROOT, Command
 from trainer import export
 
-ELSEWHERE = {  # need entry lists, target sets or a crawl, which their own tests make
-    "metaclip", "multilingual",  # test_metaclip
-    "datacomp_basic", "datacomp_clip_score", "datacomp_image_based", "negclip_normsim",  # test_datacomp
+ELSEWHERE = {  # need target sets or a crawl, which their own tests make
+    "datacomp_image_based", "negclip_normsim",  # test_datacomp
     "common_crawl",  # test_wat
 }  # fmt: skip
 RECIPES = {
@@ -47,10 +46,13 @@ OVERRIDES: dict[str, list[str]] = {
     "400m": [*SCORER, *BY_NAME, *SMALL_PICTURES, *SMALL_FILES, *RARE_ENTRIES],
     "commonpool": SMALL_PICTURES,
     "coyo": SMALL_PICTURES,
+    "datacomp_basic": SMALL_PICTURES,
     "demo": [*SCORER, f"steps.balance.entries={ROOT}/pipeline/demo/entries.json"],
     "dfn": SCORER,
     "laion400m": [*SCORER, *BY_NAME, *SMALL_FILES],
     "laion5b": [*SCORER, *BY_NAME, *SMALL_FILES],
+    "metaclip": [f"steps.match_entries.entries={ROOT}/pipeline/demo/entries.json"],
+    "multilingual": [f"steps.match_entries.entries={{{{en: {ROOT}/pipeline/demo/entries.json}}}}"],
     "learned": [*SCORER, *BY_NAME, "steps.learned_score.mixture={folder}/mixture.json"],
 }
 PICTURES = 40
