@@ -3,7 +3,7 @@
     python benchmarks/ocr.py --pictures FOLDER --captions CSV [--count 50] [--engine pipeline.ocr:RapidOcr]
 
 CSV is a table of `file,caption` without a header. Pictures are resized to a shorter side of 256 pixels, as they are
-stored. Of each, one copy gets the caption drawn on it, in lines of about 24 letters whose height is a share of the
+stored. Of each, one copy gets the caption drawn on it, in lines of up to 24 letters whose height is a share of the
 picture's. The score is `text_overlap_score`: the share of the caption's letters whose words were read; for pictures
 without the caption it should be 0. Time is CPU time a picture.
 """
@@ -60,7 +60,8 @@ def drawn(path: Path, caption: str, height: float) -> bytes:
     scale = 256 / min(picture.size)
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
     if height:
-        text, size = "\n".join(textwrap.wrap(caption, 24)), round(picture.height * height)
+        size = round(picture.height * height)
+        text = "\n".join(textwrap.wrap(caption, min(24, int(1.6 * picture.width / size))))  # none beyond the edge
         draw = ImageDraw.Draw(picture)
         box = draw.multiline_textbbox((4, 4), text, font_size=size)
         draw.rectangle((0, 0, box[2] + 4, box[3] + 4), (20, 20, 20))
