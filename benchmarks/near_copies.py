@@ -1,15 +1,20 @@
 """Recall and precision of perceptual hashes on altered copies, by alteration and distance, beside imagededup's pHash.
 
-    python benchmarks/near_copies.py [--pictures FOLDER] [--count 300] [--python PYTHON]
+    python benchmarks/near_copies.py [--pictures FOLDER] [--count 300] [--sets CSV] [--python PYTHON]
 
 Alters each picture (of the demo, or the first of FOLDER by name) in seven ways. Recall is the share of pictures whose
 copy is within the distance; precision is the share of pairs of a picture and a copy within it that belong together.
 `winnow` hashes as `download` does; with --python, an interpreter that has imagededup, its PHash is measured too.
+
+--sets takes pictures with known copies: a table of `file,copies` without a header, in the folder of the pictures, of
+which each is one of these files or a copy of one. A set counts as found if `near_dedup` at this distance would join the
+file with exactly as many others.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import subprocess
 import tempfile
@@ -20,6 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from pipeline.fetch.decoder import Rules, decode
+from pipeline.hamming import clusters
 
 DISTANCES = (0, 2, 4, 8)
 PEER = """
@@ -57,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, help="a folder of JPEGs (default: the demo's)")
     parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--sets", type=Path, help="a table of pictures and how many copies of each are beside it")
     parser.add_argument("--python", help="interpreter with imagededup")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -66,19 +73,14 @@ def main() -> None:
                 alter, quality = ALTERATIONS.get(kind, (lambda same: same, 95))
                 paths.append(f"{name}/{i}.{number}.jpg")
                 alter(picture).save(paths[-1], "JPEG", quality=quality)
-        contenders = {"winnow": {kind: [_hash(path) for path in paths] for kind, paths in files.items()}}
-        if args.python:
-            everything = json.dumps([path for paths in files.values() for path in paths])
-            done = subprocess.run(
-                [args.python, "-c", PEER], input=everything, check=True, capture_output=True, text=True
-            )
-            peer = json.loads(done.stdout.splitlines()[-1])
-            contenders["imagededup"] = {kind: [int(peer[p], 16) for p in paths] for kind, paths in files.items()}
+        contenders = {
+            who: {kind: hashes(paths) for kind, paths in files.items()} for who, hashes in hashers(args.python).items()
+        }
     print(f"{'recall / precision within':<26} {'':<10} " + " ".join(f"{f'{d} bits':>11}" for d in DISTANCES))
     recalls: dict[str, list[float]] = {who: [] for who in contenders}
     for kind in ALTERATIONS:
         for who, hashes in contenders.items():
-            original, copies = (np.array(hashes[k], np.uint64) for k in ("original", kind))
+            original, copies = hashes["original"], hashes[kind]
             apart = np.bitwise_count(original[:, None] ^ copies)
             cells = []
             for distance in DISTANCES:
@@ -88,8 +90,35 @@ def main() -> None:
                 if distance == 4:
                     recalls[who].append(right / len(near))
             print(f"{kind:<26} {who:<10} " + " ".join(f"{cell:>11}" for cell in cells))
+    if args.sets:
+        with args.sets.open(newline="") as file:
+            wanted = {name: int(copies) for name, copies in csv.reader(file)}
+        paths = [str(path) for path in sorted(args.sets.parent.iterdir()) if path != args.sets]
+        at = np.array([Path(path).name in wanted for path in paths])
+        others = np.array([wanted[Path(path).name] for path in np.array(paths)[at]])
+        for who, hashes in hashers(args.python).items():
+            distinct, place = np.unique(hashes(paths), return_inverse=True)
+            sets = [clusters(distinct, distance)[place] for distance in DISTANCES]
+            right = [np.mean(np.bincount(labels)[labels[at]] - 1 == others) for labels in sets]
+            print(f"{f'{len(wanted)} sets found':<26} {who:<10} " + " ".join(f"{share:>11.3f}" for share in right))
     means = " ".join(f"{who}_recall_at_4={np.mean(found):.3f}" for who, found in recalls.items())
     print(f"RESULT pictures={len(original)} {means}")
+
+
+def hashers(python: str | None) -> dict[str, Callable[[list[str]], np.ndarray]]:
+    """By contender, what gives the hashes of files: uint64 of shape (n,)."""
+
+    def theirs(paths: list[str]) -> np.ndarray:
+        assert python is not None
+        words = [python, "-c", PEER]
+        done = subprocess.run(words, input=json.dumps(paths), check=True, capture_output=True, text=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        return np.array([int(found[path], 16) for path in paths], np.uint64)
+
+    def ours(paths: list[str]) -> np.ndarray:
+        return np.array([_hash(path) for path in paths], np.uint64)
+
+    return {"winnow": ours, **({"imagededup": theirs} if python else {})}
 
 
 def pictures(folder: Path | None, count: int) -> list[Image.Image]:

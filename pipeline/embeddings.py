@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -16,16 +17,27 @@ _BLOCK = 2048
 
 def matrix(column: pa.ChunkedArray) -> np.ndarray:
     """The vectors of a fixed-size list column without nulls, float32 of shape (n, d)."""
-    flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
-    values = np.concatenate([np.empty(0, np.float32), *flat]).astype(np.float32, copy=False)
-    return values.reshape(-1, column.type.list_size)
+    none = np.empty((0, column.type.list_size), np.float32)
+    return np.concatenate([none, *map(_values, column.chunks)]).astype(np.float32, copy=False)
 
 
 def finite(column: pa.ChunkedArray) -> np.ndarray:
-    """Bool of shape (n,): true for vectors that are not null and have no NaN or infinity."""
+    """Bool of shape (n,): true for vectors that are not null and have only numbers in the range of float32."""
     there = pc.is_valid(column).to_numpy()
-    there[there] = np.isfinite(matrix(column.filter(pa.array(there)))).all(axis=1)
+    vectors = column if there.all() else column.filter(pa.array(there))
+    of_chunks = map(_values, vectors.chunks)  # as they are: converting halves takes longer
+    there[there] = np.concatenate([np.empty(0, bool), *(_in_range(values).all(axis=1) for values in of_chunks)])
     return there
+
+
+def _in_range(values: np.ndarray) -> np.ndarray:
+    if values.dtype == np.float64:
+        return np.asarray(np.abs(values) <= np.finfo(np.float32).max)
+    return np.isfinite(values)
+
+
+def _values(chunk: pa.FixedSizeListArray) -> np.ndarray:
+    return chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, chunk.type.list_size)
 
 
 def check_vectors(types: Mapping[str, pa.DataType], *columns: str) -> Iterator[tuple[str, str]]:
@@ -51,13 +63,22 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def spherical_kmeans(sample: np.ndarray, k: int, seed: int, iterations: int = 20) -> np.ndarray:
-    """Unit centroids of spherical k-means over a sample of vectors: float32 of shape (min(k, m), d). Needs faiss."""
+    """Unit centroids of spherical k-means over a sample of vectors: float32 of shape (min(k, m), d). Needs faiss.
+
+    Uses all cores, since nothing else of a run can start before its fit is done. Ray's workers would get one. The
+    result does not depend on their number.
+    """
     import faiss
 
     sample = unit(sample)
     k = min(k, len(sample))
     means = faiss.Kmeans(sample.shape[1], k, niter=iterations, seed=seed, spherical=True, min_points_per_centroid=1)
-    means.train(sample)
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(os.cpu_count() or 1)
+    try:
+        means.train(sample)
+    finally:
+        faiss.omp_set_num_threads(threads)
     return np.asarray(means.centroids)
 
 

@@ -83,6 +83,9 @@ def print_plan(console: Console, recipe: Recipe) -> None:
             highlight=False,
             markup=False,
         )
+    for step in (step for p in passes for step in p.steps):
+        for note in step.notes():
+            console.print(f"note: {step.label}: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _workers(p: Pass) -> str:

@@ -111,6 +111,9 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
     from pipeline.events import Events
     from pipeline.progress import Progress, print_funnel
 
+    for step in checked.steps:
+        for note in step.notes():
+            console.print(f"note: {step.label}: {note}", markup=False, highlight=False, soft_wrap=True)
     started = time.monotonic()
     events = Events(Store(checked.run))
     progress, done = Progress(console, events.watch), False

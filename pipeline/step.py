@@ -123,6 +123,10 @@ class Step:
         """Opt-out mechanisms that this step obeys, for the dataset's card: `robots.txt (RFC 9309)`."""
         yield from ()
 
+    def notes(self) -> Iterator[str]:
+        """What this step leaves undone with these options, printed by `--plan` and at the start of a run."""
+        yield from ()
+
     def estimate(self, rows: float) -> Estimate:
         """What `--plan` assumes of this step with these options, given the number of rows that reach it."""
         return Estimate(1.0, 10_000, "a step of your own: nothing known")

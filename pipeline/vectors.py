@@ -112,7 +112,7 @@ def assign(
     index, groups = [], []
 
     def level(at: np.ndarray, grouping: Grouping) -> None:
-        found = _by_group(step.groups(vectors[at], grouping.fitted))
+        found = _by_group(step.groups(vectors if len(at) == len(vectors) else vectors[at], grouping.fitted))
         rows, group = np.repeat(at, found.shape[1]), found.reshape(-1)
         crowded = np.isin(group, list(grouping.within))
         index.append(rows[~crowded])
@@ -154,10 +154,6 @@ def decide(
     piece_rows = max(1, piece_bytes // row_bytes)
     unit_groups = _ranges(units, max(1, piece_rows * units // max(rows, 1)))
 
-    def vectors_of(unit: int) -> Iterator[pa.Table]:
-        for table in read_unit(before, unit, columns):
-            yield table.filter(pa.array(embeddings.finite(table[step.vector])))
-
     names = _draw(
         p, before, unit_groups, ["uid", step.vector], step.sample_rows(rows) / max(rows, 1), attempt, run_tasks
     )
@@ -179,11 +175,14 @@ def decide(
         step.setup()
         grouping = Grouping.load(p.store, f"{attempt}-groups.npz")
         for some in ranges:
-            table = pa.concat_tables(
-                [schema.empty_table(), *(t.select(schema.names) for u in some for t in vectors_of(u))]
-            )
+            read = (t.select(schema.names) for unit in some for t in read_unit(before, unit, columns))
+            table = pa.concat_tables([schema.empty_table(), *read])
+            if not (usable := embeddings.finite(table[step.vector])).all():
+                table = table.filter(pa.array(usable))
             index, group = assign(step, embeddings.matrix(table[step.vector]), table["uid"], grouping)
-            table = table.take(pa.array(index)).append_column("group", pa.array(group))
+            if not np.array_equal(index, np.arange(len(table))):  # a row of several groups, or of a divided one
+                table = table.take(pa.array(index))
+            table = table.append_column("group", pa.array(group))
             part = ((group * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) % np.uint64(parts)
             name = f"{attempt}-piece-{some.start:07d}.arrow"
             spool.write(p.store, name, table, part, parts, compression=None)

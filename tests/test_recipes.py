@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
 
 from pipeline import init, open_run, run
 from pipeline.demo import scorer, web
@@ -25,9 +26,8 @@ from pipeline.score_mixture import Curve, Mixture
 from tests.conftest import ROOT, Command
 from trainer import export
 
-ELSEWHERE = {  # need entry lists, target sets or a crawl, which their own tests make
-    "metaclip", "multilingual",  # test_metaclip
-    "datacomp_basic", "datacomp_clip_score", "datacomp_image_based", "negclip_normsim",  # test_datacomp
+ELSEWHERE = {  # need target sets or a crawl, which their own tests make
+    "datacomp_image_based", "negclip_normsim",  # test_datacomp
     "common_crawl",  # test_wat
 }  # fmt: skip
 RECIPES = {
@@ -46,10 +46,13 @@ OVERRIDES: dict[str, list[str]] = {
     "400m": [*SCORER, *BY_NAME, *SMALL_PICTURES, *SMALL_FILES, *RARE_ENTRIES],
     "commonpool": SMALL_PICTURES,
     "coyo": SMALL_PICTURES,
+    "datacomp_basic": SMALL_PICTURES,
     "demo": [*SCORER, f"steps.balance.entries={ROOT}/pipeline/demo/entries.json"],
     "dfn": SCORER,
     "laion400m": [*SCORER, *BY_NAME, *SMALL_FILES],
     "laion5b": [*SCORER, *BY_NAME, *SMALL_FILES],
+    "metaclip": [f"steps.match_entries.entries={ROOT}/pipeline/demo/entries.json"],
+    "multilingual": [f"steps.match_entries.entries={{{{en: {ROOT}/pipeline/demo/entries.json}}}}"],
     "learned": [*SCORER, *BY_NAME, "steps.learned_score.mixture={folder}/mixture.json"],
 }
 PICTURES = 40
@@ -68,6 +71,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]
         pq.write_table(widened([row for row in rows if row["good"]], folder / "site"), folder / "pool.parquet")
         mixture = Mixture(0.0, {"clip_score": Curve((0.0, 1.0), (-2.0, 2.0), 0.0)})
         (folder / "mixture.json").write_bytes(mixture.to_bytes({}))
+        # An evaluation set of pictures that are also on the web.
+        on_the_web = [folder / "site" / row["url"].rpartition("/")[2] for row in rows if row["good"]]
+        (folder / "eval").mkdir()
+        for picture in [path for path in on_the_web if path.is_file()][:8]:
+            Image.open(picture).convert("RGB").save(folder / "eval" / f"{picture.stem}.jpg", quality=70)
         with web.serving(server, folder):
             yield folder, server.server_port
 
@@ -101,6 +109,8 @@ def words(name: str, folder: Path, port: int) -> list[str]:
     text = RECIPES[name].read_text(encoding="utf-8")
     if "- download" in text:
         given.append(f'steps.download.allow_addrs=["127.0.0.1:{port}"]')
+    if "- decontaminate" in text:
+        given.append(f"steps.decontaminate.sets={{demo: {folder}/eval}}")
     return [f"pool.path={folder}/pool.parquet", f"run={folder}/{name}", *given]
 
 
@@ -111,6 +121,14 @@ def test_a_recipe_passes_plan(
     monkeypatch.setenv("COLUMNS", "200")
     assert run.main(["--plan", str(RECIPES[name]), *words(name, *site)]) == 0
     assert "write_shards" in capsys.readouterr().out
+
+
+def test_a_plan_names_the_evaluation_sets_that_are_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run.main(["--plan", str(RECIPES["400m"])]) == 0
+    assert "note: decontaminate: eval/coco, eval/flickr30k, eval/imagenet: not there" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -131,6 +149,8 @@ def test_a_recipe_runs(name: str, site: tuple[Path, int], run: Command) -> None:
     finished = open_run(folder / name)
     assert finished.finished
     assert finished.kept > 0, json.dumps({k: v.dropped for k, v in finished.funnel.lines.items()})
+    if "decontaminate" in finished.funnel.lines:
+        assert finished.funnel.lines["decontaminate"].dropped.keys() == {"demo"}
 
 
 @pytest.mark.slow

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
-from pipeline import vectors
+from pipeline import embeddings, vectors
 from pipeline.filters.image_cluster import ImageCluster
 from pipeline.filters.semantic_dedup import SemanticDedup
 from pipeline.hashing import hash64
@@ -146,6 +147,47 @@ def test_many_clusters_are_the_paper_in_numpy(tmp_path: Path) -> None:
 
     assert set(dropped(tmp_path, Given(vector="embedding"), matrix, 3)) == gone
     assert 200 < len(gone) < 400 + 200
+
+
+def test_the_fit_depends_on_no_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    import faiss
+
+    sample = np.random.default_rng(3).normal(size=(4000, 48)).astype(np.float32)
+    threads, found = faiss.omp_get_max_threads(), []
+    for cores in (1, 2, 5):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        found.append(embeddings.spherical_kmeans(sample, 40, 0))
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+    assert faiss.omp_get_max_threads() == threads
+
+
+@pytest.mark.parametrize("rows", [1, 255, 256, 257, 600])
+def test_each_row_is_compared_with_all_earlier_ones(rows: int) -> None:
+    matrix = np.random.default_rng(rows).normal(size=(rows, 4)).astype(np.float32)
+    units = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+    earlier = np.where(np.tri(rows, k=-1, dtype=bool), units @ units.T, -np.inf)
+    table = pa.table({"uid": [f"{i:03d}" for i in range(rows)]})
+    reason, detail = SemanticDedup(eps=0.05).judge_group(table, matrix)
+    nearest, best = earlier.argmax(axis=1), earlier.max(axis=1)
+    assert (np.abs(best - 0.95) > 1e-6).all()
+    assert [text and text[:3] for text in detail.to_pylist()] == [
+        f"{at:03d}" if similarity > 0.95 else None for at, similarity in zip(nearest, best)
+    ]
+    assert pc.is_valid(reason).to_pylist() == (best > 0.95).tolist()
+
+
+@pytest.mark.parametrize("column", [pa.float16(), pa.float32(), pa.float64()])
+def test_only_vectors_without_nan_and_infinity_are_finite(column: pa.DataType) -> None:
+    rows = [[1.0, 2.0], None, [float("nan"), 0.0], [0.0, float("inf")], [-6e4, 6e4]]
+    chunks = [pa.array(part, pa.list_(pa.float64(), 2)).cast(pa.list_(column, 2)) for part in (rows[:2], rows[2:], [])]
+    assert embeddings.finite(pa.chunked_array(chunks)).tolist() == [True, False, False, False, True]
+    assert embeddings.finite(pa.chunked_array([], pa.list_(column, 2))).tolist() == []
+
+
+def test_what_float32_cannot_hold_is_not_finite() -> None:
+    column = pa.chunked_array([pa.array([[1e39, 0.0], [1.0, 0.0]], pa.list_(pa.float64(), 2))])
+    assert embeddings.finite(column).tolist() == [False, True]
 
 
 def test_the_row_with_the_higher_score_stays(tmp_path: Path) -> None:

@@ -38,14 +38,23 @@ class Decontaminate(Filter):
 
     Hashes of the sets are computed once and kept in ~/.cache/winnow. Flat pictures have no hash, and rows without hash
     or embedding are not compared by it.
+
+    A set that is missing stops the run before it starts, unless `missing: skip` allows it. The shipped recipes do, so
+    that they can be planned before the sets are there: unpack the pictures of ImageNet's validation set to
+    `eval/imagenet`, and so on. A set that is added to a run later is applied to the stored hashes: nothing is fetched
+    again.
     """
 
     sets: dict[str, str] | None = field(default=None, metadata=FILE)
-    """Evaluation sets by name: a folder of pictures, or shards. Each picture is compared by perceptual hash."""
+    """Evaluation sets by name: a folder of pictures (and of folders of them), or shards. Each picture is compared by
+    perceptual hash."""
     max_hamming: int = 4
     """Maximum number of differing bits, of 64. Re-encoded and resized copies differ in up to 4."""
     vectors: dict[str, str] | None = field(default=None, metadata=FILE)
     """Evaluation sets by name: a `.npy` file of their embeddings, (m, d), by the model that made `vector`."""
+    missing: str = "fail"
+    """What becomes of a set or a file of vectors that does not exist: `fail`, or `skip`, which `--plan` and the run
+    print."""
     min_cosine: float = 0.95
     """Lowest cosine of copies. It depends on the model: look at the pairs."""
     column: str = "phash"
@@ -55,6 +64,9 @@ class Decontaminate(Filter):
 
     def __post_init__(self) -> None:
         self.needs = (*([self.column] if self.sets else []), *([self.vector] if self.vectors else []))  # type: ignore[misc]
+        # Found once, before the start: a worker that does not see a set that is there must fail, not skip it.
+        given = {**(self.sets or {}), **(self.vectors or {})}
+        self._absent = sorted({path for path in given.values() if not Path(path).exists()})
 
     def estimate(self, rows: float) -> Estimate:
         return Estimate(0.999, 20_000, "keep assumed; rate for sets of 50,000 pictures")
@@ -66,16 +78,19 @@ class Decontaminate(Filter):
             yield "max_hamming", f"must be from 0 to 10 of 64 bits, found {self.max_hamming}"
         if not 0 < self.min_cosine <= 1:
             yield "min_cosine", f"must be above 0 and at most 1, found {self.min_cosine}"
-        for name, path in (self.sets or {}).items():
-            try:
-                _read_set(path)
-            except (OSError, ValueError) as error:
-                yield "sets", f"{name}: {error}"
-        for name, path in (self.vectors or {}).items():
-            try:
-                embeddings.load_vectors(path)
-            except (OSError, ValueError) as error:
-                yield "vectors", f"{name}: {error}"
+        if self.missing not in ("fail", "skip"):
+            yield "missing", f"must be fail or skip, found {self.missing!r}"
+        for key, given in (("sets", self.sets or {}), ("vectors", self.vectors or {})):
+            for name, path in given.items():
+                if path in self._absent:
+                    if self.missing != "skip":
+                        cure = "put the set there, or set `missing: skip` to run without it"
+                        yield key, f"{name}: {path} does not exist; {cure}"
+                    continue
+                try:
+                    _read_set(path) if key == "sets" else embeddings.load_vectors(path)
+                except (OSError, ValueError) as error:
+                    yield key, f"{name}: {error}"
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
         of = types.get(self.vector)
@@ -84,17 +99,25 @@ class Decontaminate(Filter):
         if not pa.types.is_fixed_size_list(of):
             yield "vector", f"the column {self.vector!r} holds {of}, expected vectors"
             return
-        for name, path in self.vectors.items():
+        for name, path in self._vectors:
             for problem in embeddings.check_width(path, self.vector, of):
                 yield "vectors", f"{name}: {problem}"
 
     def fingerprint(self) -> object:
         sets = {name: hashlib.sha256(_read_set(path).hashes.tobytes()).hexdigest() for name, path in self._sets}
-        return {**sets, **{f"{name} vectors": file_digest(path) for name, path in (self.vectors or {}).items()}}
+        return {**sets, **{f"{name} vectors": file_digest(path) for name, path in self._vectors}}
+
+    def notes(self) -> Iterator[str]:
+        if self._absent:
+            yield f"{', '.join(self._absent)}: not there, so copies of their pictures are kept"
 
     @property
     def _sets(self) -> list[tuple[str, str]]:
-        return list((self.sets or {}).items())
+        return [(name, path) for name, path in (self.sets or {}).items() if path not in self._absent]
+
+    @property
+    def _vectors(self) -> list[tuple[str, str]]:
+        return [(name, path) for name, path in (self.vectors or {}).items() if path not in self._absent]
 
     @cached_property
     def _indexes(self) -> list[tuple[str, _Pictures, Index]]:
@@ -103,8 +126,7 @@ class Decontaminate(Filter):
 
     @cached_property
     def _targets(self) -> list[tuple[str, np.ndarray]]:
-        files = (self.vectors or {}).items()
-        return [(name, embeddings.unit(embeddings.load_vectors(path))) for name, path in files]
+        return [(name, embeddings.unit(embeddings.load_vectors(path))) for name, path in self._vectors]
 
     def setup(self) -> None:
         _ = self._indexes, self._targets

@@ -24,6 +24,10 @@ class NearDedup(Filter):
     component, so two of its members may differ in more. The search is exact (pigeonhole on blocks of bits; Manku et
     al., WWW 2007). The detail of a drop is the uid of the row kept instead. Rows without a hash are kept; so are flat
     pictures, for which `download` stores no hash, since all colours would share one (`exact_dedup` finds equal ones).
+
+    Of altered copies of 1,000 photographs, 4 bits of pHash find all that were re-encoded at quality 50 or halved in
+    size, 95% of those with a watermark, 89% of those brightened by 30% and 48% of those cropped by 5%, without linking
+    other pictures (benchmarks/RESULTS.md). 8 bits find 94% of the cropped ones. Mirrored pictures are not found.
     """
 
     max_hamming: int = 4

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 from pipeline import embeddings
 from pipeline.step import Estimate, VectorFilter
 
-_BLOCK = 2048
-"""Rows per block of the similarity matrix: 1 GB in the largest group."""
+_BLOCK = 256
+"""Rows that are compared at a time with all earlier ones: the smaller, the less is computed above the diagonal."""
 
 
 @dataclass(kw_only=True)
@@ -83,9 +83,10 @@ class SemanticDedup(VectorFilter):
         nearest, similarity = np.zeros(n, np.int64), np.full(n, -np.inf, np.float32)
         for low in range(0, n, _BLOCK):
             block = units[low : low + _BLOCK] @ units[: low + _BLOCK].T
-            block[np.arange(block.shape[1]) >= np.arange(low, low + len(block))[:, None]] = -np.inf
-            nearest[low : low + len(block)] = block.argmax(axis=1)
-            similarity[low : low + len(block)] = block.max(axis=1)
+            block[:, low:][~np.tri(len(block), k=-1, dtype=bool)] = -np.inf  # itself and those after it
+            best = block.argmax(axis=1)
+            nearest[low : low + len(block)] = best
+            similarity[low : low + len(block)] = block[np.arange(len(block)), best]
         gone = similarity > 1 - self.eps
         uids = np.array(rows["uid"].to_pylist(), dtype=object)[order]
         reason, detail = np.full(n, None, dtype=object), np.full(n, None, dtype=object)

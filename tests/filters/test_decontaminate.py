@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import pickle
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -108,11 +110,38 @@ def test_the_hashes_of_a_set_are_kept_until_its_files_change(folder: Path, monke
     assert Decontaminate(sets={"val": str(folder)}).fingerprint() != before
 
 
+def test_a_set_that_is_missing_is_skipped_only_when_allowed(folder: Path, tmp_path: Path) -> None:
+    sets = {"val": str(folder), "coco": str(tmp_path / "coco")}
+    assert [key for key, _ in Decontaminate(sets=sets).check()] == ["sets"]
+    step = Decontaminate(sets=sets, vectors={"flickr": str(tmp_path / "flickr.npy")}, missing="skip")
+    assert not list(step.check_columns({"image_embedding": VECTOR}))
+    (note,) = step.notes()
+    assert note.startswith(f"{tmp_path}/coco, {tmp_path}/flickr.npy: not there")
+    rows = [{"phash": hashed(picture(seed)), "image_embedding": [1.0] * 8} for seed in (1, 9)]
+    assert [found and found[0] for found in judged(step, rows)] == ["val", None]
+    assert judged(Decontaminate(sets={"coco": sets["coco"]}, missing="skip"), rows) == [None, None]
+    before = step.fingerprint()
+    (tmp_path / "coco").mkdir()
+    picture(9).save(tmp_path / "coco/9.png")
+    added = Decontaminate(sets=sets, missing="skip")
+    assert added.fingerprint() != before, "a run that knew no copies of it is decided again"
+    assert [found and found[0] for found in judged(added, rows)] == ["val", "coco"]
+
+
+def test_a_worker_that_does_not_see_a_set_fails(folder: Path) -> None:
+    step = pickle.loads(pickle.dumps(Decontaminate(sets={"val": str(folder)}, missing="skip")))
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="val"):
+        step.setup()
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
         ({}, "give `sets`, `vectors`, or both"),
-        ({"sets": {"x": "nowhere"}}, "x: .*nowhere"),
+        ({"sets": {"x": "nowhere"}}, "x: nowhere does not exist; put the set there, or set `missing: skip`"),
+        ({"vectors": {"x": "nowhere.npy"}}, "x: nowhere.npy does not exist"),
+        ({"sets": {"x": "@/val"}, "missing": "ignore"}, "must be fail or skip, found 'ignore'"),
         ({"sets": {"x": "@/broken"}}, r"x: .*broken.png: .*; take it out of the set"),
         ({"sets": {"x": "@/empty"}}, "x: .*expected shards, a picture or a folder of pictures"),
         ({"vectors": {"x": "@/flat.npy"}}, r"x: .*expected vectors of shape \(m, d\), found \(4,\)"),
