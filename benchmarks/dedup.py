@@ -3,10 +3,10 @@
     python benchmarks/dedup.py [ROWS …]                    default: 1000000 10000000; needs polars (pip install polars)
 
 The hashes are random. One in fifty has a planted neighbour at a distance of 1 to 4 bits, and one in a hundred lies in
-one of three hot buckets, whose hashes share 44 bits. `winnow` is `pipeline.hamming.clusters`, which gives each hash the
-number of its cluster. `polars` joins the hashes with themselves under each of the same 15 masks, drops pairs that are
-further apart than 4 bits, and leaves the clustering out. Each runs in a process of its own. Time is that of the search,
-memory is the process's peak without the hashes themselves. Recall is the share of planted pairs that were found.
+one of three hot buckets, whose hashes share 44 bits. `winnow` is `pipeline.hash_clusters.clusters`, which gives each
+hash the number of its cluster. `polars` joins the hashes with themselves under each of the same 15 masks and drops the
+pairs that differ in more than 4 bits, without clustering them. Each runs in a process of its own. Time is that of the
+search, memory the process's peak without the hashes. Recall is the share of planted pairs that were found.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def planted(rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def contend(contender: str, rows: int) -> dict[str, float]:
-    from pipeline.hamming import clusters, masks
+    from pipeline.hash_clusters import clusters
+    from trainer.hamming import masks
 
     hashes, pairs = planted(rows)
     if contender == "polars":

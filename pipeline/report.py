@@ -36,6 +36,7 @@ from pipeline import fitness, page
 from pipeline.fetch import reasons
 from pipeline.hashing import hash64
 from pipeline.page import CUT, DROPPED, KEPT, OTHER, Picture, Table, Thumbnails, chart, count, share
+from pipeline.progress import clock
 from pipeline.reader import Run, RunError, RunStep, open_run
 from pipeline.storage import DamagedError, Store
 from pipeline.url import hosts as hosts_of
@@ -304,15 +305,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         (share(run.kept, run.rows_in), "of the pool"),
         (count(run.rows_in - run.kept), "dropped, each with its reason"),
         (count(len(run.steps) - 1), "steps"),
-        (_duration(seconds), "of work, all workers together"),
+        (clock(seconds), "of work, all workers together"),
     ]
-
-
-def _duration(seconds: float) -> str:
-    for unit, of in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * of:
-            return f"{seconds / of:.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 def _funnel(run: Run) -> dict[str, object]:

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import embeddings
-from pipeline.hamming import Index
 from pipeline.hashing import file_digest
 from pipeline.step import Estimate, Filter
+from trainer.hamming import Index
 
 _BLOCK = 4096
 
@@ -78,14 +78,10 @@ class Decontaminate(Filter):
                 yield "vectors", f"{name}: {error}"
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
-        of = types.get(self.vector)
-        if of is None or not self.vectors:
-            return
-        if not pa.types.is_fixed_size_list(of):
-            yield "vector", f"the column {self.vector!r} holds {of}, expected vectors"
-            return
-        for name, path in self.vectors.items():
-            for problem in embeddings.check_width(path, self.vector, of):
+        if self.vectors:
+            yield from embeddings.check_vectors(types, vector=self.vector)
+        for name, path in (self.vectors or {}).items():
+            for problem in embeddings.check_width(types, self.vector, path):
                 yield "vectors", f"{name}: {problem}"
 
     def fingerprint(self) -> object:
