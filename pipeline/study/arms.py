@@ -27,8 +27,8 @@ from pipeline.child import start_child
 from pipeline.hashing import hash64
 from pipeline.storage import Store
 from pipeline.study.candidates import Candidates
-from pipeline.study.cuts import largest
-from pipeline.study.plan import StudyError, Training
+from pipeline.study.kept import largest
+from pipeline.study.study_plan import StudyError, Training
 from trainer import atomic
 from trainer.command import progress
 from trainer.config import FREE_ON_RESUME, TrainConfig

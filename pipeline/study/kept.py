@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.study.candidates import Candidates
-from pipeline.study.plan import Condition, Cut, wanted
+from pipeline.study.study_plan import Condition, Cut, wanted
 
 SAMPLE = 1 << 16
 """Values from which the place of a fraction's boundary is estimated; more where the rows are more than SAMPLE^1.5."""
