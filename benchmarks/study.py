@@ -87,11 +87,11 @@ def scan(run: Path, scores: int) -> int:
 
 def study(run: Path, scores: int, cuts: int) -> int:
     """The counting part of a study."""
-    from pipeline.study import candidates, plan
-    from pipeline.study.cuts import Cuts, jaccard, overlaps
+    from pipeline.study import candidates, study_plan
+    from pipeline.study.kept import Cuts, jaccard, overlaps
 
     grid = [
-        plan.Cut((plan.Condition(f"score_{i % scores}", "top_fraction", round((i // scores + 1) / 10, 2)),))
+        study_plan.Cut((study_plan.Condition(f"score_{i % scores}", "top_fraction", round((i // scores + 1) / 10, 2)),))
         for i in range(cuts)
     ]
     with tempfile.TemporaryDirectory(dir=run.parent) as out:

@@ -15,7 +15,7 @@ _NEEDED = ("aiohttp", "dask", "fsspec", "numpy", "pandas", "PIL", "pyarrow", "py
 
 
 def _check_packages() -> None:
-    """Names the interpreter where packages are missing: on a cluster it is rarely the one that was meant."""
+    """Names the interpreter that lacks packages: on a cluster it is often not the intended one."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if not missing:
         return
@@ -24,14 +24,14 @@ def _check_packages() -> None:
         f"({sys.executable} -m pip install …), or use the Python of the environment that has it. On a cluster every "
         "node needs one: see docs/cluster.md"
     )
-    if sys.argv[:1] == ["-m"]:  # `python -m pipeline.…` is being looked up: a command, which owes a line, no traceback
+    if sys.argv[:1] == ["-m"]:  # started as `python -m pipeline.…`: print one line, no traceback
         print(f"error: {line}", file=sys.stderr)
         raise SystemExit(1)
     raise ImportError(line)
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the read API when it is first asked for: the commands import this package, and few of them read runs."""
+    """Imports the read API on first use: every command imports this package, but few of them read runs."""
     if name not in __all__:
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
     from pipeline import reader

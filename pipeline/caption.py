@@ -43,7 +43,7 @@ def normal(captions: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 
 def beyond_ascii(texts: pa.Array, change: Callable[[pa.Array], pa.Array]) -> pa.Array:
-    """The texts with `change` applied to those that are not pure ASCII, for changes that would leave the others alone.
+    """The texts with `change` applied to those that are not pure ASCII, for changes that do not affect ASCII.
 
     Most captions of most pools are pure ASCII, and the regular expressions of Unicode classes are the slow ones.
     """

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.progress import clock
 from pipeline.storage import Store
 
 HEARTBEAT = 10.0
@@ -182,16 +183,9 @@ def _refusal(store: Store, owner: dict[str, Any]) -> str:
     since, beat = (max(0.0, now - owner.get(key, now)) for key in ("since", "beat"))
     return (
         f"{store.root} is in use by another command: pid {owner.get('pid')} on {owner.get('host')}, started "
-        f"{_duration(since)} ago, last heartbeat {_duration(beat)} ago. Wait for it to end, or stop it there, then run "
+        f"{clock(since)} ago, last heartbeat {clock(beat)} ago. Wait for it to end, or stop it there, then run "
         f"this command again; the claim of a machine that died expires after {EXPIRY:.0f} s"
     )
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _host_identity() -> dict[str, str]:

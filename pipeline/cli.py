@@ -24,7 +24,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "init": Command("pipeline.init", (), "copy a shipped recipe or training configuration here, to edit"),
-    "demo": Command("pipeline.demo.run", (), "curate a small built-in web, train on it and judge both; needs no data"),
+    "demo": Command(
+        "pipeline.demo.run", (), "curate a small built-in web, train on the result and measure both; needs no data"
+    ),
     "web": Command("pipeline.demo.web", (), "build and serve the demo's web, for `winnow run demo.yaml`"),
     "run": Command("pipeline.run", (), "curate a pool of image URLs and captions into shards, as a recipe says"),
     "plan": Command("pipeline.run", ("--plan",), "print what a recipe would run and cost; run nothing"),
@@ -33,13 +35,13 @@ COMMANDS = {
     ),
     "report": Command("pipeline.report", (), "write the report of a finished run: one HTML page"),
     "learn": Command("pipeline.learn", (), "fit a mixture of a run's scores to labels, as a step to paste"),
-    "verify": Command("pipeline.verify", (), "check everything that a finished run claims about itself"),
+    "verify": Command("pipeline.verify", (), "check a finished run against its records"),
     "takedown": Command("pipeline.takedown", (), "take listed samples out of the shards of a finished run"),
-    "status": Command("pipeline.status", (), "show how far a run is, from outside, while it goes"),
+    "status": Command("pipeline.status", (), "show the progress of a run while it goes on"),
     "studio": Command("pipeline.studio", (), "open a local page to move cuts and see what would be kept"),
     "diff": Command("pipeline.diff", (), "compare two runs: rows gained and lost, and which step decided"),
     "entries": Command(
-        "pipeline.entries", (), "build the list of entries, words and phrases, by which `balance` balances"
+        "pipeline.entries", (), "build the list of words and phrases by which `balance` tells concepts apart"
     ),
     "confusion": Command("pipeline.confusion", (), "measure the language model on captions of known language"),
     "steps": Command("pipeline.reference", (), "print the reference of all steps, or of those named"),
@@ -47,7 +49,7 @@ COMMANDS = {
     "evaluate": Command("trainer.evaluate.__main__", (), "evaluate a model: zero-shot, retrieval, probe and others"),
     "search": Command("trainer.search", (), "search pictures by text or by picture"),
     "moderate": Command("trainer.moderate", (), "flag pictures by a policy of prompts"),
-    "seen": Command("trainer.seen", (), "say at which steps of a training listed samples were trained on"),
+    "seen": Command("trainer.seen", (), "list the training steps that used given samples"),
     "export": Command("trainer.export", (), "write a checkpoint as a folder that open_clip loads"),
 }
 
@@ -85,11 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = COMMANDS.get(words[0])
     if command is None:
-        import difflib
+        from trainer.spelling import did_you_mean
 
-        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"error: unknown command {words[0]!r}{hint}\n\n{usage()}", file=sys.stderr)
+        print(f"error: unknown command {words[0]!r}{did_you_mean(words[0], COMMANDS)}\n\n{usage()}", file=sys.stderr)
         return 2
     status = importlib.import_module(command.module).main([*command.arguments, *words[1:]])
     return int(status or 0)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from pipeline.filters import balance
 from pipeline.matching import matcher, normalised, read_entries
 from pipeline.reader import Run
 
 
 def find_entries(run: Run) -> tuple[str, ...]:
     """The entries that `balance` was given, in normal form; none without such a step, or if its file is not here."""
+    from pipeline.filters.balance import Balance  # brings pandas, which `--help` of commands does not need
+
     for step in run.steps:
         path = step.options.get("entries")
-        if step.step == f"{balance.__name__}.{balance.Balance.__name__}" and path:
+        if step.step == f"{Balance.__module__}.{Balance.__name__}" and path:
             try:
                 return read_entries(path)
             except (OSError, ValueError):

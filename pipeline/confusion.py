@@ -4,8 +4,8 @@
     python -m pipeline.confusion captions.csv --caption caption --truth lang --min-score 0.5
 
 The table is read as a pool is: parquet, csv, tsv, jsonl or json, also compressed. For each true language: its captions;
-recall, the share of them recognised; precision, the share correct of the captions recognised as this language; and what
-else they were taken for. With --min-score, a caption counts as recognised only from that probability on.
+recall, the share of them recognised; precision, the share correct of the captions recognised as this language; and the
+languages that they were mistaken for. With --min-score, a caption counts as recognised only from that probability on.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pipeline.stages.language import Language
 from trainer.terminal import Console, guarded
 
 UNSURE = "unsure"
-"""What a caption below --min-score is taken for."""
+"""The language recorded for a caption below --min-score."""
 MOST_SHOWN = 5
-"""Languages shown that a language is taken for, most frequent first."""
+"""Wrong languages shown for each language, most frequent first."""
 
 
 def confusion(spec: PoolSpec, truth: str, step: Language, min_score: float = 0.0) -> Counter[tuple[str, str]]:

@@ -41,7 +41,7 @@ from pipeline.url import hosts
 from trainer.terminal import Console, guarded
 
 PARTITION_ROWS = 500_000
-"""Rows of a run whose uids, URLs and captions are in memory at a time where the pools differ: some 200 MB."""
+"""Rows of a run whose uids, URLs and captions are in memory at a time if the pools differ: some 200 MB."""
 VALUES = 200_000
 """Distinct hosts, languages or concepts that are counted; beyond that the rarest are forgotten."""
 SAMPLES = 12
@@ -49,7 +49,7 @@ SAMPLES = 12
 SHOWN, SHOWN_HTML = 12, 25
 """Lines of each table on the terminal, and of hosts and concepts on the page."""
 ABSENT = "(not in the pool)"
-"""The step of a row that the other run never saw."""
+"""Stands for the step of a row that is not in the pool of the other run."""
 
 KEPT = pa.schema([("key", pa.string()), *SAMPLE, ("language", pa.string())])
 DROPPED = pa.schema([(name, pa.string()) for name in ("key", "step", "reason", "detail")])
@@ -173,7 +173,7 @@ def _units(a: Run, b: Run) -> Iterator[Block]:
 
 
 def _partitions(a: Run, b: Run, store: Store) -> Iterator[Block]:
-    """The rows of two runs with equal hashes of the uid, which is the key, at a time."""
+    """The rows of two runs, one range of hashes of the uid at a time. The key of a row is its uid."""
     parts = _partition_count(a, b)
     streams = {
         f"{name}-{what}": stream

@@ -40,20 +40,24 @@ def _values(chunk: pa.FixedSizeListArray) -> np.ndarray:
     return chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, chunk.type.list_size)
 
 
-def check_vectors(types: Mapping[str, pa.DataType], *columns: str) -> Iterator[tuple[str, str]]:
-    """Yields `(column, problem)` for each of these columns that is there and holds no vectors."""
-    for column in columns:
-        of = types.get(column)
-        if of is not None and not (pa.types.is_fixed_size_list(of) and pa.types.is_floating(of.value_type)):
-            yield column, f"the column {column!r} holds {of}, expected vectors: a fixed-size list of floats"
+def check_vectors(types: Mapping[str, pa.DataType], **columns: str) -> Iterator[tuple[str, str]]:
+    """Yields `(option, problem)` for each option whose column is there and holds no vectors."""
+    for option, column in columns.items():
+        if column in types and not _holds_vectors(types[column]):
+            yield option, f"the column {column!r} holds {types[column]}, expected vectors: a fixed-size list of floats"
 
 
-def check_width(path: str, column: str, of: pa.DataType) -> Iterator[str]:
-    """Yields what is wrong if the vectors of a `.npy` file and those of a column, of type `of`, differ in width."""
-    shape = load_vectors(path).shape
-    if shape[1] != of.list_size:
-        found = f"{path} has shape {shape}, and {column} has {of.list_size} dimensions"
-        yield f"{found}: they are from different models"
+def check_width(types: Mapping[str, pa.DataType], column: str, path: str) -> Iterator[str]:
+    """Yields what is wrong if the vectors of a column and those of a `.npy` file differ in width."""
+    if column not in types or not _holds_vectors(types[column]):
+        return
+    shape, width = load_vectors(path).shape, types[column].list_size
+    if shape[1] != width:
+        yield f"{path} has shape {shape}, and {column} has {width} dimensions: they are from different models"
+
+
+def _holds_vectors(of: pa.DataType) -> bool:
+    return pa.types.is_fixed_size_list(of) and pa.types.is_floating(of.value_type)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

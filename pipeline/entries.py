@@ -1,4 +1,4 @@
-"""Builds the list of entries, words and phrases, by which `match_entries` and `balance` tell concepts apart.
+"""Builds the list of entries: the words and phrases by which `match_entries` and `balance` tell concepts apart.
 
     python -m pipeline.entries entries.tsv --corpus wiki.txt.zst --titles views.tsv.gz --wordnet WordNet-3.0/dict
     python -m pipeline.entries entries.tsv --captions pool/ --caption-column text
@@ -9,7 +9,7 @@ From what you name, with the thresholds of MetaCLIP (Xu et al., ICLR 2024), whos
   and its pairs of adjacent words that occur as often and whose pointwise mutual information is at least 30. This is
   the ratio n(a b) · N / (n(a) · n(b)), for N words in all: the pair is 30 times as frequent as chance would have it.
   (No logarithm of it can be 30: its base-2 logarithm is at most log2(N / n(a b)).)
-- captions, the pool's own: the same of them; read as a pool is, from parquet, csv, tsv, jsonl or json.
+- captions, such as the pool's own: the same; read like a pool, from parquet, csv, tsv, jsonl or json.
 - titles with views, lines of title, tab and number: those viewed at least 70 times, over all lines of a title.
 - WordNet: the first word of each synset in the files data.noun, data.verb, data.adj and data.adv.
 
@@ -63,7 +63,7 @@ class EntriesError(ValueError):
 
 @dataclass
 class Entries:
-    """Entries with what is known of each, and the sources that they were taken from."""
+    """Entries with their statistics and their sources."""
 
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
     sources: list[dict[str, Any]] = field(default_factory=list)
@@ -291,9 +291,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--caption-column", metavar="NAME", default="caption", help="default: %(default)s")
     parser.add_argument("--titles", metavar="FILE", nargs="+", default=[], help="lines of title, tab and views")
     parser.add_argument("--wordnet", metavar="FOLDER", help="the folder of WordNet's data files, often called dict")
-    parser.add_argument("--min-count", type=int, default=100, help="of words and pairs (default: %(default)s)")
-    parser.add_argument("--min-pmi", type=float, default=30.0, help="of pairs, a ratio (default: %(default)s)")
-    parser.add_argument("--min-views", type=int, default=70, help="of titles (default: %(default)s)")
+    parser.add_argument(
+        "--min-count", type=int, default=100, help="least number of a word or pair (default: %(default)s)"
+    )
+    parser.add_argument("--min-pmi", type=float, default=30.0, help="least ratio of a pair (default: %(default)s)")
+    parser.add_argument("--min-views", type=int, default=70, help="least views of a title (default: %(default)s)")
     args = parser.parse_args(argv)
     if plain_name(args.out).rpartition(".")[2] != "tsv" or args.out.endswith(".bz2"):
         parser.error(f"OUT: expected a name in .tsv, .tsv.gz or .tsv.zst, found {args.out!r}")

@@ -54,7 +54,7 @@ class Events:
         if self._closed:
             return
         self._lines.append(json.dumps({"time": round(time.time(), 3), "event": event, **fields}))
-        with contextlib.suppress(Exception):  # whatever a store out of reach raises
+        with contextlib.suppress(Exception):  # an unreachable store may raise anything
             if len(self._lines) > LINES:
                 self._lines = thinned(self._lines)
                 self._close()
@@ -114,7 +114,7 @@ def thinned(lines: list[str]) -> list[str]:
 
 
 def read_events(store: Store) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; none without a file. Skips lines that a killed command left half."""
+    """The events of a run, oldest first; none without a file. Skips lines that a killed command left incomplete."""
     found = []
     for line in (store.read_if_there(NAME) or b"").splitlines():
         with contextlib.suppress(ValueError):

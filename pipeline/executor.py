@@ -203,7 +203,7 @@ def _empty_funnel(p: Pass) -> Funnel:
 def _mend(job: Job) -> list[str]:
     """Checks everything that is committed, and removes the records of what is damaged, so that it is made again.
 
-    DamagedError, and nothing is taken back, if any of it would not come out the same a second time.
+    Raises DamagedError, and removes nothing, if any of it could not be reproduced.
     """
     passes = job.passes
     complete = [p.complete() for p in passes]

@@ -1,9 +1,9 @@
-"""Can the scorer tell a picture's own caption from others? Measured on the embeddings that a run has stored.
+"""Measures how well the scorer tells a picture's own caption from others, on the stored embeddings of a run.
 
-A threshold on `clip_score` is worth something only if captions that belong to a picture score above captions that do
-not. So each picture is scored with its own caption and with captions of other rows, drawn at random. The AUC is the
-probability that an own caption scores higher than another: 1 is perfect, 0.5 is guessing. Its interval is DeLong's
-(DeLong et al., 1988); the words for it are those of Hosmer and Lemeshow (2000).
+A threshold on `clip_score` is useful only if captions that belong to a picture score above captions that do not. So
+each picture is scored with its own caption and with captions of other rows, drawn at random. The AUC is the probability
+that an own caption scores higher than another: 1 is perfect, 0.5 is guessing. Its interval is DeLong's (DeLong et al.,
+1988); the words for it are those of Hosmer and Lemeshow (2000).
 
 The own captions of a web crawl are partly wrong, so a perfect scorer stays below 1: this is a lower bound.
 """
@@ -27,11 +27,12 @@ from pipeline.url import hosts
 SAMPLE = 8192
 """Rows that are measured: the interval is then about ±0.01."""
 UNITS = 16
-"""Units that they come from. A unit is a uniform sample of the pool, and reading its vectors reads its whole file."""
+"""Units that these rows come from. A unit is a uniform sample of the pool, and reading its vectors reads its whole
+file."""
 OTHERS = 8
 """Captions of other rows that each picture is scored with."""
 LEAST = 50
-"""Rows below which no figure is given."""
+"""Fewest rows for which a figure is given."""
 GROUPS = 8
 """Languages and hosts that get a figure of their own, at most."""
 BINS = 60
@@ -126,7 +127,7 @@ def _fitness(score: str, pictures: np.ndarray, captions: np.ndarray, columns: di
     shifts = rng.choice(np.arange(1, n), min(OTHERS, n - 1), replace=False)
     other = np.stack([np.einsum("nd,nd->n", pictures, np.roll(captions, -s, axis=0)) for s in shifts], axis=1)
     same = np.zeros(other.shape, bool)
-    for column in ("caption", "picture"):  # the caption of a copy is no other caption
+    for column in ("caption", "picture"):  # the caption of a copy does not count as another
         values = columns[column]
         same |= np.stack([values == np.roll(values, -s) for s in shifts], axis=1)
     other[same] = np.nan

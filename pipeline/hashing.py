@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from hashlib import blake2b, sha256
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 
@@ -38,5 +39,9 @@ def uniform(strings: pa.Array | pa.ChunkedArray | Iterable[str], *, seed: int = 
 
 
 def file_digest(path: str | Path) -> str:
-    """SHA-256 of a local file, in hex."""
-    return sha256(Path(path).read_bytes()).hexdigest()
+    """SHA-256 of a file, local or in an object store, in hex."""
+    digest = sha256()
+    with fsspec.open(str(path), "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

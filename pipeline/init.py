@@ -5,7 +5,7 @@
     winnow init demo             writes demo.yaml, train_demo.yaml and demo/ with the model and entries they name
     winnow init study            writes study.yaml and the train_demo.yaml that it names
 
-Files that exist already are left alone, and the command fails.
+Fails, and writes nothing, if one of the files exists already.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def copy(name: str, folder: Path) -> list[Path]:
 
 @guarded()
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; 2 for an unknown name or a file in the way."""
+    """The command; returns 2 for an unknown name or an existing file."""
     parser = argparse.ArgumentParser(
         prog="winnow init", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

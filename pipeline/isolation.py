@@ -7,7 +7,6 @@ rest of the unit is committed as usual.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 
-from pipeline.fetch.sandbox import die_with_parent
+from pipeline.child import die_with_parent, start_child
 from pipeline.passes import Pass, UnitPass, run_pass
 
 ATTEMPTS = 3
@@ -47,7 +46,7 @@ def run_isolated(passes: Sequence[Pass], index: int, unit: int) -> dict[str, Any
     assert isinstance(p, UnitPass)
     rows = p.missing(before, unit)
     crashers = _find(passes, index, unit, rows)
-    _child(passes, index, unit, rows, np.array(crashers, np.int32), commit=True)
+    _run_rows(passes, index, unit, rows, np.array(crashers, np.int32), commit=True)
     record = p.account(before, unit)
     if record is None:
         raise RuntimeError(
@@ -58,7 +57,7 @@ def run_isolated(passes: Sequence[Pass], index: int, unit: int) -> dict[str, Any
 
 def _find(passes: Sequence[Pass], index: int, unit: int, rows: np.ndarray) -> list[int]:
     """Bisects the rows of a unit; returns those that crash on their own."""
-    if not len(rows) or _child(passes, index, unit, rows, np.empty(0, np.int32), commit=False):
+    if not len(rows) or _run_rows(passes, index, unit, rows, np.empty(0, np.int32), commit=False):
         return []
     if len(rows) == 1:
         return [int(rows[0])]
@@ -66,16 +65,16 @@ def _find(passes: Sequence[Pass], index: int, unit: int, rows: np.ndarray) -> li
     return _find(passes, index, unit, rows[:half]) + _find(passes, index, unit, rows[half:])
 
 
-def _child(passes: Sequence[Pass], index: int, unit: int, rows: np.ndarray, crashers: np.ndarray, commit: bool) -> bool:
+def _run_rows(
+    passes: Sequence[Pass], index: int, unit: int, rows: np.ndarray, crashers: np.ndarray, commit: bool
+) -> bool:
     """Runs some rows of a unit in a child process. Returns False if the process died; raises if it failed."""
     job = cloudpickle.dumps((list(passes), index, unit, rows, crashers, commit))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    child = subprocess.run(
-        [sys.executable, "-m", "pipeline.isolation"], input=job, env=environment, stderr=subprocess.PIPE
-    )
-    if child.returncode == 1:
-        raise RuntimeError(f"unit {unit} of {passes[index].label}: {child.stderr.decode(errors='replace').strip()}")
-    return child.returncode == 0
+    with start_child("pipeline.isolation", stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        _, errors = process.communicate(job)
+    if process.returncode == 1:
+        raise RuntimeError(f"unit {unit} of {passes[index].label}: {errors.decode(errors='replace').strip()}")
+    return process.returncode == 0
 
 
 def _main() -> None:

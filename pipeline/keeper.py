@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.child import start_child
+
 VARIABLE = "WINNOW_COMMAND"
 PATIENCE = 10.0
 """Seconds to keep looking for processes that appear while others are being killed."""
@@ -34,12 +36,11 @@ class Keeper:
 
     def __init__(self) -> None:
         token = secrets.token_hex(16)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        environment.pop(VARIABLE, None)  # set by a parent command, whose keeper must not kill ours
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.keeper", token],
+        os.environ.pop(VARIABLE, None)  # set by a parent command, whose keeper must not kill ours
+        self._process = start_child(
+            "pipeline.keeper", token,
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            env=environment, cwd="/", start_new_session=True,  # signals to the command's group must not reach it
+            cwd="/", start_new_session=True,  # signals to the command's group must not reach it
         )  # fmt: skip
         os.environ[VARIABLE] = token
 

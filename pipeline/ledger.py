@@ -25,7 +25,7 @@ class Line:
     dropped: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     figures: list[dict[str, Any]] = field(default_factory=list)
-    """What a whole-run filter says of its decision (`Filter.figures`): the rows of a small table."""
+    """Figures of a whole-run filter about its decision (`Filter.figures`): the rows of a small table."""
 
     @property
     def kept(self) -> int:

@@ -7,7 +7,6 @@ word boundaries; in scripts without spaces between words, anywhere.
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import zlib
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ from functools import lru_cache
 from itertools import chain
 
 import ahocorasick_rs
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -66,12 +64,6 @@ def read_entries(path: str) -> tuple[str, ...]:
     if not found:
         raise ValueError("it has no entry with a letter or digit")
     return found
-
-
-def digest(path: str) -> str:
-    """SHA-256 of a file, in hex."""
-    with fsspec.open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
 
 
 class Matcher:

@@ -23,8 +23,8 @@ class Engine(Protocol):
 class RapidOcr:
     """RapidOCR with the models of its wheel (PP-OCRv6 small: Latin script, Chinese, Japanese), on onnxruntime.
 
-    Chosen because it is the one whose models come with the package: nothing is downloaded. Needs the extra `ocr`. Lines
-    that it is less than half sure of are left out, which is its default.
+    Chosen because its models come with the package, so nothing is downloaded. Needs the extra `ocr`. Lines with a
+    confidence under 0.5 are left out, as by its default.
     """
 
     def __init__(self) -> None:

@@ -84,7 +84,7 @@ class Pass:
 
     @property
     def fitted(self) -> Fitted | None:
-        """The step, always the first, for which all units must have come so far, since it is fitted to all rows."""
+        """The first step, if it is `Fitted` and therefore needs all units of the passes before; else None."""
         return next((step for step in self.steps if isinstance(step, Fitted)), None)
 
     def setup(self) -> None:
@@ -313,7 +313,7 @@ class MeasurePass(UnitPass):
 
     def _own_fates(self, table: pa.Table) -> pa.Table:
         drops = _fates(table)
-        # The same step may have been called otherwise in another recipe.
+        # Another recipe may have labelled the same step differently.
         return drops.set_column(1, "step", pa.array([self.label] * len(drops), pa.string()))
 
     def missing(self, before: Sequence[Pass], unit: int, rows: np.ndarray | None = None) -> np.ndarray:
@@ -694,7 +694,7 @@ def run_pass(
 
     def source() -> Iterator[pa.Table]:
         for unit in units:
-            part = p.next_part(unit)  # before a look at which rows it has
+            part = p.next_part(unit)  # before reading which rows it has
             living = p.missing(before, unit, rows)
             writers[unit] = UnitWriter(p, unit, living, part)
             if crashers is not None:
@@ -839,7 +839,9 @@ class UnitWriter:
         before = len(self._open)
         self._open.difference_update(numbers)
         if before - len(self._open) != len(numbers):
-            raise RuntimeError(f"{' + '.join(self.p.labels)} gave rows of unit {self.unit} twice, or made some up")
+            raise RuntimeError(
+                f"{' + '.join(self.p.labels)} returned rows of unit {self.unit} twice, or rows that it was not given"
+            )
 
 
 def new_attempt(unit: int) -> str:

@@ -25,7 +25,7 @@ PLAIN_EVERY = 10.0
 
 @dataclass
 class Bar:
-    """How far a running pass is."""
+    """The progress of a running pass."""
 
     label: str
     total: int | None

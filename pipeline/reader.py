@@ -58,8 +58,8 @@ R = TypeVar("R")
 
 
 class RunError(ValueError):
-    """What was asked for is not there: no run, a run that is not finished, an unknown step or column, or passes that
-    were removed. The message names the path and says what helps."""
+    """What was requested does not exist: a run, a finished run, a step, a column, or passes that were removed. The
+    message names the path and the cure."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _restore(described: dict[str, Any], store: Store) -> Pass:
     return kind(
         described["key"],
         described["label"],
-        cast("list[Step]", steps),  # a pass that is only read asks them for their labels alone
+        cast("list[Step]", steps),  # a pass that is only read needs only the labels of its steps
         {field.name: field.type for field in schema},
         root if "://" in root or os.path.isabs(root) else store.path(root),
         **({"chain": described["chain"]} if kind is MeasurePass else {}),
@@ -316,7 +316,7 @@ class Run:
         return chain.from_iterable(map(read, numbers)) if heavy else _ahead(lambda unit: next(read(unit)), numbers)
 
     def _surviving(self, index: int, later: Sequence[str], unit: int) -> np.ndarray:
-        """The rows of a unit that survived the step of a pass after which these come."""
+        """The rows of a unit that survived a pass up to the step before `later`, the labels of its further steps."""
         passes = self._passes[: index + 1]
         rows = surviving_rows([p for p, drops in zip(passes, self._dropping) if drops], unit)
         if later:
@@ -371,7 +371,7 @@ class Run:
     # --- Single rows --------------------------------------------------------------------------------------------------
 
     def take(self, unit: int, rows: Sequence[int] | np.ndarray, columns: str | Iterable[str]) -> pa.Table:
-        """Some rows of a unit, whatever became of them: `unit, row` and these columns, in the order of `rows`.
+        """Some rows of a unit, dropped or not: `unit, row` and these columns, in the order of `rows`.
 
         A value is null where the row has none: it was dropped before, or could not be measured. A row that a later step
         dropped still has its picture. Memory: these rows. Reads a table for each pass that added one of the columns;
@@ -509,7 +509,7 @@ class Run:
         return isinstance(self._passes[-1], SinkPass)
 
     def _missing(self, index: int) -> int | None:
-        """The first of the passes up to this one that is not there."""
+        """The first missing pass of those up to this one."""
         return next((i for i, p in enumerate(self._passes[: index + 1]) if p.complete() is None), None)
 
     def _reads_shards(self, label: str) -> bool:

@@ -1,4 +1,5 @@
-"""The reference pages of the docs, read off the code: what each step does, and the keys of recipes and configurations.
+"""The reference pages of the docs, generated from the code: what each step does, and the keys of recipes and
+configurations.
 
 `winnow steps [NAME …]` prints the steps, `winnow steps --configuration` the keys. `docs/steps.md` and
 `docs/configuration.md` are these two pages; a test compares them.
@@ -121,7 +122,7 @@ def _default(field: dataclasses.Field) -> str:  # type: ignore[type-arg]
 
 @guarded()
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; 2 for a name that is no step."""
+    """The command; returns 2 for an unknown step."""
     parser = argparse.ArgumentParser(
         prog="winnow steps",
         description="Prints the reference of all steps, or of those named, in Markdown.",

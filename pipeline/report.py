@@ -39,6 +39,7 @@ from pipeline.hashing import hash64
 from pipeline.meter import Spent
 from pipeline.page import CUT, DROPPED, KEPT, OTHER, SERIES, Picture, Table, Thumbnails, chart, count, share
 from pipeline.passes import BarrierPass, Pass, PoolPass
+from pipeline.progress import clock
 from pipeline.reader import Run, RunError, RunStep, open_run
 from pipeline.schema import is_number, numbers
 from pipeline.storage import DamagedError, Store
@@ -304,15 +305,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         (share(run.kept, run.rows_in), "of the pool"),
         (count(run.rows_in - run.kept), "dropped, each with its reason"),
         (count(len(run.steps) - 1), "steps"),
-        (_duration(seconds), "of work, all workers together"),
+        (clock(seconds), "of work, all workers together"),
     ]
-
-
-def _duration(seconds: float) -> str:
-    for unit, of in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * of:
-            return f"{seconds / of:.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 def _funnel(run: Run) -> dict[str, object]:
@@ -723,7 +717,7 @@ def _timings(run: Run) -> dict[str, object]:
         "passes": _passes_chart(limits) if any(limit.total for limit in limits) else None,
         "table": Table(
             ["pass", "steps", "by the clock", "limited by", "because"],
-            [[limit.label, ", ".join(limit.steps), _duration(limit.seconds) if limit.seconds else None,
+            [[limit.label, ", ".join(limit.steps), clock(limit.seconds) if limit.seconds else None,
               limit.by, limit.why] for limit in limits],
         ),
     }  # fmt: skip
@@ -761,7 +755,7 @@ def _limits(run: Run) -> list[Limit]:
 def _limit(run: Run, p: Pass, spent: Spent) -> Limit:
     labels = p.labels
     steps = sum(run.funnel.lines[label].seconds for label in labels)
-    working, clock = spent["working"], spent["seconds"] or (0.0 if p.over_units else steps)
+    working, elapsed = spent["working"], spent["seconds"] or (0.0 if p.over_units else steps)
     own, children = spent["cpu"] + spent["queued"], spent["child_cpu"] + spent["child_queued"]
     if isinstance(p, (PoolPass, BarrierPass)):  # the seconds of their steps are those of the whole pass
         steps = min(working, own)
@@ -771,7 +765,7 @@ def _limit(run: Run, p: Pass, spent: Spent) -> Limit:
     shares = (spent["waiting"], storage, computing, idle)
 
     def limited(by: str, why: str) -> Limit:
-        return Limit(p.label, labels, clock, *shares, by, why)
+        return Limit(p.label, labels, elapsed, *shares, by, why)
 
     if not working:
         return limited("not recorded", "")
@@ -782,7 +776,7 @@ def _limit(run: Run, p: Pass, spent: Spent) -> Limit:
     queued, who = (spent["child_queued"], "decoding") if children > own else (spent["queued"], slowest)
     if 2 * queued > working:
         ran = spent["child_cpu"] if children > own else spent["cpu"]
-        return limited("too few cores", f"{who}: {_duration(ran)} on a core, {_duration(queued)} in line for one")
+        return limited("too few cores", f"{who}: {clock(ran)} on a core, {clock(queued)} in line for one")
     if max(shares[1:]) == storage:
         return limited("reading and writing", f"{share(storage, working)} of the workers' time with a unit")
     if max(shares[1:]) == idle:

@@ -126,7 +126,7 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
         except SystemExit:  # Ray's own answer to a SIGTERM while it starts
             watch.take_signals()
             signal.raise_signal(signal.SIGTERM)
-        watch.take_signals()  # Ray has put handlers of its own in their place
+        watch.take_signals()  # Ray has replaced them by its own
         watch.watch(cluster.cluster_parts())
         try:
             cluster.check_nodes(Store(checked.run), _files(checked))
@@ -171,7 +171,7 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
     print_funnel(console, outcome.funnel)
     if checked.report:
         _report(console, checked.run)
-    # A run that writes nothing is there for its measurements and its drops.
+    # A run without a sink is made for its measurements and its drops.
     empty = not outcome.funnel.kept and folder and not checked.allow_empty
     if not outcome.funnel.kept:
         why = _why_empty(outcome.funnel)
@@ -185,7 +185,7 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
     )
     if empty:
         Console(stderr=True).print(
-            f"error: no row was kept: {why}. If that is what you want, say so in the recipe: allow_empty: true",
+            f"error: no row was kept: {why}. If this is intended, add to the recipe: allow_empty: true",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
     status = 1 if empty else 0
@@ -249,10 +249,12 @@ def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]])
     if not store.exists("run.json") and not ours:
         # Files there that no manifest names would be taken for leftovers and removed.
         if taken := [name for name in (_folder(passes) or "shards", "drops") if store.names(name)]:
-            raise RefusedError(f"{checked.run}/{taken[0]} holds files that are not of a run; choose another `run`")
+            raise RefusedError(
+                f"{checked.run}/{taken[0]} holds files that do not belong to a run; choose another `run`"
+            )
         if passes[0].complete() is not None:
             raise RefusedError(
-                f"{checked.run}/run.json is missing, and what was downloaded or scored there is of another recipe; "
+                f"{checked.run}/run.json is missing, and the downloads or scores there belong to another recipe; "
                 "restore it, or give the recipe of that run"
             )
     if store.create("run.json", data):
@@ -278,7 +280,7 @@ def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]])
     lines = "\n".join(f"  {line}" for line in changed)
     raise RefusedError(
         f"{checked.run} holds the run of another recipe{cost}. Nothing was changed. The difference:\n{lines}\n"
-        "Give the old recipe to go on with it, or another `run` (with `reuse: OLD_RUN` to share what is the same)."
+        "Give the old recipe to continue it, or another `run` (with `reuse: OLD_RUN` to share what is the same)."
     )
 
 

@@ -1,4 +1,4 @@
-"""Shows how far a run is: reads its folder from outside, while a command works on it or afterwards. Writes nothing.
+"""Shows the progress of a run. Only reads its folder, while a command works on it or afterwards.
 
     python -m pipeline.status runs/demo
     python -m pipeline.status s3://bucket/runs/400m --follow
@@ -38,7 +38,7 @@ REASONS = 4
 
 
 def read_status(path: str) -> dict[str, Any]:
-    """What is known of a run, as plain data. RunError if there is no run.
+    """The state of a run, as plain data. RunError if there is no run.
 
     `state` is `running`, `finished` (the books are sealed), or `stopped`: no command works on it, and the last one did
     not come to its end. For each pass: `state` (`waiting, running, done, reused` or `stopped`) and the fields of
@@ -50,7 +50,7 @@ def read_status(path: str) -> dict[str, Any]:
     starts = [i for i, event in enumerate(events) if event["event"] == "command"]
     events = events[starts[-1] :] if starts else []
     if running and owner and events and (owner.host, owner.pid) != (events[0].get("host"), events[0].get("pid")):
-        events = []  # of the command before: the present one has only begun
+        events = []  # of the previous command: the current one has only begun
     last = events[-1] if events else {}
     return {
         "run": run.path,
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", help="the folder or address of a run")
-    parser.add_argument("--follow", action="store_true", help="show it again and again until no command works on it")
+    parser.add_argument("--follow", action="store_true", help="refresh until no command works on the run")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with --follow one a line")
     args = parser.parse_args(argv)
     console = Console()

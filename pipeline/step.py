@@ -38,8 +38,8 @@ JOB_FOLDER = "/runtime_resources/working_dir_files/"
 
 
 class HaltError(Exception):
-    """Raised by a step that cannot go on through no fault of its rows (no network, say). The run stops with this
-    message, and the attempts at the units in progress do not count."""
+    """Raised by a step that cannot continue for a reason other than its rows, such as a lost network. The run stops
+    with this message, and the attempts at the units in progress do not count."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Step:
     needs: ClassVar[tuple[str, ...]] = ()
     """Columns read; checked before anything starts."""
     wants: ClassVar[tuple[str, ...]] = ()
-    """Further columns that are read where the pool or a step above has them. A step may also add such a column: then it
+    """Further columns that are read if the pool or a step above has them. A step may also add such a column: then it
     replaces the values."""
     adds: ClassVar[dict[str, pa.DataType]] = {}
     """Columns written, with their types."""
@@ -129,7 +129,7 @@ class Step:
 
     def estimate(self, rows: float) -> Estimate:
         """What `--plan` assumes of this step with these options, given the number of rows that reach it."""
-        return Estimate(1.0, 10_000, "a step of your own: nothing known")
+        return Estimate(1.0, 10_000, "custom step without an estimate")
 
     def shared(self) -> tuple[type, tuple[Any, ...]] | None:
         """Class and arguments of one object that all workers of this step share, or None.
@@ -346,7 +346,7 @@ class VectorFilter(Filter):
     """Rows whose vectors a worker holds at a time: 268 MB of float32 at 512 dimensions."""
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
-        yield from (("vector", problem) for _, problem in embeddings.check_vectors(types, self.vector))
+        yield from embeddings.check_vectors(types, vector=self.vector)
 
     def sample_rows(self, rows: int) -> int:
         """About how many of the run's vectors to sample for `fit`."""

@@ -283,8 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     by = ", ".join(f"{kind} {n:,}" for kind, n in kinds.most_common())
     print(f"{len(done.samples):,} samples taken down ({by}); {done.shards:,} of {done.of:,} shards were written again")
     if finished.has_passes:
-        print(f"{args.run}/passes still has what was fetched of them; delete it if that must go too")
-    print(f"so that a changed recipe lets in nothing that is listed, add to it: - takedown: {{file: {args.list}}}")
+        print(f"{args.run}/passes still holds their pictures; delete it if these must go too")
+    print(f"to keep the listed samples out of a changed recipe, add to it: - takedown: {{file: {args.list}}}")
     return 0
 
 

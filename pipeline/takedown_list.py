@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import fsspec
 import numpy as np
@@ -13,9 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.url import InvalidUrlError, canonical, web_address
-
-if TYPE_CHECKING:
-    from pipeline.hamming import Index
+from trainer.hamming import Index
 
 KINDS = {"uid": ("uid",), "url": ("url",), "domain": ("url",), "sha256": ("sha256",), "phash": ("phash",)}
 """The kinds of entries, and the columns that each is compared with."""
@@ -157,7 +154,7 @@ def _distance(text: str) -> int:
 
 
 def _host(url: str) -> str:
-    """The host of a URL as the fetcher dials it, without the dot at its end; empty if it is no web address."""
+    """The host of a URL as the fetcher dials it, without a trailing dot; empty if the URL is not a web address."""
     try:
         return web_address(url).host.removesuffix(".")
     except InvalidUrlError:
@@ -173,9 +170,5 @@ def _covering(host: str, listed: set[str]) -> str:
 
 def _indexed(hashes: dict[int, set[int]]) -> list[tuple[int, np.ndarray, Index]]:
     """Each distance, ascending, with the hashes listed with it and an index of them."""
-    if not hashes:
-        return []
-    from pipeline.hamming import Index  # brings scipy, which `--help` does not need
-
     listed = {distance: np.array(sorted(values), np.uint64) for distance, values in sorted(hashes.items())}
     return [(distance, values, Index(values, distance)) for distance, values in listed.items()]

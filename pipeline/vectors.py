@@ -1,4 +1,4 @@
-"""How steps that look at the vectors of the whole run are run: `step.VectorFilter`, and the fit of `step.Fitted`.
+"""Runs steps that look at the vectors of the whole run: `step.VectorFilter`, and the fit of `step.Fitted`.
 
 A `VectorFilter`:
 

@@ -1,13 +1,12 @@
-"""Checks a finished run against everything that it claims about itself.
+"""Checks a finished run against its records.
 
     python -m pipeline.verify runs/demo
     python -m pipeline.verify s3://bucket/runs/400m --deep
 
 Always checked: the SHA-256 of each record; that exactly the recorded files exist, with the recorded sizes; that the
 books balance; that each uid of the pool is in the shards or the drops exactly once; and that the captions of merged
-rows are where their drops say. With `--deep`, or in a run of
-up to 4 GiB, every file is also hashed, and the members of each tar are compared with its table and its index. Whatever
-was not checked is listed.
+rows are where their drops say. With `--deep`, or in a run of up to 4 GiB, every file is also hashed, and the members of
+each tar are compared with its table and its index. Whatever was not checked is listed.
 """
 
 from __future__ import annotations

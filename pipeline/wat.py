@@ -82,7 +82,7 @@ def _records(file: IO[bytes]) -> Iterator[Any]:
 
 
 def _is_cut(file: IO[bytes], at: int) -> bool:
-    """Whether the gzip members from `at` on end before they should."""
+    """Whether the gzip members from `at` on end prematurely."""
     file.seek(at)
     try:
         with gzip.open(file) as members:

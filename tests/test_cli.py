@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import cli, init, recipe
-from pipeline.study.plan import load
+from pipeline.study.study_plan import load
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS.values(), ids=cli.COMMANDS)

@@ -66,7 +66,7 @@ def project(tmp_path: Path) -> Path:
 def test_every_kind_of_step_from_outside(run: Command, project: Path) -> None:
     plan = run("r.yaml", "--plan", ray=False)
     assert plan.returncode == 0, plan.stderr
-    for said in ("no_shouting + caption_words", "one_of_a_kind", "write_jsonl", "a step of your own", "parts"):
+    for said in ("no_shouting + caption_words", "one_of_a_kind", "write_jsonl", "custom step", "parts"):
         assert said in plan.stdout
 
     done = run("r.yaml")

@@ -24,7 +24,7 @@ try:
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 except SystemExit as end:
     assert not end.code, end.code
-slow = sorted({"torch", "open_clip", "ray", "dask", "img2dataset", "scipy"} & set(sys.modules))
+slow = sorted({"torch", "open_clip", "ray", "dask", "img2dataset", "pandas", "scipy"} & set(sys.modules))
 assert not slow, slow
 """
 

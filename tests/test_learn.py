@@ -14,7 +14,7 @@ import pytest
 import yaml
 from scipy.stats import rankdata
 
-from pipeline import learn, open_run, score_mixture
+from pipeline import learn, open_run, score_mixture, training_rows
 from pipeline.passes import PoolPass, UnitPass, UnitWriter, commit, new_attempt
 from pipeline.reader import describe
 from pipeline.recipe import PoolSpec, Recipe
@@ -188,7 +188,7 @@ def test_the_file_depends_on_rows_and_seed_alone(tmp_path: Path, monkeypatch: py
 
     one = written(1)
     assert written(1) == one
-    monkeypatch.setattr(learn, "TABLES", 2)  # joined often, as in a run of many units
+    monkeypatch.setattr(training_rows, "TABLES", 2)  # joined often, as in a run of many units
     assert written(7) == one
     assert written(7, "--seed", "1") != one
 

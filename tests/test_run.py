@@ -331,7 +331,7 @@ def test_a_folder_with_foreign_files_is_refused(run: Command, project: Path) -> 
     (project / "out/shards/00000.tar").write_bytes(b"somebody's work")
     refused = run("r.yaml", ray=False, RAY_ADDRESS="127.0.0.1:1")
     assert refused.returncode == 2
-    assert "out/shards holds files that are not of a run" in refused.stderr
+    assert "out/shards holds files that do not belong to a run" in refused.stderr
     assert [p.name for p in (project / "out").iterdir()] == ["shards"]
 
 

@@ -30,12 +30,10 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(path) as file:
             torch.save(state, file)
-    except (OSError, RuntimeError) as error:  # torch's writer has errors of its own, caused by the file's
+    except (OSError, RuntimeError) as error:  # torch's writer raises its own errors from the file's
         cause = error if isinstance(error, OSError) else error.__context__ or error
         why = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
-        raise OSError(
-            f"{path}: the checkpoint cannot be written: {why}; those before it are left as they were"
-        ) from None
+        raise OSError(f"{path}: the checkpoint cannot be written: {why}; earlier ones are unchanged") from None
     whole = [found for found in _found(folder) if found <= path]  # later ones are damaged, or will be rewritten
     killed = [stray for stray in folder.iterdir() if atomic.is_part(stray.name)]
     for old in [*whole[:-keep], *killed]:
@@ -44,7 +42,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint with the highest step of a training's output (or of its `checkpoints/`), if there is one."""
+    """The checkpoint with the highest step in the output of a training (or in its `checkpoints/`), or None."""
     found = _found(folder) or _found(folder / "checkpoints")
     return found[-1] if found else None
 

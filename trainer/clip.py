@@ -14,7 +14,8 @@ from trainer.model import Clip, Preprocess, open_clip
 
 
 class CLIP(nn.Module):
-    """A dual encoder as openai/CLIP's: `model(image, text)` gives logits, features are not normalised."""
+    """A dual encoder with the interface of openai/CLIP's: `model(image, text)` gives logits, features are not
+    normalised."""
 
     def __init__(self, net: Clip, dtype: torch.dtype) -> None:
         super().__init__()

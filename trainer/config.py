@@ -46,10 +46,10 @@ class TrainConfig:
         "a run, a folder of tars, a pattern of tars, also as s3://… or gs://…; or a list of {path: …, weight: …}"
     )
     output: str = option("folder for checkpoints/, metrics.jsonl and model/")
-    model: str = option("architecture: a name of open_clip's or of trainer/configs/")
+    model: str = option("architecture: a name from open_clip or trainer/configs/")
     lr: float = option("peak learning rate")
     subset: str | None = option("an .npy file of sample numbers, int64: train on these samples of `shards` alone", None)
-    pretrained: str | None = option("weights to start from: a tag of open_clip's, a file, or an exported folder", None)
+    pretrained: str | None = option("weights to start from: an open_clip tag, a file, or an exported folder", None)
     lock_image: bool = option("leave the image tower as `pretrained` gave it (LiT)", False)
     lock_text: bool = option("leave the text tower as `pretrained` gave it", False)
     loss: str = option("clip, or siglip for a sigmoid over each pair", "clip")
@@ -61,7 +61,7 @@ class TrainConfig:
     beta1: float = option("AdamW's β1", 0.9)
     beta2: float | None = option("AdamW's β2; by default 0.98 for a ViT and 0.999 for a ResNet", None)
     eps: float | None = option("AdamW's ε; by default 1e-6 for a ViT and 1e-8 for a ResNet", None)
-    seed: int = option("of the first weights, the order of samples and the crops", 0)
+    seed: int = option("for the initial weights, the order of samples and the crops", 0)
     precision: str = option(
         "fp32, or bf16 or fp16 for autocast over fp32 weights; auto is the fastest that is safe on the device", "auto"
     )
@@ -78,7 +78,7 @@ class TrainConfig:
     keep_checkpoints: int = option("newest checkpoints kept", 2)
     log_every: int = option("steps between lines of metrics.jsonl, and of the screen without a terminal", 10)
     tensorboard: bool = option("write output/tensorboard too", False)
-    wandb: str | None = option("project of Weights & Biases to send the metrics to as well", None)
+    wandb: str | None = option("Weights & Biases project that also receives the metrics", None)
     evaluate: Sequence[Any] | None = option(
         "tasks to run during training: a list of {TASK: {data: …, every: STEPS, …}}, options as of trainer.evaluate",
         None,

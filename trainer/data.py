@@ -7,8 +7,9 @@ samples, captions and crops for any number of workers and ranks.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.mixture import Mixture, open_shards
+from trainer.mixture import Mixture
 from trainer.model import Tokenizer
 from trainer.order import mix, shuffled
 from trainer.pictures import decode
@@ -33,6 +34,34 @@ MAX_REPLACEMENTS = 20
 """Replacements tried for an unreadable sample. If half of all samples are corrupt, one in a million needs more."""
 # Distinct from the small round numbers of `order.shuffled`.
 _CROPS, _REPLACEMENTS, _CAPTIONS = 1 << 32, 1 << 33, 1 << 34
+
+
+def open_shards(
+    source: str | Path | Sequence[dict[str, object]], subset: str | None = None
+) -> Shards | Mixture | Subset:
+    """Opens the configuration's `shards`: one source, or a list of `{path: SOURCE, weight: NUMBER}`. `subset` restricts
+    them to some samples.
+
+    Raises ShardsError.
+    """
+    whole = _open_whole(source)
+    return whole if subset is None else Subset(whole, subset)
+
+
+def _open_whole(source: str | Path | Sequence[dict[str, object]]) -> Shards | Mixture:
+    if isinstance(source, str | Path):
+        return Shards(source)
+    parts: list[tuple[Shards, float]] = []
+    for entry in source:
+        if not isinstance(entry, dict) or set(entry) != {"path", "weight"} or not isinstance(entry["path"], str):
+            raise ShardsError(f"shards: found {entry!r}, expected {{path: …, weight: …}}")
+        weight = entry["weight"]
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ShardsError(f"shards: {entry['path']}: weight {weight!r} is not a number")
+        parts.append((Shards(entry["path"]), float(weight)))
+    if not parts:
+        raise ShardsError("shards: the list is empty")
+    return Mixture(parts)
 
 
 @dataclass
@@ -111,7 +140,7 @@ class Batches(Dataset[Batch]):
     def from_step(
         self, start: int, stop: int, workers: int, pin: bool, rank: int = 0, world: int = 1
     ) -> Iterator[Batch]:
-        """This rank's part of batches start to stop - 1, prepared ahead by worker processes."""
+        """Yields this rank's part of batches `start` to `stop` - 1, prepared ahead by worker processes."""
         if self.batch_size % world:
             raise ShardsError(f"batch_size: found {self.batch_size}, expected a multiple of the {world} ranks")
         parts = _Parts(self, rank, world)
@@ -123,8 +152,8 @@ class Batches(Dataset[Batch]):
 
 
 def replacements(positions: np.ndarray, count: int, seed: int, epoch: int, attempt: int) -> np.ndarray:
-    """The positions, int64, whose samples replace those at `positions` of an epoch of `count` samples, where these and
-    the replacements of earlier attempts cannot be read."""
+    """The positions (int64) whose samples replace those at `positions` of an epoch of `count` samples at this attempt.
+    It is made if the samples themselves and the replacements of earlier attempts cannot be read."""
     return (mix(seed, epoch, _REPLACEMENTS + attempt, positions) % np.uint64(count)).astype(np.int64)
 
 

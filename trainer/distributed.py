@@ -136,7 +136,7 @@ def on_ray(train: Callable[[TrainConfig], Any], config: TrainConfig) -> None:
 
 
 def _absolute(path: Any) -> Any:
-    # Of a mixture, the path of each source; what is none is left to `open_shards` to refuse.
+    # In a mixture, the path of each source. `open_shards` reports an invalid entry.
     if isinstance(path, list):
         return [_absolute(source) for source in path]
     if isinstance(path, dict):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import nn
 from trainer import distributed
 from trainer.config import ConfigError
 from trainer.hooks import Hook, Log, Record
+from trainer.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from trainer.data import Batch
@@ -60,7 +60,7 @@ class Evaluation(Hook):
         self.patience = distributed.patient_group()
 
     def __enter__(self) -> Evaluation:
-        # Evaluates before the first step, so that problems of the data show at once. On resume, evaluates only tasks
+        # Evaluates before the first step, to report problems with the data at once. On resume, evaluates only tasks
         # whose metrics of this step were not logged before the run stopped.
         done = {name for record in self.log.records for name in record}
         self._evaluate([task for task in self.tasks if not any(name.startswith(f"{task.name}/") for name in done)])
@@ -105,8 +105,7 @@ def parse(entries: Sequence[Any] | None) -> list[Task]:
             continue
         [(kind, values)] = entry.items()
         if kind not in TASKS:
-            near = difflib.get_close_matches(str(kind), TASKS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(TASKS)}"
+            hint = did_you_mean(kind, TASKS) or f"; there are {', '.join(TASKS)}"
             problems.append(f"entry {number}: no task {kind!r}{hint}")
             continue
         try:
@@ -131,8 +130,7 @@ def _task(kind: str, values: dict[str, Any]) -> Task:
     own = {"every": None, "batch_size": 64, "name": f"{kind}/{Path(str(values.get('data'))).name}"} | values
     for key in values:
         if key not in known and key not in OWN:
-            near = difflib.get_close_matches(str(key), [*known, *OWN], n=1)
-            raise ValueError(f"{key}: no such option" + (f"; did you mean {near[0]}?" if near else ""))
+            raise ValueError(f"{key}: no such option{did_you_mean(key, [*known, *OWN])}")
     for key in ("every", "batch_size"):
         value = own[key]
         whole = isinstance(value, int) and not isinstance(value, bool) and value > 0

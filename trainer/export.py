@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer: Tokenizer | None = None) -> None:
     """Writes `open_clip_config.json` and `open_clip_model.safetensors` of a checkpoint's state; replaces `out`.
 
-    A Hugging Face `tokenizer` is saved beside them, where open_clip looks for it. Raises OSError if `out` cannot be
-    written, and leaves nothing of it then.
+    A Hugging Face `tokenizer` is saved beside them, where open_clip looks for it. Raises OSError, and leaves no partial
+    output, if `out` cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -39,7 +39,7 @@ def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer:
     from trainer.model import CONFIG_FILE, DTYPES, WEIGHTS_FILE, plain_names
 
     partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
     try:
         partial.mkdir(parents=True)
         dtype = DTYPES[precision]
@@ -48,7 +48,7 @@ def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer:
             for name, value in plain_names(state["model"]).items()
         }
         save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        (partial / WEIGHTS_FILE).chmod(0o644)  # safetensors keeps it to its owner
+        (partial / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it readable by its owner only
         config = {"model_cfg": state["model_config"], "preprocess_cfg": state["preprocess_config"]}
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if (save_tokenizer := getattr(tokenizer, "save_pretrained", None)) is not None:
@@ -70,7 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("checkpoint", type=Path, help="step-*.pt, or the output folder of a training")
     parser.add_argument("out", type=Path, help="folder to write; an earlier export there is replaced")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the stored weights (default fp32)")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fp32", help="dtype of the stored weights (default fp32)"
+    )
     args = parser.parse_args(argv)
 
     import torch

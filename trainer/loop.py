@@ -149,7 +149,7 @@ class Run:
         state = checkpoint.load(path)
         here = dataclasses.asdict(self.config)
         there = {field.name: field.default for field in dataclasses.fields(TrainConfig)} | state["config"]
-        if self.config.precision == "auto":  # as it was decided where the run began
+        if self.config.precision == "auto":  # as chosen when the run began
             here["precision"] = there["precision"]
             chosen = choose_precision(there["precision"], self.device, training=True)
             self.compute_in(chosen._replace(reason="as in the checkpoint"))
@@ -342,7 +342,7 @@ def _resume(run: Run) -> None:
     try:
         run.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError("output", [f"the folder {run.output} cannot be made: {error.strerror}"]) from error
+        raise ConfigError("output", [f"the folder {run.output} cannot be created: {error.strerror}"]) from error
 
 
 @contextlib.contextmanager

@@ -6,13 +6,11 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, repeat
-from pathlib import Path
 
 import numpy as np
 
 from trainer.order import mix, shuffled, unshuffled
 from trainer.shards import CorruptSampleError, Shards, ShardsError
-from trainer.subset import Subset
 
 CYCLE = 1 << 16
 """Draws after which the pattern of sources repeats; shares are rounded to 1/CYCLE."""
@@ -117,34 +115,6 @@ class Mixture:
     def _locate(self, number: int) -> tuple[Shards, int]:
         at = bisect_right(self._ends, number)
         return self.parts[at], number - (self._ends[at] - len(self.parts[at]))
-
-
-def open_shards(
-    source: str | Path | Sequence[dict[str, object]], subset: str | None = None
-) -> Shards | Mixture | Subset:
-    """Opens the configuration's `shards`: one source, or a list of `{path: SOURCE, weight: NUMBER}`; of these, the
-    samples that `subset` names.
-
-    Raises ShardsError.
-    """
-    whole = _open_whole(source)
-    return whole if subset is None else Subset(whole, subset)
-
-
-def _open_whole(source: str | Path | Sequence[dict[str, object]]) -> Shards | Mixture:
-    if isinstance(source, str | Path):
-        return Shards(source)
-    parts: list[tuple[Shards, float]] = []
-    for entry in source:
-        if not isinstance(entry, dict) or set(entry) != {"path", "weight"} or not isinstance(entry["path"], str):
-            raise ShardsError(f"shards: found {entry!r}, expected {{path: …, weight: …}}")
-        weight = entry["weight"]
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ShardsError(f"shards: {entry['path']}: weight {weight!r} is not a number")
-        parts.append((Shards(entry["path"]), float(weight)))
-    if not parts:
-        raise ShardsError("shards: the list is empty")
-    return Mixture(parts)
 
 
 def _shares(weights: list[float], names: list[str]) -> list[int]:

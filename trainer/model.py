@@ -45,7 +45,7 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 
 class ModelError(InputError):
-    """A model that does not exist, or whose weights cannot be had; the message names the nearest that can."""
+    """A model does not exist or its weights are unavailable; the message names the nearest alternative."""
 
 
 _kept_alive: list[torch.library.Library] = []
@@ -72,7 +72,7 @@ def _declare_missing_torchvision_operators() -> None:
         library = torch.library.Library("torchvision", "DEF")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _kept_alive.append(library)  # the declarations go when this object goes
+        _kept_alive.append(library)  # the declarations live as long as this object
 
 
 open_clip = _import_open_clip()
@@ -189,7 +189,7 @@ def create(
             state = read_weights(Path(found))
             if "logit_bias" in state:
                 extra["init_logit_bias"] = SIGLIP_BIAS  # so that there is a parameter to load it into
-    with _silent():  # open_clip warns of random weights, which are what is asked for here
+    with _silent():  # open_clip warns about random weights, which are intended here
         tokenizer = find_tokenizer(name)
         try:
             with _weights(state):
@@ -328,7 +328,7 @@ def lock(model: Clip, image: bool, text: bool) -> None:
 
 
 def freeze_unreached(model: Clip, preprocess: Preprocess, tokenizer: Tokenizer) -> None:
-    """Takes the gradient from parameters that the features do not depend on, such as those of CoCa's text decoder.
+    """Freezes parameters that the features do not depend on, such as those of CoCa's text decoder.
 
     No optimiser would change them. DistributedDataParallel waits for the gradient of every parameter that has one.
     """
@@ -366,7 +366,8 @@ def _normalize_again(norm: nn.Module, forward: Callable[[Tensor], Tensor], x: Te
 
 @contextmanager
 def without_statistics(module: nn.Module) -> Iterator[None]:
-    """Keeps the running statistics of the batch norms of `module` as they are: they see this batch a second time."""
+    """A context that freezes the running statistics of the batch norms in `module`, which see a batch for the second
+    time."""
     norms = _batch_norms(module)
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -383,12 +384,12 @@ def _batch_norms(module: nn.Module) -> list[Any]:
 
 
 class _Packed(NamedTuple):
-    """Stands for the mask of a text tower whose input (1, tokens, width) is captions one behind the other."""
+    """Replaces the mask of a text tower whose input (1, tokens, width) is concatenated captions."""
 
     shapes: list[tuple[int, int]]
-    """Of each group of captions, how many and how long."""
+    """Number and length of the captions in each group."""
     mask: Tensor
-    """The causal mask of the longest caption that there may be."""
+    """The causal mask for the longest possible caption."""
 
 
 def _attend_our_way(model: Clip) -> None:
@@ -463,7 +464,7 @@ def model_config(model: str, pretrained: str | None = None, siglip: bool = False
 
 
 def _trained_with(model: str, pretrained: str) -> dict[str, Any]:
-    """What weights say about their architecture; nothing in a bare state dict."""
+    """The architecture that is stored with the weights; empty for a bare state dict."""
     if (folder := Path(pretrained)).is_dir():
         config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_cfg"]
         return config
@@ -500,7 +501,7 @@ def _resolve(model: str, pretrained: str | None) -> tuple[str, dict[str, Any]]:
 
 
 def _check_folder(path: Path) -> None:
-    # open_clip starts from random weights where it finds none that it knows, and prefers whichever file it finds.
+    # open_clip falls back to random weights if it finds no file that it knows, and takes the first of several.
     if not path.is_dir():
         raise ModelError(f"model folder {path} does not exist")
     found = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
@@ -519,11 +520,11 @@ def _check_folder(path: Path) -> None:
 
 
 MOST_GROUPS, LEAST_ROWS = 8, 32
-"""Groups of captions of about equal length that a batch is cut into, and rows that each has at least."""
+"""Most groups of captions, by length, that a batch is divided into, and least rows of a group."""
 
 
 class Trimmed(NamedTuple):
-    """B captions in groups of about equal length, of each the padding left off that all its captions have."""
+    """B captions in groups of about equal length. Each group lacks the padding that all its captions share."""
 
     groups: tuple[Tensor, ...]
     """Token ids (rows, length), B rows in all."""
@@ -538,8 +539,8 @@ class Trimmed(NamedTuple):
 def trim(model: Clip, tokens: Tensor, multiple: int = 1) -> Trimmed:
     """Token ids (B, context_length) with less of their padding; lengths are rounded up to a `multiple`.
 
-    Web captions have a median of about 12 tokens, and one in a few hundred has 77: of a whole batch, hardly any
-    padding could go, of groups sorted by length more than half.
+    Web captions have a median of about 12 tokens, but one in a few hundred has 77. A whole batch could lose hardly any
+    padding; groups sorted by length lose more than half of it.
 
     Exact where the tower is causal and reads its features at the end-of-text token (CLIP): nothing there can see the
     padding behind it. Other towers get their full input.

@@ -15,8 +15,8 @@ The policy is a YAML file:
         prompts: [a photo of a gun, a photo of a knife as a weapon]
 
 A score is the model's probability for the label's best prompt against the best neutral one: a softmax of the two
-cosines at the model's own temperature. 0.5 is as near to the one as to the other. Choose thresholds on labelled
-pictures of your own: they belong to one model.
+cosines at the model's own temperature. 0.5 means equally near to both. Choose thresholds on your own labelled pictures;
+they hold for one model only.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _prompts(value: object) -> bool:
 
 
 def moderate(args: argparse.Namespace, out: TextIO) -> None:
-    """Writes a line for every picture, in no order but that of the source within each batch."""
+    """Writes a line for every picture, in the order of the source but for unreadable ones, which come earlier."""
     policy = read_policy(args.policy)
     samples, total = read_pictures(args.source)
     moderator = Moderator(open_encoder(args), policy)
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
             moderate(args, sys.stdout)
             return
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or absent: of a file that ends early, nobody sees which pictures were not judged.
+        # Written atomically: a truncated file would not show which pictures were not judged.
         with atomic.replacing(args.output) as file:
             text = io.TextIOWrapper(file, encoding="utf-8", write_through=True)
             moderate(args, text)

@@ -9,7 +9,7 @@ pixels whichever tool wrote the shards:
 - Orientation (EXIF, or XMP where there is no EXIF) is applied.
 - An ICC profile is converted to sRGB; a broken one is ignored. CMYK without a profile is converted by Pillow's formula.
 - Transparency is laid on white. Of 16 bits a channel, the high byte is taken.
-- Metadata is passed over: nothing in it costs the picture.
+- Other metadata is ignored. Broken metadata never makes a picture corrupt.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def decode(encoded: bytes, size: int | None = None) -> Image.Image:
         return _decode(encoded, kind, size)
     except CorruptSampleError:
         raise
-    except Image.UnidentifiedImageError as error:  # whose own message names an address in memory
+    except Image.UnidentifiedImageError as error:  # its own message holds a memory address
         raise CorruptSampleError(f"no whole header of a {kind}") from error
     # Pillow's decoders raise nearly any exception on hostile bytes.
     except Exception as error:
@@ -59,7 +59,7 @@ def decode(encoded: bytes, size: int | None = None) -> Image.Image:
 
 
 def sniff(encoded: bytes) -> str | None:
-    """Pillow's name of the format that the first bytes announce; None where it is not on the allow list."""
+    """Pillow's name of the format that the first bytes announce; None if it is not on the allow list."""
     if encoded.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if encoded.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -90,7 +90,7 @@ def _decode(encoded: bytes, kind: str, size: int | None) -> Image.Image:
             least = math.ceil(size * COVER)
             image.draft(None, (least, least))
         image.load()
-        if kind == "GIF":  # where it stands as it is, behind this name and before a trailer that leads out of it
+        if kind == "GIF":  # a GIF stores it uncompressed between this name and a trailer
             image.info["xmp"] = encoded.partition(b"\x21\xff\x0bXMP DataXMP")[2].partition(b"\x01\xff\xfe\xfd")[0]
         turn = _orientation(image)
         opaque = to_rgb(image)
@@ -114,16 +114,16 @@ def _webp_size(encoded: bytes) -> tuple[int, int]:
 
 
 def _essential(png: bytes) -> bytes:
-    """The PNG without further frames, and of its metadata only what decides about pixels: EXIF, XMP and the profile.
+    """The PNG without further frames, and with only the metadata that affects pixels: EXIF, XMP and the ICC profile.
 
-    Pillow refuses a PNG for much or broken metadata. Damage in a chunk that readers must know is an error, since
-    loading skips the checksums of the pixels and would make noise of it; another chunk is passed over.
+    Pillow refuses a PNG with large or broken metadata. Damage in a critical chunk is an error, because Pillow does not
+    verify the checksums of pixel data and would decode noise. Damaged ancillary chunks are left out.
     """
     parts, at, kind = [png[:8]], 8, b""
     while at + 12 <= len(png) and kind != b"IEND":
         end = at + 12 + int.from_bytes(png[at : at + 4], "big")
         kind, data = png[at + 4 : at + 8], png[at + 8 : end - 4]
-        critical = not kind[0] & 0x20  # a capital
+        critical = not kind[0] & 0x20  # upper case
         if zlib.crc32(png[at + 4 : end - 4]) == int.from_bytes(png[end - 4 : end], "big"):
             if critical or kind in (b"tRNS", b"eXIf") or _is_small(kind, data):
                 parts.append(png[at:end])
@@ -136,7 +136,7 @@ def _essential(png: bytes) -> bytes:
 
 
 def _is_small(kind: bytes, data: bytes) -> bool:
-    """Whether a chunk is a profile, or XMP that is not compressed, of no more than Pillow reads."""
+    """Whether a chunk is an ICC profile or uncompressed XMP within Pillow's size limit."""
     if kind == b"iCCP":
         try:
             profile = zlib.decompressobj().decompress(data.partition(b"\0")[2][1:], _MAX_METADATA + 1)
@@ -172,7 +172,7 @@ _TURNS = {
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
-    """What makes the picture upright; None where it is, or where its metadata is broken."""
+    """The transposition that makes the picture upright; None if it is upright or its metadata is broken."""
     try:
         return _TURNS.get(image.getexif().get(0x0112, 1))
     except Exception:  # broken metadata does not make a broken picture

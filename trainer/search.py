@@ -7,10 +7,10 @@
     python -m trainer.search query DIR --image photo.jpg --captions             the captions nearest to an image
 
 Embeddings are in clip-retrieval's layout: `img_emb/img_emb_0.npy` and `text_emb/text_emb_0.npy` (unit vectors, fp16),
-`metadata/metadata_0.parquet` with `image_path` and `caption`, row by row. A part is written whole or not at all, and
-`embed` goes on after the last whole part. The indexes are faiss's, `image.index` and `text.index`, read from disk as
-they are searched: fp16 and exhaustive up to a million vectors, beyond that in inverted lists (`--lists`), of which a
-query reads `--probes`. Needs faiss: pip install 'winnow-clip[search]'.
+`metadata/metadata_0.parquet` with `image_path` and `caption`, row by row. Parts are written atomically, and `embed`
+resumes after the last one. The indexes are faiss's, `image.index` and `text.index`, read from disk as they are
+searched: fp16 and exhaustive up to a million vectors, beyond that in inverted lists (`--lists`), of which a query reads
+`--probes`. Needs faiss: pip install 'winnow-clip[search]'.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from trainer.evaluate.features import Encoder
 
 SETTINGS = "search.json"
-"""Which model made the embeddings; written before them."""
+"""Names the model that made the embeddings; written before them."""
 EXHAUSTIVE = 1_000_000
-"""Up to this many vectors, the query is compared with every one: it takes a fraction of a second and misses nothing."""
+"""Up to this many vectors, the query is compared with every one: exact, in a fraction of a second."""
 TRAINING = 64
 """Vectors per inverted list that the lists' centres are fitted to (faiss warns below 39)."""
 
@@ -111,7 +111,7 @@ def _output(path: Path) -> AbstractContextManager[BinaryIO]:
 
 
 def index(args: argparse.Namespace) -> None:
-    """Builds the indexes over the embeddings of a folder, after making these where shards are given."""
+    """Builds the indexes over the embeddings of a folder, after embedding the shards if any are given."""
     _faiss()
     folder = Path(args.source)
     if "://" not in args.source and not set(args.source) & set("{*") and not folder.exists():
@@ -150,7 +150,7 @@ def build(files: list[Path], out: Path, lists: int | None) -> None:
         lists = 0 if total <= EXHAUSTIVE else int(4 * math.sqrt(total))
     if lists > total:
         raise EvaluationError(f"--lists: found {lists}, but there are only {total} vectors")
-    # fp16 is what the embeddings are stored in: the index loses nothing.
+    # The embeddings are stored in fp16, so an index in fp16 loses nothing.
     kind = f"IVF{lists},SQfp16" if lists else "SQfp16"
     built = faiss.index_factory(arrays[0].shape[1], kind, faiss.METRIC_INNER_PRODUCT)
     if lists:
@@ -180,7 +180,7 @@ class Searcher:
             self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
         except RuntimeError as error:
             raise EvaluationError(
-                f"{path}: not an index of faiss's; build it again: python -m trainer.search index {folder}"
+                f"{path}: not a faiss index; build it again: python -m trainer.search index {folder}"
             ) from error
         if hasattr(inner := faiss.downcast_index(self.index), "nprobe"):
             inner.nprobe = probes

@@ -10,9 +10,9 @@ from 1 as in metrics.jsonl.
 
 The order of samples is a function of the seed, so nothing but the checkpoint and the shards is needed. The shards must
 be those that the model was trained on: ask before samples are taken out of them. Uids come from the tables beside the
-tars, or from the JSON of each sample, read once; of the uids only those listed are in memory. Samples that replaced
-unreadable ones are found too. Only if the training met unreadable samples, that takes a further pass over all positions
-of the run, some 0.2 µs of CPU each.
+tars, or from the JSON of each sample, read once; only the listed uids are held in memory. Samples that replaced
+unreadable ones are found too: if the training met any, this takes another pass over all positions of the run, some 0.2
+µs of CPU each.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from trainer.subset import Subset
 
 BLOCK = 1 << 20
-"""Positions of the run looked at together in search of replacements."""
+"""Positions of the run searched at once for replacements."""
 _UID = re.compile(r"[0-9a-f]{32}")
 
 

@@ -1,8 +1,8 @@
 """Samples by number, from tars on a disk or in an object store, without reading what lies between them.
 
 The shards of a run are read through their manifest and its byte-offset index. Any other WebDataset tars (those of
-img2dataset, open_clip, DataComp) get such an index when they are first opened. Every file is named by the person who
-configures the training or lies under a name checked against the manifest; nothing is unpickled, and no shell is run.
+img2dataset, open_clip, DataComp) get such an index when they are first opened. Every file is named in the configuration
+or checked against the manifest. Nothing is unpickled, and no shell is run.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from trainer.terminal import Console
 
 FORMAT = "winnow-shards/1"
 PICTURES_FORMAT = "winnow-pictures/1"
-"""Of `pictures.json`, an index of pictures that lie in other files: `_elsewhere` reads it."""
+"""Format of `pictures.json`, an index of pictures in other files. `_elsewhere` reads it."""
 INDEX_VERSION = 2
-"""Of the indexes built here. Their first row is `version, tar bytes, tar stamp, digest, digest, 0`."""
+"""Version of the indexes built here. Their first row is `version, tar bytes, tar stamp, digest, digest, 0`."""
 MAX_IMAGE_BYTES = 1 << 26
 MAX_TEXT_BYTES = 1 << 20
 WINDOW = 1 << 24
-"""Bytes of one request while a remote tar is read through for its index."""
+"""Bytes per request while a remote tar is indexed."""
 GAP = 1 << 16
-"""Image and caption of a sample come in one request if no more bytes than this lie between them."""
+"""Image and caption of a sample are fetched in one request if at most this many bytes lie between them."""
 
 UIDS_AT_ONCE = 1024
-"""JSON members read at a time in search of uids."""
+"""JSON members read at once to find uids."""
 PAUSES = (0.3, 2.0)
-"""Seconds before a request that failed is made again."""
+"""Seconds to wait before each retry of a request."""
 
 _Row = struct.Struct("<6q")
 _T = TypeVar("_T")
@@ -71,7 +71,7 @@ class Shard:
     """One tar, and where its index is."""
 
     name: str
-    """what messages call it"""
+    """its name in messages"""
     url: str
     size: int
     """bytes"""
@@ -171,7 +171,7 @@ class Shards:
                 header = os.pread(_opened(shard.url, shard.digest).descriptor, BLOCK, at)
         name = member_name(header).decode("ascii", "replace")
         folder, slash, base = name.rpartition("/")
-        # A name comes from the web, and a terminal obeys control characters.
+        # Names come from the web and may hold control characters of terminals.
         key = "".join(c if c.isprintable() else "?" for c in folder + slash + base.partition(".")[0])
         return f"{shard.name}:{key or f'sample {row}'}"
 
@@ -185,10 +185,10 @@ class Shards:
     def read_many(
         self, numbers: Iterable[int], draws: Iterable[int] | None = None
     ) -> Iterator[tuple[bytes, str] | CorruptSampleError]:
-        """`read` for several samples: from a disk one at a time, from a remote store all asked for at once.
+        """`read` for several samples: one at a time from a disk, with concurrent requests from a remote store.
 
-        `draws` has a whole number for each, which chooses among the captions of a sample that has several: the one
-        at draw modulo their number. By default the first.
+        `draws` has a whole number for each sample. Of several captions, it takes the one at draw modulo their number;
+        by default the first.
         """
         places = (self._places(number, draw) for number, draw in zip(numbers, repeat(0) if draws is None else draws))
         return iter(_read_remote(list(places))) if self.remote else map(_read_local, places)
@@ -212,7 +212,7 @@ class Shards:
         if image_size == ABSENT:
             return CorruptSampleError("it has no jpg, png, webp, gif or avif")
         if image_size == DOTTED:
-            return CorruptSampleError("its picture's name has more dots than one, and a key ends at the first")
+            return CorruptSampleError("its picture's name has several dots, and a key ends at the first")
         if text_size == ABSENT:
             return CorruptSampleError("it has no caption: neither txt nor json")
         # In a tar a header comes first. Captions in a file of their own are checked when they are read.
@@ -310,7 +310,7 @@ def _sample(image: bytes, text: bytes, places: _Places) -> tuple[bytes, str] | C
 
 
 def _table_uids(shard: Shard) -> list[str | None] | None:
-    """None without a table: the tars are enough to train on, so others may have been left behind."""
+    """None if there is no table: training needs only the tars, so the tables may not have been copied."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -327,7 +327,8 @@ def _table_uids(shard: Shard) -> list[str | None] | None:
 
 
 class _File:
-    """A descriptor, closed with the last reference. Not a map: a map of a file that shrinks kills the process."""
+    """A file descriptor, closed with its last reference. Not a memory map, which kills the process if the file
+    shrinks."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = -1
@@ -362,7 +363,7 @@ def _fetch(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
             if isinstance(answer, Exception):
                 failed.append(i)
             elif len(answer) > ranges[i][2]:
-                raise ShardsError(f"{ranges[i][0]}: the server sends whole files where a range is asked for")
+                raise ShardsError(f"{ranges[i][0]}: the server ignores range requests")
             else:
                 blocks[i] = bytes(answer)
         left = failed
@@ -376,7 +377,7 @@ def _fetch(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
 
 
 def _files(url: str) -> Any:
-    # Asked for each time: fsspec remembers it, and gives a process that was forked one of its own.
+    # Looked up each time: fsspec caches it, and gives a forked process its own.
     try:
         return fsspec.core.url_to_fs(url)[0]
     except ValueError as error:
@@ -543,7 +544,7 @@ class _Tar:
             stat = os.stat(url)
             return cls(name, url, stat.st_size, stat.st_mtime_ns)
         if info.get("size") is None:
-            raise ShardsError(f"{url}: the server does not say how long it is, so it has no ranges to read")
+            raise ShardsError(f"{url}: the server does not report its size, so it cannot be read by ranges")
         said = [str(info.get(key)) for key in ("ETag", "etag", "LastModified", "mtime", "updated", "created")]
         stamp = int.from_bytes(hashlib.sha256("\n".join(said).encode()).digest()[:7], "big")
         return cls(name, url, int(info["size"]), stamp)
@@ -591,9 +592,9 @@ def _index_all(tars: list[_Tar], source: str) -> list[Shard]:
     if todo:
         started = time.perf_counter()
         _opened.cache_clear()
-        # In an order of its own, so that ranks that start together share the work: each skips what it finds done.
+        # In random order, so that ranks that start together share the work: each skips tars that are done.
         random.Random(os.getpid()).shuffle(todo)
-        # Headers of local tars cost Python's time and need processes, remote ones the network's and need none.
+        # Local tars cost Python time, so they need processes. Remote tars cost only network time.
         pool: Executor
         if "://" in source or len(todo) == 1:
             pool = ThreadPoolExecutor(16)
@@ -615,7 +616,7 @@ def _index_all(tars: list[_Tar], source: str) -> list[Shard]:
         print(f"indexed {len(todo):,} tars in {seconds:.1f} s; the indexes are in {_some(where)}", file=sys.stderr)
     shards = [shard for shard in known.values() if shard is not None]
     if len(shards) < len(known):
-        raise ShardsError(f"shards: {source}: tars change while they are being read; let that finish first")
+        raise ShardsError(f"shards: {source}: tars change while they are being read; wait until they are complete")
     return shards
 
 

@@ -20,20 +20,20 @@ BLOCK = 512
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp", "gif", "avif")
 """The first of these that a sample has is its image; open_clip's order first."""
 ABSENT = -1
-"""The size of a member that a sample does not have."""
+"""The size of a missing member."""
 DOTTED = -2
 """The size of an image that a sample has only under a suffix with more dots, such as `v2.jpg` or `seg.png`. It may be
 the picture or an annotation of it."""
 _MAX_NAME = 1 << 20
 _MAX_PADDING = 1 << 20  # tar pads to 10 KiB unless told otherwise
-_META = re.compile(r"__[^/]*__($|/)")  # names that webdataset keeps for itself
+_META = re.compile(r"__[^/]*__($|/)")  # names that webdataset reserves
 
 Read = Callable[[int, int], bytes]
 """`read(at, size)`: that many bytes from there, or fewer at the end of the file."""
 
 
 class TarError(ValueError):
-    """A file that is no whole tar; the message says at which byte."""
+    """A file is not a complete tar; the message gives the byte."""
 
 
 class Place(NamedTuple):
@@ -52,7 +52,8 @@ class Group(NamedTuple):
     """By suffix, in lower case and without the first dot."""
 
     def image(self) -> Place:
-        """The picture; without one its size is ABSENT or DOTTED, and it lies where the first member does."""
+        """The place of the picture. Without one, its size is ABSENT or DOTTED, and its offset is that of the first
+        member."""
         for suffix in IMAGE_SUFFIXES:
             if suffix in self.members:
                 return self.members[suffix]
@@ -63,8 +64,8 @@ class Group(NamedTuple):
 def samples(read: Read, size: int) -> Iterator[Group]:
     """The samples of a tar of `size` bytes, in its order.
 
-    Raises TarError for a tar that is cut, damaged or without its end mark, after all that lies before the damage. A
-    member that the end of the file cuts is among that.
+    Raises TarError for a tar that is truncated, damaged or without its end mark, after yielding everything before the
+    damage, including a member that the end of the file truncates.
     """
     from webdataset.tariterators import base_plus_ext, group_by_keys  # imports torch, which takes seconds
 
@@ -131,11 +132,11 @@ def _members(read: Read, size: int) -> Iterator[tuple[bytes, int, int]]:
     while True:
         header = read(at, BLOCK)
         if at == 0 and header.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
-            raise TarError("a compressed tar, in which no sample can be found by its place; decompress it first")
+            raise TarError("a compressed tar has no random access; decompress it first")
         if len(header) < BLOCK:
-            raise TarError(f"cut at byte {size:,}: a tar ends with an end mark, and here is none")
+            raise TarError(f"cut at byte {size:,}: the end mark is missing")
         if not header.strip(b"\0"):
-            # Tars laid end to end, and files of zeros that a broken download never filled, would lose samples here.
+            # Otherwise concatenated tars, and files of zeros from a broken download, would lose samples.
             if size - at > _MAX_PADDING or read(at, size - at).strip(b"\0"):
                 raise TarError(f"{size - at:,} bytes follow the end mark at byte {at:,}")
             return

@@ -77,7 +77,7 @@ class Console(rich.console.Console):
 
     @property
     def file(self) -> IO[str]:
-        """What it writes to: its own sequences need no guard."""
+        """The stream that it writes to, without the guard: its own escape sequences are safe."""
         file = super().file
         return file.raw if isinstance(file, _Guarded) else file
 
@@ -110,7 +110,7 @@ class _Guarded:
         return getattr(self.raw, name)
 
     def write(self, text: str) -> int:
-        # Bars of libraries go back to the beginning of their line.
+        # Libraries' progress bars return to the start of their line.
         back = text[: len(text) - len(text.lstrip("\r"))]
         self.raw.write(back + visible(mask(text[len(back) :])))
         return len(text)

@@ -1,9 +1,9 @@
 """Reads YAML files and the values of `key=value` overrides, for pipeline and trainer.
 
-The scalars are those of YAML 1.2's core schema: `no` and `on` are text (Norwegian!), `1e-3` is a number, and neither
-`12:30` nor `2026-01-31` nor `0123` is converted to something else: they are text, text and 123. Digits may be grouped
-as in `10_000`. A key is always text, and a repeated one is an error. Anchors, aliases and merge keys (`<<`) work.
-A document that expands without bound (nested or aliased) is an error.
+The scalars are those of YAML 1.2's core schema: `no` and `on` are text, `1e-3` is a number, and neither `12:30` nor
+`2026-01-31` nor `0123` is converted to something else: they are text, text and 123. Digits may be grouped as in
+`10_000`. A key is always text, and a repeated one is an error. Anchors, aliases and merge keys (`<<`) work. A document
+that expands without bound (nested or aliased) is an error.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Document:
             return broken
 
     def where(self, *key: Any) -> str:
-        """`file:line` of a key, or of the closest thing above it."""
+        """`file:line` of a key, or of the nearest one above it."""
         while key and key not in self._lines:
             key = key[:-1]
         return f"{self.path}:{self._lines[key]}" if key else self.path

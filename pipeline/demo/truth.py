@@ -182,8 +182,8 @@ def show_cuts(run: Path, web: Path, study: str, console: Console) -> None:
     """Prints precision and recall of each cut of a study."""
     from pipeline.cuts import default_step
     from pipeline.study.candidates import open_candidates
-    from pipeline.study.cuts import Cuts
-    from pipeline.study.plan import load
+    from pipeline.study.kept import Cuts
+    from pipeline.study.study_plan import load
 
     plan, opened = load(study), open_run(run)
     after = plan.after or default_step(opened)

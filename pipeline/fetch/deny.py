@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.hamming import Index
+from trainer.hamming import Index
 
 _KINDS = {32: "md5", 40: "sha1", 64: "sha256"}
 _PICTURE_DIGITS = 16

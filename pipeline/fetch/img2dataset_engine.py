@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from pipeline.child import start_child
 from pipeline.fetch.decoder import Picture, phash, sniff
 from pipeline.fetch.deny import DenyList
 from pipeline.fetch.reasons import FetchError
@@ -157,19 +158,15 @@ class _Child:
         self._patience = PATIENCE + job["timeout"] * (job["retries"] + 1)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         reader, writer = os.pipe()
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-            "NO_ALBUMENTATIONS_UPDATE": "1",  # disables its online version check
-        }
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(writer)],
+            self._process = start_child(
+                __name__,
+                str(writer),
+                env={"NO_ALBUMENTATIONS_UPDATE": "1"},  # disables its online version check
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
                 pass_fds=[writer],
-                env=environment,
             )
         finally:
             os.close(writer)

@@ -34,6 +34,7 @@ from typing import Any, Generic, TypeVar
 
 import cloudpickle
 
+from pipeline.child import die_with_parent, start_child
 from pipeline.fetch.reasons import FetchError
 
 T = TypeVar("T")
@@ -55,7 +56,6 @@ _SOCKET_BYTES = 1 << 20  # fits most bodies, if the system grants it
 _ANSWER_BYTES = 1 << 16  # most answers in one read
 _REQUEST = struct.Struct("=QQ")  # bytes of the pickled arguments, bytes of the body
 _SIZE = struct.Struct("=Q")
-_PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _KEPT_BYTES = 16 << 20  # fits the largest web pictures; more would count against the worker's memory
 # Children run in parallel; a thread pool in each would only cost memory.
@@ -265,11 +265,12 @@ class _Child:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
             fds = (theirs.fileno(), counter.fileno())
             try:
-                self.process = subprocess.Popen(
-                    [sys.executable, "-m", "pipeline.fetch.sandbox", *map(str, fds)],
+                self.process = start_child(
+                    "pipeline.fetch.sandbox",
+                    *map(str, fds),
+                    env=_ONE_THREAD,
                     pass_fds=fds,
                     stdin=subprocess.DEVNULL,
-                    env={**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
                     start_new_session=True,  # only the parent handles Ctrl-C
                 )
             except BaseException:
@@ -415,12 +416,6 @@ def set_malloc(*, mmap_threshold: int, trim_threshold: int, arenas: int | None =
             mallopt(_M_ARENA_MAX, arenas)
         mallopt(_M_MMAP_THRESHOLD, mmap_threshold)
         mallopt(_M_TRIM_THRESHOLD, trim_threshold)
-
-
-def die_with_parent() -> None:
-    """Makes the kernel kill this process when the thread that started it ends (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _prepare() -> None:

@@ -9,8 +9,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.hashing import uniform
-from pipeline.matching import digest, matcher, normalised, read_entries
+from pipeline.hashing import file_digest, uniform
+from pipeline.matching import matcher, normalised, read_entries
 from pipeline.step import FILE, Estimate, Filter, drops_frame
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Balance(Filter):
                 yield key, f"the column {name!r} holds {types[name]}, expected {wanted}"
 
     def fingerprint(self) -> object:
-        return None if self.entries is None else digest(self.entries)
+        return None if self.entries is None else file_digest(self.entries)
 
     def decide(self, frame: dd.DataFrame) -> dd.DataFrame:
         matched, counts = self._matched(frame)

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import embeddings
-from pipeline.hamming import Index
 from pipeline.hashing import file_digest
 from pipeline.step import FILE, Estimate, Filter
+from trainer.hamming import Index
 
 _BLOCK = 4096
 
@@ -53,8 +53,8 @@ class Decontaminate(Filter):
     vectors: dict[str, str] | None = field(default=None, metadata=FILE)
     """Evaluation sets by name: a `.npy` file of their embeddings, (m, d), by the model that made `vector`."""
     missing: str = "fail"
-    """What becomes of a set or a file of vectors that does not exist: `fail`, or `skip`, which `--plan` and the run
-    print."""
+    """What to do about a set or a file of vectors that does not exist: `fail` before the start, or `skip` it, which
+    `--plan` and the run report."""
     min_cosine: float = 0.95
     """Lowest cosine of copies. It depends on the model: look at the pairs."""
     column: str = "phash"
@@ -65,8 +65,8 @@ class Decontaminate(Filter):
     def __post_init__(self) -> None:
         self.needs = (*([self.column] if self.sets else []), *([self.vector] if self.vectors else []))  # type: ignore[misc]
         # Found once, before the start: a worker that does not see a set that is there must fail, not skip it.
-        given = {**(self.sets or {}), **(self.vectors or {})}
-        self._absent = sorted({path for path in given.values() if not Path(path).exists()})
+        given = [(key, *pair) for key in ("sets", "vectors") for pair in (getattr(self, key) or {}).items()]
+        self._absent = {(key, name): path for key, name, path in given if not Path(path).exists()}
 
     def estimate(self, rows: float) -> Estimate:
         return Estimate(0.999, 20_000, "keep assumed; rate for sets of 50,000 pictures")
@@ -82,7 +82,7 @@ class Decontaminate(Filter):
             yield "missing", f"must be fail or skip, found {self.missing!r}"
         for key, given in (("sets", self.sets or {}), ("vectors", self.vectors or {})):
             for name, path in given.items():
-                if path in self._absent:
+                if (key, name) in self._absent:
                     if self.missing != "skip":
                         cure = "put the set there, or set `missing: skip` to run without it"
                         yield key, f"{name}: {path} does not exist; {cure}"
@@ -93,14 +93,10 @@ class Decontaminate(Filter):
                     yield key, f"{name}: {error}"
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
-        of = types.get(self.vector)
-        if of is None or not self.vectors:
-            return
-        if not pa.types.is_fixed_size_list(of):
-            yield "vector", f"the column {self.vector!r} holds {of}, expected vectors"
-            return
+        if self.vectors:
+            yield from embeddings.check_vectors(types, vector=self.vector)
         for name, path in self._vectors:
-            for problem in embeddings.check_width(path, self.vector, of):
+            for problem in embeddings.check_width(types, self.vector, path):
                 yield "vectors", f"{name}: {problem}"
 
     def fingerprint(self) -> object:
@@ -109,15 +105,15 @@ class Decontaminate(Filter):
 
     def notes(self) -> Iterator[str]:
         if self._absent:
-            yield f"{', '.join(self._absent)}: not there, so copies of their pictures are kept"
+            yield f"{', '.join(sorted(set(self._absent.values())))}: not there, so copies of their pictures are kept"
 
     @property
     def _sets(self) -> list[tuple[str, str]]:
-        return [(name, path) for name, path in (self.sets or {}).items() if path not in self._absent]
+        return [(name, path) for name, path in (self.sets or {}).items() if ("sets", name) not in self._absent]
 
     @property
     def _vectors(self) -> list[tuple[str, str]]:
-        return [(name, path) for name, path in (self.vectors or {}).items() if path not in self._absent]
+        return [(name, path) for name, path in (self.vectors or {}).items() if ("vectors", name) not in self._absent]
 
     @cached_property
     def _indexes(self) -> list[tuple[str, _Pictures, Index]]:

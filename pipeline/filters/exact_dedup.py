@@ -88,7 +88,7 @@ class ExactDedup(KeyedFilter):
         return batch.filter(pa.array(keep)), drops
 
     def _captions(self, batch: pa.Table, keepers: np.ndarray, rows: np.ndarray) -> pa.Array:
-        """The column `captions`: to what each row has, adds what the rows that are merged into it have.
+        """The column `captions`: those of each row, followed by those of the rows that are merged into it.
 
         `keepers` are the rows that these `rows` are merged into, themselves among them and first.
         """

@@ -59,11 +59,8 @@ class ImageCluster(Fitted, Filter):
             yield "vector", "requires faiss, which is not installed: pip install 'winnow-clip[search]'"
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
-        problems = list(embeddings.check_vectors(types, self.vector))
-        yield from (("vector", problem) for _, problem in problems)
-        if self.vector in types and not problems:
-            width = embeddings.check_width(self.target, self.vector, types[self.vector])
-            yield from (("target", problem) for problem in width)
+        yield from embeddings.check_vectors(types, vector=self.vector)
+        yield from (("target", problem) for problem in embeddings.check_width(types, self.vector, self.target))
 
     def fingerprint(self) -> object:
         return file_digest(self.target)

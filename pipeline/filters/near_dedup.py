@@ -9,8 +9,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.hamming import Forest, clusters, masks
+from pipeline.hash_clusters import Forest, clusters
 from pipeline.step import Estimate, Filter, drops_frame
+from trainer.hamming import masks
 
 if TYPE_CHECKING:
     import dask.dataframe as dd

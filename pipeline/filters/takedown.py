@@ -15,7 +15,7 @@ class Takedown(Filter):
     """Drops rows that a takedown list names: by URL, domain, uid, or by the picture's SHA-256 or perceptual hash.
 
     The reason is the kind of the entry, and the detail the entry itself. `pipeline.takedown_list` describes the file.
-    What is known of a row before the download should be judged before it, so a list with digests is used twice:
+    URLs, domains and uids are known before the download, digests only after it, so a list with both is used twice:
 
         - takedown: {file: takedown.txt, by: [uid, url, domain]}
         - download
@@ -28,13 +28,16 @@ class Takedown(Filter):
     """The list, one entry a line: `url …`, `domain …`, `uid …`, `sha256 …`, or `phash … 4` with the number of bits
     that may differ."""
     by: list[Literal["uid", "url", "domain", "sha256", "phash"]] | None = None
-    """The kinds of entries to apply. By default all that the list has."""
+    """The kinds of entries to apply. By default all in the list."""
 
     def __post_init__(self) -> None:
+        self._digest, self._problem = "", ""
+        self._kinds: tuple[str, ...] = tuple(self.by or ())
         try:
-            self._kinds = tuple(self.by or TakedownList(self.file).kinds)
-        except (OSError, ValueError):
-            self._kinds = ()  # check() reports it
+            listed = TakedownList(self.file)
+            self._digest, self._kinds = listed.digest, self._kinds or tuple(listed.kinds)
+        except (OSError, ValueError) as error:
+            self._problem = str(error)
         self.needs = tuple(dict.fromkeys(column for kind in self._kinds for column in KINDS[kind]))  # type: ignore[misc]
 
         self.wants = ("captions",) if "uid" in self._kinds else ()  # type: ignore[misc]
@@ -45,10 +48,8 @@ class Takedown(Filter):
     def check(self) -> Iterator[tuple[str, str]]:
         if self.by is not None and (not self.by or len(set(self.by)) < len(self.by)):
             yield "by", f"must name each kind once, found {self.by}"
-        try:
-            TakedownList(self.file)
-        except (OSError, ValueError) as error:
-            yield "file", str(error)
+        if self._problem:
+            yield "file", self._problem
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
         of = types.get("phash")
@@ -56,7 +57,7 @@ class Takedown(Filter):
             yield "file", f"has entries `phash`, but the column 'phash' holds {of}, expected uint64 hashes"
 
     def fingerprint(self) -> object:
-        return TakedownList(self.file).digest
+        return self._digest
 
     def setup(self) -> None:
         self._listed = TakedownList(self.file)

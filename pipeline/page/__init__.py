@@ -1,4 +1,4 @@
-"""Pages for people: one HTML file that needs no network, no server and no script to be read.
+"""Renders pages: each is one HTML file that can be read without network, server or scripts.
 
 Templates are Jinja2's, with escaping always on. Charts are Vega-Lite specifications, plain dictionaries that are short
 to write and to read. `vl_convert` draws them as SVG when the page is written, so a page runs no plotting code: its
@@ -103,7 +103,7 @@ class Table(NamedTuple):
 
 # --- Charts -----------------------------------------------------------------------------------------------------------
 
-# Colours that no chart uses otherwise, each replaced by a variable of the style sheet: so charts follow the theme.
+# Placeholder colours. Each is replaced by a variable of the style sheet, so that charts follow the theme.
 KEPT, DROPPED, CUT, OTHER, BAND = "#010101", "#020202", "#030303", "#040404", "#050505"
 SERIES = [KEPT, OTHER, CUT, "#060606", "#070707", "#080808"]
 _INK, _GRID = "#0a0a0a", "#0b0b0b"
@@ -138,14 +138,14 @@ def chart(
 ) -> Markup:
     """A Vega-Lite specification as an SVG that follows the theme and the width of its place.
 
-    `summary` says in a sentence what one sees in it; it is the text alternative. `table` has the numbers, folded below.
+    `summary` describes it in a sentence, as the text alternative. `table` has the numbers, folded below it.
     """
     import vl_convert
 
     whole = {"width": width, "height": height, "config": _CONFIG, **spec}
     text = json.dumps(whole, default=float)  # float: NumPy's numbers
     svg = vl_convert.vegalite_to_svg(text, vl_version=_VEGA_LITE)
-    # The library counts its clip paths through the life of the process; a page is a function of what it shows.
+    # The library numbers its clip paths over the life of the process. Equal pages must have equal bytes.
     numbers = {name: f"c{hashlib.sha256(text.encode()).hexdigest()[:8]}-{i}"
                for i, name in enumerate(dict.fromkeys(re.findall(r'id="(clip\d+)"', svg)))}  # fmt: skip
     svg = re.sub(r"\bclip\d+\b", lambda found: numbers.get(found[0], found[0]), svg)

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import io
 import json
 import math
 import os
@@ -14,12 +12,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from pipeline.hashing import file_digest
 from pipeline.step import FILE, Estimate, Stage
 from trainer.spelling import did_you_mean
 
@@ -30,9 +29,6 @@ SCORE_DECIMALS = 4
 """Floating-point sums differ in the seventh decimal between hardware and orders of summation. Four decimals are finer
 than any meaningful threshold and coarse enough to hide nearly all such differences."""
 
-# The formats written by `download` and found in other tools' shards.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-_MAX_PIXELS = 89_478_485  # Pillow's limit for decompression bombs
 # Longer than any context. The tokenizer's time grows with the square of a word's length.
 _MAX_CHARS = 2000
 # On a CPU, captions are grouped by padded length, since most are far shorter than the context. On a GPU, launching many
@@ -81,6 +77,7 @@ class ClipScore(Stage):
     """Threads that decode and resize while the model runs. Default: all available cores."""
 
     needs: ClassVar[tuple[str, ...]] = ("image", "caption")
+    version = 2
     expensive = True
     resource = "gpu"
 
@@ -137,7 +134,7 @@ class ClipScore(Stage):
     def fingerprint(self) -> object:
         folder = _folder(self.model)
         files = [folder / CONFIG_FILE, folder / WEIGHTS_FILE] if folder else [Path(self._weights() or "")]
-        return [_sha256(file) for file in files if file.is_file()]
+        return [file_digest(file) for file in files if file.is_file()]
 
     def setup(self) -> None:
         from trainer.device import choose_precision, find_device
@@ -169,13 +166,13 @@ class ClipScore(Stage):
 
     def _pixels(self, image: pa.Buffer | None, boxes: list[list[float]] | None) -> Tensor | str:
         """uint8 of shape (3, side, side), or an error message."""
+        from trainer.pictures import decode
+
         try:
-            with Image.open(io.BytesIO(image or b""), formats=_FORMATS) as picture:
-                if picture.width * picture.height > _MAX_PIXELS:
-                    return f"{picture.width}x{picture.height} is too large"
-                return self._preprocess.pixels(masked(picture, boxes) if boxes else picture)
-        except Exception as error:  # Pillow raises all kinds of exceptions on hostile bytes
-            return f"{type(error).__name__}: {error}"[:200]
+            picture = decode(image.to_pybytes() if image else b"")
+            return self._preprocess.pixels(masked(picture, boxes) if boxes else picture)
+        except ValueError as error:
+            return str(error)[:200]
 
     def _tokens(self, captions: pa.ChunkedArray) -> Tensor:
         # Via bytes, since a column may hold invalid UTF-8.
@@ -247,7 +244,7 @@ class ClipScore(Stage):
 
 
 def masked(picture: Image.Image, boxes: list[list[float]]) -> Image.Image:
-    """The picture in RGB with each box, from 0 to 1, filled with the mean colour of the pixels around it."""
+    """The picture in RGB, with each box, from 0 to 1, filled with the mean colour of the pixels around it."""
     pixels = np.array(picture.convert("RGB"))
     before, (height, width) = pixels.copy(), pixels.shape[:2]
     for x_min, y_min, x_max, y_max in boxes:
@@ -313,11 +310,3 @@ def _package(name: str) -> Path:
 
 def _nearest(word: str, known: Iterable[str]) -> str:
     return did_you_mean(word.replace("/", "-"), known, cutoff=0.5)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        digest: Any = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from pipeline import plugin
 from pipeline.safety import check_score, scored, with_score
@@ -16,7 +14,7 @@ from pipeline.step import Estimate, Stage
 
 @dataclass(kw_only=True)
 class ImageSafety(Stage):
-    """Scores how unsafe a picture is, by a scorer of yours, and drops the row (`unsafe`) above `max_score`.
+    """Scores how unsafe a picture is, by your own scorer, and drops the row (`unsafe`) above `max_score`.
 
     Adds `image_unsafe_score`, 0 to 1. CommonPool (Gadre et al., 2023) dropped pictures to which a classifier on CLIP
     ViT-L/14 embeddings gave an unsafe probability above 0.1. With such a linear head no second pass over the pictures
@@ -37,6 +35,7 @@ class ImageSafety(Stage):
     """What a worker occupies: `gpu` is a GPU if the cluster has one."""
 
     needs = ("image",)
+    version = 2
     expensive = True
 
     def __post_init__(self) -> None:
@@ -64,8 +63,10 @@ class ImageSafety(Stage):
 
 
 def _decoded(image: pa.Buffer | None) -> np.ndarray | None:
+    from trainer.pictures import decode
+    from trainer.shards import CorruptSampleError
+
     try:
-        with Image.open(io.BytesIO(image or b""), formats=("JPEG", "PNG", "WEBP", "GIF")) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except Exception:  # Pillow raises all kinds of exceptions on hostile bytes
+        return np.asarray(decode(image.to_pybytes() if image else b""))
+    except CorruptSampleError:
         return None

@@ -27,8 +27,8 @@ class Language(Stage):
 
     Adds `language` (the most likely one, an ISO 639 code as spelled by lid.176) and `language_score` (its probability,
     0 to 1, rounded to 4 decimals). The model is fastText's lid.176 (Joulin et al., 2016), in the compressed form
-    installed with the project. It reads the normal caption (`pipeline.caption.normal`) in lower case: it recognises
-    99.3% of English captions then, but 29% in capitals.
+    installed with the project. It reads the normal caption (`pipeline.caption.normal`) in lower case, in which it
+    recognises 99.3% of English captions, against 29% in capitals.
 
     A row is kept if the languages of `keep` together have a probability of at least `min_score`, even if another
     language is more likely: the model spreads the probability of short captions over many languages. "A girl climbs a
@@ -36,8 +36,8 @@ class Language(Stage):
     reaches its own. Drop reasons: `language`, or `low_score` if the most likely language is in `keep` but too
     uncertain. Captions without words score 0.1245 and are dropped as `low_score`.
 
-    Captions are measured as they are normalised and stored as they came. `python -m pipeline.confusion` measures the
-    model on a table of captions whose languages are known.
+    Captions are normalised for the detection only; the stored caption is unchanged. `python -m pipeline.confusion`
+    measures the model on a table of captions whose languages are known.
 
     Measured with keep: [en], as shares of rows kept:
 
@@ -146,8 +146,8 @@ class Language(Stage):
     def _judge(
         self, caption: str, likely: list[tuple[float, str]], minima: dict[str, float], least: float
     ) -> tuple[bool, str]:
-        """Whether the probabilities of the languages wanted keep a caption, and these; `likely` has those of at least
-        `least`."""
+        """Whether the caption is kept, and the probabilities of the wanted languages as text. `likely` has all
+        probabilities of at least `least`."""
         found = {label.removeprefix(_PREFIX): p for p, label in likely}
         total, missing = sum(found.get(code, 0.0) for code in minima), len(minima.keys() - found.keys())
         if not isinstance(self.min_score, dict) and total < self.min_score <= total + missing * least:

@@ -47,14 +47,11 @@ class LinearHead(Stage):
             yield "head", str(error)
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
-        of = types.get(self.vector)
-        if of is None:
-            return
+        problems = list(embeddings.check_vectors(types, vector=self.vector))
+        yield from problems
         width = len(embeddings.load_head(self.head).weight)
-        if not pa.types.is_fixed_size_list(of):
-            yield "vector", f"the column {self.vector!r} holds {of}, expected vectors"
-        elif of.list_size != width:
-            yield "head", f"{self.head} expects {width} dimensions, but {self.vector} has {of.list_size}"
+        if self.vector in types and not problems and (found := types[self.vector].list_size) != width:
+            yield "head", f"{self.head} expects {width} dimensions, but {self.vector} has {found}"
 
     def fingerprint(self) -> object:
         return file_digest(self.head)

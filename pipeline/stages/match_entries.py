@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.matching import Matcher, digest, normalised, read_entries
+from pipeline.hashing import file_digest
+from pipeline.matching import Matcher, normalised, read_entries
 from pipeline.step import FILE, Estimate, Stage
 
 
@@ -52,7 +53,7 @@ class MatchEntries(Stage):
             yield "by", f"the column {self.by!r} holds {types[self.by]}, expected text"
 
     def fingerprint(self) -> object:
-        return {language: digest(path) for language, path in self._files().items()}
+        return {language: file_digest(path) for language, path in self._files().items()}
 
     def setup(self) -> None:
         self._matchers = {language: Matcher(read_entries(path)) for language, path in self._files().items()}

@@ -23,7 +23,8 @@ _DECIMALS = 5
 
 @dataclass(kw_only=True)
 class NegClipLoss(Fitted, Stage):
-    """Measures how well caption and picture match beside all other pairs: negCLIPLoss (Wang et al., NeurIPS 2024).
+    """Measures how well caption and picture match, relative to all other pairs: negCLIPLoss (Wang et al., NeurIPS
+    2024).
 
     The CLIP score alone is high for pairs that match everything, such as generic captions. negCLIPLoss subtracts a
     normaliser R. For the unit vectors v of a picture and t of its caption, and a batch of pairs (v_j, t_j) that
@@ -79,8 +80,8 @@ class NegClipLoss(Fitted, Stage):
             yield "column", f"{self.column!r} is not a valid column name; expected one such as 'neg_clip_loss_score'"
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
-        keys = {self.image_vector: "image_vector", self.text_vector: "text_vector"}
-        problems = [(keys[column], found) for column, found in embeddings.check_vectors(types, *keys)]
+        columns = {"image_vector": self.image_vector, "text_vector": self.text_vector}
+        problems = list(embeddings.check_vectors(types, **columns))
         yield from problems
         image, text = types.get(self.image_vector), types.get(self.text_vector)
         if not problems and image is not None and text is not None and image.list_size != text.list_size:

@@ -47,13 +47,8 @@ class NormSim(Stage):
             yield "target", str(error)
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
-        of = types.get(self.vector)
-        if of is None:
-            return
-        if not pa.types.is_fixed_size_list(of):
-            yield "vector", f"the column {self.vector!r} holds {of}, expected vectors"
-        else:
-            yield from (("target", problem) for problem in embeddings.check_width(self.target, self.vector, of))
+        yield from embeddings.check_vectors(types, vector=self.vector)
+        yield from (("target", problem) for problem in embeddings.check_width(types, self.vector, self.target))
 
     def fingerprint(self) -> object:
         return file_digest(self.target)

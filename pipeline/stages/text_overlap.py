@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -8,7 +7,6 @@ from importlib.util import find_spec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
 
 from pipeline import plugin
 from pipeline.caption import normal
@@ -17,7 +15,7 @@ from pipeline.step import Estimate, Stage
 
 _DEFAULT = "pipeline.ocr:RapidOcr"
 _SHORT = 3
-"""Letters up to which a word must be read as a word of its own. OCR may join a longer one to its neighbours."""
+"""Words of at most this many letters must be read as separate words. OCR may join longer ones to their neighbours."""
 
 
 @dataclass(kw_only=True)
@@ -43,6 +41,7 @@ class TextOverlap(Stage):
     `pipeline.ocr.Engine`. The default needs `pip install 'winnow-clip[ocr]'`."""
 
     needs = ("image", "caption")
+    version = 2
     adds = {  # noqa: RUF012
         "image_text": pa.string(),
         "text_boxes": pa.list_(pa.list_(pa.float32())),
@@ -80,11 +79,13 @@ class TextOverlap(Stage):
 
     def _lines(self, image: pa.Buffer | None) -> list[Line] | str:
         """The lines with boxes from 0 to 1, or an error message."""
+        from trainer.pictures import decode
+        from trainer.shards import CorruptSampleError
+
         try:
-            with Image.open(io.BytesIO(image or b""), formats=("JPEG", "PNG", "WEBP", "GIF")) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-        except Exception as error:  # Pillow raises all kinds of exceptions on hostile bytes
-            return f"{type(error).__name__}: {error}"[:200]
+            pixels = np.asarray(decode(image.to_pybytes() if image else b""))
+        except CorruptSampleError as error:
+            return str(error)[:200]
         height, width = pixels.shape[:2]
         scale = np.array([width, height, width, height], np.float64)
         return [Line(text, tuple(np.clip(np.asarray(box) / scale, 0, 1).tolist())) for text, box in self._read(pixels)]

@@ -16,7 +16,7 @@ from pipeline.step import FILE, Estimate, Stage
 
 @dataclass(kw_only=True)
 class TextSafety(Stage):
-    """Scores how unsafe a caption is, by a scorer of yours or a list of words, and drops the row (`unsafe`) above
+    """Scores how unsafe a caption is, by your own scorer or a list of words, and drops the row (`unsafe`) above
     `max_score`.
 
     Adds `text_unsafe_score`, 0 to 1. CommonPool (Gadre et al., 2023) dropped captions to which any class of Detoxify, a

@@ -112,7 +112,7 @@ class WriteShards(Sink):
         return _close(store, file.entry, rows, index, extensions)
 
     def finish(self, store: Store, about: About, parts: list[dict[str, Any]]) -> list[Entry]:
-        """Writes what describes all shards together, `manifest.json` first of all.
+        """Writes the files that describe all shards, `manifest.json` first.
 
         The manifest names every other file with its size and SHA-256, and says whether the JSON of samples may list
         several `captions`. `subset.npy` is DataComp's subset format: the

@@ -20,8 +20,8 @@ UID = np.dtype("u8,u8")
 class WriteSubset(Sink):
     """Writes the uids of the remaining rows as a subset file of DataComp, `subset/subset.npy`: sorted pairs of uint64.
 
-    Needs no pictures, so a pool with scores, such as CommonPool's metadata, becomes a subset without a download. It is
-    the file that DataComp's resharder takes (`--subset-file`). `subset/NNNNN.npy` hold its parts, each sorted.
+    Needs no pictures, so a pool with scores, such as CommonPool's metadata, becomes a subset without a download.
+    DataComp's resharder reads it (`--subset-file`). `subset/NNNNN.npy` hold its parts, each sorted.
     """
 
     folder: ClassVar[str] = "subset"

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.study.plan import StudyError, load
+from pipeline.study.study_plan import StudyError, load
 from trainer.terminal import Console, guarded, interrupted
 
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Imported only now: numpy and pyarrow take time, and --help does not need them.
         from pipeline.reader import RunError
         from pipeline.storage import DamagedError
-        from pipeline.study import report, study
+        from pipeline.study import outputs, study
         from pipeline.study.arms import ArmError
         from trainer.errors import InputError
     except StudyError as error:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         with claimed(Path(plan.out)):
-            report.show(study.run(plan, errors), Path(plan.out))
+            outputs.show(study.run(plan, errors), Path(plan.out))
     except (InputError, RunError) as error:
         errors.error(error)
         return 2

@@ -10,11 +10,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import queue
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,11 +23,12 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.child import start_child
 from pipeline.hashing import hash64
 from pipeline.storage import Store
 from pipeline.study.candidates import Candidates
-from pipeline.study.cuts import largest
-from pipeline.study.plan import StudyError, Training
+from pipeline.study.kept import largest
+from pipeline.study.study_plan import StudyError, Training
 from trainer import atomic
 from trainer.command import progress
 from trainer.config import FREE_ON_RESUME, TrainConfig
@@ -217,12 +216,8 @@ class _Worker:
     """A process that trains the arms that it is sent, one at a time. It ends when this process does."""
 
     def __init__(self) -> None:
-        command = [sys.executable, "-m", "pipeline.study.worker"]
-        # The package may be known to this process alone, by its working directory.
-        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
-        )
+        pipe = subprocess.PIPE
+        self.process = start_child("pipeline.study.worker", stdin=pipe, stdout=pipe, text=True)
 
     def run(self, order: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None

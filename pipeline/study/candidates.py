@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from pipeline.hashing import hash64
 from pipeline.reader import Run
 from pipeline.schema import is_number
-from pipeline.study.plan import StudyError
+from pipeline.study.study_plan import StudyError
 from trainer import atomic
 from trainer.command import progress
 

@@ -15,8 +15,8 @@ from pipeline.hashing import hash64
 from pipeline.matching import read_entries
 from pipeline.reader import Run
 from pipeline.study.candidates import Candidates
-from pipeline.study.cuts import Cuts, packed
-from pipeline.study.plan import StudyError
+from pipeline.study.kept import Cuts, packed
+from pipeline.study.study_plan import StudyError
 from trainer.command import progress
 
 WORD_BITS = 22

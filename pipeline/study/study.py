@@ -16,8 +16,8 @@ from pipeline.reader import open_run
 from pipeline.study.arms import Arm, Trainer, index_pictures, random_places, write_subset
 from pipeline.study.candidates import open_candidates
 from pipeline.study.contents import contents, duplicates_by, find_concepts
-from pipeline.study.cuts import Cuts, cut_rows, jaccard, overlaps
-from pipeline.study.plan import Plan, StudyError, Training
+from pipeline.study.kept import Cuts, cut_rows, jaccard, overlaps
+from pipeline.study.study_plan import Plan, StudyError, Training
 from pipeline.study.table import NO_FILTER, Results, analyse
 from trainer.config import TrainConfig, load_config
 from trainer.terminal import Console

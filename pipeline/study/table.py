@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.study.plan import Plan
 from pipeline.study.statistics import LEVEL, POWER, Comparison, Interval, Noise, compare, interval, noise_of
+from pipeline.study.study_plan import Plan
 
 MOST_EPOCHS = 4
 """Beyond 4 epochs repeated data is worth visibly less than new data (Muennighoff et al., "Scaling Data-Constrained

@@ -66,4 +66,7 @@ def test_a_target_set_of_another_model(tmp_path: Path) -> None:
     assert key == "target"
     assert "has shape (3, 16), and image_embedding has 8 dimensions" in problem
     ((key, problem),) = step.check_columns({"image_embedding": pa.string()})
-    assert (key, problem) == ("vector", "the column 'image_embedding' holds string, expected vectors")
+    assert (key, problem) == (
+        "vector",
+        "the column 'image_embedding' holds string, expected vectors: a fixed-size list of floats",
+    )

@@ -179,7 +179,7 @@ def test_a_study_trains_and_judges(folder: Path, capsys: pytest.CaptureFixture[s
 def test_subsets_are_those_of_the_cuts(folder: Path) -> None:
     from pipeline import open_run
     from pipeline.study.candidates import open_candidates
-    from trainer.mixture import open_shards
+    from trainer.data import open_shards
 
     run = open_run(folder / "run")
     candidates = open_candidates(run, "score", ["clip_score"], folder / "c")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.trainer.shards import samples, write_shards
-from trainer.data import Batches
-from trainer.mixture import Mixture, open_shards
+from trainer.data import Batches, open_shards
+from trainer.mixture import Mixture
 from trainer.model import create
 from trainer.shards import Shards, ShardsError
 

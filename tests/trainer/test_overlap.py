@@ -12,29 +12,8 @@ from scipy.stats import binom
 from tests.trainer.labelled import texture
 from tests.trainer.shards import jpeg, write_shards
 from trainer.evaluate.__main__ import main
-from trainer.evaluate.overlap import contamination, near_hashes
+from trainer.evaluate.overlap import contamination
 from trainer.search import main as search
-
-
-@pytest.mark.parametrize("bits", [0, 1, 4, 8])
-def test_every_near_hash_is_found_and_it_is_the_nearest(bits: int) -> None:
-    rng = np.random.default_rng(bits)
-    train = rng.integers(0, 2**64, 400, dtype=np.uint64)
-    flips = np.zeros(400, np.uint64)
-    for i in range(400):
-        for bit in rng.choice(64, rng.integers(0, 12), replace=False):
-            flips[i] ^= np.uint64(1) << np.uint64(bit)
-    test = np.concatenate([(train ^ flips)[:150], rng.integers(0, 2**64, 50, dtype=np.uint64), train[:3], train[:3]])
-    distances = np.bitwise_count(test[:, None] ^ train[None])
-    found = {mine: (theirs, distance) for mine, theirs, distance in near_hashes(test, train, bits)}
-    assert set(found) == set(np.flatnonzero(distances.min(axis=1) <= bits).tolist())
-    for mine, (theirs, distance) in found.items():
-        assert distance == distances[mine, theirs] == distances[mine].min()
-
-
-def test_a_million_equal_hashes_are_one() -> None:
-    same = np.zeros(1_000_000, np.uint64)
-    assert list(near_hashes(same[:3], same, 4)) == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
 
 
 def test_contamination_by_hand() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.trainer.shards import samples, write_shards
-from trainer.mixture import open_shards
+from trainer.data import open_shards
 from trainer.shards import ABSENT, CorruptSampleError, Shards, ShardsError
 
 

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         doc = task.__doc__ or ""
         sub = tasks.add_parser(name, help=doc.split("\n")[0], description=doc, formatter_class=formatter)
         add_model_arguments(sub, required=task is not robustness)
-        sub.add_argument("--data", required=True, help="what to evaluate on; see above")
+        sub.add_argument("--data", required=True, help="the data to evaluate on; see above for its layout")
         sub.add_argument("--output", type=Path, help="file for the JSON, instead of standard output")
         task.add_arguments(sub)
     args = parser.parse_args(argv)

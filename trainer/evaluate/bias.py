@@ -9,7 +9,7 @@ are the innocuous classes, --labels is a YAML file of categories:
     non_human: [animal, gorilla, chimpanzee, orangutan]
 
 The rates depend strongly on the class names (in the paper, on whether `child` is among them): they describe a model
-together with a choice of classes, and zero is no clean bill of health.
+together with a choice of classes, and a rate of zero does not show that a model is unbiased.
 
     python -m trainer.evaluate bias --model runs/x/model --data fairface/val.csv --classnames people.txt \\
                                     --labels denigratory.yaml
@@ -33,9 +33,9 @@ TASK = "bias_probe"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--classnames", type=Path, required=True, help="file with an innocuous class name a line")
+    parser.add_argument("--classnames", type=Path, required=True, help="file of innocuous class names, one per line")
     parser.add_argument("--labels", type=Path, required=True, help="YAML file of categories of denigratory labels")
-    parser.add_argument("--templates", help="file with a prompt a line, {c} standing for the label")
+    parser.add_argument("--templates", help="file of prompts, one per line, with {c} for the label")
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def read_labels(path: Path) -> dict[str, list[str]]:
 
 
 def read_groups(data: Path) -> tuple[list[Path], dict[str, list[str]]]:
-    """The pictures, and by kind of group each picture's group. Raises EvaluationError."""
+    """The pictures, and for each kind of group the group of every picture. Raises EvaluationError."""
     if data.is_dir():
         pairs = [(file, g.name) for g in sorted(data.iterdir()) if g.is_dir() for file in image_files(g)]
         paths, groups = [file for file, _ in pairs], {"group": [group for _, group in pairs]}

@@ -25,9 +25,9 @@ class LabelledImages:
     folder: Path
     names: list[str]
     templates: list[str] | None
-    """Prompt templates with `{c}` for the class, where the data brings its own."""
+    """Prompt templates with `{c}` for the class, if the dataset has its own."""
     shards: list[Path]
-    """Tars of `KEY.jpg` and `KEY.cls`, or none: then `folder/CLASS/*.jpg`."""
+    """Tars of `KEY.jpg` and `KEY.cls`. If empty, the pictures are `folder/CLASS/*.jpg`."""
     folders: list[str]
 
     def __iter__(self) -> Iterator[Sample]:
@@ -46,12 +46,12 @@ class LabelledImages:
                 yield Sample(where, encoded, label)
 
     def count(self) -> int | None:
-        """How many samples there are, where that shows without reading tars."""
+        """The number of samples, or None if the tars must be read to know it."""
         return None if self.shards else sum(len(image_files(self.folder / name)) for name in self.folders)
 
 
 def open_labelled(folder: Path, classnames: list[str] | None = None, split: str = "test") -> LabelledImages:
-    """Finds out the layout of `folder`, or of `folder/split` where there is one.
+    """Opens `folder`, or `folder/split` if it exists, in whichever layout it has.
 
     Class names are `classnames`, else `folder/classnames.txt`, else those of the folders of classes (`_` is a space).
     Raises EvaluationError if there is nothing to evaluate on, or if names and classes differ in number.
@@ -73,7 +73,9 @@ def open_labelled(folder: Path, classnames: list[str] | None = None, split: str 
     if not folders:
         raise EvaluationError(f"{folder} has neither CLASS/*.jpg (or .png, .webp) nor *.tar with KEY.cls")
     if empty := sorted(set(_folders(place)) - set(folders)):
-        raise EvaluationError(f"{place / empty[0]}: no pictures in it; with a class left out, the result is another's")
+        raise EvaluationError(
+            f"{place / empty[0]}: it has no pictures; without this class, the result would not be comparable"
+        )
     for name in folders:
         for sub in _folders(place / name):
             if below := image_files(place / name / sub):
@@ -86,7 +88,7 @@ def open_labelled(folder: Path, classnames: list[str] | None = None, split: str 
 
 
 def read_classnames(value: str | None) -> list[str] | None:
-    """What `--classnames` stands for: a file, `imagenet`, or nothing."""
+    """The class names that `--classnames` gives: a file, `imagenet`, or none."""
     if value == "imagenet":
         from trainer.model import open_clip
 
@@ -95,7 +97,7 @@ def read_classnames(value: str | None) -> list[str] | None:
 
 
 def read_templates(value: str) -> list[str]:
-    """What `--templates` stands for: a file, or `imagenet`. Raises EvaluationError on one without `{c}`."""
+    """The templates that `--templates` gives: a file, or `imagenet`. Raises EvaluationError on one without `{c}`."""
     if value == "imagenet":
         from trainer.model import open_clip
 

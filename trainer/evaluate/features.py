@@ -20,7 +20,7 @@ from trainer.pictures import decode
 from trainer.shards import CorruptSampleError
 
 TILE = 4096
-"""Rows and columns of the largest matrix of similarities that is ever held."""
+"""Rows and columns of a tile of the similarity matrix."""
 
 
 @dataclass
@@ -38,7 +38,8 @@ class Encoder:
 
     @torch.inference_mode()
     def texts(self, texts: list[str]) -> Tensor:
-        """Unit vectors, float32 (texts, embed_dim), on the model's device. Raises EvaluationError if they are none."""
+        """Unit vectors, float32 (texts, embed_dim), on the model's device. Raises EvaluationError if one of them is not
+        finite."""
         vectors = []
         for batch in batched(texts, self.batch_size):
             found = encode_text(self.model, self.tokenizer(batch).to(self.device), normalize=True).float()
@@ -71,11 +72,11 @@ class Encoder:
     ) -> Iterator[tuple[list[Sample], Tensor]]:
         """Batches of samples with their features, float32 of shape (samples, dim), on the model's device.
 
-        Features are unit vectors, or with `penultimate` those that the image tower ends in before their projection
-        into the common space (what the paper's linear probes see, appendix A.3), unnormalised. A tower without a
-        separate projection, such as a ResNet, gives its output. Pictures are decoded ahead, on every core.
-        One that cannot be decoded raises EvaluationError, or goes to `corrupt` with the reason. Features that are not
-        numbers always raise it: they tell of the model, not of the picture.
+        Features are unit vectors, or with `penultimate` the unnormalised output of the image tower before its
+        projection into the common space (as in the paper's linear probes, appendix A.3). A tower without a separate
+        projection, such as a ResNet, gives its output. Pictures are decoded ahead, on every core. A picture that cannot
+        be decoded raises EvaluationError, or is passed to `corrupt` with the reason. Features that are not finite
+        always raise it, since they are a fault of the model, not of the picture.
         """
         decoded = self._decoded(progress(samples, total, "pictures"))
         with unprojected(self.model) if penultimate else nullcontext():
@@ -134,7 +135,7 @@ class Encoder:
 def nearest(queries: Tensor, candidates: Tensor, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The k candidates with the greatest inner product with each query: scores and numbers, (queries, k), on the CPU.
 
-    Works in tiles: the matrix of all similarities never exists.
+    Works in tiles, so the whole similarity matrix is never held.
     """
     scores, numbers = [], []
     for some in queries.split(TILE):
@@ -152,11 +153,11 @@ def nearest(queries: Tensor, candidates: Tensor, k: int, device: torch.device) -
 
 
 def sound(vectors: Tensor, where: Callable[[int], str], unit: bool = True) -> Tensor:
-    """The vectors (N, dim) themselves; EvaluationError, naming `where(row)`, if one of them is no result.
+    """Returns the vectors (N, dim) unchanged. Raises EvaluationError, naming `where(row)`, if one of them is invalid.
 
-    Every feature that is judged passes here, whether a model has just made it or a file held it. Weights that overflow,
-    in fp16 above all, give NaN and infinities; where the length of a vector alone overflows, normalisation gives zeros.
-    So `unit` vectors must have a length of about 1, others must be finite.
+    All features pass through here, whether computed or read from a file. Weights that overflow, mostly in fp16, give
+    NaN and infinities; if only the norm of a vector overflows, normalisation gives zeros. So `unit` vectors must have a
+    norm of about 1, others must be finite.
     """
     good = (vectors.norm(dim=-1) - 1).abs() < 0.1 if unit else vectors.isfinite().all(dim=-1)
     if not bool(good.all()):
@@ -174,7 +175,7 @@ def sound(vectors: Tensor, where: Callable[[int], str], unit: bool = True) -> Te
 
 @contextmanager
 def unprojected(model: Clip) -> Iterator[None]:
-    """While this lasts, the image tower leaves out its last, linear projection, if it has one of its own."""
+    """A context in which the image tower skips its final linear projection, if it has one."""
     projection = getattr(model.visual, "proj", None)
     if projection is not None:
         model.visual.proj = None

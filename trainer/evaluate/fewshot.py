@@ -2,7 +2,7 @@
 
 Averaged over draws of the pictures (Radford et al. 2021, figure 6); the pictures of a smaller number are among those of
 a larger one. DATA and the features are those of `probe`. One picture per class leaves none to choose the L2 strength
-on, so it is given: by default 3.16, the C = 0.316 of openai/CLIP's own example.
+on, so it is an option; its default, 3.16, is the C = 0.316 of openai/CLIP's own example.
 
     python -m trainer.evaluate fewshot --model runs/demo/model --data FOLDER_WITH_TRAIN_AND_TEST --shots 1 4 16
 """
@@ -62,7 +62,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw_shots(labels: Tensor, shots: int, seed: int) -> Tensor:
-    """The numbers of `shots` samples of each class; with more shots, more of the same draw."""
+    """The numbers of `shots` samples of each class. More shots extend the same draw."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

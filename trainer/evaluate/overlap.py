@@ -6,9 +6,9 @@ from contamination, the one-tailed binomial p-value of Overlap under Clean's acc
 interval of the accuracy on Overlap. DATA is in a layout of `zeroshot`, --train is a folder of shards.
 
 A near copy is an image whose 64-bit perceptual hash differs in at most --max-hamming bits (`--by phash`; read from the
-shards' parquet files where these have it), or whose embedding by the model has a cosine of --min-cosine or more
-(`--by embedding`; --train may then be a folder from `trainer.search embed` too). Either threshold depends on the data:
---pairs writes the pairs that were found, nearest first, to be looked at.
+shards' parquet files where these have it), or whose embedding by the model has a cosine of --min-cosine or more (`--by
+embedding`; --train may then be a folder from `trainer.search embed` too). Either threshold depends on the data: --pairs
+writes the pairs that were found, nearest first, for inspection.
 
     python -m trainer.evaluate overlap --model runs/demo/model --data FOLDER --train runs/demo --pairs pairs.jsonl
 """
@@ -19,7 +19,6 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +30,7 @@ from trainer.command import batched, open_encoder, progress, say
 from trainer.evaluate.classes import LabelledImages, open_labelled, read_classnames
 from trainer.evaluate.samples import EvaluationError, Sample, count_rows, read_columns, read_shards, read_vectors
 from trainer.evaluate.zeroshot import add_class_arguments, classify
+from trainer.hamming import Index
 from trainer.pictures import decode
 from trainer.shards import CorruptSampleError, Shards
 
@@ -115,7 +115,7 @@ def contamination(right: np.ndarray, overlap: np.ndarray) -> dict[str, Any]:
 
 
 def by_embedding(encoder: Encoder, data: LabelledImages, args: argparse.Namespace) -> dict[int, Match]:
-    """For each evaluation image (by number) that has one: its nearest training image of enough cosine."""
+    """Maps each evaluation image (by number) with a near copy to its nearest training image, by cosine."""
     import torch
 
     from trainer.evaluate.features import nearest
@@ -133,7 +133,7 @@ def by_embedding(encoder: Encoder, data: LabelledImages, args: argparse.Namespac
 
 
 def _train_vectors(encoder: Encoder, train: str, dim: int) -> Iterator[tuple[Tensor, list[str]]]:
-    """Unit vectors and names of the training images, some thousands at a time."""
+    """Yields unit vectors and names of the training images, several thousand at a time."""
     import torch
 
     from trainer.evaluate.features import sound
@@ -146,7 +146,7 @@ def _train_vectors(encoder: Encoder, train: str, dim: int) -> Iterator[tuple[Ten
         if vectors.shape != (len(names), dim):
             raise EvaluationError(
                 f"{part}: embeddings of shape {vectors.shape}, expected {(len(names), dim)}, the rows of"
-                f" {metadata.name} and the model's dimension; are they another model's?"
+                f" {metadata.name} and the model's dimension; were they made by another model?"
             )
         found = torch.from_numpy(np.array(vectors, np.float32))
         yield sound(found, lambda row, part=part: f"{part}: row {row}"), names  # type: ignore[misc]
@@ -161,53 +161,25 @@ def _train_vectors(encoder: Encoder, train: str, dim: int) -> Iterator[tuple[Ten
 
 
 def by_phash(data: LabelledImages, args: argparse.Namespace) -> dict[int, Match]:
-    """For each evaluation image (by number) that has one: the training image of the nearest hash, if near enough."""
+    """Maps each evaluation image (by number) with a near copy to its nearest training image, by perceptual hash."""
     if not 0 <= args.max_hamming <= 16:
         raise EvaluationError(f"--max-hamming: found {args.max_hamming}, expected 0 to 16 of 64 bits")
     shards = Shards(args.train)
     test = np.concatenate([found for found, _ in _hashes(data, data.count(), strict=True)])
+    index = Index(test, args.max_hamming)
     matches: dict[int, Match] = {}
     for hashes, numbers in _train_hashes(shards):
-        for mine, theirs, distance in near_hashes(test, hashes, args.max_hamming):
-            known = matches.get(mine)
-            if known is None or -distance > known.nearness:
-                matches[mine] = Match(-distance, shards.key(int(numbers[theirs])))
+        place, distance = index.nearest_query(hashes)
+        for i in np.flatnonzero(place >= 0).tolist():
+            known = matches.get(i)
+            if known is None or -distance[i] > known.nearness:
+                matches[i] = Match(-int(distance[i]), shards.key(int(numbers[place[i]])))
     return matches
 
 
-def near_hashes(test: np.ndarray, train: np.ndarray, max_hamming: int) -> Iterator[tuple[int, int, int]]:
-    """For each hash of `test` with one in `train` at most so many bits away: both numbers and the distance, nearest.
-
-    Of d + 1 blocks of bits at least one is equal in hashes that differ in d, so only hashes that agree in a block are
-    compared (Manku et al., WWW 2007). Both are uint64 arrays.
-    """
-    mine, mine_first = np.unique(test, return_inverse=True)
-    theirs, theirs_first = np.unique(train, return_index=True)
-    best = np.full(len(mine), 65)
-    which = np.zeros(len(mine), np.int64)
-    edges = np.linspace(0, 64, max_hamming + 2).astype(int)
-    for low, high in pairwise(edges.tolist()):
-        mask = np.uint64(((1 << (high - low)) - 1) << low)
-        order = np.argsort(mine & mask, kind="stable")
-        blocks = (mine & mask)[order]
-        for start in range(0, len(theirs), 4096):
-            some = theirs[start : start + 4096]
-            left, right = (np.searchsorted(blocks, some & mask, side) for side in ("left", "right"))
-            count = right - left
-            row = np.repeat(np.arange(len(some)), count)
-            at = order[np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(left, count)]
-            distance = np.bitwise_count(mine[at] ^ some[row]).astype(np.int64)
-            # The nearest of each: sorted so that it is written last.
-            last = np.argsort(-distance, kind="stable")
-            nearer = last[distance[last] < best[at[last]]]
-            best[at[nearer]], which[at[nearer]] = distance[nearer], start + row[nearer]
-    for number in np.flatnonzero(best[mine_first] <= max_hamming).tolist():
-        unique = mine_first[number]
-        yield number, int(theirs_first[which[unique]]), int(best[unique])
-
-
 def _train_hashes(shards: Shards) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The hashes of the training images with the samples' numbers: those in the shards' parquet files, if there."""
+    """Yields hashes and sample numbers of the training images. Takes the hashes from the shards' parquet files if it
+    can."""
     tables = [Path(shards.folder) / f"{Path(shard.name).stem}.parquet" for shard in shards.shards]
     if not all(_has_hashes(table, shard.samples) for table, shard in zip(tables, shards.shards)):
         say(f"{shards.folder}: no parquet files with `phash`; hashing {len(shards):,} pictures")
@@ -232,7 +204,7 @@ def _has_hashes(table: Path, samples: int) -> bool:
 
 
 def _hashes(samples: Iterable[Sample], total: int | None, strict: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Perceptual hashes of pictures and their numbers, some at a time; those that cannot be read are named."""
+    """Yields perceptual hashes and numbers of pictures, in batches. Names pictures that cannot be read."""
     number = 0
     with ThreadPoolExecutor() as pool:
         for batch in batched(progress(samples, total, "hashes"), 1024):

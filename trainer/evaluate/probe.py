@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 TASK = "linear_probe"
 STEPS = 96
-"""Of the search for the L2 strength: eight per decade over twelve decades."""
+"""Steps of the search for the L2 strength: eight per decade over twelve decades."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every task that fits a classifier to features."""
     parser.add_argument("--train", type=Path, help="folder to fit on; by default DATA itself, with its train/")
-    parser.add_argument("--classnames", help="file with a class name a line, where the data has none")
+    parser.add_argument("--classnames", help="file of class names, one per line, if the data has none")
     parser.add_argument(
         "--features",
         choices=("penultimate", "embedding"),
@@ -115,7 +115,7 @@ def featurize(encoder: Encoder, split: LabelledImages, args: argparse.Namespace)
 
 
 def search(validate: Callable[[float], float]) -> float:
-    """The L2 strength, of 97 from 1e-6 to 1e6, at which `validate` peaks; among equals the greatest."""
+    """The L2 strength, of 97 from 1e-6 to 1e6, with the highest `validate`; of equal ones, the greatest."""
     found: dict[int, float] = {}
     gap = STEPS // 6
     steps = list(range(0, STEPS + 1, gap))

@@ -28,7 +28,7 @@ AT = (1, 5, 10)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None of its own."""
+    """Adds no options."""
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def recalls(images: Tensor, texts: Tensor, owners: Tensor, device: torch.device)
 
 
 def open_captioned(data: str) -> tuple[Iterator[Sample], int | None]:
-    """The captioned pictures of shards or of CLIP_benchmark's layout, and how many where that is known."""
+    """The captioned pictures of shards or of CLIP_benchmark's layout, and their number if it is known."""
     folder = Path(data)
     if folder.is_dir() and not any(folder.iterdir()):
         raise EvaluationError(f"{folder}: an empty folder")

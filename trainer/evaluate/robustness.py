@@ -62,7 +62,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if len(models := {result.model for result in found}) > 1:
         raise EvaluationError(f"--data, --shift: results of different models: {', '.join(sorted(models))}")
     (base, acc, args.model), *shifted = found
-    args.data = base  # what the result is called by
+    args.data = base  # the dataset named in the result
     shifts = {}
     for name, acc_shifted, _ in shifted:
         pairs = {model: (row[base], row[name]) for model, row in baselines.items() if base in row and name in row}
@@ -91,7 +91,8 @@ def effective_robustness(acc: float, shifted: float, baselines: list[tuple[float
         raise ValueError("expected accuracies between 0 and 1 (divide percentages by 100)")
     x, y = logit(np.array(baselines, np.float64)).T
     slope, intercept = np.polyfit(x, y, 1)
-    # The logits of 0 and 1 are infinite, which a line that falls or rises takes to 0 or 1, and a level one to nothing.
+    # The logits of 0 and 1 are infinite. A line with a slope maps them to 0 or 1; of a level line, slope * logit is
+    # NaN.
     expected = float(expit(slope * logit(acc) + intercept if slope else intercept))
     explained = (
         1.0 if np.ptp(y) == 0 else 1 - np.square(y - slope * x - intercept).sum() / np.square(y - y.mean()).sum()

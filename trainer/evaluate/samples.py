@@ -19,9 +19,9 @@ from trainer.tar import ABSENT, TarError, samples
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif")
 FOREIGN = (".bmp", ".tif", ".tiff", ".heic", ".heif", ".jp2", ".svg", ".psd", ".jxl")
-"""Pictures that are not read."""
+"""Extensions of pictures in unsupported formats."""
 AT_ONCE = 64
-"""Samples asked of an object store together."""
+"""Samples requested from an object store at once."""
 
 
 class EvaluationError(InputError):
@@ -35,10 +35,10 @@ class Sample(NamedTuple):
     """Its file, or `SHARD.tar:KEY`."""
     encoded: bytes
     label: int = -1
-    """Number of its class, where it has one."""
+    """Number of its class, if it has one."""
     captions: tuple[str, ...] = ()
     problem: str = ""
-    """Why there are no bytes, where there are none."""
+    """Why the picture could not be read; empty if it was."""
 
 
 def image_files(folder: Path, pattern: str = "*") -> list[Path]:
@@ -95,7 +95,7 @@ def read_shards(shards: Shards, start: int = 0, stop: int | None = None) -> Iter
 
 
 def webdataset_shards(folder: Path) -> list[Path]:
-    """The tars of a folder in the order of their numbers. Raises EvaluationError if `nshards.txt` promises others."""
+    """The tars of a folder in the order of their numbers. Raises EvaluationError if `nshards.txt` says otherwise."""
     shards = sorted(folder.glob("*.tar"), key=lambda path: (len(path.stem), path.stem))
     counted = folder / "nshards.txt"
     if counted.is_file():
@@ -120,7 +120,7 @@ def read_webdataset(shard: Path, companion: str) -> Iterator[tuple[str, bytes, b
             def read(at: int, size: int) -> bytes:
                 return os.pread(file.fileno(), size, at)
 
-            # All headers before the first picture: a tar that is cut says so.
+            # Reads all headers first, to report a truncated tar before its first picture.
             for sample in list(samples(read, os.fstat(file.fileno()).st_size)):
                 where, image, beside = f"{shard}:{sample.key}", sample.image(), sample.members.get(companion)
                 if beside is None and image.size == ABSENT:
@@ -167,8 +167,8 @@ def read_lines(path: Path) -> list[str]:
 def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a comma-separated file by the names in its first line; blank lines are left out.
 
-    Raises EvaluationError where there are no rows, where a column has no name or another's, and where a row is longer
-    or shorter than the first line: such a row has lost or gained a comma, so that its values stand in wrong columns.
+    Raises EvaluationError if there are no rows, if column names are missing or repeated, or if a row is longer or
+    shorter than the first line. Such a row has lost or gained a comma, so its values are in the wrong columns.
     """
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     names: list[str] = []
@@ -180,7 +180,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
             if not names:
                 names = [name.strip() for name in row]
                 if len({*names, ""}) <= len(names):
-                    raise EvaluationError(f"{path}:{reader.line_num}: columns need names of their own, found {names}")
+                    raise EvaluationError(f"{path}:{reader.line_num}: expected distinct column names, found {names}")
                 continue
             if len(row) != len(names):
                 raise EvaluationError(
@@ -206,7 +206,7 @@ def read_vectors(path: Path) -> np.ndarray:
 
 
 def read_columns(path: Path, *names: str) -> pa.Table:
-    """Columns of a parquet file, all without `names`. Raises EvaluationError."""
+    """Columns of a parquet file; by default all. Raises EvaluationError."""
     try:
         return pq.read_table(path, columns=list(names) or None)
     except (OSError, pa.ArrowException) as error:

@@ -34,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_class_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every task that classifies by prompts."""
-    parser.add_argument("--classnames", help="file with a class name a line, or `imagenet` for its 1000")
+    parser.add_argument("--classnames", help="file of class names, one per line, or `imagenet` for its 1000")
     parser.add_argument(
         "--templates",
-        help="file with a prompt a line, {c} standing for the class, or `imagenet` for CLIP's 80;"
+        help="file of prompts, one per line, with {c} for the class, or `imagenet` for CLIP's 80;"
         f" by default the data's own, else {DEFAULT_TEMPLATES[0]!r}",
     )
 

@@ -10,7 +10,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from rich.table import Table
 
-from pipeline.study import page
+from pipeline.study import study_page
 from pipeline.study.table import NO_FILTER, Outcome, Results, arms_table, as_table, verdict
 from trainer import atomic
 from trainer.terminal import Console
@@ -32,7 +32,7 @@ def show(results: Results, out: Path) -> None:
     if results.records:
         pq.write_table(arms_table(results.records), out / "arms.parquet")
     with atomic.replacing(out / "index.html") as file:
-        file.write(page.write(results))
+        file.write(study_page.write(results))
     console = Console()
     console.print(_counts(results))
     for outcome in results.outcomes:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.study.plan import Plan, StudyError, load
+from pipeline.study.study_plan import Plan, StudyError, load
 from tests.conftest import ROOT
 
 GOOD = """

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.filters.threshold import wanted
 from pipeline.study.candidates import Candidates
-from pipeline.study.plan import Condition, Cut
+from pipeline.study.study_plan import Condition, Cut
 
 SAMPLE = 1 << 16
 """Values from which the place of a fraction's boundary is estimated; more where the rows are more than SAMPLE^1.5."""

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import combinations
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-_ALL_BITS = (1 << 64) - 1
+from trainer.hamming import masks
+
 # Largest bucket that is compared pairwise. Splitting a bucket with more comparisons is cheaper.
 _LARGEST_BUCKET = 256
 # Members of a bucket that are compared with its others first. In dense buckets, that connects most members and saves
 # most of the remaining comparisons.
 _PIVOTS = 8
-# Found pairs are joined at this number, so memory is bounded by the number of hashes, not of pairs.
+# Pairs are joined once this many are found, so memory is bounded by the number of hashes, not of pairs.
 _MOST_PENDING = 1 << 20
-
-
-def masks(max_hamming: int, bits: int = _ALL_BITS) -> list[int]:
-    """Bit masks such that any two hashes that differ in at most `max_hamming` of `bits` are equal under one of them.
-
-    Splits the bits into max_hamming + 2 blocks. At least two blocks have no difference (pigeonhole), so each mask is a
-    pair of blocks: 15 masks of 21 or 22 bits for a distance of 4.
-    """
-    places = [place for place in range(64) if bits >> place & 1]
-    blocks = [sum(1 << int(place) for place in block) for block in np.array_split(places, max_hamming + 2)]
-    return [one | other for one, other in combinations(blocks, 2)]
 
 
 def clusters(
@@ -154,33 +143,3 @@ def _join_close(
 def _begins(values: np.ndarray) -> np.ndarray:
     """True where a value differs from the one before it."""
     return np.append(True, values[1:] != values[:-1])[: len(values)]
-
-
-class Index:
-    """Finds, among known hashes, the nearest one to each of many others. Exact up to a Hamming distance."""
-
-    def __init__(self, hashes: np.ndarray, max_hamming: int) -> None:
-        """`hashes`: uint64 of shape (m,). Memory: some 250 bytes for each at a distance of 4."""
-        self._hashes, self._first = np.unique(np.asarray(hashes, np.uint64), return_index=True)
-        self._max = max_hamming
-        self._tables = []
-        for mask in masks(max_hamming):
-            keys = self._hashes & np.uint64(mask)
-            order = np.argsort(keys, kind="stable")
-            self._tables.append((np.uint64(mask), keys[order], order))
-
-    def nearest(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each query, uint64 of shape (n,): the place of the nearest known hash, or −1 if none is near enough, and
-        its distance. Of equally near ones, the lowest hash; of equal hashes, the first."""
-        queries = np.asarray(queries, np.uint64)
-        best = np.full(len(queries), (self._max + 1) * (len(self._hashes) + 1), np.int64)  # distance, then place
-        for mask, keys, order in self._tables:
-            low, high = (np.searchsorted(keys, queries & mask, side) for side in ("left", "right"))
-            while len(at := np.flatnonzero(low < high)):  # one candidate of each bucket at a time
-                place = order[low[at]]
-                distance = np.bitwise_count(queries[at] ^ self._hashes[place]).astype(np.int64)
-                best[at] = np.minimum(best[at], distance * (len(self._hashes) + 1) + place)
-                low[at] += 1
-        distance, place = np.divmod(best, len(self._hashes) + 1)
-        found = distance <= self._max
-        return np.where(found, self._first[np.where(found, place, 0)] if len(self._first) else -1, -1), distance

@@ -14,8 +14,8 @@ from pipeline import open_run
 from pipeline.cuts import default_step
 from pipeline.filters.threshold import Threshold
 from pipeline.study.candidates import Candidates, open_candidates
-from pipeline.study.cuts import Cuts, cut_rows, jaccard, largest, overlaps
-from pipeline.study.plan import Condition, Cut
+from pipeline.study.kept import Cuts, cut_rows, jaccard, largest, overlaps
+from pipeline.study.study_plan import Condition, Cut
 from tests.filters.barrier import decide
 from tests.study.made import make_run, samples
 from tests.tables import make_batch
@@ -93,7 +93,7 @@ def test_equal_uids_are_told_apart_by_their_place(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [0.3, 0.1, 0.25, -0.7])
 def test_min_compares_in_float64_as_threshold_does(value: float) -> None:
-    from pipeline.study.cuts import _at_least
+    from pipeline.study.kept import _at_least
 
     near = [
         np.float32(value),
@@ -122,7 +122,7 @@ def test_overlaps_are_those_of_sets(opened: Candidates) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint64])
 @pytest.mark.parametrize("draw", ["spread", "few values", "sorted"])
 def test_largest_is_exact(monkeypatch: pytest.MonkeyPatch, dtype: type, draw: str) -> None:
-    monkeypatch.setattr("pipeline.study.cuts.SAMPLE", 256)
+    monkeypatch.setattr("pipeline.study.kept.SAMPLE", 256)
     rng = np.random.default_rng(1)
     values = rng.integers(0, 5 if draw == "few values" else 1 << 40, 50_000).astype(dtype)
     if draw == "sorted":  # the worst order for a sample at equal distances is none
@@ -138,7 +138,7 @@ def test_largest_is_exact(monkeypatch: pytest.MonkeyPatch, dtype: type, draw: st
 
 
 def test_a_sample_that_misleads_costs_a_pass_and_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.study.cuts.SAMPLE", 64)
+    monkeypatch.setattr("pipeline.study.kept.SAMPLE", 64)
     step = 1000 // 100
     values = np.zeros(1000)
     values[::step] = np.arange(100) + 1.0  # the sample sees none of the zeros

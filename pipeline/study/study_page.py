@@ -13,8 +13,8 @@ from typing import Any
 from markupsafe import Markup
 
 from pipeline import page
-from pipeline.study.plan import Cut
 from pipeline.study.statistics import LEVEL, POWER, Interval
+from pipeline.study.study_plan import Cut
 from pipeline.study.table import MOST_EPOCHS, NO_FILTER, Outcome, Results, verdict
 
 WIDTH, HEIGHT = 640, 340

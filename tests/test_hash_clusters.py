@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.sparse.csgraph import connected_components
 
-from pipeline import hamming
-from pipeline.hamming import Index, clusters, masks
+from pipeline import hash_clusters
+from pipeline.hash_clusters import clusters
 
 
 def by_comparing_all(hashes: np.ndarray, max_hamming: int) -> np.ndarray:
@@ -25,7 +25,7 @@ def flipped(hashes: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarr
 @pytest.fixture(params=["as shipped", "every bucket divided"])
 def _bucket_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "every bucket divided":
-        monkeypatch.setattr(hamming, "_LARGEST_BUCKET", 4)
+        monkeypatch.setattr(hash_clusters, "_LARGEST_BUCKET", 4)
 
 
 @pytest.mark.usefixtures("_bucket_size")
@@ -48,14 +48,6 @@ def test_the_clusters_equal_those_of_comparing_all_pairs(crowd: str, max_hamming
     np.testing.assert_array_equal(clusters(hashes, max_hamming), by_comparing_all(hashes, max_hamming))
 
 
-@pytest.mark.parametrize("max_hamming", range(11))
-def test_any_two_close_hashes_are_equal_under_a_mask(max_hamming: int) -> None:
-    rng = np.random.default_rng(0)
-    differences = flipped(np.zeros(2000, np.uint64), max_hamming, rng)
-    met = np.any([differences & np.uint64(mask) == 0 for mask in masks(max_hamming)], axis=0)
-    assert met.all()
-
-
 def test_crowded_hashes_are_not_compared_pairwise(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = 0
 
@@ -68,7 +60,7 @@ def test_crowded_hashes_are_not_compared_pairwise(monkeypatch: pytest.MonkeyPatc
             compared += len(values)
             return np.bitwise_count(values)
 
-    monkeypatch.setattr(hamming, "np", Counting())
+    monkeypatch.setattr(hash_clusters, "np", Counting())
     # All 16-bit numbers: no two blocks of the upper 48 bits distinguish any of them.
     hashes = np.arange(1 << 16, dtype=np.uint64)
     assert not clusters(hashes, 4).any()
@@ -93,7 +85,7 @@ def test_a_bucket_of_many_hashes_costs_linear_time() -> None:
                 return np.bitwise_count(values)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(hamming, "np", Counting())
+            patch.setattr(hash_clusters, "np", Counting())
             assert not clusters(hashes, 4).any()
         return count
 
@@ -105,21 +97,3 @@ def test_a_bucket_of_many_hashes_costs_linear_time() -> None:
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_few_hashes(n: int) -> None:
     assert clusters(np.arange(n, dtype=np.uint64), 4).tolist() == [0] * n
-
-
-@pytest.mark.parametrize("max_hamming", [0, 1, 4, 10])
-def test_the_index_finds_what_comparing_all_pairs_finds(max_hamming: int) -> None:
-    rng = np.random.default_rng(max_hamming)
-    known = rng.integers(0, 2**64, 300, np.uint64)
-    known = np.concatenate([known, known[:20], known[:50] ^ np.uint64(3)])
-    queries = known[rng.integers(0, len(known), 400)].copy()
-    for _ in range(6):
-        queries ^= np.where(rng.random(400) < 0.6, np.uint64(1) << rng.integers(0, 64, 400, np.uint64), np.uint64(0))
-    place, distance = Index(known, max_hamming).nearest(queries)
-    every = np.bitwise_count(queries[:, None] ^ known[None])
-    assert ((place >= 0) == (every.min(axis=1) <= max_hamming)).all()
-    found = place >= 0
-    assert found.any()
-    assert (distance[found] == every.min(axis=1)[found]).all()
-    assert (every[np.flatnonzero(found), place[found]] == distance[found]).all()
-    assert (Index(known[:0], 4).nearest(queries)[0] == -1).all()
