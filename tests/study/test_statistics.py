@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from pipeline.study.plan import Condition, Cut, Plan
 from pipeline.study.statistics import Family, Noise, compare, interval, noise_of
-from pipeline.study.table import NO_FILTER, analyse
+from pipeline.study.table import NO_FILTER, analyse, verdict
 
 RNG = np.random.default_rng(0)
 
@@ -119,3 +120,19 @@ def test_few_seeds_and_equal_results_raise_nothing(seeds: int) -> None:
     outcome = analyse(1, of, SIZES, list(of))
     assert outcome.best is None
     assert outcome.over_all.seeds_for(0.1) is None
+
+
+@pytest.mark.parametrize(
+    ("gain", "said"),
+    [
+        (0.3, ["cut at score ≥ 0: ", "It is better than every other cut."]),
+        (0.0, ["no difference found.", "The largest gain over no filter is ", "can show a difference of "]),
+        (-0.3, ["no cut is better than no filter.", "Worse than no filter: score ≥ 0."]),
+    ],
+)
+def test_the_verdict_says_what_was_found(gain: float, said: list[str]) -> None:
+    plan = Plan("run", "out", [Cut((Condition("score", "min", float(n)),)) for n in range(2)])
+    text = "\n".join(verdict(analyse(1, of := arms(gain, 0.03, 4, np.random.default_rng(8)), SIZES, list(of)), plan))
+    for words in said:
+        assert words in text
+    assert "with 80% power" in text
