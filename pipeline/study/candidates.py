@@ -138,7 +138,8 @@ def open_candidates(run: Run, after: str, columns: Sequence[str], folder: Path) 
                 table["row"].to_numpy().tofile(files["row"])
                 for name in missing:
                     values = table[name].cast(pa.type_for_alias(kinds[name]), safe=False)
-                    pc.fill_null(values, float("nan")).to_numpy().tofile(files[name])
+                    full = pc.fill_null(values, float("nan")) if values.null_count else values
+                    full.to_numpy().tofile(files[name])
         finally:
             for file in files.values():
                 file.close()

@@ -98,9 +98,8 @@ def _curves(results: Results, outcome: Outcome, groups: dict[str, list[int]]) ->
     parts.append(_series("everything", "cut", level, x, y, dashed=True))
     shares = {number: rows / results.candidates for number, rows in enumerate(results.rows)}
     controls = sorted(
-        (shares[int(c.first.split()[1])], intervals[c.second], None, f"random, {shares[int(c.first.split()[1])]:.1%}")
-        for c in outcome.primary
-        if c.second != NO_FILTER
+        (share := shares[int(c.first.split()[1])], intervals[c.second], None, f"random, {share:.1%}")
+        for c in outcome.over_random.comparisons
     )
     unique = {point[0]: point for point in controls}
     parts.append(_series("random", "other", [*unique.values()], x, y))
@@ -233,11 +232,14 @@ def _method(results: Results) -> list[str]:
             "Arms with the same seed start from the same weights. Random subsets are drawn anew for each seed. "
             f"Intervals of one arm leave out what a seed does to all arms alike, at {LEVEL:.0%} (Loftus and Masson, "
             "1994); `table.parquet` has plain t intervals over seeds. Differences are paired by seed; their noise is "
-            "estimated from all arms of a budget together (arms by seeds, taken to be equal in all arms). Their "
-            f"intervals hold all at once at {LEVEL:.0%} (Bonferroni), and their p values are adjusted for all "
-            "comparisons of a budget (Holm).",
-            "A cut is recommended if it is better than no filter and than a random subset of equal size. Power is the "
-            f"chance to show a true difference, {POWER:.0%} by custom.",
+            "estimated from all arms of a budget together (arms by seeds, taken to be equal in all arms).",
+            "A cut is recommended if it is better than no filter and than a random subset of equal size. The "
+            "comparisons with no filter are one family, and those with random subsets another. The intervals of a "
+            f"family hold all at once at {LEVEL:.0%}, and its p values are adjusted for it (Dunnett, 1955; Hothorn, "
+            "Bretz and Westfall, 2008). The recommended cut was picked for its mean, so that mean is on average too "
+            "high; its intervals hold nevertheless. All arms are evaluated on the same samples: nothing here says how "
+            "others would turn out.",
+            f"Power is the chance to show a true difference, {POWER:.0%} by custom.",
         ]
     if results.plan.budgets:
         lines.append(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.study.statistics import LEVEL, POWER, Comparison, Interval, Noise, compare, interval, noise_of
+from pipeline.study.statistics import LEVEL, POWER, Comparison, Family, Interval, Noise, compare, interval, noise_of
 from pipeline.study.study_plan import Plan
 
 MOST_EPOCHS = 4
@@ -26,8 +26,10 @@ class Outcome:
     arms: dict[str, np.ndarray]
     """The metric by seed of each cut (`cut N`), random subset (`random N`) and of no filter."""
     noise: Noise
-    primary: list[Comparison]
-    """Each cut against no filter and against random: one family."""
+    over_all: Family
+    """Each cut against no filter."""
+    over_random: Family
+    """Each cut against a random subset of its size."""
     best: int | None
     """The recommended cut; None if no cut is better than both."""
     ties: list[int]
@@ -45,13 +47,11 @@ class Outcome:
 
     def gains(self, number: int) -> tuple[Comparison | None, Comparison | None]:
         """The comparisons of a cut with no filter and with random; None where there is none."""
-        mine = {c.second == NO_FILTER: c for c in self.primary if c.first == f"cut {number}"}
-        return mine.get(True), mine.get(False)
-
-    def largest(self, versus: str | None) -> Comparison | None:
-        """The largest gain over no filter, or over random for None."""
-        gains = [c for c in self.primary if (c.second == NO_FILTER) == (versus == NO_FILTER)]
-        return max(gains, key=lambda c: c.difference, default=None)
+        over_all, over_random = (
+            next((c for c in family.comparisons if c.first == f"cut {number}"), None)
+            for family in (self.over_all, self.over_random)
+        )
+        return over_all, over_random
 
 
 @dataclass
@@ -104,28 +104,31 @@ def analyse(budget: int, arms: Mapping[str, np.ndarray], sizes: Mapping[str, int
     arms, whole = dict(arms), sizes[NO_FILTER]
     noise = noise_of(np.stack([arms[name] for name in distinct]))
     numbers = [int(name.split()[1]) for name in arms if name.startswith("cut ") and sizes[name] < whole]
-    pairs = [(f"cut {n}", NO_FILTER) for n in numbers]
-    pairs += [(f"cut {n}", name) for n in numbers if (name := f"random {sizes[f'cut {n}']}") in arms]
-    primary = compare(arms, pairs, noise)
-    helpful = [n for n in numbers if all(c.better for c in primary if c.first == f"cut {n}")]
+    over_all = compare(arms, [(f"cut {n}", NO_FILTER) for n in numbers], noise)
+    controls = [(f"cut {n}", name) for n in numbers if (name := f"random {sizes[f'cut {n}']}") in arms]
+    over_random = compare(arms, controls, noise)
+    beaten = [c.first for c in (*over_all.comparisons, *over_random.comparisons) if not c.better]
+    helpful = [n for n in numbers if f"cut {n}" not in beaten]
     best = max(helpful, key=lambda n: float(arms[f"cut {n}"].mean()), default=None)
     ties: list[int] = []
     if best is not None:
+        # With the highest arm as the control, these and it hold the best one at LEVEL (Hsu, 1984).
         others = [n for n in numbers if n != best]
-        told = compare(arms, [(f"cut {best}", f"cut {n}") for n in others], noise)
+        told = compare(arms, [(f"cut {best}", f"cut {n}") for n in others], noise).comparisons
         ties = [n for n, comparison in zip(others, told) if not comparison.better]
-    return Outcome(budget, arms, noise, primary, best, ties)
+    return Outcome(budget, arms, noise, over_all, over_random, best, ties)
 
 
 def verdict(outcome: Outcome, plan: Plan) -> list[str]:
     """The recommendation of a budget in sentences, or why there is none."""
-    noise, family = outcome.noise, len(outcome.primary)
+    noise, families = outcome.noise, [f for f in (outcome.over_all, outcome.over_random) if f.comparisons]
     metric = plan.train.metric if plan.train else ""
     head = f"At {outcome.budget:,} samples: "
-    if not outcome.primary:
+    if not families:
         return [f"{head}no cut leaves anything out, so there is nothing to compare."]
     if noise.seeds < 2:
         return [f"{head}one seed says nothing about noise, so no cut is recommended. Give at least 2 seeds, better 3."]
+    worse = [c for c in outcome.over_all.comparisons if c.worse]
     lines = []
     if outcome.best is not None:
         over_all, over_random = outcome.gains(outcome.best)
@@ -136,33 +139,40 @@ def verdict(outcome: Outcome, plan: Plan) -> list[str]:
             text += f" and {over_random.difference:+.3f} over a random subset of equal size ({_range(over_random)})"
         lines.append(f"{text}.")
         if outcome.ties:
-            lines.append(f"These cuts cannot be told from it: {'; '.join(str(plan.cuts[n]) for n in outcome.ties)}.")
-        else:
+            lines.append(
+                f"With {LEVEL:.0%} confidence the best of all cuts is this one or one that cannot be told from it: "
+                f"{'; '.join(str(plan.cuts[n]) for n in outcome.ties)}."
+            )
+        elif len(outcome.over_all.comparisons) > 1:
             lines.append("It is better than every other cut.")
     else:
-        better = [
-            (text, [c for c in outcome.primary if (c.second == NO_FILTER) == versus and c.better])
-            for text, versus in (("no filter", True), ("a random subset of its size", False))
-        ]
-        found = "no cut is better than both no filter and a random subset of its size"
-        lines.append(f"{head}{found if any(cuts for _, cuts in better) else 'no difference found'}.")
+        asked = list(zip(families, ("no filter", "a random subset of its size"), ("no filter", "random")))
+        better = [(text, [c for c in family.comparisons if c.better]) for family, text, _ in asked]
+        found = "no difference found"
+        if any(cuts for _, cuts in better):
+            found = "no cut is better than both no filter and a random subset of its size"
+        elif worse:
+            found = "no cut is better than no filter"
+        lines.append(f"{head}{found}.")
         lines += [f"Better than {text}: {_names(cuts, plan)}." for text, cuts in better if cuts]
-        for versus, text in ((NO_FILTER, "no filter"), (None, "random")):
-            if (gain := outcome.largest(versus)) is not None and not gain.better:
-                need = noise.seeds_for(gain.difference, family) if gain.difference > 0 else None
+        for family, _, text in asked:
+            gain = max(family.comparisons, key=lambda c: c.difference)
+            if not gain.better:
+                need = family.seeds_for(gain.difference) if gain.difference > 0 else None
                 line = f"The largest gain over {text} is {gain.difference:+.3f} ({_range(gain)}), "
                 line += f"at {_names([gain], plan)}"
                 lines.append(line + (f"; {need:,} seeds would show a gain of that size." if need else "."))
+    cuts = len(outcome.over_all.comparisons)
     lines.append(
-        f"With {noise.seeds} seeds and {family} comparisons this trial can show a difference of "
-        f"{noise.detectable(family):.3f} with {POWER:.0%} power; the noise of one training is {noise.sd:.3f}."
+        f"With {noise.seeds} seeds and {cuts} cuts this trial can show a difference of "
+        f"{max(family.detectable for family in families):.3f} with {POWER:.0%} power; the noise of one training is "
+        f"{noise.sd:.3f}."
     )
     if noise.p_arms > 1 - LEVEL:
         lines.append(
             f"This trial has no power to rank its arms: taken together they do not differ (F test, p = "
             f"{noise.p_arms:.2f}). Train longer, on more samples, or with more seeds."
         )
-    worse = [c for c in outcome.primary if c.second == NO_FILTER and c.differs and c.difference < 0]
     if worse:
         lines.append(f"Worse than no filter: {_names(worse, plan)}.")
     return lines
