@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.study.plan import Condition, Cut, Plan
 from pipeline.study.statistics import Family, Noise, compare, interval, noise_of
+from pipeline.study.study_plan import Condition, Cut, Plan
 from pipeline.study.table import NO_FILTER, analyse, verdict
 
 RNG = np.random.default_rng(0)
