@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -12,6 +13,8 @@ from trainer.hamming import masks
 
 # Largest bucket that is compared pairwise. Splitting a bucket with more comparisons is cheaper.
 _LARGEST_BUCKET = 256
+# Buckets of at most this many members are compared pairwise, without looking at what is connected already.
+_SMALL_BUCKET = 64
 # Members of a bucket that are compared with its others first. In dense buckets, that connects most members and saves
 # most of the remaining comparisons.
 _PIVOTS = 8
@@ -26,18 +29,23 @@ def clusters(
 
     `hashes`: distinct uint64 of shape (n,). Returns int64 labels of shape (n,): the index of the first hash of each
     hash's component. `probes` limits the search to pairs that are equal under one of these `(mask, indices of the
-    hashes to compare)`; by default, all hashes under each of `masks(max_hamming)`.
+    hashes to compare)`; by default, all hashes under each of `masks(max_hamming)`. A pair that is equal under several
+    masks may be left to the first of them.
 
-    Linear in practice: hashes are compared only within buckets of hashes that are equal under a mask. Crowded buckets
-    are split again by the same pigeonhole on the bits that vary in them. Members known to be connected are not compared
-    with each other.
+    Hashes are compared only within buckets of hashes that are equal under a mask. Crowded buckets are split again by
+    the same pigeonhole on the bits that vary in them, and members known to be connected are not compared with each
+    other.
     """
-    if probes is None:
-        probes = [(mask, np.arange(len(hashes))) for mask in masks(max_hamming)]
+    probes = list(probes if probes is not None else [(mask, np.arange(len(hashes))) for mask in masks(max_hamming)])
     forest = Forest(len(hashes))
+    links = _Links(hashes, forest)
+    todo = []
+    for number, (mask, members) in enumerate(probes):
+        earlier = [other for other, _ in probes[:number]]
+        todo.append((mask, _link_in_small_buckets(hashes, members, mask, earlier, max_hamming, links), _PIVOTS))
+    links.join()
     # More distinct hashes than this differ in over max_hamming + 2 bits, so a bucket to split has bits for every block.
     largest = max(_LARGEST_BUCKET, 1 << max_hamming + 2)
-    todo = [(mask, members, _PIVOTS) for mask, members in probes]
     while todo:
         mask, members, most = todo.pop()
         members, sizes, minors = _buckets(hashes, members, mask, forest)
@@ -79,6 +87,98 @@ class Forest:
         _, component = connected_components(edges, directed=False)
         _, first = np.unique(component, return_index=True)
         self._parent[nodes] = nodes[first][component]  # nodes ascend, so the first of a component is its smallest
+
+
+class _Links:
+    """Pairs of close hashes that have been found, to be joined many at a time."""
+
+    def __init__(self, hashes: np.ndarray, forest: Forest) -> None:
+        self._order = np.argsort(hashes)
+        self._sorted = hashes[self._order]
+        self._forest = forest
+        self._pending: list[np.ndarray] = []
+        self._count = 0
+
+    def add(self, pairs: np.ndarray) -> None:
+        """Adds pairs of hashes, uint64 of shape (2, n)."""
+        self._pending.append(self.places(pairs))
+        self._count += pairs.shape[1]
+        if self._count > _MOST_PENDING:
+            self.join()
+
+    def places(self, hashes: np.ndarray) -> np.ndarray:
+        """Where these hashes stand among all."""
+        return self._order[np.searchsorted(self._sorted, hashes)]
+
+    def join(self) -> None:
+        if self._count:
+            self._forest.join(*np.concatenate(self._pending, axis=1))
+        self._pending, self._count = [], 0
+
+
+def _link_in_small_buckets(
+    hashes: np.ndarray, members: np.ndarray, mask: int, earlier: list[int], max_hamming: int, links: _Links
+) -> np.ndarray:
+    """Links all close pairs of buckets of at most `_SMALL_BUCKET` members. Returns the members of larger ones.
+
+    Pairs that are equal under one of the `earlier` masks too are skipped: they were found under that.
+
+    Moves the bits of the mask to the front of each hash. Such values sort by bucket, and differ in as many bits as the
+    hashes do, so neither an argsort nor a gather is needed, and the members of a bucket are compared with those 1, 2, …
+    places after them.
+    """
+    moves = _moves(mask)
+    values = _move(hashes[members], moves)
+    values.sort()
+    rest = np.uint64(64 - mask.bit_count())
+    starts = np.flatnonzero(_begins(values >> rest))
+    sizes = np.diff(starts, append=len(values))
+    large = np.repeat(sizes > _SMALL_BUCKET, sizes)
+    crowd = links.places(_move_back(values[large], moves))
+    size = np.repeat(np.minimum(sizes, _SMALL_BUCKET + 1).astype(np.uint8), sizes)
+    there = (size > 1) & ~large
+    for offset in range(1, _SMALL_BUCKET):
+        # Buckets leave whole, so the others stay in one piece.
+        if offset == 1 or np.count_nonzero(there := size > offset) < 0.875 * len(size):
+            values, size = values[there], size[there]
+        if len(values) <= offset:
+            break
+        differ = values[offset:] ^ values[:-offset]
+        near = np.flatnonzero(np.bitwise_count(differ) <= max_hamming)
+        if len(near):
+            pairs = _move_back(np.stack([values[near], values[near + offset]]), moves)
+            apart = pairs[0] ^ pairs[1]
+            new = (apart & np.uint64(mask)) == 0
+            for other in earlier:
+                new &= (apart & np.uint64(other)) != 0
+            links.add(pairs[:, new])
+    return crowd
+
+
+def _moves(mask: int) -> list[tuple[int, int]]:
+    """Each run of equal bits of a mask, and how far it moves left for those that are set to come first."""
+    edges = [bit for bit in range(65) if bit in (0, 64) or (mask >> bit ^ mask >> bit - 1) & 1]
+    runs = [(high, (1 << high) - (1 << low)) for low, high in pairwise(edges)]
+    moves, top = [], 64
+    for high, run in sorted(runs, key=lambda found: (not found[1] & mask, -found[0])):
+        moves.append((run, top - high))
+        top -= run.bit_count()
+    return moves
+
+
+def _move(hashes: np.ndarray, moves: list[tuple[int, int]]) -> np.ndarray:
+    moved = np.zeros_like(hashes)
+    for run, left in moves:
+        bits = hashes & np.uint64(run)
+        moved |= bits << np.uint64(left) if left >= 0 else bits >> np.uint64(-left)
+    return moved
+
+
+def _move_back(moved: np.ndarray, moves: list[tuple[int, int]]) -> np.ndarray:
+    hashes = np.zeros_like(moved)
+    for run, left in moves:
+        hashes |= (moved >> np.uint64(left) if left >= 0 else moved << np.uint64(-left)) & np.uint64(run)
+    return hashes
 
 
 def _buckets(

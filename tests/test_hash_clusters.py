@@ -22,8 +22,10 @@ def flipped(hashes: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarr
     return hashes
 
 
-@pytest.fixture(params=["as shipped", "every bucket divided"])
+@pytest.fixture(params=["as shipped", "small buckets of 3", "no small bucket", "every bucket divided"])
 def _bucket_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param != "as shipped":
+        monkeypatch.setattr(hash_clusters, "_SMALL_BUCKET", 3 if request.param == "small buckets of 3" else 1)
     if request.param == "every bucket divided":
         monkeypatch.setattr(hash_clusters, "_LARGEST_BUCKET", 4)
 
