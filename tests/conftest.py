@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
+HUNG = 280.0
+"""Seconds after which a child process counts as hung; below the timeout of a test, and no measure of speed."""
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -24,9 +27,26 @@ def ray_address() -> Iterator[str]:
     """Starts a two-core Ray cluster once per session: joining it takes 1 s, starting one takes 5 s."""
     import ray
 
-    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
+    ray.init(
+        "local", num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False,
+        # As `pipeline.cluster` has it: by default the processes of a run end and start again between its passes.
+        _system_config={"idle_worker_killing_time_threshold_ms": 120_000},
+    )  # fmt: skip
+    # Ray's handler raises SystemExit, which would fail the current test and let the suite go on.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def finished(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project of tests/test_run.py with its finished run `out`: read it, or change a copy."""
+    from tests import painted
+    from tests.test_run import furnish
+
+    folder = furnish(tmp_path_factory.mktemp("finished"))
+    painted.run(folder, ray_address, "r.yaml")
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -63,16 +83,23 @@ def small_model() -> Callable[[Path], int]:
     return write
 
 
+def quick(words: Sequence[str]) -> list[str]:
+    """Overrides that make a run cheap, without those that `words` set."""
+    return [cheap for cheap in ("report=false", "workers=1") if not any(cheap.split("=")[0] in word for word in words)]
+
+
 @pytest.fixture
 def run(ray_address: str, tmp_path: Path) -> Command:
-    """`run("recipe.yaml", "key=value", …)`: runs the main command in `tmp_path` on the session Ray."""
+    """`run("recipe.yaml", "key=value", …)`: runs the main command in `tmp_path` on the session Ray.
+
+    One worker a pass and no report, unless asked for: each worker is a process that takes seconds of CPU to start.
+    """
 
     def command(*args: str, ray: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", **environment}
         if ray:
             env["RAY_ADDRESS"] = ray_address
-        quick = [] if any("report" in word for word in args) else ["report=false"]
-        argv = [sys.executable, "-m", "pipeline.run", *args, *quick]
-        return subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False)
+        argv = [sys.executable, "-m", "pipeline.run", *args, *quick(args)]
+        return subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=HUNG, check=False)
 
     return command

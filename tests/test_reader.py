@@ -24,7 +24,7 @@ from pipeline import Run, RunError, open_run
 from pipeline.storage import DamagedError
 from tests import painted
 from tests.conftest import ROOT
-from tests.test_run import RECIPE, furnish
+from tests.test_run import RECIPE
 
 LABELS = ["pool", "no_shouting", "exact_dedup", "paint", "threshold", "write_shards"]
 LOOSER = RECIPE.replace("  - exact_dedup: {by: [url]}\n", "").replace("top_fraction: 0.5", "top_fraction: 0.4")
@@ -33,19 +33,18 @@ LAST = STRICTER.replace("samples_per_shard: 100", "samples_per_shard: 100, drop_
 
 
 @pytest.fixture(scope="module")
-def runs(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(finished: Path, ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of finished runs: `out`; `changed`, whose filters were changed twice; `arm`, the last recipe of
     `changed` on what `out` has measured. To be looked at and not touched."""
-    folder = furnish(tmp_path_factory.mktemp("runs"))
+    folder = Path(shutil.copytree(finished, tmp_path_factory.mktemp("runs"), dirs_exist_ok=True))
     for recipe, overrides in (
-        (RECIPE, ["run=out"]),
         (STRICTER, ["run=changed"]),
         (LOOSER, ["run=changed"]),
         (LAST, ["run=changed"]),
         (LAST, ["run=arm", "reuse=out"]),
     ):
         (folder / "r.yaml").write_text(recipe)
-        painted.run(folder, ray_address, "r.yaml", "report=false", *overrides)
+        painted.run(folder, ray_address, "r.yaml", *overrides)
     return folder
 
 

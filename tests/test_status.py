@@ -17,6 +17,7 @@ from pipeline.claim import hold
 from pipeline.status import read_status
 from pipeline.storage import Store
 from tests import painted as runs
+from tests.conftest import HUNG
 
 
 def test_a_finished_run(painted: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +60,7 @@ def test_a_run_while_it_goes_and_after_it_was_killed(
         assert paint["workers"] >= 1
         assert [at["state"] for at in found["passes"] if at["pass"] == "write_shards"] == ["waiting"]
         assert status.main([str(folder / "out")]) == 0
-        assert "running, started 0:00:" in capsys.readouterr().out
+        assert "running, started 0:0" in capsys.readouterr().out
         exported = _exported("ray_winnow_rows_total{", 'pass="paint"')
         assert any(float(line.split()[-1]) > 0 for line in exported), exported
     finally:
@@ -74,7 +75,7 @@ def test_a_run_while_it_goes_and_after_it_was_killed(
 
 
 def _wait(run: Path, ready) -> dict:  # type: ignore[no-untyped-def, type-arg]
-    end = time.monotonic() + 60
+    end = time.monotonic() + HUNG
     while time.monotonic() < end:
         if (run / "run.json").exists():
             found = read_status(str(run))
@@ -88,7 +89,7 @@ def _exported(*words: str) -> list[str]:
     """Lines of Ray's metrics with these words, as soon as there are some."""
     import ray
 
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while time.monotonic() < end:
         for node in ray.nodes():
             with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=5) as answer:

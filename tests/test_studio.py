@@ -256,7 +256,7 @@ def test_an_exported_recipe_keeps_what_was_counted(served: Served, painted: Path
     exported = served.ask("/export", {"cuts": cuts})
     assert yaml.safe_load(exported["lines"]) == yaml.safe_load(exported["recipe"])["steps"][2:4]
     (painted / "exported.yaml").write_text(exported["recipe"])
-    runs.run(painted, ray_address, "exported.yaml", "run=exported", "reuse=out", "report=false")
+    runs.run(painted, ray_address, "exported.yaml", "run=exported", "reuse=out")
     lines = open_run(painted / "exported").funnel.lines
     assert [cut["after"] for cut in counted["cuts"]] == [lines["threshold"].kept, lines["threshold.2"].kept]
 
@@ -376,7 +376,7 @@ def test_move_mark_export_and_run_again(page: Any, served: Served, painted: Path
     assert "2 labelled rows" in page.text_content("#labelled")
     (painted / "again.yaml").write_text(page.input_value("#recipe"))
     page.get_by_role("button", name="Close").click()
-    runs.run(painted, ray_address, "again.yaml", "run=again", "reuse=out", "report=false")
+    runs.run(painted, ray_address, "again.yaml", "run=again", "reuse=out")
     assert open_run(painted / "again").funnel.lines["threshold.2"].kept == counted
 
 

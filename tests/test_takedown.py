@@ -17,23 +17,15 @@ from pipeline import takedown, verify
 from pipeline.reader import open_run
 from pipeline.stages.write_shards import WriteShards
 from pipeline.storage import Store
-from tests import painted
 from tests.conftest import Command
-from tests.test_run import books_balance, furnish, shards
+from tests.test_run import books_balance, shards
 from trainer.shards import Shards
 
 
-@pytest.fixture(scope="module")
-def project(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a recipe and its finished run `out`: 350 samples in shards of 100, 100, 100 and 50."""
-    folder = furnish(tmp_path_factory.mktemp("project"))
-    painted.run(folder, ray_address, "r.yaml")
-    return folder
-
-
 @pytest.fixture
-def copy(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(project, tmp_path, dirs_exist_ok=True)
+def copy(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with a finished run `out`: 350 samples in shards of 100, 100, 100 and 50."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.syspath_prepend(str(tmp_path))  # the steps of the user
     for name in ("steps_of_mine", "no_shouting"):
         for module in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:

@@ -80,7 +80,7 @@ class Sandbox(Generic[T]):
     """
 
     def __init__(self, target: Callable[..., T], *, processes: int, seconds: float, memory: int):
-        self._setup = _request(cloudpickle.dumps(target), (seconds, memory))
+        self._setup = _request(cloudpickle.dumps(target), (seconds, seconds * WALL_FACTOR, memory))
         self._processes = processes
         self._seconds = seconds
         self._children: list[_Child] = []
@@ -363,7 +363,7 @@ def _main() -> None:
     _prepare()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         args_size, target_size = _REQUEST.unpack(_read(channel, _REQUEST.size))
-        seconds, memory = pickle.loads(_read(channel, args_size))
+        cpu_seconds, wall_seconds, memory = pickle.loads(_read(channel, args_size))
         try:
             target = pickle.loads(_read(channel, target_size))
         except Exception:
@@ -384,8 +384,8 @@ def _main() -> None:
                 args = pickle.loads(_read(channel, args_size))
                 body = _read(channel, body_size)
                 # The kernel enforces the limits, wherever the process hangs and however busy the parent is.
-                signal.setitimer(signal.ITIMER_PROF, seconds)
-                signal.setitimer(signal.ITIMER_REAL, seconds * WALL_FACTOR)
+                signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+                signal.setitimer(signal.ITIMER_REAL, wall_seconds)
                 answer = _work(target, body, args)
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 signal.setitimer(signal.ITIMER_PROF, 0)

@@ -54,7 +54,8 @@ def test_the_papers_presets_are_the_papers() -> None:
 @pytest.fixture
 def conf(tmp_path: Path) -> Path:
     path = tmp_path / "c.yaml"
-    path.write_text(f"shards: {tmp_path}/shards\noutput: o\nmodel: tiny-64\nlr: 1e-3\nbatch_size: 8192\nepochs: 3\n")
+    options = "model: tiny-64\nlr: 1e-3\nbatch_size: 8192\nepochs: 3\nprecision: bf16\n"  # auto depends on the CPU
+    path.write_text(f"shards: {tmp_path}/shards\noutput: o\n{options}")
     return path
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import HUNG
 from tests.fetch.process_tree import family
 from tests.trainer.models import COCA
 from tests.trainer.shards import samples, write_shards
@@ -54,7 +55,7 @@ def start(line: list[str], ranks: int = 2, program: list[str] = MODULE) -> list[
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
-    said = [process.communicate(timeout=120)[1] for process in processes]
+    said = [process.communicate(timeout=HUNG)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), said
     return said
 
@@ -123,7 +124,7 @@ def test_two_ranks_evaluate_once_and_train_as_without(shards: Path, tmp_path: Pa
     assert_equal(weights(tmp_path / "evaluated"), weights(tmp_path / "plain"))
     # What is wrong with it ends all ranks alike.
     processes = start([*line, f"output={tmp_path / 'refused'}", task.replace(str(shards), str(tmp_path / "nowhere"))])
-    said = [process.communicate(timeout=120)[1] for process in processes]
+    said = [process.communicate(timeout=HUNG)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     assert all("nowhere" in text and "Traceback" not in text for text in said)
 
@@ -136,7 +137,7 @@ def test_sigterm_to_one_rank_stops_all_after_the_same_step(shards: Path, tmp_pat
         if said.startswith("step 2/"):
             break
     processes[1].send_signal(signal.SIGTERM)
-    said = [process.communicate(timeout=120)[1] for process in processes]
+    said = [process.communicate(timeout=HUNG)[1] for process in processes]
     assert [process.returncode for process in processes] == [143, 143], said
     assert "Traceback" not in "".join(said)
     assert int(weights(tmp_path / "out")["step"]) == metrics(tmp_path / "out")[-1]["step"]
@@ -174,7 +175,7 @@ def test_two_ranks_killed_and_resumed_have_the_same_weights(shards: Path, tmp_pa
     finish(start(words(shards, tmp_path / "whole", **options)))
     line = words(shards, tmp_path / "killed", **options)
     processes = start(line)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HUNG
     while checkpoint.latest(tmp_path / "killed") is None and time.monotonic() < deadline:
         time.sleep(0.002)
     for process in processes:
@@ -197,7 +198,7 @@ def test_ray_starts_the_ranks_wherever_its_workers_run(shards: Path, tmp_path: P
 
     def start_on_ray(*changes: str) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "RAY_ADDRESS": ray_address}
-        return subprocess.run([*command, *changes], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280)
+        return subprocess.run([*command, *changes], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=HUNG)
 
     done = start_on_ray()
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.conftest import HUNG
 from tests.trainer.shards import COLOURS, picture, samples, write_shards
 from trainer import checkpoint, export, loop, train
 from trainer.config import load_config
@@ -81,7 +82,7 @@ def test_other_seed_other_weights(shards: Path, reference: Path, tmp_path: Path)
 def test_killed_and_resumed_gives_the_same_weights(shards: Path, reference: Path, tmp_path: Path) -> None:
     line = words(shards, tmp_path / "out", checkpoint_every=1, log_every=1, keep_checkpoints=1)
     process = subprocess.Popen([sys.executable, "-m", "trainer.train", *line], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HUNG
     while checkpoint.latest(tmp_path / "out") is None and time.monotonic() < deadline:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
@@ -172,7 +173,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_a_line_and_leaves_n
     shards: Path, tmp_path: Path
 ) -> None:
     line = words(shards, tmp_path / "out")
-    done = subprocess.run([sys.executable, "-c", FULL, *line], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", FULL, *line], capture_output=True, text=True, timeout=HUNG)
     assert done.returncode == 1, done.stderr
     assert "the checkpoint cannot be written: File too large" in done.stderr
     assert "Traceback" not in done.stderr
@@ -207,7 +208,7 @@ def test_sigterm_writes_a_checkpoint_that_the_same_command_resumes_from(
         if said.startswith("step 2/"):
             break
     (os.killpg if group else os.kill)(process.pid, signal.SIGTERM)
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=HUNG)[1]
     assert process.returncode == 143, said
     assert "stopped by SIGTERM; the same command resumes" in said
     assert "Traceback" not in said
