@@ -71,7 +71,7 @@ def test_only_affected_shards_change_and_everything_follows(
     assert takedown.main([str(run), listed(copy, entries)]) == 0
     said = capsys.readouterr().out
     assert "3 samples taken down (uid 2, url 1); 1 of 4 shards were written again" in said
-    assert ("passes still has what was fetched" in said) == passes
+    assert ("passes still holds their pictures" in said) == passes
     is_sound(run)
     books_balance(run, 721)
 
