@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
+from threading import Lock
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -586,8 +587,14 @@ def byte_ranges(p: UnitPass, unit: int, column: str, rows: np.ndarray) -> tuple[
 def _barrier_files(root: str) -> Callable[..., pa.Table]:
     """Reads files of a barrier, given their entries. Keeps the last two: a file is asked for every unit of it in turn,
     and units are read side by side."""
-    store = Store(root)
-    return lru_cache(maxsize=2)(lambda **entry: store.read_table(entry))
+    store, lock = Store(root), Lock()
+    read = lru_cache(maxsize=2)(lambda **entry: store.read_table(entry))
+
+    def read_once(**entry: Any) -> pa.Table:
+        with lock:  # or each thread that finds the file missing would read it
+            return read(**entry)
+
+    return read_once
 
 
 def _fates(table: pa.Table) -> pa.Table:
