@@ -140,9 +140,10 @@ def _share(part: int, whole: int) -> float:
 
 
 def read(run: Path, web: Path) -> tuple[list[dict[str, Any]], set[Pair], dict[Pair, Drop]]:
-    """The arguments of `judge` for a finished run on the demo web in `web`, with kinds in the order of `KINDS`."""
+    """The arguments of `judge` for a finished run on the web in `web`; kinds in the order of `KINDS`, others last."""
     truth = pq.read_table(web / "truth" / "truth.parquet").to_pylist()
-    truth.sort(key=lambda row: list(KINDS).index(row["kind"]))
+    order = {kind: number for number, kind in enumerate(KINDS)}
+    truth.sort(key=lambda row: (order.get(row["kind"], len(order)), row["kind"]))
     opened = open_run(run)
     kept = {pair for table in opened.scan(["url", "caption"]) for pair in _pairs(table)}
     drops = {
