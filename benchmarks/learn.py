@@ -128,7 +128,10 @@ def served(args: argparse.Namespace) -> Iterator[str]:
 
 def adopt(source: Path, folder: Path, good: list[str], copies: list[str]) -> str:
     """Writes pool and truth of another web as those of the demo's; returns its address."""
-    rows = {(row["url"], row["caption"]): row for row in pq.read_table(source / "truth.parquet").to_pylist()}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in pq.read_table(source / "truth.parquet").to_pylist():
+        if (pair := (row["url"], row["caption"])) not in rows or row["kind"] in good:
+            rows[pair] = row
     pictures: dict[str, int] = {}
     for number, row in enumerate(rows.values()):
         shown = row["of"] if row["kind"] in (good[0], *copies) else f"row {number}"
