@@ -45,9 +45,9 @@ from pipeline.demo import truth, web
 from pipeline.hashing import uniform
 from pipeline.study.arms import Trainer, index_pictures, write_subset
 from pipeline.study.candidates import open_candidates
-from pipeline.study.plan import Training
 from pipeline.study.statistics import compare as compare_arms
 from pipeline.study.statistics import interval, noise_of
+from pipeline.study.study_plan import Training
 from trainer.config import load_config
 from trainer.terminal import Console
 
@@ -242,12 +242,15 @@ def train(args: argparse.Namespace, rows: pa.Table) -> None:
         for name in names
     }
     noise = noise_of(np.stack(list(values.values())))
-    controls = [name for name in ("none", "random") if name in names]
-    pairs = [(name, other) for other in controls for name in names if name not in ("none", other)]
-    found = {(c.first, c.second): c for c in compare_arms(values, pairs, noise)}
+    families = {  # one for each question, as in a study
+        other: compare_arms(values, [(name, other) for name in names if name not in ("none", other)], noise)
+        for other in ("none", "random")
+        if other in names
+    }
+    found = {(c.first, c.second): c for family in families.values() for c in family.comparisons}
     print(
         f"\n{metric} after {args.train:,} samples, {args.seeds} seeds: mean with its 95% t interval, and differences "
-        f"with intervals that hold for all {len(pairs)}"
+        f"with intervals that hold for all of a column"
     )
     print(f"{'rows chosen by':<16} {'rows':>6} {'good':>6} {'mean':>22}{'above none':>26}{'above random':>26}")
     for name in names:
@@ -257,10 +260,9 @@ def train(args: argparse.Namespace, rows: pa.Table) -> None:
             c = found.get((name, other))
             cells.append(f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]".rjust(26) if c else " " * 26)
         print(f"{name:<16} {kept.sum():>6} {good[kept].mean():>6.1%} {''.join(cells)}".rstrip())
-    print(
-        f"noise of one training {noise.sd:.4f}; F test of all arms p = {noise.p_arms:.3g}; a difference of "
-        f"{noise.detectable(len(pairs)):.3f} would be shown with 80% power"
-    )
+    print(f"noise of one training {noise.sd:.4f}; F test of all arms p = {noise.p_arms:.3g}")
+    for other, family in families.items():
+        print(f"above {other}: a difference of {family.detectable:.3f} would be shown with 80% power")
     means = " ".join(f"{name.replace('+', '_')}={value.mean():.4f}" for name, value in values.items())
     print(f"RESULT samples={args.train} seeds={args.seeds} {means}")
 
