@@ -1,26 +1,36 @@
 """Filters against noise of known kinds, and a learned mixture of scores against each single score.
 
     python benchmarks/learn.py [WORK] [--pictures 1400] [--labels 0.25] [--train SAMPLES] [--seeds 3] [--arms NAME …]
+    python benchmarks/learn.py WORK --web FOLDER --model SCORER [--recipe key=value …] [--heldout DATA]
 
 Builds the demo web in WORK, whose truth is known. Prints what each filter of `conf/demo.yaml` catches of its kind of
 noise. Then measures all scores of the same web without cutting by any (copies are removed), labels a share of the rows
 by the truth, fits the mixture of `pipeline.learn` to them, with and without embeddings, and compares it on the other
 rows with each single score: AUC, and precision among the same number of kept rows, with 95% bootstrap intervals.
 
-With `--train`, trains `conf/train_demo.yaml` on SAMPLES samples for each way of choosing rows and each seed, and
-evaluates zero-shot on held-out scenes. All arms choose from the rows without labels. `none` takes all; `clean` those
-that are good by the truth; the others as many as there are good ones. What is there already in WORK is not made again.
+With `--train`, trains `conf/train_demo.yaml` on SAMPLES samples for each way of choosing rows and each seed. All arms
+choose from the rows without labels. `none` takes all; `clean` those that are good by the truth; the others as many as
+there are good ones. The metric is zero-shot top-1 of the colours of held-out scenes. The arms are compared as those of
+a study are (`pipeline.study.statistics`). What is there already in WORK is not made again.
+
+With `--web`, another web takes the place of the demo's. FOLDER has `truth.parquet` with the columns `url, caption,
+kind`, and `of`, the name of the picture that a row shows. The site must be served at these urls, on loopback. Rows of
+the kinds of `--good` are good, the first of them the originals that those of `--copies` repeat. Rows that repeat both
+url and caption are left out. The metric is then retrieval on `--heldout`, captioned pictures as for
+`trainer.evaluate retrieval`. The pool gets the truth as a column `good`, which no step reads, so that a study of
+`WORK/measured` can have it as a cut.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import contextlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -30,26 +40,30 @@ import pyarrow.parquet as pq
 import yaml
 
 from pipeline import learn, open_run, score_mixture
-from pipeline.card import About
 from pipeline.demo import run as demo
 from pipeline.demo import truth, web
 from pipeline.hashing import uniform
-from pipeline.stages.write_shards import WriteShards
-from pipeline.storage import Store
+from pipeline.study.arms import Trainer, index_pictures, write_subset
+from pipeline.study.candidates import open_candidates
+from pipeline.study.statistics import compare as compare_arms
+from pipeline.study.statistics import interval, noise_of
+from pipeline.study.study_plan import Training
+from trainer.config import load_config
 from trainer.terminal import Console
 
 SCORES = ["clip_score", "language_score", "original_width", "original_height", "original_bytes"]
 VECTORS = ["image_embedding", "text_embedding"]
 MIXTURES = {"mixture": SCORES, "mixture+vectors": [*SCORES, *VECTORS]}
 SHARES = (0.3, 0.5)
+CONFIG = "conf/train_demo.yaml"
 STEPS = """
   - exact_dedup: {by: [url]}
   - language: {keep: null}
   - download:
-      {image_size: 128, resize_mode: keep_ratio_largest, timeout: 4, retries: 1, allow_addrs: ["127.0.0.1:PORT"]}
+      {image_size: 128, resize_mode: keep_ratio_largest, timeout: 4, retries: 1, allow_addrs: [ADDRESS]}
   - exact_dedup: {by: [sha256]}
   - near_dedup: {max_hamming: 4}
-  - clip_score: {model: pipeline/demo/scorer, batch_size: 64, embeddings: true}
+  - clip_score: {model: MODEL, batch_size: 64, embeddings: true}
   - write_shards: {samples_per_shard: 500}
 """
 
@@ -61,37 +75,83 @@ def main() -> None:
     parser.add_argument("--labels", type=float, default=0.25, help="share of the rows to label")
     parser.add_argument("--train", type=int, metavar="SAMPLES", help="train each arm on so many samples")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1, help="models trained at a time")
     parser.add_argument("--arms", nargs="+", help="train these arms only")
+    parser.add_argument("--web", type=Path, metavar="FOLDER", help="a web that is served, instead of the demo's")
+    parser.add_argument("--good", nargs="+", default=["clean", "flaky", "moved"], metavar="KIND")
+    parser.add_argument("--copies", nargs="+", default=["same_url", "exact_copy", "near_copy"], metavar="KIND")
+    parser.add_argument("--model", default="pipeline/demo/scorer", help="of clip_score (%(default)s)")
+    parser.add_argument("--recipe", nargs="+", default=[], metavar="key=value", help="over conf/demo.yaml")
+    parser.add_argument("--heldout", metavar="DATA", help="captioned pictures for retrieval")
     args = parser.parse_args()
-    curate(args.work, args.pictures)
+    if args.web and args.train and not args.heldout:
+        parser.error("--train with --web needs --heldout")
+    curate(args)
     truth.show(truth.judge(*truth.read(args.work / "filtered", args.work / "web")), Console())
     rows = compare(args.work, args.labels)
     if args.train:
-        train(args.work, rows, args.train, args.seeds, args.arms)
+        train(args, rows)
 
 
-def curate(work: Path, pictures: int) -> None:
+def curate(args: argparse.Namespace) -> None:
     """Runs the demo's recipe as `filtered`, and one without cuts as `measured`."""
+    work = args.work
     if (work / "measured" / "shards" / "_SUCCESS").exists():
         return
-    with web.open_port(web.PORT) as server:
-        web.build(work / "web", pictures, 0, server.server_port)
-        steps = yaml.safe_load(STEPS.replace("PORT", str(server.server_port)))
+    with served(args) as address:
+        steps = yaml.safe_load(STEPS.replace("ADDRESS", f'"{address}"').replace("MODEL", args.model))
         recipe = {"name": "measured", "pool": {"path": str(work / "web/pool.parquet")}, "steps": steps}
         (work / "measured.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-        pool = f"pool.path={work}/web/pool.parquet"
+        overrides = [f"pool.path={work}/web/pool.parquet", f"steps.clip_score.model={args.model}", *args.recipe]
         jobs = {
-            "filtered": [*demo.recipe(server.server_port), pool],
+            "filtered": [*demo.recipe(urlsplit(f"//{address}").port or web.PORT), *overrides],
             "measured": [str(work / "measured.yaml")],
         }
-        with web.serving(server, work / "web"):
-            for name, words in jobs.items():
-                command = [sys.executable, "-m", "pipeline.run", *words, f"run={work / name}"]
-                subprocess.run(command, check=True, stdout=sys.stderr)
+        for name, words in jobs.items():
+            command = [sys.executable, "-m", "pipeline.run", *words, f"run={work / name}"]
+            subprocess.run(command, check=True, stdout=sys.stderr)
+
+
+@contextlib.contextmanager
+def served(args: argparse.Namespace) -> Iterator[str]:
+    """Writes pool and truth to `WORK/web` and yields the address at which the web is served."""
+    folder = args.work / "web"
+    if args.web:
+        yield adopt(args.web, folder, args.good, args.copies)
+        return
+    with web.open_port(web.PORT) as server:
+        if not (folder / "pool.parquet").exists():  # the last file that it writes
+            web.build(folder, args.pictures, 0, server.server_port)
+        with web.serving(server, folder):
+            yield f"127.0.0.1:{server.server_port}"
+
+
+def adopt(source: Path, folder: Path, good: list[str], copies: list[str]) -> str:
+    """Writes pool and truth of another web as those of the demo's; returns its address."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in pq.read_table(source / "truth.parquet").to_pylist():
+        if (pair := (row["url"], row["caption"])) not in rows or row["kind"] in good:
+            rows[pair] = row
+    pictures: dict[str, int] = {}
+    for number, row in enumerate(rows.values()):
+        shown = row["of"] if row["kind"] in (good[0], *copies) else f"row {number}"
+        row["picture"] = pictures.setdefault(shown, len(pictures))
+        row["good"] = row["kind"] in good
+    table = pa.Table.from_pylist(list(rows.values())).select(["url", "caption", "kind", "good", "picture"])
+    if not (folder / "pool.parquet").exists():  # a run that goes on refuses a pool that was written again
+        (folder / "truth").mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, folder / "truth" / "truth.parquet")
+        pool = table.select(["url", "caption"]).append_column("good", table["good"].cast(pa.int64()))
+        pq.write_table(pool, folder / "pool.parquet")
+    addresses = {urlsplit(url).netloc for url, _ in rows}
+    if len(addresses) > 1:
+        raise SystemExit(f"{source}/truth.parquet: {len(addresses)} addresses, expected a web on one")
+    return addresses.pop()
 
 
 def compare(work: Path, share: float) -> pa.Table:
-    """Prints the comparison; returns the rows without labels: `uid, good`, and a column for each score."""
+    """Prints the comparison; returns the rows without labels: `uid, place, good` and each score. `place` counts all
+    rows."""
     run = open_run(work / "measured")
     good = {
         (row["url"], row["caption"]): row["good"] for row in pq.read_table(work / "web/truth/truth.parquet").to_pylist()
@@ -100,6 +160,7 @@ def compare(work: Path, share: float) -> pa.Table:
     rows = pa.concat_tables(tables)
     pairs = zip(rows["url"].to_pylist(), rows["caption"].to_pylist())
     rows = rows.append_column("good", pa.array([good[pair] for pair in pairs]))
+    rows = rows.append_column("place", pa.array(range(len(rows)), pa.int64()))
     labelled = pa.array(uniform(rows["uid"], purpose="labels") < share)
     chosen = rows.filter(labelled)
     labels = pa.table({"uid": chosen["uid"], "label": chosen["good"].cast(pa.uint8())})
@@ -137,85 +198,92 @@ def compare(work: Path, share: float) -> pa.Table:
         f"RESULT auc_mixture={mixed.auc(ones):.4f} auc_best_single={single.auc(ones):.4f} "
         f"auc_gain_low={gain.low:.4f} precision_gain={more.value:.4f} precision_gain_low={more.low:.4f}"
     )
-    return pa.table({"uid": held["uid"], "good": held["good"], **scores})
+    return pa.table({name: held[name] for name in ("uid", "place", "good")} | scores)
 
 
 def precision(ranking: score_mixture.Ranking, share: float) -> Callable[[np.ndarray], float]:
     return lambda weights: ranking.kept(weights, share)[0]
 
 
-def train(work: Path, rows: pa.Table, samples: int, seeds: int, arms: list[str] | None) -> None:
-    """Trains and evaluates the arms; prints their accuracy."""
+def train(args: argparse.Namespace, rows: pa.Table) -> None:
+    """Trains and evaluates the arms; prints their means, and how they differ from `none` and `random`."""
     good = rows["good"].to_numpy(zero_copy_only=False)
     count = int(good.sum())
-    chosen = {"none": np.ones(len(rows), bool), "random": _top(-uniform(rows["uid"], purpose="arm"), count)}
-    chosen |= {name: _top(rows[name].to_numpy(), count) for name in rows.column_names[2:]}
-    chosen["clean"] = good
-    arms = arms or list(chosen)
-    if not (work / "heldout").exists():
-        demo.draw_heldout(work / "heldout", seed=1)
-    tasks = [work / "heldout" / name.replace(" ", "_") for name in demo.TASKS]
-    found: dict[str, list[list[float]]] = {name: [] for name in arms}
-    for seed in range(seeds):
-        for name in arms:
-            _write(work, name, rows["uid"].filter(pa.array(chosen[name])))
-            done = work / "arms" / name / f"accuracy-{samples}-{seed}.json"
-            if not done.exists():
-                done.write_text(json.dumps(_accuracy(work / "arms" / name, tasks, samples, seed)))
-            found[name].append(json.loads(done.read_text()))
-            print(f"{name}, seed {seed}: {found[name][-1]}", file=sys.stderr, flush=True)
-    print(f"\nzero-shot accuracy after {samples:,} samples: mean of {seeds} seeds ± their standard deviation")
-    print(f"{'rows chosen by':<16} {'rows':>6} {'good':>6}" + "".join(f"{task:>20}" for task in demo.TASKS))
-    for name in arms:
-        cells = []
-        for values in zip(*found[name]):
-            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{f'{statistics.mean(values):.3f} ± {deviation:.3f}':>20}")
-        kept = chosen[name]
-        print(f"{name:<16} {kept.sum():>6} {good[kept].mean():>6.1%}" + "".join(cells))
-    means = " ".join(f"{name.replace('+', '_')}={np.mean(found[name]):.4f}" for name in arms)
-    print(f"RESULT samples={samples} seeds={seeds} {means}")
+    fixed = {"none": np.ones(len(rows), bool), "clean": good}
+    fixed |= {name: _top(rows[name].to_numpy(), count) for name in rows.column_names[3:]}
+    names = args.arms or [*fixed, "random"]
+
+    def chosen(name: str, seed: int) -> np.ndarray:
+        return fixed[name] if name in fixed else _top(uniform(rows["uid"], seed=seed, purpose="arm"), count)
+
+    task, metric = retrieval(args.heldout) if args.web else zeroshot(args.work / "heldout")
+    training = Training(CONFIG, [task], metric, tuple(range(args.seeds)), workers=args.workers)
+    out = args.work / "training"
+    candidates = open_candidates(open_run(args.work / "measured"), "clip_score", [], out / "candidates")
+    numbers = index_pictures(candidates, out / "pictures")
+    trainer = Trainer(training, load_config(CONFIG, ["shards=study", "output=study"]), out / "pictures", out)
+    places = rows["place"].to_numpy()
+    arms = {
+        (name, seed): trainer.arm(*write_subset(places[chosen(name, seed)], numbers, out / "subsets"), args.train, seed)
+        for seed in training.seeds
+        for name in names
+    }
+    called = {arm.key: name for (name, _), arm in arms.items()}
+    trainer.train(
+        list(arms.values()),
+        lambda arm, record: print(
+            f"{called[arm.key]}, seed {arm.seed}: {record['metrics'][metric]:.4f} ({record['seconds']:.0f} s)",
+            file=sys.stderr,
+            flush=True,
+        ),
+    )
+    values = {
+        name: np.array([trainer.result(arms[name, seed])["metrics"][metric] for seed in training.seeds])  # type: ignore[index]
+        for name in names
+    }
+    noise = noise_of(np.stack(list(values.values())))
+    families = {  # one for each question, as in a study
+        other: compare_arms(values, [(name, other) for name in names if name not in ("none", other)], noise)
+        for other in ("none", "random")
+        if other in names
+    }
+    found = {(c.first, c.second): c for family in families.values() for c in family.comparisons}
+    print(
+        f"\n{metric} after {args.train:,} samples, {args.seeds} seeds: mean with its 95% t interval, and differences "
+        f"with intervals that hold for all of a column"
+    )
+    print(f"{'rows chosen by':<16} {'rows':>6} {'good':>6} {'mean':>22}{'above none':>26}{'above random':>26}")
+    for name in names:
+        kept, mean = chosen(name, 0), interval(values[name])
+        cells = [f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]".rjust(22)]
+        for other in ("none", "random"):
+            c = found.get((name, other))
+            cells.append(f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]".rjust(26) if c else " " * 26)
+        print(f"{name:<16} {kept.sum():>6} {good[kept].mean():>6.1%} {''.join(cells)}".rstrip())
+    print(f"noise of one training {noise.sd:.4f}; F test of all arms p = {noise.p_arms:.3g}")
+    for other, family in families.items():
+        print(f"above {other}: a difference of {family.detectable:.3f} would be shown with 80% power")
+    means = " ".join(f"{name.replace('+', '_')}={value.mean():.4f}" for name, value in values.items())
+    print(f"RESULT samples={args.train} seeds={args.seeds} {means}")
+
+
+def zeroshot(folder: Path) -> tuple[dict[str, Any], str]:
+    """The task of the demo web and its metric: the colour of held-out scenes."""
+    if not folder.exists():
+        demo.draw_heldout(folder, seed=1)
+    options = {"data": str(folder / "colour"), "templates": str(folder / "colour.txt"), "name": "colour"}
+    return {"zeroshot": options}, "colour/acc1"
+
+
+def retrieval(data: str) -> tuple[dict[str, Any], str]:
+    """The task of another web and its metric: a caption finds its picture among the nearest ten."""
+    return {"retrieval": {"data": data, "name": "heldout"}}, "heldout/image_retrieval_recall@10"
 
 
 def _top(scores: np.ndarray, count: int) -> np.ndarray:
     kept = np.zeros(len(scores), bool)
     kept[np.argsort(-scores, kind="stable")[:count]] = True
     return kept
-
-
-def _write(work: Path, name: str, uids: pa.ChunkedArray) -> None:
-    """Writes the shards of an arm."""
-    folder = work / "arms" / name
-    if (folder / "shards" / "_SUCCESS").exists():
-        return
-    run = open_run(work / "measured")
-    types = {n: run.columns("clip_score")[n] for n in ("uid", "url", "caption", "image")}
-    tables = run.scan(list(types), after="clip_score")
-    table = pa.concat_tables([t.filter(pc.is_in(t["uid"], uids.combine_chunks())).select(list(types)) for t in tables])
-    writer, store = WriteShards(samples_per_shard=500), Store(str(folder / "shards"))
-    starts = range(0, len(table), writer.samples_per_shard)
-    shards = [
-        writer.write(store, i, iter([table.slice(start, writer.samples_per_shard)]), types)
-        for i, start in enumerate(starts)
-    ]
-    writer.finish(store, About(name, types), shards)
-    store.write("_SUCCESS", b"")
-
-
-def _accuracy(arm: Path, tasks: list[Path], samples: int, seed: int) -> list[float]:
-    """Top-1 of each task, 0 to 1."""
-    out = arm / f"seed-{seed}"
-    words = [f"shards={arm}", f"output={out}", f"samples={samples}", f"seed={seed}", "precision=fp32", "resume=none"]
-    subprocess.run(
-        [sys.executable, "-m", "trainer.train", "conf/train_demo.yaml", *words], check=True, stdout=sys.stderr
-    )
-    accuracies = []
-    for task in tasks:
-        words = ["--model", str(out / "model"), "--data", str(task), "--templates", f"{task}.txt"]
-        command = [sys.executable, "-m", "trainer.evaluate", "zeroshot", *words]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        accuracies.append(float(json.loads(done.stdout)["metrics"]["acc1"]))
-    return accuracies
 
 
 if __name__ == "__main__":

@@ -140,9 +140,8 @@ def _share(part: int, whole: int) -> float:
 
 
 def read(run: Path, web: Path) -> tuple[list[dict[str, Any]], set[Pair], dict[Pair, Drop]]:
-    """The arguments of `judge` for a finished run on the demo web in `web`, with kinds in the order of `KINDS`."""
-    truth = pq.read_table(web / "truth" / "truth.parquet").to_pylist()
-    truth.sort(key=lambda row: list(KINDS).index(row["kind"]))
+    """The arguments of `judge` for a finished run on the web in `web`."""
+    truth = by_kind(pq.read_table(web / "truth" / "truth.parquet").to_pylist())
     opened = open_run(run)
     kept = {pair for table in opened.scan(["url", "caption"]) for pair in _pairs(table)}
     drops = {
@@ -151,6 +150,12 @@ def read(run: Path, web: Path) -> tuple[list[dict[str, Any]], set[Pair], dict[Pa
         for pair, drop in zip(_pairs(table), zip(table["step"].to_pylist(), table["reason"].to_pylist()))
     }
     return truth, kept, drops
+
+
+def by_kind(truth: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their kinds in the order of `KINDS`; kinds of another web last, by name."""
+    order = {kind: number for number, kind in enumerate(KINDS)}
+    return sorted(truth, key=lambda row: (order.get(row["kind"], len(order)), row["kind"]))
 
 
 def _pairs(table: pa.Table) -> list[Pair]:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.demo.truth import judge, judge_cuts
+from pipeline.demo.truth import by_kind, judge, judge_cuts
 
 
 def rows(*entries):
@@ -72,3 +72,10 @@ def test_cuts_are_judged_among_the_candidates():
     candidates = [(name, "c") for name in ("a", "b", "x", "copy of a", "copy of c")]  # c itself was dropped before
     kept = np.array([[1, 1, 1, 1, 1], [1, 0, 0, 0, 1], [0, 0, 1, 1, 0], [0, 0, 0, 0, 0]], bool)
     assert judge_cuts(truth, candidates, kept) == [(3 / 5, 1), (1, 2 / 3), (0, 0), (1, 0)]
+
+
+def test_kinds_of_another_web_come_after_those_of_the_demo():
+    truth = rows(
+        ("a", "watermarked", False, 0), ("b", "blurred", False, 1), ("c", "dead", False, 2), ("d", "clean", True, 3)
+    )
+    assert [row["kind"] for row in by_kind(truth)] == ["clean", "dead", "blurred", "watermarked"]
