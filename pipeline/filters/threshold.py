@@ -7,7 +7,6 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -17,6 +16,7 @@ from pipeline.step import Estimate, Filter, drops_frame
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
+    import pandas as pd
 
 _WORDS = 3
 _DIGIT_BITS = 16
@@ -111,6 +111,8 @@ class Threshold(Filter):
         match all digits found so far. Four rounds find the value; only ties at the cut need more. Only the counts, at
         most 65,536, reach the driver.
         """
+        import pandas as pd  # only now: the studio shares `wanted`, and its --help is quick without pandas
+
         assert self.top_fraction is not None
         cut: list[int] = []
         left: int | None = None
@@ -134,6 +136,8 @@ class Threshold(Filter):
 
     def _digits(self, part: pd.DataFrame, cut: list[int], prefix: int, shift: int) -> pd.Series:
         """The next digit of the rows that match all previous digits."""
+        import pandas as pd
+
         table = pa.Table.from_pandas(part, preserve_index=False)
         values = self._values(table)
         table, values = table.filter(pa.array(~np.isnan(values))), values[~np.isnan(values)]
