@@ -232,9 +232,8 @@ class Rows:
             if name and kind in self.groups:
                 seen &= self.groups[kind].where(name, self.n)
         if view.text:
-            seen &= np.concatenate(
-                list(self._threads.map(partial(_contains, text=view.text), self.texts["caption"].chunks))
-            )
+            found = self._threads.map(partial(_contains, text=view.text), self.texts["caption"].chunks)
+            seen &= np.concatenate([np.empty(0, bool), *found])
         return seen
 
     def summary(self, cuts: Sequence[Cut], view: View, columns: Sequence[str], top: int = 8) -> dict[str, Any]:

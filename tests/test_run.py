@@ -358,7 +358,7 @@ def test_a_plan_runs_nothing(run: Command, project: Path) -> None:
         "no_shouting + exact_dedup ",
         "all at once",
         "core-hours",
-        "a step of your own",
+        "custom step without an estimate",
     ):
         assert said in plan.stdout
     assert not (project / "out").exists()

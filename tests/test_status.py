@@ -51,7 +51,10 @@ def test_a_run_while_it_goes_and_after_it_was_killed(
     folder = runs.furnish(tmp_path)
     going = runs.command(folder, ray_address, "r.yaml", "steps.paint.slow=0.02")
     try:
-        found = _wait(folder / "out", lambda found: any(at["state"] == "running" and at.get("rows") for at in found))
+        found = _wait(
+            folder / "out",
+            lambda found: any(at["pass"] == "paint" and at["state"] == "running" and at.get("rows") for at in found),
+        )
         assert found["state"] == "running"
         assert found["owner"]["pid"] == going.pid
         (paint,) = [at for at in found["passes"] if at["pass"] == "paint"]
