@@ -18,13 +18,14 @@ def test_working_and_waiting_are_told_apart() -> None:
     meter = Meter()
     time.sleep(0.05)
     meter.add("waiting")
-    started = time.process_time()
-    while time.process_time() < started + 0.2:
+    started = time.thread_time()
+    while time.thread_time() < started + 0.2:
         pass
     meter.add("working")
     spent = meter.take()
     assert spent["waiting"] >= 0.05
-    assert spent["working"] >= spent["cpu"] >= 0.2
+    assert spent["working"] >= 0.2
+    assert spent["cpu"] >= 0.2  # of all threads, so it may exceed the time by the clock
     assert meter.take() == {}
 
 
