@@ -46,6 +46,7 @@ function latest(run) {
 
 let about = null;
 const state = { cuts: [], view: { text: "", language: "", host: "", concept: "" }, show: "sample", text: "", like: null };
+const marked = new Map(); // labels given on this page, by row: tiles that were asked for before do not know them
 const cards = new Map(); // by the number of a cut, or by the name of a score without one
 
 const score = (name) => about.scores.find((one) => one.name === name);
@@ -167,11 +168,14 @@ function tile(row) {
   const picture = make("img", { src: `picture/${row.id}`, alt: "", loading: "lazy", decoding: "async" });
   picture.addEventListener("error", () => picture.replaceWith(make("div", { class: "missing", role: "img", "aria-label": "no picture" })));
   const about_it = row.caption.slice(0, 60);
-  const mark = (label, word) => make("button", { type: "button", "data-label": label, "aria-pressed": String(row.label === label), "aria-label": `${word}: ${about_it}`, onclick: async (event) => {
-    row.label = row.label === label ? null : label;
+  if (marked.has(row.id)) row.label = marked.get(row.id);
+  const mark = (value, word) => make("button", { type: "button", "data-label": value, "aria-pressed": String(row.label === value), "aria-label": `${word}: ${about_it}`, onclick: async () => {
+    const label = row.label === value ? null : value;
     try {
-      about.labels = (await ask("label", { id: row.id, label: row.label })).labels;
-      for (const button of event.target.closest(".marks").querySelectorAll("[data-label]")) button.setAttribute("aria-pressed", String(row.label === Number(button.dataset.label)));
+      about.labels = (await ask("label", { id: row.id, label })).labels;
+      row.label = label;
+      marked.set(row.id, label);
+      for (const button of document.querySelectorAll(`[data-id="${row.id}"] [data-label]`)) button.setAttribute("aria-pressed", String(label === Number(button.dataset.label)));
       say(null);
     } catch (error) { say(error); }
   } }, word);
