@@ -68,8 +68,8 @@ DROP = pa.schema(
 
 
 def is_number(dtype: pa.DataType) -> bool:
-    """True for numbers, and for a column without any value."""
-    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
+    """True for integers, floats and decimals; false for the type of a column without any value, null."""
+    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
     return any(is_kind(dtype) for is_kind in kinds)
 
 

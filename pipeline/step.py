@@ -95,14 +95,17 @@ class Step:
         return self.__dict__.get("_label") or self.name()
 
     def __getstate__(self) -> dict[str, Any]:
-        options = {f.name: _absolute(getattr(self, f.name)) for f in fields(self) if f.metadata.get("file")}
-        return self.__dict__ | options
+        return self.__dict__ | self._paths()
 
     def files(self) -> list[str]:
         """The local files and folders that the options name, by the paths at which workers open them."""
-        values = [_absolute(getattr(self, f.name)) for f in fields(self) if f.metadata.get("file")]
+        values = self._paths().values()
         paths = [path for value in values for path in (value.values() if isinstance(value, dict) else [value])]
         return [path for path in paths if isinstance(path, str) and os.path.exists(path)]
+
+    def _paths(self) -> dict[str, Any]:
+        """The options that name files, with absolute paths."""
+        return {f.name: _absolute(getattr(self, f.name)) for f in fields(self) if f.metadata.get("file")}
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields `(key, problem)` for every unusable option, before anything starts."""

@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.cuts import BINS, Cut, Rows, View
+from pipeline.cuts import BINS, Cut, Rows, View, score_columns
 from pipeline.filters.threshold import Threshold
+from pipeline.score_mixture import is_scalar
 from pipeline.step import apply
 
 N = 3000
@@ -162,3 +163,9 @@ def test_no_rows() -> None:
     rows = Rows(np.empty((0, 2), np.int32), texts, {})
     found = rows.summary((), View(text="x"), [])
     assert (found["rows"], found["kept"], found["hosts"]) == (0, 0, [])
+
+
+def test_a_column_without_any_value_is_no_score() -> None:
+    types = {"row": pa.int32(), "uid": pa.string(), "a": pa.float32(), "b": pa.decimal128(5, 2), "empty": pa.null()}
+    assert score_columns(types) == ["a", "b"]
+    assert not is_scalar(pa.null())

@@ -50,48 +50,38 @@ def test_the_clusters_equal_those_of_comparing_all_pairs(crowd: str, max_hamming
     np.testing.assert_array_equal(clusters(hashes, max_hamming), by_comparing_all(hashes, max_hamming))
 
 
-def test_crowded_hashes_are_not_compared_pairwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared = 0
+def compared(hashes: np.ndarray) -> int:
+    """How many pairs a search compares that finds one cluster."""
+    count = 0
 
     class Counting:
         def __getattr__(self, name: str) -> object:
             return getattr(np, name)
 
         def bitwise_count(self, values: np.ndarray) -> np.ndarray:
-            nonlocal compared
-            compared += len(values)
+            nonlocal count
+            count += len(values)
             return np.bitwise_count(values)
 
-    monkeypatch.setattr(hash_clusters, "np", Counting())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hash_clusters, "np", Counting())
+        assert not clusters(hashes, 4).any()
+    return count
+
+
+def test_crowded_hashes_are_not_compared_pairwise() -> None:
     # All 16-bit numbers: no two blocks of the upper 48 bits distinguish any of them.
     hashes = np.arange(1 << 16, dtype=np.uint64)
-    assert not clusters(hashes, 4).any()
-    assert compared < len(hashes) ** 2 / 100
+    assert compared(hashes) < len(hashes) ** 2 / 100
 
 
 def test_a_bucket_of_many_hashes_costs_linear_time() -> None:
     """200,000 hashes in one bucket of most masks: they agree in their first 40 bits."""
     rng = np.random.default_rng(0)
-
-    def compared(n: int) -> int:
-        hashes = np.unique(np.uint64(0xABCDEF0123) << np.uint64(24) | rng.integers(0, 2**24, n, np.uint64))
-        count = 0
-
-        class Counting:
-            def __getattr__(self, name: str) -> object:
-                return getattr(np, name)
-
-            def bitwise_count(self, values: np.ndarray) -> np.ndarray:
-                nonlocal count
-                count += len(values)
-                return np.bitwise_count(values)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(hash_clusters, "np", Counting())
-            assert not clusters(hashes, 4).any()
-        return count
-
-    half, whole = compared(100_000), compared(200_000)
+    half, whole = (
+        compared(np.unique(np.uint64(0xABCDEF0123) << np.uint64(24) | rng.integers(0, 2**24, n, np.uint64)))
+        for n in (100_000, 200_000)
+    )
     assert whole < 200 * 200_000
     assert whole < 2.5 * half
 

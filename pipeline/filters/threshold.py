@@ -68,7 +68,7 @@ class Threshold(Filter):
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
         dtype = types.get(self.column)
-        if dtype is not None and not is_number(dtype):
+        if dtype is not None and not comparable(dtype):
             yield "column", f"the column {self.column!r} must hold numbers, found type {dtype}"
 
     def judge(self, batch: pa.Table) -> pa.StringArray:
@@ -155,9 +155,14 @@ class Threshold(Filter):
 
     def _values(self, table: pa.Table) -> np.ndarray:
         column = table[self.column]
-        if not is_number(column.type):
+        if not comparable(column.type):
             raise ValueError(f"{self.label}: column {self.column!r} must hold numbers, found {column.type}")
         return numbers(column)
+
+
+def comparable(dtype: pa.DataType) -> bool:
+    """True for what a threshold takes: numbers, or a column without any value, whose rows are dropped as `missing`."""
+    return is_number(dtype) or pa.types.is_null(dtype)
 
 
 def wanted(fraction: float, rows: int) -> int:

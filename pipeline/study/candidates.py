@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.filters.threshold import comparable
 from pipeline.hashing import hash64
 from pipeline.reader import Run
-from pipeline.schema import is_number
 from pipeline.study.study_plan import StudyError
 from trainer import atomic
 from trainer.command import progress
@@ -116,7 +116,7 @@ def open_candidates(run: Run, after: str, columns: Sequence[str], folder: Path) 
     types = run.columns(after)
     kinds = {}
     for name in columns:
-        if name in types and not is_number(types[name]):
+        if name in types and not comparable(types[name]):
             raise StudyError(f"cuts: the column {name!r} must hold numbers, found {types[name]}")
         narrow = name in types and types[name] in (pa.float16(), pa.float32())
         kinds[name] = "float32" if narrow else "float64"
