@@ -13,7 +13,7 @@ from trainer.data import Shards, ShardsError
 from trainer.evaluate.__main__ import main
 from trainer.evaluate.classes import open_labelled, read_templates
 from trainer.evaluate.features import Encoder, nearest
-from trainer.evaluate.retrieval import recalls
+from trainer.evaluate.retrieval import aucs, recalls
 from trainer.evaluate.samples import EvaluationError, Sample, read_pictures, webdataset_shards
 from trainer.evaluate.zeroshot import accuracy
 from trainer.model import open_clip
@@ -78,9 +78,41 @@ def test_recalls_are_those_of_a_full_sort_with_several_captions_an_image() -> No
         assert got[f"text_retrieval_recall@{k}"] == pytest.approx(hit[1].double().mean().item())
 
 
+def test_aucs_are_those_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.evaluate.features.TILE", 13)  # several blocks, the last one smaller
+    torch.manual_seed(0)
+    images, owners = torch.randn(20, 8), torch.cat([torch.arange(20), torch.randint(0, 20, (27,))])
+    texts = images[owners] + 3 * torch.randn(47, 8)
+    images[3] = images[5]  # a tie
+    scores = (texts @ images.T).tolist()
+    for_texts = [
+        (own > other) + (own == other) / 2
+        for row, i in zip(scores, owners.tolist())
+        for own in [row[i]]
+        for j, other in enumerate(row)
+        if j != i
+    ]
+    for_images = [
+        (scores[own][i] > scores[other][i]) + (scores[own][i] == scores[other][i]) / 2
+        for own, i in enumerate(owners.tolist())
+        for other in range(47)
+        if owners[other] != i
+    ]
+    got = aucs(images, texts, owners, CPU)
+    assert 0.5 < got["image_retrieval_auc"] < 1
+    assert got["image_retrieval_auc"] == pytest.approx(sum(for_texts) / len(for_texts))
+    assert got["text_retrieval_auc"] == pytest.approx(sum(for_images) / len(for_images))
+
+
+def test_a_single_image_has_no_auc() -> None:
+    single = aucs(torch.ones(1, 4), torch.ones(3, 4), torch.zeros(3, dtype=torch.int64), CPU)
+    assert single == {"image_retrieval_auc": None, "text_retrieval_auc": None}
+
+
 def test_a_collapsed_model_does_not_look_perfect() -> None:
-    same = torch.ones(50, 4)
-    assert recalls(same, same, torch.arange(50), CPU)["image_retrieval_recall@10"] <= 0.2
+    same, owners = torch.ones(50, 4), torch.arange(50)
+    assert recalls(same, same, owners, CPU)["image_retrieval_recall@10"] <= 0.2
+    assert aucs(same, same, owners, CPU) == {"image_retrieval_auc": 0.5, "text_retrieval_auc": 0.5}
 
 
 def test_nearest_in_tiles_is_nearest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,13 @@
-"""Retrieval in both directions: R@1, 5 and 10 of images for captions and of captions for images.
+"""Retrieval in both directions: R@1, 5 and 10 of images for captions and of captions for images, and the AUC.
 
 DATA is a folder of shards (or the run around it), where each caption belongs to its own image alone, or
 CLIP_benchmark's WebDataset layout (test/*.tar with KEY.jpg and KEY.txt, dataset_type.txt saying `retrieval`), where
 KEY.txt holds a caption a line, as for COCO and Flickr30k. A caption finds its image if that is among the nearest K; an
 image finds its captions if at least one of them is.
+
+The AUC is the probability that a caption is nearer to its own image than to another one, and an image nearer to a
+caption of its own than to one of another image; 0.5 is guessing. It uses every rank instead of the first K, so it tells
+weak models apart on fewer images.
 
     python -m trainer.evaluate retrieval --model runs/demo/model --data runs/heldout
 """
@@ -32,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """`image_retrieval_recall@K` (from a caption to its image) and `text_retrieval_recall@K`, from 0 to 1."""
+    """`image_retrieval_recall@K` and `image_retrieval_auc` (from a caption to its image), `text_retrieval_recall@K` and
+    `text_retrieval_auc`, all from 0 to 1. With a single image, the AUC is None."""
     import torch
 
     samples, total = open_captioned(args.data)
@@ -46,7 +51,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         seen += len(batch)
     if not seen:
         raise EvaluationError(f"{args.data}: no images")
-    return recalls(torch.cat(images), torch.cat(texts), torch.tensor(owners), encoder.device)
+    found = torch.cat(images), torch.cat(texts), torch.tensor(owners)
+    return {**recalls(*found, encoder.device), **aucs(*found, encoder.device)}
 
 
 def recalls(images: Tensor, texts: Tensor, owners: Tensor, device: torch.device) -> dict[str, float]:
@@ -62,6 +68,35 @@ def recalls(images: Tensor, texts: Tensor, owners: Tensor, device: torch.device)
         metrics[f"image_retrieval_recall@{k}"] = found_images[:, :k].any(dim=1).double().mean().item()
         metrics[f"text_retrieval_recall@{k}"] = found_texts[:, :k].any(dim=1).double().mean().item()
     return metrics
+
+
+def aucs(images: Tensor, texts: Tensor, owners: Tensor, device: torch.device) -> dict[str, float | None]:
+    """AUCs of images (N, D) and texts (M, D), caption i belonging to image `owners[i]`; None for a single image."""
+    import torch
+
+    numbers = torch.arange(len(images))
+    return {
+        "image_retrieval_auc": _auc(texts, images, owners, numbers, device),
+        "text_retrieval_auc": _auc(images[owners], texts, torch.arange(len(texts)), owners, device),
+    }
+
+
+def _auc(queries: Tensor, candidates: Tensor, right: Tensor, image: Tensor, device: torch.device) -> float | None:
+    """The share of (query, candidate of another image) pairs with the candidate `right[query]` nearer to the query than
+    the other; a tie counts half. `image` numbers the image of each candidate."""
+    from trainer.evaluate.features import TILE
+
+    candidates, right, image = candidates.to(device), right.to(device), image.to(device)
+    wins = pairs = 0.0
+    # Whole rows: a right candidate and its copies then come from one product, so that equal scores compare equal.
+    rows = max(1, TILE * TILE // len(candidates))
+    for some, own in zip(queries.split(rows), right.split(rows)):
+        scores = some.to(device, candidates.dtype) @ candidates.T
+        own_scores = scores.gather(1, own[:, None])
+        others = image[None, :] != image[own][:, None]
+        wins += ((scores < own_scores) & others).sum().item() + ((scores == own_scores) & others).sum().item() / 2
+        pairs += others.sum().item()
+    return wins / pairs if pairs else None
 
 
 def open_captioned(data: str) -> tuple[Iterator[Sample], int | None]:
