@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -23,6 +23,8 @@ TOKENS = "nodes"
 """The folder in a run directory to which nodes write to prove access; removed afterwards."""
 NODE_SECONDS = 120.0
 """Seconds a node has to answer; it may have to start a worker and unpack an environment first."""
+STARTS = 3
+"""Attempts to start Ray on this machine. Ray gives each one 30 s, which a busy machine may exceed."""
 
 _CANNOT_RUN = "cannot run Winnow"
 
@@ -33,35 +35,69 @@ class StartError(Exception):
     """Ray could not be started or joined."""
 
 
-def start_ray(workers: int | None) -> None:
+def start_ray(workers: int | None, say: Callable[[str], None]) -> None:
     """Joins the cluster at RAY_ADDRESS (set by `ray job submit`), or starts Ray on this machine.
 
-    A Ray started here ends with this process, however it ends. A joined cluster keeps running. Raises StartError.
+    A Ray started here ends with this process, however it ends. A joined cluster keeps running. `say` prints a line.
+    Raises StartError.
     """
     global _keeper
-    debug = bool(os.environ.get("WINNOW_DEBUG"))
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": debug}
     if joined():
-        options["address"] = os.environ["RAY_ADDRESS"]
-        _probe(options["address"])
+        address = os.environ["RAY_ADDRESS"]
+        _probe(address)
+        try:
+            _init(address=address)
+        except Exception as error:
+            raise StartError(f"{_failure(error)} {GOES_ON}") from error
     else:
-        _keeper = Keeper()
         store_bytes = 1 << 30  # holds only columns of barriers, and spills to disk
-        cpus = max(workers or os.cpu_count() or 1, 1)
-        options |= {
-            "address": "local",
-            "num_cpus": cpus,
-            "include_dashboard": False,
-            "object_store_memory": store_bytes,
+        _keeper = start_local(max(workers or os.cpu_count() or 1, 1), store_bytes, say)
+
+
+def start_local(cpus: int, store_bytes: int, say: Callable[[str], None]) -> Keeper:
+    """Starts Ray on this machine, with a new attempt if it fails. Ending the returned keeper kills all its processes.
+
+    `say` prints a line for each new attempt. Raises StartError after STARTS attempts.
+    """
+    for attempt in range(2, STARTS + 1):
+        try:
+            return _start_once(cpus, store_bytes)
+        except Exception as error:
+            say(f"{_failure(error)} Starting it again, attempt {attempt} of {STARTS}.")
+    try:
+        return _start_once(cpus, store_bytes)
+    except Exception as error:
+        raise StartError(f"{_failure(error)} {GOES_ON}") from error
+
+
+def _start_once(cpus: int, store_bytes: int) -> Keeper:
+    """Leaves no process when it fails."""
+    keeper = Keeper()
+    try:
+        _init(
+            address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=store_bytes,
             # A task process takes 1 s to start. Keeping idle ones for two minutes bridges a short actor pass without
             # holding memory during a long one.
-            "_system_config": {"idle_worker_killing_time_threshold_ms": 120_000},
-        }
+            _system_config={"idle_worker_killing_time_threshold_ms": 120_000},
+        )  # fmt: skip
+    except BaseException as error:
+        if isinstance(error, Exception):  # after a signal there is no time for it
+            ray.shutdown()
+        keeper.end()
+        raise
+    return keeper
+
+
+def _failure(error: Exception) -> str:
+    """What happened: a part of Ray died, or the machine is too busy."""
+    return f"Ray did not start: {str(error).partition(chr(10))[0]}"
+
+
+def _init(**options: Any) -> None:
+    """Calls `ray.init`, silently unless WINNOW_DEBUG is set."""
+    debug = bool(os.environ.get("WINNOW_DEBUG"))
     with contextlib.nullcontext() if debug else _quiet_core():
-        try:
-            ray.init(**options)
-        except Exception as error:  # a part of it died, or the machine is too busy
-            raise StartError(f"Ray did not start: {str(error).partition(chr(10))[0]} {GOES_ON}") from error
+        ray.init(logging_level=logging.ERROR, log_to_driver=debug, **options)
 
 
 def _probe(address: str) -> None:

@@ -120,7 +120,7 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
     events.command(checked.name, [p.label for p in passes])
     try:
         try:
-            cluster.start_ray(checked.workers)
+            cluster.start_ray(checked.workers, lambda line: console.print(line, markup=False, soft_wrap=True))
         except cluster.StartError as error:
             raise HaltError(str(error)) from None
         except SystemExit:  # Ray's own answer to a SIGTERM while it starts

@@ -27,15 +27,14 @@ def ray_address() -> Iterator[str]:
     """Starts a two-core Ray cluster once per session: joining it takes 1 s, starting one takes 5 s."""
     import ray
 
-    ray.init(
-        "local", num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False,
-        # As `pipeline.cluster` has it: by default the processes of a run end and start again between its passes.
-        _system_config={"idle_worker_killing_time_threshold_ms": 120_000},
-    )  # fmt: skip
+    from pipeline.cluster import start_local
+
+    keeper = start_local(cpus=2, store_bytes=200 << 20, say=print)
     # Ray's handler raises SystemExit, which would fail the current test and let the suite go on.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
+    keeper.end()
 
 
 @pytest.fixture(scope="session")
