@@ -115,6 +115,11 @@ def joined() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
+def lost_nodes() -> int:
+    """Number of nodes that have left the cluster, in order or not."""
+    return sum(not node["Alive"] for node in ray.nodes())
+
+
 def capacity(kind: str) -> int:
     """Current total of a resource ("CPU" or "GPU") over all nodes."""
     return int(ray.cluster_resources().get(kind, 0))

@@ -19,7 +19,7 @@ from itertools import chain, islice
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from pipeline import cluster, isolation
 from pipeline.meter import Meter, Spent
@@ -35,7 +35,7 @@ REPORT_EVERY = 0.5
 GROW_EVERY = 10.0
 """Seconds between two checks for room for more workers: nodes may join during a run."""
 MAX_FAILED_STARTS = 3
-"""Consecutive workers that may die during setup before the run fails."""
+"""Consecutive workers that may die during setup before the run fails. Workers lost with their node do not count."""
 
 
 def map_tasks(
@@ -223,6 +223,8 @@ class _WorkerHandle:
     """The driver's side of one worker."""
 
     actor: Any
+    lost_nodes: int
+    """Nodes that the cluster had lost when the worker started."""
     units: list[int] = field(default_factory=list)
     """Assigned and not yet committed, the oldest first."""
     ready: bool = False
@@ -248,12 +250,15 @@ class _WorkerPool:
 
     def grow(self, units: int) -> None:
         """Starts the workers that the cluster has room for, and that this many units can keep busy."""
-        for _ in range(min(units, self._most, max(1, cluster.capacity(self._resource))) - len(self.workers)):
-            self._start()
+        missing = min(units, self._most, max(1, cluster.capacity(self._resource))) - len(self.workers)
+        if missing > 0:
+            lost_nodes = cluster.lost_nodes()
+            for _ in range(missing):
+                self._start(lost_nodes)
 
-    def _start(self) -> None:
+    def _start(self, lost_nodes: int) -> None:
         actor = self._actor.remote(*self._arguments)
-        self.workers[actor.run.options(num_returns="streaming").remote()] = _WorkerHandle(actor)  # type: ignore[union-attr]
+        self.workers[actor.run.options(num_returns="streaming").remote()] = _WorkerHandle(actor, lost_nodes)  # type: ignore[union-attr]
 
     def submit_units(self) -> None:
         """Assigns units to the workers with the fewest: at most half of an equal share, so that all end together."""
@@ -279,14 +284,20 @@ class _WorkerPool:
                 raise
             del self.workers[stream]
             ray.kill(worker.actor)  # it may only be unreachable
-            self._failed_starts = 0 if worker.ready else self._failed_starts + 1
+            lost_nodes = cluster.lost_nodes()
+            if worker.ready:
+                self._failed_starts = 0
+            # Ray declares a node dead up to 15 s after its workers have become unreachable. A worker that dies alone
+            # is reported as dead by its node.
+            elif not isinstance(death, ActorUnavailableError) and lost_nodes == worker.lost_nodes:
+                self._failed_starts += 1
             if self._failed_starts == MAX_FAILED_STARTS:
                 raise RuntimeError(
                     f"{MAX_FAILED_STARTS} workers of {self._label} in a row died before they were ready: is there "
                     "enough memory?"
                 ) from None
             self.backlog.extendleft(reversed(worker.units))
-            self._start()
+            self._start(lost_nodes)
             return UnitReport()
         worker.ready = True
         for record in report.records:

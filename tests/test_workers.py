@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from pipeline import isolation
 from pipeline.passes import Pass, UnitReport
 from pipeline.recipe import Recipe
 from pipeline.step import Stage
-from pipeline.workers import _Worker
+from pipeline.workers import MAX_FAILED_STARTS, _Worker
 from tests.conftest import ROOT, Command
 from tests.fetch.process_tree import family
 from tests.test_passes import ROWS, ingested, recipe
@@ -63,6 +63,16 @@ class Dear(Stage):
             time.sleep(0.05)
         time.sleep(0.3)
         return batch.append_column("dear", pa.array(range(len(batch)), pa.int32()))
+
+@dataclass(kw_only=True)
+class Slow(Stage):
+    """A model that takes as long to load as the file `loading` exists."""
+    def setup(self):
+        note(os.getpid(), "workers")
+        while (Path(__file__).parent / "loading").exists():
+            time.sleep(0.05)
+    def process(self, batch):
+        return batch
 
 @dataclass(kw_only=True)
 class Look(Stage):
@@ -165,7 +175,7 @@ def project(tmp_path: Path) -> Path:
     rows = "".join(f"http://h/{i},picture number {i}\n" for i in range(400))
     (tmp_path / "p.csv").write_text("url,caption\n" + rows)
     (tmp_path / "mine").mkdir()
-    for name in ("__init__", "stillborn", "dear", "look"):
+    for name in ("__init__", "stillborn", "dear", "slow", "look"):
         (tmp_path / "mine" / f"{name}.py").write_text(STEPS)
     return tmp_path
 
@@ -199,15 +209,26 @@ def cluster() -> Iterator[Cluster]:
 
 
 @contextmanager
-def started(cluster: Cluster, project: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run on the cluster, as soon as its first unit is committed."""
+def started(cluster: Cluster, project: Path, there: Callable[[Path], bool]) -> Iterator[subprocess.Popen[str]]:
+    """A run on the cluster, as soon as something is `there`."""
     env = {**os.environ, "PYTHONPATH": f"{project}{os.pathsep}{ROOT}", "RAY_ADDRESS": cluster.address}
     argv = [sys.executable, "-m", "pipeline.run", "r.yaml"]
     with subprocess.Popen(argv, cwd=project, env=env, stdout=subprocess.PIPE, text=True) as driver:
         deadline = time.monotonic() + 200
-        while not list(project.glob("out/passes/dear-*/commits/*")) and time.monotonic() < deadline:
+        while not there(project) and time.monotonic() < deadline:
             time.sleep(0.05)
         yield driver
+
+
+def committed(project: Path) -> bool:
+    """Whether the run has committed a unit."""
+    return any(project.glob("out/passes/dear-*/commits/*"))
+
+
+def begun(project: Path) -> int:
+    """Number of workers that have begun."""
+    notes = project / "mine/workers"
+    return len(set(notes.read_text().split())) if notes.exists() else 0
 
 
 @pytest.mark.slow
@@ -215,8 +236,25 @@ def test_losing_a_node_only_costs_time(cluster: Cluster, project: Path) -> None:
     (project / "r.yaml").write_text(RECIPE.replace("STEPS", "mine.dear, mine.look"))
     node = cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
     cluster.wait_for_nodes()
-    with started(cluster, project) as driver:
+    with started(cluster, project, committed) as driver:
         cluster.remove_node(node, allow_graceful=False)
+        said, _ = driver.communicate(timeout=SECONDS)
+    assert driver.returncode == 0
+    assert "400 rows in = 400 kept + 0 dropped" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_order", [False, True])
+def test_workers_lost_with_a_node_are_no_failed_starts(cluster: Cluster, project: Path, in_order: bool) -> None:
+    (project / "r.yaml").write_text(RECIPE.replace("STEPS", "mine.slow"))
+    (project / "mine/loading").touch()
+    lost = MAX_FAILED_STARTS + 1
+    node = cluster.add_node(num_cpus=lost, object_store_memory=STORE_BYTES)
+    cluster.wait_for_nodes()
+    with started(cluster, project, lambda it: begun(it) == 1 + lost) as driver:
+        cluster.remove_node(node, allow_graceful=in_order)
+        time.sleep(5)  # it hears of all of them
+        (project / "mine/loading").unlink()
         said, _ = driver.communicate(timeout=SECONDS)
     assert driver.returncode == 0
     assert "400 rows in = 400 kept + 0 dropped" in said
@@ -226,12 +264,12 @@ def test_losing_a_node_only_costs_time(cluster: Cluster, project: Path) -> None:
 def test_a_node_that_joins_later_gets_work(cluster: Cluster, project: Path) -> None:
     (project / "r.yaml").write_text(RECIPE.replace("STEPS", "mine.dear").replace("unit_rows: 50", "unit_rows: 4"))
     (project / "mine/wanted").write_text("3")
-    with started(cluster, project) as driver:
+    with started(cluster, project, committed) as driver:
         cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
         said, _ = driver.communicate(timeout=SECONDS)
     assert driver.returncode == 0
     assert "400 rows in = 400 kept + 0 dropped" in said
-    assert len(set((project / "mine/workers").read_text().split())) == 3
+    assert begun(project) == 3
 
 
 def may_unshare() -> bool:
