@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 from pipeline import lifetime
-from tests.conftest import ROOT
+from tests.conftest import HUNG, ROOT
 from tests.fetch.process_tree import family
 
-SECONDS = 60.0
 WATCHING = """
 import sys, time
 from pipeline import lifetime
@@ -64,8 +63,8 @@ def started(script: str, *words: str) -> subprocess.Popen[str]:
 
 
 def gone(pid: int) -> bool:
-    """Waits for a process to end. Returns False if it is still there after SECONDS."""
-    end = time.monotonic() + SECONDS
+    """Waits for a process to end. Returns False if it is still there after HUNG."""
+    end = time.monotonic() + HUNG
     while time.monotonic() < end:
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
@@ -91,7 +90,7 @@ def test_a_signal_or_a_lost_cluster_ends_the_command(
         else:
             command.send_signal(number)
             why = f"interrupted by {number.name}. Run the same command again"
-        out, errors = command.communicate(timeout=SECONDS)
+        out, errors = command.communicate(timeout=HUNG)
     assert (command.returncode, first + out) == (status, said)
     assert errors.startswith(why)
     assert errors.count("\n") == 1, "one line, no traceback"

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from pipeline import RunError, claim, open_run, verify
 from pipeline.storage import Store
-from tests.conftest import ROOT, Command
+from tests.conftest import HUNG, ROOT, Command
 from tests.test_reader import like
 from tests.test_run import furnish, shards
 
@@ -53,7 +53,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         patch.setattr(sys, "path", [*sys.path, folder])  # what is installed here comes first
         try:
             fs = Store("s3://bucket").fs
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + HUNG
             while True:
                 try:
                     fs.mkdir("bucket")

@@ -92,10 +92,10 @@ def _exported(*words: str) -> list[str]:
     """Lines of Ray's metrics with these words, as soon as there are some."""
     import ray
 
-    end = time.monotonic() + 60
+    end = time.monotonic() + HUNG
     while time.monotonic() < end:
         for node in ray.nodes():
-            with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=5) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=60) as answer:
                 lines = [line for line in answer.read().decode().splitlines() if all(word in line for word in words)]
             if lines:
                 return lines

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import HUNG
+
 CHECKOUT = Path(__file__).parent.parent
 ENV = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
@@ -52,7 +54,7 @@ def test_a_recipe_from_init_runs_and_verifies(installed: Path, tmp_path: Path) -
         call(installed, "run", "demo.yaml", allow, folder=tmp_path, seconds=600)
     finally:
         web.terminate()
-        web.wait(timeout=30)
+        web.wait(timeout=HUNG)
     assert "the books balance" in call(installed, "verify", "runs/demo", folder=tmp_path)
     assert json.loads((tmp_path / "runs/demo/shards/manifest.json").read_text())["samples"] > 20
 

@@ -53,7 +53,7 @@ class Server:
         ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main(ready)), daemon=True)
         self._thread.start()
-        assert ready.wait(10)
+        assert ready.wait(60)
         self.addr = f"127.0.0.1:{self.port}"
         self.url = f"http://{self.addr}"
 
@@ -77,7 +77,7 @@ class Server:
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(60)
 
     async def _chirp(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.canary_hits += 1

@@ -32,6 +32,7 @@ from pipeline.fetch import client as client_module
 from pipeline.fetch import resolver as resolver_module
 from pipeline.fetch.reasons import find
 from pipeline.stages.download import Download
+from tests.conftest import HUNG
 from tests.fetch import process_tree
 from tests.fetch.certificates import issue
 from tests.fetch.hostile_images import chunk, encoded, gif, jpeg_claiming, png, webp_canvas, webp_lossless
@@ -383,7 +384,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, folder), daemon=True)
     process.start()
-    assert ours.poll(60), "the server did not start"
+    assert ours.poll(HUNG), "the server did not start"
     port, canary = ours.recv()
     forever = threading.Event()
     asked: Counter[str] = Counter()

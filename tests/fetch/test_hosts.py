@@ -298,14 +298,12 @@ def test_one_client_keeps_the_rate_without_a_limiter() -> None:
 
 def test_a_dead_host_with_a_thousand_rows_costs_the_time_of_a_few() -> None:
     with serving({"a": silence}) as server:
-        started = time.monotonic()
         silent = Politeness(robots_txt=False, tdmrep_json=False)
         results = fetch_all(server, [f"{server.url}/a"] * 1000, silent, timeout=0.3)
-        assert time.monotonic() - started < 30  # eight at a time, all of them would take 37 s
         found = reasons(results)
         assert found.keys() == {"deadline", "host_down"}
         assert found["deadline"] < 10 + 8  # ten consecutive failures, and those in flight by then
-        assert server.hits["a"] < 10 + 8
+        assert server.hits["a"] < 10 + 8  # eight at a time: 0.9 s, and not 37 s
         downs = [r for r in results if isinstance(r, FetchError) and r.reason == "host_down"]
         assert "last: deadline" in downs[-1].detail
 
@@ -425,11 +423,11 @@ def test_crawl_delay_is_obeyed() -> None:
 
 def test_fetching_robots_txt_does_not_count_against_timeout() -> None:
     async def late(server: Server, writer: asyncio.StreamWriter, headers: dict[str, str]) -> None:
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(4)
         await answer("404 None")(server, writer, headers)
 
-    with serving({"robots.txt": late, "a": slow(1.5)}) as server:
-        assert fetch_all(server, [f"{server.url}/a"], timeout=2.8, retries=0) == [JPEG]
+    with serving({"robots.txt": late, "a": OK}) as server:
+        assert fetch_all(server, [f"{server.url}/a"], timeout=3, retries=0) == [JPEG]
 
 
 def test_tdm_reservation_on_any_hop() -> None:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.conftest import HUNG
 from tests.fetch import process_tree
 from tests.fetch.fetching import AREA, CAP
 from tests.fetch.hostile_images import encoded, smooth
@@ -83,7 +84,7 @@ def server(kinds: Sequence[str] = ()) -> Iterator[int]:
     process = SPAWN.Process(target=serve, args=(theirs, kinds), daemon=True)
     process.start()
     try:
-        assert ours.poll(120), "the server did not start"
+        assert ours.poll(HUNG), "the server did not start"
         yield ours.recv()
     finally:
         process.terminate()
@@ -104,7 +105,7 @@ def fetch(port: int, paths: Sequence[str], rows: int) -> tuple[Progress, int, li
                     if time.monotonic() - measured > 0.2:
                         course.append((progress.rows, process_tree.memory(worker.pid)))
                         measured = time.monotonic()
-            worker.communicate(timeout=30)
+            worker.communicate(timeout=HUNG)
         finally:
             worker.kill()
     return progress, peak[0], course

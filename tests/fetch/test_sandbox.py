@@ -21,6 +21,7 @@ from pipeline.fetch import sandbox as sandbox_module
 from pipeline.fetch.decoder import Decoder, Rules, decode
 from pipeline.fetch.reasons import REASONS, FetchError
 from pipeline.fetch.sandbox import MAX_ATTEMPTS, MAX_FAILED_STARTS, Sandbox, SandboxError
+from tests.conftest import HUNG
 from tests.fetch.hostile_images import smooth
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="what only Linux offers")
@@ -288,7 +289,7 @@ def test_a_killed_parent_leaves_no_process() -> None:
     assert parent.stdout.readline() == b"begun\n"
     parent.kill()
     # The child shares this pipe: it ends when both are gone.
-    assert parent.communicate(timeout=60) == (b"", None)
+    assert parent.communicate(timeout=HUNG) == (b"", None)
 
 
 def test_a_child_has_no_terminal_and_no_files_of_its_parent() -> None:

@@ -29,6 +29,9 @@ from pipeline.stages.download import Download
 from pipeline.step import apply
 from tests.fetch.server import JPEG, Server, answer, jpeg, redirect, reset, serving, silence
 
+PATIENCE = 60.0
+"""Seconds for what takes a moment on an idle machine."""
+
 
 async def quick(server: Server, writer: asyncio.StreamWriter, headers: dict[str, str]) -> None:
     await asyncio.sleep(0.02)
@@ -67,7 +70,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_thread_is_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
-    for _ in range(100):
+    for _ in range(1000):
         left = [t.name for t in set(threading.enumerate()) - before if t.name.startswith(("rows", "decode", "dns"))]
         if not left:
             return
@@ -76,7 +79,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 def step(server: Server, **options: Any) -> Download:
-    options = {"allow_addrs": [server.addr], "timeout": 5.0, "per_host": 32, **options}
+    options = {"allow_addrs": [server.addr], "timeout": PATIENCE, "per_host": 32, **options}
     step = Download(**options)
     assert list(step.check()) == []
     step.setup()
@@ -110,7 +113,7 @@ def test_publisher_statements_are_kept_with_the_picture() -> None:
     said = "Content-Usage: train-ai=y, search=n\ntdm-reservation: 0"
     with serving(answers) as server:
         urls: list[str | None] = [f"{server.url}/{name}" for name in answers]
-        obeyed = step(server, timeout=60).process(unit(urls))
+        obeyed = step(server, timeout=PATIENCE).process(unit(urls))
         ignored = step(server, timeout=60, content_usage=[]).process(unit(urls))
     assert obeyed["drop_reason"].to_pylist() == [None, None, "opted_out"]
     assert obeyed["usage"].to_pylist() == [None, said, None]
@@ -173,34 +176,26 @@ def test_urls_that_are_not_utf8_are_handled(server: Server) -> None:
     assert step(server).process(batch)["drop_reason"].to_pylist() == ["bad_url", None]
 
 
-def test_slow_hosts_overlap_with_the_next_units(server: Server) -> None:
-    """Five units with silent rows take one deadline, not five, and fast rows do not wait."""
-    urls = [f"{server.url}/silent"] * 3 + [f"{server.url}/quick"] * 40
-    started = time.monotonic()
-    first_of_last = None
-    out = []
-    for table in step(server, timeout=5).stream(unit(urls, n) for n in range(5)):
-        out.append(table)
-        if first_of_last is None and 4 in table["unit"].to_pylist():
-            first_of_last = time.monotonic() - started
-    assert time.monotonic() - started < 12  # not 25
-    assert first_of_last is not None
-    assert first_of_last < 5
-    counts = Counter(pa.concat_tables(out)["drop_reason"].to_pylist())
-    assert counts == {"deadline": 15, None: 200}
+def test_slow_hosts_overlap_with_the_next_units() -> None:
+    """The silent rows of five units wait for their deadline at the same time, and fast rows do not wait."""
+    with serving({"silent": silence, "quick": quick}) as server:
+        urls = [f"{server.url}/silent"] * 3 + [f"{server.url}/quick"] * 40
+        out = pa.concat_tables(step(server, timeout=5).stream(unit(urls, n) for n in range(5)))
+        assert server.most_open["silent"] == 15
+    reasons = out["drop_reason"].to_pylist()
+    assert out["unit"].to_pylist().index(4) < reasons.index("deadline")
+    assert Counter(reasons) == {"deadline": 15, None: 200}
 
 
 def test_a_busy_host_does_not_hold_up_the_others() -> None:
-    """After hundreds of rows of a slow host, two at a time, a row of another host is served at once."""
-    with serving({"quick": quick}) as slow:
+    """After hundreds of rows of a silent host, two at a time, a row of another host is served at once."""
+    with serving({"silent": silence}) as silent:
         # The other host may not be dialled, so its row is refused at once.
-        urls = [f"{slow.url}/quick"] * 300 + ["http://127.0.0.2/ok"]
-        started = time.monotonic()
-        stream = step(slow, per_host=2, concurrency=8).stream([unit(urls)])
-        assert 300 in next(stream)["row"].to_pylist()
-        assert time.monotonic() - started < 1.5
+        urls = [f"{silent.url}/silent"] * 300 + ["http://127.0.0.2/ok"]
+        stream = step(silent, per_host=2, concurrency=8, timeout=PATIENCE).stream([unit(urls)])
+        assert next(stream)["row"].to_pylist() == [300]
         stream.close()  # type: ignore[attr-defined]
-        assert slow.most_open["quick"] == 2
+        assert silent.most_open["silent"] <= 2
 
 
 def test_input_is_pulled_only_when_there_is_room(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,11 +219,12 @@ def test_input_is_pulled_only_when_there_is_room(server: Server, monkeypatch: py
 
 
 def test_a_consumer_that_stops_leaks_nothing(server: Server) -> None:
-    stream = step(server, timeout=60).stream([unit([f"{server.url}/{n}" for n in ("ok", "silent") * 50])])
+    urls = [f"{server.url}/{n}" for n in ("ok", "silent") * 50]
+    stream = step(server, timeout=PATIENCE).stream([unit(urls)])
     next(stream)
     started = time.monotonic()
     stream.close()  # type: ignore[attr-defined]
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < PATIENCE / 2
 
 
 def test_an_error_of_the_input_reaches_the_consumer(server: Server) -> None:
@@ -237,7 +233,7 @@ def test_an_error_of_the_input_reaches_the_consumer(server: Server) -> None:
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
-        list(step(server, timeout=60).stream(units()))
+        list(step(server, timeout=PATIENCE).stream(units()))
 
 
 def test_an_internal_error_drops_only_its_row(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +254,7 @@ def test_a_lost_decoder_drops_only_its_row(server: Server, monkeypatch: pytest.M
     """A decoder that dies, hangs or exhausts memory on some bodies, among many good ones."""
     monkeypatch.setattr(download_module, "Decoder", Treacherous)
     names = ["ok", "kill", "ok", "hang", "ok", "eat", "ok"] + ["large"] * 60
-    out = step(server, decode_timeout=1.0).process(unit([f"{server.url}/{n}" for n in names]))
+    out = step(server, decode_timeout=3.0).process(unit([f"{server.url}/{n}" for n in names]))
     reasons = out["drop_reason"].to_pylist()
     assert reasons[:7] == [None, "decoder_crash", None, "decoder_timeout", None, "decoder_memory", None]
     assert set(reasons[7:]) == {None}

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.stages.clip_score import ClipScore, masked
 from pipeline.stages.text_overlap import TextOverlap, overlap
+from tests.conftest import HUNG
 from tests.tables import check_filter, make_batch, run_step
 
 RED = "tests.plugins:RedBox"
@@ -82,7 +83,7 @@ def test_an_engine_that_is_not_there() -> None:
         "from pipeline.stages.text_overlap import TextOverlap\n"
         "print(list(TextOverlap().check()))"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HUNG, check=True).stdout
     assert "pip install 'winnow-clip[ocr]'" in said
 
 

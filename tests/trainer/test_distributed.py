@@ -158,7 +158,7 @@ def test_sigterm_to_torchrun_writes_a_checkpoint_that_the_same_command_resumes_f
                 break
         ranks = [pid for pid in family(torchrun.pid) if pid != torchrun.pid]
         torchrun.send_signal(signal.SIGTERM)
-        said = torchrun.communicate(timeout=200)[1]
+        said = torchrun.communicate(timeout=HUNG)[1]
     assert torchrun.returncode == 1, said  # torchrun's own status; it prints what its ranks ended with
     assert said.count("stopped by SIGTERM; the same command resumes") == 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)

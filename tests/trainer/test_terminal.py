@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import HUNG, ROOT
 from trainer.terminal import Console, guarded, mask, masked, one_line, visible
 
 
@@ -124,7 +124,7 @@ def test_a_signal_ends_a_command_with_a_line_and_leaves_no_part(
         assert command.stdout.readline() == "ready\n"
         assert len(list(tmp_path.iterdir())) == 1
         command.send_signal(number)
-        _, said = command.communicate(timeout=60)
+        _, said = command.communicate(timeout=HUNG)
     assert (command.returncode, said) == (status, line)
     assert not list(tmp_path.iterdir())
 
@@ -149,7 +149,7 @@ print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
 
 def test_a_child_of_a_command_dies_of_sigterm_without_a_line() -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", FORKING], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", FORKING], env=env, capture_output=True, text=True, timeout=HUNG)
     assert (done.stdout, done.stderr) == (f"{signal.SIGTERM.value}\nTrue\n", "")
 
 
