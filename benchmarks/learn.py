@@ -10,15 +10,16 @@ rows with each single score: AUC, and precision among the same number of kept ro
 
 With `--train`, trains `conf/train_demo.yaml` on SAMPLES samples for each way of choosing rows and each seed. All arms
 choose from the rows without labels. `none` takes all; `clean` those that are good by the truth; the others as many as
-there are good ones. The metric is zero-shot top-1 of the colours of held-out scenes. The arms are compared as those of
-a study are (`pipeline.study.statistics`). What is there already in WORK is not made again.
+there are good ones. Scores that choose the same rows are one arm. The metric is zero-shot top-1 of the colours of
+held-out scenes. The arms are compared as those of a study are (`pipeline.study.statistics`). What is there already in
+WORK is not made again.
 
 With `--web`, another web takes the place of the demo's. FOLDER has `truth.parquet` with the columns `url, caption,
 kind`, and `of`, the name of the picture that a row shows. The site must be served at these urls, on loopback. Rows of
 the kinds of `--good` are good, the first of them the originals that those of `--copies` repeat. Rows that repeat both
-url and caption are left out. The metric is then retrieval on `--heldout`, captioned pictures as for
-`trainer.evaluate retrieval`. The pool gets the truth as a column `good`, which no step reads, so that a study of
-`WORK/measured` can have it as a cut.
+url and caption are left out. The metric is then the AUC with which a caption finds its picture in `--heldout`,
+captioned pictures as for `trainer.evaluate retrieval`. The pool gets the truth as a column `good`, which no step
+reads, so that a study of `WORK/measured` can have it as a cut.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from pipeline import learn, open_run, score_mixture
 from pipeline.demo import run as demo
 from pipeline.demo import truth, web
 from pipeline.hashing import uniform
-from pipeline.study.arms import Trainer, index_pictures, write_subset
+from pipeline.study.arms import Arm, Trainer, index_pictures, write_subset
 from pipeline.study.candidates import open_candidates
 from pipeline.study.statistics import compare as compare_arms
 from pipeline.study.statistics import interval, noise_of
@@ -54,6 +55,7 @@ from trainer.terminal import Console
 SCORES = ["clip_score", "language_score", "original_width", "original_height", "original_bytes"]
 VECTORS = ["image_embedding", "text_embedding"]
 MIXTURES = {"mixture": SCORES, "mixture+vectors": [*SCORES, *VECTORS]}
+ARMS = ["none", "clean", *MIXTURES, *SCORES, "random"]
 SHARES = (0.3, 0.5)
 CONFIG = "conf/train_demo.yaml"
 STEPS = """
@@ -76,7 +78,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, metavar="SAMPLES", help="train each arm on so many samples")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="models trained at a time")
-    parser.add_argument("--arms", nargs="+", help="train these arms only")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="train these arms only")
     parser.add_argument("--web", type=Path, metavar="FOLDER", help="a web that is served, instead of the demo's")
     parser.add_argument("--good", nargs="+", default=["clean", "flaky", "moved"], metavar="KIND")
     parser.add_argument("--copies", nargs="+", default=["same_url", "exact_copy", "near_copy"], metavar="KIND")
@@ -223,29 +225,29 @@ def train(args: argparse.Namespace, rows: pa.Table) -> None:
     numbers = index_pictures(candidates, out / "pictures")
     trainer = Trainer(training, load_config(CONFIG, ["shards=study", "output=study"]), out / "pictures", out)
     places = rows["place"].to_numpy()
-    arms = {
-        (name, seed): trainer.arm(*write_subset(places[chosen(name, seed)], numbers, out / "subsets"), args.train, seed)
-        for seed in training.seeds
-        for name in names
-    }
-    called = {arm.key: name for (name, _), arm in arms.items()}
+    called: dict[tuple[Arm, ...], list[str]] = {}  # scores that choose the same rows are one arm
+    for name in names:
+        subsets = [write_subset(places[chosen(name, seed)], numbers, out / "subsets") for seed in training.seeds]
+        arms = tuple(trainer.arm(*subset, args.train, seed) for subset, seed in zip(subsets, training.seeds))
+        called.setdefault(arms, []).append(name)
+    of = {arm: same for arms, same in called.items() for arm in arms}
     trainer.train(
-        list(arms.values()),
+        [arms[place] for place in range(args.seeds) for arms in called],
         lambda arm, record: print(
-            f"{called[arm.key]}, seed {arm.seed}: {record['metrics'][metric]:.4f} ({record['seconds']:.0f} s)",
+            f"{', '.join(of[arm])}, seed {arm.seed}: {record['metrics'][metric]:.4f} ({record['seconds']:.0f} s)",
             file=sys.stderr,
             flush=True,
         ),
     )
     values = {
-        name: np.array([trainer.result(arms[name, seed])["metrics"][metric] for seed in training.seeds])  # type: ignore[index]
-        for name in names
+        same[0]: np.array([trainer.result(arm)["metrics"][metric] for arm in arms])  # type: ignore[index]
+        for arms, same in called.items()
     }
     noise = noise_of(np.stack(list(values.values())))
     families = {  # one for each question, as in a study
-        other: compare_arms(values, [(name, other) for name in names if name not in ("none", other)], noise)
+        other: compare_arms(values, [(name, other) for name in values if name not in ("none", other)], noise)
         for other in ("none", "random")
-        if other in names
+        if other in values and set(values) - {"none", other}
     }
     found = {(c.first, c.second): c for family in families.values() for c in family.comparisons}
     print(
@@ -253,16 +255,23 @@ def train(args: argparse.Namespace, rows: pa.Table) -> None:
         f"with intervals that hold for all of a column"
     )
     print(f"{'rows chosen by':<16} {'rows':>6} {'good':>6} {'mean':>22}{'above none':>26}{'above random':>26}")
-    for name in names:
-        kept, mean = chosen(name, 0), interval(values[name])
+    for arms, (name, *others) in called.items():
+        mean, share = interval(values[name]), np.mean([good[chosen(name, seed)].mean() for seed in training.seeds])
         cells = [f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]".rjust(22)]
         for other in ("none", "random"):
             c = found.get((name, other))
             cells.append(f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]".rjust(26) if c else " " * 26)
-        print(f"{name:<16} {kept.sum():>6} {good[kept].mean():>6.1%} {''.join(cells)}".rstrip())
+        print(f"{name:<16} {arms[0].samples:>6} {share:>6.1%} {''.join(cells)}".rstrip())
+        for same in others:
+            print(f"{same:<16} the same rows")
     print(f"noise of one training {noise.sd:.4f}; F test of all arms p = {noise.p_arms:.3g}")
     for other, family in families.items():
-        print(f"above {other}: a difference of {family.detectable:.3f} would be shown with 80% power")
+        gain = max(family.comparisons, key=lambda c: c.difference)
+        need = family.seeds_for(gain.difference) if gain.difference > 0 else None
+        print(
+            f"above {other}: a difference of {family.detectable:.3f} would be shown with 80% power; the largest, "
+            f"{gain.difference:+.3f} of {gain.first}, by {need or 'no number of'} seeds"
+        )
     means = " ".join(f"{name.replace('+', '_')}={value.mean():.4f}" for name, value in values.items())
     print(f"RESULT samples={args.train} seeds={args.seeds} {means}")
 
@@ -276,8 +285,8 @@ def zeroshot(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def retrieval(data: str) -> tuple[dict[str, Any], str]:
-    """The task of another web and its metric: a caption finds its picture among the nearest ten."""
-    return {"retrieval": {"data": data, "name": "heldout"}}, "heldout/image_retrieval_recall@10"
+    """The task of another web and its metric: a caption is nearer to its picture than to another one."""
+    return {"retrieval": {"data": data, "name": "heldout"}}, "heldout/image_retrieval_auc"
 
 
 def _top(scores: np.ndarray, count: int) -> np.ndarray:
