@@ -29,6 +29,7 @@ import logging
 import math
 import re
 import resource
+import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -337,9 +338,11 @@ def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Ru
     """
     if "progressive" in source.info and (scans := body.count(b"\xff\xda")) > _MOST_SCANS:
         raise FetchError("decode_error", f"{scans} scans")
-    if source.format == "JPEG" and (source.mode == "RGB" or (source.mode == "L" and "icc_profile" not in source.info)):
+    if source.format == "JPEG":
+        # Of any mode: libjpeg-turbo detects damage that Pillow does not report.
         pixels = _turbo_pixels(body, source.size, target, rules)
-        if pixels is not None:
+        plain = source.mode == "RGB" or (source.mode == "L" and "icc_profile" not in source.info)
+        if plain and pixels is not None:
             transform = srgb_transform(icc, "RGB") if (icc := source.info.get("icc_profile")) else None
             if transform:
                 pixels = np.asarray(transform.apply(Image.fromarray(pixels)))
@@ -350,11 +353,18 @@ def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Ru
     if wanted:
         # Keep the mode: a draft in RGB would no longer match a CMYK or grey profile.
         source.draft(source.mode, wanted)
+    tiles = getattr(source, "tile", ())
+    frame = tiles[0][1] if tiles else None  # gone once the picture is loaded
     _load(source, area)
     clean = source.mode in ("RGB", "L") and not source.has_transparency_data and "icc_profile" not in source.info
     if source.format == "PNG" and body[24] > 8:  # bits per channel; Pillow converts to 8
         clean = False
     image = to_rgb(source)
+    if source.format == "GIF" and frame != (0, 0, *image.size):
+        # Pillow fills the screen around the frame with colour 0 of the palette; it is transparent.
+        screen = Image.new("RGB", image.size, "white")
+        screen.paste(image.crop(frame), frame)
+        image = screen
     if cover and image.width * image.height > _LARGE_PIXELS:
         # Reduce before making a second copy: Pillow already uses four bytes per pixel.
         image = image.reduce(max(1, int(min(image.width / target[0], image.height / target[1]) / cover)))
@@ -362,8 +372,10 @@ def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Ru
 
 
 def _turbo_pixels(body: bytes, size: tuple[int, int], target: tuple[int, int], rules: Rules) -> np.ndarray | None:
-    """Decodes a JPEG in YCbCr, RGB or grey to (height, width, 3) RGB. None if it is broken: libjpeg repairs what it can
-    and only warns, whereas Pillow detects truncated files."""
+    """Decodes a JPEG to (height, width, 3) RGB, of CMYK without its profile. None if libjpeg cannot read it or warns.
+
+    Raises FetchError if the warning is about lost pixels, which libjpeg fills with grey. Pillow ignores warnings.
+    """
     least = _reduced_size(body, size, target, rules) or (0, 0)
     averaged = rules.decode in _COVER and min(size[0] / target[0], size[1] / target[1]) >= 1.5
     try:
@@ -379,7 +391,14 @@ def _turbo_pixels(body: bytes, size: tuple[int, int], target: tuple[int, int], r
     except ValueError as error:
         if "memory" in str(error):
             raise MemoryError(str(error)) from None
+        if _LOST_PIXELS.search(str(error)):
+            raise FetchError("decode_error", str(error)) from None
         return None
+
+
+# libjpeg's warnings (jerror.h) about damage within the pixels. A missing end of the file is not among them: Pillow
+# reports it.
+_LOST_PIXELS = re.compile("premature end of data|bad Huffman code|bad arithmetic code|instead of RST")
 
 
 def _opencv_pixels(body: bytes) -> np.ndarray | None:
@@ -458,20 +477,25 @@ def sniff(body: bytes) -> str | None:
         return "GIF"
     if body[:4] == b"RIFF" and body[8:12] == b"WEBP":
         return "WEBP"
-    if body[4:12] in (b"ftypavif", b"ftypavis") and features.check("avif"):
-        return "AVIF"
+    if body[4:8] == b"ftyp" and features.check("avif"):
+        # The generic brands are also those of HEIC; then the compatible brands decide.
+        brands = {body[at : at + 4] for at in (8, *range(16, min(int.from_bytes(body[:4], "big"), 256) - 3, 4))}
+        if body[8:12] in (b"avif", b"avis", b"mif1", b"msf1") and brands & {b"avif", b"avis"}:
+            return "AVIF"
     return None
 
 
 def header_size(body: bytes, kind: str) -> tuple[int, int] | None:
-    """(width, height) from the header, parsed without a decoder; None for formats that are safe to open (JPEG, AVIF).
+    """(width, height) from the header, parsed without a decoder; None for formats that are safe to open (JPEG, AVIF),
+    and for a GIF without a size of its own.
 
     Opening a WebP allocates its canvas, so the size must be checked before.
     """
     if kind == "PNG" and body[12:16] == b"IHDR":
         return int.from_bytes(body[16:20], "big"), int.from_bytes(body[20:24], "big")
     if kind == "GIF":
-        return int.from_bytes(body[6:8], "little"), int.from_bytes(body[8:10], "little")
+        size = int.from_bytes(body[6:8], "little"), int.from_bytes(body[8:10], "little")
+        return size if all(size) else None  # Pillow, like browsers, takes the size of the first frame
     if kind == "WEBP":
         chunk = body[12:16]
         if chunk == b"VP8X":
@@ -610,7 +634,33 @@ def _png_parts(body: bytes) -> tuple[bytes, dict[str, bytes], bool]:
             parts.append(whole)
     if name != b"IEND":
         raise FetchError("decode_error", "truncated PNG file")
+    _check_rows(body)
     return b"".join(parts), info, 0 < frames < 1 << 31
+
+
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""Samples per pixel, by the colour type of a PNG."""
+# The passes of an interlaced PNG: first column and row, steps between columns and rows.
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+
+
+def _check_rows(body: bytes) -> None:
+    """Raises FetchError if a PNG has fewer rows than its header says. Pillow leaves the others black."""
+    if body[12:16] != b"IHDR":
+        raise FetchError("decode_error", "a PNG that does not begin with its header")
+    width, height, bits, colour, _, _, interlaced = struct.unpack(">IIBBBBB", body[16:29])
+    missing = 0
+    for x, y, dx, dy in _ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -((x - width) // dx), -((y - height) // dy)
+        if columns > 0 and rows > 0:
+            missing += rows * (1 + -(-columns * bits * _CHANNELS.get(colour, 0) // 8))
+    inflate = zlib.decompressobj()
+    for data in (chunk.data for chunk in _chunks(body) if chunk.name == b"IDAT"):
+        while missing > 0 and data and (rows_data := inflate.decompress(data, 1 << 16)):
+            missing -= len(rows_data)
+            data = inflate.unconsumed_tail  # type: ignore[assignment]
+    if missing > 0:
+        raise FetchError("decode_error", f"the pixels end {missing} bytes early")
 
 
 # PNG text chunks with metadata, by keyword. The raw profiles are ImageMagick's, in hex.

@@ -48,7 +48,7 @@ class Download(Stage):
 
     needs: ClassVar[tuple[str, ...]] = ("url",)
     adds: ClassVar[dict[str, pa.DataType]] = {**PICTURE, "usage": pa.string()}
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     expensive: ClassVar[bool] = True
     repeatable: ClassVar[bool] = False
 

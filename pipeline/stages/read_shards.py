@@ -76,7 +76,7 @@ class ReadShards(Stage):
 
     needs: ClassVar[tuple[str, ...]] = ("key",)
     adds: ClassVar[dict[str, pa.DataType]] = PICTURE
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     expensive: ClassVar[bool] = True
 
     path: str = field(metadata=FILE)

@@ -410,6 +410,77 @@ def swapped_primaries(profile: bytes) -> bytes:
     return bytes(table).replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
 
 
+def gif(screen: tuple[int, int]) -> bytes:
+    """A red frame of 80 × 60 in the corner of a screen of another size."""
+    body = encoded(Image.new("P", (80, 60)), "GIF")
+    at = 6 + 7
+    return body[:6] + struct.pack("<HH", *screen) + body[10:at] + bytes(RED) + body[at + 3 :]
+
+
+@pytest.mark.parametrize("screen", [(0, 0), (80, 0), (80, 60), (10, 10), (100, 90)])
+def test_the_screen_of_a_gif_is_transparent(screen: tuple[int, int]) -> None:
+    found = pixels(gif(screen))
+    assert found.shape[1::-1] == (max(80, screen[0]), max(60, screen[1]))
+    assert close(found[:60, :80], RED, 0)
+    assert (found[60:] == 255).all()
+    assert (found[:, 80:] == 255).all()
+
+
+@pytest.mark.parametrize("brand", [b"avif", b"mif1"])
+def test_an_avif_is_known_by_its_compatible_brands(brand: bytes) -> None:
+    body = encoded(scene(), "AVIF", quality=95)
+    assert b"avif" in body[16:40]
+    assert close(pixels(body[:8] + brand + body[12:]), scene())
+    assert sniff(b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic") is None
+    # A compatible brand counts only within its box.
+    assert sniff(b"\0\0\0\x14ftypmif1\0\0\0\0heicavif") is None
+
+
+@pytest.mark.parametrize("name", ["grey", "rgb", "progressive", "cmyk", "restarts", "profile"])
+@pytest.mark.parametrize("mode", ["exact", "scaled"])
+def test_a_jpeg_with_lost_pixels_fails_even_if_its_end_is_there(name: str, mode: Any) -> None:
+    image = scene(900, 700, {"grey": "L", "cmyk": "CMYK"}.get(name, "RGB"))
+    options: dict[str, Any] = {
+        "progressive": {"progressive": True},
+        "restarts": {"restart_marker_rows": 4},
+        "profile": {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()},
+    }.get(name, {})
+    body = encoded(image, "JPEG", quality=90, **options)
+    rules = Rules(decode=mode)
+    assert reason(body, rules) is None
+    at = body.index(b"\xff\xda")
+    assert reason(body[: at + (len(body) - at) // 2] + b"\xff\xd9", rules) == "decode_error"
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("channels", [2, 3])
+def test_a_png_with_lost_rows_fails_even_if_its_end_is_there(channels: int, interlaced: bool) -> None:
+    colour = {2: 4, 3: 2}[channels]
+    row = 1 + 81 * channels
+    size = sum_of_passes(81, 61, channels) if interlaced else row * 61
+    whole, lost = zlib.compress(bytes(size)), zlib.compress(bytes(size - row))
+
+    def file(data: bytes) -> bytes:
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", 81, 61, 8, colour, 0, 0, interlaced))
+        return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+    assert reason(file(whole)) is None
+    assert reason(file(whole + b"more")) is None
+    assert reason(file(lost)) == "decode_error"
+    assert reason(file(whole).replace(b"IHDR", b"IHDX", 1)) == "decode_error"
+
+
+def sum_of_passes(width: int, height: int, channels: int) -> int:
+    """Bytes of an interlaced PNG of 8 bits: each pass by itself, counted pixel by pixel (PNG, 8.2)."""
+    order = "16462646 77777777 56565656 77777777 36463646 77777777 56565656 77777777".split()
+    rows: dict[tuple[str, int], int] = {}
+    for y in range(height):
+        for x in range(width):
+            key = (order[y % 8][x % 8], y)
+            rows[key] = rows.get(key, 0) + channels
+    return sum(rows.values()) + len(rows)
+
+
 OFF_THE_LIST = [
     b"", b"<html>", b"<svg/>", b"%!PS-Adobe-3.0 EPSF", b"%PDF-1.7", b"II*\0" + bytes(50), b"BM" + bytes(60),
     b"\0\0\x01\0", b"RIFF\0\0\0\0WAVE", b"\0\0\0\x18ftypmp42", b"\0\0\0\x1cftypheic", b"qoif", b"\xff\xd8",
