@@ -8,9 +8,9 @@ import socket
 from typing import NamedTuple
 from urllib.parse import unquote
 
+import idna
 import pyarrow as pa
 import pyarrow.compute as pc
-from yarl import URL
 
 # Fast path: most URLs of a pool are canonical already. Their path has no "%", no "#", and no segment that begins with
 # a dot.
@@ -154,10 +154,11 @@ def _host_and_port(place: str, scheme: str) -> tuple[str, int | None]:
     port = int(parts[2]) if parts[2] and len(parts[2].lstrip("0")) <= 5 else 65536 if parts[2] else None
     if port is not None and port > 65535:
         raise InvalidUrlError(f"port {parts[2]}")
-    return _host(parts[1]), None if f":{port}" == _DEFAULT_PORT[scheme] else port
+    return host_name(parts[1]), None if f":{port}" == _DEFAULT_PORT[scheme] else port
 
 
-def _host(text: str) -> str:
+def host_name(text: str) -> str:
+    """The host that a browser requests for `text`, as in `WebAddress.host`. Raises InvalidUrlError."""
     if text.startswith("["):
         try:
             address = ipaddress.IPv6Address(text[1:-1])
@@ -169,9 +170,9 @@ def _host(text: str) -> str:
     try:
         host = unquote(text, errors="strict").lower()
         if not host.isascii():
-            host = (URL.build(scheme="http", host=host).raw_host or "").lower()  # UTS 46
+            host = ".".join(map(_punycode, idna.uts46_remap(host, std3_rules=False).split(".")))
     except ValueError as error:
-        raise InvalidUrlError(f"not a host name: {error}") from None
+        raise InvalidUrlError(f"not a host name: {text}: {error}") from None
     if not _NAME.fullmatch(host):
         raise InvalidUrlError(f"not a host name: {host}" if host else "no host")
     if _NUMBER.fullmatch(host):
@@ -180,3 +181,8 @@ def _host(text: str) -> str:
         except OSError:
             raise InvalidUrlError(f"not an IPv4 address: {host}") from None
     return host
+
+
+def _punycode(label: str) -> str:
+    """A label in ASCII. Like browsers, and unlike `idna.encode`, allows symbols, underscores and hyphens anywhere."""
+    return label if label.isascii() else f"xn--{label.encode('punycode').decode('ascii')}"

@@ -320,14 +320,14 @@ class Client:
             raise FetchError("opted_out", "tdm-reservation: 1")
         if response.status in _REDIRECTS:
             return _location(response)
-        if response.status != 200:
+        if not _is_whole(response):
             raise FetchError(f"http_{response.status:03d}", retry_after=_retry_after(response))
         return await self._body(response, context.clock, context.lease)
 
     async def _body(self, response: aiohttp.ClientResponse, clock: Clock, lease: Lease) -> bytes:
-        if compression := _compression(response):
+        if compressions := _compressions(response):
             # One server in thousands compresses an image that we asked for as identity. So do decompression bombs.
-            raise FetchError("content_encoding", compression)
+            raise FetchError("content_encoding", ", ".join(compressions))
         length, cap = response.content_length, self.limits.max_bytes
         if length is not None and length > cap:
             raise FetchError("body_too_large", f"Content-Length {length}, limit {cap} bytes")
@@ -442,15 +442,19 @@ class Client:
         text = bytearray()
         while len(text) <= MAX_BYTES and (chunk := await response.content.readany()):
             text += chunk
-        compression = _compression(response)
-        if not compression:
+        compressions = _compressions(response)
+        if not compressions:
             return bytes(text)
         try:
-            if compression not in ("gzip", "x-gzip"):
+            if compressions not in (["gzip"], ["x-gzip"]):
                 raise zlib.error
-            return zlib.decompressobj(wbits=31).decompress(text, MAX_BYTES + 1)
+            unpacked = zlib.decompressobj(wbits=31)
+            rules = unpacked.decompress(text, MAX_BYTES + 1)
+            if not unpacked.eof and max(len(text), len(rules)) <= MAX_BYTES:
+                raise zlib.error  # truncated: rules may be missing
+            return rules
         except zlib.error:
-            raise FetchError("content_encoding", compression) from None
+            raise FetchError("content_encoding", ", ".join(compressions)) from None
 
 
 class Clock:
@@ -528,14 +532,26 @@ _COMPRESSIONS = frozenset(
 )
 
 
-def _compression(response: aiohttp.ClientResponse) -> str:
-    """The first label of Content-Encoding that names a compression, else "".
+def _compressions(response: aiohttp.ClientResponse) -> list[str]:
+    """The labels of Content-Encoding that name a compression.
 
     Any other label (none, utf-8, binary, aws-chunked, a media type) is a server mistake. Browsers ignore it, and the
     format is detected from the first bytes of the body.
     """
     labels = ",".join(response.headers.getall("Content-Encoding", ())).lower().split(",")
-    return next((label for label in map(str.strip, labels) if label in _COMPRESSIONS), "")
+    return [label for label in map(str.strip, labels) if label in _COMPRESSIONS]
+
+
+def _is_whole(response: aiohttp.ClientResponse) -> bool:
+    """True for a body that is the whole resource: status 200, 203 (a proxy changed it), or 206 with all of its bytes,
+    sent by servers that take every request for one of a range."""
+    every = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    return response.status in (200, 203) or (
+        response.status == 206 and every is not None and int(every[1]) + 1 == int(every[2])
+    )
+
+
+_RANGE = re.compile(r"bytes 0-([0-9]{1,19})/([0-9]{1,19})", re.IGNORECASE)
 
 
 def _location(response: aiohttp.ClientResponse) -> str:

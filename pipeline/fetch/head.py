@@ -21,8 +21,8 @@ MAX_HEAD = 256 * 1024
 384 KB. Image servers send 0.3 to 2 KB, or tens of KB with a long content security policy."""
 
 _READ = frozenset(
-    b"connection content-encoding content-length content-usage location retry-after tdm-policy tdm-reservation "
-    b"transfer-encoding x-robots-tag".split()
+    b"connection content-encoding content-length content-range content-usage location retry-after tdm-policy "
+    b"tdm-reservation transfer-encoding x-robots-tag".split()
 )
 """The headers used by this package."""
 

@@ -18,6 +18,7 @@ from pipeline.fetch.robots import Pattern
 _VALUED = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
 # Dates contain commas and colons too: "25 Jun 2030 15" in "Wed, 25 Jun 2030 15:00:00 GMT" is not a crawler name.
 _NAME = re.compile(r"\*|[a-z_-][a-z0-9._/-]*")
+_WORD = re.compile(r"""[^\s"']+""")
 
 
 def disallowed_directive(headers: Iterable[str], user_agent_token: str, disallowed: Collection[str]) -> str | None:
@@ -25,20 +26,21 @@ def disallowed_directive(headers: Iterable[str], user_agent_token: str, disallow
 
     `otherbot: noai` applies only to otherbot, and so do the directives after it in the same header, up to the next name
     (developers.google.com/search/docs/crawling-indexing/robots-meta-tag). `none` means `noindex, nofollow`.
-    `disallowed` must be lower case.
+    `disallowed` must be lower case. Semicolons, blanks and quotation marks also separate directives: a mistake in the
+    punctuation does not revoke a statement.
     """
     ours = user_agent_token.lower()
     for value in headers:
         addressed = True
-        for item in value.split(","):
+        for item in re.split("[,;]", value):
             name, colon, rest = item.partition(":")
             directive = name.strip().lower()
             if colon and directive not in _VALUED and (_NAME.fullmatch(directive) or directive == ours):
                 addressed = directive in (ours, "*")
                 directive = rest.partition(":")[0].strip().lower()
-            implied = "noindex" if directive == "none" else directive
-            if addressed and (directive in disallowed or implied in disallowed):
-                return directive
+            for word in _WORD.findall(directive) if addressed else ():
+                if word in disallowed or (word == "none" and "noindex" in disallowed):
+                    return word
     return None
 
 

@@ -39,7 +39,7 @@ REASONS: dict[str, Reason] = {
     "content_encoding": Reason("the body is compressed although we requested identity encoding", False),
     "body_truncated": Reason("the connection ended before the end of the body", True),
     "body_too_large": Reason("the body is larger than `max_bytes`", False),
-    "empty_body": Reason("status 200 with an empty body", False),
+    "empty_body": Reason("a successful answer with an empty body", False),
     "hash_mismatch": Reason("the hash of the body is not the one in `verify_hash`", False),
     "denied_hash": Reason("the hash of the body is listed in `deny_hashes`", False),
     # The image
@@ -61,7 +61,7 @@ _TRANSIENT_STATUS = frozenset({408, 425, 429})
 
 
 def find(reason: str) -> Reason:
-    """The entry for a reason. `http_NNN` covers every status other than 200 and the followed redirects.
+    """The entry for a reason. `http_NNN` covers every status without the whole picture, except the followed redirects.
 
     Raises KeyError for an unknown reason.
     """

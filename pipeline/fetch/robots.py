@@ -6,6 +6,7 @@ matching rule instead of the longest, and does not support wildcards.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Mapping
 from typing import Generic, TypeVar
@@ -17,8 +18,12 @@ MAX_BYTES = 500 * 1024
 MAX_CRAWL_DELAY = 10.0
 """Longest `Crawl-delay` honoured, in seconds. It is not in the RFC, and a delay of a day would amount to a ban."""
 
+# As search engines read them (google/robotstxt): with common misspellings, and a blank in place of the colon if one
+# word follows. A mistake in the spelling does not revoke a statement.
 _RECORD = re.compile(
-    rb"^[ \t]*(user-agent|allow|disallow|crawl-delay|content-usage)[ \t]*:[ \t]*([^#\n]*)", re.IGNORECASE | re.M
+    rb"^[ \t]*(?:(?P<agent>user[ -]?agent)|(?:diss?all?[ao]w|diasllow)|(?P<other>allow|crawl-delay|content-usage))"
+    rb"(?:[ \t]*:|[ \t](?=[ \t]*[^\s:#]+[ \t]*(?:#|$)))[ \t]*(?P<value>[^#\n]*)",
+    re.IGNORECASE | re.M,
 )
 _PATH = re.compile(rb"(?:(/[^ \t]*)[ \t]*)?(.*)", re.DOTALL)
 _TOKEN = re.compile(rb"\*(?=\s|$)|[A-Za-z0-9_-]+")
@@ -120,7 +125,9 @@ def parse(text: bytes, token: str) -> Robots:
         # Cut at a line end: a truncated rule is another rule ("/" is half of "/private").
         text = text[:MAX_BYTES]
         text = text[: max(text.rfind(b"\n"), text.rfind(b"\r")) + 1]
-    text = text.removeprefix(b"\xef\xbb\xbf").replace(b"\r", b"\n")
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = text.decode("utf-16", "replace").encode()
+    text = text.removeprefix(codecs.BOM_UTF8).replace(b"\r", b"\n")
     ours = token.lower().encode()
     rules: dict[bytes, dict[str, bool]] = {}
     usage: dict[bytes, dict[str, list[str]]] = {}
@@ -128,8 +135,8 @@ def parse(text: bytes, token: str) -> Robots:
     agents: set[bytes] = set()
     in_rules = True
     for record in _RECORD.finditer(text):
-        key, value = record[1].lower(), record[2].strip()
-        if key == b"user-agent":
+        key, value = (record["other"] or b"").lower(), record["value"].strip()
+        if record["agent"]:
             if in_rules:
                 agents, in_rules = set(), False
             agent = _TOKEN.match(value)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
-from yarl import URL
 
 from pipeline.step import FILE, Estimate, Filter
+from pipeline.url import InvalidUrlError, host_name
 
 # RFC 3986 in one expression. The second branch still captures the scheme of "data:…". A backslash before the path is
 # invalid, because browsers and libraries disagree on the host.
@@ -47,6 +47,7 @@ class UrlFilter(Filter):
     them."""
 
     needs = ("url",)
+    version = 2
 
     def estimate(self, rows: float) -> Estimate:
         return Estimate(0.99, 500_000, "keep assumed")
@@ -125,16 +126,13 @@ def _entries(hosts: list[str] | str) -> Iterable[str]:
 
 
 def _canonical(host: str) -> str:
-    """Lower case, Punycode, no trailing dot, as in the fetcher; "" if not a host name."""
-    if len(host) > _MAX_HOST + 1:
+    """As the fetcher requests it, without a trailing dot; "" if not a host name."""
+    if len(host) > 4 * _MAX_HOST:  # with escapes
         return ""
-    host = host.lower()
-    if not host.isascii():
-        try:
-            host = URL.build(scheme="http", host=host).raw_host or ""
-        except ValueError:
-            return ""
-    return host.removesuffix(".")
+    try:
+        return host_name(host).removesuffix(".")
+    except InvalidUrlError:
+        return ""
 
 
 def _is_host(host: str) -> bool:

@@ -396,6 +396,14 @@ ROBOTS: dict[str, tuple[Answer, str | None]] = {
         "robots_disallowed",
     ),
     "bomb": (answer(body=gzip.compress(bytes(50_000_000)), Content_Encoding="gzip"), None),
+    "gzip twice": (
+        answer(body=gzip.compress(gzip.compress(b"User-agent: *\nDisallow: /no")), Content_Encoding="gzip, gzip"),
+        "robots_unavailable",
+    ),
+    "gzip cut short": (
+        answer(body=gzip.compress(b"User-agent: *\nDisallow: /no")[:-20], Content_Encoding="gzip"),
+        "robots_unavailable",
+    ),
     "brotli": (answer(body=b"x", Content_Encoding="br"), "robots_unavailable"),
     "large": (robots("User-agent: *\nDisallow: /no\n" + "#\n" * 1_000_000), "robots_disallowed"),
 }

@@ -53,6 +53,16 @@ DISALLOWED = ("noai", "noimageai", "noml", "noindex", "noimageindex")
         (["winnowing: noai"], None),
         (["winnow"], None),
         ([":noai"], None),
+        # Mistakes in the punctuation
+        (["nofollow; noai"], "noai"),
+        (["nofollow noimageai"], "noimageai"),
+        (['"noai, noimageai"'], "noai"),
+        (["'noindex'"], "noindex"),
+        (["max-snippet: 5; none"], "none"),
+        (["noai max-image-preview: large"], "noai"),
+        (["otherbot: nofollow; noai"], None),
+        (["otherbot: nofollow noai"], None),
+        (["winnow: nofollow noai"], "noai"),
         ([",,:,"], None),
     ],
 )

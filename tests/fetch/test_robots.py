@@ -64,7 +64,14 @@ FILES: dict[str, tuple[bytes, list[str], list[str]]] = {
     "cr": (b"User-agent: winnow\rDisallow: /a\rAllow: /a/b\r", ["/b", "/a/b"], ["/a"]),
     "html": (b"<!doctype html><p>User-agent: *<p>Disallow: /</p>", ["/"], []),
     "zeros": (bytes(1000) + b"\nUser-agent: *\nDisallow: /a\x00b", ["/a"], ["/a%00b"]),
-    "no_colon": (b"User-agent: *\nDisallow /", ["/"], []),
+    "no_colon": (b"User-agent *\nDisallow /a # all\nDisallow\t /b \nDisallow /c d", ["/", "/c"], ["/a", "/b"]),
+    "prose": (b"User-agent: *\nAllow: /x\nUser agents are welcome\nDisallow: /a", ["/b"], ["/a"]),
+    "misspelt": (b"Useragent: x\nUser agent: winnow\nDissallow: /a\nDisalow: /b\nDiasllow: /c\nDisallaw: /d",
+                 ["/"], ["/a", "/b", "/c", "/d"]),
+    "other_words": (b"User-agent: *\nDisallowed: /\nX-Disallow: /\nDis-allow: /\nDisallow-x: /", ["/"], []),
+    "utf16": ("\ufeffUser-agent: *\r\nDisallow: /\u30c4".encode("utf-16-le"), ["/"], ["/%E3%83%84"]),
+    "utf16_big": ("\ufeffUser-agent: *\r\nDisallow: /".encode("utf-16-be"), [], ["/"]),
+    "utf16_broken": (b"\xff\xfeU\0s\0\x00\xd8\n", ["/"], []),
     "no_newline_spanning": (b"User-agent:\nDisallow: /", ["/"], []),
 }  # fmt: skip
 

@@ -170,6 +170,9 @@ HOSTS = {
     "http://日本語。ＪＰ:{port}/": "xn--wgv71a119e.jp:{port}",
     "http://faß.example:{port}/": "xn--fa-hia.example:{port}",
     "http://０x7f.1:{port}/": "{addr}",
+    "http://ex\u00adam\u200bp\u2060le\ufe0f.com:{port}/": "example.com:{port}",  # characters that names ignore
+    "http://💩\ufe0f.example:{port}/": "xn--ls8h.example:{port}",
+    "http://r3---ü_ß.example:{port}/": "xn--r3---_-gta4u.example:{port}",
 }
 
 
@@ -220,6 +223,7 @@ def test_locations_are_followed_as_browsers_follow_them(location: bytes) -> None
 SIZE = b"Content-Length: %d" % len(JPEG)
 CHUNK = b"%x\r\n%s\r\n" % (len(JPEG), JPEG)
 CHUNKED = b"Transfer-Encoding: chunked"
+RANGE, LAST = b"Content-Range: Bytes 0-%d/%d", len(JPEG) - 1
 
 
 def ok(*lines: bytes, body: bytes = JPEG, status: bytes = b"HTTP/1.1 200 OK", end: bytes = b"\r\n") -> bytes:
@@ -247,6 +251,17 @@ ANSWERS: dict[str, tuple[bytes, str | None]] = {
     "four digits": (ok(SIZE, status=b"HTTP/1.1 2000 OK"), "bad_response"),
     "no blank": (ok(SIZE, status=b"HTTP/1.1 200OK"), "bad_response"),
     "no status": (ok(SIZE, status=b"HTTP/1.1 OK"), "bad_response"),
+    # Other statuses with the whole body
+    "203": (ok(SIZE, status=b"HTTP/1.1 203 Non-Authoritative Information"), None),
+    "206 of all bytes": (ok(SIZE, RANGE % (LAST, LAST + 1), status=b"HTTP/1.1 206 Partial Content"), None),
+    "206 without the last byte": (ok(SIZE, RANGE % (LAST, LAST + 2), status=b"HTTP/1.1 206 Part"), "http_206"),
+    "206 without the first byte": (
+        ok(SIZE, b"Content-Range: bytes 1-%d/%d" % (LAST, LAST + 1), status=b"HTTP/1.1 206 Part"),
+        "http_206",
+    ),
+    "206 of an unknown size": (ok(SIZE, b"Content-Range: bytes 0-%d/*" % LAST, status=b"HTTP/1.1 206 P"), "http_206"),
+    "206 without a range": (ok(SIZE, status=b"HTTP/1.1 206 Partial Content"), "http_206"),
+    "201": (ok(SIZE, status=b"HTTP/1.1 201 Created"), "http_201"),
     # Header lines
     "no headers": (ok(), None),
     "an empty value": (ok(SIZE, b"Content-Type:", b"X-Robots-Tag: "), None),

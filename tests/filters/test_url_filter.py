@@ -40,7 +40,8 @@ def urls(*values: str | None) -> list[dict]:
         ("http://exa mple.org/a.jpg", "bad_url"),
         ("http://a..example.org/", "bad_url"),
         ("http://good.example\\@evil.example/a.jpg", "bad_url"),
-        ("http://exam%70le.org/a.jpg", "bad_url"),
+        ("http://exam%70le.org/a.jpg", None),
+        ("http://exam%00le.org/a.jpg", "bad_url"),
         ("http://example.org/a\0.jpg", "bad_url"),
         ("http://example.org/a\n.jpg", "bad_url"),
         ("http://" + "a" * 64 + ".example/", "bad_url"),
@@ -78,6 +79,10 @@ def test_a_blocked_host_covers_its_subdomains_in_every_spelling() -> None:
         "http://STRAßE.example/a.jpg": "blocked_host",
         "http://xn--strae-oqa.example/a.jpg": "blocked_host",
         "http://192.0.2.7/a.jpg": "blocked_host",
+        "http://0xc0.519/a.jpg": "blocked_host",
+        "http://exam%70le.org/a.jpg": "blocked_host",
+        "http://ex\u00adample.org/a.jpg": "blocked_host",
+        "http://ｅｘａｍｐｌｅ。org/a.jpg": "blocked_host",
     }
     check_filter(step, urls(*rows), list(rows.values()))
 
