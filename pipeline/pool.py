@@ -285,7 +285,7 @@ def _in_run(types: dict[str, pa.DataType], spec: PoolSpec) -> dict[str, pa.DataT
     for name, dtype in types.items():
         if carried(name) in result or (carried(name) != name and carried(name) in types):
             raise PoolError(f"columns: {name!r} is carried as {carried(name)!r}, which also exists; rename one")
-        result[carried(name)] = pa.string() if pa.types.is_null(dtype) else dtype
+        result[carried(name)] = _without_null(dtype)
     return result | ({INLINE: pa.binary()} if spec.image else {})
 
 
@@ -362,6 +362,22 @@ def _plain_type(dtype: pa.DataType, in_text: bool) -> pa.DataType:
     if pa.types.is_binary_view(dtype):
         return pa.large_binary()
     return pa.string() if _is_text(dtype) or (in_text and pa.types.is_nested(dtype)) else dtype
+
+
+def _without_null(dtype: pa.DataType) -> pa.DataType:
+    """Text in place of the type null, also inside lists and structs: Arrow cannot cast slices of nested nulls."""
+    if pa.types.is_null(dtype):
+        return pa.string()
+    if pa.types.is_struct(dtype):
+        return pa.struct([field.with_type(_without_null(field.type)) for field in dtype])
+    if pa.types.is_map(dtype):
+        return pa.map_(dtype.key_type, _without_null(dtype.item_type))
+    if pa.types.is_fixed_size_list(dtype):
+        return pa.list_(_without_null(dtype.value_type), dtype.list_size)
+    if pa.types.is_list(dtype) or pa.types.is_large_list(dtype):
+        inner = dtype.value_field.with_type(_without_null(dtype.value_type))
+        return pa.list_(inner) if pa.types.is_list(dtype) else pa.large_list(inner)
+    return dtype
 
 
 def _wider(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:

@@ -244,6 +244,10 @@ def twice(**columns: pa.Array) -> pa.Table:
         (pa.null(), pa.null(), pa.string()),
         (pa.dictionary(pa.int8(), pa.int32()), pa.int64(), pa.int64()),
         (pa.list_(pa.float32()), pa.list_(pa.float64()), pa.list_(pa.float64())),
+        (pa.list_(pa.null()), pa.list_(pa.null()), pa.list_(pa.string())),
+        (pa.list_(pa.null()), pa.list_(pa.int64()), pa.list_(pa.int64())),
+        (pa.struct({"a": pa.null()}), pa.struct({"a": pa.null()}), pa.struct({"a": pa.string()})),
+        (pa.struct({"a": pa.null()}), pa.struct({"a": pa.int8()}), pa.struct({"a": pa.int8()})),
     ],
 )
 def test_the_common_type_fits_the_values_of_all_files(first: Any, second: Any, wider: Any) -> None:
