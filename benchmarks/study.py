@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 
+from pipeline.condition import Condition
 from pipeline.ledger import Funnel, Line
 from pipeline.passes import commit, make_passes, new_attempt
 from pipeline.reader import describe, open_run
@@ -91,7 +92,7 @@ def study(run: Path, scores: int, cuts: int) -> int:
     from pipeline.study.kept import Cuts, jaccard, overlaps
 
     grid = [
-        study_plan.Cut((study_plan.Condition(f"score_{i % scores}", "top_fraction", round((i // scores + 1) / 10, 2)),))
+        study_plan.Cut((Condition(f"score_{i % scores}", "top_fraction", round((i // scores + 1) / 10, 2)),))
         for i in range(cuts)
     ]
     with tempfile.TemporaryDirectory(dir=run.parent) as out:

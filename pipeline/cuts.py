@@ -1,7 +1,6 @@
 """The rows of a run in memory, to try cuts on: counts, curves, and the rows on both sides of each cut, in milliseconds.
 
-`load` reads them once. A cut decides as the step `threshold` does, ties included, so that a run of a recipe with the
-same lines keeps the same rows.
+`load` reads them once. A cut is one `threshold` line, and a run of a recipe with the same lines keeps the same rows.
 """
 
 from __future__ import annotations
@@ -20,36 +19,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.concepts import find_entries, matches
-from pipeline.filters.threshold import wanted
+from pipeline.condition import RULES, Boundary, Condition, wanted
 from pipeline.hashing import hash64
-from pipeline.reader import Run
+from pipeline.reader import Run, RunStep
 from pipeline.schema import POSITION, SAMPLE, is_heavy, is_number, numbers
 from pipeline.url import hosts
 
 THRESHOLD = "pipeline.filters.threshold.Threshold"
-"""The step that cuts decide as."""
+"""The step of a cut."""
 BINS = 80
 """Bars of a histogram."""
 _EDGE = 0.001
 """Share of the rows at either end of a column that its histogram adds to the first and last bar."""
 _MASKS = 16
 """Views whose rows are remembered."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """One `threshold` line: exactly one of the two is given."""
-
-    column: str
-    min: float | None = None
-    """Lowest value kept."""
-    top_fraction: float | None = None
-    """Share kept of the rows that have a value and that the cuts before this one kept."""
-
-    def line(self) -> dict[str, Any]:
-        """The line of a recipe."""
-        how = {"min": self.min} if self.top_fraction is None else {"top_fraction": self.top_fraction}
-        return {"threshold": {"column": self.column, **how}}
 
 
 @dataclass(frozen=True)
@@ -138,12 +121,12 @@ class Rows:
         language: pa.ChunkedArray | None = None,
         entries: tuple[str, ...] = (),
     ) -> None:
-        """`place` is int32 of shape (n, 2), unit and row; `texts` has `uid, url, caption`; `entries` are concepts."""
+        """`place` is int32 of shape (n, 2), unit and row, ascending; `texts` has `uid, url, caption`; `entries` are
+        concepts."""
         self.place, self.texts, self.scores = place, texts, dict(scores)
         self.n = len(place)
         # What breaks ties in `threshold`, and a fixed random order of the rows.
         self._hash = hash64(texts["uid"], purpose="threshold")
-        self._position = place[:, 0].astype(np.uint64) << np.uint64(32) | place[:, 1].astype(np.uint64)
         self._random = np.argsort(self._hash)
         self.order: dict[str, np.ndarray] = {}
         """For each score, the rows that have one, in ascending order."""
@@ -184,44 +167,36 @@ class Rows:
 
     # --- Cuts ---------------------------------------------------------------------------------------------------------
 
-    def _apply(self, cuts: tuple[Cut, ...]) -> Applied:
+    def _apply(self, cuts: tuple[Condition, ...]) -> Applied:
         """Applies cuts in their order."""
         kept = np.ones(self.n, bool)
         keeps, after, at = [], [], []
         for cut in cuts:
-            values = self.scores[cut.column]
-            if cut.top_fraction is None:
-                keep = values >= np.float64(cut.min)  # NaN is never kept
-                at.append(float(cut.min or 0.0))
-            else:
-                keep, lowest = self._top(cut.column, kept, cut.top_fraction)
-                at.append(lowest)
+            boundary = Boundary(float(cut.value)) if cut.rule == "min" else self._top(cut.column, kept, cut.value)
+            keep = boundary.keeps(self.scores[cut.column], self._hash.__getitem__, lambda rows: rows)
+            at.append(boundary.value)
             kept &= keep
             keeps.append(keep)
             after.append(int(np.count_nonzero(kept)))
         return Applied(tuple(keeps), tuple(after), tuple(at))
 
-    def _top(self, name: str, among: np.ndarray, fraction: float) -> tuple[np.ndarray, float]:
-        """The rows at or above the lowest of the ceil(fraction · m) highest of m rows with a value, and that value."""
+    def _top(self, name: str, among: np.ndarray, fraction: float) -> Boundary:
+        """The lowest of the ceil(fraction · m) highest of m rows with a value."""
         values, order = self.scores[name], self.order[name]
         candidates = np.flatnonzero(among[order])  # places in the order
         count = wanted(fraction, len(candidates))
         if not count:
-            return np.zeros(self.n, bool), math.nan
+            return Boundary(math.nan)
         lowest = float(values[order[candidates[-count]]])
-        keep = values >= lowest
         low, high = (_place(values, order, lowest, side) for side in ("left", "right"))
         first, last = np.searchsorted(candidates, [low, high])
         above = len(candidates) - int(last)
-        if count - above < last - first:  # some rows of this value are kept, by the hash of the uid and the position
-            tied = order[low:high]
-            mine = tied[among[tied]]
-            ranked = mine[np.lexsort((self._position[mine], self._hash[mine]))]
-            worst = ranked[len(ranked) - (count - above)]
-            word, position = self._hash[tied], self._position[tied]
-            same = (word == self._hash[worst]) & (position >= self._position[worst])
-            keep[tied[~(same | (word > self._hash[worst]))]] = False
-        return keep, lowest
+        if count - above == last - first:
+            return Boundary(lowest)
+        tied = order[low:high]
+        tied = tied[among[tied]]
+        worst = tied[np.lexsort((tied, self._hash[tied]))][above - count]
+        return Boundary(lowest, int(self._hash[worst]), int(worst))
 
     # --- Views --------------------------------------------------------------------------------------------------------
 
@@ -236,7 +211,7 @@ class Rows:
             seen &= np.concatenate([np.empty(0, bool), *found])
         return seen
 
-    def summary(self, cuts: Sequence[Cut], view: View, columns: Sequence[str], top: int = 8) -> dict[str, Any]:
+    def summary(self, cuts: Sequence[Condition], view: View, columns: Sequence[str], top: int = 8) -> dict[str, Any]:
         """Counts for a set of cuts and the histograms of some scores, as plain data.
 
         For each score: `all` are the rows of the view by bin, `kept` those that all cuts on other scores keep; the
@@ -291,7 +266,7 @@ class Rows:
 
     # --- Single rows --------------------------------------------------------------------------------------------------
 
-    def sides(self, cuts: Sequence[Cut], number: int, view: View, n: int) -> tuple[np.ndarray, np.ndarray]:
+    def sides(self, cuts: Sequence[Condition], number: int, view: View, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of a view that all other cuts keep: the n lowest above a cut, and the n highest below it."""
         applied = self.apply(tuple(cuts))
         keep, order = applied.keeps[number], self.order[cuts[number].column]
@@ -301,12 +276,12 @@ class Rows:
         low, high = (int(_place(values, order, at, side)) for side in ("left", "right"))
         return first(order[low:], shown & keep, n), first(order[:high][::-1], shown & ~keep, n)
 
-    def sample(self, cuts: Sequence[Cut], view: View, kept: bool, n: int) -> np.ndarray:
+    def sample(self, cuts: Sequence[Condition], view: View, kept: bool, n: int) -> np.ndarray:
         """Random rows of a view, the same each time: of those that the cuts keep, or of the others."""
         mask = self.apply(tuple(cuts)).without(None, self.n)
         return first(self._random, self.seen(view) & (mask if kept else ~mask), n)
 
-    def describe(self, rows: np.ndarray, cuts: Sequence[Cut]) -> list[dict[str, Any]]:
+    def describe(self, rows: np.ndarray, cuts: Sequence[Condition]) -> list[dict[str, Any]]:
         """Texts, scores and fate of some rows, as plain data."""
         applied = self.apply(tuple(cuts))
         chunk = np.searchsorted(self._chunks, rows, side="right") - 1
@@ -355,13 +330,22 @@ def first(order: np.ndarray, mask: np.ndarray, n: int) -> np.ndarray:
     return np.concatenate([np.empty(0, np.intp), *found])[:n]
 
 
+def as_cut(step: RunStep) -> Condition | None:
+    """The cut that a step of a run is; None for other steps and for a `threshold` with a maximum."""
+    options = {name: value for name, value in step.options.items() if value is not None}
+    column, rule = options.pop("column", None), next(iter(options), "")
+    if step.step != THRESHOLD or len(options) != 1 or rule not in RULES:
+        return None
+    return Condition(column, rule, options[rule])
+
+
 def default_step(run: Run) -> str:
-    """The step before the last `threshold` lines that follow each other; without one, the last that writes nothing."""
+    """The step before the last cuts that follow each other; without a cut, the last step that writes nothing."""
     steps = run.steps
-    last = max((i for i, step in enumerate(steps) if step.step == THRESHOLD), default=None)
+    last = max((i for i, step in enumerate(steps) if as_cut(step)), default=None)
     if last is None:
         return steps[-2].label if steps[-1].step.startswith("pipeline.stages.write_") else steps[-1].label
-    while steps[last - 1].step == THRESHOLD:
+    while as_cut(steps[last - 1]):
         last -= 1
     return steps[last - 1].label
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pydantic
+import yaml
 
 from pipeline.schema import INLINE, POSITION, SAMPLE, carried
 from pipeline.step import JOB_FOLDER, Sink, Step
@@ -506,6 +507,15 @@ def split_line(line: Any) -> tuple[str | None, Any]:
     if isinstance(line, dict) and len(line) == 1:
         return next(iter(line.items()))
     return None, None
+
+
+def line_text(line: Any) -> str:
+    """A line of `steps` as YAML: `threshold: {column: clip_score, min: 0.3}`."""
+    name, options = split_line(line)
+    if not isinstance(line, dict):
+        return str(name)
+    flow = yaml.safe_dump(options or {}, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1 << 30)
+    return f"{name}: {flow.strip()}"
 
 
 def labels(names: list[str | None]) -> list[str]:

@@ -22,6 +22,7 @@ import csv
 import functools
 import hmac
 import io
+import itertools
 import secrets
 import socket
 import sys
@@ -39,9 +40,11 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline import page
-from pipeline.cuts import THRESHOLD, Cut, View, default_step, first, load, vector_columns
+from pipeline.condition import Condition
+from pipeline.cuts import View, as_cut, default_step, first, load, vector_columns
 from pipeline.embeddings import matrix
 from pipeline.reader import Run, RunError, RunStep, open_run
+from pipeline.recipe import line_text
 from pipeline.storage import DamagedError, Store
 from trainer.terminal import Console, guarded
 
@@ -147,7 +150,7 @@ class Studio:
                 for name, (low, high) in rows.ranges.items()
             ],
             "cuts": [
-                {"column": cut.column, "min": cut.min, "top_fraction": cut.top_fraction}
+                {"column": cut.column, "min": None, "top_fraction": None, cut.rule: cut.value}
                 for cut in cuts_after(self.run, self.after)
                 if cut.column in rows.scores
             ],
@@ -205,14 +208,19 @@ class Studio:
     def export(self, asked: Question) -> dict[str, Any]:
         """The cuts as recipe lines, and the whole recipe with them in place."""
         cuts = self._cuts(asked)
-        lines = "".join(f"  - {_flow(cut.line())}\n" for cut in cuts)
+        lines = "".join(f"  - {line_text(cut.line())}\n" for cut in cuts)
         return {"lines": lines, "recipe": recipe_with(self.run, self.after, cuts), "after": self.after}
 
-    def _cuts(self, asked: Question) -> tuple[Cut, ...]:
+    def _cuts(self, asked: Question) -> tuple[Condition, ...]:
         for cut in asked.cuts:
             if cut.column not in self.rows.scores:
                 raise ValueError(f"no score {cut.column!r}")
-        return tuple(Cut(cut.column, cut.min, cut.top_fraction) for cut in asked.cuts)
+        return tuple(
+            Condition(cut.column, "min", cut.min)
+            if cut.min is not None
+            else Condition(cut.column, "top_fraction", cut.top_fraction)
+            for cut in asked.cuts
+        )
 
     def _view(self, asked: Question) -> View:
         return View(**asked.view.model_dump())
@@ -322,15 +330,10 @@ def write_labels(store: Store, labels: dict[str, int]) -> None:
     store.write(LABELS, out.getvalue().encode())
 
 
-def cuts_after(run: Run, after: str) -> list[Cut]:
-    """The cuts of the `threshold` lines right after a step."""
-    cuts = []
-    for step in run.steps[_number(run, after) + 1 :]:
-        if step.step != THRESHOLD:
-            break
-        options = step.options
-        cuts.append(Cut(options["column"], options.get("min"), options.get("top_fraction")))
-    return cuts
+def cuts_after(run: Run, after: str) -> list[Condition]:
+    """The cuts right after a step."""
+    cuts = map(as_cut, run.steps[_number(run, after) + 1 :])
+    return list(itertools.takewhile(bool, cuts))
 
 
 def later_steps(run: Run, after: str) -> list[RunStep]:
@@ -338,26 +341,15 @@ def later_steps(run: Run, after: str) -> list[RunStep]:
     return run.steps[_number(run, after) + 1 + len(cuts_after(run, after)) :]
 
 
-def recipe_with(run: Run, after: str, cuts: Sequence[Cut]) -> str:
-    """The recipe of a run as YAML, with these cuts in the place of the `threshold` lines right after a step."""
+def recipe_with(run: Run, after: str, cuts: Sequence[Condition]) -> str:
+    """The recipe of a run as YAML, with these cuts in the place of those right after a step."""
     at = _number(run, after)  # the pool is step 0 and has no line
     lines = run.recipe["steps"]
     steps = [*lines[:at], *(cut.line() for cut in cuts), *lines[at + len(cuts_after(run, after)) :]]
     rest = {key: value for key, value in run.recipe.items() if key != "steps" and value is not None}
     head = yaml.safe_dump(rest, sort_keys=False, allow_unicode=True, width=1 << 30)
-    body = "".join(f"  - {_flow(step)}\n" for step in steps)
+    body = "".join(f"  - {line_text(step)}\n" for step in steps)
     return f"# Relative paths are those of the folder where the run was made.\n{head}steps:\n{body}"
-
-
-def _flow(line: Any) -> str:
-    """A recipe line: `threshold: {column: clip_score, min: 0.3}`."""
-    if isinstance(line, dict) and len(line) == 1:
-        ((name, options),) = line.items()
-        text = yaml.safe_dump(
-            options or {}, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1 << 30
-        )
-        return f"{name}: {text.strip()}"
-    return str(line)
 
 
 def _number(run: Run, label: str) -> int:

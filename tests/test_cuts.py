@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.cuts import BINS, Cut, Rows, View, score_columns
+from pipeline.condition import Condition
+from pipeline.cuts import BINS, Rows, View, score_columns
 from pipeline.filters.threshold import Threshold
 from pipeline.score_mixture import is_scalar
 from pipeline.step import apply
@@ -47,7 +48,7 @@ def made(n: int = N, seed: int = 0) -> tuple[Rows, pa.Table]:
     return rows, pa.table({**position, "uid": uids, **columns})
 
 
-def threshold(table: pa.Table, cut: Cut) -> pa.Table:
+def threshold(table: pa.Table, cut: Condition) -> pa.Table:
     """What the step keeps."""
     step = Threshold(**cut.line()["threshold"])
     if step.scope == "row":
@@ -60,22 +61,25 @@ def threshold(table: pa.Table, cut: Cut) -> pa.Table:
 
 
 CUTS = [
-    [Cut("score", min=0.1)],
-    [Cut("score", min=float(np.float32(0.1)))],
-    [Cut("holes", min=0.0)],
-    [Cut("infinite", min=-math.inf)],
-    [Cut("score", top_fraction=0.07)],
-    [Cut("ties", top_fraction=0.5)],
-    [Cut("same", top_fraction=0.001)],
-    [Cut("same", top_fraction=1.0)],
-    [Cut("holes", top_fraction=0.3)],
-    [Cut("holes", min=0.2), Cut("ties", top_fraction=0.33), Cut("score", top_fraction=0.9), Cut("infinite", min=0.1)],
-    [Cut("score", min=99.0), Cut("ties", top_fraction=0.5)],
+    [Condition("score", "min", 0.1)],
+    [Condition("score", "min", float(np.float32(0.1)))],
+    [Condition("holes", "min", 0.0)],
+    [Condition("infinite", "min", -math.inf)],
+    [Condition("score", "top_fraction", 0.07)],
+    [Condition("ties", "top_fraction", 0.5)],
+    [Condition("same", "top_fraction", 0.001)],
+    [Condition("same", "top_fraction", 1.0)],
+    [Condition("holes", "top_fraction", 0.3)],
+    [
+        Condition("holes", "min", 0.2), Condition("ties", "top_fraction", 0.33),
+        Condition("score", "top_fraction", 0.9), Condition("infinite", "min", 0.1),
+    ],
+    [Condition("score", "min", 99.0), Condition("ties", "top_fraction", 0.5)],
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
-def test_cuts_keep_what_the_steps_keep(cuts: list[Cut]) -> None:
+def test_cuts_keep_what_the_steps_keep(cuts: list[Condition]) -> None:
     rows, table = made()
     applied = rows.apply(tuple(cuts))
     for cut, after in zip(cuts, applied.after):
@@ -87,7 +91,7 @@ def test_cuts_keep_what_the_steps_keep(cuts: list[Cut]) -> None:
 
 def test_a_summary_counts_what_a_scan_counts() -> None:
     rows, _ = made()
-    cuts = (Cut("score", min=0.2), Cut("holes", top_fraction=0.5))
+    cuts = (Condition("score", "min", 0.2), Condition("holes", "top_fraction", 0.5))
     view = View(language="en", text="RED")
     found = rows.summary(cuts, view, ["score", "ties", "same"])
     applied = rows.apply(cuts)
@@ -133,10 +137,14 @@ def test_views(view: View, expected) -> None:  # type: ignore[no-untyped-def]
     assert rows.seen(view).tolist() == [expected(i) for i in range(N)]
 
 
-@pytest.mark.parametrize("cut", [Cut("score", min=0.3), Cut("ties", top_fraction=0.5), Cut("ties", min=2.0)], ids=str)
-def test_the_rows_on_both_sides_are_the_nearest(cut: Cut) -> None:
+@pytest.mark.parametrize(
+    "cut",
+    [Condition("score", "min", 0.3), Condition("ties", "top_fraction", 0.5), Condition("ties", "min", 2.0)],
+    ids=str,
+)
+def test_the_rows_on_both_sides_are_the_nearest(cut: Condition) -> None:
     rows, _ = made()
-    other = Cut("holes", min=0.5)
+    other = Condition("holes", "min", 0.5)
     above, below = rows.sides((other, cut), 1, View(language="en"), 9)
     applied, values = rows.apply((other, cut)), rows.scores[cut.column]
     shown = applied.keeps[0] & rows.seen(View(language="en"))
@@ -150,7 +158,7 @@ def test_the_rows_on_both_sides_are_the_nearest(cut: Cut) -> None:
 
 def test_a_cut_that_keeps_nothing_has_one_side() -> None:
     rows, _ = made()
-    cuts = (Cut("score", min=99.0), Cut("ties", top_fraction=0.5))
+    cuts = (Condition("score", "min", 99.0), Condition("ties", "top_fraction", 0.5))
     assert len(rows.sides(cuts, 0, View(), 5)[0]) == 0
     assert len(rows.sides(cuts, 0, View(), 5)[1]) == 0, "the other cut keeps none of them"
     assert rows.summary(cuts, View(), [])["cuts"][1]["at"] is None

@@ -20,10 +20,20 @@ import yaml
 from aiohttp import web
 
 from pipeline import open_run, studio
-from pipeline.cuts import Cut, default_step
+from pipeline.condition import Condition
+from pipeline.cuts import THRESHOLD, default_step
 from pipeline.reader import RunError
 from pipeline.storage import Store
-from pipeline.studio import LABELS, Studio, application, picture_type, read_labels, recipe_with
+from pipeline.studio import (
+    LABELS,
+    Studio,
+    application,
+    cuts_after,
+    later_steps,
+    picture_type,
+    read_labels,
+    recipe_with,
+)
 from tests import painted as runs
 from tests.browser import WIDTHS, chromium
 from tests.conftest import ROOT
@@ -265,14 +275,16 @@ def test_the_lines_around_the_cuts_stay() -> None:
     steps = [
         ("pool", "pool", {}),
         ("download", "pipeline.stages.download.Download", {}),
-        ("threshold", studio.THRESHOLD, {"column": "a", "min": 1}),
+        ("threshold", THRESHOLD, {"column": "a", "min": 1}),
         ("balance", "pipeline.filters.balance.Balance", {}),
     ]
     recipe = {"name": "x", "steps": ["download", {"threshold": {"column": "a", "min": 1}}, "balance"], "reuse": None}
     run: Any = SimpleNamespace(
         recipe=recipe, steps=[SimpleNamespace(label=label, step=step, options=o) for label, step, o in steps]
     )
-    assert yaml.safe_load(recipe_with(run, "download", [Cut("s", min=1e-7), Cut("t", top_fraction=0.3)])) == {
+    assert yaml.safe_load(
+        recipe_with(run, "download", [Condition("s", "min", 1e-7), Condition("t", "top_fraction", 0.3)])
+    ) == {
         "name": "x",
         "steps": [
             "download",
@@ -281,6 +293,20 @@ def test_the_lines_around_the_cuts_stay() -> None:
             "balance",
         ],
     }
+    assert default_step(run) == "download"
+
+
+def test_a_threshold_with_a_maximum_is_no_cut() -> None:
+    options = [
+        {"column": "a", "min": 1, "max": None, "top_fraction": None},
+        {"column": "b", "min": None, "max": 0.1, "top_fraction": None},
+        {"column": "c", "min": 0, "max": 1, "top_fraction": None},
+    ]
+    steps = [SimpleNamespace(label="download", step="pipeline.stages.download.Download", options={})]
+    steps += [SimpleNamespace(label=f"threshold.{i}", step=THRESHOLD, options=o) for i, o in enumerate(options)]
+    run: Any = SimpleNamespace(steps=steps)
+    assert cuts_after(run, "download") == [Condition("a", "min", 1)]
+    assert [step.label for step in later_steps(run, "download")] == ["threshold.1", "threshold.2"]
     assert default_step(run) == "download"
 
 

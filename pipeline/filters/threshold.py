@@ -3,13 +3,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.condition import Boundary, wanted
 from pipeline.hashing import hash64
 from pipeline.schema import is_number, numbers
 from pipeline.step import Estimate, Filter, drops_frame
@@ -86,32 +86,28 @@ class Threshold(Filter):
         return pa.array(self._values(dropped), from_pandas=True)  # NaN becomes null
 
     def decide(self, frame: dd.DataFrame) -> dd.DataFrame:
-        return frame.map_partitions(self._below, self._cut(frame), meta=drops_frame())
+        return frame.map_partitions(self._below, self._boundary(frame), meta=drops_frame())
 
-    def _below(self, part: pd.DataFrame, cut: list[int]) -> pd.DataFrame:
+    def _below(self, part: pd.DataFrame, boundary: Boundary) -> pd.DataFrame:
         table = pa.Table.from_pandas(part, preserve_index=False)
         values = self._values(table)
-        # Lexicographic comparison: a word of the key decides only if the words before it are equal.
-        kept, tied = np.zeros(len(values), bool), ~np.isnan(values)
-        for word, at in enumerate(cut):
-            key = _word(table, values, word)
-            kept |= tied & (key > np.uint64(at))
-            tied &= key == np.uint64(at)
-        dropped = table.filter(pa.array(~(kept | tied)))
-        values = values[~(kept | tied)]
+        below = ~boundary.keeps(
+            values, lambda at: _uid_hashes(table.take(pa.array(at))), lambda at: _places(table.take(pa.array(at)))
+        )
+        dropped, values = table.filter(pa.array(below)), values[below]
         reasons = pc.if_else(pa.array(np.isnan(values)), "missing", "threshold")
-        details = _compared(values, float(_decoded(cut[0])) if cut else math.nan)
+        details = _compared(values, boundary.value)
         columns = {"unit": dropped["unit"], "row": dropped["row"], "reason": reasons, "detail": details}
         return drops_frame(pa.table({**columns, "value": pa.array(values, from_pandas=True)}))
 
-    def _cut(self, frame: dd.DataFrame) -> list[int]:
-        """The lowest key kept, a prefix of the words (value, hash of the uid, position); empty if no row has a value.
+    def _boundary(self, frame: dd.DataFrame) -> Boundary:
+        """The lowest row kept; without any value, the boundary keeps no row.
 
-        Radix selection from the highest digit down. Each round counts rows by their next 16 bits, among the rows that
-        match all digits found so far. Four rounds find the value; only ties at the cut need more. Only the counts, at
-        most 65,536, reach the driver.
+        Radix selection over the words of a row's rank (value, hash of the uid, place), from the highest digit down.
+        Each round counts rows by their next 16 bits, among the rows that match all digits found so far. Four rounds
+        find the value; only ties at the boundary need more. Only the counts, at most 65,536, reach the driver.
         """
-        import pandas as pd  # only now: the studio shares `wanted`, and its --help is quick without pandas
+        import pandas as pd  # here, so that checking a recipe needs no pandas
 
         assert self.top_fraction is not None
         cut: list[int] = []
@@ -122,7 +118,7 @@ class Threshold(Filter):
                 digits = frame.map_partitions(self._digits, cut, prefix, shift, meta=pd.Series([], dtype="int64"))
                 counts = digits.value_counts().compute().sort_index(ascending=False)
                 if counts.empty:
-                    return []
+                    return Boundary(math.nan)
                 if left is None:
                     left = wanted(self.top_fraction, int(counts.sum()))
                 reached = counts.to_numpy(dtype=np.int64).cumsum()
@@ -132,7 +128,8 @@ class Threshold(Filter):
             cut.append(prefix)
             if left == int(counts.iloc[place]):
                 break
-        return cut
+        value, *tie = cut
+        return Boundary(float(_decoded(value)), *tie)
 
     def _digits(self, part: pd.DataFrame, cut: list[int], prefix: int, shift: int) -> pd.Series:
         """The next digit of the rows that match all previous digits."""
@@ -165,22 +162,22 @@ def comparable(dtype: pa.DataType) -> bool:
     return is_number(dtype) or pa.types.is_null(dtype)
 
 
-def wanted(fraction: float, rows: int) -> int:
-    """How many of so many rows a top fraction keeps, rounded up.
-
-    Exact decimal arithmetic: 0.07 of 100 is 7, although the float nearest to 0.07 is larger.
-    """
-    return math.ceil(Fraction(str(fraction)) * rows)
-
-
 def _word(table: pa.Table, values: np.ndarray, word: int) -> np.ndarray:
-    """One of the three words of a row's rank. The position comes last, because uids from the pool may repeat."""
+    """One of the three words of a row's rank."""
     if word == 0:
         bits = (values + 0.0).view(np.uint64)  # maps -0.0 to 0.0
         # As integers, IEEE 754 numbers sort correctly except the negative ones, whose order is reversed.
         return np.where(bits >> np.uint64(63), ~bits, bits | np.uint64(1 << 63))
     if word == 1:
-        return hash64(table["uid"], purpose="threshold")
+        return _uid_hashes(table)
+    return _places(table)
+
+
+def _uid_hashes(table: pa.Table) -> np.ndarray:
+    return hash64(table["uid"], purpose="threshold")
+
+
+def _places(table: pa.Table) -> np.ndarray:
     unit, row = (table[name].to_numpy().astype(np.uint64) for name in ("unit", "row"))
     return unit << np.uint64(32) | row
 

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.filters.threshold import wanted
+from pipeline.condition import Boundary, Condition, wanted
 from pipeline.study.candidates import Candidates
-from pipeline.study.study_plan import Condition, Cut
+from pipeline.study.study_plan import Cut
 
 SAMPLE = 1 << 16
 """Values from which the place of a fraction's boundary is estimated; more where the rows are more than SAMPLE^1.5."""
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """The lowest key that a condition keeps: a value, and where rows tie there, a hash of the uid, then the place."""
-
-    value: float
-    uid_hash: int | None = None
-    place: int = 0
 
 
 class Cuts:
@@ -29,8 +20,8 @@ class Cuts:
 
     def __init__(self, candidates: Candidates, cuts: Sequence[Cut]) -> None:
         self.candidates, self.cuts = candidates, list(cuts)
-        self.boundaries: dict[tuple[Condition, ...], Boundary | None] = {}
-        """By condition and those before it; None where no row has a value."""
+        self.boundaries: dict[tuple[Condition, ...], Boundary] = {}
+        """By condition and those before it."""
         grids: dict[tuple[tuple[Condition, ...], str], list[Condition]] = {}
         for cut in self.cuts:
             for number, condition in enumerate(cut.conditions):
@@ -58,27 +49,14 @@ class Cuts:
         if not conditions:
             return np.ones(at.stop - at.start, bool)
         if conditions not in known:
-            meets = self._above(self.boundaries[conditions], conditions[-1].column, at)
+            values = self.candidates.column(conditions[-1].column)[at]
+            meets = self.boundaries[conditions].keeps(
+                values, lambda tied: self.candidates.uid_hashes(at.start + tied), lambda tied: at.start + tied
+            )
             known[conditions] = meets & self._meets(conditions[:-1], at, known) if len(conditions) > 1 else meets
         return known[conditions]
 
-    def _above(self, boundary: Boundary | None, column: str, at: slice) -> np.ndarray:
-        values = self.candidates.column(column)[at]
-        if boundary is None:
-            return np.zeros(len(values), bool)
-        if boundary.uid_hash is None:
-            return np.asarray(values >= _at_least(boundary.value, values.dtype))
-        kept = np.asarray(values > boundary.value)
-        tied = np.flatnonzero(values == boundary.value)
-        if len(tied):
-            places = at.start + tied
-            hashes, lowest = self.candidates.uid_hashes(places), np.uint64(boundary.uid_hash)
-            kept[tied] = (hashes > lowest) | ((hashes == lowest) & (places >= boundary.place))
-        return kept
-
-    def _boundaries(
-        self, before: tuple[Condition, ...], column: str, fractions: Sequence[float]
-    ) -> list[Boundary | None]:
+    def _boundaries(self, before: tuple[Condition, ...], column: str, fractions: Sequence[float]) -> list[Boundary]:
         """The boundaries of the top fractions, among the candidates that meet the conditions before."""
         candidates = self.candidates
         values = candidates.column(column)
@@ -90,18 +68,17 @@ class Cuts:
         counts = [int(np.count_nonzero(living(at))) for at in candidates.blocks]
         everything, count = sum(counts) == len(candidates), sum(counts)
         if not count:
-            return [None] * len(fractions)
+            return [Boundary(math.nan)] * len(fractions)
         ranks = [wanted(fraction, count) for fraction in fractions]
 
         def blocks() -> Iterator[np.ndarray]:
             return (values[at] if everything else values[at][living(at)] for at in candidates.blocks)
 
-        found: list[Boundary | None] = []
+        found: list[Boundary] = []
         for rank, (value, above, tied) in zip(ranks, largest(blocks, count, ranks)):
             if above + tied == rank:
                 found.append(Boundary(float(value)))
                 continue
-            # `threshold` breaks ties by the hash of the uid, and those of equal uids by the place.
             left = rank - above
 
             def ties(value: np.number = value) -> Iterator[np.ndarray]:
@@ -170,12 +147,6 @@ def _between(
                 within &= ~over
             parts[i].append(block[within])
     return [np.concatenate(of) for of in parts], above
-
-
-def _at_least(value: float, dtype: np.dtype) -> np.floating:
-    """The smallest number of the type that is not below the value: comparing with it is comparing in float64."""
-    rounded: np.floating = dtype.type(value)
-    return dtype.type(np.nextafter(rounded, dtype.type(np.inf))) if float(rounded) < value else rounded
 
 
 # --- What a cut keeps -------------------------------------------------------------------------------------------------

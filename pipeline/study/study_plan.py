@@ -6,15 +6,14 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
+from pipeline.condition import RULES, Condition
+from pipeline.recipe import line_text
 from trainer.errors import InputError
 from trainer.spelling import did_you_mean
 from trainer.yamlfile import Document
 
-RULES = ("min", "top_fraction")
-"""What a cut can ask of a column, as the step `threshold` does."""
 MAX_CUTS = 1000
 SEEDS = 3
 """Default number of seeds: the least with which the noise between seeds says anything; the power statement says how
@@ -23,23 +22,6 @@ many are needed."""
 
 class StudyError(InputError):
     """All problems of a study, one a line."""
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One `threshold`: `min`, or `top_fraction` of the rows that the conditions before it kept."""
-
-    column: str
-    rule: str
-    value: float
-
-    def __str__(self) -> str:
-        shown = f"top {_percent(self.value)}" if self.rule == "top_fraction" else f"≥ {self.value:g}"
-        return f"{self.column} {shown}"
-
-    @property
-    def recipe_line(self) -> str:
-        return f"- threshold: {{column: {self.column}, {self.rule}: {self.value!r}}}"
 
 
 @dataclass(frozen=True)
@@ -53,7 +35,7 @@ class Cut:
 
     @property
     def recipe_lines(self) -> list[str]:
-        return [condition.recipe_line for condition in self.conditions]
+        return [f"- {line_text(condition.line())}" for condition in self.conditions]
 
 
 @dataclass(frozen=True)
@@ -226,7 +208,3 @@ class _Reader:
         if len(whole) < len(values):
             self.note(at, f"found {values!r}, expected whole numbers, at least {least}")
         return list(dict.fromkeys(whole))
-
-
-def _percent(fraction: float) -> str:
-    return f"{float(Fraction(str(fraction)) * 100):g}%"

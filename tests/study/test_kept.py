@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from pipeline import open_run
+from pipeline.condition import Boundary, Condition
 from pipeline.cuts import default_step
 from pipeline.filters.threshold import Threshold
 from pipeline.study.candidates import Candidates, open_candidates
 from pipeline.study.kept import Cuts, cut_rows, jaccard, largest, overlaps
-from pipeline.study.study_plan import Condition, Cut
+from pipeline.study.study_plan import Cut
 from tests.filters.barrier import decide
 from tests.study.made import make_run, samples
 from tests.tables import make_batch
@@ -93,15 +94,13 @@ def test_equal_uids_are_told_apart_by_their_place(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [0.3, 0.1, 0.25, -0.7])
 def test_min_compares_in_float64_as_threshold_does(value: float) -> None:
-    from pipeline.study.kept import _at_least
-
     near = [
         np.float32(value),
         np.nextafter(np.float32(value), np.float32(9)),
         np.nextafter(np.float32(value), np.float32(-9)),
     ]
-    lowest = _at_least(value, np.dtype(np.float32))
-    assert [v >= lowest for v in near] == [float(v) >= value for v in near]
+    kept = Boundary(value).keeps(np.array(near), np.uint64, np.int64)
+    assert kept.tolist() == [float(v) >= value for v in near]
 
 
 def test_overlaps_are_those_of_sets(opened: Candidates) -> None:
