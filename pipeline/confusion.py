@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{args.table}: no row has both {args.caption!r} and {args.truth!r}")
     except (ValueError, OSError) as error:
         text = str(error).removeprefix("url: ")  # the caption stands for the url, which a pool must have
-        errors.print(f"error: {text}", markup=False, highlight=False, soft_wrap=True)
+        errors.error(text)
         return 2
     Console().print(_table(counts))
     right = sum(n for (true, found), n in counts.items() if true == found)

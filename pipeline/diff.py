@@ -315,16 +315,12 @@ def _pictures(run: Run, uids: list[str]) -> dict[str, bytes]:
 
 def show(console: Console, found: dict[str, Any]) -> None:
     """Prints what `to_json` returns."""
-
-    def line(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     for letter, run in zip("AB", found["runs"]):
-        line(f"{letter}: {run['path']}: {run['rows_in']:,} rows in, {run['kept']:,} kept")
-    line("the same pool" if found["same_pool"] else "different pools, compared by uid")
+        console.say(f"{letter}: {run['path']}: {run['rows_in']:,} rows in, {run['kept']:,} kept")
+    console.say("the same pool" if found["same_pool"] else "different pools, compared by uid")
     for change in found["recipe"]:
-        line(f"  {change}")
-    line(f"{found['both']:,} kept by both, {found['gained']:,} gained, {found['lost']:,} lost")
+        console.say(f"  {change}")
+    console.say(f"{found['both']:,} kept by both, {found['gained']:,} gained, {found['lost']:,} lost")
     for side, run in (("gained", "A"), ("lost", "B")):
         if found[side]:
             table = _table(f"{side}: the step of {run} that dropped them", "reason", "rows")
@@ -338,7 +334,7 @@ def show(console: Console, found: dict[str, Any]) -> None:
                 table.add_row(value["value"], f"{value['gained']:,}", f"{value['lost']:,}")
             console.print(table)
             if len(found[name]) > SHOWN:
-                line(f"and {len(found[name]) - SHOWN:,} more")
+                console.say(f"and {len(found[name]) - SHOWN:,} more")
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -317,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         store.write(f"{name}.sources.json", json.dumps({"sources": entries.sources}, indent=1).encode())
     except (EntriesError, pool.PoolError, OSError) as error:
         text = str(error).removeprefix("url: ")  # the caption stands for the url, which a pool must have
-        console.print(f"error: {text}", markup=False, highlight=False, soft_wrap=True)
+        console.error(text)
         return 2
     for source in entries.sources:
         print(f"{source['source']}: {source['entries']:,} entries, {source['new']:,} of them new")

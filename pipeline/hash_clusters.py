@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import numpy as np
@@ -38,11 +38,17 @@ def clusters(
     """
     probes = list(probes if probes is not None else [(mask, np.arange(len(hashes))) for mask in masks(max_hamming)])
     forest = Forest(len(hashes))
-    links = _Links(hashes, forest)
+    links = _Links(forest)
+    order = np.argsort(hashes)
+    ascending = hashes[order]
+
+    def places(some: np.ndarray) -> np.ndarray:
+        return order[np.searchsorted(ascending, some)]
+
     todo = []
     for number, (mask, members) in enumerate(probes):
         earlier = [other for other, _ in probes[:number]]
-        todo.append((mask, _link_in_small_buckets(hashes, members, mask, earlier, max_hamming, links), _PIVOTS))
+        todo.append((mask, _link_in_small_buckets(hashes[members], mask, earlier, max_hamming, places, links), _PIVOTS))
     links.join()
     # More distinct hashes than this differ in over max_hamming + 2 bits, so a bucket to split has bits for every block.
     largest = max(_LARGEST_BUCKET, 1 << max_hamming + 2)
@@ -51,7 +57,8 @@ def clusters(
         members, sizes, minors = _buckets(hashes, members, mask, forest)
         crowded = (sizes * minors > largest**2) & (most > _PIVOTS)
         compare = np.repeat(~crowded, sizes)
-        _join_close(hashes, members[compare], sizes[~crowded], np.minimum(minors, most)[~crowded], max_hamming, forest)
+        _link_close(hashes, members[compare], sizes[~crowded], np.minimum(minors, most)[~crowded], max_hamming, links)
+        links.join()
         if (unfinished := minors > most).any():
             todo.append((mask, members[np.repeat(unfinished, sizes)], len(hashes)))
         if crowded.any():
@@ -92,49 +99,51 @@ class Forest:
 class _Links:
     """Pairs of close hashes that have been found, to be joined many at a time."""
 
-    def __init__(self, hashes: np.ndarray, forest: Forest) -> None:
-        self._order = np.argsort(hashes)
-        self._sorted = hashes[self._order]
-        self._forest = forest
+    def __init__(self, forest: Forest) -> None:
+        self.forest = forest
         self._pending: list[np.ndarray] = []
         self._count = 0
 
-    def add(self, pairs: np.ndarray) -> None:
-        """Adds pairs of hashes, uint64 of shape (2, n)."""
-        self._pending.append(self.places(pairs))
+    def add(self, pairs: np.ndarray) -> bool:
+        """Adds pairs of nodes, of shape (2, n). True if that made the pairs so far be joined."""
+        self._pending.append(pairs)
         self._count += pairs.shape[1]
-        if self._count > _MOST_PENDING:
+        full = self._count > _MOST_PENDING
+        if full:
             self.join()
-
-    def places(self, hashes: np.ndarray) -> np.ndarray:
-        """Where these hashes stand among all."""
-        return self._order[np.searchsorted(self._sorted, hashes)]
+        return full
 
     def join(self) -> None:
         if self._count:
-            self._forest.join(*np.concatenate(self._pending, axis=1))
+            self.forest.join(*np.concatenate(self._pending, axis=1))
         self._pending, self._count = [], 0
 
 
 def _link_in_small_buckets(
-    hashes: np.ndarray, members: np.ndarray, mask: int, earlier: list[int], max_hamming: int, links: _Links
+    hashes: np.ndarray,
+    mask: int,
+    earlier: list[int],
+    max_hamming: int,
+    places: Callable[[np.ndarray], np.ndarray],
+    links: _Links,
 ) -> np.ndarray:
     """Links all close pairs of buckets of at most `_SMALL_BUCKET` members. Returns the members of larger ones.
 
-    Pairs that are equal under one of the `earlier` masks too are skipped: they were found under that.
+    Pairs that are equal under one of the `earlier` masks too are skipped: they were found under that. `places` maps
+    hashes to their indices.
 
     Moves the bits of the mask to the front of each hash. Such values sort by bucket, and differ in as many bits as the
     hashes do, so neither an argsort nor a gather is needed, and the members of a bucket are compared with those 1, 2, …
     places after them.
     """
     moves = _moves(mask)
-    values = _move(hashes[members], moves)
+    values = _move(hashes, moves)
     values.sort()
     rest = np.uint64(64 - mask.bit_count())
     starts = np.flatnonzero(_begins(values >> rest))
     sizes = np.diff(starts, append=len(values))
     large = np.repeat(sizes > _SMALL_BUCKET, sizes)
-    crowd = links.places(_move_back(values[large], moves))
+    crowd = places(_move_back(values[large], moves))
     size = np.repeat(np.minimum(sizes, _SMALL_BUCKET + 1).astype(np.uint8), sizes)
     there = (size > 1) & ~large
     for offset in range(1, _SMALL_BUCKET):
@@ -151,7 +160,7 @@ def _link_in_small_buckets(
             new = (apart & np.uint64(mask)) == 0
             for other in earlier:
                 new &= (apart & np.uint64(other)) != 0
-            links.add(pairs[:, new])
+            links.add(places(pairs[:, new]))
     return crowd
 
 
@@ -213,31 +222,25 @@ def _buckets(
     return members[unsettled][order], sizes[minors > 0], minors[minors > 0]
 
 
-def _join_close(
-    hashes: np.ndarray, members: np.ndarray, sizes: np.ndarray, minors: np.ndarray, max_hamming: int, forest: Forest
+def _link_close(
+    hashes: np.ndarray, members: np.ndarray, sizes: np.ndarray, minors: np.ndarray, max_hamming: int, links: _Links
 ) -> None:
-    """Joins every close pair of a bucket that has one of its first `minors` members."""
-    values, roots = hashes[members], forest.roots(members)
+    """Links every close pair of a bucket that has one of its first `minors` members."""
+    values, roots = hashes[members], links.forest.roots(members)
     right = np.arange(len(members))
     left = np.repeat(np.cumsum(sizes) - sizes, sizes)
     last = left + np.repeat(minors, sizes)
-    pending: list[tuple[np.ndarray, np.ndarray]] = []
-    count = 0
     # Compare the first member of each bucket with all others of the bucket, then the second, and so on.
     while len(right):
         near = np.flatnonzero(np.bitwise_count(values[left] ^ values[right]) <= max_hamming)
         near = near[roots[left[near]] != roots[right[near]]]
-        if len(near):
-            pending.append((members[left[near]], members[right[near]]))
-            count += len(near)
+        if len(near) and links.add(members[np.stack([left[near], right[near]])]):
+            roots = links.forest.roots(members)
         left += 1
         active = (left < last) & (left < right)
         # Compacting costs as much as comparing, so do it only when an eighth of the entries is finished.
         if np.count_nonzero(active) < 0.875 * len(active) or left[-1] >= len(values):
             left, right, last = left[active], right[active], last[active]
-        if count > _MOST_PENDING or (count and not len(right)):
-            forest.join(*(np.concatenate(side) for side in zip(*pending)))
-            roots, pending, count = forest.roots(members), [], 0
 
 
 def _begins(values: np.ndarray) -> np.ndarray:

@@ -180,10 +180,7 @@ def show(console: Console, findings: Findings, sample: Sample, target: Target, k
     other = "unlabelled" if target.unlabelled else "bad"
     used = [int((~sample.good).sum()), int(sample.good.sum())]
     gone = f"; {sample.gone:,} rows of {target.path} were dropped before and have no scores" if sample.gone else ""
-    console.print(
-        f"{used[1]:,} of {sample.found[1]:,} good and {used[0]:,} of {sample.found[0]:,} {other} rows{gone}",
-        markup=False, highlight=False,
-    )  # fmt: skip
+    console.say(f"{used[1]:,} of {sample.found[1]:,} good and {used[0]:,} of {sample.found[0]:,} {other} rows{gone}")
     table = Table(title="Each score alone (95% intervals)", title_justify="left")
     for name in ("column", "missing", "weight (logits)", "AUC alone", "AUC lost without it"):
         table.add_column(name, justify="left" if name == "column" else "right", no_wrap=True)
@@ -192,12 +189,10 @@ def show(console: Console, findings: Findings, sample: Sample, target: Target, k
         lost = "" if part.lost is None else str(part.lost)
         table.add_row(part.column, f"{part.missing:.1%}", f"{part.weight:.2f}", alone, lost)
     console.print(table)
-    console.print(f"mixture: AUC {findings.auc}, cross-fitted", markup=False, highlight=False)
+    console.say(f"mixture: AUC {findings.auc}, cross-fitted")
     if findings.best and findings.over_best:
-        console.print(f"above {findings.best}: {findings.over_best}", markup=False, highlight=False)
-    console.print(
-        f"calibration error {findings.calibration:.3f}; penalty {findings.penalty:g}", markup=False, highlight=False
-    )
+        console.say(f"above {findings.best}: {findings.over_best}")
+    console.say(f"calibration error {findings.calibration:.3f}; penalty {findings.penalty:g}")
     weights = sample.weights
     kept = float(weights[findings.logits >= 0].sum() / weights.sum()) if keep is None else keep
     lines = {"mixture": findings.logits, **({findings.best: findings.singles[findings.best]} if findings.best else {})}
@@ -208,9 +203,9 @@ def show(console: Console, findings: Findings, sample: Sample, target: Target, k
         if not target.unlabelled:
             precision = model.bootstrap(lambda w, r=ranking: r.kept(w, kept)[0], weights, seed)  # type: ignore[misc]
             text += f", precision {precision}"
-        console.print(text, markup=False, highlight=False)
+        console.say(text)
     if np.isclose(kept, 1.0) or np.isclose(kept, 0.0):
-        console.print("warning: this cut keeps all rows or none; give --keep", markup=False, highlight=False)
+        console.say("warning: this cut keeps all rows or none; give --keep")
 
 
 @contextmanager
@@ -321,9 +316,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.error(error)
         return 1
     show(console, findings, sample, target, args.keep, args.seed)
-    console.print(f"\nwrote {out}; in a recipe, below the steps that add these columns:\n", highlight=False)
+    console.say(f"\nwrote {out}; in a recipe, below the steps that add these columns:\n")
     for line in recipe_lines(out, args.keep):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.say(line)
     return 0
 
 

@@ -36,7 +36,7 @@ def print_plan(console: Console, recipe: Recipe) -> None:
         raise RecipeError(["pool.rows: a remote pool is not counted; set the number of rows to plan for"])
     units = ingest.unit_count(rows, recipe.unit_rows, pool.size(recipe.pool) if local else 0)
     passes = make_passes(recipe, {"files": pool.stamp(recipe.pool)} if local else {}, types)
-    console.print(f"{recipe.name}: {rows:,} rows ({counted})\n", highlight=False)
+    console.say(f"{recipe.name}: {rows:,} rows ({counted})\n")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in COLUMNS:
         table.add_column(title, justify="left" if title in ("steps", "workers") else "right")
@@ -68,24 +68,16 @@ def print_plan(console: Console, recipe: Recipe) -> None:
     fetched, stored = _bytes(totals["fetched"]) or "nothing", _bytes(totals["stored"])
     hours = f"{totals['cpu']:,.1f} core-hours" + (f" and {totals['gpu']:,.1f} GPU-hours" if totals["gpu"] else "")
     cores = os.cpu_count() or 1
-    console.print(f"\nabout {kept:,.0f} samples; {fetched} fetched, {stored} stored; {hours}", highlight=False)
+    console.say(f"\nabout {kept:,.0f} samples; {fetched} fetched, {stored} stored; {hours}")
     here, cluster = totals["cpu"] / cores, totals["cpu"] / 1600
-    console.print(
-        f"CPU time: {here:,.1f} hours here ({cores} cores), {cluster:,.1f} hours on 100 nodes of 16 cores",
-        highlight=False,
-    )
+    console.say(f"CPU time: {here:,.1f} hours here ({cores} cores), {cluster:,.1f} hours on 100 nodes of 16 cores")
     if totals["gpu"] and not _has_gpu():
-        console.print("This machine has no GPU: a run here does the GPU work on CPU cores, which is many times slower.")
-    console.print("\nbasis of the estimates (share kept, rows/s on one core or GPU):", highlight=False)
+        console.say("This machine has no GPU: a run here does the GPU work on CPU cores, which is many times slower.")
+    console.say("\nbasis of the estimates (share kept, rows/s on one core or GPU):")
     for name, estimate in used.items():
-        console.print(
-            f"  {name}: keeps {estimate.keep:.0%}, {estimate.rate:,.0f}/s: {estimate.basis}",
-            highlight=False,
-            markup=False,
-        )
-    for step in (step for p in passes for step in p.steps):
-        for note in step.notes():
-            console.print(f"note: {step.label}: {note}", markup=False, highlight=False, soft_wrap=True)
+        console.say(f"  {name}: keeps {estimate.keep:.0%}, {estimate.rate:,.0f}/s: {estimate.basis}")
+    for note in recipe.notes():
+        console.say(f"note: {note}")
 
 
 def _workers(p: Pass) -> str:

@@ -144,7 +144,7 @@ class Progress:
             self._printed = time.monotonic()
             for running in self._bars.values():
                 if running.rows and running.rows != running.total:
-                    self._console.print(_line(running), highlight=False)
+                    self._console.say(_line(running))
 
     def reused(self, label: str, funnel: Funnel) -> None:
         """Reports a pass that an earlier command has completed."""
@@ -160,7 +160,7 @@ class Progress:
             self._live.stop()
             self._live = None
         for bar in self._bars.values():
-            self._console.print(_line(bar), highlight=False)
+            self._console.say(_line(bar))
         if self._bars:
             self._tell("finished" if done else "stopped")
         self._bars = {}
@@ -215,6 +215,4 @@ def print_funnel(console: Console, funnel: Funnel) -> None:
             ", ".join(f"{reason} {n:,}" for reason, n in reasons),
         )
     console.print(table)
-    console.print(
-        f"{funnel.rows_in:,} rows in = {funnel.kept:,} kept + {funnel.rows_in - funnel.kept:,} dropped", highlight=False
-    )
+    console.say(f"{funnel.rows_in:,} rows in = {funnel.kept:,} kept + {funnel.rows_in - funnel.kept:,} dropped")

@@ -11,7 +11,7 @@ import os
 import pkgutil
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -139,6 +139,11 @@ class Recipe:
     allow_empty: bool = False
     """Whether a run that writes shards and keeps no row ends with exit status 0 instead of 1."""
     source: dict[str, Any] = field(default_factory=dict)
+
+    def notes(self) -> Iterator[str]:
+        """What the steps leave undone with these options, a line each."""
+        for step in self.steps:
+            yield from (f"{step.label}: {note}" for note in step.notes())
 
 
 def load(

@@ -87,7 +87,7 @@ class Written(NamedTuple):
 
     def show(self, console: Console) -> None:
         for line in [*self.verdicts, f"report: {self.where}"]:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            console.say(line)
 
 
 def write(run: Run, path: str, out: str | None = None, console: Console | None = None) -> Written:

@@ -111,16 +111,15 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
     from pipeline.events import Events
     from pipeline.progress import Progress, print_funnel
 
-    for step in checked.steps:
-        for note in step.notes():
-            console.print(f"note: {step.label}: {note}", markup=False, highlight=False, soft_wrap=True)
+    for note in checked.notes():
+        console.say(f"note: {note}")
     started = time.monotonic()
     events = Events(Store(checked.run))
     progress, done = Progress(console, events.watch), False
     events.command(checked.name, [p.label for p in passes])
     try:
         try:
-            cluster.start_ray(checked.workers, lambda line: console.print(line, markup=False, soft_wrap=True))
+            cluster.start_ray(checked.workers, console.say)
         except cluster.StartError as error:
             raise HaltError(str(error)) from None
         except SystemExit:  # Ray's own answer to a SIGTERM while it starts
@@ -158,16 +157,16 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
         claim.check()
         Store(checked.run).write(f"{folder}/_SUCCESS", b"")
     for line in outcome.mended[:10]:
-        console.print(f"made again: {line}", markup=False, highlight=False, soft_wrap=True)
+        console.say(f"made again: {line}")
     if len(outcome.mended) > 10:
-        console.print(f"made again: {len(outcome.mended) - 10:,} more", highlight=False)
+        console.say(f"made again: {len(outcome.mended) - 10:,} more")
     if outcome.reused:
         measured = [p.label for p in passes if isinstance(p, MeasurePass) and p.label in outcome.reused]
         said = f"; nothing was measured again by {' or '.join(measured)}" if measured else ""
-        console.print(f"reused {', '.join(outcome.reused)}{said}", highlight=False)
+        console.say(f"reused {', '.join(outcome.reused)}{said}")
     for label, (rows, known) in outcome.known.items():
         if known:
-            console.print(f"{label}: {known:,} of {rows:,} rows had been measured before", highlight=False)
+            console.say(f"{label}: {known:,} of {rows:,} rows had been measured before")
     print_funnel(console, outcome.funnel)
     if checked.report:
         _report(console, checked.run)
@@ -175,19 +174,13 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
     empty = not outcome.funnel.kept and folder and not checked.allow_empty
     if not outcome.funnel.kept:
         why = _why_empty(outcome.funnel)
-        console.print(f"No row was kept: {why}", markup=False, highlight=False, soft_wrap=True)
+        console.say(f"No row was kept: {why}")
     where = f"{folder} in {checked.run}/{folder}, " if folder else ""
     seconds = time.monotonic() - started
-    console.print(
-        f"{where}{dropped:,} drops with their reasons in {checked.run}/drops ({seconds:.0f} s)",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.say(f"{where}{dropped:,} drops with their reasons in {checked.run}/drops ({seconds:.0f} s)")
     if empty:
-        Console(stderr=True).print(
-            f"error: no row was kept: {why}. If this is intended, add to the recipe: allow_empty: true",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        cure = "If this is intended, add to the recipe: allow_empty: true"
+        Console(stderr=True).error(f"no row was kept: {why}. {cure}")
     status = 1 if empty else 0
     events.end(status, rows_in=outcome.funnel.rows_in, kept=outcome.funnel.kept)
     return status
@@ -200,11 +193,8 @@ def _report(console: Console, path: str) -> None:
 
         written = report.write(open_run(path), path, console=console)
     except Exception as error:
-        Console(stderr=True).print(
-            f"warning: the report was not written: {type(error).__name__}: {one_line(str(error))}. "
-            f"Try again: winnow report {path}",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        cause = f"{type(error).__name__}: {one_line(str(error))}"
+        Console(stderr=True).say(f"warning: the report was not written: {cause}. Try again: winnow report {path}")
         return
     written.show(console)
 

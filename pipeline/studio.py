@@ -22,7 +22,6 @@ import csv
 import functools
 import hmac
 import io
-import itertools
 import secrets
 import socket
 import sys
@@ -81,6 +80,11 @@ class CutAsked(_Asked):
         if (self.min is None) == (self.top_fraction is None):
             raise ValueError("exactly one of min and top_fraction must be given")
         return self
+
+    def condition(self) -> Condition:
+        """The cut itself."""
+        rule = "top_fraction" if self.min is None else "min"
+        return Condition(self.column, rule, getattr(self, rule))
 
 
 class ViewAsked(_Asked):
@@ -215,12 +219,7 @@ class Studio:
         for cut in asked.cuts:
             if cut.column not in self.rows.scores:
                 raise ValueError(f"no score {cut.column!r}")
-        return tuple(
-            Condition(cut.column, "min", cut.min)
-            if cut.min is not None
-            else Condition(cut.column, "top_fraction", cut.top_fraction)
-            for cut in asked.cuts
-        )
+        return tuple(cut.condition() for cut in asked.cuts)
 
     def _view(self, asked: Question) -> View:
         return View(**asked.view.model_dump())
@@ -332,8 +331,12 @@ def write_labels(store: Store, labels: dict[str, int]) -> None:
 
 def cuts_after(run: Run, after: str) -> list[Condition]:
     """The cuts right after a step."""
-    cuts = map(as_cut, run.steps[_number(run, after) + 1 :])
-    return list(itertools.takewhile(bool, cuts))
+    cuts = []
+    for step in run.steps[_number(run, after) + 1 :]:
+        if (cut := as_cut(step)) is None:
+            break
+        cuts.append(cut)
+    return cuts
 
 
 def later_steps(run: Run, after: str) -> list[RunStep]:
@@ -508,7 +511,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 studio = Studio(
                     run, after, folder, lambda units: status.update(f"reading: unit {units:,} of {run.units:,}")
                 )
-            console.print(f"{studio.rows.n:,} rows after {after}", markup=False, highlight=False)
+            console.say(f"{studio.rows.n:,} rows after {after}")
             asyncio.run(_serve(studio, args.port, console))
     except RunError as error:
         errors.error(error)

@@ -463,10 +463,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         audit = check_run(Store(args.run), errors, args.deep)
     except OSError as error:
-        errors.print(f"error: {args.run}: {error}", markup=False, highlight=False, soft_wrap=True)
+        errors.error(f"{args.run}: {error}")
         return 1
     for problem in audit.problems:
-        errors.print(f"error: {problem}", markup=False, highlight=False, soft_wrap=True)
+        errors.error(problem)
     for part in audit.unchecked:
         print(f"not checked: {part}")
     if audit.problems:

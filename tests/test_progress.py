@@ -5,17 +5,17 @@ from __future__ import annotations
 import io
 
 import pytest
-from rich.console import Console
 
 from pipeline import progress as progress_module
 from pipeline.progress import PLAIN_EVERY, Progress
+from trainer.terminal import Console
 
 
 def test_the_eta_ignores_the_start_up_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
     out = io.StringIO()
-    progress = Progress(Console(file=out, width=200))
+    progress = Progress(Console(file=out))
     progress.begin([("download", 1000)], units=10)
     for now in (60.0, 61 + PLAIN_EVERY):  # noqa: B007 (the clock reads it)
         progress.add("download", 100, 90, {"http_404": 10}, units=1)

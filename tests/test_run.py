@@ -351,10 +351,10 @@ def test_a_wrong_recipe_starts_nothing(run: Command, project: Path) -> None:
 
 
 def test_a_plan_runs_nothing(run: Command, project: Path) -> None:
-    plan = run("r.yaml", "--plan", ray=False, RAY_ADDRESS="127.0.0.1:1")
+    plan = run("r.yaml", "--plan", "name=my [red] set", ray=False, RAY_ADDRESS="127.0.0.1:1")
     assert plan.returncode == 0, plan.stderr
     for said in (
-        "721 rows (counted)",
+        "my [red] set: 721 rows (counted)",
         "no_shouting + exact_dedup ",
         "all at once",
         "core-hours",

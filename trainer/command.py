@@ -68,7 +68,7 @@ def exit_status(run: Callable[[], object]) -> int:
 
 def say(line: str) -> None:
     """Prints a line on standard error, where progress goes; standard output is for results."""
-    Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
+    Console(stderr=True).say(line)
 
 
 def progress(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
@@ -84,7 +84,7 @@ def progress(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
             bar.advance(task)
             if bar.disable and time.monotonic() - printed > PLAIN_EVERY:
                 printed = time.monotonic()
-                console.print(f"{count:,}{f' of {total:,}' if total else ''} {what}", highlight=False)
+                console.say(f"{count:,}{f' of {total:,}' if total else ''} {what}")
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

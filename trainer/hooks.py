@@ -104,7 +104,7 @@ class Log(Hook):
             board.close()
 
     def say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.say(line)
 
     def write(self, numbers: Record) -> None:
         """Writes a record of the current step to the file and the boards."""

@@ -85,9 +85,13 @@ class Console(rich.console.Console):
     def file(self, new: IO[str]) -> None:
         self._file = new
 
+    def say(self, text: str) -> None:
+        """A line of plain text, as it is: without markup, highlighting or wrapping."""
+        self.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def error(self, problem: object) -> None:
         """A line `error: …`."""
-        self.print(f"error: {problem}", markup=False, highlight=False, soft_wrap=True)
+        self.say(f"error: {problem}")
 
     def print(self, *objects: Any, **options: Any) -> None:
         # Masks before wrapping: a secret split over two lines would not be found.

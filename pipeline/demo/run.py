@@ -119,16 +119,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         tasks = draw_heldout(HELDOUT, seed=args.seed + 1)
         results = {task: zero_shot(folder) for task, folder in tasks.items()}
     except subprocess.CalledProcessError as error:
-        console.print(
-            f"error: `{shlex.join(error.cmd[1:])}` failed with status {error.returncode}; see above", markup=False
-        )
+        console.error(f"`{shlex.join(error.cmd[1:])}` failed with status {error.returncode}; see above")
         return 1
     _show_accuracy(console, results, tasks)
     report = "" if not (RUN / "report" / "index.html").exists() else f", report in {RUN}/report/index.html"
-    console.print(
+    console.say(
         f"\nrun in {RUN}/{report}, model in {RUN}/model/ (open_clip: local-dir:{RUN}/model), web and truth in {WEB}/\n"
-        f"{time.monotonic() - started:.0f} s in total",
-        highlight=False,
+        f"{time.monotonic() - started:.0f} s in total"
     )
     return 0
 

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.error(error)
         return 1
     except KeyboardInterrupt as stop:
-        errors.print("stopped; the same command goes on from here", highlight=False)
+        errors.say("stopped; the same command goes on from here")
         return interrupted(stop)
     return 0
 

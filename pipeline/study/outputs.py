@@ -38,15 +38,13 @@ def show(results: Results, out: Path) -> None:
     for outcome in results.outcomes:
         console.print(_trained(results, outcome))
         for line in verdict(outcome, results.plan):
-            console.print(line, highlight=False, markup=False)
+            console.say(line)
         if outcome.best is not None:
-            console.print(
-                "\n".join(["steps:", *results.plan.cuts[outcome.best].recipe_lines]), highlight=False, markup=False
-            )
+            console.say("\n".join(["steps:", *results.plan.cuts[outcome.best].recipe_lines]))
     for line in [*(line for line, _ in results.scorers), *results.warnings, results.saved]:
         if line:
-            console.print(line, highlight=False, markup=False)
-    console.print(f"tables in {out}/, page in {out}/index.html", highlight=False, markup=False)
+            console.say(line)
+    console.say(f"tables in {out}/, page in {out}/index.html")
 
 
 def _counts(results: Results) -> Table:

@@ -35,7 +35,7 @@ def run(plan: Plan, console: Console) -> Results:
     after = plan.after or default_step(opened)
     columns = list(dict.fromkeys(condition.column for cut in plan.cuts for condition in cut.conditions))
     candidates = open_candidates(opened, after, columns, out / "candidates")
-    console.print(f"{len(candidates):,} candidates after {after}, {len(plan.cuts):,} cuts", highlight=False)
+    console.say(f"{len(candidates):,} candidates after {after}, {len(plan.cuts):,} cuts")
     cuts = Cuts(candidates, plan.cuts)
     both = overlaps(cuts)
     results = Results(
@@ -161,10 +161,8 @@ class _Progress:
         if name.startswith("cut "):
             name = str(self.plan.cuts[int(name.split()[1])])
         left = (time.monotonic() - self.started) / self.done * (self.due - self.done)
-        self.console.print(
+        self.console.say(
             f"{self.done}/{self.due} at {arm.budget:,} samples: {name}, seed {arm.seed}: "
             f"{self.metric} {record['metrics'][self.metric]:.4f} "
-            f"({record['seconds']:.0f} s); {left / 60:.0f} min left for this budget",
-            highlight=False,
-            soft_wrap=True,
+            f"({record['seconds']:.0f} s); {left / 60:.0f} min left for this budget"
         )
