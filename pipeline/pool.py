@@ -38,7 +38,7 @@ from pipeline.compressed import COMPRESSIONS, open_plain
 from pipeline.fetch.reasons import find
 from pipeline.recipe import PoolSpec
 from pipeline.schema import INLINE, carried, is_number
-from pipeline.storage import Store
+from pipeline.storage import Store, special_file
 
 FORMATS = ("parquet", "csv", "tsv", "jsonl", "json", "wat")
 BATCH_ROWS = 50_000
@@ -107,6 +107,8 @@ class _Head:
     """Rows of each row group of a parquet file; None for a text file."""
     bytes: int
     """Uncompressed size of a parquet file with its vectors; stored size of a text file."""
+    rows: int | None = None
+    """The number of rows of a parquet file, or of a text file that was read to its end; else None."""
     vectors: dict[str, pa.DataType] = dataclasses.field(default_factory=dict)
     """The columns of vectors in the files beside a table (`pool.embeddings`)."""
 
@@ -141,7 +143,8 @@ def _parquet_head(path: str, spec: PoolSpec) -> _Head:
     with _open_parquet(path) as file:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         size = sum(group.total_byte_size for group in groups)
-        head = _Head(file.schema_arrow.remove_metadata(), tuple(group.num_rows for group in groups), size)
+        counts = tuple(group.num_rows for group in groups)
+        head = _Head(file.schema_arrow.remove_metadata(), counts, size, sum(counts))
     for name, pattern in (spec.embeddings or {}).items():
         place = _beside(name, pattern, path)
         try:
@@ -165,9 +168,10 @@ def find_files(spec: PoolSpec) -> list[str]:
         _check_retry(spec.retry)
     for path in [spec.path] if isinstance(spec.path, str) else spec.path:
         if "://" in path:
-            fs, root = fsspec.core.url_to_fs(path)
-            found = fs.glob(root) if glob.has_magic(root) else fs.find(root) if fs.isdir(root) else [root]
-            names = [fs.unstrip_protocol(name) for name in found]
+            with _reading(path):
+                fs, root = fsspec.core.url_to_fs(path)
+                found = fs.glob(root) if glob.has_magic(root) else fs.find(root) if fs.isdir(root) else [root]
+                names = [fs.unstrip_protocol(name) for name in found]
         else:
             found = glob.glob(path, recursive=True) if glob.has_magic(path) else [path] if os.path.exists(path) else []
             names = [name for one in found for name in (_walk(one) if os.path.isdir(one) else [one])]
@@ -182,12 +186,21 @@ def find_files(spec: PoolSpec) -> list[str]:
             )
         if not usable:
             raise PoolError(f"path: {path} is not one of {kinds}" if explicit else f"path: {path} contains no {kinds}")
+        for name in usable:
+            if "://" not in name and not os.path.isfile(name):
+                raise PoolError(f"path: {special_file(name) or f'{name} is a link to nothing; remove it'}")
         files += sorted(n if "://" in n else os.path.abspath(n) for n in usable)
     return list(dict.fromkeys(files))
 
 
 def _walk(folder: str) -> list[str]:
-    return [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names]
+    """The files in a folder and below it, also behind links. A link to a folder above it is not followed again."""
+    found, seen = [], set()
+    for at, below, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(at))
+        below[:] = [name for name in sorted(below) if os.path.realpath(os.path.join(at, name)) not in seen]
+        found += [os.path.join(at, name) for name in names]
+    return found
 
 
 def _check_retry(run: str) -> None:
@@ -249,8 +262,9 @@ def columns(spec: PoolSpec) -> dict[str, pa.DataType]:
                 )
             types[name] = wider
             first.setdefault(name, path)
+    counts = [head.rows for head in heads.values()]
     for key, found in texts.items():
-        if not found and any(sum(head.groups or ()) for head in heads.values()):
+        if not found and any(counts) and None not in counts:
             raise PoolError(f"{key}: the column {mapped[key]!r} has type null in every file, so it has no values")
     for option, named in (("columns", spec.columns or []), ("types", spec.types or {})):
         if missing := [c for c in named if c not in types]:
@@ -437,7 +451,7 @@ def _type_of_texts(values: Iterable[str]) -> pa.DataType:
 
 
 def _type_of_json(values: list[Any]) -> pa.DataType:
-    kinds = {type(value) for value in values if value is not None}
+    kinds = {dict if isinstance(value, dict) else type(value) for value in values if value is not None}
     if kinds == {bool}:
         return pa.bool_()
     if kinds == {int}:
@@ -522,8 +536,9 @@ def _stamps(paths: list[str]) -> list[list[Any]]:
     stamps: list[list[Any]] = []
     for path in paths:
         if "://" in path:
-            fs, root = fsspec.core.url_to_fs(path)
-            info = fs.info(root)
+            with _reading(path):
+                fs, root = fsspec.core.url_to_fs(path)
+                info = fs.info(root)
             stamps.append([os.path.basename(path), info["size"], str(info.get("ETag") or info.get("mtime") or "")])
         else:
             stat = os.stat(path)
@@ -544,11 +559,15 @@ def read(spec: PoolSpec, split: Split, types: dict[str, pa.DataType]) -> Iterato
     wanted |= {key: column for key, column in (("uid", spec.uid), (INLINE, spec.image)) if column}
     is_wat = _format(split.path) == "wat"
     batches = _wat_batches if is_wat else _text_batches if split.row_groups is None else _parquet_batches
-    partition = {carried(name): value for name, value in _partition(spec, split.path).items()}
+    folders = _partition(spec, split.path)
+    partition = {carried(name): value for name, value in folders.items() if carried(name) in types}
+    partition |= {ours: folders[theirs] for ours, theirs in wanted.items() if theirs in folders}
     for batch in batches(spec, split, wanted, types):
         for name, value in partition.items():
-            if name in types and name not in batch.column_names:
+            if name not in batch.column_names:
                 batch = batch.append_column(name, pa.array([value] * len(batch), pa.string()))
+        for name in wanted.keys() - {"uid", INLINE, *batch.column_names} - ({"url"} if spec.image else set()):
+            batch = batch.append_column(name, pa.nulls(len(batch), pa.string()))
         yield _clean(batch, types)
 
 
@@ -588,8 +607,9 @@ def _clean(batch: pa.Table, types: dict[str, pa.DataType]) -> pa.Table:
         mark(~good.to_numpy(zero_copy_only=False), "bad_uid")
         uid = pc.if_else(good, own, uid)
     extras = {}
+    columns = dict(zip(batch.column_names, batch.columns))  # a lookup in a wide table is a scan
     for name, dtype in types.items():
-        extras[name], bad = _fit(batch[name], dtype) if name in batch.column_names else (pa.nulls(n, dtype), None)
+        extras[name], bad = _fit(columns[name], dtype) if name in columns else (pa.nulls(n, dtype), None)
         if bad is not None:
             mark(bad, "bad_value")
     return pa.table({"uid": uid, **texts, **extras, "drop_reason": pa.array(reason, pa.string())})
@@ -715,6 +735,11 @@ def _reading(path: str, kind: str = "") -> Iterator[None]:
     except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeError, csv.Error) as error:
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise PoolError(f"path: {path} cannot be read{kind}: {cause}; it may be truncated or damaged") from None
+    except Exception as error:
+        if "://" not in path:
+            raise
+        cause = (str(error).splitlines() or [""])[0]  # an object store or its library may raise anything
+        raise PoolError(f"path: {path} cannot be read{kind}: {type(error).__name__}: {cause}") from None
 
 
 def _open_parquet(path: str) -> pq.ParquetFile:
@@ -728,7 +753,7 @@ def _parquet_batches(
     spec: PoolSpec, split: Split, wanted: dict[str, str], types: dict[str, pa.DataType]
 ) -> Iterator[pa.Table]:
     file = _open_parquet(split.path)
-    names = file.schema_arrow.names
+    names = dict.fromkeys(file.schema_arrow.names)
     # By the file's own names. A missing mapped column is the url of a pool with inline pictures.
     mapped = {ours: theirs for ours, theirs in wanted.items() if theirs in names}
     here = {name: carried(name) for name in names if carried(name) in types and name not in wanted.values()}
@@ -750,7 +775,8 @@ def _parquet_batches(
             if split.retry:
                 whys = zip(batch["step"].to_pylist(), batch["reason"].to_pylist())
                 batch = batch.filter(pa.array([_is_transient(step, reason) for step, reason in whys], pa.bool_()))
-            columns = {**{ours: batch[theirs] for ours, theirs in mapped.items()}, **{here[n]: batch[n] for n in here}}
+            held = dict(zip(batch.schema.names, batch.columns))  # a lookup in a wide batch is a scan
+            columns = {**{ours: held[theirs] for ours, theirs in mapped.items()}, **{here[n]: held[n] for n in here}}
             columns |= {name: take(len(batch)) for name, take in vectors.items()}
             table = pa.table(columns or {"step": batch["step"]})
             yield _explode_captions(table, spec) if "caption" in mapped else table
@@ -831,6 +857,11 @@ def _text_head(path: str, spec: PoolSpec, stored: int) -> _Head:
     if _format(path) in ("csv", "tsv"):
         with _reading(path), _open_text(path) as text:
             names = _header(path, spec, _records(_lines(text), path, spec))
+        if rows and not good:
+            raise PoolError(
+                f"path: {path}: none of its first {len(rows):,} lines has the {len(names):,} fields of "
+                f"{'its header line' if spec.names is None else 'pool.names'} ({', '.join(names)[:200]})"
+            )
         fields = [(name, _type_of_texts(row[name] for row in good)) for name in names]
     else:
         if not good:
@@ -839,7 +870,17 @@ def _text_head(path: str, spec: PoolSpec, stored: int) -> _Head:
         names = list(dict.fromkeys(name for row in good for name in row))
         twins = next((row.twins for row in good if isinstance(row, _Object) and row.twins), [])
         fields = [(name, _type_of_json([row.get(name) for row in good])) for name in [*names, *twins]]
-    return _Head(pa.schema(fields), None, stored)
+    if (odd := next((name for name, _ in fields if not _is_utf8(name)), None)) is not None:
+        raise PoolError(f"path: {path}: the column name {odd!r} is not valid UTF-8; convert the file to UTF-8")
+    return _Head(pa.schema(fields), None, stored, len(rows) if len(rows) < HEAD_ROWS else None)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Object(dict[str, Any]):
@@ -1027,8 +1068,10 @@ def _text_table(rows: list[dict[str, Any] | None], wanted: dict[str, str], types
     def values(name: str) -> list[Any]:
         return [row.get(name) if row else None for row in rows]
 
+    # A column of none of these rows is missing, or named by the folder of the file.
+    there = {ours: theirs for ours, theirs in wanted.items() if any(row and theirs in row for row in rows)}
     table = {
-        ours: pa.array([_to_bytes(v) for v in values(theirs)], pa.large_binary()) for ours, theirs in wanted.items()
+        ours: pa.array([_to_bytes(v) for v in values(theirs)], pa.large_binary()) for ours, theirs in there.items()
     }
     names = dict.fromkeys(name for row in rows if row for name in row if name not in wanted.values())
     for name in names:

@@ -5,6 +5,8 @@ import csv
 import gzip
 import hashlib
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -561,3 +563,93 @@ def test_a_name_twice_in_a_json_object_is_refused(name: str) -> None:
     Path(name).write_text(f"[{row}]" if name == "p.json" else f"{row}\n")
     with pytest.raises(pool.PoolError, match=r"p\.json.* has more than one column 'x'; rename one of them"):
         pool.columns(PoolSpec(path=name))
+
+
+def test_a_wide_table_is_read_in_time_linear_in_its_columns() -> None:
+    """A look-up of a column by its name is a scan in Arrow, which takes minutes for a row of 10,000 columns."""
+    width = 3_000
+    header = ("url", "caption", *(f"c{n}" for n in range(width)))
+    for name in ("p.csv", "p.parquet"):
+        write(name, [("u", "a caption", *range(width))], header)
+        asked = PoolSpec(path=name)
+        types = pool.columns(asked)
+        began = time.process_time()
+        (table,) = pool.read(asked, pool.splits(asked)[0], types)
+        assert time.process_time() - began < 10, name
+        assert table.num_columns == width + 4
+
+
+def test_folders_behind_links_are_read_once() -> None:
+    Path("in/below").mkdir(parents=True)
+    Path("elsewhere").mkdir()
+    write("in/0.csv", [("http://a/0", "zero", 1)])
+    write("elsewhere/1.csv", [("http://a/1", "one", 1)])
+    Path("in/link").symlink_to("../elsewhere")
+    Path("in/below/up").symlink_to("..")
+    assert sorted(row["caption"] for row in read(path="in")) == ["one", "zero"]
+
+
+def test_what_is_no_file_is_refused_before_it_is_opened() -> None:
+    Path("in").mkdir()
+    write("in/0.csv")
+    Path("in/1.csv").symlink_to("nowhere.csv")
+    with pytest.raises(pool.PoolError, match=r"in/1\.csv is a link to nothing"):
+        read(path="in")
+    Path("in/1.csv").unlink()
+    os.mkfifo("in/1.csv")  # opening it would wait for a writer for ever
+    for path in ("in", "in/1.csv"):
+        with pytest.raises(pool.PoolError, match=r"in/1\.csv is a device, pipe or socket"):
+            read(path=path)
+
+
+UNUSABLE = [
+    ("p.csv", "url,caption,x\na,b\nc,d\n", {}, "p.csv: none of its first 2 lines has the 3 fields of its header line"),
+    ("p.tsv", "a\tb\tc\n", {"names": ["url", "caption"]}, "p.tsv: none of its first 1 lines has the 2 fields of pool."),
+    ("p.csv", b"url,caption,x\xff\na,b,c\n", {}, "p.csv: the column name 'x\\udcff' is not valid UTF-8"),
+    ("p.jsonl", '{"url": "a", "caption": "b", "\\ud800": 1}\n', {}, "the column name '\\ud800' is not valid UTF-8"),
+    ("p.jsonl", '{"url": {"path": "a"}, "caption": "b"}\n', {}, "p.jsonl: the column 'url' has type struct<"),
+    ("p.jsonl", '{"url": "a", "caption": null}\n', {}, "caption: the column 'caption' has type null in every file"),
+    ("p.csv", "url,caption\na,\nb,\n", {}, "caption: the column 'caption' has type null in every file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "data", "options", "message"), UNUSABLE)
+def test_a_text_file_whose_rows_would_all_be_dropped_is_refused(
+    name: str, data: str | bytes, options: dict[str, Any], message: str
+) -> None:
+    Path(name).write_bytes(data.encode() if isinstance(data, str) else data)
+    with pytest.raises(pool.PoolError) as caught:
+        pool.columns(PoolSpec(path=name, **options))
+    assert message in str(caught.value)
+
+
+def test_one_file_without_captions_is_no_reason_to_refuse_a_pool() -> None:
+    Path("a.csv").write_text("url,caption\na,\n")
+    write("b.csv")
+    assert [row["drop_reason"] for row in read(path=["a.csv", "b.csv"])] == ["null_caption", None, None, None]
+
+
+@pytest.mark.parametrize("keys", ["uid: url", "image: caption", "caption: url"])
+def test_one_column_cannot_serve_as_two(keys: str) -> None:
+    write("p.csv")
+    Path("r.yaml").write_text(f"name: t\npool: {{path: p.csv, {keys}}}\nrun: new\nsteps:\n  - caption_length\n")
+    with pytest.raises(RecipeError, match="one column cannot serve as two of these"):
+        load("r.yaml", pool_columns=pool.columns)
+
+
+def test_folders_may_name_the_mapped_columns() -> None:
+    for name, key in (("u", "url=http%3A%2F%2Fa"), ("c", "caption=a%20red%20car")):
+        Path(name, key).mkdir(parents=True)
+    pq.write_table(pa.table({"caption": ["one", "two"]}), "u/url=http%3A%2F%2Fa/p.parquet")
+    Path("c/caption=a%20red%20car/p.csv").write_text("url\nhttp://b\n")
+    Path("c/caption=a%20red%20car/q.jsonl").write_text('{"url": "http://c"}\n')
+    assert [(row["url"], row["caption"]) for row in read(path="u")] == [("http://a", "one"), ("http://a", "two")]
+    assert {(row["url"], row["caption"]) for row in read(path="c")} == {
+        ("http://b", "a red car"), ("http://c", "a red car"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["nonsense://bucket/p.csv", "https://127.0.0.1:9/p.csv", "memory://nowhere/p.csv"])
+def test_an_address_that_cannot_be_read_is_named(path: str) -> None:
+    with pytest.raises(pool.PoolError, match=r"^path: .*p\.csv cannot be read: "):
+        pool.columns(PoolSpec(path=path))
