@@ -4,9 +4,10 @@ A claim is a small file `claim/NNNNNNN.json` in the run directory. Its owner rew
 removes it at the end. The highest number is the valid claim. A command that finds the owner dead creates the next
 number. `Store.create` succeeds for exactly one caller, locally and in an object store, so only one command takes over.
 
-An owner is dead if it ran on this machine and its process is gone, or if it ran elsewhere and its claim is older than
-EXPIRY seconds and does not change for WATCH seconds. Clock skew therefore never takes a directory from a live owner.
-An owner that was suspended detects a takeover with `Claim.check` before it writes again.
+An owner is dead if it ran on this machine and its process is gone, or if it ran elsewhere and its claim is more than
+EXPIRY seconds old and does not change for WATCH seconds, or in the future and does not change for EXPIRY seconds.
+Clock skew therefore never takes a directory from a live owner. An owner that was suspended detects a takeover with
+`Claim.check` before it writes again.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.progress import clock
-from pipeline.storage import Store
+from pipeline.storage import DamagedError, Store
+from trainer.terminal import one_line
 
 HEARTBEAT = 10.0
 """Seconds between heartbeats."""
 EXPIRY = 60.0
 """Age in seconds after which a claim from another machine may have expired."""
+ATTEMPTS = 20
+"""Attempts to create a claim while other commands do the same."""
 WATCH = 1.5 * HEARTBEAT
 """Seconds to watch an expired claim for changes before taking it over."""
 
@@ -53,8 +57,8 @@ class Owner:
     beat: float
     """When it claimed the directory, and its last heartbeat: seconds since 1970, by its own clock."""
     alive: bool
-    """False if its process on this machine is gone, or if it ran elsewhere and its last heartbeat is older than
-    EXPIRY seconds by the clock of this machine."""
+    """False if its process on this machine is gone, or if it ran elsewhere and its last heartbeat is more than
+    EXPIRY seconds away by the clock of this machine."""
 
 
 def find_owner(store: Store) -> Owner | None:
@@ -62,10 +66,8 @@ def find_owner(store: Store) -> Owner | None:
     for name in reversed(_names(store)):
         if (data := store.read_if_there(name)) is not None:
             claim = _parsed(data)
-            since, beat = (float(claim.get(key, 0.0)) for key in ("since", "beat"))
-            here = _on_this_machine(claim)
-            alive = _runs_here(claim) if here else time.time() - beat < EXPIRY
-            return Owner(str(claim.get("host")), int(claim.get("pid", 0)), since, beat, alive)
+            alive = _runs_here(claim) if _on_this_machine(claim) else _is_fresh(claim)
+            return Owner(claim["host"], claim["pid"], claim["since"], claim["beat"], alive)
     return None
 
 
@@ -137,7 +139,8 @@ def hold(store: Store) -> Iterator[Claim]:
 def _take(store: Store) -> Claim:
     owner = {**_host_identity(), "pid": os.getpid(), "started": _start_time(os.getpid()), "since": time.time()}
     owner["token"] = secrets.token_hex(8)
-    while True:
+    for attempt in range(ATTEMPTS):
+        time.sleep(0.05 * attempt)
         names = _names(store)
         if names:
             data = store.read_if_there(names[-1])
@@ -154,17 +157,19 @@ def _take(store: Store) -> Claim:
             store.remove(name)
         claim._confirm()
         return claim
+    raise DamagedError(f"{store.path('claim')}: {ATTEMPTS} attempts to create a claim failed; remove this folder")
 
 
 def _alive(store: Store, name: str, data: bytes) -> bool:
     owner = _parsed(data)
     if _on_this_machine(owner):
         return _runs_here(owner)
-    if time.time() - owner.get("beat", 0.0) < EXPIRY:
+    if _is_fresh(owner):
         return True
-    end = time.monotonic() + WATCH
+    seconds = WATCH if owner["beat"] < time.time() else EXPIRY  # by a clock ahead of ours it may have beaten just now
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
-        time.sleep(min(1.0, WATCH / 5))
+        time.sleep(min(1.0, seconds / 5))
         if store.read_if_there(name) != data:
             return True
     return False
@@ -175,14 +180,19 @@ def _on_this_machine(owner: dict[str, Any]) -> bool:
 
 
 def _runs_here(owner: dict[str, Any]) -> bool:
-    return owner.get("started") in ({_start_time(owner.get("pid", 0))} - {""})
+    return owner.get("started") in [start for start in [_start_time(owner["pid"])] if start]
+
+
+def _is_fresh(owner: dict[str, Any]) -> bool:
+    """Whether the last heartbeat is recent. One in the future, by a clock that was wrong, is no sign of life."""
+    return abs(time.time() - owner["beat"]) < EXPIRY
 
 
 def _refusal(store: Store, owner: dict[str, Any]) -> str:
     now = time.time()
-    since, beat = (max(0.0, now - owner.get(key, now)) for key in ("since", "beat"))
+    since, beat = (max(0.0, now - (owner[key] or now)) for key in ("since", "beat"))
     return (
-        f"{store.root} is in use by another command: pid {owner.get('pid')} on {owner.get('host')}, started "
+        f"{store.root} is in use by another command: pid {owner['pid']} on {owner['host']}, started "
         f"{clock(since)} ago, last heartbeat {clock(beat)} ago. Wait for it to end, or stop it there, then run "
         f"this command again; the claim of a machine that died expires after {EXPIRY:.0f} s"
     )
@@ -226,8 +236,19 @@ def _dump(owner: dict[str, Any]) -> bytes:
 
 
 def _parsed(data: bytes) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
-        owner = json.loads(data)
-        if isinstance(owner, dict):
-            return owner
-    return {}
+    """The claim in a file, with `host`, `pid`, `since` and `beat` of their types, whatever the file holds."""
+    owner: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(data)
+        owner = found if isinstance(found, dict) else {}
+    pid = owner.get("pid")
+    return owner | {
+        "host": one_line(str(owner.get("host", "an unknown host"))),
+        "pid": pid if isinstance(pid, int) and 0 < pid < 1 << 31 else 0,
+        **{key: _seconds(owner.get(key)) for key in ("since", "beat")},
+    }
+
+
+def _seconds(value: Any) -> float:
+    """A time since 1970 within the range of the calendar, or 0."""
+    return float(value) if isinstance(value, int | float) and 0 < value < 1 << 38 else 0.0

@@ -20,13 +20,13 @@ import pytest
 
 from pipeline import claim
 from pipeline.claim import InUseError, LostClaimError, hold
-from pipeline.storage import Store
+from pipeline.storage import DamagedError, Store
 from tests.conftest import ROOT
 
 HOLDER = textwrap.dedent("""
     import sys, time
     from pipeline import claim
-    from pipeline.storage import Store
+    from pipeline.storage import DamagedError, Store
     with claim.hold(Store(sys.argv[1])):
         print("held", flush=True)
         time.sleep(120)
@@ -101,7 +101,7 @@ def test_a_reused_pid_does_not_keep_a_claim_alive(store: Store) -> None:
         pass
 
 
-@pytest.mark.parametrize(("age", "refused"), [(3.0, True), (-500.0, True), (claim.EXPIRY + 1, False)])
+@pytest.mark.parametrize(("age", "refused"), [(3.0, True), (-3.0, True), (claim.EXPIRY + 1, False)])
 def test_the_claim_of_another_machine_expires(
     store: Store, monkeypatch: pytest.MonkeyPatch, age: float, refused: bool
 ) -> None:
@@ -114,10 +114,11 @@ def test_the_claim_of_another_machine_expires(
             assert store.names("claim") == ["0000004.json"]
 
 
-def test_an_old_claim_with_heartbeats_is_alive(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock of the other machine is slow."""
+@pytest.mark.parametrize("age", [3600, -3600])
+def test_an_old_claim_with_heartbeats_is_alive(store: Store, monkeypatch: pytest.MonkeyPatch, age: float) -> None:
+    """The clock of the other machine is slow, or fast."""
     monkeypatch.setattr(claim, "WATCH", 60.0)
-    owner = of_another_machine(store, 3600)
+    owner = of_another_machine(store, age)
     with ThreadPoolExecutor(1) as thread:
 
         def enter() -> None:
@@ -164,4 +165,46 @@ def test_an_unreadable_claim_is_taken_over(store: Store, monkeypatch: pytest.Mon
     monkeypatch.setattr(claim, "WATCH", 0.2)
     store.write("claim/0000001.json", b"\x00")
     with hold(store):
+        pass
+
+
+ODD = [
+    b"", b"{", b"\xff", b"null", b"[1]", b"[" * 100_000, b"{}", b'{"beat": "now"}', b'{"beat": null, "since": []}',
+    b'{"beat": 1e300, "since": -1e300}', b'{"beat": Infinity, "pid": null}', b'{"beat": NaN, "pid": "1/../self"}',
+    b'{"beat": 9' + b"9" * 5_000 + b"}", b'{"pid": 1e30, "host": [1], "boot": {}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", ODD, ids=lambda data: data[:30].decode("latin-1"))
+def test_a_claim_that_no_command_wrote_is_watched_and_taken_over(
+    store: Store, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim, "WATCH", 0.05)
+    store.write("claim/0000001.json", data)
+    owner = claim.find_owner(store)
+    assert owner is not None
+    assert not owner.alive
+    with hold(store):
+        assert claim.find_owner(store).pid == os.getpid()  # type: ignore[union-attr]
+
+
+def test_a_heartbeat_in_the_future_keeps_no_directory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner had a wrong clock; without this the directory would be in use until that time has come."""
+    monkeypatch.setattr(claim, "EXPIRY", 0.05)
+    of_another_machine(store, -86_400)
+    with hold(store):
+        pass
+
+
+def test_a_claim_cannot_imitate_lines_of_output(store: Store) -> None:
+    owner = of_another_machine(store, 1) | {"host": "node7\nerror: all is lost\x1b[2J"}
+    store.write("claim/0000003.json", json.dumps(owner | {"beat": time.time()}).encode())
+    with pytest.raises(InUseError, match=r"on node7\\nerror: all is lost\\x1b\[2J"), hold(store):
+        pass
+
+
+def test_a_folder_that_takes_no_claim_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "ATTEMPTS", 3)
+    (tmp_path / "claim/0000001.json").mkdir(parents=True)
+    with pytest.raises(DamagedError, match="3 attempts to create a claim failed"), hold(Store(str(tmp_path))):
         pass
