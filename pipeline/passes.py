@@ -266,8 +266,9 @@ class MeasurePass(UnitPass):
     def records(self, unit: int) -> list[dict[str, Any]]:
         """In the order in which they were committed."""
         found: list[dict[str, Any]] = []
-        while (record := self.record(unit, len(found))) is not None:
-            found.append(record)
+        with _cure(self, unit):
+            while (record := self.record(unit, len(found))) is not None:
+                found.append(record)
         return found
 
     def next_part(self, unit: int) -> int | None:

@@ -236,15 +236,25 @@ def test_the_same_command_repairs_reproducible_damage(run: Command, project: Pat
     assert shards(out) == once
 
 
-def test_irreproducible_damage_is_named_with_its_cure(run: Command, project: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("units/*.arrow", "its sha256 does not match its record"),
+        ("commits/*.json", "the record does not match its own"),
+    ],
+)
+def test_irreproducible_damage_is_named_with_its_cure(
+    run: Command, project: Path, tmp_path: Path, kind: str, problem: str
+) -> None:
     shutil.copytree(project, tmp_path, dirs_exist_ok=True)
     step = tmp_path / "steps_of_mine/paint.py"
     step.write_text(step.read_text().replace("expensive = True", "expensive = True\n    repeatable = False"))
-    file = sorted((tmp_path / "out").glob("passes/paint-*/units/*.arrow"))[3]
+    file = sorted((tmp_path / "out").glob(f"passes/paint-*/{kind}"))[3]
     flip(file)
     done = run("r.yaml")
     assert done.returncode == 1
-    assert f"{file}: damaged: its sha256 does not match its record (unit 3 of the pass paint)" in done.stderr
+    assert f"{file}: damaged: {problem}" in done.stderr
+    assert "(unit 3 of the pass paint)" in done.stderr
     assert "restore it from a copy; or, to fetch again what the web still has, remove" in done.stderr
     assert "Traceback" not in done.stderr
     shutil.rmtree(file.parent.parent)
