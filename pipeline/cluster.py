@@ -21,6 +21,9 @@ from pipeline.storage import Store
 
 TOKENS = "nodes"
 """The folder in a run directory to which nodes write to prove access; removed afterwards."""
+OOM_RETRIES = 8
+"""Further attempts at a task killed for want of memory: with Ray's back-off from 1 s, doubled each time, for 4 minutes.
+Ray's default has no end. The setting of a joined cluster is its own."""
 NODE_SECONDS = 120.0
 """Seconds a node has to answer; it may have to start a worker and unpack an environment first."""
 STARTS = 3
@@ -78,7 +81,7 @@ def _start_once(cpus: int, store_bytes: int) -> Keeper:
             address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=store_bytes,
             # A task process takes 1 s to start. Keeping idle ones for two minutes bridges a short actor pass without
             # holding memory during a long one.
-            _system_config={"idle_worker_killing_time_threshold_ms": 120_000},
+            _system_config={"idle_worker_killing_time_threshold_ms": 120_000, "task_oom_retries": OOM_RETRIES},
         )  # fmt: skip
     except BaseException as error:
         if isinstance(error, Exception):  # after a signal there is no time for it

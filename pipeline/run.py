@@ -355,6 +355,8 @@ def _explain(error: BaseException, where: str) -> str:
             break
         cause = deeper
     said = str(cause).strip() or type(cause).__name__
+    if "Traceback (most recent call last)" in said:  # Ray's, of a worker that cannot import what it was sent
+        said = f"{said.splitlines()[0]} … {said.splitlines()[-1]}"
     if getattr(cause, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
         return f"the disk of {where} is full; what was committed stays. Make room and give the same command again"
     if isinstance(cause, BooksError):

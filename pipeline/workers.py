@@ -19,9 +19,10 @@ from itertools import chain, islice
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
 
 from pipeline import cluster, isolation
+from pipeline.lifetime import GOES_ON
 from pipeline.meter import Meter, Spent
 from pipeline.passes import Pass, UnitPass, UnitReport, run_pass
 from pipeline.step import HaltError
@@ -65,7 +66,13 @@ def map_tasks(
         if not running:
             return
         (done,), running = ray.wait(running, num_returns=1)
-        records, took = ray.get(done)
+        try:
+            records, took = ray.get(done)
+        except OutOfMemoryError:
+            raise HaltError(
+                "Ray killed a task again and again because the machine is short of memory. End other processes, or use "
+                f"a machine with more. {GOES_ON}"
+            ) from None
         if spent is not None:
             spent += took
         yield from records

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from pipeline import verify
 from pipeline.claim import hold
+from pipeline.run import _explain as explained
 from pipeline.storage import Store
 from tests.conftest import HUNG, ROOT, Command
 
@@ -362,3 +363,9 @@ def test_a_plan_runs_nothing(run: Command, project: Path) -> None:
     ):
         assert said in plan.stdout
     assert not (project / "out").exists()
+
+
+def test_the_traceback_of_a_worker_is_shortened_to_a_line() -> None:
+    remote = "The remote function failed to import:\n\nTraceback (most recent call last):\n  File\nImportError: x"
+    said = explained(RuntimeError(remote), "out")
+    assert said.startswith("RuntimeError: The remote function failed to import: … ImportError: x (")
