@@ -21,7 +21,7 @@ import yaml
 
 from pipeline.schema import INLINE, POSITION, SAMPLE, carried
 from pipeline.step import JOB_FOLDER, Sink, Step
-from pipeline.storage import Store
+from pipeline.storage import Store, special_file
 from trainer.spelling import did_you_mean
 from trainer.yamlfile import Document
 
@@ -102,7 +102,9 @@ class PoolSpec:
                     raise ValueError(f"names: {column!r}, the {key}, is not among {', '.join(self.names) or 'none'}")
         if self.captions == "each" and self.uid is not None:
             raise ValueError("captions: each makes several rows of one uid; leave out uid, or take the first")
-        mapped = (self.url, self.caption, self.uid, self.image)
+        mapped = [name for name in (self.url, self.caption, self.uid, self.image) if name is not None]
+        if twins := sorted({name for name in mapped if mapped.count(name) > 1}):
+            raise ValueError(f"url, caption, uid, image: {', '.join(twins)}: one column cannot serve as two of these")
         for key in ("columns", "types"):
             if twins := [name for name in getattr(self, key) or () if name in mapped]:
                 raise ValueError(f"{key}: {', '.join(twins)} already used as url, caption, uid or image")
@@ -309,6 +311,9 @@ class _Checker:
             except pydantic.ValidationError:
                 self._note((*key, name), prefix + name, f"expected {_type_name(hints[name])}, found {value!r}")
                 continue
+            if key and (problem := _unusable_text(fields[name], value)):
+                self._note((*key, name), prefix + name, problem)
+                continue
             if (odd := _unusable_number(value)) is not None:
                 self._note((*key, name), prefix + name, f"expected a finite number that fits in 63 bits, found {odd!r}")
         for name, f in fields.items():
@@ -443,6 +448,19 @@ def _unusable_number(value: Any) -> float | None:
     if isinstance(value, float) and not math.isfinite(value):
         return value
     return value if isinstance(value, int) and abs(value) >= 1 << 63 else None
+
+
+def _unusable_text(f: dataclasses.Field[Any], value: Any) -> str | None:
+    """The problem with an option that is or holds blank text, or names something that is no file; else None."""
+    values = value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else [value]
+    texts = [one for one in values if isinstance(one, str)]
+    if value != f.default and any(not text.strip() for text in texts):
+        return f"expected text that is not blank, found {value!r}; leave the key out for the default"
+    if f.metadata.get("file"):
+        for path in texts:
+            if (problem := special_file(path)) is not None:
+                return problem
+    return None
 
 
 def _temporary(path: str) -> str | None:

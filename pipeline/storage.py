@@ -339,6 +339,14 @@ def _check_once(path: str, size: int, sha256: str) -> None:
     Store(folder).check({"name": name, "bytes": size, "sha256": sha256})
 
 
+def special_file(path: str) -> str | None:
+    """The problem with a local path to a device, pipe or socket, whose reading may never end; None for any other."""
+    local = path.removeprefix("file://")
+    if "://" in local or not os.path.exists(local) or os.path.isfile(local) or os.path.isdir(local):
+        return None
+    return f"{path} is a device, pipe or socket; expected a file or a folder"
+
+
 def _make_folder(path: str) -> None:
     """Makes a folder and its parents, syncing each so that it survives a power failure."""
     if not os.path.isdir(path):

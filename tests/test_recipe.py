@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline import pool, recipe
@@ -250,3 +255,58 @@ def test_paths_in_a_job_s_temporary_working_directory_are_refused(
     assert f"r.yaml:4: pool.path: pool.csv {SAID_OF_JOBS}" in said
     assert f"reuse: before {SAID_OF_JOBS}" in said
     load(GOOD, f"run={tmp_path}/out", f"pool.path={tmp_path}/pool.csv")
+
+
+REQUIRED = {
+    "caption_entries": {"entries": "words.txt"},
+    "image_cluster": {"target": "v.npy"},
+    "match_entries": {"entries": "words.txt"},
+    "norm_sim": {"target": "v.npy"},
+    "takedown": {"file": "words.txt"},
+    "text_safety": {"words": "words.txt"},
+    "threshold": {"column": "score", "min": 0.5},
+}
+ODD = [
+    "''", "' '", "['']", "{a: ''}", "null", "[null]", "{a: null}", "[[1]]", "{}", "true", "-1", "1e400", ".nan", ".inf",
+    "9223372036854775808", "1e-320", "'1'", "abc", "'('", "['(']", '"\\e[31m"', '"a\\0b"', "s3://", "/dev/zero",
+    "[/dev/zero]", "{a: pipe}", "pipe", "file:///dev/zero", "/nowhere/x", ".", "v.npy", "words.txt",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", recipe.built_in_steps())
+def test_an_odd_value_of_any_option_is_refused_or_makes_a_step(name: str) -> None:
+    """Nothing hangs, fills the memory, or raises anything but RecipeError."""
+    Path("words.txt").write_text("a red car\n")
+    np.save("v.npy", np.ones((5, 8), np.float32))
+    os.mkfifo("pipe")
+    cls = recipe.find_step(name)
+    for f in dataclasses.fields(cls):
+        for value in ODD:
+            options = {key: f"{key}: {json.dumps(given)}" for key, given in REQUIRED.get(name, {}).items()}
+            options[f.name] = f"{f.name}: {value}"
+            text = (
+                f"name: t\npool: {{path: pool.csv}}\nrun: out\nsteps:\n  - {name}: {{{', '.join(options.values())}}}\n"
+            )
+            Path("r.yaml").write_text(text)
+            with contextlib.suppress(RecipeError):
+                recipe.load("r.yaml", pool_columns=lambda spec: None)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("download: {deny_hashes: ''}", "download.deny_hashes: expected text that is not blank, found ''"),
+        ("caption_pattern: {patterns: ['', x]}", "patterns: expected text that is not blank, found ['', 'x']"),
+        ("download: {deny_hashes: /dev/zero}", "deny_hashes: /dev/zero is a device, pipe or socket; expected a file"),
+        ("text_safety: {words: file:///dev/zero}", "words: file:///dev/zero is a device, pipe or socket"),
+        ("download: {decode_processes: 1000000}", "download.decode_processes: 1000000 must be 1 to 1,000"),
+        ("download: {decode_timeout: 1e-320}", "download.decode_timeout: 1e-320 must be 0.01 to 86,400"),
+        ("download: {decode_memory: 9000000000000000000}", "download.decode_memory: 9000000000000000000 must be 1 to"),
+        ("download: {encode_format: webp, image_size: 20000}", "20000 must be at most 16,383, the widest webp"),
+        ("clip_score: {batch_size: 9000000000000000000}", "batch_size: 9000000000000000000 must be 1 to 65,536"),
+        ('norm_sim: {target: v.npy, column: "a b"}', "norm_sim.column: 'a b' is not a valid column name"),
+    ],
+)
+def test_values_that_no_run_can_mean(line: str, said: str) -> None:
+    np.save("v.npy", np.ones((5, 8), np.float32))
+    assert said in problems(f"name: t\npool: {{path: pool.csv}}\nrun: out\nsteps:\n  - {line}\n")

@@ -99,9 +99,9 @@ class ClipScore(Stage):
         weights fit their configuration is checked when they are loaded."""
         if not self.column.isidentifier():
             yield "column", f"{self.column!r} is not a valid column name; expected one such as 'clip_score_l14'"
-        for key in ("batch_size", "decode_threads"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                yield key, f"{value} must be at least 1"
+        for key, most in (("batch_size", 65_536), ("decode_threads", 1_024)):
+            if (value := getattr(self, key)) is not None and not 1 <= value <= most:
+                yield key, f"{value} must be 1 to {most:,}"
         folder = _folder(self.model)
         if folder is not None:
             if self.pretrained is not None:

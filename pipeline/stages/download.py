@@ -33,6 +33,19 @@ GROUP_ROWS = 256
 ADMITTED_ROWS = 4096
 _SPEED = {"speed": True}  # options that affect only speed, not results
 
+BOUNDS: dict[str, tuple[float, float]] = {
+    "timeout": (0.01, 86_400),
+    "retries": (0, 1_000),
+    "concurrency": (1, 100_000),
+    "per_host": (1, 100_000),
+    "decode_processes": (1, 1_000),
+    "decode_timeout": (0.01, 86_400),
+    "decode_memory": (1, 1 << 40),
+}
+"""The ranges of options in which a mistyped number would stop the machine or disable a limit."""
+WIDEST = {"jpg": 65_500, "png": 65_500, "webp": 16_383}
+"""Longest side in pixels that the encoders write; for png, that of jpg."""
+
 
 @dataclass(kw_only=True)
 class Download(Stage):
@@ -176,11 +189,15 @@ class Download(Stage):
         return Estimate(0.75, 120, basis, stored=25_000, fetched=110_000)
 
     def check(self) -> Iterator[tuple[str, str]]:
-        for key in ("image_size", "max_bytes", "concurrency", "per_host", "bytes_in_flight", "timeout",
-                    "decode_processes", "decode_timeout", "decode_memory"):  # fmt: skip
+        for key in ("image_size", "max_bytes", "bytes_in_flight"):
             if getattr(self, key) <= 0:
                 yield key, f"{getattr(self, key)} must be above 0"
-        for key in ("retries", "min_rate", "min_image_size", "per_host_rate", "host_wait", "host_failures"):
+        for key, (low, high) in BOUNDS.items():
+            if not low <= getattr(self, key) <= high:
+                yield key, f"{getattr(self, key)} must be {low:,} to {high:,}"
+        if self.image_size > (widest := WIDEST[self.encode_format]):
+            yield "image_size", f"{self.image_size} must be at most {widest:,}, the widest {self.encode_format}"
+        for key in ("min_rate", "min_image_size", "per_host_rate", "host_wait", "host_failures"):
             if getattr(self, key) < 0:
                 yield key, f"{getattr(self, key)} must be 0 or more"
         if self.max_aspect_ratio < 1:

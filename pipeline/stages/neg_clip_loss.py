@@ -72,10 +72,9 @@ class NegClipLoss(Fitted, Stage):
     def check(self) -> Iterator[tuple[str, str]]:
         if not self.temperature > 0:
             yield "temperature", f"must be above 0, found {self.temperature}"
-        if self.batch_size < 2:
-            yield "batch_size", f"must be at least 2, found {self.batch_size}"
-        if self.draws < 1:
-            yield "draws", f"must be at least 1, found {self.draws}"
+        for key, low, high in (("batch_size", 2, 1_000_000), ("draws", 1, 10_000)):
+            if not low <= (value := getattr(self, key)) <= high:
+                yield key, f"must be {low:,} to {high:,}, found {value:,}"
         if not self.column.isidentifier():
             yield "column", f"{self.column!r} is not a valid column name; expected one such as 'neg_clip_loss_score'"
 

@@ -45,6 +45,8 @@ class NormSim(Stage):
             embeddings.load_vectors(self.target)
         except (OSError, ValueError) as error:
             yield "target", str(error)
+        if not self.column.isidentifier():
+            yield "column", f"{self.column!r} is not a valid column name; expected one such as 'norm_sim_score'"
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
         yield from embeddings.check_vectors(types, vector=self.vector)

@@ -15,8 +15,8 @@ from pipeline.stages.neg_clip_loss import NegClipLoss
     [
         ({"temperature": 0.0}, "temperature", "must be above 0, found 0.0"),
         ({"temperature": float("nan")}, "temperature", "must be above 0, found nan"),
-        ({"batch_size": 1}, "batch_size", "must be at least 2, found 1"),
-        ({"draws": 0}, "draws", "must be at least 1, found 0"),
+        ({"batch_size": 1}, "batch_size", "must be 2 to 1,000,000, found 1"),
+        ({"draws": 0}, "draws", "must be 1 to 10,000, found 0"),
         ({"column": "my score"}, "column", "'my score' is not a valid column name"),
     ],
 )
