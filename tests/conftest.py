@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
-HUNG = 280.0
+HUNG = 800.0
 """Seconds after which a child process counts as hung; below the timeout of a test, and no measure of speed."""
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -110,7 +110,6 @@ def test_the_torch_loop_reads_every_sample(run: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_hugging_face_reads_every_sample(tmp_path: Path) -> None:
     finished.write(tmp_path / "shards")
     venv.create(tmp_path / "venv", with_pip=True)
@@ -125,7 +124,6 @@ def test_hugging_face_reads_every_sample(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_open_clip_train_trains(tmp_path: Path) -> None:
     """In our environment, but with the webdataset that it needs."""
     finished.write(tmp_path / "run/shards")

@@ -140,7 +140,6 @@ def test_a_recipe_says_where_it_comes_from(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs(name: str, site: tuple[Path, int], run: Command) -> None:
     folder, _ = site
@@ -154,7 +153,6 @@ def test_a_recipe_runs(name: str, site: tuple[Path, int], run: Command) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_filter_network_is_trained_exported_and_filters(
     site: tuple[Path, int], run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

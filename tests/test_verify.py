@@ -264,7 +264,6 @@ def test_irreproducible_damage_is_named_with_its_cure(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("repeatable", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_command_repairs_or_reports_damage(

@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 from tests.stages import finished
 from tests.stages.test_write_shards import expected_captions, snippet
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 PACKAGES = ["datasets>=5,<6", "mlcroissant>=1.1,<2", "duckdb>=2,<3", "polars>=2,<3", "orjson", "pysimdjson", "pillow"]
 Ask = Callable[[str, Path], Any]

@@ -200,7 +200,6 @@ def test_subsets_are_those_of_the_cuts(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_a_study_killed_at_five_places_resumes_to_the_same_table(folder: Path) -> None:
     words = ["t.yaml", "budgets=[96]", "cuts=[{clip_score: {top_fraction: 0.5}}]"]
     (folder / "train.yaml").write_text(CONFIG + "checkpoint_every: 1\n")

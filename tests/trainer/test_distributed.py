@@ -144,7 +144,6 @@ def test_sigterm_to_one_rank_stops_all_after_the_same_step(shards: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_sigterm_to_torchrun_writes_a_checkpoint_that_the_same_command_resumes_from(
     shards: Path, tmp_path: Path
 ) -> None:
@@ -189,7 +188,6 @@ def test_two_ranks_killed_and_resumed_have_the_same_weights(shards: Path, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_ray_starts_the_ranks_wherever_its_workers_run(shards: Path, tmp_path: Path, ray_address: str) -> None:
     line = words(shards, tmp_path / "one", log_every=1, checkpoint_every=2, epochs=1)
     assert train.main(line) == 0
