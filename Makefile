@@ -8,8 +8,9 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/python -m pipeline.demo.run
 
+# Two processes, each with its own Ray. The tests of a file stay together: many share what takes long to set up.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: lint types docs test
 
