@@ -429,13 +429,15 @@ def test_crawl_delay_is_obeyed() -> None:
         assert time.monotonic() - started >= 0.6
 
 
-def test_fetching_robots_txt_does_not_count_against_timeout() -> None:
+def test_fetching_robots_txt_does_not_count_against_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "ROBOTS_SECONDS", PATIENCE)
+
     async def late(server: Server, writer: asyncio.StreamWriter, headers: dict[str, str]) -> None:
-        await asyncio.sleep(4)
+        await asyncio.sleep(6)
         await answer("404 None")(server, writer, headers)
 
     with serving({"robots.txt": late, "a": OK}) as server:
-        assert fetch_all(server, [f"{server.url}/a"], timeout=3, retries=0) == [JPEG]
+        assert fetch_all(server, [f"{server.url}/a"], timeout=5, retries=0) == [JPEG]
 
 
 def test_tdm_reservation_on_any_hop() -> None:
