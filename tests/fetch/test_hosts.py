@@ -433,11 +433,11 @@ def test_fetching_robots_txt_does_not_count_against_timeout(monkeypatch: pytest.
     monkeypatch.setattr(client_module, "ROBOTS_SECONDS", PATIENCE)
 
     async def late(server: Server, writer: asyncio.StreamWriter, headers: dict[str, str]) -> None:
-        await asyncio.sleep(6)
+        await asyncio.sleep(4)
         await answer("404 None")(server, writer, headers)
 
-    with serving({"robots.txt": late, "a": OK}) as server:
-        assert fetch_all(server, [f"{server.url}/a"], timeout=5, retries=0) == [JPEG]
+    with serving({"robots.txt": late, "a": slow(4)}) as server:
+        assert fetch_all(server, [f"{server.url}/a"], timeout=7.5, retries=0) == [JPEG]
 
 
 def test_tdm_reservation_on_any_hop() -> None:
