@@ -216,8 +216,8 @@ def _tar_header(name: bytes, size: bytes) -> bytes:
 
 
 def _readable(table: pa.Table) -> pa.Table:
-    """Makes a table readable by pyarrow, `datasets`, DuckDB and Polars: maps become lists of `{key, value}`, and text
-    becomes valid UTF-8.
+    """Makes a table readable by pyarrow, `datasets`, DuckDB and Polars: maps become lists of `{key, value}`,
+    decimals of more than 38 digits become text, and text becomes valid UTF-8.
 
     A single invalid string makes a file unreadable to some of them. Only a full validation finds one inside a list.
     """
@@ -254,7 +254,7 @@ def _readable_type(dtype: pa.DataType) -> pa.DataType:
         return pa.struct([(field.name, _readable_type(field.type)) for field in dtype])
     if pa.types.is_list(dtype):
         return pa.list_(_readable_type(dtype.value_type))
-    return dtype
+    return pa.string() if pa.types.is_decimal(dtype) and dtype.precision > 38 else dtype
 
 
 def _subset(store: Store, names: list[str]) -> np.ndarray:

@@ -29,6 +29,7 @@ AWKWARD: dict[str, tuple[pa.DataType, list[Any]]] = {
     "taken": (pa.timestamp("us", "UTC"), [datetime.datetime(2024, 2, 29, 12)]),
     "day": (pa.date32(), [datetime.date(2024, 2, 29), None]),
     "price": (pa.decimal128(8, 2), [decimal.Decimal("1.50")]),
+    "long price": (pa.decimal256(50, 2), [decimal.Decimal("9" * 40), None]),
     "serial": (pa.uint64(), [2**64 - 1]),
     "big": (pa.int64(), [2**63 - 1, -(2**63)]),
     "tags": (pa.map_(pa.string(), pa.float32()), [[("cat", 0.1)], []]),

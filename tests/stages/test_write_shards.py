@@ -87,6 +87,7 @@ def test_tables_have_all_columns(folder: Path) -> None:
         assert table[name].type == rows[name].type
         assert repr(table[name].to_pylist()) == repr(rows[name].to_pylist())  # NaN is not equal to itself
     assert table["tags"].type == pa.list_(pa.struct([("key", pa.string()), ("value", pa.float32())]))
+    assert table["long price"].to_pylist()[:2] == ["9" * 40 + ".00", None]
     assert [pair["key"] for pair in table["tags"].to_pylist()[0]] == ["cat"]
 
 
