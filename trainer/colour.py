@@ -12,6 +12,7 @@ from PIL import Image, ImageCms
 def to_rgb(image: Image.Image) -> Image.Image:
     """An opaque RGB picture: the profile converted to sRGB, 16 bits cut to 8, transparency laid on white."""
     icc = image.info.get("icc_profile")
+    frame = getattr(image, "dispose_extent", None) or (0, 0, *image.size)  # of a GIF
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
         image = _grey_from_16_bit(image)
     alpha = None
@@ -26,6 +27,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = transform.apply(image)
     if image.mode != "RGB":  # otherwise it would be copied
         image = image.convert("RGB")
+    if frame != (0, 0, *image.size):
+        # Pillow fills the screen around the frame with colour 0 of the palette; it is transparent.
+        screen = Image.new("RGB", image.size, "white")
+        screen.paste(image.crop(frame), frame)
+        image = screen
     if alpha is None:
         return image
     opaque = Image.new("RGB", image.size, "white")

@@ -10,6 +10,9 @@ pixels whichever tool wrote the shards:
 - An ICC profile is converted to sRGB; a broken one is ignored. CMYK without a profile is converted by Pillow's formula.
 - Transparency is laid on white. Of 16 bits a channel, the high byte is taken.
 - Other metadata is ignored. Broken metadata never makes a picture corrupt.
+
+One rule is left to the fetcher: pixels that a JPEG lost before its end mark are grey here, since Pillow does not report
+them. Finding them would take a second decoding.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ import math
 import warnings
 import zlib
 
-from PIL import AvifImagePlugin, Image, JpegImagePlugin, features
+from PIL import AvifImagePlugin, Image, JpegImagePlugin
 
 from trainer.colour import to_rgb
+from trainer.formats import missing_bytes, sniff
 from trainer.shards import CorruptSampleError
 
 MAX_PIXELS = 64_000_000
@@ -56,21 +60,6 @@ def decode(encoded: bytes, size: int | None = None) -> Image.Image:
     # Pillow's decoders raise nearly any exception on hostile bytes.
     except Exception as error:
         raise CorruptSampleError(f"{type(error).__name__}: {error}") from error
-
-
-def sniff(encoded: bytes) -> str | None:
-    """Pillow's name of the format that the first bytes announce; None if it is not on the allow list."""
-    if encoded.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if encoded.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if encoded.startswith((b"GIF87a", b"GIF89a")):
-        return "GIF"
-    if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
-        return "WEBP"
-    if encoded[4:12] in (b"ftypavif", b"ftypavis") and features.check("avif"):
-        return "AVIF"
-    return None
 
 
 def _decode(encoded: bytes, kind: str, size: int | None) -> Image.Image:
@@ -119,7 +108,7 @@ def _essential(png: bytes) -> bytes:
     Pillow refuses a PNG with large or broken metadata. Damage in a critical chunk is an error, because Pillow does not
     verify the checksums of pixel data and would decode noise. Damaged ancillary chunks are left out.
     """
-    parts, at, kind = [png[:8]], 8, b""
+    parts, pixels, at, kind = [png[:8]], [], 8, b""
     while at + 12 <= len(png) and kind != b"IEND":
         end = at + 12 + int.from_bytes(png[at : at + 4], "big")
         kind, data = png[at + 4 : at + 8], png[at + 8 : end - 4]
@@ -127,11 +116,15 @@ def _essential(png: bytes) -> bytes:
         if zlib.crc32(png[at + 4 : end - 4]) == int.from_bytes(png[end - 4 : end], "big"):
             if critical or kind in (b"tRNS", b"eXIf") or _is_small(kind, data):
                 parts.append(png[at:end])
+            if kind == b"IDAT":
+                pixels.append(data)
         elif critical:
             raise CorruptSampleError(f"damaged or cut at byte {at:,}")
         at = end
     if kind != b"IEND":
         raise CorruptSampleError("cut: it has no end")
+    if png[12:16] != b"IHDR" or missing_bytes(png[16:29], pixels):
+        raise CorruptSampleError("cut: rows are missing")
     return b"".join(parts)
 
 

@@ -29,7 +29,6 @@ import logging
 import math
 import re
 import resource
-import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -42,13 +41,14 @@ import exifread
 import imagehash
 import numpy as np
 import simplejpeg
-from PIL import AvifImagePlugin, Image, JpegImagePlugin, UnidentifiedImageError, features
+from PIL import AvifImagePlugin, Image, JpegImagePlugin, UnidentifiedImageError
 
 from pipeline import plugin
 from pipeline.fetch import quality
 from pipeline.fetch.deny import DenyList
 from pipeline.fetch.reasons import FetchError, one_line
 from trainer.colour import srgb_transform, to_rgb
+from trainer.formats import missing_bytes, sniff
 
 ResizeMode = Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"]
 EncodeFormat = Literal["jpg", "png", "webp"]
@@ -353,18 +353,11 @@ def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Ru
     if wanted:
         # Keep the mode: a draft in RGB would no longer match a CMYK or grey profile.
         source.draft(source.mode, wanted)
-    tiles = getattr(source, "tile", ())
-    frame = tiles[0][1] if tiles else None  # gone once the picture is loaded
     _load(source, area)
     clean = source.mode in ("RGB", "L") and not source.has_transparency_data and "icc_profile" not in source.info
     if source.format == "PNG" and body[24] > 8:  # bits per channel; Pillow converts to 8
         clean = False
     image = to_rgb(source)
-    if source.format == "GIF" and frame != (0, 0, *image.size):
-        # Pillow fills the screen around the frame with colour 0 of the palette; it is transparent.
-        screen = Image.new("RGB", image.size, "white")
-        screen.paste(image.crop(frame), frame)
-        image = screen
     if cover and image.width * image.height > _LARGE_PIXELS:
         # Reduce before making a second copy: Pillow already uses four bytes per pixel.
         image = image.reduce(max(1, int(min(image.width / target[0], image.height / target[1]) / cover)))
@@ -465,24 +458,6 @@ def _lacks(size: int) -> bool:
     if not size or limit == resource.RLIM_INFINITY:
         return False
     return size > limit - int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-
-
-def sniff(body: bytes) -> str | None:
-    """Pillow's name of the format detected from the first bytes; None if it is not supported."""
-    if body.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if body.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if body.startswith((b"GIF87a", b"GIF89a")):
-        return "GIF"
-    if body[:4] == b"RIFF" and body[8:12] == b"WEBP":
-        return "WEBP"
-    if body[4:8] == b"ftyp" and features.check("avif"):
-        # The generic brands are also those of HEIC; then the compatible brands decide.
-        brands = {body[at : at + 4] for at in (8, *range(16, min(int.from_bytes(body[:4], "big"), 256) - 3, 4))}
-        if body[8:12] in (b"avif", b"avis", b"mif1", b"msf1") and brands & {b"avif", b"avis"}:
-            return "AVIF"
-    return None
 
 
 def header_size(body: bytes, kind: str) -> tuple[int, int] | None:
@@ -634,33 +609,11 @@ def _png_parts(body: bytes) -> tuple[bytes, dict[str, bytes], bool]:
             parts.append(whole)
     if name != b"IEND":
         raise FetchError("decode_error", "truncated PNG file")
-    _check_rows(body)
-    return b"".join(parts), info, 0 < frames < 1 << 31
-
-
-_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-"""Samples per pixel, by the colour type of a PNG."""
-# The passes of an interlaced PNG: first column and row, steps between columns and rows.
-_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-
-
-def _check_rows(body: bytes) -> None:
-    """Raises FetchError if a PNG has fewer rows than its header says. Pillow leaves the others black."""
     if body[12:16] != b"IHDR":
         raise FetchError("decode_error", "a PNG that does not begin with its header")
-    width, height, bits, colour, _, _, interlaced = struct.unpack(">IIBBBBB", body[16:29])
-    missing = 0
-    for x, y, dx, dy in _ADAM7 if interlaced else ((0, 0, 1, 1),):
-        columns, rows = -((x - width) // dx), -((y - height) // dy)
-        if columns > 0 and rows > 0:
-            missing += rows * (1 + -(-columns * bits * _CHANNELS.get(colour, 0) // 8))
-    inflate = zlib.decompressobj()
-    for data in (chunk.data for chunk in _chunks(body) if chunk.name == b"IDAT"):
-        while missing > 0 and data and (rows_data := inflate.decompress(data, 1 << 16)):
-            missing -= len(rows_data)
-            data = inflate.unconsumed_tail  # type: ignore[assignment]
-    if missing > 0:
+    if missing := missing_bytes(body[16:29], (chunk.data for chunk in _chunks(body) if chunk.name == b"IDAT")):
         raise FetchError("decode_error", f"the pixels end {missing} bytes early")
+    return b"".join(parts), info, 0 < frames < 1 << 31
 
 
 # PNG text chunks with metadata, by keyword. The raw profiles are ImageMagick's, in hex.

@@ -80,6 +80,9 @@ PICTURES: dict[str, bytes] = {
     "PNG grey 16 clear": png(WIDE.reshape(10, 12), 0, hostile.chunk(b"tRNS", struct.pack(">H", int(WIDE[7])))),
     "PNG RGB 16": png(WIDE.reshape(10, 12), 2),
     "PNG trailing bytes": encoded("PNG") + b"<script>",
+    "AVIF of a generic brand": encoded("AVIF").replace(b"ftypavif", b"ftypmif1", 1),
+    **{f"GIF on a screen of {screen}": encoded("GIF")[:6] + struct.pack("<HH", *screen) + encoded("GIF")[10:]
+       for screen in ((0, 0), (500, 400))},
 }  # fmt: skip
 
 
@@ -99,6 +102,7 @@ def test_pixels_are_those_of_a_fetched_picture(name: str) -> None:
         (encoded("TIFF"), "not_an_image"),
         *[(encoded(kind)[:200], "decode_error") for kind in ("JPEG", "PNG", "GIF", "WEBP", "AVIF")],
         (encoded("PNG")[:-30] + b"?" + encoded("PNG")[-29:], "decode_error"),
+        (hostile.png(80, 60, bytes(59 * 241)), "decode_error"),
         (hostile.png(60_000, 60_000), "too_large"),
         (hostile.gif((60_000, 60_000), (1, 1)), "too_large"),
         (hostile.webp_canvas(16_000, 16_000), "too_large"),
