@@ -155,13 +155,11 @@ def compare(work: Path, share: float) -> pa.Table:
     """Prints the comparison; returns the rows without labels: `uid, place, good` and each score. `place` counts all
     rows."""
     run = open_run(work / "measured")
-    good = {
-        (row["url"], row["caption"]): row["good"] for row in pq.read_table(work / "web/truth/truth.parquet").to_pylist()
-    }
+    known = pq.read_table(work / "web/truth/truth.parquet").to_pylist()
     tables = list(run.scan(["uid", "url", "caption", *SCORES, *VECTORS], after="clip_score"))
     rows = pa.concat_tables(tables)
-    pairs = zip(rows["url"].to_pylist(), rows["caption"].to_pylist())
-    rows = rows.append_column("good", pa.array([good[pair] for pair in pairs]))
+    pairs = list(zip(rows["url"].to_pylist(), rows["caption"].to_pylist()))
+    rows = rows.append_column("good", pa.array(truth.good_candidates(known, pairs)))
     rows = rows.append_column("place", pa.array(range(len(rows)), pa.int64()))
     labelled = pa.array(uniform(rows["uid"], purpose="labels") < share)
     chosen = rows.filter(labelled)

@@ -100,16 +100,20 @@ def judge(truth: list[dict[str, Any]], kept: set[Pair], drops: dict[Pair, Drop])
 def judge_cuts(truth: list[dict[str, Any]], candidates: list[Pair], kept: np.ndarray) -> list[tuple[float, float]]:
     """Precision and recall of cuts. `kept` says which of the candidates each cut keeps: bool (cuts, candidates).
 
-    A candidate is good if its row is, or if it is a copy whose original is not a candidate. Precision is the share of
-    good rows among those kept, recall the share kept of the good candidates.
+    Precision is the share of good rows among those kept, recall the share kept of the good candidates.
     """
-    known = {(row["url"], row["caption"]): row for row in truth}
-    present = {known[pair]["picture"] for pair in candidates if known[pair]["good"]}
-    originals = {row["picture"] for row in truth if row["good"]} - present
-    good = np.array([known[pair]["good"] or known[pair]["picture"] in originals for pair in candidates], bool)
+    good = good_candidates(truth, candidates)
     return [
         (_share(int(good[cut].sum()), int(cut.sum())), _share(int(good[cut].sum()), int(good.sum()))) for cut in kept
     ]
+
+
+def good_candidates(truth: list[dict[str, Any]], candidates: list[Pair]) -> np.ndarray:
+    """Which candidates are good, bool: those whose row is, and copies whose original is not a candidate."""
+    known = {(row["url"], row["caption"]): row for row in truth}
+    present = {known[pair]["picture"] for pair in candidates if known[pair]["good"]}
+    originals = {row["picture"] for row in truth if row["good"]} - present
+    return np.array([known[pair]["good"] or known[pair]["picture"] in originals for pair in candidates], bool)
 
 
 def _outcomes(truth: list[dict[str, Any]], kept: set[Pair], drops: dict[Pair, Drop]) -> list[Drop | None]:
