@@ -23,7 +23,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "init": Command("pipeline.init", (), "copy a shipped recipe or training configuration here, to edit"),
+    "init": Command("pipeline.init", (), "copy a shipped recipe or training configuration to the current folder"),
     "demo": Command(
         "pipeline.demo.run", (), "curate a small built-in web, train on the result and measure both; needs no data"
     ),
@@ -31,18 +31,16 @@ COMMANDS = {
     "run": Command("pipeline.run", (), "curate a pool of image URLs and captions into shards, as a recipe says"),
     "plan": Command("pipeline.run", ("--plan",), "print what a recipe would run and cost; run nothing"),
     "study": Command(
-        "pipeline.study.__main__", (), "compare cuts of a finished run: what each keeps, and what it trains"
+        "pipeline.study.__main__", (), "compare cuts of a finished run by what they keep and by models trained on it"
     ),
     "report": Command("pipeline.report", (), "write the report of a finished run: one HTML page"),
-    "learn": Command("pipeline.learn", (), "fit a mixture of a run's scores to labels, as a step to paste"),
+    "learn": Command("pipeline.learn", (), "fit a mixture of a run's scores to labels, for the step learned_score"),
     "verify": Command("pipeline.verify", (), "check a finished run against its records"),
-    "takedown": Command("pipeline.takedown", (), "take listed samples out of the shards of a finished run"),
-    "status": Command("pipeline.status", (), "show the progress of a run while it goes on"),
-    "studio": Command("pipeline.studio", (), "open a local page to move cuts and see what would be kept"),
-    "diff": Command("pipeline.diff", (), "compare two runs: rows gained and lost, and which step decided"),
-    "entries": Command(
-        "pipeline.entries", (), "build the list of words and phrases by which `balance` tells concepts apart"
-    ),
+    "takedown": Command("pipeline.takedown", (), "remove listed samples from the shards of a finished run"),
+    "status": Command("pipeline.status", (), "show the progress of a run"),
+    "studio": Command("pipeline.studio", (), "open a local page to move cuts and see what they would keep"),
+    "diff": Command("pipeline.diff", (), "compare two runs: rows gained and lost, and the step that dropped them"),
+    "entries": Command("pipeline.entries", (), "build the list of concepts (words and phrases) for `balance`"),
     "confusion": Command("pipeline.confusion", (), "measure the language model on captions of known language"),
     "steps": Command("pipeline.reference", (), "print the reference of all steps, or of those named"),
     "train": Command("trainer.train", (), "pretrain a dual encoder on shards"),
@@ -66,7 +64,7 @@ def usage() -> str:
             *lines,
             "",
             "To begin:",
-            "  winnow demo                    see everything at work on a small built-in web",
+            "  winnow demo                    run the whole pipeline on a small built-in web",
             "  winnow init 400m               get a recipe to edit; without a name, list all",
             "  winnow COMMAND --help          see what a command does, an example and its options",
         ]

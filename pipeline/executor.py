@@ -1,10 +1,10 @@
 """Runs the passes of a recipe: barriers and sinks one after the other, neighbouring passes over units side by side.
 
-Nothing here holds rows. `passes.run_pass` is what a worker does with a unit, and `workers` is how units reach workers.
+Nothing here holds rows. `run_pass` is what a worker does with a unit, and `workers` is how units reach workers.
 
 Results of earlier commands are checked before they are reused: records, tables and the sizes of all other files, or
-every byte if nothing is left to do. What is damaged is made again if that gives the same result; otherwise it is an
-error.
+every byte if nothing is left to do. Damaged results are recomputed if that gives the same bytes; otherwise the run
+fails.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Outcome:
     reused: list[str]
     """Labels of the passes that were complete already, in order."""
     mended: list[str]
-    """Descriptions of what was found damaged and made again."""
+    """What was found damaged and recomputed, a line each."""
     known: dict[str, tuple[int, int]]
     """For each `measure` pass that ran, by label: rows that reached it, and rows among them measured before."""
 
@@ -88,7 +88,7 @@ class Job:
 def execute(job: Job) -> Outcome:
     """Runs the passes that are not complete, and checks that the books of the run balance.
 
-    DamagedError if something that was committed is lost or spoilt and cannot be made again.
+    DamagedError if something that was committed is lost or damaged and cannot be recomputed.
     """
     passes, funnel = job.passes, Funnel()
     reused: list[str] = []
@@ -201,7 +201,7 @@ def _empty_funnel(p: Pass) -> Funnel:
 
 
 def _mend(job: Job) -> list[str]:
-    """Checks everything that is committed, and removes the records of what is damaged, so that it is made again.
+    """Checks everything that is committed, and removes the records of what is damaged, so that it is recomputed.
 
     Raises DamagedError, and removes nothing, if any of it could not be reproduced.
     """

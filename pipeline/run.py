@@ -34,11 +34,11 @@ examples:
   python -m pipeline.run conf/400m.yaml --plan
   ray job submit --working-dir . -- python -m pipeline.run conf/400m.yaml
 
-Run the same command again to continue an interrupted run. A changed filter or threshold is decided again from what is
-stored; a change that would throw away downloads or scores is refused.
+Run the same command again to resume an interrupted run. A changed filter or threshold is applied to the stored
+measurements; a change that would discard downloads or scores is refused.
 
-exit status: 0 done and the books balance; 2 the recipe or the command line is wrong, nothing was started;
-130 and 143 ended by Ctrl-C and by SIGTERM; 1 otherwise
+exit status: 0 success; 2 the recipe or the command line is wrong and nothing was started; 130 ended by Ctrl-C;
+143 ended by SIGTERM; 1 any other failure
 """
 
 
@@ -157,9 +157,9 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
         claim.check()
         Store(checked.run).write(f"{folder}/_SUCCESS", b"")
     for line in outcome.mended[:10]:
-        console.say(f"made again: {line}")
+        console.say(f"repaired: {line}")
     if len(outcome.mended) > 10:
-        console.say(f"made again: {len(outcome.mended) - 10:,} more")
+        console.say(f"repaired: {len(outcome.mended) - 10:,} more")
     if outcome.reused:
         measured = [p.label for p in passes if isinstance(p, MeasurePass) and p.label in outcome.reused]
         said = f"; nothing was measured again by {' or '.join(measured)}" if measured else ""

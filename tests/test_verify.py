@@ -231,7 +231,7 @@ def test_the_same_command_repairs_reproducible_damage(run: Command, project: Pat
     (out / "shards/00099.tar").write_bytes(b"?")
     done = run("r.yaml")
     assert done.returncode == 0, done.stderr
-    assert "made again: " in done.stdout
+    assert "repaired: " in done.stdout
     assert found(out) == []
     assert shards(out) == once
 

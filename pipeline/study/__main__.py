@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.error(error)
         return 1
     except KeyboardInterrupt as stop:
-        errors.say("stopped; the same command goes on from here")
+        errors.say("stopped; run the same command to resume")
         return interrupted(stop)
     return 0
 
