@@ -31,7 +31,7 @@ def finite(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _in_range(values: np.ndarray) -> np.ndarray:
-    if values.dtype == np.float64:
+    if values.dtype.itemsize > 4:
         return np.asarray(np.abs(values) <= np.finfo(np.float32).max)
     return np.isfinite(values)
 
@@ -98,14 +98,17 @@ def load_vectors(path: str | Path) -> np.ndarray:
     """The vectors of a `.npy` file, float32 of shape (m, d). Raises OSError if the file cannot be read, ValueError if
     it is invalid."""
     try:
-        vectors = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        with open(path, "rb") as file:
+            vectors = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, MemoryError) as error:  # a damaged header may claim any size
         raise ValueError(f"{path}: not a .npy file of numbers ({error})") from None
-    if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or not len(vectors):
+    if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or not vectors.size:
         shape = getattr(vectors, "shape", "several arrays")
         raise ValueError(f"{path}: expected vectors of shape (m, d), found {shape}")
-    if vectors.dtype.kind != "f" or not np.isfinite(vectors).all():
-        raise ValueError(f"{path}: expected finite floats, found {vectors.dtype} with NaN, infinity or integers")
+    if vectors.dtype.kind != "f" or not _in_range(vectors).all():
+        raise ValueError(
+            f"{path}: expected finite floats, found {vectors.dtype} with integers, text, NaN or numbers beyond float32"
+        )
     return vectors.astype(np.float32)
 
 
@@ -122,20 +125,20 @@ def load_head(path: str | Path) -> Head:
     `bias` (1,) under any prefix. Unpickles only tensors. Raises OSError or ValueError."""
     suffix = Path(path).suffix
     try:
-        if suffix == ".npz":
-            with np.load(path, allow_pickle=False) as saved:
-                arrays = dict(saved)
-        elif suffix == ".safetensors":
-            from safetensors.numpy import load_file
+        with open(path, "rb") as file:
+            if suffix == ".npz":
+                arrays = dict(np.load(file, allow_pickle=False))
+            elif suffix == ".safetensors":
+                from safetensors.numpy import load
 
-            arrays = load_file(str(path))
-        elif suffix in (".pth", ".pt"):
-            import torch
+                arrays = load(file.read())
+            elif suffix in (".pth", ".pt"):
+                import torch
 
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            arrays = {name: tensor.float().numpy() for name, tensor in state.items()}
-        else:
-            raise ValueError("expected .pth, .pt, .safetensors or .npz")
+                state = torch.load(file, map_location="cpu", weights_only=True)
+                arrays = {name: tensor.float().numpy() for name, tensor in state.items()}
+            else:
+                raise ValueError("expected .pth, .pt, .safetensors or .npz")
     except OSError:
         raise
     except Exception as error:  # each library raises its own errors for invalid files
@@ -145,6 +148,8 @@ def load_head(path: str | Path) -> Head:
     if len(weights) != 1 or weights[0].ndim != 2 or weights[0].shape[0] != 1 or [b.size for b in biases] != [1]:
         shapes = ", ".join(f"{name} {tuple(a.shape)}" for name, a in arrays.items()) or "nothing"
         raise ValueError(f"{path}: expected one `weight` of shape (1, d) and one `bias` of shape (1,), found {shapes}")
+    if odd := [name for name, a in arrays.items() if a.dtype.kind not in "fiu"]:
+        raise ValueError(f"{path}: expected numbers, found {odd[0]} {arrays[odd[0]].dtype}")
     head = Head(weights[0][0].astype(np.float32), float(biases[0].reshape(())))
     if not (np.isfinite(head.weight).all() and np.isfinite(head.bias)):
         raise ValueError(f"{path}: the weights contain NaN or infinity")

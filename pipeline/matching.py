@@ -48,7 +48,10 @@ def read_entries(path: str) -> tuple[str, ...]:
     except (EOFError, zlib.error) as error:
         raise ValueError(f"the compressed file is damaged: {error}") from None
     if plain_name(path).endswith(".json"):
-        entries = json.loads(text)
+        try:
+            entries = json.loads(text)
+        except RecursionError:
+            raise ValueError("expected a JSON list of strings, found lists in lists") from None
         if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
             raise ValueError("expected a JSON list of strings")
     elif plain_name(path).endswith(".tsv"):
@@ -57,7 +60,10 @@ def read_entries(path: str) -> tuple[str, ...]:
             raise ValueError(
                 f"expected a first line with a column {COLUMN!r}, found {', '.join(rows.fieldnames or ())}"
             )
-        entries = [row[COLUMN] for row in rows]
+        try:
+            entries = [row[COLUMN] for row in rows]
+        except csv.Error as error:
+            raise ValueError(f"line {rows.line_num + 1}: {error}") from None
     else:
         entries = text.splitlines()
     found = tuple(entry for entry in dict.fromkeys(normalised(pa.array(entries, pa.string())).to_pylist()) if entry)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
+from importlib.machinery import SourceFileLoader
 from typing import Any
 
 
 def problem(path: str) -> str | None:
-    """Why an import path is unusable, or None. Imports the packages above the module, not the module."""
+    """Why an import path is unusable, or None. Imports the packages above the module, not the module, which may load
+    much: its source is searched for the name."""
     module, colon, name = path.partition(":")
     if not (colon and all(part.isidentifier() for part in module.split(".")) and name.isidentifier()):
         return f"expected an import path such as my_package.my_module:MyClass, found {path!r}"
@@ -16,7 +19,12 @@ def problem(path: str) -> str | None:
         found = importlib.util.find_spec(module)
     except Exception as error:  # a package may raise anything when it is imported
         return f"{module} cannot be imported: {error}"
-    return None if found else f"no module named {module}; is its folder on PYTHONPATH?"
+    if found is None:
+        return f"no module named {module}; is its folder on PYTHONPATH?"
+    source = found.loader.get_source(module) if isinstance(found.loader, SourceFileLoader) else None
+    if source is None or "import *" in source or "__getattr__" in source or re.search(rf"\b{name}\b", source):
+        return None
+    return f"{module} has no {name}; expected a class or function that is called without arguments"
 
 
 def load(path: str) -> Any:

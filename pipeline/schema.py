@@ -6,6 +6,7 @@ Names follow img2dataset where it has an equivalent. A step declares the columns
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -71,6 +72,26 @@ def is_number(dtype: pa.DataType) -> bool:
     """True for integers, floats and decimals; false for the type of a column without any value, null."""
     kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
     return any(is_kind(dtype) for is_kind in kinds)
+
+
+def wrong_type(
+    types: Mapping[str, pa.DataType], column: str, fits: Callable[[pa.DataType], bool], expected: str
+) -> Iterator[str]:
+    """Yields what is wrong if a column is there and of another type. One without any value, null, is fine."""
+    of = types.get(column)
+    if of is not None and not fits(of) and not pa.types.is_null(of):
+        yield f"the column {column!r} holds {of}, expected {expected}"
+
+
+def holds_boxes(dtype: pa.DataType) -> bool:
+    """True for lists of boxes: lists of lists of numbers. A list that is empty in all rows has no type."""
+    for _ in range(2):
+        if pa.types.is_null(dtype):
+            return True
+        if not (pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype)):
+            return False
+        dtype = dtype.value_type
+    return is_number(dtype) or pa.types.is_null(dtype)
 
 
 def numbers(column: pa.ChunkedArray) -> np.ndarray:

@@ -120,7 +120,7 @@ def load(path: str | Path) -> Mixture:
             raise ValueError("it reads no column")
         (bias,) = _numbers([content["bias"]])
         return Mixture(bias, columns)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         cure = "write it with `python -m pipeline.learn RUN`"
         raise ValueError(f"{path}: not a mixture of scores: {what[:200]}; {cure}") from None

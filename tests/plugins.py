@@ -51,3 +51,8 @@ class Broken:
 class Short:
     def __call__(self, items: list) -> list[float]:
         return [0.5]
+
+
+class Failing:
+    def __call__(self, items: list) -> list[float]:
+        raise RuntimeError("no such thing")

@@ -194,16 +194,17 @@ def _decode(
     kind = sniff(body)
     if kind is None:
         raise FetchError("not_an_image", f"starts with {body[:16]!r}")
+    boxes = [checked_box(box) for box in blur]
     found = _read_bare(body, kind, rules) or _read(body, kind, rules)
     if detect is not None:
-        blur = [*blur, *([float(side) for side in box] for box in detect(found.pixels))]
-    pixels = _resize(found.pixels, found.plan, rules, blur)
+        boxes += [checked_box(box) for box in detect(found.pixels)]
+    pixels = _resize(found.pixels, found.plan, rules, boxes)
     denies_pictures = rules.deny_hashes is not None and rules.deny_hashes.holds_pictures
     bits = phash(pixels) if rules.compute_phash or denies_pictures else None
     if rules.deny_hashes is not None and (denied := rules.deny_hashes.find_picture(bits)):
         raise FetchError("denied_hash", denied)
     as_it_came = kind == _SAME_FORMAT[rules.encode_format] and found.clean and not found.plan.resizes
-    keep_bytes = rules.skip_reencode and as_it_came and not blur
+    keep_bytes = rules.skip_reencode and as_it_came and not boxes
     return Picture(
         image=body if keep_bytes else _encode(pixels, rules),
         width=pixels.shape[1],
@@ -741,6 +742,18 @@ def shrink(pixels: np.ndarray, size: tuple[int, int], least: int = 2) -> np.ndar
         factor //= 2
         pixels = cv2.resize(pixels, (factor * size[0], factor * size[1]), interpolation=cv2.INTER_AREA)
     return pixels
+
+
+def checked_box(box: Any) -> Box:
+    """A box to blur. Raises FetchError for what is none: a picture must not be stored with a face that was to be
+    blurred. Detectors reach somewhat beyond the border; whole pictures beyond it are pixels, or another order."""
+    try:
+        x_min, y_min, x_max, y_max = sides = [float(side) for side in box]
+    except (TypeError, ValueError):
+        raise FetchError("bad_box", f"found {box!r}") from None
+    if not (all(-1 <= side <= 2 for side in sides) and x_min <= x_max and y_min <= y_max):
+        raise FetchError("bad_box", f"found {sides}")
+    return sides
 
 
 def _blur(pixels: np.ndarray, boxes: Sequence[Box]) -> np.ndarray:

@@ -44,6 +44,8 @@ class DenyList:
                         f"{path}:{number}: {text[:80]!r} is not an md5, sha1, sha256 or pHash in hex (32, 40, 64 or "
                         "16 digits)"
                     ) from None
+        if not found and not pictures:
+            raise ValueError(f"{path}: lists nothing; expected a digest or pHash in hex a line")
         self._digests = {kind: np.sort(np.array(list(digests))) for kind, digests in sorted(found.items())}
         self._pictures = np.array(sorted(pictures), np.uint64)
         self._index = Index(self._pictures, MAX_HAMMING)

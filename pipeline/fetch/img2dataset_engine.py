@@ -30,7 +30,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline.child import start_child
-from pipeline.fetch.decoder import Picture, phash, sniff
+from pipeline.fetch.decoder import Picture, checked_box, phash, sniff
 from pipeline.fetch.deny import DenyList
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.sandbox import EXTERNAL_SIGNALS
@@ -123,10 +123,15 @@ def _rows(table: pa.Table, options: Mapping[str, Any]) -> Iterator[Result]:
     fit: list[int] = []
     for row, url in enumerate(urls):
         scheme = (url or "").strip().partition(":")[0].lower()
-        if scheme in ("http", "https"):
-            fit.append(row)
-        else:
+        if scheme not in ("http", "https"):
             yield row, FetchError("bad_scheme" if url and ":" in url else "bad_url", url or "")
+            continue
+        try:
+            _ = [checked_box(box) for box in columns["boxes"][row] or ()] if "boxes" in columns else []
+        except FetchError as error:
+            yield row, error
+        else:
+            fit.append(row)
     todo = [fit] if fit else []
     while todo:
         rows = todo.pop()

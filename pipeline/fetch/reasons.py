@@ -45,6 +45,7 @@ REASONS: dict[str, Reason] = {
     # The image
     "not_an_image": Reason("the first bytes are not those of a JPEG, PNG, WebP, GIF or AVIF", False),
     "decode_error": Reason("the image is corrupt", False),
+    "bad_box": Reason("a box to blur is not [x_min, y_min, x_max, y_max], from 0 to 1, in this order", False),
     "too_small": Reason("the shorter side is under `min_image_size`", False),
     "too_large": Reason("more pixels than `max_image_area`, before or after resizing", False),
     "aspect_ratio": Reason("longer side / shorter side is over `max_aspect_ratio`", False),

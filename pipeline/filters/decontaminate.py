@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from pipeline import embeddings
 from pipeline.hashing import file_digest
+from pipeline.schema import wrong_type
 from pipeline.step import FILE, Estimate, Filter
 from trainer.hamming import Index
 
@@ -93,6 +94,8 @@ class Decontaminate(Filter):
                     yield key, f"{name}: {error}"
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        if self.sets:
+            yield from (("column", p) for p in wrong_type(types, self.column, pa.types.is_integer, "uint64 hashes"))
         if self.vectors:
             yield from embeddings.check_vectors(types, vector=self.vector)
         for name, path in self._vectors:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.hashing import hash64
-from pipeline.schema import CAPTIONS, MERGED
+from pipeline.schema import CAPTIONS, MERGED, is_heavy, wrong_type
 from pipeline.step import Estimate, KeyedFilter, drops_table
 from pipeline.url import canonical
 
@@ -53,6 +53,10 @@ class ExactDedup(KeyedFilter):
             yield "by", "must name at least one column, found []"
         if len(set(self.by)) < len(self.by):
             yield "by", f"must name each column once, found {self.by}"
+
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        for column in self.by:
+            yield from (("by", problem) for problem in wrong_type(types, column, _comparable, "text or numbers"))
 
     def key(self, batch: pa.Table) -> np.ndarray:
         key = np.zeros(len(batch), np.uint64)
@@ -119,6 +123,10 @@ class ExactDedup(KeyedFilter):
 
     def _compared(self, batch: pa.Table) -> list[pa.ChunkedArray]:
         return [_canonical(batch[column]) if column == "url" else batch[column] for column in self.by]
+
+
+def _comparable(of: pa.DataType) -> bool:
+    return not (pa.types.is_nested(of) or is_heavy(of))
 
 
 def _canonical(urls: pa.ChunkedArray) -> pa.ChunkedArray:

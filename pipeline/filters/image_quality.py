@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.schema import is_number, wrong_type
 from pipeline.step import Estimate, Filter
 
 _KINDS = ("dark", "light", "blurry", "low_information")
@@ -41,6 +42,10 @@ class ImageQuality(Filter):
         for kind in _KINDS:
             if not 0 <= getattr(self, kind) <= 1:
                 yield kind, f"must be from 0 to 1, found {getattr(self, kind)}"
+
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        for kind in _KINDS:
+            yield from ((kind, problem) for problem in wrong_type(types, f"{kind}_score", is_number, "numbers"))
 
     def judge(self, batch: pa.Table) -> pa.StringArray:
         reason = pa.nulls(len(batch), pa.string())

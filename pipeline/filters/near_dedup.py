@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.hash_clusters import Forest, clusters
+from pipeline.schema import wrong_type
 from pipeline.step import Estimate, Filter, drops_frame
 from trainer.hamming import masks
 
@@ -49,6 +50,9 @@ class NearDedup(Filter):
     def check(self) -> Iterator[tuple[str, str]]:
         if not 0 <= self.max_hamming <= 10:
             yield "max_hamming", f"must be from 0 to 10 of 64 bits, found {self.max_hamming}"
+
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        yield from (("column", p) for p in wrong_type(types, self.column, pa.types.is_integer, "uint64 hashes"))
 
     def decide(self, frame: dd.DataFrame) -> dd.DataFrame:
         """Groups rows by hash, then distinct hashes by bucket to find links, then rows by cluster.

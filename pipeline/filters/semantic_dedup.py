@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import embeddings
+from pipeline.schema import is_number, wrong_type
 from pipeline.step import Estimate, VectorFilter
 
 _BLOCK = 256
@@ -59,6 +60,11 @@ class SemanticDedup(VectorFilter):
             import faiss  # noqa: F401
         except ImportError:
             yield "vector", "requires faiss, which is not installed: pip install 'winnow-clip[search]'"
+
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        yield from super().check_columns(types)
+        for problem in wrong_type(types, self.keep_highest or "", is_number, "numbers"):
+            yield "keep_highest", problem
 
     def _k(self, rows: int) -> int:
         return self.clusters or max(1, round(rows**0.5))

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.schema import is_number, wrong_type
 from pipeline.step import Estimate, Filter
 
 
@@ -34,6 +35,10 @@ class TextReliance(Filter):
     def check(self) -> Iterator[tuple[str, str]]:
         if not self.max_drop >= 0:
             yield "max_drop", f"must be 0 or more, found {self.max_drop}"
+
+    def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
+        for key in ("score", "masked_score"):
+            yield from ((key, problem) for problem in wrong_type(types, getattr(self, key), is_number, "numbers"))
 
     def judge(self, batch: pa.Table) -> pa.StringArray:
         fall = self.value(batch)

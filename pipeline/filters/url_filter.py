@@ -68,7 +68,9 @@ class UrlFilter(Filter):
                 continue
             wrong = [entry for entry in entries if not _is_host(_canonical(entry))]
             if wrong:
-                yield key, f"{wrong[0]!r} is not a host name; expected one like 'example.org', without scheme or path"
+                where = f"{getattr(self, key)}: " if isinstance(getattr(self, key), str) else ""
+                expected = "expected one like 'example.org', without scheme or path"
+                yield key, f"{where}{wrong[0]!r} is not a host name; {expected}"
             if not entries and isinstance(getattr(self, key), str):
                 yield key, f"{getattr(self, key)!r} lists no host"
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline.hashing import file_digest
+from pipeline.schema import holds_boxes
 from pipeline.step import FILE, Estimate, Stage
 from trainer.spelling import did_you_mean
 
@@ -128,7 +129,7 @@ class ClipScore(Stage):
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
         boxes = types.get(self.mask or "")
-        if boxes is not None and not (pa.types.is_nested(boxes) and pa.types.is_nested(boxes.field(0).type)):
+        if boxes is not None and not holds_boxes(boxes):
             yield "mask", f"the column {self.mask!r} must hold lists of boxes, found type {boxes}"
 
     def fingerprint(self) -> object:
@@ -244,10 +245,15 @@ class ClipScore(Stage):
 
 
 def masked(picture: Image.Image, boxes: list[list[float]]) -> Image.Image:
-    """The picture in RGB, with each box, from 0 to 1, filled with the mean colour of the pixels around it."""
+    """The picture in RGB, with each box, from 0 to 1, filled with the mean colour of the pixels around it.
+
+    Raises ValueError for a box that is not four numbers."""
     pixels = np.array(picture.convert("RGB"))
     before, (height, width) = pixels.copy(), pixels.shape[:2]
-    for x_min, y_min, x_max, y_max in boxes:
+    for box in boxes:
+        if box is None or len(box) != 4 or None in box or not np.isfinite(box).all():
+            raise ValueError(f"expected boxes of four numbers to mask, found {box}")
+        x_min, y_min, x_max, y_max = box
         left, top = max(0, math.floor(x_min * width)), max(0, math.floor(y_min * height))
         right, bottom = min(width, math.ceil(x_max * width)), min(height, math.ceil(y_max * height))
         if left >= right or top >= bottom:

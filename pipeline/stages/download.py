@@ -24,7 +24,7 @@ from pipeline.fetch.outage import OutageError
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.sandbox import Sandbox, SandboxError, set_malloc
 from pipeline.hashing import file_digest
-from pipeline.schema import INLINE, PICTURE, carried
+from pipeline.schema import INLINE, PICTURE, carried, holds_boxes
 from pipeline.step import FILE, Estimate, Stage
 
 GROUP_ROWS = 256
@@ -86,12 +86,14 @@ class Download(Stage):
     inline: bool = False
     """Use the pictures in the pool (`pool.image`), by the same rules as fetched ones. Rows without one are fetched."""
     bbox_col: str | None = None
-    """A column of boxes to blur, such as faces: lists of [x_min, y_min, x_max, y_max] in the upright image, 0 to 1."""
+    """A column of boxes to blur, such as faces: lists of [x_min, y_min, x_max, y_max] in the upright image, 0 to 1.
+    They may reach beyond the border, from −1 to 2. A row with another box, such as one in pixels, is dropped
+    (`bad_box`), since it would be stored unblurred. null means none."""
     blur_detector: str | None = None
     """Import path of a detector whose boxes are blurred too, `my_package.my_module:MyClass`: called without arguments
     in each decoder process, it returns a callable from (height, width, 3) uint8 RGB to boxes as above. It sees the
     picture before it is resized, though no larger than `decode` leaves it; raise `decode_memory` and `decode_timeout`
-    by what it takes. A picture on which it fails is dropped (`decode_error`)."""
+    by what it takes. A picture on which it fails is dropped (`decode_error`), as is one with a bad box (`bad_box`)."""
     min_image_size: int = 0
     """Minimum shorter side, in pixels."""
     max_image_area: float = 36_000_000
@@ -238,7 +240,7 @@ class Download(Stage):
         claim, boxes = types.get(self._claim or ""), types.get(self._boxes or "")
         if claim is not None and not pa.types.is_string(claim):
             yield "verify_hash", f"the column {self._claim!r} must hold digests in hex, found type {claim}"
-        if boxes is not None and not pa.types.is_nested(boxes):
+        if boxes is not None and not holds_boxes(boxes):
             yield "bbox_col", f"the column {self._boxes!r} must hold lists of boxes, found type {boxes}"
 
     def fingerprint(self) -> object:

@@ -10,6 +10,7 @@ import fasttext
 import numpy as np
 import pyarrow as pa
 
+from pipeline import fasttext_file
 from pipeline.caption import normal
 from pipeline.hashing import file_digest
 from pipeline.step import FILE, Estimate, Stage
@@ -167,6 +168,8 @@ def _path(model: str | None) -> Path:
 def _load(model: str | None) -> Any:
     if not _path(model).is_file():
         raise FileNotFoundError("no such file")
+    if model is not None:
+        fasttext_file.check(model)
     return fasttext.load_model(str(_path(model)))
 
 

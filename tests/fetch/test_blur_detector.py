@@ -47,10 +47,11 @@ def test_a_picture_without_boxes_stays() -> None:
     assert decoder("tests.plugins:FaceBox")(body(None)).image == decode(body(None), RULES).image
 
 
-def test_a_picture_on_which_it_fails_is_dropped() -> None:
+@pytest.mark.parametrize(("detector", "reason"), [("Broken", "bad_box"), ("Failing", "decode_error")])
+def test_a_picture_on_which_it_fails_is_dropped(detector: str, reason: str) -> None:
     with pytest.raises(FetchError) as caught:
-        decoder("tests.plugins:Broken")(body(None))
-    assert caught.value.reason == "decode_error"
+        decoder(f"tests.plugins:{detector}")(body(None))
+    assert caught.value.reason == reason
 
 
 def test_in_the_process_that_decodes() -> None:
