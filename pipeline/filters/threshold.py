@@ -30,8 +30,8 @@ class Threshold(Filter):
 
     `top_fraction` keeps exactly ceil(fraction · n) of the n rows with a value; a hash of the uid breaks ties. Prefer a
     fraction for scores, since their scale depends on the model (DataComp, Gadre et al. 2023: the top 30% by CLIP
-    score). `max` is for scores where lower is better: CommonPool, of the same paper, dropped unsafe probabilities above
-    0.1. Rows with null or NaN are dropped as `missing`, others as `threshold`.
+    score). `max` is for scores where lower is better, such as the probability that a picture is unsafe. Rows
+    with null or NaN are dropped as `missing`, others as `threshold`.
     """
 
     column: str

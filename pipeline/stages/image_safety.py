@@ -16,9 +16,9 @@ from pipeline.step import Estimate, Stage
 class ImageSafety(Stage):
     """Scores how unsafe a picture is, by your own scorer, and drops the row (`unsafe`) above `max_score`.
 
-    Adds `image_unsafe_score`, 0 to 1. CommonPool (Gadre et al., 2023) dropped pictures to which a classifier on CLIP
-    ViT-L/14 embeddings gave an unsafe probability above 0.1. With such a linear head no second pass over the pictures
-    is needed: `linear_head: {head: FILE, column: unsafe_score, output: probability}`, then
+    Adds `image_unsafe_score`, 0 to 1. CommonPool (Gadre et al., 2023, section 3.2 and appendix E) was freed of unsafe
+    pictures by such a score, that of a classifier of CLIP embeddings. A linear head on stored embeddings needs no
+    second pass over the pictures: `linear_head: {head: FILE, column: unsafe_score, output: probability}`, then
     `threshold: {column: unsafe_score, max: 0.1}`. No classifier comes with Winnow.
     """
 
@@ -27,8 +27,8 @@ class ImageSafety(Stage):
     callable that maps a list of n pictures, uint8 RGB of shape (height, width, 3), to n scores from 0 to 1, or NaN
     where it has none."""
     max_score: float | None = 0.1
-    """Highest score kept (CommonPool: 0.1). None keeps all rows. Rows without a score, such as pictures that cannot be
-    decoded, are dropped as `missing`."""
+    """Highest score kept. The default is ours, and strict: choose it on pictures that you have judged. None keeps all
+    rows. Rows without a score, such as pictures that cannot be decoded, are dropped as `missing`."""
     column: str = "image_unsafe_score"
     """Name of the score."""
     runs_on: Literal["cpu", "gpu"] = "cpu"

@@ -18,8 +18,7 @@ class LinearHead(Stage):
 
     The score is w·x + b of the unit vector x, or its logistic function. Filter by it with `threshold`. LAION's
     aesthetic heads (such as `sa_0_4_vit_b_32_linear.pth` for ViT-B/32; LAION-Aesthetics, 2022) give about 1 to 10 and
-    were used with thresholds from 4.5 to 6.5. CommonPool (2023) dropped pictures with an unsafe probability above 0.1.
-    A row without an embedding gets a null score.
+    were used with thresholds from 4.5 to 6.5. A row without an embedding gets a null score.
     """
 
     head: str = field(metadata=FILE)

@@ -19,8 +19,8 @@ class TextSafety(Stage):
     """Scores how unsafe a caption is, by your own scorer or a list of words, and drops the row (`unsafe`) above
     `max_score`.
 
-    Adds `text_unsafe_score`, 0 to 1. CommonPool (Gadre et al., 2023) dropped captions to which any class of Detoxify, a
-    classifier of toxic comments, gave more than 0.1. No classifier comes with Winnow.
+    Adds `text_unsafe_score`, 0 to 1. CommonPool (Gadre et al., 2023, section 3.2 and appendix E) was freed of unsafe
+    captions by such a score, that of Detoxify, a classifier of toxic comments. No classifier comes with Winnow.
     """
 
     scorer: str | None = None
@@ -30,7 +30,8 @@ class TextSafety(Stage):
     """A file of words and phrases instead: a JSON list of strings (`.json`), or text with one per line; may be `.gz` or
     `.zst`. The score is 1 if the caption contains one, matched as in `balance`, else 0."""
     max_score: float | None = 0.1
-    """Highest score kept (CommonPool: 0.1). None keeps all rows. Rows without a score are dropped as `missing`."""
+    """Highest score kept. The default is ours, and strict: choose it on captions that you have judged. None keeps all
+    rows. Rows without a score are dropped as `missing`."""
     column: str = "text_unsafe_score"
     """Name of the score."""
 
