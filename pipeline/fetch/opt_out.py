@@ -46,8 +46,8 @@ def disallowed_directive(headers: Iterable[str], user_agent_token: str, disallow
 
 def reserves_mining(headers: Iterable[str]) -> bool:
     """True if a `tdm-reservation` header reserves text and data mining rights."""
-    # TDMRep defines 0 and 1. A proxy may have joined two headers.
-    return any(item.strip() == "1" for value in headers for item in value.split(","))
+    # TDMRep defines 0 and 1. A proxy may have joined two headers. Punctuation as in X-Robots-Tag.
+    return any(item.strip(" \t\"'") == "1" for value in headers for item in re.split("[,;]", value))
 
 
 # --- Content-Usage ----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from pipeline.fetch import quality
 from pipeline.fetch.concurrent_rows import Begin, ConcurrentRows, Work, as_drop, table_of, with_columns
 from pipeline.fetch.decoder import EncodeFormat, Picture, Rules, decode, sniff
 from pipeline.fetch.img2dataset_engine import failure
-from pipeline.fetch.reasons import FetchError
+from pipeline.fetch.reasons import FetchError, one_line
 from pipeline.fetch.sandbox import Sandbox
 from pipeline.schema import PICTURE
 from pipeline.step import FILE, Estimate, Stage
@@ -32,7 +32,7 @@ from pipeline.storage import Store
 from trainer.tar import TarError, samples
 
 REASONS = {
-    "no_image": "the shards have no image with this row's key",
+    "no_image": "the shards have no image with this row's key; the detail says if the tar is damaged",
     "shard_truncated": "the tar is truncated within this row's image",
 }
 GROUP_ROWS = 256
@@ -40,7 +40,7 @@ CONCURRENCY = 32
 """Images processed at once."""
 DECODE_SECONDS = 20
 DECODE_BYTES = 1 << 29
-_INDEX_VERSION = 2
+_INDEX_VERSION = 3
 _INDEX = pa.schema(
     [
         ("key", pa.int64()),
@@ -220,7 +220,9 @@ class Folder:
     def row_digits(self) -> int:
         """The d in key = shard · 10^d + row, from the last shard with an image. Raises ValueError for other keys."""
         for shard in sorted(self.tars, reverse=True):
-            key = next((key for key, _, _ in self._members(shard)), None)
+            key = None
+            with suppress(TarError):
+                key = next((key for key, _, _ in self._members(shard)), None)
             if key is None:
                 continue
             if not shard:
@@ -246,14 +248,16 @@ class Folder:
         with self._locks.setdefault(shard, threading.Lock()):  # the first row of a shard indexes it; the others wait
             entries = self._entries(shard)
         at = int(np.searchsorted(entries["key"].to_numpy(), number))
+        damage = (entries.schema.metadata or {}).get(b"damage", b"").decode()
+        absent = "no_image", f"not in {tar.name}" + (f", which is damaged: {damage}" if damage else "")
         if at == len(entries) or entries["key"][at].as_py() != number:
-            return "no_image", f"not in {tar.name}"
+            return absent
         entry = entries.slice(at, 1).to_pylist()[0]
         if entry["status"] not in (None, "success"):
             error = failure(entry["status"], entry["error_message"])
             return error.reason, error.detail
         if entry["offset"] is None:
-            return "no_image", f"not in {tar.name}"
+            return absent
         offset, size = entry["offset"], entry["size"]
         if size > max_bytes:
             return "body_too_large", f"{size} bytes"
@@ -268,26 +272,31 @@ class Folder:
         what = f"{_INDEX_VERSION} {self.path}/{tar.name} {tar.stamp}"
         name = f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.arrow"
         if not self._index.exists(name):
-            with self._index.output(name) as file, pa.ipc.new_file(file, _INDEX) as writer:
-                writer.write_table(self._make(shard))
+            made = self._make(shard)
+            with self._index.output(name) as file, pa.ipc.new_file(file, made.schema) as writer:
+                writer.write_table(made)
         with self._index.input(name) as file:
             return pa.ipc.open_file(file).read_all().combine_chunks()
 
     def _make(self, shard: int) -> pa.Table:
         places: dict[int, tuple[int, int]] = {}
-        for key, offset, size in self._members(shard):
-            places.setdefault(key, (offset, size))  # the first of duplicate names counts, as in other readers
+        damage = ""
+        try:
+            for key, offset, size in self._members(shard):
+                places.setdefault(key, (offset, size))  # the first of duplicate names counts, as in other readers
+        except TarError as error:
+            damage = one_line(str(error))
         table = self._table(self.tars[shard].name.replace(".tar", ".parquet"))
         rows = [
             {"key": key, **dict(zip(("offset", "size"), places.get(key, (None, None)))), **table.get(key, {})}
             for key in sorted({*places, *table})
         ]
-        return pa.Table.from_pylist(rows, _INDEX)
+        return pa.Table.from_pylist(rows, _INDEX.with_metadata({"damage": damage}))
 
     def _members(self, shard: int) -> Iterator[tuple[int, int, int]]:
-        """Key, offset and size of each image in a tar, up to the first damage."""
+        """Key, offset and size of each image in a tar. Raises TarError after those before the first damage."""
         path = f"{self._root}/{self.tars[shard].name}"
-        with self._fs.open(path, "rb") as file, suppress(TarError):
+        with self._fs.open(path, "rb") as file:
 
             def read(at: int, size: int) -> bytes:
                 file.seek(at)

@@ -86,6 +86,9 @@ def test_only_what_the_user_disallows() -> None:
         (["0, 1"], True),
         (["0", "1"], True),
         (["yes"], False),
+        (['"1"'], True),
+        (["1; policy"], True),
+        (["10"], False),
     ],
 )
 def test_tdm_reservation(headers: list[str], reserved: bool) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -169,12 +171,19 @@ def test_hostile_and_damaged_tars(tmp_path: Path) -> None:
         file.truncate(file.read().rindex(good) + 100)
     (tmp_path / "f" / "00002.tar").write_bytes(b"no tar at all" * 1000)
     (tmp_path / "f" / "00003.tar").write_bytes(b"")
-    batch = make_batch([{"key": f"{10000 + n:09d}"} for n in range(10)] + [{"key": "000020000"}, {"key": "000030000"}])
+    (tmp_path / "f" / "00004.tar").write_bytes(gzip.compress(b"a tar"))
+    batch = make_batch([{"key": f"{10000 + n:09d}"} for n in range(10)] + [{"key": f"0000{n}0000"} for n in (2, 3, 4)])
     kept, drops = run_step(step(tmp_path / "f", tmp_path, max_image_area=1e6), batch)
     assert verdicts(batch, kept, drops) == [
         *["no_image"] * 3, "not_an_image", None, "not_an_image", "too_large", None, "shard_truncated",
-        "no_image", "no_image", "no_image",
+        *["no_image"] * 4,
     ]  # fmt: skip
+    # A picture that was never there differs from one that was lost.
+    details = dict(zip(drops["row"].to_pylist(), drops["detail"].to_pylist()))
+    assert re.fullmatch(r"not in 00001.tar, which is damaged: cut at byte .*", details[9])
+    assert details[10].startswith("not in 00002.tar, which is damaged: no tar header at byte 0")
+    assert details[11].startswith("not in 00003.tar, which is damaged: cut at byte 0")
+    assert "a compressed tar has no random access; decompress it first" in details[12]
     # Rotated pictures are stored upright, without the tag.
     upright = Image.open(io.BytesIO(kept["image"][0].as_py()))
     assert (upright.size, dict(upright.getexif())) == ((30, 40), {})
