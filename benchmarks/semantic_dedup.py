@@ -24,7 +24,8 @@ from fetch import measure
 
 from pipeline import cluster, vectors
 from pipeline.filters.semantic_dedup import SemanticDedup
-from pipeline.passes import BarrierPass, PoolPass, UnitPass, UnitWriter, commit, new_attempt
+from pipeline.passes import BarrierPass, PoolPass, UnitPass, commit, new_attempt
+from pipeline.run_pass import UnitWriter
 from pipeline.schema import DROP, SAMPLE
 from pipeline.workers import map_tasks
 

@@ -16,7 +16,8 @@ import cloudpickle
 import numpy as np
 
 from pipeline.child import die_with_parent, start_child
-from pipeline.passes import Pass, UnitPass, run_pass
+from pipeline.passes import Pass, UnitPass
+from pipeline.run_pass import run_pass
 
 ATTEMPTS = 3
 """Ordinary attempts at a unit before it is isolated."""

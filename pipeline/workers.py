@@ -24,7 +24,8 @@ from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorErro
 from pipeline import cluster, isolation
 from pipeline.lifetime import GOES_ON
 from pipeline.meter import Meter, Spent
-from pipeline.passes import Pass, UnitPass, UnitReport, run_pass
+from pipeline.passes import Pass, UnitPass
+from pipeline.run_pass import UnitReport, run_pass
 from pipeline.step import HaltError
 
 T = TypeVar("T")

@@ -21,9 +21,10 @@ from rich.console import Console
 from pipeline import executor, pool
 from pipeline.claim import hold
 from pipeline.ledger import Funnel
-from pipeline.passes import Pass, make_passes, read_unit, run_pass
+from pipeline.passes import Pass, make_passes, read_unit
 from pipeline.progress import Progress
 from pipeline.recipe import built_in_steps, find_step, load
+from pipeline.run_pass import run_pass
 from pipeline.score_mixture import Curve, Mixture
 from pipeline.step import Filter
 from pipeline.storage import Store

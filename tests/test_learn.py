@@ -15,9 +15,10 @@ import yaml
 from scipy.stats import rankdata
 
 from pipeline import learn, open_run, score_mixture, training_rows
-from pipeline.passes import PoolPass, UnitPass, UnitWriter, commit, new_attempt
+from pipeline.passes import PoolPass, UnitPass, commit, new_attempt
 from pipeline.reader import describe
 from pipeline.recipe import PoolSpec, Recipe
+from pipeline.run_pass import UnitWriter
 from pipeline.schema import DROP, SAMPLE
 from pipeline.stages.learned_score import LearnedScore
 from pipeline.step import Stage, drops_table

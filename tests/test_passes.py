@@ -14,19 +14,9 @@ import pytest
 
 from pipeline import ingest, pool
 from pipeline.ledger import Funnel
-from pipeline.passes import (
-    Loan,
-    MeasurePass,
-    Pass,
-    UnitReport,
-    check_measured,
-    check_unit,
-    make_passes,
-    read_unit,
-    run_pass,
-    surviving_rows,
-)
+from pipeline.passes import Loan, MeasurePass, Pass, check_measured, check_unit, make_passes, read_unit, surviving_rows
 from pipeline.recipe import PoolSpec, Recipe
+from pipeline.run_pass import UnitReport, run_pass
 from pipeline.step import Filter, Stage, Step
 from pipeline.storage import DamagedError
 

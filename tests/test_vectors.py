@@ -16,7 +16,8 @@ from pipeline import embeddings, vectors
 from pipeline.filters.image_cluster import ImageCluster
 from pipeline.filters.semantic_dedup import SemanticDedup
 from pipeline.hashing import hash64
-from pipeline.passes import BarrierPass, Pass, PoolPass, UnitPass, UnitWriter, commit, new_attempt, read_unit, run_pass
+from pipeline.passes import BarrierPass, Pass, PoolPass, UnitPass, commit, new_attempt, read_unit
+from pipeline.run_pass import UnitWriter, run_pass
 from pipeline.schema import DROP, SAMPLE
 from pipeline.stages.neg_clip_loss import NegClipLoss
 from pipeline.step import VectorFilter

@@ -20,8 +20,9 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from pipeline import isolation
-from pipeline.passes import Pass, UnitReport
+from pipeline.passes import Pass
 from pipeline.recipe import Recipe
+from pipeline.run_pass import UnitReport
 from pipeline.step import Stage
 from pipeline.workers import MAX_FAILED_STARTS, _Worker
 from tests.conftest import HUNG, ROOT, Command

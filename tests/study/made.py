@@ -12,9 +12,10 @@ import pyarrow as pa
 
 from pipeline.hashing import hash64
 from pipeline.ledger import Funnel, Line
-from pipeline.passes import MeasurePass, UnitWriter, commit, make_passes, new_attempt
+from pipeline.passes import MeasurePass, commit, make_passes, new_attempt
 from pipeline.reader import describe
 from pipeline.recipe import PoolSpec, Recipe
+from pipeline.run_pass import UnitWriter
 from pipeline.schema import DROP
 from pipeline.step import Filter, Stage
 from pipeline.storage import Store
