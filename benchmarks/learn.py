@@ -11,8 +11,8 @@ rows with each single score: AUC, and precision among the same number of kept ro
 With `--train`, trains `conf/train_demo.yaml` on SAMPLES samples for each way of choosing rows and each seed. All arms
 choose from the rows without labels. `none` takes all; `clean` those that are good by the truth; the others as many as
 there are good ones. Scores that choose the same rows are one arm. The metric is zero-shot top-1 of the colours of
-held-out scenes. The arms are compared as those of a study are (`pipeline.study.statistics`). What is there already in
-WORK is not made again.
+held-out scenes. The arms are compared as those of a study are (`pipeline.study.statistics`). What WORK
+already holds is reused.
 
 With `--web`, another web takes the place of the demo's. FOLDER has `truth.parquet` with the columns `url, caption,
 kind`, and `of`, the name of the picture that a row shows. The site must be served at these urls, on loopback. Rows of

@@ -218,8 +218,8 @@ def _mend(job: Job) -> list[str]:
         if there < units and any(here[i:]):
             raise DamagedError(
                 f"{p.root}: only {there:,} of {units:,} units are there, and later passes rest on the others. "
-                "To go on, restore it from a copy; or, to fetch again what the web still has, remove the folders of "
-                "all later passes and give the same command again."
+                "To continue, restore it from a copy; or, to fetch again what the web still has, remove the folders of "
+                "all later passes and run the same command again."
             )
     work = [
         (i, low, min(units, low + 64))
@@ -252,13 +252,13 @@ def _mend(job: Job) -> list[str]:
     if final := [d for d in found if not (passes[d["pass"]].repeatable and passes[d["pass"]].root.startswith(own))]:
         for damage in final:
             if not passes[damage["pass"]].root.startswith(own):
-                said = damage["error"].partition(" To go on")[0]
-                damage["error"] = f"{said} To go on, give the command of that run again, or leave `reuse` out."
+                said = damage["error"].partition(" To continue")[0]
+                damage["error"] = f"{said} To continue, run the command of that run again, or remove `reuse`."
         more = f"\n… and {len(final) - 5:,} more" if len(final) > 5 else ""
         raise DamagedError("\n".join(damage["error"] for damage in final[:5]) + more)
     for damage in found:
         passes[damage["pass"]].forget(damage["unit"])
-    return [damage["error"].partition(" To go on")[0] for damage in found]
+    return [damage["error"].partition(" To continue")[0] for damage in found]
 
 
 # --- The pool ---------------------------------------------------------------------------------------------------------

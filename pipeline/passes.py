@@ -420,13 +420,13 @@ class BarrierPass(Pass):
         try:
             table = _barrier_files(self.root)(**entry)
         except DamagedError as error:
-            again = f"remove {self.store.path('complete.json')} and give the same command again: the pass is made again"
-            raise DamagedError(f"{error} (unit {unit} of the pass {self.label}). To go on, {again}.") from None
+            cure = f"remove {self.store.path('complete.json')} and run the same command again to recompute the pass"
+            raise DamagedError(f"{error} (unit {unit} of the pass {self.label}). To continue, {cure}.") from None
         return table.filter(pc.equal(table["unit"], unit))
 
 
 class SinkPass(BarrierPass):
-    """A sink: its records speak of the parts that it wrote, and its drops are the rows behind the last part."""
+    """A sink: its records describe the parts that it wrote, and its drops are the rows after the last part."""
 
     kind = "write"
 
@@ -537,8 +537,8 @@ def read_unit(
             at = _places(table, rows)
             if not (at >= 0).all():
                 raise DamagedError(
-                    f"{p.root}: unit {unit} lacks rows that a later pass has. To go on, remove the folders of the "
-                    "passes after it and give the same command again."
+                    f"{p.root}: unit {unit} lacks rows that a later pass has. To continue, remove the folders of the "
+                    "passes after it and run the same command again."
                 )
             whole = len(at) == len(table) and bool((np.diff(at) == 1).all())
             light |= {c: table[c] if whole else table[c].take(pa.array(at)) for c in small}
@@ -803,13 +803,13 @@ def _cure(p: Pass, unit: int) -> Iterator[None]:
     except DamagedError as error:
         if p.repeatable:
             name = p.store.path(f"commits/{unit:07d}.*" if isinstance(p, MeasurePass) else record_name(unit))
-            cure = f"remove {name} and give the same command again: the unit is made again"
+            cure = f"remove {name} and run the same command again to recompute the unit"
         else:
             cure = (
                 "restore it from a copy; or, to fetch again what the web still has, remove "
-                f"{p.root} and the folders of all later passes and give the same command again"
+                f"{p.root} and the folders of all later passes and run the same command again"
             )
-        raise DamagedError(f"{error} (unit {unit} of the pass {p.label}). To go on, {cure}.") from None
+        raise DamagedError(f"{error} (unit {unit} of the pass {p.label}). To continue, {cure}.") from None
 
 
 def record_name(unit: int, part: int | None = None) -> str:

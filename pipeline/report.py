@@ -836,8 +836,8 @@ def _passes_chart(limits: Sequence[Limit]) -> object:
     columns = ["pass", *(f"{kind}, s" for kind in kinds)]
     rows = [[limit.label, limit.waiting, limit.storage, limit.computing, limit.idle] for limit in shown]
     said = (
-        "What the time of each pass's workers went to. In the steps, they compute if they are on a core or in line for "
-        "one, else they wait."
+        "How the workers of each pass spent their time. Within the steps, a worker computes while it is on a core or "
+        "waits for one; otherwise it waits for something else."
     )
     return chart(spec, said, Table(columns, rows), height=22 * max(2, len(shown)))
 

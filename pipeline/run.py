@@ -358,7 +358,7 @@ def _explain(error: BaseException, where: str) -> str:
     if "Traceback (most recent call last)" in said:  # Ray's, of a worker that cannot import what it was sent
         said = f"{said.splitlines()[0]} … {said.splitlines()[-1]}"
     if getattr(cause, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
-        return f"the disk of {where} is full; what was committed stays. Make room and give the same command again"
+        return f"the disk of {where} is full; committed results are kept. Free space and run the same command again"
     if isinstance(cause, BooksError):
         return f"the books do not balance: {cause}"
     if isinstance(cause, HaltError | DamagedError | LostClaimError | pool.PoolError):

@@ -80,7 +80,7 @@ class Step:
     refused."""
     repeatable: ClassVar[bool] = True
     """False if the same inputs may give other outputs another time, as with bytes from the web. Results that were
-    committed and are lost are then reported instead of being made again."""
+    committed and are lost are then reported instead of being recomputed."""
     resource: ClassVar[Resource] = "cpu"
     """What a worker of this step occupies: "gpu" is a GPU if the cluster has one, else CPU cores."""
 

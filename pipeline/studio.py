@@ -317,7 +317,7 @@ def read_labels(store: Store) -> dict[str, int]:
         return {uid: {"0": 0, "1": 1}[label] for uid, label in rows[1:]}
     except (ValueError, KeyError):
         raise RunError(
-            f"{store.path(LABELS)}: expected the header uid,label and labels 0 or 1; move it away to begin anew"
+            f"{store.path(LABELS)}: expected the header uid,label and labels 0 or 1; move it away to start over"
         ) from None
 
 

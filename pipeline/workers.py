@@ -48,8 +48,8 @@ def map_tasks(
 ) -> Iterator[dict[str, Any]]:
     """Runs `work` on the cluster over all items, `at_once` items a task; yields its records in any order.
 
-    For pure functions that need no setup. Ray runs a task again when its worker dies. Adds what the time of the tasks
-    went to, as `UnitReport.spent`, to `spent`.
+    For pure functions that need no setup. Ray runs a task again when its worker dies. Adds the time of the tasks
+    by use, as `UnitReport.spent`, to `spent`.
     """
 
     @ray.remote(num_cpus=1)
@@ -161,8 +161,8 @@ class _Worker:
         for number, actor in self._shared.items():
             p.steps[number].connect(_Remote(actor))
         p.setup()
-        # What is loaded by now stays, and the thousands of rows in progress are no garbage. Scanning them took a sixth
-        # of a fetching worker's time.
+        # Nothing loaded by now is garbage, nor are the thousands of rows in progress. Scanning both took a sixth of a
+        # fetching worker's time.
         gc.collect()
         gc.freeze()
         gc.set_threshold(10_000)
@@ -180,14 +180,14 @@ class _Worker:
         assert isinstance(p, UnitPass)
         started: set[int] = set()
         found: list[dict[str, Any]] = []
-        hopeless: list[int] = []
+        given_up: list[int] = []
 
         def fresh() -> Iterator[int]:
             for unit in chain([first], self._arrived()):
                 if (record := p.account(before, unit)) is not None:
                     found.append(record)
                 elif isolation.attempt(p, unit) > isolation.ATTEMPTS:
-                    hopeless.append(unit)
+                    given_up.append(unit)
                 else:
                     started.add(unit)
                     yield unit
@@ -201,7 +201,7 @@ class _Worker:
             raise
         for record in found:
             yield UnitReport.of(record)
-        for unit in hopeless:
+        for unit in given_up:
             yield UnitReport.of(isolation.run_isolated(self._passes, self._index, unit))
 
     def _arrived(self) -> Iterator[int]:

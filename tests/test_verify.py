@@ -106,7 +106,7 @@ def damaged(run: Path, kind: str, damage: str) -> Iterator[Path]:
         yield file
     finally:
         for f in [f for f in run.rglob("*") if f.is_file() and f not in before]:
-            f.unlink()  # what a command has made again, under other names
+            f.unlink()  # a command recomputes it under other names
         for f, data in before.items():
             f.write_bytes(data)
 
@@ -286,4 +286,4 @@ def test_the_same_command_repairs_or_reports_damage(
             assert done.returncode == 1
             assert not repeatable
             assert str(file) in done.stderr
-            assert "of the pass paint). To go on, restore it from a copy" in done.stderr
+            assert "of the pass paint). To continue, restore it from a copy" in done.stderr

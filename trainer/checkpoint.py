@@ -61,7 +61,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
         else:
             return path, damaged
     if damaged:
-        cure = "  Remove them to start anew, or name another output."
+        cure = "  Remove them to start over, or name another output."
         raise CheckpointError("\n".join(["no checkpoint is whole:", *(f"  {line}" for line in damaged), cure]))
     return None, []
 

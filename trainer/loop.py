@@ -158,7 +158,7 @@ class Run:
         if state["data"] != self.shards.fingerprint:
             lines.append(f"  shards: {self.config.shards} is not the data that the checkpoint was trained on")
         if lines:
-            cure = "  Put them back, or name another output to start anew."
+            cure = "  Put them back, or name another output to start over."
             raise checkpoint.CheckpointError(
                 "\n".join([f"{path}: cannot be resumed with these changes:", *lines, cure])
             )

@@ -230,8 +230,8 @@ class Client:
                 if failure.reason == "host_down" and earlier:
                     raise earlier from None  # other rows tripped the breaker meanwhile; report this row's own failure
                 pause = max(failure.retry_after or 0.0, BACKOFF * 2**attempt * random.uniform(1, 1.5))
-                hopeless = not failure.transient or failure.reason in _NOT_AT_ONCE
-                if hopeless or attempt == self.limits.retries or pause >= context.clock.left:
+                final = not failure.transient or failure.reason in _NOT_AT_ONCE
+                if final or attempt == self.limits.retries or pause >= context.clock.left:
                     raise
                 earlier = failure
             with context.clock:

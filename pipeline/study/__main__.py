@@ -7,8 +7,8 @@ For example, after `winnow demo`, count first, then train:
     winnow study conf/study.yaml train=null
     winnow study conf/study.yaml train.seeds=5
 
-Reads the stored columns of the run; writes nothing into it, and needs neither network nor GPU. A study that was stopped
-goes on where it was when the same command is given again; more cuts, budgets or seeds only add to it.
+Reads the stored columns of the run; writes nothing into it, and needs neither network nor GPU. Run the same
+command again to resume a stopped study; more cuts, budgets or seeds only add to it.
 OUT gets `index.html`, `table.parquet` and `table.csv`, `overlap.parquet`, and, with a `train` block, `arms.parquet`.
 docs/study.md describes the keys.
 """

@@ -1,7 +1,7 @@
 """Trains the arms of a study: a model for each subset, budget and seed.
 
 An arm is named by a hash of all that determines its result, and its result is one small record, created exclusively.
-So a study that is killed goes on where it stopped, arms with the same subset are trained once, and more seeds or cuts
+So a killed study resumes where it stopped, arms with the same subset are trained once, and more seeds or cuts
 only add arms. Subsets are numbers of samples in one index of the pictures where the run has stored them.
 """
 

@@ -100,7 +100,7 @@ def largest(
 
     Exact, in two or three passes over the blocks. A sample says between which two values each result almost surely lies
     (Floyd and Rivest, 1975); a pass counts what is above them and collects what is between, O(count^(2/3)) numbers. If
-    the sample misled, the pass is made again with wider bounds.
+    the sample misled, the pass is repeated with wider bounds.
     """
     size = max(SAMPLE, int(count ** (2 / 3)))
     step = max(1, count // size)

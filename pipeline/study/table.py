@@ -33,7 +33,7 @@ class Outcome:
     best: int | None
     """The recommended cut; None if no cut is better than both."""
     ties: list[int]
-    """The other cuts that cannot be told from it."""
+    """The other cuts that the trial cannot distinguish from it."""
 
     def interval(self, arm: str) -> Interval:
         """The mean over seeds and its t interval."""
@@ -140,7 +140,8 @@ def verdict(outcome: Outcome, plan: Plan) -> list[str]:
         lines.append(f"{text}.")
         if outcome.ties:
             lines.append(
-                f"With {LEVEL:.0%} confidence the best of all cuts is this one or one that cannot be told from it: "
+                f"With {LEVEL:.0%} confidence the best of all cuts is this one or one that the trial cannot "
+                "distinguish from it: "
                 f"{'; '.join(str(plan.cuts[n]) for n in outcome.ties)}."
             )
         elif len(outcome.over_all.comparisons) > 1:
