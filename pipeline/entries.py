@@ -160,14 +160,14 @@ def wordnet_entries(folder: str) -> dict[str, Any]:
     """The first word of each synset of a folder of WordNet's database files (WNDB)."""
     words = []
     for path in _wordnet_files(folder):
-        with fsspec.open(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.startswith("  "):  # the license
-                    continue
-                fields = line.split(" ", 5)
-                if len(fields) < 6 or len(fields[0]) != 8 or not fields[0].isdigit():
-                    raise EntriesError(f"{path}:{number}: expected a synset of WordNet, found {line.rstrip()!r:.99}")
-                words.append(fields[4].partition("(")[0])  # adjectives may carry a marker, as in galore(ip)
+        lines = (line for text in _blocks(path, lambda _: None) for line in text.split("\n"))
+        for number, line in enumerate(lines, 1):
+            if not line or line.startswith("  "):  # the license
+                continue
+            fields = line.split(" ", 5)
+            if len(fields) < 6 or len(fields[0]) != 8 or not fields[0].isdigit():
+                raise EntriesError(f"{path}:{number}: expected a synset of WordNet, found {line.rstrip()!r:.99}")
+            words.append(fields[4].partition("(")[0])  # adjectives may carry a marker, as in galore(ip)
     return {word: {"wordnet": 1} for word in normalised(pa.array(words, pa.string())).to_pylist() if word}
 
 
@@ -218,12 +218,10 @@ def _captions(spec: PoolSpec, advance: Callable[[int], Any]) -> Iterator[pa.Arra
 def build(args: argparse.Namespace, progress: Progress) -> Entries:
     """The entries of all sources that the command line names. Raises EntriesError or `pool.PoolError`."""
     sizes = {path: _size(path) for path in [*args.corpus, *args.titles, *_of(args.wordnet, _wordnet_files)]}
-    spec = (
-        PoolSpec(path=args.captions, url=args.caption_column, caption=args.caption_column, columns=[], captions="each")
-        if args.captions
-        else None
-    )
-    if spec is not None:
+    spec = None
+    if args.captions:
+        spec = PoolSpec(path=args.captions, caption=args.caption_column, columns=[], captions="each")
+        spec.url = spec.caption  # a pool must have a url; a recipe may not say so
         pool.columns(spec)
     entries = Entries()
     thresholds = {"min_count": args.min_count, "min_pmi": args.min_pmi}

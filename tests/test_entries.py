@@ -160,3 +160,6 @@ def test_a_bad_synset_is_reported(wordnet: str, tmp_path: Path, capsys) -> None:
     (Path(wordnet) / "data.adv").write_text("entity n 1\n")
     assert entries.main([str(tmp_path / "out.tsv"), "--wordnet", wordnet]) == 2
     assert "data.adv:1: expected a synset of WordNet, found 'entity n 1'" in capsys.readouterr().err
+    (Path(wordnet) / "data.adv").write_bytes(b"00001740 03 n 01 caf\xe9 0 003 ~\n")
+    assert entries.main([str(tmp_path / "out.tsv"), "--wordnet", wordnet]) == 2
+    assert "data.adv: expected UTF-8, found b'\\xe9'" in capsys.readouterr().err

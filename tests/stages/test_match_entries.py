@@ -56,6 +56,36 @@ def test_a_caption_is_compared_with_the_entries_of_its_language(files: dict[str,
         assert alone["entries"].to_pylist() == [entries]
 
 
+@pytest.mark.parametrize(
+    ("entry", "caption", "matches"),
+    [
+        ("ปลา", "แมวกินปลาสด", True),
+        ("ປາ", "ແມວກິນປາ", True),
+        ("ကြောင်", "ကြောင်ဖြူ", True),
+        ("ឆ្មា", "ឆ្មាខ្មៅ", True),
+        ("བྱི་ལ", "བྱི་ལ་ནག་པོ", True),
+        ("东京", "我爱东京塔", True),
+        ("コーヒー", "熱いコーヒーカップ", True),
+        # Scripts mixed in one caption: Latin words keep their borders.
+        ("cat", "新しい猫cat写真", True),
+        ("cat", "แมวcatดำ", True),
+        ("cat", "猫catalogue", False),
+        ("東京 tower", "夜の東京Tower", True),
+        ("iPhone 15", "我的iPhone 15手机", True),
+        ("15", "我的iPhone15手机", False),
+        # Scripts with spaces have borders: Korean, Arabic, Hindi.
+        ("한국", "한국의 집", False),
+        ("قطة", "قطة سوداء", True),
+        ("قط", "قطة سوداء", False),
+        ("बिल्ली", "काली बिल्लीयाँ", False),
+    ],
+)
+def test_words_have_borders_where_a_script_has_spaces(tmp_path: Path, entry: str, caption: str, matches: bool) -> None:
+    (tmp_path / "e.txt").write_text(entry)
+    kept, _ = run_step(MatchEntries(entries=str(tmp_path / "e.txt")), make_batch([{"caption": caption}]))
+    assert bool(kept["entries"].to_pylist()[0]) == matches
+
+
 def test_the_column_of_languages_is_checked(files: dict[str, str]) -> None:
     step = MatchEntries(entries=files, by="lang")
     assert step.needs == ("caption", "lang")
