@@ -48,15 +48,19 @@ def _grey_from_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
+_PROBE = Image.fromarray(np.indices((5, 5, 5)).reshape(3, 1, 125).transpose(1, 2, 0).astype(np.uint8) * 63)
+"""5 × 5 × 5 colours."""
+_SRGB_LEVELS = 10
+"""Largest change by a profile that is called sRGB and is: rounding. Linear sRGB, by name sRGB too, changes by up to 73."""
+
+
 # Small, since each profile may have a megabyte, and a sandboxed decoder has a memory limit.
 @functools.lru_cache(maxsize=16)
 def srgb_transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """The transform to sRGB; None if the profile is sRGB already, broken, or for another mode."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(profile).lower():
-            return None
-        return ImageCms.buildTransform(
+        transform = ImageCms.buildTransform(
             profile,
             ImageCms.createProfile("sRGB"),
             mode,
@@ -65,5 +69,9 @@ def srgb_transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
             # Threads share the transform, and lcms's one-pixel cache is not thread-safe.
             flags=ImageCms.Flags.NOCACHE | ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
+        if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(profile).lower():
+            change = np.asarray(transform.apply(_PROBE)).astype(int) - np.asarray(_PROBE)
+            return None if np.abs(change).max() <= _SRGB_LEVELS else transform
+        return transform
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None

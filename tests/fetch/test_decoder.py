@@ -410,6 +410,14 @@ def swapped_primaries(profile: bytes) -> bytes:
     return bytes(table).replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
 
 
+def test_a_profile_is_judged_by_its_contents_not_by_its_name() -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    named = swapped_primaries(srgb).replace("swap".encode("utf-16-be"), "sRGB".encode("utf-16-be"))
+    image = Image.new("RGB", (64, 64), (200, 20, 20))
+    assert close(pixels(encoded(image, "PNG", icc_profile=srgb)), (200, 20, 20), 0)
+    assert pixels(encoded(image, "PNG", icc_profile=named))[0, 0].argmax() == 1
+
+
 def gif(screen: tuple[int, int]) -> bytes:
     """A red frame of 80 × 60 in the corner of a screen of another size."""
     body = encoded(Image.new("P", (80, 60)), "GIF")
