@@ -51,7 +51,7 @@ def _grey_from_16_bit(image: Image.Image) -> Image.Image:
 _PROBE = Image.fromarray(np.indices((5, 5, 5)).reshape(3, 1, 125).transpose(1, 2, 0).astype(np.uint8) * 63)
 """5 × 5 × 5 colours."""
 _SRGB_LEVELS = 10
-"""Largest change by a profile that is called sRGB and is: rounding. Linear sRGB, by name sRGB too, changes by up to 73."""
+"""Largest change by a profile that is sRGB: rounding. Linear sRGB, which has the name too, changes by up to 73."""
 
 
 # Small, since each profile may have a megabyte, and a sandboxed decoder has a memory limit.
