@@ -114,11 +114,39 @@ def thinned(lines: list[str]) -> list[str]:
 
 
 def read_events(store: Store) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; none without a file. Skips lines that a killed command left incomplete."""
+    """The events of a run, oldest first; none without a file. Skips what no command wrote: lines that a killed one left
+    incomplete, and damaged ones."""
     found = []
     for line in (store.read_if_there(NAME) or b"").splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             event = json.loads(line)
-            if isinstance(event, dict) and isinstance(event.get("event"), str) and "time" in event:
+            if _is_event(event):
                 found.append(event)
     return found
+
+
+def _is_event(event: Any) -> bool:
+    if not (isinstance(event, dict) and isinstance(event.get("event"), str) and _is_number(event.get("time"))):
+        return False
+    passes = event.get("passes", [])
+    return isinstance(passes, list) and all(
+        isinstance(one, str) if event["event"] == "command" else _is_bar(one) for one in passes
+    )
+
+
+def _is_bar(bar: Any) -> bool:
+    """Whether this is what `Bar.to_json` returns."""
+    return (
+        isinstance(bar, dict)
+        and isinstance(bar.get("pass"), str)
+        and all(_is_number(bar.get(key)) for key in ("rows", "kept", "units", "rate", "seconds"))
+        and all(bar.get(key) is None or _is_number(bar[key]) for key in ("rows_total", "units_total", "workers", "eta"))
+        and all(
+            isinstance(counts := bar.get(key, {}), dict) and all(map(_is_number, counts.values()))
+            for key in ("dropped", "spent")
+        )
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1 << 62  # neither NaN nor infinite

@@ -200,7 +200,7 @@ class Run:
                 raise ValueError
         except RunError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowInvalid):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, pa.ArrowInvalid):
             raise RunError(f"{at}: not the description of a run of Winnow") from None
         seal = store.read_record("seal.json")
         self._files: dict[str, Entry] = {entry["name"]: entry for entry in seal["files"]} if seal else {}

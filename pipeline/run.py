@@ -256,7 +256,7 @@ def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]])
         orphans = [root for root in measured if root not in roots and store.names(f"passes/{root}/commits")]
         same_pool = os.path.basename(old["passes"][0]["root"]) == roots[0]
         changed = differences(old["recipe"], source)
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         if ours:
             store.write("run.json", data)
             return

@@ -85,3 +85,22 @@ def test_a_store_that_fails_ends_no_run(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file where the folder should be")
     log.command("demo", [])
     log.end(0)
+
+
+BAR = {"pass": "p", "rows": 1, "kept": 1, "units": 1, "rate": 1.0, "seconds": 1.0}
+DAMAGED: list[dict[str, object] | str] = [
+    '"an event"', "[" * 100_000, '{"event": "end", "time": NaN}', '{"event": "end", "time": 1e999}',
+    {"event": "end", "time": "now"}, {"event": "command", "time": 1, "passes": [1]},
+    {"event": "progress", "time": 1, "passes": 3}, {"event": "progress", "time": 1, "passes": ["p"]},
+    *({"event": "progress", "time": 1, "passes": [{key: BAR[key] for key in BAR if key != lost}]} for lost in BAR),
+    *({"event": "progress", "time": 1, "passes": [BAR | {key: "x"}]} for key in [*BAR, "rows_total", "dropped", "eta"]
+      if key != "pass"),
+]  # fmt: skip
+
+
+def test_damaged_lines_are_skipped(store: Store) -> None:
+    """Nothing relies on the log, so damage to it must not keep `status` and `report` from a run."""
+    good = {"event": "progress", "time": 1, "passes": [BAR]}
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in [*DAMAGED, good]]
+    store.write(events.NAME, b"\xff\xfe\n" + "\n".join(lines).encode())
+    assert read_events(store) == [good]
