@@ -32,7 +32,7 @@ MOST_SHOWN = 5
 def confusion(spec: PoolSpec, truth: str, step: Language, min_score: float = 0.0) -> Counter[tuple[str, str]]:
     """Counts captions by their true language (column `truth`) and by the most likely one, `unsure` below `min_score`.
 
-    Rows without a usable caption or a language are left out. Raises `pool.PoolError` if the table cannot be read.
+    Rows without a usable caption or a language are left out. Raises PoolError if the table cannot be read.
     """
     types = pool.columns(spec)
     step.setup()

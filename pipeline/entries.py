@@ -44,6 +44,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from pipeline import pool, spool
 from pipeline.compressed import open_plain, plain_name
 from pipeline.matching import COLUMN, normalised
+from pipeline.pool_file import PoolError
 from pipeline.recipe import PoolSpec
 from pipeline.storage import Store
 from trainer.terminal import Console, guarded
@@ -216,7 +217,7 @@ def _captions(spec: PoolSpec, advance: Callable[[int], Any]) -> Iterator[pa.Arra
 
 
 def build(args: argparse.Namespace, progress: Progress) -> Entries:
-    """The entries of all sources that the command line names. Raises EntriesError or `pool.PoolError`."""
+    """The entries of all sources that the command line names. Raises EntriesError or PoolError."""
     sizes = {path: _size(path) for path in [*args.corpus, *args.titles, *_of(args.wordnet, _wordnet_files)]}
     spec = None
     if args.captions:
@@ -313,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         store = Store(folder or ".")
         store.write(name, _encoded(name, entries.table()))
         store.write(f"{name}.sources.json", json.dumps({"sources": entries.sources}, indent=1).encode())
-    except (EntriesError, pool.PoolError, OSError) as error:
+    except (EntriesError, PoolError, OSError) as error:
         text = str(error).removeprefix("url: ")  # the caption stands for the url, which a pool must have
         console.error(text)
         return 2

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from pipeline import ingest, pool
 from pipeline.passes import BarrierPass, Pass, PoolPass, SinkPass, make_passes
+from pipeline.pool_file import PoolError
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.step import Estimate, Step
 from trainer.terminal import Console
@@ -26,7 +27,7 @@ def print_plan(console: Console, recipe: Recipe) -> None:
     if local:
         try:
             rows = sum(pool.count(recipe.pool, split) for split in pool.splits(recipe.pool))
-        except pool.PoolError as error:
+        except PoolError as error:
             raise RecipeError([f"pool: {error}"]) from None
         counted = "counted"
         types = pool.columns(recipe.pool)

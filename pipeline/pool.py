@@ -8,21 +8,18 @@ unusable.
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import functools
 import glob
 import hashlib
 import importlib.util
-import io
 import itertools
 import json
 import os
 import re
 import urllib.parse
-import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -34,13 +31,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import sidecar, wat
-from pipeline.compressed import COMPRESSIONS, open_plain
+from pipeline.compressed import COMPRESSIONS
 from pipeline.fetch.reasons import find
+from pipeline.pool_file import FORMATS, PoolError, file_format, reading
 from pipeline.recipe import PoolSpec
 from pipeline.schema import INLINE, carried, is_number
 from pipeline.storage import Store, special_file
+from pipeline.text_rows import JsonObject, column_names, text_rows
 
-FORMATS = ("parquet", "csv", "tsv", "jsonl", "json", "wat")
 BATCH_ROWS = 50_000
 BATCH_BYTES = 64 << 20
 FOOTERS_AT_ONCE = 32
@@ -48,10 +46,6 @@ WAT_ROWS = 10_000
 """Image links of a WAT file in a batch."""
 HEAD_ROWS = 1_000
 """Rows of a text file from which its columns and types are inferred."""
-MAX_LINE = 64 << 20
-"""Maximum characters of a line. A longer one is a `bad_line` and is never held whole."""
-MAX_RECORD_LINES = 1_000
-"""Maximum number of lines in a quoted csv record."""
 MAX_CAPTION_BYTES = 1 << 20
 """Maximum size of a caption; bounds memory in all steps."""
 MAX_URL_BYTES = 1 << 16
@@ -77,12 +71,7 @@ _FETCHING = re.compile(r"(download|read_shards)(\.\d+)?")
 """Labels of the steps whose drops may be transient."""
 # Integers. Leading zeros mark a code (a zip code, an id), which an integer column would not preserve.
 _INT = re.compile(r"-?(?:0|[1-9][0-9]*)")
-_BLANK = re.compile(r"[ \t\r\n]*")
 _FLOAT = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|-?(?:nan|NaN|inf)")
-
-
-class PoolError(ValueError):
-    """The pool cannot be read. The message names the file and the cause."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +115,7 @@ def _heads(spec: PoolSpec) -> dict[str, _Head]:
         schemas: dict[pa.Schema, pa.Schema] = {}  # most files share one
 
         def read(path: str, size: int) -> _Head:
-            head = _parquet_head(path, spec) if _format(path) == "parquet" else _text_head(path, spec, size)
+            head = _parquet_head(path, spec) if file_format(path) == "parquet" else _text_head(path, spec, size)
             twins = [name for name, n in Counter(head.schema.names).items() if n > 1]
             if twins:
                 raise PoolError(f"path: {path} has more than one column {twins[0]!r}; rename one of them")
@@ -168,7 +157,7 @@ def find_files(spec: PoolSpec) -> list[str]:
         _check_retry(spec.retry)
     for path in [spec.path] if isinstance(spec.path, str) else spec.path:
         if "://" in path:
-            with _reading(path):
+            with reading(path):
                 fs, root = fsspec.core.url_to_fs(path)
                 found = fs.glob(root) if glob.has_magic(root) else fs.find(root) if fs.isdir(root) else [root]
                 names = [fs.unstrip_protocol(name) for name in found]
@@ -176,7 +165,7 @@ def find_files(spec: PoolSpec) -> list[str]:
             found = glob.glob(path, recursive=True) if glob.has_magic(path) else [path] if os.path.exists(path) else []
             names = [name for one in found for name in (_walk(one) if os.path.isdir(one) else [one])]
         explicit = names == [path]
-        usable = [n for n in names if _format(n) and not os.path.basename(n).startswith((".", "_"))]
+        usable = [n for n in names if file_format(n) and not os.path.basename(n).startswith((".", "_"))]
         kinds = ", ".join(FORMATS) + f" (also .{' and .'.join(COMPRESSIONS)})"
         if not names and "://" not in path and os.path.isdir(path):
             raise PoolError(f"path: {path} is an empty folder; expected {kinds}")
@@ -313,7 +302,7 @@ def _mapped(spec: PoolSpec, heads: dict[str, _Head]) -> dict[str, str]:
 
 def _no_column(key: str, column: str, path: str, head: _Head, known: list[str]) -> str:
     text = f"{key}: {path} has no column {column!r}; it has {', '.join(name[:100] for name in known) or 'none'}"
-    if head.groups is None and _format(path) in ("csv", "tsv"):
+    if head.groups is None and file_format(path) in ("csv", "tsv"):
         text += ". If the first line is data and not a header, name the columns in pool.names"
     return text
 
@@ -502,10 +491,10 @@ def count(spec: PoolSpec, split: Split) -> int:
     if split.row_groups is not None:
         wanted = {"caption": spec.caption} if spec.captions else {}
         return sum(len(batch) for batch in _parquet_batches(spec, split, wanted, {}))
-    if _format(split.path) == "wat":
+    if file_format(split.path) == "wat":
         return sum(len(batch) for batch in _wat_batches(spec, split, {}, {}))
     each = spec.captions == "each"
-    captions = (row.get(spec.caption) if row else None for row in _text_rows(split.path, spec))
+    captions = (row.get(spec.caption) if row else None for row in text_rows(split.path, spec))
     return sum(max(1, len(caption)) if each and isinstance(caption, list) else 1 for caption in captions)
 
 
@@ -516,7 +505,7 @@ def stamp(spec: PoolSpec) -> list[list[Any]]:
         _beside(name, pattern, path)[0]
         for path in paths
         for name, pattern in (spec.embeddings or {}).items()
-        if _format(path) == "parquet"
+        if file_format(path) == "parquet"
     )
     return _stamps([*paths, *beside])
 
@@ -536,7 +525,7 @@ def _stamps(paths: list[str]) -> list[list[Any]]:
     stamps: list[list[Any]] = []
     for path in paths:
         if "://" in path:
-            with _reading(path):
+            with reading(path):
                 fs, root = fsspec.core.url_to_fs(path)
                 info = fs.info(root)
             stamps.append([os.path.basename(path), info["size"], str(info.get("ETag") or info.get("mtime") or "")])
@@ -557,7 +546,7 @@ def read(spec: PoolSpec, split: Split, types: dict[str, pa.DataType]) -> Iterato
     """
     wanted = {"url": spec.url, "caption": spec.caption}
     wanted |= {key: column for key, column in (("uid", spec.uid), (INLINE, spec.image)) if column}
-    is_wat = _format(split.path) == "wat"
+    is_wat = file_format(split.path) == "wat"
     batches = _wat_batches if is_wat else _text_batches if split.row_groups is None else _parquet_batches
     folders = _partition(spec, split.path)
     partition = {carried(name): value for name, value in folders.items() if carried(name) in types}
@@ -711,39 +700,8 @@ def _value_text(value: Any) -> str | None:
 # --- Parquet ----------------------------------------------------------------------------------------------------------
 
 
-def _format(path: str) -> str | None:
-    """The format by the file name, ignoring the compression extension."""
-    parts = os.path.basename(path).lower().split(".")[1:]
-    if parts and parts[-1] in COMPRESSIONS:
-        compression = parts.pop()
-        if parts[-1:] in (["parquet"], ["pq"]) or (parts[-1:] == ["wat"] and compression != "gz"):
-            return None
-    aliases = {"pq": "parquet", "ndjson": "jsonl"}
-    kind = aliases.get(parts[-1], parts[-1]) if parts else None
-    return kind if kind in FORMATS else None
-
-
-@contextlib.contextmanager
-def _reading(path: str, kind: str = "") -> Iterator[None]:
-    """Converts any exception of a reader to a PoolError that names the file."""
-    try:
-        yield
-    except PoolError:
-        raise
-    except sidecar.SidecarError as error:
-        raise PoolError(f"embeddings: {error}") from None
-    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeError, csv.Error) as error:
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PoolError(f"path: {path} cannot be read{kind}: {cause}; it may be truncated or damaged") from None
-    except Exception as error:
-        if "://" not in path:
-            raise
-        cause = (str(error).splitlines() or [""])[0]  # an object store or its library may raise anything
-        raise PoolError(f"path: {path} cannot be read{kind}: {type(error).__name__}: {cause}") from None
-
-
 def _open_parquet(path: str) -> pq.ParquetFile:
-    with _reading(path, " as parquet"):
+    with reading(path, " as parquet"):
         if "://" in path:
             return pq.ParquetFile(fsspec.open(path, "rb").open())
         return pq.ParquetFile(path)
@@ -764,7 +722,7 @@ def _parquet_batches(
     row_bytes += sum(types[name].list_size * types[name].value_type.bit_width // 8 for name in patterns)
     rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, row_bytes)))
     first = sum(file.metadata.row_group(i).num_rows for i in range(min(split.row_groups or (0,))))
-    with _reading(split.path, " as parquet"), file, contextlib.ExitStack() as stack:
+    with reading(split.path, " as parquet"), file, contextlib.ExitStack() as stack:
         vectors = {
             name: stack.enter_context(sidecar.reader(*sidecar.locate(pattern, split.path), first))
             for name, pattern in patterns.items()
@@ -804,7 +762,7 @@ def _explode_captions(table: pa.Table, spec: PoolSpec) -> pa.Table:
 def _wat_batches(
     spec: PoolSpec, split: Split, wanted: dict[str, str], types: dict[str, pa.DataType]
 ) -> Iterator[pa.Table]:
-    with _reading(split.path, " as WAT"):
+    with reading(split.path, " as WAT"):
         links = wat.read_links(split.path)
         while some := list(itertools.islice(links, WAT_ROWS)):
             columns: dict[str, Any] = {"url": [], "caption": [], "page_url": []}
@@ -821,42 +779,15 @@ def _wat_batches(
 # --- Text -------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _open_text(path: str) -> Iterator[io.TextIOBase]:
-    """Opens a text file, decompressed. Invalid UTF-8 becomes lone surrogates, which are detected later.
-
-    Detects UTF-16 and UTF-32, as saved by spreadsheets, by their byte order mark.
-    """
-    with open_plain(path) as raw:
-        start = raw.peek(1 << 20)
-        for magic, kind in ((b"PAR1", "parquet"), (b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"),
-                            (b"BZh", "bzip2"), (b"PK\x03\x04", "zip or xlsx")):  # fmt: skip
-            if start.startswith(magic):
-                raise PoolError(f"path: {path} is {kind} by its first bytes; rename or unpack it accordingly")
-        encoding, errors = "utf-8-sig", "surrogateescape"
-        for mark, name in ((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"),
-                           (b"\xfe\xff", "utf-16")):  # fmt: skip
-            if start.startswith(mark):
-                encoding, errors = name, "surrogatepass"
-                break
-        else:
-            if start[:4].count(0) > 1:
-                raise PoolError(f"path: {path} is not text in UTF-8 (UTF-16 without a byte order mark?)")
-        # csv handles "\r" itself. In other formats it ends a line only if the file has no other line ends.
-        newline = "" if _format(path) == "csv" else "\n" if b"\n" in start or b"\r" not in start else "\r"
-        yield io.TextIOWrapper(raw, encoding, errors, newline=newline)
-
-
 def _text_head(path: str, spec: PoolSpec, stored: int) -> _Head:
-    if _format(path) == "wat":
+    if file_format(path) == "wat":
         if importlib.util.find_spec("fastwarc") is None:
             raise PoolError(f"path: {path}: fastwarc is not installed; pip install 'winnow-clip[commoncrawl]'")
         return _Head(pa.schema([(name, pa.string()) for name in ("url", "caption", "page_url")]), None, stored)
-    rows = list(itertools.islice(_text_rows(path, spec, _Object), HEAD_ROWS))
+    rows = list(itertools.islice(text_rows(path, spec, JsonObject), HEAD_ROWS))
     good = [row for row in rows if row is not None]
-    if _format(path) in ("csv", "tsv"):
-        with _reading(path), _open_text(path) as text:
-            names = _header(path, spec, _records(_lines(text), path, spec))
+    if file_format(path) in ("csv", "tsv"):
+        names = column_names(path, spec)
         if rows and not good:
             raise PoolError(
                 f"path: {path}: none of its first {len(rows):,} lines has the {len(names):,} fields of "
@@ -868,7 +799,7 @@ def _text_head(path: str, spec: PoolSpec, stored: int) -> _Head:
             problem = "is empty" if not rows else f"has no JSON object in its first {len(rows):,} lines"
             raise PoolError(f"path: {path} {problem}")
         names = list(dict.fromkeys(name for row in good for name in row))
-        twins = next((row.twins for row in good if isinstance(row, _Object) and row.twins), [])
+        twins = next((row.twins for row in good if isinstance(row, JsonObject) and row.twins), [])
         fields = [(name, _type_of_json([row.get(name) for row in good])) for name in [*names, *twins]]
     if (odd := next((name for name, _ in fields if not _is_utf8(name)), None)) is not None:
         raise PoolError(f"path: {path}: the column name {odd!r} is not valid UTF-8; convert the file to UTF-8")
@@ -883,167 +814,12 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-class _Object(dict[str, Any]):
-    """A JSON object that remembers the names that it has more than once."""
-
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
-        super().__init__(pairs)
-        self.twins = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
-
-
-def _text_rows(path: str, spec: PoolSpec, kind: type[_Object] | None = None) -> Iterator[dict[str, Any] | None]:
-    """Yields the rows of a text file as dicts, JSON objects as `kind`; None for an invalid line."""
-    with _reading(path), _open_text(path) as text:
-        if _format(path) not in ("csv", "tsv"):
-            yield from _json_rows(path, text, json.JSONDecoder(object_pairs_hook=kind))
-            return
-        records = _records(_lines(text), path, spec)
-        header = _header(path, spec, records)
-        for fields in records:
-            yield dict(zip(header, fields)) if fields is not None and len(fields) == len(header) else None
-
-
-def _lines(text: io.TextIOBase, begun: str = "") -> Iterator[str | None]:
-    """Yields lines with their ends; None for a line over MAX_LINE. `begun` is the part of the first already read."""
-    while line := begun + text.readline(MAX_LINE):
-        begun = ""
-        if len(line) < MAX_LINE or line.endswith(("\n", "\r")):
-            yield line
-            continue
-        while (more := text.readline(MAX_LINE)) and len(more) == MAX_LINE and not more.endswith(("\n", "\r")):
-            pass
-        yield None
-
-
-def _header(path: str, spec: PoolSpec, records: Iterator[list[str] | None]) -> list[str]:
-    """The column names: `pool.names`, or the first line, which is consumed from `records`."""
-    if spec.names is not None:
-        return spec.names
-    first = next(records, None)
-    if first is None:
-        raise PoolError(f"path: {path} is empty; expected a header line with column names")
-    return [name or f"column_{i + 1}" for i, name in enumerate(first)]
-
-
-def _records(lines: Iterator[str | None], path: str, spec: PoolSpec) -> Iterator[list[str] | None]:
-    """Yields the fields of each non-blank line; None for a line over MAX_LINE.
-
-    Quoted fields (RFC 4180) may span lines. An opening quotation mark without a valid closing one is an ordinary
-    character, so it never swallows the following rows.
-    """
-    kind = _format(path)
-    delimiter = "\t" if kind == "tsv" else ","
-    quoted = spec.quoted if spec.quoted is not None else kind == "csv"
-    if not quoted:
-        for line in lines:
-            if line is None or line.strip("\r\n"):
-                yield None if line is None else line.rstrip("\r\n").split(delimiter)
-        return
-    csv.field_size_limit(2 * MAX_LINE)
-    waiting: deque[str | None] = deque()
-    while True:
-        if not waiting:
-            line = next(lines, "")
-            if line == "":
-                return
-            waiting.append(line)
-        line = waiting.popleft()
-        if line is None:
-            yield None
-        elif '"' not in line:
-            if stripped := line.rstrip("\r\n"):
-                yield stripped.replace("\0", "").split(delimiter)
-        else:
-            yield _record(line, waiting, lines, delimiter)
-
-
-def _record(first: str, waiting: deque[str | None], lines: Iterator[str | None], delimiter: str) -> list[str]:
-    """The record that begins with `first`. Consumes further lines if a quoted field spans them, else returns them."""
-    taken: list[str | None] = []
-
-    def pull() -> Iterator[str]:
-        yield first.replace("\0", "")
-        while len(taken) < MAX_RECORD_LINES:
-            line = waiting.popleft() if waiting else next(lines, "")
-            if not line:
-                if line is None:
-                    waiting.appendleft(None)
-                return
-            taken.append(line)
-            yield line.replace("\0", "")
-
-    try:
-        return next(csv.reader(pull(), delimiter=delimiter, strict=True))
-    except csv.Error:
-        waiting.extendleft(reversed(taken))
-        return [field.rstrip("\r\n") for field in next(csv.reader([first.replace("\0", "")], delimiter=delimiter))]
-
-
-def _json_rows(path: str, text: io.TextIOBase, decoder: json.JSONDecoder) -> Iterator[dict[str, Any] | None]:
-    """Yields the objects of a JSON Lines file, or of the array in a `.json` file that begins with a bracket."""
-    first = text.read(1)
-    while first.isspace():
-        first = text.read(1)
-    if first == "[" and _format(path) == "json":
-        yield from _array(path, text, decoder.raw_decode)
-        return
-    for line in _lines(text, first):
-        if line is not None and not line.strip():
-            continue
-        row = None
-        with contextlib.suppress(ValueError, RecursionError):
-            row = decoder.decode(line) if line is not None else None
-        yield row if isinstance(row, dict) else None
-
-
-def _array(
-    path: str, text: io.TextIOBase, decode: Callable[[str, int], tuple[Any, int]]
-) -> Iterator[dict[str, Any] | None]:
-    """Yields the elements of a JSON array after its opening bracket. Holds little more than one element."""
-    held, at, lines, want = "", 0, 1, 1 << 20
-    expected = "an element"
-    while True:
-        at = _BLANK.match(held, at).end()  # type: ignore[union-attr]
-        problem = f"expected {expected}"
-        if at < len(held):
-            if held[at] == "]" and expected != "an element after the comma":
-                return
-            if expected == "a comma or the closing bracket":
-                if held[at] != ",":
-                    break
-                at, expected = at + 1, "an element after the comma"
-                continue
-            try:
-                row, end = decode(held, at)
-                # A number may continue in the part not yet read; objects, arrays and strings are complete.
-                if end < len(held) or isinstance(row, dict | list | str):
-                    at, expected = end, "a comma or the closing bracket"
-                    yield row if isinstance(row, dict) else None
-                    continue
-            except RecursionError:
-                problem = "nested too deeply"
-                break
-            except ValueError as error:
-                problem = str(error)
-            if len(held) - at > MAX_LINE:
-                break
-        # Double the size each time, so that a long element is parsed only a logarithmic number of times.
-        more = text.read(want if at == len(held) else max(want, len(held) - at))
-        if not more:
-            problem = f"the array is not closed; the file may be truncated ({problem})"
-            break
-        lines += held.count("\n", 0, at)
-        held, at = held[at:] + more, 0
-    lines += held.count("\n", 0, at)
-    raise PoolError(f"path: {path}: line {lines}: not a JSON array: {problem}")
-
-
 def _text_batches(
     spec: PoolSpec, split: Split, wanted: dict[str, str], types: dict[str, pa.DataType]
 ) -> Iterator[pa.Table]:
     rows: list[dict[str, Any] | None] = []
     held = 0
-    for row in _text_rows(split.path, spec):
+    for row in text_rows(split.path, spec):
         for each in _captions(row, spec):
             rows.append(each)
             held += sum(len(v) for v in each.values() if isinstance(v, str)) if each else 0

@@ -20,6 +20,7 @@ from pipeline.claim import Claim, InUseError, LostClaimError, hold
 from pipeline.ledger import BooksError, Funnel
 from pipeline.lifetime import GOES_ON, Watch
 from pipeline.passes import Loan, MeasurePass, Pass, SinkPass, make_passes
+from pipeline.pool_file import PoolError
 from pipeline.reader import RunError, describe, described_passes, open_run
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.schema import is_heavy
@@ -361,7 +362,7 @@ def _explain(error: BaseException, where: str) -> str:
         return f"the disk of {where} is full; committed results are kept. Free space and run the same command again"
     if isinstance(cause, BooksError):
         return f"the books do not balance: {cause}"
-    if isinstance(cause, HaltError | DamagedError | LostClaimError | pool.PoolError):
+    if isinstance(cause, HaltError | DamagedError | LostClaimError | PoolError):
         return said
     return f"{type(cause).__name__}: {said} (WINNOW_DEBUG=1 shows the traceback)"
 

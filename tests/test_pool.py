@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import pool
+from pipeline import pool, text_rows
 from pipeline.recipe import PoolSpec, RecipeError, load
 from tests.conftest import ROOT, Command
 from tests.fetch.server import JPEG, answer, first_then, serving, silence
@@ -218,7 +218,7 @@ def test_a_long_json_array_in_one_line_is_read_in_parts() -> None:
 
 
 def test_a_line_without_an_end_is_a_bad_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "MAX_LINE", 1_000)
+    monkeypatch.setattr(text_rows, "MAX_LINE", 1_000)
     for name, line in (("p.tsv", "u\t{}\n"), ("p.csv", "u,{}\n"), ("p.jsonl", '{{"url": "u", "caption": "{}"}}\n')):
         header = "" if name == "p.jsonl" else line.format("caption").replace("u", "url", 1)
         Path(name).write_text(header + line.format("a") + line.format("x" * 5_000) + line.format("b"))
