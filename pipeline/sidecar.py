@@ -97,8 +97,15 @@ def _opened(path: str, array: str) -> Iterator[tuple[IO[bytes], Array]]:
                 if array not in names:
                     there = ", ".join(names) or "nothing"
                     raise SidecarError(f"{path} holds {there}; expected `#` and one of them, found {array or 'none'!r}")
+                size = members.getinfo(f"{array}.npy").file_size
                 file = stack.enter_context(members.open(f"{array}.npy"))
-            yield file, _header(file, f"{path}#{array}" if array else path)
+            else:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(0)
+            found = _header(file, f"{path}#{array}" if array else path)
+            if size < (end := file.tell() + found.rows * found.row_bytes):
+                raise SidecarError(f"{path} was cut: found {size:,} bytes, expected {end:,}")
+            yield file, found
     except SidecarError:
         raise
     except FileNotFoundError:

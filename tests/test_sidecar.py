@@ -130,7 +130,10 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     spec = PoolSpec(path=str(tmp_path / "a.parquet"), embeddings={"v": "{stem}.npy"})
     types = pool.columns(spec)
     (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-3])
-    with pytest.raises(pool.PoolError, match=r"a\.npy ends within its vectors"):
+    said = r"a\.npy was cut: found 205 bytes, expected 208"
+    with pytest.raises(pool.PoolError, match=said):
+        pool.columns(spec)
+    with pytest.raises(pool.PoolError, match=said):
         list(pool.read(spec, pool.splits(spec)[0], types))
 
 
