@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -137,6 +138,19 @@ def test_a_recipe_says_where_it_comes_from(name: str) -> None:
     head = RECIPES[name].read_text(encoding="utf-8").partition("\nname:")[0]
     assert all(line.startswith("#") for line in head.strip().splitlines())
     assert "pipeline.run" in head or "make demo" in head
+
+
+LITERATURE = (
+    "laion400m coyo laion5b datacomp_basic datacomp_clip_score datacomp_image_based metaclip multilingual "
+    "negclip_normsim dfn learned common_crawl"
+).split()
+
+
+@pytest.mark.parametrize("name", LITERATURE)
+def test_a_recipe_of_the_literature_names_its_paper_and_what_it_leaves_out(name: str) -> None:
+    head = init.recipes()[name].read_text(encoding="utf-8").partition("\nname:")[0].replace("\n# ", " ")
+    assert re.search(r"\b20[12]\d\b", head), "the year of a paper"
+    assert re.search(r"left out|leaves out", head, re.IGNORECASE)
 
 
 @pytest.mark.slow
