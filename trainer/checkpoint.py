@@ -13,7 +13,11 @@ import torch
 from trainer import atomic
 from trainer.errors import InputError
 
-_NAME = re.compile(r"step-(\d{8})\.pt")
+KEYS = {
+    *("step", "corrupt", "model", "optimizer", "scaler", "config", "data", "model_config", "preprocess_config"),
+}
+"""What a checkpoint holds: see `Run.state`."""
+_NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
 class CheckpointError(InputError):
@@ -34,7 +38,8 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         cause = error if isinstance(error, OSError) else error.__context__ or error
         why = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         raise OSError(f"{path}: the checkpoint cannot be written: {why}; earlier ones are unchanged") from None
-    whole = [found for found in _found(folder) if found <= path]  # later ones are damaged, or will be rewritten
+    found = _found(folder)
+    whole = found[: found.index(path) + 1]  # later ones are damaged, or will be rewritten
     killed = [stray for stray in folder.iterdir() if atomic.is_part(stray.name)]
     for old in [*whole[:-keep], *killed]:
         old.unlink(missing_ok=True)
@@ -67,31 +72,44 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def check(path: Path) -> None:
-    """Verifies the checksums of a checkpoint. Raises CheckpointError."""
+    """Verifies the checksums, the contents and the name of a checkpoint. Raises CheckpointError."""
     try:
         with zipfile.ZipFile(path) as file:
-            broken = file.testzip()
+            broken = file.testzip()  # torch.load does not verify checksums
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint") from error
+    except IsADirectoryError as error:
+        raise CheckpointError(f"{path}: a folder; expected a file step-*.pt") from error
     except Exception as error:  # zipfile raises almost any exception on damage
         raise CheckpointError(f"{path}: damaged, or not a checkpoint of this trainer ({error})") from error
     if broken:
         raise CheckpointError(f"{path}: damaged (the checksum of {broken} is wrong)")
+    step, name = _unpickled(path, mmap=True)["step"], _NAME.fullmatch(path.name)
+    if name and int(name[1]) != step:
+        raise CheckpointError(f"{path}: damaged (it holds step {step}, and its name says another)")
 
 
 def load(path: Path) -> dict[str, Any]:
     """The state that `save` was given, on the CPU. Only tensors and plain values are unpickled."""
-    check(path)  # torch.load does not verify checksums
+    check(path)
+    return _unpickled(path, mmap=False)
+
+
+def _unpickled(path: Path, mmap: bool) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint of this trainer ({str(error).splitlines()[0]})") from error
-    if not isinstance(state, dict) or not {"model", "model_config", "step"} <= state.keys():
-        raise CheckpointError(f"{path}: not a checkpoint of this trainer")
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint of this trainer ({why})") from error
+    missing = KEYS - state.keys() if isinstance(state, dict) else KEYS
+    if missing:
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint of this trainer (no {min(missing)} in it)")
     return state
 
 
 def _found(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    # By number: a name of nine digits sorts before one of eight.
+    named = {path: int(name[1]) for path in folder.iterdir() if (name := _NAME.fullmatch(path.name))}
+    return sorted(named, key=lambda path: named[path])

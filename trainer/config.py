@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -91,12 +92,11 @@ class TrainConfig:
         return per_epoch * self.epochs if self.samples is None else self.samples // self.batch_size
 
     def problems(self) -> Iterator[str]:
-        for key in ("batch_size", "epochs", "checkpoint_every", "keep_checkpoints", "log_every"):
-            if getattr(self, key) < 1:
-                yield f"{key}: found {getattr(self, key)}, expected at least 1"
-        for key in ("warmup", "weight_decay", "workers", "seed"):
-            if getattr(self, key) < 0:
-                yield f"{key}: found {getattr(self, key)}, expected 0 or more"
+        for key, (least, most) in _WHOLE.items():
+            if (value := getattr(self, key)) is not None and not least <= value <= most:
+                yield f"{key}: found {_shown(value)}, expected {f'at least {least}' if value < least else f'at most {most:,}'}"
+        if not 0 <= self.weight_decay < math.inf:
+            yield f"weight_decay: found {self.weight_decay}, expected a number from 0"
         for key in ("lr", "eps"):
             if (value := getattr(self, key)) is not None and not 0 < value < math.inf:
                 yield f"{key}: found {value}, expected a number above 0"
@@ -105,11 +105,10 @@ class TrainConfig:
                 yield f"{key}: found {value}, expected a number from 0 to below 1"
         if self.samples is not None and self.samples < self.batch_size:
             yield f"samples: found {self.samples}, expected at least batch_size ({self.batch_size}), or null"
-        for key in ("threads", "micro_batch_size", "ranks"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                yield f"{key}: found {value}, expected at least 1, or null"
         if self.ranks is not None and self.ranks > 0 and self.batch_size % self.ranks:
             yield f"batch_size: found {self.batch_size}, expected a multiple of ranks ({self.ranks})"
+        if not self.output or "://" in self.output or not self.output.isprintable():
+            yield f"output: found {_shown(self.output)}, expected a local folder, as in runs/first"
         if self.precision not in ("auto", *PRECISIONS):
             yield f"precision: found {self.precision!r}, expected auto, fp32, bf16 or fp16"
         if self.loss not in ("clip", "siglip"):
@@ -119,6 +118,23 @@ class TrainConfig:
         if self.lock_image and self.lock_text:
             yield "lock_image, lock_text: with both towers locked nothing is left to train"
 
+
+# Least and most of each whole number. The upper bounds are far beyond use: a typing error must not start a million
+# processes or overflow the arithmetic of steps and samples.
+_WHOLE = {
+    "batch_size": (1, 1 << 30),
+    "epochs": (1, 10**6),
+    "samples": (1, 10**15),
+    "warmup": (0, 10**12),
+    "seed": (0, (1 << 63) - 1),
+    "micro_batch_size": (1, 1 << 30),
+    "ranks": (1, 10**6),
+    "threads": (1, 1024),
+    "workers": (0, 1024),
+    "checkpoint_every": (1, 10**12),
+    "keep_checkpoints": (1, 10**6),
+    "log_every": (1, 10**12),
+}
 
 # Keys that may change on resume: they affect no weights, apart from the order in which floats are added. (Batch norm
 # and dropout do depend on how a batch is divided into ranks and micro-batches.)
@@ -192,9 +208,16 @@ def _coerce(value: Any, kind: str) -> Any:
     if expected == "bool" and isinstance(value, bool):
         return value
     if expected == "float" and number:
-        return float(value)
-    if expected == "int" and number and value == int(value):
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    if expected == "int" and number and (isinstance(value, int) or value.is_integer()):
         return int(value)
     words = {"str": "text", "bool": "true or false", "int": "a whole number", "float": "a number"}
     words["Sequence[Any]"] = "a list"
-    raise ValueError(f"found {value!r}, expected {words[expected.partition(' ')[0]]}")
+    hint = "" if isinstance(value, list | dict) or not expected.startswith("str") else "; put it in quotes if it is text"
+    raise ValueError(f"found {_shown(value)}, expected {words[expected.partition(' ')[0]]}{hint}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from trainer import loss
 from trainer.config import TrainConfig
 from trainer.data import ShardsError, open_shards
-from trainer.device import choose_precision, find_device
+from trainer.device import choose_precision, find_device, parse_device
 from trainer.model import (
     DTYPES,
     Clip,
@@ -120,7 +120,7 @@ def estimate(config: TrainConfig) -> str:
 def _precision(config: TrainConfig) -> str:
     if config.precision == "auto" and config.device.startswith("cuda") and not torch.cuda.is_available():
         return "bf16"  # planned for another machine
-    device = find_device("auto") if config.device == "auto" else torch.device(config.device)
+    device = find_device("auto") if config.device == "auto" else parse_device(config.device)
     return choose_precision(config.precision, device, training=True).name
 
 

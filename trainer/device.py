@@ -35,11 +35,20 @@ def find_device(name: str) -> torch.device:
     """The device of this name; `auto` is a GPU if there is one. Raises ConfigError if it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = parse_device(name)
     try:
-        torch.empty(0, device=name)
-        return torch.device(name)
+        torch.zeros(1, device=device).item()  # the meta device makes tensors, but without values
     except (RuntimeError, AssertionError) as error:
         raise ConfigError("device", [f"{name!r} cannot be used here: {str(error).splitlines()[0]}"]) from error
+    return device
+
+
+def parse_device(name: str) -> torch.device:
+    """The device of this name, whether or not this machine has it. Raises ConfigError if there is no such name."""
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError("device", [f"found {name[:80]!r}, expected auto, cpu, cuda or cuda:1"]) from error
 
 
 def choose_precision(asked: str, device: torch.device, training: bool) -> Precision:

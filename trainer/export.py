@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -21,23 +22,34 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.command import exit_status
 from trainer.config import PRECISIONS
+from trainer.errors import InputError
 from trainer.terminal import guarded
 
 if TYPE_CHECKING:
     from trainer.model import Tokenizer
 
 
+def check_replaceable(out: Path) -> None:
+    """Raises InputError if `out` holds anything but an earlier export, which `export` would remove."""
+    from trainer.model import CONFIG_FILE
+
+    if out.exists() and not (out / CONFIG_FILE).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not an earlier export; name another folder")
+
+
 def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer: Tokenizer | None = None) -> None:
     """Writes `open_clip_config.json` and `open_clip_model.safetensors` of a checkpoint's state; replaces `out`.
 
     A Hugging Face `tokenizer` is saved beside them, where open_clip looks for it. Raises OSError, and leaves no partial
-    output, if `out` cannot be written.
+    output, if `out` cannot be written, and InputError if it is not an earlier export.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from trainer.model import CONFIG_FILE, DTYPES, WEIGHTS_FILE, plain_names
 
+    out = Path(os.path.abspath(out))  # `.` has no name
+    check_replaceable(out)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
     try:
@@ -78,17 +90,10 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from trainer import checkpoint
-    from trainer.model import CONFIG_FILE, find_tokenizer
-
-    if (
-        args.out.exists()
-        and not (args.out / CONFIG_FILE).exists()
-        and (not args.out.is_dir() or any(args.out.iterdir()))
-    ):
-        print(f"error: {args.out} exists and is not an earlier export; name another folder", file=sys.stderr)
-        return 2
+    from trainer.model import find_tokenizer
 
     def run() -> None:
+        check_replaceable(args.out)
         path: Path | None = args.checkpoint
         damaged: list[str] = []
         if args.checkpoint.is_dir():
@@ -96,8 +101,6 @@ def main(argv: list[str] | None = None) -> int:
         if path is None:
             raise checkpoint.CheckpointError(f"{args.checkpoint} has no checkpoints/step-*.pt")
         state = checkpoint.load(path)
-        if missing := {"config", "preprocess_config"} - state.keys():
-            raise checkpoint.CheckpointError(f"{path}: not a checkpoint of this trainer: no {min(missing)} in it")
         for line in damaged:
             print(f"warning: {line}; exporting {path.name} instead", file=sys.stderr)
         export(state, args.out, args.precision, find_tokenizer(state["config"]["model"]))

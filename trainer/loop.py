@@ -22,6 +22,7 @@ from trainer.config import FREE_ON_RESUME, ConfigError, TrainConfig
 from trainer.data import Batch, Batches, open_shards
 from trainer.device import Precision, choose_precision, find_device
 from trainer.evaluation import Evaluation
+from trainer.export import check_replaceable
 from trainer.hooks import Checkpoints, Hook, Log, StoppedError
 from trainer.loss import MAX_LOG_SCALE, chance, clip_loss, siglip_loss
 from trainer.model import (
@@ -162,9 +163,14 @@ class Run:
             raise checkpoint.CheckpointError(
                 "\n".join([f"{path}: cannot be resumed with these changes:", *lines, cure])
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise checkpoint.CheckpointError(
+                f"{path}: its weights do not fit {self.config.model}: {str(error).splitlines()[0]}"
+            ) from error
         self.step, self.corrupt = state["step"], state["corrupt"]
 
     def stop(self, *_: Any) -> None:
@@ -343,6 +349,8 @@ def _resume(run: Run) -> None:
         run.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError("output", [f"the folder {run.output} cannot be created: {error.strerror}"]) from error
+    if config.export:
+        check_replaceable(run.output / "model")
 
 
 @contextlib.contextmanager

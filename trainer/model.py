@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import os
 import pickle
 import sys
 import zipfile
@@ -235,9 +236,8 @@ def find_weights(model: str, pretrained: str) -> str:
 
     A folder stands for the weights in it. A tag's weights may still have to be downloaded.
     """
-    folder = Path(pretrained)
-    if folder.is_dir():
-        _check_folder(folder)
+    if os.path.isdir(pretrained):
+        _check_folder(folder := Path(pretrained))
         return str(folder / WEIGHTS_FILE)
     _resolve(architecture(model), pretrained)
     return pretrained
@@ -300,7 +300,7 @@ def _reason(error: Exception) -> str:
 def _is_file(model: str, pretrained: str) -> bool:
     # A tag comes first for open_clip, and big_vision's arrays are left to it.
     numpy = Path(pretrained).suffix in (".npz", ".npy")
-    return not open_clip.get_pretrained_cfg(model, pretrained) and Path(pretrained).is_file() and not numpy
+    return not open_clip.get_pretrained_cfg(model, pretrained) and os.path.isfile(pretrained) and not numpy
 
 
 @contextmanager
@@ -465,7 +465,9 @@ def model_config(model: str, pretrained: str | None = None, siglip: bool = False
 
 def _trained_with(model: str, pretrained: str) -> dict[str, Any]:
     """The architecture that is stored with the weights; empty for a bare state dict."""
-    if (folder := Path(pretrained)).is_dir():
+    if os.path.isdir(pretrained):  # unlike Path.is_dir, raises nothing on an impossible name
+        folder = Path(pretrained)
+        _check_folder(folder)
         config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_cfg"]
         return config
     if _is_file(model, pretrained) and zipfile.is_zipfile(pretrained):
@@ -481,7 +483,7 @@ def _trained_with(model: str, pretrained: str) -> dict[str, Any]:
 def _resolve(model: str, pretrained: str | None) -> tuple[str, dict[str, Any]]:
     # The name and the arguments under which open_clip finds exactly these weights.
     path = Path(model.removeprefix("local-dir:"))
-    if path.is_dir() or model.startswith("local-dir:"):
+    if os.path.isdir(path) or model.startswith("local-dir:"):
         if pretrained is not None:
             raise ModelError(f"pretrained {pretrained!r}: {path} has weights of its own; leave `pretrained` out")
         _check_folder(path)
@@ -494,7 +496,7 @@ def _resolve(model: str, pretrained: str | None) -> tuple[str, dict[str, Any]]:
     if pretrained is None:
         raise ModelError(f"model {name}: a name alone has no weights; `pretrained` must be {choice}")
     tag = open_clip.get_pretrained_cfg(name, pretrained)
-    if not tag and not Path(pretrained).is_file():
+    if not tag and not os.path.isfile(pretrained):
         hint = did_you_mean(pretrained, tags)
         raise ModelError(f"pretrained {pretrained!r} of {name}: expected {choice}{hint}")
     return name, {"pretrained": pretrained, "force_quick_gelu": bool(_trained_with(name, pretrained).get("quick_gelu"))}

@@ -48,7 +48,7 @@ class SeenError(InputError):
 def read_uids(path: str) -> list[str]:
     """The distinct uids of a list, in its order. Raises SeenError."""
     try:
-        lines = Path(path).read_bytes().decode("utf-8").splitlines()
+        lines = Path(path).read_bytes().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SeenError(f"--uids: {path}: {error}") from None
     uids: dict[str, None] = {}
@@ -70,10 +70,12 @@ class Training:
         from trainer import checkpoint
         from trainer.data import open_shards
 
-        found = checkpoint.latest(path) if path.is_dir() else path
+        found, damaged = checkpoint.newest_whole(path) if path.is_dir() else (path, [])
         if found is None:
             raise SeenError(f"{path}: no checkpoint; expected a file, or the output folder of a training")
         state = checkpoint.load(found)
+        for line in damaged:
+            say(f"warning: {line}; the steps are those up to {found.name}")
         config: dict[str, Any] = state["config"]
         self.shards: Shards | Mixture | Subset = open_shards(shards or config["shards"], config.get("subset"))
         if self.shards.fingerprint != state["data"]:

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import struct
 import sys
 import time
@@ -21,7 +22,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import accumulate, repeat
+from itertools import accumulate, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -52,6 +53,10 @@ UIDS_AT_ONCE = 1024
 """JSON members read at once to find uids."""
 PAUSES = (0.3, 2.0)
 """Seconds to wait before each retry of a request."""
+
+MAX_TARS = 10_000_000
+"""Most names that the braces of a pattern may stand for; the largest datasets have about a million tars."""
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 
 _Row = struct.Struct("<6q")
 _T = TypeVar("_T")
@@ -552,10 +557,7 @@ class _Tar:
 
 def _tars(fs: Any, pattern: str) -> list[_Tar]:
     """The tars of a pattern. Raises ShardsError if one of them does not exist."""
-    try:
-        urls = list(braceexpand(pattern))
-    except ValueError as error:
-        raise ShardsError(f"shards: {pattern}: {error}") from error
+    urls = _expanded(pattern)
     if "*" in pattern:
         folder = pattern.rpartition("/")[0]
         if set(folder) & set("*{"):
@@ -583,6 +585,18 @@ def _tars(fs: Any, pattern: str) -> list[_Tar]:
             f"  Fetch them, narrow the pattern, or name the folder to read what is there."
         )
     return [tar for tar in tars if tar is not None]
+
+
+def _expanded(pattern: str) -> list[str]:
+    # braceexpand holds a whole range in memory before it yields the first name, so its length is looked at first.
+    try:
+        longest = max((abs(int(b) - int(a)) for a, b in _RANGE.findall(pattern)), default=0)
+        urls = list(islice(braceexpand(pattern), MAX_TARS + 1)) if longest < MAX_TARS else []
+    except ValueError as error:
+        raise ShardsError(f"shards: {pattern}: {error}") from error
+    if not 0 < len(urls) <= MAX_TARS:
+        raise ShardsError(f"shards: {pattern}: its braces name more than {MAX_TARS:,} tars")
+    return urls
 
 
 def _index_all(tars: list[_Tar], source: str) -> list[Shard]:

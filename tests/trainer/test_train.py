@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -98,11 +99,15 @@ def test_killed_and_resumed_gives_the_same_weights(shards: Path, reference: Path
     assert_equal(weights(tmp_path / "out"), weights(reference))
 
 
+def state(step: int) -> dict[str, object]:
+    return {**dict.fromkeys(checkpoint.KEYS), "step": step}
+
+
 def test_a_half_written_checkpoint_is_never_seen(tmp_path: Path) -> None:
     (tmp_path / ".step-00000007.pt.0123456789ab.part").write_bytes(b"cut")
     assert checkpoint.latest(tmp_path) is None
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, {"step": step}, keep=2)
+        checkpoint.save(tmp_path, step, state(step), keep=2)
     assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["step-00000002.pt", "step-00000003.pt"]
 
 
@@ -125,7 +130,25 @@ def replace(path: Path) -> None:
     path.write_text("<html>not found</html>")
 
 
-@pytest.mark.parametrize("damage", [cut, empty, flip, replace])
+def delete_a_piece(path: Path) -> None:
+    """Leaves out one tensor; the checksums of the others are right."""
+    with zipfile.ZipFile(path) as old:
+        pieces = {name: old.read(name) for name in old.namelist() if not name.endswith("/data/5")}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, data in pieces.items():
+            new.writestr(name, data)
+
+
+def rename(path: Path) -> None:
+    """Gives the name to an earlier checkpoint, which would be exported as the last step."""
+    shutil.copy(path.with_name("step-00000009.pt"), path)
+
+
+def strange(path: Path) -> None:
+    torch.save({"step": 12, "model": {}, "model_config": {}}, path)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, flip, replace, delete_a_piece, rename, strange])
 def test_a_damaged_checkpoint_is_passed_over_and_named(
     shards: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
 ) -> None:
@@ -142,9 +165,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
 
 def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path: Path) -> None:
     for step in (1, 2, 9):
-        checkpoint.save(tmp_path, step, {"step": step}, keep=3)
+        checkpoint.save(tmp_path, step, state(step), keep=3)
     empty(tmp_path / "step-00000009.pt")
-    checkpoint.save(tmp_path, 3, {"step": 3}, keep=1)
+    checkpoint.save(tmp_path, 3, state(3), keep=1)
     assert checkpoint.newest_whole(tmp_path)[0] == tmp_path / "step-00000003.pt"
 
 
