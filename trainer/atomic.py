@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -27,8 +28,15 @@ def is_part(name: str) -> bool:
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Opens a file that takes its name, and replaces what had it, when the block ends.
 
-    If the block raises, nothing is left of it. File and folder are flushed to disk. Raises OSError.
+    If the block raises, nothing is left of it. File and folder are flushed to disk. A pipe or a device, such as
+    /dev/null, is written to and not replaced. Raises OSError.
     """
+    if os.path.isdir(path):  # before the work whose result would be lost
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if _is_device(path):
+        with open(path, "wb") as file:
+            yield file
+        return
     part = part_of(path)
     try:
         with open(part, "wb") as file:
@@ -41,6 +49,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
+
+
+def _is_device(path: str | os.PathLike[str]) -> bool:
+    # /dev/stdout is a plain file where a shell redirected it to one.
+    in_dev = os.path.abspath(path).startswith("/dev/") and not os.path.abspath(path).startswith("/dev/shm/")
+    return os.path.exists(path) and (in_dev or not (os.path.isfile(path) or os.path.isdir(path)))
 
 
 def sync_folder(path: str | os.PathLike[str]) -> None:

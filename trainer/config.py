@@ -214,7 +214,9 @@ def _coerce(value: Any, kind: str) -> Any:
         return int(value)
     words = {"str": "text", "bool": "true or false", "int": "a whole number", "float": "a number"}
     words["Sequence[Any]"] = "a list"
-    hint = "" if isinstance(value, list | dict) or not expected.startswith("str") else "; put it in quotes if it is text"
+    hint = (
+        "" if isinstance(value, list | dict) or not expected.startswith("str") else "; put it in quotes if it is text"
+    )
     raise ValueError(f"found {_shown(value)}, expected {words[expected.partition(' ')[0]]}{hint}")
 
 

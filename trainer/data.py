@@ -169,6 +169,8 @@ class _Parts(Dataset["Batch | ShardsError"]):
             return self.batches.part(step, self.rank, self.world)
         except ShardsError as error:
             return error
+        except OSError as error:  # a tar that was removed, or a disk that fails
+            return ShardsError(f"{self.batches.shards.folder}: {error}; the shards changed or cannot be read any more")
 
 
 def _outlive_sigterm(_: int) -> None:

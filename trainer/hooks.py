@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trainer import checkpoint, distributed
+from trainer import atomic, checkpoint, distributed
 from trainer.config import ConfigError
 from trainer.export import export
 from trainer.terminal import Console
@@ -80,7 +81,7 @@ class Log(Hook):
     def __enter__(self) -> Log:
         run, config = self.run, self.run.config
         self._forget_undone_steps()
-        self.file = self.path.open("a", encoding="utf-8")
+        self.file = self.path.open("ab", buffering=0)  # so that closing it after an error writes nothing
         if run.rank == 0 and config.tensorboard:
             self.boards.append(TensorBoard(run))
         if run.rank == 0 and config.wandb:
@@ -113,8 +114,12 @@ class Log(Hook):
         record = {"step": run.step, "epoch": epoch, "samples": run.step * run.config.batch_size, **numbers}
         # A gradient that overflows in fp16 has an infinite norm, which JSON cannot express.
         line = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
-        self.file.write(json.dumps(line, allow_nan=False) + "\n")
-        self.file.flush()
+        encoded = json.dumps(line, allow_nan=False).encode() + b"\n"
+        try:
+            if self.file.write(encoded) != len(encoded):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise OSError(f"{self.path}: the metrics cannot be written: {error.strerror}") from error
         for board in self.boards:
             board.write(record)
 
@@ -161,17 +166,18 @@ class Log(Hook):
 
     def _forget_undone_steps(self) -> None:
         # A killed run may have logged steps after its last checkpoint, which will be repeated.
-        if not self.path.exists():
+        if self.run.rank != 0 or not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # a line that the kill cut short
+        for line in self.path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that the kill cut short, or damaged
                 record = json.loads(line)
                 if record["step"] <= self.run.step:
-                    kept.append(line + "\n")
+                    kept.append(line + b"\n")
                 if record["step"] == self.run.step:
                     self.records.append(record)
-        self.path.write_text("".join(kept), encoding="utf-8")
+        with atomic.replacing(self.path) as file:
+            file.write(b"".join(kept))
 
 
 class Board(Protocol):

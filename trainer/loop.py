@@ -308,6 +308,12 @@ def train(config: TrainConfig, hooks: Sequence[Callable[[Run], Hook]] = ()) -> N
             _resume(run)
             log = Log(run)
             _train(run, [log, Checkpoints(run), Evaluation(run, log), *(make(run) for make in hooks)])
+    except RuntimeError as error:
+        # PyTorch raises it from a signal handler, in whatever is running, when a process of the loader is gone.
+        if "DataLoader worker" not in str(error):
+            raise
+        cause = "Something outside ended it, most often for want of memory: set fewer `workers`."
+        raise OSError(f"{str(error).splitlines()[0]}\n  {cause}") from None
     finally:
         distributed.leave()
 

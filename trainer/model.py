@@ -506,7 +506,8 @@ def _check_folder(path: Path) -> None:
     # open_clip falls back to random weights if it finds no file that it knows, and takes the first of several.
     if not path.is_dir():
         raise ModelError(f"model folder {path} does not exist")
-    found = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
+    names = sorted(p.name for p in path.iterdir())
+    found = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "") or "nothing"
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise ModelError(

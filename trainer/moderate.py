@@ -153,7 +153,8 @@ def main(argv: list[str] | None = None) -> int:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         # Written atomically: a truncated file would not show which pictures were not judged.
         with atomic.replacing(args.output) as file:
-            text = io.TextIOWrapper(file, encoding="utf-8", write_through=True)
+            # A byte of a file name that is not UTF-8 becomes an escape, which JSON reads.
+            text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", write_through=True)
             moderate(args, text)
             text.detach()
 

@@ -178,7 +178,7 @@ class Searcher:
             raise EvaluationError(f"{path}: missing; `python -m trainer.search index {folder}` builds it")
         try:
             self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:  # a damaged size asks for all memory
             raise EvaluationError(
                 f"{path}: not a faiss index; build it again: python -m trainer.search index {folder}"
             ) from error
@@ -227,13 +227,17 @@ def query(args: argparse.Namespace) -> None:
     else:
         ((_, vectors),) = encoder.images([read_file(Path(args.image))])
     for found in searcher.nearest(vectors.cpu().numpy(), args.k)[0]:
-        print(json.dumps(found, ensure_ascii=False))
+        # Metadata of other tools may hold anything: times and bytes are printed as text, NaN as null.
+        plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in found.items()}
+        print(json.dumps(plain, ensure_ascii=False, default=str))
 
 
 def _settings(folder: Path) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        _ = settings["model"], settings["pretrained"], settings["precision"]
+        if not isinstance(settings["model"], str) or not isinstance(settings["pretrained"], str | None):
+            raise TypeError("model, pretrained: expected text")
+        _ = settings["precision"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(
             f"{folder / SETTINGS}: missing or damaged ({error}); name the model that made the embeddings with --model"

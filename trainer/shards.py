@@ -54,7 +54,7 @@ UIDS_AT_ONCE = 1024
 PAUSES = (0.3, 2.0)
 """Seconds to wait before each retry of a request."""
 
-MAX_TARS = 10_000_000
+MAX_TARS = 2_000_000
 """Most names that the braces of a pattern may stand for; the largest datasets have about a million tars."""
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from trainer.config import ConfigError, load_config
+from trainer.config import ConfigError, TrainConfig, load_config
 
 GOOD = "shards: a\noutput: b\nmodel: tiny-64\nlr: 1e-3\n"
 
@@ -31,6 +33,17 @@ def test_yaml_numbers_are_numbers_and_no_is_text(tmp_path: Path) -> None:
         (GOOD + "bacth_size: 3", "bacth_size: no such key; did you mean batch_size?"),
         (GOOD + "export: no", "export: found 'no', expected true or false"),
         (GOOD + "epochs: 1.5", "epochs: found 1.5, expected a whole number"),
+        (GOOD + "epochs: .inf", "epochs: found inf, expected a whole number"),
+        (GOOD + "seed: .nan", "seed: found nan, expected a whole number"),
+        (GOOD + "seed: 9223372036854775808", "seed: found 9223372036854775808, expected at most"),
+        (GOOD + "workers: 100000", "workers: found 100000, expected at most 1,024"),
+        (GOOD + "weight_decay: .nan", "weight_decay: found nan, expected a number from 0"),
+        (GOOD + "weight_decay: .inf", "weight_decay: found inf, expected a number from 0"),
+        (GOOD.replace("1e-3", "1" + "0" * 400), "lr: found 1000"),
+        (GOOD.replace("output: b", "output: 1e3"), "output: found 1000.0, expected text; put it in quotes"),
+        (GOOD.replace("output: b", "output: ''"), "output: found '', expected a local folder"),
+        (GOOD.replace("output: b", "output: s3://b/a"), "output: found 's3://b/a', expected a local folder"),
+        (GOOD.replace("output: b", 'output: "a\\0b"'), "output: found 'a\\x00b', expected a local folder"),
         (GOOD + "epochs: true", "epochs: found True, expected a whole number"),
         (GOOD + "warmup: -1", "warmup: found -1"),
         (GOOD + "threads: 0", "threads: found 0, expected at least 1"),
@@ -50,6 +63,19 @@ def test_mistakes_are_named(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError) as error:
         read(tmp_path, text)
     assert said in str(error.value)
+
+
+ODD = [
+    *("", "''", "~", ".nan", ".inf", "-.inf", "1e400", "-1", "0", "1.5", "1e18", "0x10", "1" + "0" * 400, "true", "on"),
+    *("[]", "[1]", "[[a]]", "{a: b}", "{}", '"a\\0b"', '"\\uD800"', "2026-01-31", "12:30", "!!int x", "- a"),
+]
+
+
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(TrainConfig)])
+def test_any_value_of_any_key_is_taken_or_named(tmp_path: Path, key: str) -> None:
+    for value in ODD:
+        with contextlib.suppress(ConfigError):
+            read(tmp_path, GOOD, f"{key}={value}")
 
 
 def test_all_mistakes_at_once(tmp_path: Path) -> None:

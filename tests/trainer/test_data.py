@@ -45,6 +45,17 @@ def test_order_depends_on_seed_and_epoch_and_not_on_how_it_is_asked_for() -> Non
     assert abs(np.corrcoef(whole, np.arange(1000))[0, 1]) < 0.1
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_that_disappear_end_a_training_in_a_line(tmp_path: Path, workers: int) -> None:
+    folder = write_shards(tmp_path / "shards", samples(8))
+    _, preprocess, tokenizer = create("scorer-64")
+    batches = Batches(Shards(folder), 8, preprocess.size, tokenizer, seed=1)
+    (folder / "00000.tar").unlink()
+    with pytest.raises(ShardsError, match=r"No such file or directory: .*00000.tar.*the shards changed") as error:
+        next(batches.from_step(0, 1, workers, pin=False))
+    assert "Traceback" not in str(error.value)
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_batches_are_the_same_whatever_the_workers_and_the_start(folder: Path, workers: int) -> None:
     _, preprocess, tokenizer = create("scorer-64")

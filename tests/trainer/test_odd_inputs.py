@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tests.trainer.models import write_model
 from tests.trainer.shards import jpeg, picture, samples, write_shards
 from trainer import export, moderate, search
 from trainer.evaluate.__main__ import main as evaluate
+from trainer.evaluate.samples import split_lines
 from trainer.model import WEIGHTS_FILE
 
 POLICY = "neutral: [a photo]\nlabels: {red: {threshold: 0, prompts: [red]}}\n"
@@ -95,6 +98,15 @@ Make = Callable[[Path], object]
         ("zeroshot --data wds --classnames names.txt",
          lambda at: (write_tar(at / "wds/0.tar", labelled_members([0])), place(at, {"wds/nshards.txt": "many"})),
          "expected the number of shards"),
+        ("zeroshot --data wds --classnames names.txt",
+         lambda at: (write_tar(at / "wds/0.tar", labelled_members([0])), place(at, {"wds/nshards.txt": "-1"})),
+         "found -1, expected the number of shards"),
+        ("zeroshot --data wds --classnames names.txt",
+         lambda at: (write_tar(at / "wds/0.tar", labelled_members([0])), place(at, {"wds/nshards.txt": "9" * 15})),
+         "wds/1.tar: missing"),
+        ("zeroshot --data wds --classnames n",
+         lambda at: (write_tar(at / "wds/0.tar", labelled_members([0])), place(at, {"n": "red\n\nblue\n"})),
+         "n:2: an empty line; expected the name of class 1"),
         # Retrieval.
         ("retrieval --data none", None, "none is not a folder"),
         ("retrieval --data empty", lambda at: (at / "empty").mkdir(), "an empty folder"),
@@ -112,6 +124,8 @@ Make = Callable[[Path], object]
         (PROBE, lambda at: place(at, {"train/red/0.jpg": PICTURE, "train/blue/0.jpg": PICTURE}),
          "give --l2 or --val"),
         (PROBE + " --l2 nan", None, "--l2: found nan"),
+        (PROBE + " --seed -1", None, "--seed: found -1"),
+        (PROBE + " --seed 99999999999999999999", None, "--seed: found"),
         (PROBE + " --max-iterations 0", None, "--max-iterations"),
         ("fewshot --data data --train train --shots 2",
          lambda at: place(at, {"train/red/0.jpg": PICTURE, "train/blue/0.jpg": PICTURE}), "fewer than --shots 2"),
@@ -237,6 +251,7 @@ def test_small_and_plain_oddities_are_read(
         (search.main, "query emb --text x", lambda at: indexed(at, 9), "vectors of 64 dimensions, but the index has 9"),
         (search.main, "query emb --image none.jpg", lambda at: indexed(at, 64), "none.jpg: No such file"),
         (search.main, "query emb --image names.txt", lambda at: indexed(at, 64), "names.txt: not a JPEG"),
+        (search.main, "query emb --text x", lambda at: (indexed(at, 64), spoil_size(at)), "not a faiss index"),
         (search.main, "query emb --text x -k 0", lambda at: indexed(at, 64), "-k: found 0"),
     ],
 )  # fmt: skip
@@ -263,6 +278,69 @@ def indexed(at: Path, dim: int) -> None:
     search.build([at / "emb/img_emb/img_emb_0.npy"], at / "emb/image.index", None)
 
 
+def spoil_size(at: Path) -> None:
+    """Makes the index say that it has as many vectors as no memory holds."""
+    index = at / "emb/image.index"
+    data = bytearray(index.read_bytes())
+    data[12:16] = b"\xff\xff\xff\x0f"  # dimension, metric and number of vectors come first
+    index.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "settings", ["[]", "{", '{"model": null, "pretrained": null, "precision": "fp32"}', '{"model": "m"}']
+)
+def test_damaged_settings_of_a_search_are_named(at: Path, capsys: pytest.CaptureFixture[str], settings: str) -> None:
+    indexed(at, 64)
+    place(at, {"emb/search.json": settings})
+    assert search.main(["query", "emb", "--text", "x"]) == 2
+    assert "search.json: missing or damaged" in capsys.readouterr().err
+
+
+def test_metadata_of_other_tools_is_printed_as_json(model: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    indexed(at, 64)
+    columns = {"image_path": ["a", "b"], "taken": [datetime(2026, 1, 31)] * 2, "raw": [b"\xff"] * 2}
+    pq.write_table(pa.table({**columns, "score_of_it": [float("nan")] * 2}), at / "emb/metadata/metadata_0.parquet")
+    assert search.main(["query", "emb", "--text", "x", "-k", "1", "--model", model]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["taken"] == "2026-01-31 00:00:00"
+    assert found["score_of_it"] is None
+
+
+def test_file_names_that_are_not_utf8_are_moderated(model: str, at: Path) -> None:
+    path = os.fsencode(at) + b"/odd/caf\xe9.jpg"
+    (at / "odd").mkdir()
+    with open(path, "wb") as file:
+        file.write(PICTURE)
+    assert moderate.main(["odd", "--policy", "policy.yaml", "--output", "out.jsonl", "--model", model]) == 0
+    assert os.fsencode(json.loads((at / "out.jsonl").read_text())["image"]) == b"odd/caf\xe9.jpg"
+
+
+def test_pictures_in_hidden_folders_are_not_moderated(model: str, at: Path) -> None:
+    place(at, {"data/.thumbnails/0.jpg": PICTURE, "data/red/.cache/0.jpg": PICTURE})
+    assert moderate.main(["data", "--policy", "policy.yaml", "--output", "out.jsonl", "--model", model]) == 0
+    assert len((at / "out.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_result_for_a_device_leaves_the_device(model: str, at: Path) -> None:
+    """As root, the device itself would be replaced by a file."""
+    os.mkfifo(at / "pipe")
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit((at / "pipe").read_text)
+        assert evaluate(["zeroshot", "--model", model, "--data", "data", "--output", "pipe"]) == 0
+        assert json.loads(read.result())["task"] == "zeroshot_classification"
+    assert (at / "pipe").is_fifo()
+
+
+def test_classes_of_one_name_are_said(model: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place(at, {"n": "red\nred\n"})
+    assert evaluate(["zeroshot", "--model", model, "--data", "data", "--classnames", "n"]) == 0
+    assert "2 classes are called 'red'" in capsys.readouterr().err
+
+
+def test_captions_are_split_at_ends_of_lines_alone() -> None:
+    assert split_lines(" one\u2028still one\x0c \r\n\ntwo\rthree") == ["one\u2028still one", "two", "three"]
+
+
 def test_a_query_for_more_than_there_is_finds_all(model: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     indexed(at, 64)
     assert search.main(["query", "emb", "--text", "x", "-k", "1000000000", "--model", model]) == 0
@@ -284,6 +362,7 @@ def test_a_moderation_that_fails_leaves_no_part(model: str, at: Path) -> None:
     [
         (lambda at: (at / "x.pt").write_bytes(b"no checkpoint"), "x.pt: damaged, or not a checkpoint of this trainer"),
         (lambda at: torch.save({"model": {}, "model_config": {}, "step": 1}, at / "x.pt"), "no config in it"),
+        (lambda at: (at / "x.pt").mkdir(), "no checkpoints/step-*.pt"),
         (lambda at: None, "x.pt: no such checkpoint"),
     ],
 )

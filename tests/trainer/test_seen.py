@@ -69,7 +69,7 @@ def recorded(output: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -
 def asked(
     capsys: pytest.CaptureFixture[str], folder: Path, output: Path, uids: list[str], *words: str
 ) -> dict[str, list[int]]:
-    (folder / "uids.txt").write_text("# who asked\n" + "\n".join(uids).upper() + "\n")
+    (folder / "uids.txt").write_text("\ufeff# who asked\n" + "\n".join(uids).upper() + "\n")
     capsys.readouterr()
     assert seen.main([str(output), "--uids", str(folder / "uids.txt"), *words]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

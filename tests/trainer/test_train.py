@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -537,6 +538,75 @@ def test_a_rounded_export_holds_the_rounded_weights_and_is_small(
     trained = weights(reference)
     for name, value in model.state_dict().items():
         assert torch.equal(value, trained[name].to(dtype).float()), name
+
+
+def test_a_training_does_not_replace_a_stranger(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "out" / "model" / "code.py"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert train.main(words(shards, tmp_path / "out")) == 2
+    assert "is not an earlier export" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_an_export_replaces_the_folder_it_runs_in(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(reference / "model", tmp_path / "old")
+    monkeypatch.chdir(tmp_path / "old")
+    assert export.main([str(reference), "."]) == 0
+
+
+def test_damaged_metrics_do_not_stop_a_resumed_run(shards: Path, reference: Path, tmp_path: Path) -> None:
+    shutil.copytree(reference, tmp_path / "out")
+    log = tmp_path / "out" / "metrics.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(whole + b'[1]\n{"a": 1}\n\xff\n{"step": 99}\n{"st')
+    assert train.main(words(shards, tmp_path / "out")) == 0
+    assert log.read_bytes() == whole
+
+
+def test_metrics_that_cannot_be_written_end_the_run_in_a_line(shards: Path, tmp_path: Path) -> None:
+    line = words(shards, tmp_path / "out", log_every=1, checkpoint_every=100)
+    full = FULL.replace("4_000_000", "1_000")
+    done = subprocess.run([sys.executable, "-c", full, *line], capture_output=True, text=True, timeout=HUNG)
+    assert done.returncode == 1, done.stderr
+    assert "metrics.jsonl: the metrics cannot be written: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+class Kill(loop.Hook):
+    """Kills a process that reads samples, as the system does when memory runs out."""
+
+    def after_step(self, batch: object, numbers: dict[str, float]) -> None:
+        for child in multiprocessing.active_children():
+            os.kill(child.pid or 0, signal.SIGKILL)
+
+
+def test_a_killed_reader_ends_the_run_in_a_line(shards: Path, tmp_path: Path) -> None:
+    conf, *changes = words(shards, tmp_path / "out", workers=1, epochs=200)
+    with pytest.raises(OSError, match=r"DataLoader worker .*\n.*set fewer `workers`"):
+        loop.train(load_config(conf, changes), hooks=[Kill])
+
+
+def test_a_device_that_does_not_exist_is_named(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for device in ("", "gpu", "meta", "cuda:99"):
+        line = words(shards, tmp_path / "out", device=f"'{device}'")
+        assert train.main(line) == 2
+        assert f"device: {'found ' * (device in ('', 'gpu'))}{device!r}" in capsys.readouterr().err
+    assert train.main([*words(shards, tmp_path / "out", device="gpu"), "--plan"]) == 2
+
+
+def test_a_folder_without_a_model_is_not_pretrained(
+    shards: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(words(shards, tmp_path / "out", pretrained=reference)) == 2
+    assert "has no open_clip_config.json" in capsys.readouterr().err
 
 
 def test_export_does_not_replace_a_stranger(reference: Path, tmp_path: Path) -> None:

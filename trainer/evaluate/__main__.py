@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from trainer import atomic
 from trainer.command import add_model_arguments, exit_status
 from trainer.evaluate import bias, fewshot, overlap, probe, retrieval, robustness, zeroshot
 from trainer.evaluate.samples import EvaluationError
@@ -61,7 +62,8 @@ def report(args: argparse.Namespace) -> None:
         raise EvaluationError(f"{args.data}: a metric is not a number: {metrics}") from error
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text, encoding="utf-8")
+        with atomic.replacing(args.output) as file:
+            file.write(text.encode())
     else:
         print(text, end="")
 

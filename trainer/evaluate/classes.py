@@ -13,6 +13,7 @@ from trainer.evaluate.samples import (
     lines,
     read_file,
     read_lines,
+    read_text,
     read_webdataset,
     webdataset_shards,
 )
@@ -60,7 +61,8 @@ def open_labelled(folder: Path, classnames: list[str] | None = None, split: str 
         raise EvaluationError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     if (kind := lines(folder / "dataset_type.txt")) and kind[0].lower() != "classification":
         raise EvaluationError(f"{folder / 'dataset_type.txt'}: {kind[0]}, expected a classification dataset")
-    names = classnames or lines(folder / "classnames.txt")
+    own = folder / "classnames.txt"
+    names = classnames or (_names(own) if own.exists() else None)
     templates = lines(folder / "zeroshot_classification_templates.txt")
     inner = folder / split
     # A class may be called "test" too; then it holds pictures, not shards or classes.
@@ -93,7 +95,16 @@ def read_classnames(value: str | None) -> list[str] | None:
         from trainer.model import open_clip
 
         return list(open_clip.IMAGENET_CLASSNAMES)
-    return read_lines(Path(value)) if value else None
+    return _names(Path(value)) if value is not None else None
+
+
+def _names(path: Path) -> list[str]:
+    """Class names, one a line. Raises EvaluationError where an empty line would shift the numbers of later classes."""
+    names = read_lines(path)
+    for number, line in enumerate(read_text(path).rstrip().split("\n"), 1):
+        if not line.strip():
+            raise EvaluationError(f"{path}:{number}: an empty line; expected the name of class {number - 1}")
+    return names
 
 
 def read_templates(value: str) -> list[str]:

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainer import atomic
 from trainer.command import batched, open_encoder, progress, say
 from trainer.evaluate.classes import LabelledImages, open_labelled, read_classnames
 from trainer.evaluate.samples import EvaluationError, Sample, count_rows, read_columns, read_shards, read_vectors
@@ -75,11 +76,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.pairs:
         args.pairs.parent.mkdir(parents=True, exist_ok=True)
         key, sign = ("distance", -1) if args.by == "phash" else ("cosine", 1)
-        with args.pairs.open("w", encoding="utf-8") as file:
+        with atomic.replacing(args.pairs) as file:
             for number in sorted(matches, key=lambda number: -matches[number].nearness):
                 match = matches[number]
                 pair = {"image": samples[number].where, "train": match.train, key: sign * match.nearness}
-                file.write(json.dumps(pair) + "\n")
+                file.write(json.dumps(pair).encode() + b"\n")
     found = np.zeros(len(samples), bool)
     found[list(matches)] = True
     return contamination(right, found)

@@ -94,6 +94,8 @@ def open_splits(args: argparse.Namespace) -> dict[str, LabelledImages]:
         raise EvaluationError(f"--max-iterations: found {args.max_iterations}, expected at least 1")
     if args.l2 is not None and not 0 <= args.l2 < math.inf:
         raise EvaluationError(f"--l2: found {args.l2}, expected a number from 0")
+    if not 0 <= args.seed < 1 << 63:
+        raise EvaluationError(f"--seed: found {args.seed}, expected a number from 0")
     names, data = read_classnames(args.classnames), Path(args.data)
     splits = {"test": open_labelled(data, names), "train": open_labelled(args.train or data, names, "train")}
     val = getattr(args, "val", None) or (data if (data / "val").is_dir() else None)

@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.command import open_encoder
-from trainer.evaluate.samples import EvaluationError, Sample, lines, read_shards, read_webdataset, webdataset_shards
+from trainer.evaluate.samples import (
+    EvaluationError,
+    Sample,
+    lines,
+    read_shards,
+    read_webdataset,
+    split_lines,
+    webdataset_shards,
+)
 from trainer.shards import Shards
 
 if TYPE_CHECKING:
@@ -119,7 +127,7 @@ def open_captioned(data: str) -> tuple[Iterator[Sample], int | None]:
 def _captioned(tar: Path) -> Iterator[Sample]:
     for where, encoded, text in read_webdataset(tar, "txt"):
         try:
-            captions = tuple(line for line in text.decode("utf-8-sig").splitlines() if line.strip())
+            captions = tuple(split_lines(text.decode("utf-8-sig")))
         except UnicodeDecodeError as error:
             raise EvaluationError(f"{where}: the captions are not UTF-8") from error
         if not captions:

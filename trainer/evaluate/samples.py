@@ -49,12 +49,16 @@ def image_files(folder: Path, pattern: str = "*") -> list[Path]:
     found = []
     for path in sorted(folder.glob(pattern)):
         suffix = path.suffix.lower()
-        if path.name.startswith(".") or suffix not in EXTENSIONS + FOREIGN or path.is_dir():
+        if _hidden(path.relative_to(folder)) or suffix not in EXTENSIONS + FOREIGN or path.is_dir():
             continue
         if suffix in FOREIGN:
             raise EvaluationError(f"{path}: pictures are read as {', '.join(EXTENSIONS)}; convert it, or take it out")
         found.append(path)
     return found
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def read_file(path: Path, label: int = -1) -> Sample:
@@ -103,9 +107,12 @@ def webdataset_shards(folder: Path) -> list[Path]:
             count = int(read_text(counted))
         except ValueError as error:
             raise EvaluationError(f"{counted}: {error}; expected the number of shards") from error
-        shards = [folder / f"{number}.tar" for number in range(count)]
-        if missing := next((path for path in shards if not path.is_file()), None):
+        if count < 0:
+            raise EvaluationError(f"{counted}: found {count}, expected the number of shards")
+        named = (folder / f"{number}.tar" for number in range(count))  # not a list: the number may be anything
+        if missing := next((path for path in named if not path.is_file()), None):
             raise EvaluationError(f"{missing}: missing, but {counted} says {count} shards")
+        shards = [folder / f"{number}.tar" for number in range(count)]
     return shards
 
 
@@ -151,7 +158,16 @@ def lines(path: Path) -> list[str] | None:
     """The lines of a text file that are not empty, or None where there is no such file. Raises EvaluationError."""
     if not path.exists():
         return None
-    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    return split_lines(read_text(path))
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of a text that are not empty, without blanks around them.
+
+    Lines end with a line feed, a carriage return or both. `str.splitlines` would also split at U+2028 and others, which
+    may stand in a caption.
+    """
+    return [line.strip() for line in io.StringIO(text, newline=None) if line.strip()]
 
 
 def read_lines(path: Path) -> list[str]:

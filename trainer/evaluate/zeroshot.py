@@ -12,10 +12,11 @@ layout (*.tar or test/*.tar with KEY.jpg and KEY.cls, classnames.txt, zeroshot_c
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.command import open_encoder
+from trainer.command import open_encoder, say
 from trainer.evaluate.classes import LabelledImages, open_labelled, read_classnames, read_templates
 from trainer.evaluate.samples import EvaluationError, Sample
 
@@ -58,6 +59,9 @@ def classify(encoder: Encoder, data: LabelledImages, templates: str | None) -> t
     import torch
 
     prompts = read_templates(templates) if templates else data.templates or DEFAULT_TEMPLATES
+    for name, count in Counter(data.names).items():
+        if count > 1:
+            say(f"warning: {count} classes are called {name!r}; prompts cannot tell them apart")
     classes = encoder.classes(data.names, prompts)
     best: list[Tensor] = []
     samples: list[Sample] = []
