@@ -94,7 +94,8 @@ class TrainConfig:
     def problems(self) -> Iterator[str]:
         for key, (least, most) in _WHOLE.items():
             if (value := getattr(self, key)) is not None and not least <= value <= most:
-                yield f"{key}: found {_shown(value)}, expected {f'at least {least}' if value < least else f'at most {most:,}'}"
+                expected = f"at least {least}" if value < least else f"at most {most:,}"
+                yield f"{key}: found {_shown(value)}, expected {expected}"
         if not 0 <= self.weight_decay < math.inf:
             yield f"weight_decay: found {self.weight_decay}, expected a number from 0"
         for key in ("lr", "eps"):
@@ -214,9 +215,8 @@ def _coerce(value: Any, kind: str) -> Any:
         return int(value)
     words = {"str": "text", "bool": "true or false", "int": "a whole number", "float": "a number"}
     words["Sequence[Any]"] = "a list"
-    hint = (
-        "" if isinstance(value, list | dict) or not expected.startswith("str") else "; put it in quotes if it is text"
-    )
+    scalar = expected.startswith("str") and not isinstance(value, list | dict)
+    hint = "; put it in quotes if it is text" if scalar else ""
     raise ValueError(f"found {_shown(value)}, expected {words[expected.partition(' ')[0]]}{hint}")
 
 
