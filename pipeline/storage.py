@@ -18,7 +18,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import IO, Any
 
@@ -262,10 +262,11 @@ class Store:
             for batch in pq.ParquetFile(source).iter_batches(rows, columns=columns, use_threads=False):
                 yield pa.Table.from_batches([batch])
 
-    def write_table(self, name: str, table: pa.Table) -> Entry:
-        """Writes a table as parquet, atomically."""
+    def write_table(self, name: str, table: pa.Table, encodings: Mapping[str, str] | None = None) -> Entry:
+        """Writes a table as parquet, atomically. Columns are encoded by dictionaries, except those in `encodings`."""
+        others = [column for column in table.column_names if column not in (encodings or {})]
         with self.output(name) as file:
-            pq.write_table(table, file, compression="zstd")
+            pq.write_table(table, file, compression="zstd", use_dictionary=others, column_encoding=encodings)
         return file.entry
 
     def exists(self, name: str) -> bool:

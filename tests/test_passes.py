@@ -10,13 +10,27 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import ingest, pool
 from pipeline.ledger import Funnel
-from pipeline.passes import Loan, MeasurePass, Pass, check_measured, check_unit, make_passes, read_unit, surviving_rows
+from pipeline.passes import (
+    Loan,
+    MeasurePass,
+    Pass,
+    UnitPass,
+    check_measured,
+    check_unit,
+    commit,
+    make_passes,
+    new_attempt,
+    read_unit,
+    surviving_rows,
+)
 from pipeline.recipe import PoolSpec, Recipe
 from pipeline.run_pass import UnitReport, run_pass
+from pipeline.schema import DROP
 from pipeline.step import Filter, Stage, Step
 from pipeline.storage import DamagedError
 
@@ -304,6 +318,26 @@ def test_the_order_of_rows_does_not_depend_on_the_number_of_units(recipe: Recipe
         return [u for unit in range(units) for t in read_unit(passes[:1], unit, ["uid"]) for u in t["uid"].to_pylist()]
 
     assert order(1) == order(5)
+
+
+def test_columns_of_distinct_values_are_stored_without_dictionaries(recipe: Recipe) -> None:
+    p = UnitPass("key", "score", root=f"{recipe.run}/passes/score")
+    rng, rows = np.random.default_rng(0), np.arange(0, 20_000, 2, dtype=np.int32)
+    values = {"score": rng.random(len(rows)).astype(np.float32), "depth": rng.random(len(rows)), "kind": ["a"] * 10_000}
+    values["score"][7] = np.nan
+    table = pa.table({"row": rows, **values})
+    record = commit(p, 0, new_attempt(0), len(rows), table, None, DROP.empty_table(), {})
+    assert str(p.stored(0, [*values])[0].to_pylist()) == str(table.to_pylist())
+    stored = p.store.read(record["table"]["name"])
+    columns = pq.ParquetFile(pa.BufferReader(stored)).metadata.row_group(0)
+    used = {columns.column(i).path_in_schema: columns.column(i).encodings for i in range(columns.num_columns)}
+    assert "DELTA_BINARY_PACKED" in used["row"]
+    assert "BYTE_STREAM_SPLIT" in used["score"]
+    assert "BYTE_STREAM_SPLIT" in used["depth"]
+    assert "RLE_DICTIONARY" in used["kind"]
+    default = pa.BufferOutputStream()
+    pq.write_table(table, default, compression="zstd")
+    assert len(stored) < 0.7 * default.getvalue().size
 
 
 def test_the_second_of_two_attempts_leaves_no_file(recipe: Recipe) -> None:
