@@ -11,7 +11,7 @@ from pipeline.condition import Boundary, Condition, wanted
 from pipeline.study.candidates import Candidates
 from pipeline.study.study_plan import Cut
 
-SAMPLE = 1 << 16
+SAMPLE = 1 << 18
 """Values from which the place of a fraction's boundary is estimated; more where the rows are more than SAMPLE^1.5."""
 
 
