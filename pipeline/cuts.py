@@ -237,7 +237,7 @@ class Rows:
             "seen": int(np.count_nonzero(seen)),
             "seen_kept": int(np.count_nonzero(inside)),
             "cuts": [
-                {"after": after, "alone": n, "at": None if math.isnan(at) else at}
+                {"after": after, "alone": n, "at": _in_json(at)}
                 for after, n, at in zip(applied.after, alone, applied.at)
             ],
             "columns": drawn,
@@ -293,11 +293,16 @@ class Rows:
             {
                 **text,
                 "id": int(row),
-                "scores": {k: None if math.isnan(v[row]) else float(v[row]) for k, v in self.scores.items()},
+                "scores": {name: _in_json(values[row]) for name, values in self.scores.items()},
                 "dropped_by": [cut.column for cut, keep in zip(cuts, applied.keeps) if not keep[row]],
             }
             for row, text in zip(rows, texts)
         ]
+
+
+def _in_json(value: float) -> float | None:
+    """A number as JSON can hold it: NaN is null, an infinity the largest number."""
+    return None if math.isnan(value) else float(np.nan_to_num(value))
 
 
 def _contains(texts: pa.Array, text: str) -> np.ndarray:

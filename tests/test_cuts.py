@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 
 import dask.dataframe as dd
 import numpy as np
@@ -164,6 +166,17 @@ def test_a_cut_that_keeps_nothing_has_one_side() -> None:
     assert rows.summary(cuts, View(), [])["cuts"][1]["at"] is None
     assert len(rows.sample(cuts, View(), True, 5)) == 0
     assert len(rows.sample(cuts, View(), False, 5)) == 5
+
+
+def test_infinities_are_numbers_in_json() -> None:
+    rows, _ = made()
+    high = (Condition("infinite", "top_fraction", 0.001),)
+    summary = rows.summary(high, View(), list(rows.scores))
+    assert summary["cuts"][0]["at"] == sys.float_info.max
+    above, _ = rows.sides(high, 0, View(), 3)
+    shown = rows.describe(above, high)
+    assert [row["scores"]["infinite"] for row in shown] == [sys.float_info.max] * 3
+    json.dumps([summary, shown], allow_nan=False)
 
 
 def test_no_rows() -> None:

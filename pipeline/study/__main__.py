@@ -28,8 +28,11 @@ from trainer.terminal import Console, guarded, interrupted
 
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """Holds the folder of a study. StudyError if another command does."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Holds the folder of a study. StudyError if another command does, or if it is not a folder."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise StudyError(f"out: found {out}, which is or lies in a file; expected a folder") from None
     with (out / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from pipeline.filters.threshold import comparable
 from pipeline.hashing import hash64
 from pipeline.reader import Run
+from pipeline.schema import POSITION
 from pipeline.study.study_plan import StudyError
 from trainer import atomic
 from trainer.command import progress
@@ -116,6 +117,8 @@ def open_candidates(run: Run, after: str, columns: Sequence[str], folder: Path) 
     types = run.columns(after)
     kinds = {}
     for name in columns:
+        if name in POSITION.names:
+            raise StudyError(f"cuts: {name!r} is the place of a row, expected a column that a step adds")
         if name in types and not comparable(types[name]):
             raise StudyError(f"cuts: the column {name!r} must hold numbers, found {types[name]}")
         narrow = name in types and types[name] in (pa.float16(), pa.float32())

@@ -160,7 +160,8 @@ def _duplicates(cuts: Cuts, column: str) -> list[int]:
         values = table[column]
         texts = values.cast(pa.string())
         # A row without a value is like no other.
-        lone = pa.array([f"{unit}/{row}" for unit, row in zip(table["unit"].to_pylist(), table["row"].to_pylist())])
+        places = zip(table["unit"].to_pylist(), table["row"].to_pylist())
+        lone = pa.array([f"{unit}/{row}" for unit, row in places], pa.string())
         return hash64(pc.coalesce(texts, lone), purpose="duplicates")
 
     hashes = candidates.spooled(f"duplicates-{column}", np.uint64, [column], keys)

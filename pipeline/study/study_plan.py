@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,9 @@ from trainer.spelling import did_you_mean
 from trainer.yamlfile import Document
 
 MAX_CUTS = 1000
+MAX_SEEDS = 1000
+LARGEST = 2**63 - 1
+"""The largest budget, seed and number of workers."""
 SEEDS = 3
 """Default number of seeds: the least with which the noise between seeds says anything; the power statement says how
 many are needed."""
@@ -153,7 +156,8 @@ class _Reader:
         [(rule, values)] = rules.items()
         values = values if isinstance(values, list) else [values]
         for value in values:
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            number = number and abs(value) <= sys.float_info.max  # also of integers, which may be larger
             if not number or (rule == "top_fraction" and not 0 < value <= 1):
                 expected = "a number above 0 and at most 1" if rule == "top_fraction" else "a number"
                 self.note((*at, rule), f"found {value!r}, expected {expected}")
@@ -175,10 +179,11 @@ class _Reader:
             )
         metric = self.text(("train", "metric"), block.get("metric"), required=True)
         seeds = block.get("seeds", SEEDS)
-        seeds = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
+        if isinstance(seeds, int) and not isinstance(seeds, bool):
+            seeds = list(range(min(seeds, MAX_SEEDS + 1)))
         seeds = self.numbers(("train", "seeds"), seeds, least=0)
-        if not seeds:
-            self.note(("train", "seeds"), "expected a number of seeds, at least 1, or a list of them")
+        if not 1 <= len(seeds) <= MAX_SEEDS:
+            self.note(("train", "seeds"), f"expected a number of seeds from 1 to {MAX_SEEDS:,}, or a list of them")
         if not budgets:
             self.note(("budgets",), "missing: the samples that a training sees, such as [5120, 10240]")
         flags = {key: block.get(key, default) for key, default in (("random", True), ("halving", False))}
@@ -204,7 +209,7 @@ class _Reader:
 
     def numbers(self, at: tuple[Any, ...], values: Any, least: int) -> list[int]:
         values = values if isinstance(values, list) else [values]
-        whole = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= least]
+        whole = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and least <= v <= LARGEST]
         if len(whole) < len(values):
-            self.note(at, f"found {values!r}, expected whole numbers, at least {least}")
+            self.note(at, f"found {values!r}, expected whole numbers, at least {least} and below 2^63")
         return list(dict.fromkeys(whole))

@@ -97,6 +97,18 @@ def test_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "This study only counts" in page
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+def test_units_without_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "run", ROWS[:rows])
+    (tmp_path / "s.yaml").write_text(STUDY)
+    assert main(["s.yaml"]) == 0
+    table = lines(tmp_path)
+    assert [line["rows"] for line in table[:4]] == [rows] * 4
+    assert [line["kept"] for line in table[:4]] == [1.0 if rows else None] * 4
+    assert [line["duplicates"] for line in table[:4]] == [0] * 4
+
+
 def test_concepts_as_entries_and_nothing_read_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "entries.txt").write_text("red picture\ngreen picture\nunicorn\n")
     assert main(["s.yaml", "concepts=entries.txt"]) == 0
@@ -115,7 +127,10 @@ def test_concepts_as_entries_and_nothing_read_twice(folder: Path, monkeypatch: p
         ("cuts=[{clip_scroe: {min: 1}}]", "no column 'clip_scroe'"),
         ("cuts=[{language: {min: 1}}]", "the column 'language' must hold numbers, found string"),
         ("concepts=nowhere.txt", "concepts: cannot read 'nowhere.txt'"),
+        ("cuts=[{row: {min: 1}}]", "cuts: 'row' is the place of a row"),
+        ("cuts=[{unit: {min: 1}}]", "cuts: 'unit' is the place of a row"),
         ("out=run/study", "lies in the run"),
+        ("out=s.yaml/study", "out: found s.yaml/study, which is or lies in a file"),
         ("train.config=nowhere.yaml", "nowhere.yaml"),
         ("train.evaluate=[{zeroshoot: {data: heldout}}]", "did you mean zeroshot?"),
         ("budgets=[16]", "budgets: found 16, expected at least one batch (train.yaml: batch_size 32)"),
