@@ -204,7 +204,7 @@ class Judged:
     """The numeric column that it compares, if its values are stored."""
     kept: Histogram = field(default_factory=Histogram)
     dropped: Histogram = field(default_factory=Histogram)
-    cut: float | None = None
+    cuts: list[float] = field(default_factory=list)
     above: Nearest = field(default_factory=lambda: Nearest(DOZEN))
     below: Nearest = field(default_factory=lambda: Nearest(DOZEN))
     random: Nearest = field(default_factory=lambda: Nearest(DOZEN))
@@ -253,7 +253,16 @@ def gather(run: Run, fits: Sequence[fitness.Fitness], console: Console | None = 
 
 def _judge(run: Run, step: RunStep, line: Any, some: set[int], lost: Counter[str]) -> Judged:
     """Goes through what a step dropped, and through what it kept if it compares a stored number."""
-    of, named = Judged(step, line), step.label.partition(".")[0]
+    of, named, column = Judged(step, line), step.label.partition(".")[0], step.options.get("column")
+    compares = isinstance(column, str) and column in run.columns(step.label)
+    bounds = [step.options.get(key) for key in ("min", "max") if compares]
+    of.cuts = [float(bound) for bound in bounds if isinstance(bound, int | float)]
+
+    def away(values: np.ndarray, side: int) -> np.ndarray:
+        """How far values are from the cut, which lies below (1) or above (-1) all of them if it is not given."""
+        near = np.abs(np.subtract.outer(values, of.cuts)).min(axis=1) if of.cuts else side * values
+        return np.where(np.isfinite(values), near, np.inf)
+
     for table in run.drops(step.label):
         if not len(table):
             continue
@@ -266,18 +275,17 @@ def _judge(run: Run, step: RunStep, line: Any, some: set[int], lost: Counter[str
                 for reason, detail in zip(table["reason"].to_pylist(), table["detail"].to_pylist())
             ]
             of.random.add(hash64(table["uid"], purpose="report").astype(np.float64), table, notes)
-            of.below.add(np.where(np.isfinite(values), -values, np.inf), table, notes)
-    column = step.options.get("column")
-    if not of.dropped.total or not isinstance(column, str) or column not in run.columns(step.label):
+            of.below.add(away(values, -1), table, notes)
+    if not compares or not of.dropped.total:
         return of
-    of.column, lowest = column, math.inf
-    for table in run.scan(column, after=step.label):
-        values = numbers(table[column])
+    of.column, lowest = str(column), math.inf
+    for table in run.scan(of.column, after=step.label):
+        values = numbers(table[of.column])
         of.kept.add(values)
         lowest = min(lowest, float(np.nanmin(values, initial=math.inf)))
         if len(table) and table["unit"][0].as_py() in some:
-            of.above.add(np.where(np.isfinite(values), values, np.inf), table, [f"{v:.4g}" for v in values])
-    of.cut = lowest if step.options.get("min") is None else step.options["min"]
+            of.above.add(away(values, 1), table, [f"{v:.4g}" for v in values])
+    of.cuts = of.cuts or [lowest]
     return of
 
 
@@ -377,8 +385,8 @@ def _shown_step(run: Run, of: Judged, thumbnails: Thumbnails, pictured: bool) ->
         if any(item.address for item in items):
             sides.append((title, items))
         elif items:
-            texts = Table(["caption", "why"], [[item.caption, *item.notes] for item in items])
-            sides.append((title, texts))
+            lines = dict.fromkeys((item.caption, *item.notes) for item in items)  # one caption under many pictures
+            sides.append((title, Table(["caption", "why"], list(lines))))
     return out
 
 
@@ -393,6 +401,7 @@ def _distribution(of: Judged) -> object:
     if len({v["from"] for v in values if v["rows"]}) < 4:
         return None
     name = of.column or "the number that decided"
+    colours = {"kept": KEPT, "dropped": DROPPED} if of.kept.total else {"dropped": DROPPED}
     layers: list[dict[str, object]] = [
         {
             "data": {"values": values},
@@ -402,17 +411,18 @@ def _distribution(of: Judged) -> object:
                       "scale": {"zero": False}},
                 "x2": {"field": "to"},
                 "y": {"field": "rows", "type": "quantitative", "title": "rows"},
-                "color": {"field": "is", "scale": {"domain": ["kept", "dropped"], "range": [KEPT, DROPPED]}},
+                "color": {"field": "is", "scale": {"domain": [*colours], "range": [*colours.values()]}},
             },
         }
     ]  # fmt: skip
-    if of.cut is not None and math.isfinite(of.cut):
-        layers += _rule("x", of.cut, f"cut {of.cut:.4g}")
+    cuts = [cut for cut in of.cuts if math.isfinite(cut)]
+    for cut in cuts:
+        layers += _rule("x", cut, f"cut {cut:.4g}")
     said = (
         f"{name}: {of.kept.total:,} kept, {of.dropped.total:,} dropped" if of.column else f"{name} of each dropped row"
     )
-    if of.cut is not None and math.isfinite(of.cut):
-        said += f", cut at {of.cut:.4g}"
+    if cuts:
+        said += f", cut at {' and '.join(f'{cut:.4g}' for cut in cuts)}"
     rows = [[f"{v['from']:.4g} to {v['to']:.4g}", v["is"], v["rows"]] for v in values]
     return chart({"layer": layers}, f"{said}.", Table(["range", "rows that were", "rows"], rows))
 
@@ -499,7 +509,12 @@ def _languages(run: Run) -> object:
             "color": {"field": "is", "scale": {"domain": ["kept", "dropped"], "range": [KEPT, DROPPED]}},
         },
     }  # fmt: skip
-    said = f"{len(counts)} languages kept by {step.label}; {sum(dropped.values()):,} captions of others dropped."
+    said = f"{step.label} kept {sum(counts.values()):,} captions and dropped {sum(dropped.values()):,}; by the most "
+    said += "likely language of each."
+    asked = step.options.get("keep")
+    if asked and (others := sum(n for name, n in counts.items() if name not in asked)):
+        said += f" Of those kept, {others:,} are most likely in a language that was not asked for, but those that were "
+        said += "are together likely enough (min_score)."
     table = Table(["language", "rows that were", "rows"], [[v["language"], v["is"], v["rows"]] for v in values])
     return chart(spec, said, table, height=24 * max(3, len({v["language"] for v in values})))
 
@@ -519,9 +534,9 @@ def _duplicates(run: Run, some: set[int], thumbnails: Thumbnails) -> Iterator[tu
         largest = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))[: DOZEN // 2]
         kept = run.pictures([keeper for keeper, _ in largest])
         for keeper, rows in largest:
-            first = Picture(thumbnails(kept.get(keeper)), "kept")
+            first = Picture(thumbnails(kept.get(keeper)), "kept", [_short(keeper)])
             copies = f"{len(rows):,} {'copy' if len(rows) == 1 else 'copies'}"
-            yield f"{step.label}: {copies} of {_short(keeper)}", [first, *_pictures(run, rows[:5], thumbnails)]
+            yield f"{step.label}: {copies}", [first, *_pictures(run, rows[:5], thumbnails)]
 
 
 def _concepts(run: Run) -> Iterator[object]:
@@ -717,7 +732,7 @@ def _timings(run: Run) -> dict[str, object]:
         "passes": _passes_chart(limits) if any(limit.total for limit in limits) else None,
         "table": Table(
             ["pass", "steps", "by the clock", "limited by", "because"],
-            [[limit.label, ", ".join(limit.steps), clock(limit.seconds) if limit.seconds else None,
+            [[limit.label, ", ".join(limit.steps), _spell(limit.seconds) if limit.seconds else None,
               limit.by, limit.why] for limit in limits],
         ),
     }  # fmt: skip
@@ -744,6 +759,11 @@ class Limit(NamedTuple):
     @property
     def total(self) -> float:
         return self.waiting + self.storage + self.computing + self.idle
+
+
+def _spell(seconds: float) -> str:
+    """A time for people: `0.4 s`, from a minute on `h:mm:ss`."""
+    return f"{seconds:.1f} s" if seconds < 60 else clock(seconds)
 
 
 def _limits(run: Run) -> list[Limit]:
@@ -776,7 +796,7 @@ def _limit(run: Run, p: Pass, spent: Spent) -> Limit:
     queued, who = (spent["child_queued"], "decoding") if children > own else (spent["queued"], slowest)
     if 2 * queued > working:
         ran = spent["child_cpu"] if children > own else spent["cpu"]
-        return limited("too few cores", f"{who}: {clock(ran)} on a core, {clock(queued)} in line for one")
+        return limited("too few cores", f"{who}: {_spell(ran)} on a core, {_spell(queued)} in line for one")
     if max(shares[1:]) == storage:
         return limited("reading and writing", f"{share(storage, working)} of the workers' time with a unit")
     if max(shares[1:]) == idle:

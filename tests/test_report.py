@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipeline import open_run, report, verify
@@ -137,6 +139,39 @@ def test_what_limited_each_pass_is_in_the_report(painted: Path, page: str) -> No
         # Dask runs the tasks of a filter over the whole run; they are not measured.
         assert (limit.by == "not recorded") == (limit.label in ("threshold.2", "balance"))
         assert f"<bdi>{limit.by}</bdi>" in page
+
+
+@pytest.mark.parametrize(
+    ("options", "cuts", "kept", "dropped"),
+    [
+        ({"min": 5.0}, [5.0], ["5", "6"], [4.0, 3.0]),
+        ({"max": 4.0}, [4.0], ["4", "3"], [5.0, 6.0]),
+        ({"min": 3.0, "max": 6.0}, [3.0, 6.0], ["3", "6"], [2.0, 7.0]),
+        ({"top_fraction": 0.5}, [5.0], ["5", "6"], [4.0, 3.0]),
+    ],
+)
+def test_the_rows_on_both_sides_of_a_cut(
+    options: dict[str, float], cuts: list[float], kept: list[str], dropped: list[float]
+) -> None:
+    low, high = options.get("min", -9.0), options.get("max", 9.0)
+    low = 5.0 if "top_fraction" in options else low
+    values = [float(i) for i in range(10)]
+
+    def rows(chosen: list[float]) -> pa.Table:
+        texts = {name: [f"{v:g}" for v in chosen] for name in ("uid", "url", "caption", "detail")}
+        number = {"unit": pa.array([0] * len(chosen), pa.int32()), "row": pa.array(map(int, chosen), pa.int32())}
+        return pa.table({**number, **texts, "reason": ["threshold"] * len(chosen), "value": chosen, "score": chosen})
+
+    run = SimpleNamespace(
+        columns=lambda label: {"score": pa.float64()},
+        drops=lambda label: [rows([v for v in values if not low <= v <= high])],
+        scan=lambda columns, after: [rows([v for v in values if low <= v <= high])],
+    )
+    step = SimpleNamespace(label="threshold", options={"column": "score", **options})
+    of = report._judge(cast(Run, run), cast(Any, step), None, {0}, Counter())
+    assert of.cuts == cuts
+    assert [row.note for row in of.above.rows()[:2]] == kept
+    assert [float(row.note) for row in of.below.rows()[:2]] == dropped
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e9])

@@ -192,9 +192,7 @@ def _table(results: Results, outcome: Outcome) -> page.Table:
         cells: list[object] = [str(cut), results.rows[number], _shown(outcome.paired(name))]
         cells.append(_shown(outcome.paired(control.second)) if control else None)
         for gain in (over_all, control):
-            cells.append(
-                f"{gain.difference:+.3f} ({gain.low:+.3f} to {gain.high:+.3f}), p {gain.p:.2g}" if gain else None
-            )
+            cells.append(f"{gain.difference:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})" if gain else None)
         rows.append([*cells, "recommended" if number == outcome.best else None])
     columns = ["cut", "rows", "metric", "random, equal size", "over no filter", "over random", "verdict"]
     return page.Table(columns, rows, _caption(outcome))
@@ -222,6 +220,11 @@ def _method(results: Results) -> list[str]:
     if "concepts" in results.contents:
         words = "the entries that captions match" if results.entries else "the distinct words of captions"
         lines.append(f"Concepts are {words}.")
+    if "languages" in results.contents:
+        lines.append(
+            "Languages are the most likely ones of captions. The step language also keeps captions that are most "
+            "likely in another language, if those that it keeps are likely enough."
+        )
     if results.duplicates_by:
         lines.append(
             f"Duplicates are rows whose {results.duplicates_by} another row that the cut keeps has too: the rows kept "
@@ -231,8 +234,8 @@ def _method(results: Results) -> list[str]:
         lines += [
             "Arms with the same seed start from the same weights. Random subsets are drawn anew for each seed. "
             f"Intervals of one arm leave out what a seed does to all arms alike, at {LEVEL:.0%} (Loftus and Masson, "
-            "1994); `table.parquet` has plain t intervals over seeds. Differences are paired by seed; their noise is "
-            "estimated from all arms of a budget together (arms by seeds, taken to be equal in all arms).",
+            "1994); table.parquet has plain t intervals over seeds, and p values. Differences are paired by seed; "
+            "their noise is estimated from all arms of a budget together (arms by seeds, taken to be equal in all).",
             "A cut is recommended if it is better than no filter and than a random subset of equal size. The "
             "comparisons with no filter are one family, and those with random subsets another. The intervals of a "
             f"family hold all at once at {LEVEL:.0%}, and its p values are adjusted for it (Dunnett, 1955; Hothorn, "
