@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import fsspec
 import pyarrow as pa
 import pydantic
 import yaml
@@ -26,6 +27,8 @@ from trainer.spelling import did_you_mean
 from trainer.yamlfile import Document
 
 PACKAGES = ("pipeline.stages", "pipeline.filters")
+MAX_NAME = 255
+"""Bytes in the name of a file or folder."""
 BOUNDS = {"unit_rows": (1, 1_000_000), "workers": (1, 100_000)}
 
 
@@ -481,9 +484,17 @@ def _unusable_run(run: str) -> str | None:
         return f"expected a path without control characters, found {run!r}"
     store = Store(run)
     if not store.local:
+        if not run.partition("://")[2].strip("/"):
+            return f"{run} names no bucket or folder; expected an address such as s3://bucket/folder"
+        try:
+            fsspec.get_filesystem_class(run.partition("://")[0])
+        except (ValueError, ImportError) as error:
+            return f"{run} cannot be used: {error}"
         return None
     if problem := _temporary(run):
         return problem
+    if any(len(os.fsencode(part)) > MAX_NAME for part in store.root.split("/")):
+        return f"expected names of at most {MAX_NAME} bytes in the path, found {run[:100]!r}…"
     above = store.root
     while not os.path.lexists(above):
         above = os.path.dirname(above)

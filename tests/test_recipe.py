@@ -227,6 +227,9 @@ SAID_OF_JOBS = "lies in the job's temporary copy of its working directory"
             "r.yaml:10: steps.sample.fraction: expected a finite number that fits",
         ),
         (["steps.sample.fraction=.inf"], "found inf"),
+        ([f"run={'x' * 256}"], "run: expected names of at most 255 bytes in the path, found 'xxx"),
+        (["run=nonsense://bucket/x"], "run: nonsense://bucket/x cannot be used: Protocol not known: nonsense"),
+        (["run=memory:///"], "run: memory:/// names no bucket or folder"),
     ],
 )
 def test_unusable_values_are_refused(words: list[str], said: str) -> None:
