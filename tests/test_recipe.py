@@ -176,7 +176,7 @@ steps:
     [
         (
             "near_dedup: {column: image_embedding}",
-            "r.yaml:8: steps.near_dedup.needs: the column 'image_embedding' holds pixels or vectors",
+            "r.yaml:8: steps.near_dedup.column: the column 'image_embedding' holds",
         ),
         (
             "semantic_dedup: {vector: clip_score}",
