@@ -88,6 +88,7 @@ def _start_once(cpus: int, store_bytes: int) -> Keeper:
             ray.shutdown()
         keeper.end()
         raise
+    keeper.started()
     return keeper
 
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.child import start_child
+from pipeline.lifetime import GOES_ON
 
 VARIABLE = "WINNOW_COMMAND"
 PATIENCE = 10.0
@@ -39,15 +40,27 @@ class Keeper:
         os.environ.pop(VARIABLE, None)  # set by a parent command, whose keeper must not kill ours
         self._process = start_child(
             "pipeline.keeper", token,
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
             cwd="/", start_new_session=True,  # signals to the command's group must not reach it
         )  # fmt: skip
         os.environ[VARIABLE] = token
+
+    def started(self) -> None:
+        """Says that Ray's start has returned, with success or an error.
+
+        If the command ends before, the keeper prints a line: when a part of Ray dies during the start, Ray's core exits
+        this process without one.
+        """
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):
+            self._process.stdin.write(b"\n")
+            self._process.stdin.flush()
 
     def end(self) -> None:
         """Kills all remaining marked processes, and waits for up to PATIENCE seconds."""
         os.environ.pop(VARIABLE, None)
         assert self._process.stdin is not None
+        self.started()
         self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(PATIENCE)
@@ -99,8 +112,19 @@ def _main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     mark = f"{VARIABLE}={sys.argv[1]}".encode()
     session: str | None = None
-    while not select.select([sys.stdin], [], [], LOOK_EVERY if session is None and _HAS_PROC else None)[0]:
-        session = _find_session(mark)
+    started = False
+    while True:
+        if not select.select([0], [], [], LOOK_EVERY if session is None and _HAS_PROC else None)[0]:
+            session = _find_session(mark)
+        elif os.read(0, 1):
+            started = True
+            os.dup2(1, 2)  # holds the command's stderr open no longer
+        else:
+            break
+    if not started:
+        with contextlib.suppress(OSError):
+            os.write(2, f"error: the command ended while Ray was starting. {GOES_ON}\n".encode())
+        os.dup2(1, 2)
     end = time.monotonic() + PATIENCE
     clean = 0
     while clean < 2 and time.monotonic() < end:  # a single scan may miss a process that is starting

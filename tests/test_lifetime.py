@@ -111,6 +111,15 @@ def test_no_process_outlives_the_command(way: str) -> None:
     assert said == ("ended\n" if way == "orderly" else "")
 
 
+@pytest.mark.parametrize("call", ["", "keeper.started();", "keeper.end();"])
+def test_a_command_that_vanishes_while_ray_starts_leaves_a_line(call: str) -> None:
+    """As when the raylet dies then: Ray's core exits the process with 1, its stderr silenced."""
+    with started(f"import os; from pipeline.keeper import Keeper; keeper = Keeper(); {call} os._exit(1)") as command:
+        _, errors = command.communicate(timeout=HUNG)
+    line = "error: the command ended while Ray was starting. Run the same command again"
+    assert errors.startswith(line) if not call else errors == ""
+
+
 def test_missing_packages_are_reported_in_one_line_with_the_interpreter(tmp_path: Path) -> None:
     words = [sys.executable, "-S", "-m", "pipeline.run", "recipe.yaml"]  # -S: no site-packages
     done = subprocess.run(words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
