@@ -423,7 +423,7 @@ def test_damage_is_named_with_unit_pass_and_cure(
         said = str(error.value)
         assert said.startswith(f"{store.path(name)}: ")
         assert f"(unit {unit} of the pass paint). To continue, " in said
-        cure = f"remove {store.path(f'commits/{unit:07d}.json')} and give the same" if repeatable else "from a copy; or"
+        cure = f"remove {store.path(f'commits/{unit:07d}.json')} and run the same" if repeatable else "from a copy; or"
         assert cure in said
     if what == "heavy" and damage != "flip":
         with pytest.raises(DamagedError):
