@@ -87,9 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             problems.append(f"--min-score: must be between 0 and 1, found {args.min_score}")
         if problems:
             raise ValueError("\n".join(problems))
-        spec = PoolSpec(
-            path=args.table, url=args.caption, caption=args.caption, columns=[args.truth], types={args.truth: "text"}
-        )
+        spec = PoolSpec(path=args.table, caption=args.caption, columns=[args.truth], types={args.truth: "text"})
+        spec.url = spec.caption  # a pool must have a url; a recipe may not say so
         counts = confusion(spec, args.truth, step, args.min_score)
         if not counts:
             raise ValueError(f"{args.table}: no row has both {args.caption!r} and {args.truth!r}")

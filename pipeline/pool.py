@@ -368,19 +368,22 @@ def _plain_type(dtype: pa.DataType, in_text: bool) -> pa.DataType:
 
 
 def _without_null(dtype: pa.DataType) -> pa.DataType:
-    """Text in place of the type null, also inside lists and structs: Arrow cannot cast slices of nested nulls."""
+    """Text in place of the type null, also in structs: Arrow cannot cast slices of a struct with a field of nulls.
+
+    A list that is empty in all rows keeps its type, which fits whatever is expected of its values.
+    """
     if pa.types.is_null(dtype):
         return pa.string()
     if pa.types.is_struct(dtype):
         return pa.struct([field.with_type(_without_null(field.type)) for field in dtype])
     if pa.types.is_map(dtype):
         return pa.map_(dtype.key_type, _without_null(dtype.item_type))
+    if not _is_list(dtype) or pa.types.is_null(dtype.value_type):
+        return dtype
     if pa.types.is_fixed_size_list(dtype):
         return pa.list_(_without_null(dtype.value_type), dtype.list_size)
-    if pa.types.is_list(dtype) or pa.types.is_large_list(dtype):
-        inner = dtype.value_field.with_type(_without_null(dtype.value_type))
-        return pa.list_(inner) if pa.types.is_list(dtype) else pa.large_list(inner)
-    return dtype
+    inner = dtype.value_field.with_type(_without_null(dtype.value_type))
+    return pa.list_(inner) if pa.types.is_list(dtype) else pa.large_list(inner)
 
 
 def _wider(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import fsspec
 import pyarrow as pa
 import pydantic
 import yaml
@@ -146,7 +145,9 @@ class Recipe:
     source: dict[str, Any] = field(default_factory=dict)
 
     def notes(self) -> Iterator[str]:
-        """What the steps leave undone with these options, a line each."""
+        """What the steps leave undone with these options, and what this machine lacks, a line each."""
+        if missing := Store(self.run).missing_package():
+            yield f"run: {missing}"
         for step in self.steps:
             yield from (f"{step.label}: {note}" for note in step.notes())
 
@@ -487,8 +488,8 @@ def _unusable_run(run: str) -> str | None:
         if not run.partition("://")[2].strip("/"):
             return f"{run} names no bucket or folder; expected an address such as s3://bucket/folder"
         try:
-            fsspec.get_filesystem_class(run.partition("://")[0])
-        except (ValueError, ImportError) as error:
+            store.missing_package()
+        except ValueError as error:
             return f"{run} cannot be used: {error}"
         return None
     if problem := _temporary(run):

@@ -98,6 +98,8 @@ def _run(console: Console, checked: Recipe, watch: Watch) -> int:
     if Store(checked.run).local:
         # Workers have working directories of their own.
         checked.run = Store(checked.run).root
+    if missing := Store(checked.run).missing_package():
+        raise RecipeError([f"run: {missing}"])
     with hold(Store(checked.run)) as claim:
         return _curate(console, checked, claim, watch)
 

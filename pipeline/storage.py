@@ -103,6 +103,18 @@ class Store:
             self._fs = fsspec.core.url_to_fs(self.root, use_listings_cache=False)[0]
         return self._fs
 
+    def missing_package(self) -> str | None:
+        """The package that this machine lacks to open the address, with the cure; else None.
+
+        Raises ValueError for a protocol that nothing reads.
+        """
+        try:
+            if not self.local:
+                fsspec.get_filesystem_class(self.root.partition("://")[0])
+        except ImportError as error:
+            return f"{self.root} cannot be used here: {error}; pip install 'winnow-clip[s3]' or 'winnow-clip[gcs]'"
+        return None
+
     def path(self, name: str = "") -> str:
         """The full path or URL of a name."""
         return f"{self.root}/{name}" if name else self.root

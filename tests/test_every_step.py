@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
-from rich.console import Console
 
 from pipeline import executor, pool
 from pipeline.claim import hold
@@ -28,6 +27,7 @@ from pipeline.run_pass import run_pass
 from pipeline.score_mixture import Curve, Mixture
 from pipeline.step import Filter
 from pipeline.storage import Store
+from trainer.terminal import Console
 
 PICTURES = 180
 MODEL = {"model": "model", "pretrained": None, "batch_size": 16, "precision": "fp32"}

@@ -246,7 +246,7 @@ def twice(**columns: pa.Array) -> pa.Table:
         (pa.null(), pa.null(), pa.string()),
         (pa.dictionary(pa.int8(), pa.int32()), pa.int64(), pa.int64()),
         (pa.list_(pa.float32()), pa.list_(pa.float64()), pa.list_(pa.float64())),
-        (pa.list_(pa.null()), pa.list_(pa.null()), pa.list_(pa.string())),
+        (pa.list_(pa.null()), pa.list_(pa.null()), pa.list_(pa.null())),
         (pa.list_(pa.null()), pa.list_(pa.int64()), pa.list_(pa.int64())),
         (pa.struct({"a": pa.null()}), pa.struct({"a": pa.null()}), pa.struct({"a": pa.string()})),
         (pa.struct({"a": pa.null()}), pa.struct({"a": pa.int8()}), pa.struct({"a": pa.int8()})),

@@ -132,6 +132,23 @@ def test_a_plan_names_the_evaluation_sets_that_are_missing(
     assert "note: decontaminate: eval/coco, eval/flickr30k, eval/imagenet: not there" in capsys.readouterr().out
 
 
+def test_a_run_in_a_bucket_without_the_package_for_it_is_refused(
+    site: tuple[Path, int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan needs no bucket, so it only says what is missing here."""
+
+    def lacking(protocol: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.get_filesystem_class", lacking)
+    given = [str(RECIPES["metaclip"]), *words("metaclip", *site), "run=s3://bucket/run"]
+    expected = "run: s3://bucket/run cannot be used here: Install s3fs to access S3; pip install 'winnow-clip[s3]'"
+    assert run.main(["--plan", *given]) == 0
+    assert f"note: {expected}" in capsys.readouterr().out
+    assert run.main(given) == 2
+    assert f"error: {expected}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_says_where_it_comes_from(name: str) -> None:
     """The first lines say what a user needs before the first key: the source, and a command."""

@@ -219,8 +219,8 @@ def test_the_fingerprint_follows_the_weights(checkpoint: str, tmp_path: Path) ->
         ({"model": "ViT-H-14", "pretrained": "laion2b_s32b_b79x"}, "pretrained", "laion2b_s32b_b79k"),
         ({"model": "hf-hub:someone/model", "embeddings": True}, "embeddings", "dimension"),
         ({"column": "clip score"}, "column", "name"),
-        ({"batch_size": 0}, "batch_size", "at least 1"),
-        ({"decode_threads": 0}, "decode_threads", "at least 1"),
+        ({"batch_size": 0}, "batch_size", "1 to 65,536"),
+        ({"decode_threads": 0}, "decode_threads", "1 to 1,024"),
     ],
 )
 def test_invalid_options_are_reported(options: dict, key: str, hint: str) -> None:
