@@ -13,14 +13,17 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-RULES = ("min", "top_fraction")
+RULES = ("min", "max", "top_fraction")
 """What a condition may ask of a column."""
+
+SIGNS = {"min": "≥", "max": "≤"}
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One `threshold` line: a minimum, or the top fraction of the rows that the conditions before it kept."""
+    """One `threshold` line: a minimum, a maximum, or the top fraction of what the conditions before it kept."""
 
     column: str
     rule: str
@@ -28,8 +31,8 @@ class Condition:
     value: float
 
     def __str__(self) -> str:
-        if self.rule == "min":
-            return f"{self.column} ≥ {self.value:g}"
+        if self.rule in SIGNS:
+            return f"{self.column} {SIGNS[self.rule]} {self.value:g}"
         return f"{self.column} top {float(Fraction(str(self.value)) * 100):g}%"
 
     def line(self) -> dict[str, Any]:
@@ -67,6 +70,22 @@ class Boundary:
         hashes, lowest = uid_hashes(tied), np.uint64(self.uid_hash)
         kept[tied] = (hashes > lowest) | ((hashes == lowest) & (places(tied) >= self.place))
         return kept
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """The highest value that a condition keeps, as `highest` gives it."""
+
+    value: float
+
+    def keeps(self, values: np.ndarray, *_: object) -> np.ndarray:
+        """Whether each row is at the ceiling or below it: bool of shape (n,). NaN is never kept."""
+        return np.asarray(values <= self.value)
+
+
+def highest(maximum: float, dtype: pa.DataType) -> float:
+    """A maximum in the precision of its column: a 0.1 that was stored as float32 is above the float64 0.1."""
+    return float(dtype.to_pandas_dtype()(maximum)) if pa.types.is_floating(dtype) else maximum
 
 
 def wanted(fraction: float, rows: int) -> int:

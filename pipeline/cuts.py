@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.concepts import find_entries, matches
-from pipeline.condition import RULES, Boundary, Condition, wanted
+from pipeline.condition import Boundary, Condition, wanted
 from pipeline.hashing import hash64
 from pipeline.reader import Run, RunStep
 from pipeline.schema import POSITION, SAMPLE, is_heavy, is_number, numbers
@@ -339,7 +339,7 @@ def as_cut(step: RunStep) -> Condition | None:
     """The cut that a step of a run is; None for other steps and for a `threshold` with a maximum."""
     options = {name: value for name, value in step.options.items() if value is not None}
     column, rule = options.pop("column", None), next(iter(options), "")
-    if step.step != THRESHOLD or len(options) != 1 or rule not in RULES:
+    if step.step != THRESHOLD or len(options) != 1 or rule not in ("min", "top_fraction"):
         return None
     return Condition(column, rule, options[rule])
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.condition import Boundary, wanted
+from pipeline.condition import Boundary, highest, wanted
 from pipeline.hashing import hash64
 from pipeline.schema import is_number, numbers
 from pipeline.step import Estimate, Filter, drops_frame
@@ -146,9 +146,7 @@ class Threshold(Filter):
         return pd.Series(digit[above == np.uint64(prefix)].astype(np.int64))
 
     def _highest(self, table: pa.Table) -> float:
-        """`max` in the precision of the column: a 0.1 that was stored as float32 is above the float64 0.1."""
-        dtype = table[self.column].type
-        return float(dtype.to_pandas_dtype()(self._high)) if pa.types.is_floating(dtype) else self._high
+        return highest(self._high, table[self.column].type)
 
     def _values(self, table: pa.Table) -> np.ndarray:
         column = table[self.column]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from pipeline.condition import Boundary, Condition, wanted
+from pipeline.condition import Boundary, Ceiling, Condition, highest, wanted
 from pipeline.study.candidates import Candidates
 from pipeline.study.study_plan import Cut
 
@@ -20,7 +20,7 @@ class Cuts:
 
     def __init__(self, candidates: Candidates, cuts: Sequence[Cut]) -> None:
         self.candidates, self.cuts = candidates, list(cuts)
-        self.boundaries: dict[tuple[Condition, ...], Boundary] = {}
+        self.boundaries: dict[tuple[Condition, ...], Boundary | Ceiling] = {}
         """By condition and those before it."""
         grids: dict[tuple[tuple[Condition, ...], str], list[Condition]] = {}
         for cut in self.cuts:
@@ -28,6 +28,9 @@ class Cuts:
                 before = cut.conditions[:number]
                 if condition.rule == "min":
                     self.boundaries[before + (condition,)] = Boundary(condition.value)
+                elif condition.rule == "max":
+                    stored = candidates.run.columns(candidates.after)[condition.column]
+                    self.boundaries[before + (condition,)] = Ceiling(highest(condition.value, stored))
                 elif condition not in (of := grids.setdefault((before, condition.column), [])):
                     of.append(condition)
         for (before, column), conditions in sorted(grids.items(), key=lambda grid: len(grid[0][0])):

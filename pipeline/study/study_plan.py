@@ -144,14 +144,15 @@ class _Reader:
         for number, line in enumerate(lines):
             at = ("cuts", number)
             if not isinstance(line, dict) or not line:
-                self.note(at, f"found {line!r}, expected COLUMN: {{min: …}} or COLUMN: {{top_fraction: …}}")
+                self.note(at, f"found {line!r}, expected COLUMN: {{min: …}}, {{max: …}} or {{top_fraction: …}}")
                 continue
             grids = [list(self.conditions((*at, column), column, rules)) for column, rules in line.items()]
             yield from map(Cut, itertools.product(*grids))
 
     def conditions(self, at: tuple[Any, ...], column: str, rules: Any) -> Iterator[Condition]:
         if not isinstance(rules, dict) or len(rules) != 1 or next(iter(rules)) not in RULES:
-            self.note(at, f"found {rules!r}, expected {{min: …}} or {{top_fraction: …}}, a number or a list of numbers")
+            expected = "expected {min: …}, {max: …} or {top_fraction: …}, a number or a list of numbers"
+            self.note(at, f"found {rules!r}, {expected}")
             return
         [(rule, values)] = rules.items()
         values = values if isinstance(values, list) else [values]

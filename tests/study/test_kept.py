@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipeline import open_run
-from pipeline.condition import Boundary, Condition
+from pipeline.condition import Boundary, Ceiling, Condition, highest
 from pipeline.cuts import default_step
 from pipeline.filters.threshold import Threshold
 from pipeline.study.candidates import Candidates, open_candidates
@@ -64,6 +65,9 @@ def conditions(*parts: str) -> Cut:
         ["other top_fraction 0.5"],
         ["width top_fraction 0.25"],
         ["other min 3"],
+        ["other max 3"],
+        ["clip_score max 0.25"],
+        ["width max 300", "clip_score top_fraction 0.5"],
         ["clip_score top_fraction 0.5", "other top_fraction 0.5"],  # half of the half
         ["other min 2", "width top_fraction 0.4", "clip_score top_fraction 0.3"],
         ["clip_score min 9", "other top_fraction 0.5"],  # nothing is left to take half of
@@ -101,6 +105,12 @@ def test_min_compares_in_float64_as_threshold_does(value: float) -> None:
     ]
     kept = Boundary(value).keeps(np.array(near), np.uint64, np.int64)
     assert kept.tolist() == [float(v) >= value for v in near]
+
+
+@pytest.mark.parametrize("dtype", [pa.float16(), pa.float32(), pa.float64()])
+def test_max_keeps_its_own_value_in_the_precision_of_the_column(dtype: pa.DataType) -> None:
+    stored = pa.array([0.1, 0.2], dtype).cast(pa.float32() if dtype == pa.float16() else dtype).to_numpy()
+    assert Ceiling(highest(0.1, dtype)).keeps(stored).tolist() == [True, False]
 
 
 def test_overlaps_are_those_of_sets(opened: Candidates) -> None:

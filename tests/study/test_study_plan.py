@@ -52,7 +52,7 @@ def test_grids_budgets_and_overrides(tmp_path: Path) -> None:
         ("run: runs/demo", "rum: runs/demo", ["rum: no such key; did you mean run?", "run: missing"]),
         ("0.30", "0", ["cuts.0.clip_score.top_fraction: found 0, expected a number above 0 and at most 1"]),
         ("0.30", "1.5", ["found 1.5, expected a number above 0"]),
-        ("top_fraction", "fraction", ["cuts.0.clip_score: found", "expected {min: …} or {top_fraction: …}"]),
+        ("top_fraction", "fraction", ["cuts.0.clip_score: found", "expected {min: …}, {max: …} or {top_fraction: …}"]),
         ("[4, 5]", "[]", ["cuts.1.aesthetic_score.min: found no values"]),
         ("[4, 5]", "[.nan]", ["found nan, expected a number"]),
         ("out: runs/study", "out: s3://b/study", ["expected a local folder"]),
