@@ -1,12 +1,14 @@
-"""Atomic writes: a file is complete or absent, also after a kill or with several writers."""
+"""Atomic writes: a file is complete or absent, also after a kill or with several writers. And a folder's one writer."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import secrets
+import socket
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -49,6 +51,27 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds a file, made if it is not there, until the block or this process ends, however it ends.
+
+    Raises BlockingIOError, which says who holds it, if another process does. On a file system without locks, nobody is
+    kept out.
+    """
+    with open(path, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not held on by a child that outlives us
+        except (BlockingIOError, PermissionError):  # POSIX allows either
+            file.seek(0)
+            raise BlockingIOError(errno.EAGAIN, f"in use by {file.read(100)}") from None
+        except OSError:
+            pass
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def _is_device(path: str | os.PathLike[str]) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer import checkpoint, distributed
+from trainer import atomic, checkpoint, distributed
 from trainer.config import FREE_ON_RESUME, ConfigError, TrainConfig
 from trainer.data import Batch, Batches, open_shards
 from trainer.device import Precision, choose_precision, find_device
@@ -306,8 +306,9 @@ def train(config: TrainConfig, hooks: Sequence[Callable[[Run], Hook]] = ()) -> N
         run = Run(config)
         with _stopped_by_sigterm(run):
             _resume(run)
-            log = Log(run)
-            _train(run, [log, Checkpoints(run), Evaluation(run, log), *(make(run) for make in hooks)])
+            with _held(run.output):
+                log = Log(run)
+                _train(run, [log, Checkpoints(run), Evaluation(run, log), *(make(run) for make in hooks)])
     except RuntimeError as error:
         # PyTorch raises it from a signal handler, in whatever is running, when a process of the loader is gone.
         if "DataLoader worker" not in str(error):
@@ -357,6 +358,22 @@ def _resume(run: Run) -> None:
         raise ConfigError("output", [f"the folder {run.output} cannot be created: {error.strerror}"]) from error
     if config.export:
         check_replaceable(run.output / "model")
+
+
+@contextlib.contextmanager
+def _held(output: Path) -> Iterator[None]:
+    """Keeps other trainings out of the output. Raises ConfigError on every rank if one is there."""
+    with contextlib.ExitStack() as held:
+
+        def hold() -> None:
+            try:
+                held.enter_context(atomic.locked(output / ".lock"))
+            except BlockingIOError as error:
+                problem = f"{output} is {error.strerror}; wait for that training, or name another output"
+                raise ConfigError("output", [problem]) from None
+
+        distributed.on_first(hold)
+        yield
 
 
 @contextlib.contextmanager

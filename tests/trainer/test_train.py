@@ -242,6 +242,26 @@ def test_sigterm_writes_a_checkpoint_that_the_same_command_resumes_from(
     assert_equal(weights(tmp_path / "out"), weights(reference))
 
 
+def test_an_output_belongs_to_one_training_until_it_ends(
+    shards: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = words(shards, tmp_path / "out", log_every=1, workers=1, checkpoint_every=1)
+    process = subprocess.Popen([sys.executable, "-m", "trainer.train", *line], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for said in process.stderr:
+        if said.startswith("step 2/"):
+            break
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        assert train.main(line) == 2
+        assert f"output: {tmp_path / 'out'} is in use by pid {process.pid} on " in capsys.readouterr().err
+    finally:
+        process.kill()  # its loader outlives it for a while, and holds nothing
+    process.communicate(timeout=HUNG)
+    assert train.main(line) == 0
+    assert_equal(weights(tmp_path / "out"), weights(reference))
+
+
 def test_the_first_line_says_which_precision_and_why(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
