@@ -635,9 +635,8 @@ def check_measured(passes: Sequence[Pass], index: int, unit: int, digest: bool, 
             lost = np.union1d(lost, np.setdiff1d(based, known))
     if len(lost):
         with _cure(p, unit):
-            raise DamagedError(
-                f"{p.store.path(f'commits/{unit:07d}.*')}: {len(lost):,} rows that were measured are gone"
-            )
+            gone = record_name(unit, len(p.records(unit)))  # they are numbered without gaps
+            raise DamagedError(f"{p.store.path(gone)}: {len(lost):,} rows that were measured are gone")
 
 
 def new_attempt(unit: int) -> str:
