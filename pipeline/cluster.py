@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -144,14 +145,20 @@ def _quiet_core() -> Iterator[None]:
         os.close(nowhere)
 
 
-def stop_ray(orderly: bool = True) -> None:
-    """Leaves the cluster. If `start_ray` started it, ends all its processes.
+def stop_ray(take_signals: Callable[[], None], orderly: bool = True) -> None:
+    """Leaves the cluster. If `start_ray` started it, ends all its processes. Call it in the main thread.
 
-    `orderly=False` skips Ray's own shutdown, which would wait for a lost cluster.
+    `take_signals` installs the handlers of signals: Ray removes that of SIGTERM when its shutdown begins, and takes a
+    second for the rest. `orderly=False` skips Ray's own shutdown, which would wait for a lost cluster.
     """
     global _keeper
     if orderly:
-        ray.shutdown()
+        shutdown = threading.Thread(target=ray.shutdown, name="shutdown of Ray", daemon=True)
+        shutdown.start()
+        while shutdown.is_alive():
+            take_signals()
+            shutdown.join(0.01)
+        take_signals()
     if _keeper is not None:
         _keeper.end()
         _keeper = None

@@ -154,7 +154,7 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
         ending = watch.is_ending()
         if not ending:
             watch.close()
-        cluster.stop_ray(orderly=not ending)
+        cluster.stop_ray(watch.take_signals, orderly=not ending)
     folder = _folder(passes)
     if folder:
         claim.check()

@@ -1,4 +1,4 @@
-"""The start of Ray on a machine that is too busy for it."""
+"""The start of Ray on a machine that is too busy for it, and its end."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ try:
 except cluster.StartError as error:
     said.append(str(error))
 counts = [[running("gcs_server"), running("raylet/raylet")]]
-cluster.stop_ray()
+cluster.stop_ray(lambda: None)
 counts.append([running("gcs_server"), running("raylet/raylet")])
 print(json.dumps([said, counts]))
 """
@@ -62,3 +62,33 @@ def test_a_failed_start_is_tried_again_and_leaves_no_process(late: int, lines: l
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=HUNG, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [lines, [parts, [0, 0]]]
+
+
+STOPPED = """
+import signal, sys, time
+from pipeline import cluster
+from pipeline.lifetime import Watch
+
+cluster.start_ray(1, print)
+watch = Watch()
+signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
+try:
+    if sys.argv[1] == "meanwhile":  # before Ray is done, after it has removed the handler
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        cluster.stop_ray(watch.take_signals)
+        signal.pause()
+    cluster.stop_ray(watch.take_signals)
+    signal.raise_signal(signal.SIGTERM)
+except KeyboardInterrupt:
+    watch.leave()
+"""
+
+
+@pytest.mark.parametrize("when", ["meanwhile", "afterwards"])
+def test_sigterm_ends_the_command_with_a_line_while_ray_shuts_down_and_afterwards(when: str) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env.pop("RAY_ADDRESS", None)
+    words = [sys.executable, "-c", STOPPED, when]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=HUNG, check=False)
+    assert done.returncode == 143, done.stderr
+    assert "interrupted by SIGTERM. Run the same command again" in done.stderr
