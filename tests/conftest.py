@@ -15,6 +15,8 @@ import pytest
 # Set before torch is imported: test models are tiny, and thread synchronization would dominate on a busy machine.
 # Child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray's workers are nice by default (15): beside four busy processes they would hardly run at all.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # A shell makes what it starts in the background ignore SIGINT. Children that tests interrupt would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
