@@ -7,7 +7,7 @@ samples, captions and crops for any number of workers and ranks.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -148,7 +148,7 @@ class Batches(Dataset[Batch]):
             parts, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin,
             worker_init_fn=_outlive_sigterm if workers else None,
         )  # fmt: skip
-        return (_delivered(part) for part in loader)
+        return _delivered(loader)
 
 
 def replacements(positions: np.ndarray, count: int, seed: int, epoch: int, attempt: int) -> np.ndarray:
@@ -178,10 +178,15 @@ def _outlive_sigterm(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _delivered(part: Batch | ShardsError) -> Batch:
-    if isinstance(part, ShardsError):
-        raise ShardsError(*part.args)  # raising `part` itself would keep the workers alive through its traceback
-    return part
+def _delivered(loader: Iterable[Batch | ShardsError]) -> Iterator[Batch]:
+    try:
+        for part in loader:
+            if isinstance(part, ShardsError):
+                raise ShardsError(*part.args)  # raising `part` itself would keep the workers alive by its traceback
+            yield part
+    except (EOFError, ConnectionError) as error:
+        # Tensors come over a socket of the worker, which may break before PyTorch sees that the process is gone.
+        raise RuntimeError(f"DataLoader worker lost: {error or 'end of its messages'}") from None
 
 
 def square_crop(image: Image.Image, size: int, place: float) -> Tensor:

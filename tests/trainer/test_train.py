@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -610,6 +610,20 @@ def test_a_killed_reader_ends_the_run_in_a_line(shards: Path, tmp_path: Path) ->
     conf, *changes = words(shards, tmp_path / "out", workers=1, epochs=200)
     with pytest.raises(OSError, match=r"DataLoader worker .*\n.*set fewer `workers`"):
         loop.train(load_config(conf, changes), hooks=[Kill])
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer")])
+def test_a_reader_killed_while_it_hands_over_a_batch_ends_the_run_in_the_same_line(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def lost(loader: object) -> Iterator[object]:
+        yield from ()
+        raise error
+
+    monkeypatch.setattr("trainer.data.DataLoader.__iter__", lost)
+    conf, *changes = words(shards, tmp_path / "out")
+    with pytest.raises(OSError, match=r"DataLoader worker lost: (end of|.*reset by).*\n.*set fewer `workers`"):
+        loop.train(load_config(conf, changes))
 
 
 def test_a_device_that_does_not_exist_is_named(
