@@ -186,7 +186,7 @@ def _delivered(loader: Iterable[Batch | ShardsError]) -> Iterator[Batch]:
             yield part
     except (EOFError, ConnectionError) as error:
         # Tensors come over a socket of the worker, which may break before PyTorch sees that the process is gone.
-        raise RuntimeError(f"DataLoader worker lost: {error or 'end of its messages'}") from None
+        raise RuntimeError(f"DataLoader worker lost: {str(error) or 'end of its messages'}") from None
 
 
 def square_crop(image: Image.Image, size: int, place: float) -> Tensor:
