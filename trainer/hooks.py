@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,11 @@ Record = dict[str, Any]
 
 
 class StoppedError(Exception):
-    """The training was stopped by SIGTERM and can be resumed."""
+    """The training was stopped by a signal and can be resumed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
 
 
 class Hook:
@@ -237,7 +242,7 @@ def _numbers(record: Record) -> dict[str, float]:
 
 
 class Checkpoints(Hook):
-    """Saves a checkpoint every `checkpoint_every` steps, at the last step and on SIGTERM; then exports the model."""
+    """Saves a checkpoint every `checkpoint_every` steps, at the last step and when stopped; then exports the model."""
 
     saved: int | None = None
     """Step of the last checkpoint written."""
