@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # Set before torch is imported: test models are tiny, and thread synchronization would dominate on a busy machine.
 # Child processes inherit it.
@@ -41,27 +43,47 @@ def ray_address() -> Iterator[str]:
     keeper.end()
 
 
+def shared(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], object]) -> Path:
+    """A folder that is made once for all processes of the suite."""
+    own = factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+    made = folder.with_suffix(".made")
+    with FileLock(folder.with_suffix(".lock")):
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that failed to make it
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def finished(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project of tests/test_run.py with its finished run `out`: read it, or change a copy."""
     from tests import painted
     from tests.test_run import furnish
 
-    folder = furnish(tmp_path_factory.mktemp("finished"))
-    painted.run(folder, ray_address, "r.yaml")
-    return folder
+    def make(folder: Path) -> None:
+        painted.run(furnish(folder), ray_address, "r.yaml")
+
+    return shared("finished", tmp_path_factory, make)
 
 
 @pytest.fixture(scope="session")
 def painted(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of finished runs, to be read: `out`; `stricter`, of the same pool; `other`, of an overlapping pool."""
+    """A folder of finished runs, to be read: `out`; `stricter`, of the same pool; `other`, of an overlapping pool.
+
+    A test may add runs of other names.
+    """
     from tests import painted
 
-    folder = painted.furnish(tmp_path_factory.mktemp("painted"))
-    painted.run(folder, ray_address, "r.yaml")
-    painted.run(folder, ray_address, "r.yaml", "run=stricter", "reuse=out", "steps.threshold.min=0.7")
-    painted.run(folder, ray_address, "r.yaml", "run=other", "pool.path=other.parquet", "steps.threshold.min=0.3")
-    return folder
+    def make(folder: Path) -> None:
+        painted.furnish(folder)
+        painted.run(folder, ray_address, "r.yaml")
+        painted.run(folder, ray_address, "r.yaml", "run=stricter", "reuse=out", "steps.threshold.min=0.7")
+        painted.run(folder, ray_address, "r.yaml", "run=other", "pool.path=other.parquet", "steps.threshold.min=0.3")
+
+    return shared("painted", tmp_path_factory, make)
 
 
 @pytest.fixture(scope="session")

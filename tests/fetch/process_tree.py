@@ -26,12 +26,15 @@ def family(root: int | None = None, without: Collection[int] = ()) -> list[int]:
 
 
 def memory(root: int | None = None, without: Collection[int] = ()) -> int:
-    """Proportional set size of the family in bytes: a page shared by n processes counts 1/n for each."""
+    """Proportional set size of the family in bytes: a page shared by n processes counts 1/n for each.
+
+    Pages of files, such as libraries, do not count: their share grows when other processes that have them mapped end.
+    """
     total = 0
     for pid in family(root, without):
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
+                if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
                     total += 1024 * int(line.split()[1])
     return total
 
