@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,8 @@ class Candidates:
     """The numpy types of the columns: float32, or float64 where float32 would round."""
     maps: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     """The files that are mapped."""
+    hashing: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    """Held while hashes are read and stored."""
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -76,21 +79,22 @@ class Candidates:
 
         Kept in a sparse file where 0 means not yet known, so only the units with ties are read, once.
         """
-        if (name := "uid-hashes") not in self.maps:
-            path = self.folder / name
-            if not path.exists():
-                with path.open("wb") as file:
-                    file.truncate(8 * len(self))
-            self.maps[name] = np.asarray(np.memmap(path, np.uint64, "r+"))
-        hashes = self.maps[name]
-        missing = places[hashes[places] == 0]
-        starts = np.cumsum(self.counts) - self.counts
-        unit = np.searchsorted(starts, missing, side="right") - 1
-        for number in np.unique(unit).tolist():
-            mine = missing[unit == number]
-            (table,) = self.run.scan(["uid"], after=self.after, units=[number])
-            hashes[mine] = hash64(table["uid"].take(pa.array(mine - starts[number])), purpose="threshold")
-        return np.asarray(hashes[places])
+        with self.hashing:
+            if (name := "uid-hashes") not in self.maps:
+                path = self.folder / name
+                if not path.exists():
+                    with path.open("wb") as file:
+                        file.truncate(8 * len(self))
+                self.maps[name] = np.asarray(np.memmap(path, np.uint64, "r+"))
+            hashes = self.maps[name]
+            missing = places[hashes[places] == 0]
+            starts = np.cumsum(self.counts) - self.counts
+            unit = np.searchsorted(starts, missing, side="right") - 1
+            for number in np.unique(unit).tolist():
+                mine = missing[unit == number]
+                (table,) = self.run.scan(["uid"], after=self.after, units=[number])
+                hashes[mine] = hash64(table["uid"].take(pa.array(mine - starts[number])), purpose="threshold")
+            return np.asarray(hashes[places])
 
     def spooled(
         self, name: str, dtype: Any, columns: Sequence[str], values: Callable[[pa.Table], np.ndarray]

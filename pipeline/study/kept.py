@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby, islice
 
 import numpy as np
 
@@ -13,6 +16,12 @@ from pipeline.study.study_plan import Cut
 
 SAMPLE = 1 << 18
 """Values from which the place of a fraction's boundary is estimated; more where the rows are more than SAMPLE^1.5."""
+
+THREADS = os.cpu_count() or 1
+"""Blocks of rows that are counted at a time; numpy computes without Python's lock."""
+
+Grid = tuple[tuple[tuple[Condition, ...], str], list[Condition]]
+"""The top fractions that are tried on a column, after the same conditions."""
 
 
 class Cuts:
@@ -33,10 +42,10 @@ class Cuts:
                     self.boundaries[before + (condition,)] = Ceiling(highest(condition.value, stored))
                 elif condition not in (of := grids.setdefault((before, condition.column), [])):
                     of.append(condition)
-        for (before, column), conditions in sorted(grids.items(), key=lambda grid: len(grid[0][0])):
-            fractions = [condition.value for condition in conditions]
-            for condition, boundary in zip(conditions, self._boundaries(before, column, fractions)):
-                self.boundaries[before + (condition,)] = boundary
+        with ThreadPoolExecutor(THREADS) as threads:
+            for _, grid in groupby(sorted(grids.items(), key=_depth), key=_depth):
+                for found in threads.map(self._boundaries, grid):
+                    self.boundaries |= found
 
     def kept(self, at: slice) -> np.ndarray:
         """Whether each cut keeps each candidate of a block: bool (cuts, rows)."""
@@ -59,8 +68,9 @@ class Cuts:
             known[conditions] = meets & self._meets(conditions[:-1], at, known) if len(conditions) > 1 else meets
         return known[conditions]
 
-    def _boundaries(self, before: tuple[Condition, ...], column: str, fractions: Sequence[float]) -> list[Boundary]:
-        """The boundaries of the top fractions, among the candidates that meet the conditions before."""
+    def _boundaries(self, grid: Grid) -> dict[tuple[Condition, ...], Boundary]:
+        """The boundaries of top fractions of a column, among the candidates that meet the conditions before."""
+        (before, column), conditions = grid
         candidates = self.candidates
         values = candidates.column(column)
 
@@ -71,16 +81,16 @@ class Cuts:
         counts = [int(np.count_nonzero(living(at))) for at in candidates.blocks]
         everything, count = sum(counts) == len(candidates), sum(counts)
         if not count:
-            return [Boundary(math.nan)] * len(fractions)
-        ranks = [wanted(fraction, count) for fraction in fractions]
+            return {before + (condition,): Boundary(math.nan) for condition in conditions}
+        ranks = [wanted(condition.value, count) for condition in conditions]
 
         def blocks() -> Iterator[np.ndarray]:
             return (values[at] if everything else values[at][living(at)] for at in candidates.blocks)
 
-        found: list[Boundary] = []
-        for rank, (value, above, tied) in zip(ranks, largest(blocks, count, ranks)):
+        found: dict[tuple[Condition, ...], Boundary] = {}
+        for condition, rank, (value, above, tied) in zip(conditions, ranks, largest(blocks, count, ranks)):
             if above + tied == rank:
-                found.append(Boundary(float(value)))
+                found[before + (condition,)] = Boundary(float(value))
                 continue
             left = rank - above
 
@@ -91,8 +101,14 @@ class Cuts:
 
             [(lowest, higher, same)] = largest(lambda: map(candidates.uid_hashes, ties()), tied, [left])
             equal = np.concatenate([places[candidates.uid_hashes(places) == lowest] for places in ties()])
-            found.append(Boundary(float(value), int(lowest), int(equal[same - (left - higher)])))
+            place = int(equal[same - (left - higher)])
+            found[before + (condition,)] = Boundary(float(value), int(lowest), place)
         return found
+
+
+def _depth(grid: Grid) -> int:
+    """How many conditions come before those of a grid, which needs their boundaries."""
+    return len(grid[0][0])
 
 
 def largest(
@@ -158,14 +174,20 @@ def _between(
 def overlaps(cuts: Cuts) -> np.ndarray:
     """How many candidates each pair of cuts keeps both of: int64 (cuts, cuts); on the diagonal what each keeps."""
     count = len(cuts.cuts)
-    both = np.zeros((count, count), np.int64)
-    for at in cuts.candidates.blocks:
-        bits = np.packbits(cuts.kept(at), axis=1)
-        padded = np.zeros((count, -(-bits.shape[1] // 8) * 8), np.uint8)
-        padded[:, : bits.shape[1]] = bits
-        words = padded.view(np.uint64)
-        for i in range(count):
-            both[i, i:] += np.bitwise_count(words[i] & words[i:]).sum(axis=1, dtype=np.int64)
+
+    def part(first: int) -> np.ndarray:
+        both = np.zeros((count, count), np.int64)
+        for at in islice(cuts.candidates.blocks, first, None, THREADS):
+            bits = np.packbits(cuts.kept(at), axis=1)
+            padded = np.zeros((count, -(-bits.shape[1] // 8) * 8), np.uint8)
+            padded[:, : bits.shape[1]] = bits
+            words = padded.view(np.uint64)
+            for i in range(count):
+                both[i, i:] += np.bitwise_count(words[i] & words[i:]).sum(axis=1, dtype=np.int64)
+        return both
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        both = sum(threads.map(part, range(THREADS)), np.zeros((count, count), np.int64))
     return both + np.triu(both, 1).T
 
 

@@ -101,7 +101,8 @@ sys.exit(main(sys.argv[2:]))
 def test_parameters_that_the_loss_does_not_reach_train_on_two_ranks_as_on_one(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "coca-64.json").write_text(json.dumps(COCA))
     program = ["-c", WITH_COCA, str(tmp_path)]
-    options = {"model": "coca-64", "samples": 24, "log_every": 1, "checkpoint_every": 1, "micro_batch_size": 2}
+    options = {"model": "coca-64", "samples": 24, "log_every": 1, "micro_batch_size": 2}
+    options |= {"checkpoint_every": 1, "keep_checkpoints": 3}
     finish(start(words(shards, tmp_path / "one", **options), 1, program))
     # Two go on from its first checkpoint, in which such parameters have no state of the optimizer.
     resume = f"resume={tmp_path / 'one' / 'checkpoints' / 'step-00000001.pt'}"
