@@ -23,8 +23,8 @@ from pipeline.storage import Store
 TOKENS = "nodes"
 """The folder in a run directory to which nodes write to prove access; removed afterwards."""
 OOM_RETRIES = 8
-"""Further attempts at a task killed for want of memory: with Ray's back-off from 1 s, doubled each time, for 4 minutes.
-Ray's default has no end. The setting of a joined cluster is its own."""
+"""Further attempts at a task that was killed because memory ran out. Ray waits 1 s before the first and doubles that
+each time, 4 minutes in all; its default has no end. A cluster that is joined has its own setting."""
 NODE_SECONDS = 120.0
 """Seconds a node has to answer; it may have to start a worker and unpack an environment first."""
 STARTS = 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -64,6 +65,14 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     """Each vector divided by its norm, as float32. Zero vectors stay zero."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.ascontiguousarray(vectors / np.maximum(norms, 1e-12), np.float32)
+
+
+def check_clusters(clusters: int | None) -> Iterator[tuple[str, str]]:
+    """Yields `(option, problem)` if `spherical_kmeans` cannot make so many clusters here; None is a default."""
+    if clusters is not None and not 1 <= clusters <= 1_000_000:
+        yield "clusters", f"must be from 1 to 1,000,000, found {clusters}"
+    if not importlib.util.find_spec("faiss"):
+        yield "vector", "requires faiss, which is not installed: pip install 'winnow-clip[search]'"
 
 
 def spherical_kmeans(sample: np.ndarray, k: int, seed: int, iterations: int = 20) -> np.ndarray:

@@ -44,6 +44,7 @@ from pipeline.recipe import Recipe
 from pipeline.schema import DROP, INLINE, POSITION, SAMPLE, is_heavy
 from pipeline.step import Step
 from pipeline.storage import Entry, Store
+from trainer.errors import store_cure
 from trainer.spelling import did_you_mean
 from trainer.terminal import masked
 
@@ -155,8 +156,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     except NotADirectoryError:
         data = None
     except Exception as error:  # whatever a store out of reach raises
-        extra = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}.get(store.root.partition("://")[0])
-        cure = f"; pip install 'winnow-clip[{extra}]'" if extra and isinstance(error, ImportError) else ""
+        cure = store_cure(store.root, error)
         raise RunError(f"{store.root} cannot be read: {type(error).__name__}: {error}{cure}") from None
     if data is None:
         raise RunError(f"{store.root} is not the folder of a run: there is no {store.path('run.json')}")

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer import atomic
+from trainer.errors import store_cure
 
 Entry = dict[str, Any]
 """A file as listed in a record: its `name` in the store, its size in `bytes`, and its `sha256`."""
@@ -112,7 +113,7 @@ class Store:
             if not self.local:
                 fsspec.get_filesystem_class(self.root.partition("://")[0])
         except ImportError as error:
-            return f"{self.root} cannot be used here: {error}; pip install 'winnow-clip[s3]' or 'winnow-clip[gcs]'"
+            return f"{self.root} cannot be used here: {error}{store_cure(self.root, error)}"
         return None
 
     def path(self, name: str = "") -> str:

@@ -65,7 +65,7 @@ def test_a_failed_start_is_tried_again_and_leaves_no_process(late: int, lines: l
 
 
 STOPPED = """
-import signal, sys, time
+import signal, sys
 from pipeline import cluster
 from pipeline.lifetime import Watch
 

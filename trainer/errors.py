@@ -1,7 +1,13 @@
-"""The base class of errors that the user can fix."""
+"""Errors that the user can fix, and the cure for missing packages."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
     """Wrong input: a configuration, an option, a file. Commands print the message and exit with status 2."""
+
+
+def store_cure(url: str, error: BaseException) -> str:
+    """Names the extra of `winnow-clip` that the store of a URL needs, as the end of a message; empty if none helps."""
+    extra = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}.get(url.partition("://")[0])
+    return f"; pip install 'winnow-clip[{extra}]'" if extra and isinstance(error, ImportError) else ""

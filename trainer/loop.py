@@ -319,7 +319,7 @@ def train(config: TrainConfig, hooks: Sequence[Callable[[Run], Hook]] = ()) -> N
         # PyTorch raises it from a signal handler, in whatever is running, when a process of the loader is gone.
         if "DataLoader worker" not in str(error):
             raise
-        cause = "Something outside ended it, most often for want of memory: set fewer `workers`."
+        cause = "Something outside ended it, usually because memory ran out: set fewer `workers`."
         raise OSError(f"{str(error).splitlines()[0]}\n  {cause}") from None
     finally:
         distributed.leave()

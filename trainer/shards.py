@@ -32,7 +32,7 @@ from braceexpand import braceexpand
 from rich.progress import track
 
 from trainer import atomic
-from trainer.errors import InputError
+from trainer.errors import InputError, store_cure
 from trainer.order import shuffled, unshuffled
 from trainer.tar import ABSENT, BLOCK, DOTTED, TarError, index_tar, member_name
 from trainer.terminal import Console
@@ -112,8 +112,7 @@ class Shards:
         try:
             self.folder, self.name, self.shards = _open(self.folder)
         except (OSError, ImportError) as error:
-            cure = "; pip install 'winnow-clip[s3]' or 'winnow-clip[gcs]'" if isinstance(error, ImportError) else ""
-            raise ShardsError(f"shards: {self.folder}: {error}{cure}") from error
+            raise ShardsError(f"shards: {self.folder}: {error}{store_cure(self.folder, error)}") from error
         self.remote = self.remote or any("://" in shard.url for shard in self.shards)
         self._ends = list(accumulate(shard.samples for shard in self.shards))
         if not self._ends[-1]:

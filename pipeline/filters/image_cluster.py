@@ -51,12 +51,7 @@ class ImageCluster(Fitted, Filter):
             embeddings.load_vectors(self.target)
         except (OSError, ValueError) as error:
             yield "target", str(error)
-        if self.clusters is not None and not 1 <= self.clusters <= 1_000_000:
-            yield "clusters", f"must be from 1 to 1,000,000, found {self.clusters}"
-        try:
-            import faiss  # noqa: F401
-        except ImportError:
-            yield "vector", "requires faiss, which is not installed: pip install 'winnow-clip[search]'"
+        yield from embeddings.check_clusters(self.clusters)
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
         yield from embeddings.check_vectors(types, vector=self.vector)

@@ -54,12 +54,7 @@ class SemanticDedup(VectorFilter):
     def check(self) -> Iterator[tuple[str, str]]:
         if not 0 <= self.eps <= 1:
             yield "eps", f"must be from 0 to 1, found {self.eps}"
-        if self.clusters is not None and not 1 <= self.clusters <= 1_000_000:
-            yield "clusters", f"must be from 1 to 1,000,000, found {self.clusters}"
-        try:
-            import faiss  # noqa: F401
-        except ImportError:
-            yield "vector", "requires faiss, which is not installed: pip install 'winnow-clip[search]'"
+        yield from embeddings.check_clusters(self.clusters)
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
         yield from super().check_columns(types)
