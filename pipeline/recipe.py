@@ -62,6 +62,8 @@ class PoolSpec:
     """Types of further columns of text files, where the first 1,000 rows suggest a wrong one."""
     names: list[str] | None = None
     """Column names of csv and tsv files without a header line."""
+    delimiter: str | None = None
+    """The character between fields, such as `;`. By default a comma in csv and a tab in tsv."""
     quoted: bool | None = None
     """Whether quotation marks enclose fields (RFC 4180) or are data. By default they enclose in csv and are data in
     tsv."""
@@ -102,6 +104,8 @@ class PoolSpec:
             for key in ("url", "caption", "uid"):
                 if (column := getattr(self, key)) is not None and column not in self.names:
                     raise ValueError(f"names: {column!r}, the {key}, is not among {', '.join(self.names) or 'none'}")
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n\0'):
+            raise ValueError(f"delimiter: must be one character, such as ';' or '|', found {self.delimiter!r}")
         if self.captions == "each" and self.uid is not None:
             raise ValueError("captions: each makes several rows of one uid; leave out uid, or take the first")
         mapped = [name for name in (self.url, self.caption, self.uid, self.image) if name is not None]

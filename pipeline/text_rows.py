@@ -103,7 +103,7 @@ def _records(lines: Iterator[str | None], path: str, spec: PoolSpec) -> Iterator
     character, so it never swallows the following rows.
     """
     kind = file_format(path)
-    delimiter = "\t" if kind == "tsv" else ","
+    delimiter = spec.delimiter or ("\t" if kind == "tsv" else ",")
     quoted = spec.quoted if spec.quoted is not None else kind == "csv"
     if not quoted:
         for line in lines:

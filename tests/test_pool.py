@@ -170,6 +170,8 @@ def test_an_empty_table() -> None:
         ("x.txt", b"url caption", "is not one of parquet, csv, tsv, jsonl, json"),
         ("x.csv", b"a,b\n1,2\n", "has no column 'url'; it has a, b"),
         ("x.csv", b"", "x.csv is empty"),
+        ("x.csv", b"url;caption\nu1;a\n", "If its fields are separated by ';', set pool.delimiter"),
+        ("x.tsv", b"url,caption\nu1,a\n", "If its fields are separated by ',', set pool.delimiter"),
     ],
 )
 def test_an_invalid_file_is_reported(name: str, data: bytes, message: str) -> None:
@@ -190,6 +192,8 @@ TEXTS = [
     ("p.csv", 'url,caption\nu1,"a\nu2,b\n', {"quoted": False}, ['u1|"a', "u2|b"]),
     ("p.tsv", "u1\ta\nu2\tb\n", {"names": ["url", "caption"]}, ["u1|a", "u2|b"]),
     ("p.csv", "a,u1\nb,u2\n", {"names": ["caption", "url"]}, ["u1|a", "u2|b"]),
+    ("p.csv", 'url;caption\nu1;"a; b, c"\nu2;d, e\n', {"delimiter": ";"}, ["u1|a; b, c", "u2|d, e"]),
+    ("p.tsv", 'url|caption\nu1|a\tb\n', {"delimiter": "|"}, ["u1|a\tb"]),
     ("p.csv", b"\xef\xbb\xbfurl,caption\nu1,a\n", {}, ["u1|a"]),
     ("p.csv", "url,caption\nu1,\u00e4\n".encode("utf-16"), {}, ["u1|\u00e4"]),
     ("p.tsv", "url\tcaption\rn1\ta\r", {}, ["n1|a"]),
@@ -396,6 +400,7 @@ def test_the_error_names_a_parquet_file_with_a_broken_page() -> None:
         ("names: [url, caption, url]", "names: url: named more than once"),
         ("names: [address, caption]", "names: 'url', the url, is not among address, caption"),
         ("uid: id, captions: each", "captions: each makes several rows of one uid"),
+        ('delimiter: ";;"', "delimiter: must be one character, such as ';' or '|', found ';;'"),
         ("columns: [url]", "columns: url already used as"),
         ("types: {n: long}", "pool.types: expected"),
         ("types: {n: int}", "types: no file has n"),
