@@ -33,8 +33,11 @@ class StoppedError(Exception):
     """The training was stopped by a signal and can be resumed."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+        super().__init__(number)  # as it was given, since ranks pickle errors for each other
         self.number = number
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.number).name}"
 
 
 class Hook:
