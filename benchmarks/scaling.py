@@ -6,9 +6,10 @@ For each size, makes a pool of made-up URLs and captions, in one file or in many
 captions with `python -m pipeline.entries`, then runs all steps that need no network with `python -m pipeline.run`: text
 filters, language, deduplication, matching, balancing. The CPU time is that of both commands, start of Ray included.
 
-Memory is the peak of the process of each driver, and of the largest worker: its own pages (USS, the private pages of
-smaps), and beside them those of Ray's object store that it has touched (RssShmem), which all processes share and which
-`object_store_memory` bounds. The resident size that `top` shows is the sum of both, and of files that are mapped.
+Memory is the peak of the process of each driver, and of the largest worker: its own pages (RssAnon), and beside them
+those of Ray's object store that it has touched (RssShmem), which all processes share and which `object_store_memory`
+bounds. The resident size that `top` shows is the sum of both, and of files that are mapped. Private pages (USS) would
+mislead: pages of libraries become private to the driver when the workers end.
 """
 
 from __future__ import annotations
@@ -132,16 +133,16 @@ def watch(peaks: dict[str, float], ended: threading.Event) -> None:
                 kind = "worker" if name.startswith(b"ray::") else "driver" if b"pipeline.run\0r.yaml" in name else None
                 if kind is None or b"meter\0" in name:
                     continue
-                peaks[kind] = max(peaks[kind], megabytes(pid, "smaps_rollup", "Private_"))
-                peaks["shared"] = max(peaks["shared"], megabytes(pid, "status", "RssShmem"))
-            except OSError:  # it has ended
+                peaks[kind] = max(peaks[kind], megabytes(pid, "RssAnon"))
+                peaks["shared"] = max(peaks["shared"], megabytes(pid, "RssShmem"))
+            except (OSError, StopIteration):  # it has ended
                 continue
 
 
-def megabytes(pid: int, file: str, prefix: str) -> float:
-    """The sum of the lines of a file of /proc/PID that start so."""
-    lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(prefix)) / 1000
+def megabytes(pid: int, field: str) -> float:
+    """A field of /proc/PID/status."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1000
 
 
 if __name__ == "__main__":
