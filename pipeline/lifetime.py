@@ -13,7 +13,7 @@ import sys
 import threading
 from typing import Any, NoReturn
 
-from trainer.terminal import mask, outlive_terminal, visible
+from trainer.terminal import mask, visible
 
 GRACE = 10.0
 """Seconds to clean up before the process exits."""
@@ -89,8 +89,6 @@ class Watch:
             timer.start()
 
     def _caught(self, number: int, frame: Any) -> None:
-        if number == signal.SIGHUP:
-            outlive_terminal()
         self.end(128 + number, f"interrupted by {signal.Signals(number).name}. {GOES_ON}")
         if not self._raised:  # a second signal does not interrupt the cleanup
             self._raised = True

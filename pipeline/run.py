@@ -39,7 +39,7 @@ Run the same command again to resume an interrupted run. A changed filter or thr
 measurements; a change that would discard downloads or scores is refused.
 
 exit status: 0 success; 2 the recipe or the command line is wrong and nothing was started; 130 ended by Ctrl-C;
-143 ended by SIGTERM; 129 its terminal was closed; 1 any other failure
+143 ended by SIGTERM; 1 any other failure
 """
 
 

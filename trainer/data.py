@@ -24,7 +24,6 @@ from trainer.order import mix, shuffled
 from trainer.pictures import decode
 from trainer.shards import CorruptSampleError, Shards, ShardsError
 from trainer.subset import Subset
-from trainer.terminal import ENDING
 
 __all__ = [
     "Batch", "Batches", "CorruptSampleError", "Mixture", "Shards", "ShardsError",
@@ -147,7 +146,7 @@ class Batches(Dataset[Batch]):
         parts = _Parts(self, rank, world)
         loader = DataLoader(
             parts, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin,
-            worker_init_fn=_outlive_signals if workers else None,
+            worker_init_fn=_outlive_sigterm if workers else None,
         )  # fmt: skip
         return _delivered(loader)
 
@@ -174,10 +173,9 @@ class _Parts(Dataset["Batch | ShardsError"]):
             return ShardsError(f"{self.batches.shards.folder}: {error}; the shards changed or cannot be read any more")
 
 
-def _outlive_signals(_: int) -> None:
+def _outlive_sigterm(_: int) -> None:
     # If the whole process group gets the signal, the training process still finishes its step; workers end with it.
-    for number in ENDING:
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _delivered(loader: Iterable[Batch | ShardsError]) -> Iterator[Batch]:

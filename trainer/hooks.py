@@ -7,7 +7,6 @@ import errno
 import json
 import math
 import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,14 +29,7 @@ Record = dict[str, Any]
 
 
 class StoppedError(Exception):
-    """The training was stopped by a signal and can be resumed."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)  # as it was given, since ranks pickle errors for each other
-        self.number = number
-
-    def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.number).name}"
+    """The training was stopped by SIGTERM and can be resumed."""
 
 
 class Hook:
@@ -245,7 +237,7 @@ def _numbers(record: Record) -> dict[str, float]:
 
 
 class Checkpoints(Hook):
-    """Saves a checkpoint every `checkpoint_every` steps, at the last step and when stopped; then exports the model."""
+    """Saves a checkpoint every `checkpoint_every` steps, at the last step and on SIGTERM; then exports the model."""
 
     saved: int | None = None
     """Step of the last checkpoint written."""

@@ -41,7 +41,6 @@ from trainer.model import (
     without_statistics,
 )
 from trainer.order import mix
-from trainer.terminal import ENDING, outlive_terminal
 
 
 class DivergedError(RuntimeError):
@@ -125,9 +124,7 @@ class Run:
         self.lost: list[str] = []
         """The worst samples of the first of these."""
         self.stopping = self.stopped = False
-        """Whether this process got a signal to end, and whether any rank had by the end of the last step."""
-        self.signal = int(signal.SIGTERM)
-        """The signal that it got."""
+        """Whether this process got SIGTERM, and whether any rank had by the end of the last step."""
         self._interruptible = False
 
     def compute_in(self, precision: Precision) -> None:
@@ -176,13 +173,11 @@ class Run:
             ) from error
         self.step, self.corrupt = state["step"], state["corrupt"]
 
-    def stop(self, number: int, _: Any) -> None:
+    def stop(self, *_: Any) -> None:
         """Signal handler: stops the run after its current step, or at once inside `interruptible`."""
-        if number == signal.SIGHUP:
-            outlive_terminal()
-        self.stopping, self.signal = True, number
+        self.stopping = True
         if self._interruptible:
-            raise StoppedError(self.signal)
+            raise StoppedError
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -190,7 +185,7 @@ class Run:
         self._interruptible = True
         try:
             if self.stopping:
-                raise StoppedError(self.signal)
+                raise StoppedError
             yield
         finally:
             self._interruptible = False
@@ -305,12 +300,11 @@ class Run:
 def train(config: TrainConfig, hooks: Sequence[Callable[[Run], Hook]] = ()) -> None:
     """Trains to the last step and exports the model; resumes according to `config.resume`.
 
-    `hooks` run after the built-in log, checkpoints and evaluation. Raises StoppedError after SIGTERM or
-    SIGHUP.
+    `hooks` run after the built-in log, checkpoints and evaluation. Raises StoppedError after SIGTERM.
     """
     try:
         run = Run(config)
-        with _stopped_by_signals(run):
+        with _stopped_by_sigterm(run):
             _resume(run)
             with _held(run.output):
                 log = Log(run)
@@ -341,7 +335,7 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
             for hook in hooks:
                 hook.after_step(batch, numbers)
             if run.stopped and run.step < run.total_steps:
-                raise StoppedError(run.signal)
+                raise StoppedError
         for hook in reversed(hooks):
             hook.finish()
 
@@ -383,18 +377,16 @@ def _held(output: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stopped_by_signals(run: Run) -> Iterator[None]:
+def _stopped_by_sigterm(run: Run) -> Iterator[None]:
     # Only the main thread can receive signals; Ray workers train in another thread.
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in ENDING if main}
-    taken = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-    for number in taken:
-        signal.signal(number, run.stop)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, run.stop)
     try:
         yield
     finally:
-        for number in taken:
-            signal.signal(number, before[number])
+        signal.signal(signal.SIGTERM, before)
 
 
 def make_optimizer(model: Clip, config: TrainConfig) -> torch.optim.AdamW:

@@ -124,39 +124,20 @@ class _Guarded:
             self.write(line)
 
 
-ENDING = (signal.SIGTERM, signal.SIGHUP)
-"""Signals that end a command like Ctrl-C. A lost terminal sends SIGHUP; under nohup it is ignored."""
-
-
 class TerminatedError(KeyboardInterrupt):
-    """One of ENDING, raised in the main thread as Ctrl-C is: files being written are removed and claims released."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
+    """SIGTERM, raised in the main thread as Ctrl-C is, so that files being written are removed and claims released."""
 
 
 def interrupted(stop: KeyboardInterrupt) -> int:
-    """The exit status of a command that was ended so: 143 by SIGTERM, 129 by SIGHUP, 130 by Ctrl-C."""
-    return 128 + (stop.number if isinstance(stop, TerminatedError) else signal.SIGINT)
-
-
-def outlive_terminal() -> None:
-    """Redirects standard output and error to /dev/null if their terminal is gone: printing would raise EIO."""
-    for descriptor in (1, 2):
-        try:
-            os.write(descriptor, b"")
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+    """The exit status of a command that was ended so: 143 by SIGTERM, 130 by Ctrl-C."""
+    return 128 + (signal.SIGTERM if isinstance(stop, TerminatedError) else signal.SIGINT)
 
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
     """Makes everything written to standard output and standard error visible and masked.
 
-    Ctrl-C and the signals of ENDING end the command with a line and the status of `interrupted`.
+    Ctrl-C and SIGTERM end the command with a line and the status of `interrupted`.
     """
     kept = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (
@@ -164,35 +145,32 @@ def guarded() -> Iterator[None]:
         for stream in kept
     )
     try:
-        with _signals_raised():
+        with _sigterm_raised():
             yield
     except KeyboardInterrupt as stop:
-        by = signal.Signals(stop.number).name if isinstance(stop, TerminatedError) else "Ctrl-C"
-        print(f"interrupted by {by}", file=sys.stderr)
+        print(f"interrupted by {'SIGTERM' if isinstance(stop, TerminatedError) else 'Ctrl-C'}", file=sys.stderr)
         raise SystemExit(interrupted(stop)) from None
     finally:
         sys.stdout, sys.stderr = kept
 
 
 @contextlib.contextmanager
-def _signals_raised() -> Iterator[None]:
-    """Raises TerminatedError on a signal of ENDING, unless it is ignored or handled already."""
+def _sigterm_raised() -> Iterator[None]:
+    """Raises TerminatedError on SIGTERM, unless it is ignored or handled already."""
     owner = os.getpid()
 
-    def caught(number: int, _: object) -> None:
+    def caught(*_: object) -> None:
         if os.getpid() != owner:  # a forked child ends as it would without this handler
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        if number == signal.SIGHUP:
-            outlive_terminal()
-        raise TerminatedError(number)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
+        raise TerminatedError
 
     main = threading.current_thread() is threading.main_thread()
-    taken = [number for number in ENDING if main and signal.getsignal(number) is signal.SIG_DFL]
-    for number in taken:
-        signal.signal(number, caught)
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, caught)
     try:
         yield
     finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -23,6 +23,7 @@ each step takes the same samples; only the order in which floats are added diffe
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from trainer.config import describe, load_config
@@ -70,9 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     except (loop.DivergedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except loop.StoppedError as stop:
-        print(f"{stop}; the same command resumes from the checkpoint just written", file=sys.stderr)
-        return 128 + stop.number
+    except loop.StoppedError:
+        print("stopped by SIGTERM; the same command resumes from the checkpoint just written", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt as stop:
         print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
         return interrupted(stop)

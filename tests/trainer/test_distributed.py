@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -21,7 +20,6 @@ from tests.trainer.models import COCA
 from tests.trainer.shards import samples, write_shards
 from tests.trainer.test_train import assert_equal, metrics, weights, words
 from trainer import checkpoint, distributed, train
-from trainer.hooks import StoppedError
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +127,6 @@ def test_two_ranks_evaluate_once_and_train_as_without(shards: Path, tmp_path: Pa
     said = [process.communicate(timeout=HUNG)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     assert all("nowhere" in text and "Traceback" not in text for text in said)
-
-
-def test_a_stop_during_an_evaluation_goes_to_the_other_ranks_as_it_is() -> None:
-    stop = pickle.loads(pickle.dumps(StoppedError(signal.SIGTERM)))
-    assert (str(stop), stop.number) == ("stopped by SIGTERM", signal.SIGTERM)
 
 
 def test_sigterm_to_one_rank_stops_all_after_the_same_step(shards: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import pty
 import shutil
 import signal
 import subprocess
@@ -220,14 +219,6 @@ def test_an_output_that_is_a_file_is_refused(shards: Path, tmp_path: Path, capsy
     assert "output: the folder" in capsys.readouterr().err
 
 
-ON_A_TERMINAL = """\
-import fcntl, sys, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from trainer.train import main
-sys.exit(main())
-"""
-
-
 @pytest.mark.parametrize("group", [False, True], ids=["the process", "its group"])
 def test_sigterm_writes_a_checkpoint_that_the_same_command_resumes_from(
     shards: Path, reference: Path, tmp_path: Path, group: bool
@@ -249,21 +240,6 @@ def test_sigterm_writes_a_checkpoint_that_the_same_command_resumes_from(
     assert step == metrics(tmp_path / "out")[-1]["step"] < 12
     assert train.main(line) == 0
     assert_equal(weights(tmp_path / "out"), weights(reference))
-
-
-def test_a_training_outlives_its_terminal_by_a_checkpoint(shards: Path, tmp_path: Path) -> None:
-    line = words(shards, tmp_path / "out", log_every=1, workers=1, epochs=100)
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", ON_A_TERMINAL, *line], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
-    )
-    os.close(slave)
-    said = b""
-    while b"samples/s" not in said:
-        said += os.read(master, 4096)
-    os.close(master)
-    assert process.wait(HUNG) == 128 + signal.SIGHUP, said
-    assert int(weights(tmp_path / "out")["step"]) == metrics(tmp_path / "out")[-1]["step"]
 
 
 def test_an_output_belongs_to_one_training_until_it_ends(
