@@ -135,14 +135,14 @@ def watch(peaks: dict[str, float], ended: threading.Event) -> None:
                     continue
                 peaks[kind] = max(peaks[kind], megabytes(pid, "RssAnon"))
                 peaks["shared"] = max(peaks["shared"], megabytes(pid, "RssShmem"))
-            except (OSError, StopIteration):  # it has ended
+            except OSError:  # it has ended
                 continue
 
 
 def megabytes(pid: int, field: str) -> float:
-    """A field of /proc/PID/status."""
+    """A field of /proc/PID/status; 0 of a process that is ending, which has none."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1000
+    return next((int(line.split()[1]) for line in lines if line.startswith(field)), 0) / 1000
 
 
 if __name__ == "__main__":

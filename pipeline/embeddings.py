@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -71,7 +70,9 @@ def check_clusters(clusters: int | None) -> Iterator[tuple[str, str]]:
     """Yields `(option, problem)` if `spherical_kmeans` cannot make so many clusters here; None is a default."""
     if clusters is not None and not 1 <= clusters <= 1_000_000:
         yield "clusters", f"must be from 1 to 1,000,000, found {clusters}"
-    if not importlib.util.find_spec("faiss"):
+    try:
+        import faiss  # noqa: F401
+    except ImportError:
         yield "vector", "requires faiss, which is not installed: pip install 'winnow-clip[search]'"
 
 

@@ -303,7 +303,7 @@ def _mapped(spec: PoolSpec, heads: dict[str, _Head]) -> dict[str, str]:
 def _no_column(key: str, column: str, path: str, head: _Head, known: list[str]) -> str:
     text = f"{key}: {path} has no column {column!r}; it has {', '.join(name[:100] for name in known) or 'none'}"
     if head.groups is None and file_format(path) in ("csv", "tsv"):
-        if other := next((mark for mark in ";|\t," if mark in known[0]), None) if len(known) == 1 else None:
+        if len(known) == 1 and (other := next((mark for mark in ";|\t," if mark in known[0]), None)):
             return f"{text}. If its fields are separated by {other!r}, set pool.delimiter"
         text += ". If the first line is data and not a header, name the columns in pool.names"
     return text

@@ -25,16 +25,18 @@ def family(root: int | None = None, without: Collection[int] = ()) -> list[int]:
     return found
 
 
-def memory(root: int | None = None, without: Collection[int] = ()) -> int:
-    """Proportional set size of the family in bytes: a page shared by n processes counts 1/n for each.
+WHOLE = ("Pss:",)
+OWN = ("Pss_Anon:", "Pss_Shmem:")
+"""Without pages of files, such as libraries: their share grows when other processes that have them mapped end."""
 
-    Pages of files, such as libraries, do not count: their share grows when other processes that have them mapped end.
-    """
+
+def memory(root: int | None = None, without: Collection[int] = (), kinds: tuple[str, ...] = WHOLE) -> int:
+    """Proportional set size of the family in bytes: a page shared by n processes counts 1/n for each."""
     total = 0
     for pid in family(root, without):
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
+                if line.startswith(kinds):
                     total += 1024 * int(line.split()[1])
     return total
 

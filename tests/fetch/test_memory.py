@@ -92,7 +92,7 @@ def server(kinds: Sequence[str] = ()) -> Iterator[int]:
 
 
 def fetch(port: int, paths: Sequence[str], rows: int) -> tuple[Progress, int, list[tuple[int, int]]]:
-    """The outcome, the peak memory in bytes, and (rows done, memory) over time."""
+    """The outcome, the peak memory in bytes, and (rows done, memory of its own) over time."""
     command = [sys.executable, "-m", "tests.fetch.fetching", str(port), str(rows), *paths]
     progress, course, measured = Progress(0, Counter()), [], 0.0
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as worker:
@@ -103,7 +103,7 @@ def fetch(port: int, paths: Sequence[str], rows: int) -> tuple[Progress, int, li
                     done, ends = json.loads(worker.stdout.readline())
                     progress = Progress(done, Counter({(path, reason): count for path, reason, count in ends}))
                     if time.monotonic() - measured > 0.2:
-                        course.append((progress.rows, process_tree.memory(worker.pid)))
+                        course.append((progress.rows, process_tree.memory(worker.pid, kinds=process_tree.OWN)))
                         measured = time.monotonic()
             worker.communicate(timeout=HUNG)
         finally:
