@@ -7,7 +7,7 @@ samples, captions and crops for any number of workers and ranks.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -139,7 +139,7 @@ class Batches(Dataset[Batch]):
 
     def from_step(
         self, start: int, stop: int, workers: int, pin: bool, rank: int = 0, world: int = 1
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """Yields this rank's part of batches `start` to `stop` - 1, prepared ahead by worker processes."""
         if self.batch_size % world:
             raise ShardsError(f"batch_size: found {self.batch_size}, expected a multiple of the {world} ranks")
@@ -178,7 +178,7 @@ def _outlive_sigterm(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _delivered(loader: Iterable[Batch | ShardsError]) -> Iterator[Batch]:
+def _delivered(loader: Iterable[Batch | ShardsError]) -> Generator[Batch, None, None]:
     try:
         for part in loader:
             if isinstance(part, ShardsError):

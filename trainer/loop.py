@@ -322,11 +322,13 @@ def train(config: TrainConfig, hooks: Sequence[Callable[[Run], Hook]] = ()) -> N
 def _train(run: Run, hooks: Sequence[Hook]) -> None:
     config = run.config
     with contextlib.ExitStack() as entered:
-        for hook in hooks:
-            entered.enter_context(hook)
         batches = run.batches.from_step(
             run.step, run.total_steps, config.workers, run.device.type == "cuda", run.rank, run.ranks
         )
+        # Its workers ignore SIGTERM, so Python would wait for them at its exit if an error kept them alive.
+        entered.enter_context(contextlib.closing(batches))
+        for hook in hooks:
+            entered.enter_context(hook)
         while run.step < run.total_steps:
             asked = time.perf_counter()
             batch = next(batches)

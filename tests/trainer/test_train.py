@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -240,6 +241,22 @@ def test_sigterm_writes_a_checkpoint_that_the_same_command_resumes_from(
     assert step == metrics(tmp_path / "out")[-1]["step"] < 12
     assert train.main(line) == 0
     assert_equal(weights(tmp_path / "out"), weights(reference))
+
+
+def test_a_training_whose_terminal_is_gone_ends(shards: Path, tmp_path: Path) -> None:
+    """As under nohup: neither the progress nor the error can be printed."""
+    line = words(shards, tmp_path / "out", log_every=1, workers=1)
+    terminal, other_end = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-m", "trainer.train", *line], stderr=other_end)
+    os.close(other_end)
+    said = b""
+    while b"samples/s" not in said:
+        said += os.read(terminal, 4096)
+    os.close(terminal)
+    try:
+        assert process.wait(HUNG) == 1
+    finally:
+        process.kill()
 
 
 def test_an_output_belongs_to_one_training_until_it_ends(
