@@ -34,13 +34,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.caption import normal
 from pipeline.demo.captions import LANGUAGES
 from pipeline.filters.balance import Balance
-from pipeline.hashing import uniform
-from pipeline.matching import Matcher, normalised
 from pipeline.stages.language import Language
 from pipeline.stages.match_entries import MatchEntries
+from pipeline.text.caption import normal
+from pipeline.text.hashing import uniform
+from pipeline.text.matching import Matcher, normalised
 
 ENTRIES = 500_000
 VOCABULARY = 400_000

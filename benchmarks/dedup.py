@@ -3,12 +3,12 @@
     python benchmarks/dedup.py [ROWS …] [--hot 0.01] [--alone]    default: 1000000 10000000; needs polars, but --alone
 
 The hashes are random. One in fifty has a planted neighbour at a distance of 1 to 4 bits, and a share `--hot` of them
-lies in one of three hot buckets, whose hashes share 44 bits. `winnow` is `pipeline.hash_clusters.clusters`, which gives
-each hash the number of its cluster. `polars` joins the hashes with themselves under each of the same 15 masks and drops
-the pairs that differ in more than 4 bits, without clustering them. Within the hot buckets of 10 million hashes it would
-join 3 billion pairs under each of six masks, more than fit in memory: compare so many by `--hot 0`, and measure winnow
-`--alone`. Each runs in a process of its own. Time is that of the search, memory the process's peak without the hashes.
-Recall is the share of planted pairs that were found.
+lies in one of three hot buckets, whose hashes share 44 bits. `winnow` is `pipeline.similarity.hash_clusters.clusters`,
+which gives each hash the number of its cluster. `polars` joins the hashes with themselves under each of the same 15
+masks and drops the pairs that differ in more than 4 bits, without clustering them. Within the hot buckets of 10 million
+hashes it would join 3 billion pairs under each of six masks, more than fit in memory: compare so many by `--hot 0`, and
+measure winnow `--alone`. Each runs in a process of its own. Time is that of the search, memory the process's peak
+without the hashes. Recall is the share of planted pairs that were found.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def planted(rows: int, share: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def contend(contender: str, rows: int, hot: float) -> dict[str, float]:
-    from pipeline.hash_clusters import clusters
+    from pipeline.similarity.hash_clusters import clusters
     from trainer.hamming import masks
 
     hashes, pairs = planted(rows, hot)

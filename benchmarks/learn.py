@@ -40,15 +40,19 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import yaml
 
-from pipeline import learn, open_run, score_mixture
+from pipeline import open_run
 from pipeline.demo import run as demo
 from pipeline.demo import truth, web
-from pipeline.hashing import uniform
+from pipeline.learn import training_rows
+from pipeline.learn.__main__ import show
+from pipeline.learn.fit import fit
+from pipeline.models import score_mixture
 from pipeline.study.arms import Arm, Trainer, index_pictures, write_subset
 from pipeline.study.candidates import open_candidates
 from pipeline.study.statistics import compare as compare_arms
 from pipeline.study.statistics import interval, noise_of
 from pipeline.study.study_plan import Training
+from pipeline.text.hashing import uniform
 from trainer.config import load_config
 from trainer.terminal import Console
 
@@ -168,12 +172,12 @@ def compare(work: Path, share: float) -> pa.Table:
     held = rows.filter(pc.invert(labelled))
     y = held["good"].to_numpy(zero_copy_only=False)
     scores: dict[str, np.ndarray] = {}
-    target = learn.read_target("labels", work / "labels.csv")
+    target = training_rows.read_target("labels", work / "labels.csv")
     for name, columns in MIXTURES.items():
-        sample = learn.draw(run, target, columns, "clip_score")
-        findings = learn.fit(sample, columns, target.unlabelled)
+        sample = training_rows.draw(run, target, columns, "clip_score")
+        findings = fit(sample, columns, target.unlabelled)
         print(f"\n{name}:")
-        learn.show(Console(), findings, sample, target, None, 0)
+        show(Console(), findings, sample, target, None, 0)
         scores[name] = findings.mixture.logits(held)
     for part in findings.parts:  # a single score is turned as the labels say
         if part.column in SCORES:

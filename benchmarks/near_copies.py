@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from pipeline.fetch.decoder import Rules, decode
-from pipeline.hash_clusters import clusters
+from pipeline.similarity.hash_clusters import clusters
 
 DISTANCES = (0, 2, 4, 8)
 PEER = """

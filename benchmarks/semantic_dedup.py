@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow as pa
 from fetch import measure
 
-from pipeline import cluster, vectors
 from pipeline.filters.semantic_dedup import SemanticDedup
-from pipeline.passes import BarrierPass, PoolPass, UnitPass, commit, new_attempt
-from pipeline.run_pass import UnitWriter
+from pipeline.scheduler import cluster, vectors
+from pipeline.scheduler.passes import BarrierPass, PoolPass, UnitPass, commit, new_attempt
+from pipeline.scheduler.run_pass import UnitWriter
+from pipeline.scheduler.workers import map_tasks
 from pipeline.schema import DROP, SAMPLE
-from pipeline.workers import map_tasks
 
 UNIT_ROWS = 10_000
 SAMPLE_ROWS = 500

@@ -28,12 +28,13 @@ from aiohttp import web
 
 from pipeline.filters.balance import Balance
 from pipeline.ledger import Funnel
-from pipeline.passes import BarrierPass, PoolPass, UnitPass, commit, new_attempt
 from pipeline.reader import describe, open_run
 from pipeline.recipe import PoolSpec
+from pipeline.scheduler.passes import BarrierPass, PoolPass, UnitPass, commit, new_attempt
 from pipeline.schema import DROP, SAMPLE
 from pipeline.step import Stage
-from pipeline.studio import Studio, application
+from pipeline.studio.server import application
+from pipeline.studio.studio import Studio
 
 UNIT_ROWS = 10_000
 SCORES = [f"score_{name}" for name in "abcdef"]

@@ -27,9 +27,9 @@ import pyarrow.dataset
 
 from pipeline.condition import Condition
 from pipeline.ledger import Funnel, Line
-from pipeline.passes import commit, make_passes, new_attempt
 from pipeline.reader import describe, open_run
 from pipeline.recipe import PoolSpec, Recipe
+from pipeline.scheduler.passes import commit, make_passes, new_attempt
 from pipeline.schema import DROP
 from pipeline.step import Stage
 from pipeline.storage import Store

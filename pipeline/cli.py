@@ -33,12 +33,14 @@ COMMANDS = {
     "study": Command(
         "pipeline.study.__main__", (), "compare cuts of a finished run by what they keep and by models trained on it"
     ),
-    "report": Command("pipeline.report", (), "write the report of a finished run: one HTML page"),
-    "learn": Command("pipeline.learn", (), "fit a mixture of a run's scores to labels, for the step learned_score"),
+    "report": Command("pipeline.report.__main__", (), "write the report of a finished run: one HTML page"),
+    "learn": Command(
+        "pipeline.learn.__main__", (), "fit a mixture of a run's scores to labels, for the step learned_score"
+    ),
     "verify": Command("pipeline.verify", (), "check a finished run against its records"),
     "takedown": Command("pipeline.takedown", (), "remove listed samples from the shards of a finished run"),
     "status": Command("pipeline.status", (), "show the progress of a run"),
-    "studio": Command("pipeline.studio", (), "open a local page to move cuts and see what they would keep"),
+    "studio": Command("pipeline.studio.__main__", (), "open a local page to move cuts and see what they would keep"),
     "diff": Command("pipeline.diff", (), "compare two runs: rows gained and lost, and the step that dropped them"),
     "entries": Command("pipeline.entries", (), "build the list of concepts (words and phrases) for `balance`"),
     "confusion": Command("pipeline.confusion", (), "measure the language model on captions of known language"),

@@ -30,14 +30,14 @@ import pyarrow.compute as pc
 from rich.progress import track
 from rich.table import Table
 
-from pipeline import spool
-from pipeline.concepts import find_entries, matches
-from pipeline.hashing import hash64
 from pipeline.reader import Run, RunError, open_run
 from pipeline.run import differences
+from pipeline.scheduler import spool
 from pipeline.schema import SAMPLE
 from pipeline.storage import DamagedError, Store
-from pipeline.url import hosts
+from pipeline.studio.concepts import find_entries, matches
+from pipeline.text.hashing import hash64
+from pipeline.text.url import hosts
 from trainer.terminal import Console, guarded
 
 PARTITION_ROWS = 500_000

@@ -41,12 +41,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pipeline import pool, spool
+from pipeline import pool
 from pipeline.compressed import open_plain, plain_name
-from pipeline.matching import COLUMN, normalised
-from pipeline.pool_file import PoolError
+from pipeline.pool import PoolError
 from pipeline.recipe import PoolSpec
+from pipeline.scheduler import spool
 from pipeline.storage import Store
+from pipeline.text.matching import COLUMN, normalised
 from trainer.terminal import Console, guarded
 
 BLOCK_BYTES = 8 << 20

@@ -7,10 +7,11 @@ from collections import defaultdict
 
 from rich.table import Table
 
-from pipeline import ingest, pool
-from pipeline.passes import BarrierPass, Pass, PoolPass, SinkPass, make_passes
-from pipeline.pool_file import PoolError
+from pipeline import pool
+from pipeline.pool import PoolError
 from pipeline.recipe import Recipe, RecipeError
+from pipeline.scheduler import ingest
+from pipeline.scheduler.passes import BarrierPass, Pass, PoolPass, SinkPass, make_passes
 from pipeline.step import Estimate, Step
 from trainer.terminal import Console
 

@@ -27,7 +27,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.ledger import Funnel
-from pipeline.passes import (
+from pipeline.recipe import Recipe
+from pipeline.scheduler.passes import (
     HEAVY_ROWS,
     KINDS,
     BarrierPass,
@@ -40,7 +41,6 @@ from pipeline.passes import (
     read_unit,
     surviving_rows,
 )
-from pipeline.recipe import Recipe
 from pipeline.schema import DROP, INLINE, POSITION, SAMPLE, is_heavy
 from pipeline.step import Step
 from pipeline.storage import Entry, Store

@@ -16,13 +16,13 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import pool, recipe
-from pipeline.claim import Claim, InUseError, LostClaimError, hold
 from pipeline.ledger import BooksError, Funnel
-from pipeline.lifetime import GOES_ON, Watch
-from pipeline.passes import Loan, MeasurePass, Pass, SinkPass, make_passes
-from pipeline.pool_file import PoolError
+from pipeline.pool import PoolError
 from pipeline.reader import RunError, describe, described_passes, open_run
 from pipeline.recipe import Recipe, RecipeError
+from pipeline.scheduler.claim import Claim, InUseError, LostClaimError, hold
+from pipeline.scheduler.lifetime import GOES_ON, Watch
+from pipeline.scheduler.passes import Loan, MeasurePass, Pass, SinkPass, make_passes
 from pipeline.schema import is_heavy
 from pipeline.step import HaltError
 from pipeline.storage import DamagedError, Store
@@ -110,9 +110,9 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
     passes = _adopt(checked, own)
     _claim(checked, own, describe(passes, checked))
 
-    from pipeline import cluster, executor
-    from pipeline.events import Events
-    from pipeline.progress import Progress, print_funnel
+    from pipeline.scheduler import cluster, executor
+    from pipeline.scheduler.events import Events
+    from pipeline.scheduler.progress import Progress, print_funnel
 
     for note in checked.notes():
         console.say(f"note: {note}")
@@ -134,7 +134,7 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
             cluster.check_nodes(Store(checked.run), _files(checked))
         except cluster.UnseenError as error:
             raise RefusedError(str(error)) from None
-        from pipeline.metrics import Metrics
+        from pipeline.scheduler.metrics import Metrics
 
         progress.watchers.append(Metrics(checked.name).watch)
         job = executor.Job(checked, passes, types, progress, claim)
@@ -192,7 +192,7 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
 def _report(console: Console, path: str) -> None:
     """Writes the report. The run is done, so a failure is only a warning."""
     try:
-        from pipeline import report
+        from pipeline.report import report
 
         written = report.write(open_run(path), path, console=console)
     except Exception as error:

@@ -24,10 +24,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.claim import find_owner
-from pipeline.events import PERIOD, read_events
-from pipeline.progress import clock
 from pipeline.reader import Run, RunError, open_run
+from pipeline.scheduler.claim import find_owner
+from pipeline.scheduler.events import PERIOD, read_events
+from pipeline.scheduler.progress import clock
 from pipeline.storage import DamagedError, Store
 from trainer.terminal import Console, guarded, interrupted
 

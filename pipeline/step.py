@@ -17,14 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import embeddings
-from pipeline.hashing import hash64
 from pipeline.schema import DROP, POSITION, is_heavy
+from pipeline.similarity import embeddings
+from pipeline.text.hashing import hash64
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
 
-    from pipeline.card import About
+    from pipeline.dataset.card import About
     from pipeline.storage import Entry, Store
 
 Scope = Literal["row", "unit", "run"]

@@ -32,17 +32,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.progress import track
 
-from pipeline.card import About
-from pipeline.claim import Claim, InUseError, LostClaimError, hold
+from pipeline.dataset.card import About
 from pipeline.ledger import BooksError, Funnel, Line
-from pipeline.passes import Pass, surviving_rows
 from pipeline.reader import Run, RunError, open_run
 from pipeline.recipe import Recipe
+from pipeline.scheduler.claim import Claim, InUseError, LostClaimError, hold
+from pipeline.scheduler.passes import Pass, surviving_rows
+from pipeline.scheduler.taken_down import NAME, REASON, TAKEN, read_taken
 from pipeline.schema import DROP, SAMPLE
 from pipeline.stages.write_shards import WriteShards
 from pipeline.storage import DamagedError, Entry, Store, sealed
-from pipeline.takedown_list import KINDS, TakedownList
-from pipeline.taken_down import NAME, REASON, TAKEN, read_taken
+from pipeline.text.takedown_list import KINDS, TakedownList
 from trainer.terminal import Console, guarded
 
 AT_ONCE = 8
@@ -141,7 +141,7 @@ class FinishedRun:
         about = About(self.run.name, self.types, earlier, self.honours)
         self.claim.check()
         if self.has_passes:
-            from pipeline.executor import finish_sink
+            from pipeline.scheduler.executor import finish_sink
 
             finish_sink(self.last, self.before, self.sink, self.folder, ends, about, records, line.seconds)
             complete = self.last.complete()
@@ -156,7 +156,7 @@ class FinishedRun:
 
     def _rewrite(self, taken: pa.Table, ends: np.ndarray) -> Callable[[int], dict[str, Any]]:
         """Returns a function that takes samples out of a part, and returns its record."""
-        from pipeline.executor import rows_taken
+        from pipeline.scheduler.executor import rows_taken
 
         bounds = self.sink.plan(int(ends[-1])) if len(ends) else []
 
@@ -192,7 +192,7 @@ class FinishedRun:
 
     def _export(self, units: Sequence[int]) -> list[Entry]:
         """Writes again the files of drops that hold these units."""
-        from pipeline.executor import GROUP_ROWS, export_drops
+        from pipeline.scheduler.executor import GROUP_ROWS, export_drops
 
         group = max(1, GROUP_ROWS // self.run.recipe.get("unit_rows", Recipe.unit_rows))
         numbers = sorted({unit // group for unit in units})

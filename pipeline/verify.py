@@ -30,10 +30,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.progress import track
 
-from pipeline import events
 from pipeline.ledger import BooksError, Funnel
-from pipeline.passes import record_name
 from pipeline.reader import RunError, open_run
+from pipeline.scheduler import events
+from pipeline.scheduler.passes import record_name
 from pipeline.schema import MERGED
 from pipeline.stages.write_shards import FORMAT
 from pipeline.storage import DamagedError, Entry, Store

@@ -33,7 +33,7 @@ def ray_address() -> Iterator[str]:
     """Starts a two-core Ray cluster once per session: joining it takes 1 s, starting one takes 5 s."""
     import ray
 
-    from pipeline.cluster import start_local
+    from pipeline.scheduler.cluster import start_local
 
     keeper = start_local(cpus=2, store_bytes=200 << 20, say=print)
     # Ray's handler raises SystemExit, which would fail the current test and let the suite go on.

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import entries
-from pipeline.matching import read_entries
+from pipeline.text.matching import read_entries
 
 
 def rows(path: Path) -> dict[str, dict[str, str]]:

@@ -17,14 +17,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline import executor, pool
-from pipeline.claim import hold
+from pipeline import pool
 from pipeline.ledger import Funnel
-from pipeline.passes import Pass, make_passes, read_unit
-from pipeline.progress import Progress
+from pipeline.models.score_mixture import Curve, Mixture
 from pipeline.recipe import built_in_steps, find_step, load
-from pipeline.run_pass import run_pass
-from pipeline.score_mixture import Curve, Mixture
+from pipeline.scheduler import executor
+from pipeline.scheduler.claim import hold
+from pipeline.scheduler.passes import Pass, make_passes, read_unit
+from pipeline.scheduler.progress import Progress
+from pipeline.scheduler.run_pass import run_pass
 from pipeline.step import Filter
 from pipeline.storage import Store
 from trainer.terminal import Console

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline import plugin
+from pipeline.models import plugin
 from tests.plugins import Redness
 
 

@@ -146,7 +146,7 @@ def test_columns(runs: Path) -> None:
 
 
 def test_pictures_stream(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.passes.HEAVY_ROWS", 7)
+    monkeypatch.setattr("pipeline.scheduler.passes.HEAVY_ROWS", 7)
     sizes = []
     for table in open_run(runs / "out").scan(["image", "caption"]):
         sizes.append(len(table))

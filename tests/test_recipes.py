@@ -23,7 +23,7 @@ from PIL import Image
 
 from pipeline import init, open_run, run
 from pipeline.demo import scorer, web
-from pipeline.score_mixture import Curve, Mixture
+from pipeline.models.score_mixture import Curve, Mixture
 from tests.conftest import ROOT, Command
 from trainer import export
 

@@ -18,8 +18,8 @@ import pytest
 from rich.console import Console
 
 from pipeline import verify
-from pipeline.claim import hold
 from pipeline.run import _explain as explained
+from pipeline.scheduler.claim import hold
 from pipeline.storage import Store
 from tests.conftest import HUNG, ROOT, Command
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline import RunError, claim, open_run, verify
+from pipeline import RunError, open_run, verify
+from pipeline.scheduler import claim
 from pipeline.storage import Store
 from tests.conftest import HUNG, ROOT, Command
 from tests.test_reader import like

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import events, status
-from pipeline.claim import hold
+from pipeline import status
+from pipeline.scheduler import events
+from pipeline.scheduler.claim import hold
 from pipeline.status import read_status
 from pipeline.storage import Store
 from tests import painted as runs

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.models.score_mixture import Curve, Mixture
 from pipeline.recipe import built_in_steps, find_step
-from pipeline.score_mixture import Curve, Mixture
 from pipeline.step import JOB_FOLDER, Step
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [

@@ -21,10 +21,10 @@ import pyarrow.compute as pc
 import pytest
 from PIL import Image
 
-from pipeline import embeddings
 from pipeline.fetch.decoder import phash
 from pipeline.recipe import built_in_steps, find_step
 from pipeline.schema import RESERVED
+from pipeline.similarity import embeddings
 from pipeline.step import Filter, Fitted, Sink, Stage, Step, VectorFilter, split_marked, to_pandas
 from tests.tables import make_batch, sample_uid
 

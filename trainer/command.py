@@ -1,4 +1,4 @@
-"""What the trainer's commands share: the options that name a model, progress and exit statuses.
+"""What the trainer's commands share: the options that name a model, messages and exit statuses.
 
 Imports no torch, so that `--help` answers at once. Commands import the code that runs a model where they call it.
 """
@@ -7,24 +7,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from trainer.config import PRECISIONS, ConfigError
 from trainer.errors import InputError
 from trainer.terminal import Console
 
 if TYPE_CHECKING:
-    from trainer.evaluate.features import Encoder
-
-PLAIN_EVERY = 10.0
-"""Seconds between lines of progress where there is no terminal."""
-
-T = TypeVar("T")
+    from trainer.features import Encoder
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -42,7 +33,7 @@ def open_encoder(args: argparse.Namespace) -> Encoder:
     Raises ConfigError or ModelError.
     """
     from trainer.device import find_device
-    from trainer.evaluate.features import Encoder
+    from trainer.features import Encoder
     from trainer.model import load
 
     if (encoder := getattr(args, "encoder", None)) is not None:
@@ -69,26 +60,3 @@ def exit_status(run: Callable[[], object]) -> int:
 def say(line: str) -> None:
     """Prints a line on standard error, where progress goes; standard output is for results."""
     Console(stderr=True).say(line)
-
-
-def progress(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
-    """Yields the items and counts them on standard error: a bar on a terminal, otherwise a line every ten seconds."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    printed, count = time.monotonic(), 0
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        for item in items:
-            yield item
-            count += 1
-            bar.advance(task)
-            if bar.disable and time.monotonic() - printed > PLAIN_EVERY:
-                printed = time.monotonic()
-                console.say(f"{count:,}{f' of {total:,}' if total else ''} {what}")
-
-
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` consecutive items; the last may be shorter."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch

@@ -24,11 +24,11 @@ from torch import nn
 from trainer import distributed
 from trainer.config import ConfigError
 from trainer.hooks import Hook, Log, Record
+from trainer.run import Run
 from trainer.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from trainer.data import Batch
-    from trainer.loop import Run
 
 OWN = ("name", "every", "batch_size")
 """Keys of an entry that are not options of its task."""
@@ -77,7 +77,7 @@ class Evaluation(Hook):
 
     def _run(self, tasks: Sequence[Task]) -> None:
         from trainer.evaluate.__main__ import TASKS
-        from trainer.evaluate.features import Encoder
+        from trainer.features import Encoder
 
         run = self.run
         for task in tasks:

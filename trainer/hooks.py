@@ -18,18 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trainer import atomic, checkpoint, distributed
 from trainer.config import ConfigError
 from trainer.export import export
+from trainer.run import Run, StoppedError
 from trainer.terminal import Console
 
 if TYPE_CHECKING:
     from trainer.data import Batch
-    from trainer.loop import Run
 
 Record = dict[str, Any]
 """A line of `metrics.jsonl`: `step`, `epoch`, `samples` and the metrics; one that is not finite is null."""
-
-
-class StoppedError(Exception):
-    """The training was stopped by SIGTERM and can be resumed."""
 
 
 class Hook:

@@ -33,14 +33,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 from trainer import atomic
 from trainer.command import add_model_arguments, exit_status, open_encoder, say
 from trainer.config import ConfigError
-from trainer.evaluate.samples import Sample, read_pictures
+from trainer.samples import Sample, read_pictures
 from trainer.terminal import guarded
 from trainer.yamlfile import Document
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.evaluate.features import Encoder
+    from trainer.features import Encoder
 
 
 @dataclass

@@ -28,9 +28,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer import atomic
-from trainer.command import add_model_arguments, exit_status, open_encoder, progress, say
+from trainer.command import add_model_arguments, exit_status, open_encoder, say
 from trainer.config import ConfigError
-from trainer.evaluate.samples import (
+from trainer.progress import progress
+from trainer.samples import (
     EvaluationError,
     Sample,
     count_rows,
@@ -43,7 +44,7 @@ from trainer.shards import Shards, ShardsError
 from trainer.terminal import guarded
 
 if TYPE_CHECKING:
-    from trainer.evaluate.features import Encoder
+    from trainer.features import Encoder
 
 SETTINGS = "search.json"
 """Names the model that made the embeddings; written before them."""
@@ -136,7 +137,7 @@ def build(files: list[Path], out: Path, lists: int | None) -> None:
     """
     import torch
 
-    from trainer.evaluate.features import sound
+    from trainer.features import sound
 
     faiss = _faiss()
     arrays = [read_vectors(file) for file in files]

@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.command import exit_status, progress, say
+from trainer.command import exit_status, say
 from trainer.errors import InputError
+from trainer.progress import progress
 from trainer.terminal import guarded
 
 if TYPE_CHECKING:

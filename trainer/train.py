@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from trainer import cost, distributed, loop
     from trainer.evaluation import parse
+    from trainer.run import DivergedError, StoppedError
 
     try:
         config = load_config(args.conf, args.overrides + ([f"resume={args.resume}"] if args.resume else []))
@@ -68,10 +69,10 @@ def main(argv: list[str] | None = None) -> int:
         cure = "Set micro_batch_size (--plan says what fits) or grad_checkpointing=true, or train on more ranks."
         print(f"error: {str(error).splitlines()[0]}\n  {cure}", file=sys.stderr)
         return 1
-    except (loop.DivergedError, OSError) as error:
+    except (DivergedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except loop.StoppedError:
+    except StoppedError:
         print("stopped by SIGTERM; the same command resumes from the checkpoint just written", file=sys.stderr)
         return 128 + signal.SIGTERM
     except KeyboardInterrupt as stop:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from pipeline import embeddings
+from pipeline.similarity import embeddings
 from pipeline.step import Fitted, Stage
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.card import About
+from pipeline.dataset.card import About
 from pipeline.step import Sink
 from pipeline.storage import Entry, Store
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.card import About
+from pipeline.dataset.card import About
 from pipeline.demo import captions
 from pipeline.demo.scenes import Scene, draw, random_scene
 from pipeline.demo.web import jpeg

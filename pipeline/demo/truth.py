@@ -189,7 +189,7 @@ def show(score: Score, console: Console) -> None:
 
 def show_cuts(run: Path, web: Path, study: str, console: Console) -> None:
     """Prints precision and recall of each cut of a study."""
-    from pipeline.cuts import default_step
+    from pipeline.studio.cuts import default_step
     from pipeline.study.candidates import open_candidates
     from pipeline.study.kept import Cuts
     from pipeline.study.study_plan import load

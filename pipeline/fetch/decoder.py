@@ -43,10 +43,10 @@ import numpy as np
 import simplejpeg
 from PIL import AvifImagePlugin, Image, JpegImagePlugin, UnidentifiedImageError
 
-from pipeline import plugin
 from pipeline.fetch import quality
 from pipeline.fetch.deny import DenyList
 from pipeline.fetch.reasons import FetchError, one_line
+from pipeline.models import plugin
 from trainer.colour import srgb_transform, to_rgb
 from trainer.formats import missing_bytes, sniff
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from yarl import URL
 
 from pipeline.fetch.reasons import FetchError
-from pipeline.url import InvalidUrlError, WebAddress, web_address
+from pipeline.text.url import InvalidUrlError, WebAddress, web_address
 
 MAX_URL = 8000
 """Longest url, in characters. Apache and nginx reject request lines over 8 KB."""
@@ -121,8 +121,8 @@ _BROKEN = re.compile("[\ud800-\udfff]")
 def parse_url(text: str | None, base: URL | None = None) -> URL:
     """The http(s) URL that a browser would request for `text` (relative to `base` for a redirect), without fragment.
 
-    `raw_path_qs` of the result is the request target; see `pipeline.url.web_address`. Raises FetchError with `bad_url`
-    or `bad_scheme`. Does not check the host's address; see `Guard`.
+    `raw_path_qs` of the result is the request target; see `pipeline.text.url.web_address`. Raises FetchError with
+    `bad_url` or `bad_scheme`. Does not check the host's address; see `Guard`.
     """
     text = text or ""
     if not text.strip():

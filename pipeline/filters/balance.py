@@ -9,9 +9,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.hashing import file_digest, uniform
-from pipeline.matching import matcher, normalised, read_entries
 from pipeline.step import FILE, Estimate, Filter, drops_frame
+from pipeline.text.hashing import file_digest, uniform
+from pipeline.text.matching import matcher, normalised, read_entries
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
@@ -27,7 +27,7 @@ class Balance(Filter):
 
     Concepts are entries: words and phrases. A caption matches an entry that occurs in it at word boundaries, ignoring
     case and punctuation between words; in scripts without spaces, anywhere. Both are compared in normal form
-    (`pipeline.caption.normal`). An entry e with count_e matching captions keeps each of them with probability
+    (`pipeline.text.caption.normal`). An entry e with count_e matching captions keeps each of them with probability
     min(1, t / count_e). A row is kept if any of its entries keeps it: if u < 1 − Π(1 − min(1, t / count_e)), where u in
     [0, 1) is a hash of seed and uid. Rows are never repeated. Rows without a match are dropped as `no_entry`, others as
     `balance`. Follows CLIP (Radford et al., 2021) and MetaCLIP (Xu et al., ICLR 2024).

@@ -8,8 +8,8 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from pipeline.matching import matcher, normalised, read_entries
 from pipeline.step import FILE, Estimate, Filter
+from pipeline.text.matching import matcher, normalised, read_entries
 
 
 @dataclass(kw_only=True)
@@ -18,7 +18,8 @@ class CaptionEntries(Filter):
     filter (Gadre et al., 2023). Others are dropped as `no_entry`.
 
     A caption contains an entry that occurs in it at word boundaries, ignoring case and punctuation between words; in
-    scripts without spaces, anywhere. Both are compared in normal form (`pipeline.caption.normal`), as in `balance`.
+    scripts without spaces, anywhere. Both are compared in normal form (`pipeline.text.caption.normal`), as in
+    `balance`.
 
     DataComp looks up each word of an English caption in WordNet and keeps the caption if the first sense of any is a
     synset of ImageNet-21k. The list for that has the words whose first sense is one of those synsets, with the plural

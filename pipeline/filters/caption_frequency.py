@@ -5,17 +5,17 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.caption import normal
 from pipeline.step import Estimate, FrequencyFilter
+from pipeline.text.caption import normal
 
 
 @dataclass(kw_only=True)
 class CaptionFrequency(FrequencyFilter):
     """Drops boilerplate: captions shared by more than `max_count` rows of the run.
 
-    Captions are equal if their normal forms (`pipeline.caption.normal`) are. All rows with such a caption are dropped,
-    not all but one: a text used for many pictures describes none of them. Follows COYO-700M (Byeon et al., 2022), which
-    removes texts that occur more than 10 times. Rows without a caption are kept.
+    Captions are equal if their normal forms (`pipeline.text.caption.normal`) are. All rows with such a caption are
+    dropped, not all but one: a text used for many pictures describes none of them. Follows COYO-700M (Byeon et al.,
+    2022), which removes texts that occur more than 10 times. Rows without a caption are kept.
     """
 
     needs = ("caption",)

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import caption
 from pipeline.step import Estimate, Filter
+from pipeline.text import caption
 
 
 @dataclass(kw_only=True)
 class CaptionLength(Filter):
     """Drops captions that are `too_short`, have `too_few_words` or are `too_long`.
 
-    Characters are Unicode code points of the normal caption (`pipeline.caption.normal`). Words are separated by white
-    space; in scripts without spaces, every two characters (Chinese, Japanese) or four (Thai, Lao, Khmer, Burmese,
-    Tibetan) count as a word. Sources: LAION-400M (2021) ≥ 5 characters; DataComp basic (2023) > 5 characters and
-    > 2 words; COYO-700M (2022) ≤ 1000 characters.
+    Characters are Unicode code points of the normal caption (`pipeline.text.caption.normal`). Words are separated by
+    white space; in scripts without spaces, every two characters (Chinese, Japanese) or four (Thai, Lao, Khmer, Burmese,
+    Tibetan) count as a word. Sources: LAION-400M (2021) ≥ 5 characters; DataComp basic (2023) > 5 characters and > 2
+    words; COYO-700M (2022) ≤ 1000 characters.
     """
 
     min_chars: int = 6

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.caption import normal
 from pipeline.step import Estimate, Filter
+from pipeline.text.caption import normal
 
 
 def _any(words: str) -> str:
@@ -97,9 +97,10 @@ class CaptionPattern(Filter):
     """Drops boilerplate captions. The reason is the class of the matching pattern (`camera_name`, `interface`, …).
 
     The built-in classes (`DEFAULTS`) match whole captions only. A pattern of the recipe matches anywhere, unless it is
-    anchored with `^` and `$`; its reason is `custom`. Patterns match the normal caption (`pipeline.caption.normal`)
-    and ignore case. They are RE2 (linear time; no look-around, no back-references). The built-in classes drop none of
-    35,000 captions written for photographs (COCO, Flickr8k) and 0.4% of 10,000 alt texts from the web.
+    anchored with `^` and `$`; its reason is `custom`. Patterns match the normal caption
+    (`pipeline.text.caption.normal`) and ignore case. They are RE2 (linear time; no look-around, no back-references).
+    The built-in classes drop none of 35,000 captions written for photographs (COCO, Flickr8k) and 0.4% of 10,000 alt
+    texts from the web.
     """
 
     defaults: bool = True

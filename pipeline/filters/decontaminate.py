@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline import embeddings
-from pipeline.hashing import file_digest
 from pipeline.schema import wrong_type
+from pipeline.similarity import embeddings
 from pipeline.step import FILE, Estimate, Filter
+from pipeline.text.hashing import file_digest
 from trainer.hamming import Index
 
 _BLOCK = 4096
@@ -185,7 +185,7 @@ def _read_set(path: str) -> _Pictures:
     ValueError for a picture that cannot be decoded: a set that is compared in part would pass for a clean one.
     """
     from trainer import atomic
-    from trainer.evaluate.samples import read_pictures
+    from trainer.samples import read_pictures
 
     cache = _cache_file(path)
     if cache.is_file():
@@ -206,8 +206,8 @@ def _read_set(path: str) -> _Pictures:
 def _hashed(sample: object) -> tuple[str, int] | None:
     """The name and hash of a picture; None if it is flat."""
     from pipeline.fetch.decoder import phash
-    from trainer.evaluate.samples import Sample
     from trainer.pictures import decode
+    from trainer.samples import Sample
     from trainer.shards import CorruptSampleError
 
     assert isinstance(sample, Sample)

@@ -9,10 +9,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.hashing import hash64
 from pipeline.schema import CAPTIONS, MERGED, is_heavy, wrong_type
 from pipeline.step import Estimate, KeyedFilter, drops_table
-from pipeline.url import canonical
+from pipeline.text.hashing import hash64
+from pipeline.text.url import canonical
 
 MOST = 1_000
 """Rows that are merged into one at most. Some pictures, such as spacers, are on millions of pages."""
@@ -22,7 +22,7 @@ MOST = 1_000
 class ExactDedup(KeyedFilter):
     """Of rows that agree in all columns of `by`, keeps the one with the lowest uid.
 
-    Compares URLs in canonical form (`pipeline.url`) and other columns verbatim. Keeps rows with a null in a `by`
+    Compares URLs in canonical form (`pipeline.text.url`) and other columns verbatim. Keeps rows with a null in a `by`
     column. If `by` contains `url`, the step is not a barrier: rows with equal URLs are in the same unit.
 
     With `captions: merge`, the row that is kept gets the captions of all: the column `captions`, a list of `caption`,

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import embeddings
-from pipeline.hashing import file_digest
+from pipeline.similarity import embeddings
 from pipeline.step import FILE, Estimate, Filter, Fitted
+from pipeline.text.hashing import file_digest
 
 
 @dataclass(kw_only=True)

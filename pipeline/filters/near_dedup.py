@@ -9,8 +9,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.hash_clusters import Forest, clusters
 from pipeline.schema import wrong_type
+from pipeline.similarity.hash_clusters import Forest, clusters
 from pipeline.step import Estimate, Filter, drops_frame
 from trainer.hamming import masks
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from pipeline.hashing import uniform
 from pipeline.step import Estimate, Filter
+from pipeline.text.hashing import uniform
 
 
 @dataclass(kw_only=True)

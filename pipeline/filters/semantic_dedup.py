@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import embeddings
 from pipeline.schema import is_number, wrong_type
+from pipeline.similarity import embeddings
 from pipeline.step import Estimate, VectorFilter
 
 _BLOCK = 256

@@ -7,15 +7,16 @@ from typing import Literal
 import pyarrow as pa
 
 from pipeline.step import FILE, Estimate, Filter
-from pipeline.takedown_list import KINDS, TakedownList
+from pipeline.text.takedown_list import KINDS, TakedownList
 
 
 @dataclass(kw_only=True)
 class Takedown(Filter):
     """Drops rows that a takedown list names: by URL, domain, uid, or by the picture's SHA-256 or perceptual hash.
 
-    The reason is the kind of the entry, and the detail the entry itself. `pipeline.takedown_list` describes the file.
-    URLs, domains and uids are known before the download, digests only after it, so a list with both is used twice:
+    The reason is the kind of the entry, and the detail the entry itself. `pipeline.text.takedown_list` describes the
+    file. URLs, domains and uids are known before the download, digests only after it, so a list with both is used
+    twice:
 
         - takedown: {file: takedown.txt, by: [uid, url, domain]}
         - download

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.condition import Boundary, highest, wanted
-from pipeline.hashing import hash64
 from pipeline.schema import is_number, numbers
 from pipeline.step import Estimate, Filter, drops_frame
+from pipeline.text.hashing import hash64
 
 if TYPE_CHECKING:
     import dask.dataframe as dd

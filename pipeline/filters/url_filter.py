@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.step import FILE, Estimate, Filter
-from pipeline.url import InvalidUrlError, host_name
+from pipeline.text.url import InvalidUrlError, host_name
 
 # RFC 3986 in one expression. The second branch still captures the scheme of "data:…". A backslash before the path is
 # invalid, because browsers and libraries disagree on the host.

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.hashing import file_digest
 from pipeline.schema import holds_boxes
 from pipeline.step import FILE, Estimate, Stage
+from pipeline.text.hashing import file_digest
 from trainer.spelling import did_you_mean
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal, get_args
 
 import pyarrow as pa
 
-from pipeline import plugin
 from pipeline.fetch import img2dataset_engine, quality
 from pipeline.fetch.client import Client, Limits, tls_context
 from pipeline.fetch.concurrent_rows import Begin, ConcurrentRows, Work, as_drop, table_of, with_columns
@@ -23,9 +22,10 @@ from pipeline.fetch.hosts import Exchange, HostLimiter, Politeness
 from pipeline.fetch.outage import OutageError
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.sandbox import Sandbox, SandboxError, set_malloc
-from pipeline.hashing import file_digest
+from pipeline.models import plugin
 from pipeline.schema import INLINE, PICTURE, carried, holds_boxes
 from pipeline.step import FILE, Estimate, Stage
+from pipeline.text.hashing import file_digest
 
 GROUP_ROWS = 256
 # Rows held by the event loop, most of them waiting for their host. At most 12 MB, and enough to look far past the slow

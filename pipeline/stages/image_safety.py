@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from pipeline import plugin
-from pipeline.safety import check_score, scored, with_score
+from pipeline.models import plugin
+from pipeline.models.safety import check_score, scored, with_score
 from pipeline.step import Estimate, Stage
 
 

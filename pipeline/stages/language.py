@@ -10,10 +10,10 @@ import fasttext
 import numpy as np
 import pyarrow as pa
 
-from pipeline import fasttext_file
-from pipeline.caption import normal
-from pipeline.hashing import file_digest
+from pipeline.models import fasttext_file
 from pipeline.step import FILE, Estimate, Stage
+from pipeline.text.caption import normal
+from pipeline.text.hashing import file_digest
 from trainer.spelling import nearest
 
 _PREFIX = "__label__"
@@ -28,7 +28,7 @@ class Language(Stage):
 
     Adds `language` (the most likely one, an ISO 639 code as spelled by lid.176) and `language_score` (its probability,
     0 to 1, rounded to 4 decimals). The model is fastText's lid.176 (Joulin et al., 2016), in the compressed form
-    installed with the project. It reads the normal caption (`pipeline.caption.normal`) in lower case, in which it
+    installed with the project. It reads the normal caption (`pipeline.text.caption.normal`) in lower case, in which it
     recognises 99.3% of English captions, against 29% in capitals.
 
     A row is kept if the languages of `keep` together have a probability of at least `min_score`, even if another

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from pipeline import score_mixture
-from pipeline.hashing import file_digest
-from pipeline.score_mixture import Direction
+from pipeline.models import score_mixture
+from pipeline.models.score_mixture import Direction
 from pipeline.step import FILE, Estimate, Stage
+from pipeline.text.hashing import file_digest
 
 DECIMALS = 6
 

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.hashing import file_digest
-from pipeline.matching import Matcher, normalised, read_entries
 from pipeline.step import FILE, Estimate, Stage
+from pipeline.text.hashing import file_digest
+from pipeline.text.matching import Matcher, normalised, read_entries
 
 
 @dataclass(kw_only=True)
@@ -19,8 +19,8 @@ class MatchEntries(Stage):
     Adds `entries`, a list of the distinct entries in normal form; empty where none matches. A caption matches an entry
     that occurs in it at word boundaries, ignoring case and punctuation between words; in scripts without spaces between
     words (Chinese, Japanese, Thai, Lao, Burmese, Khmer, Tibetan), anywhere. Both are compared in normal form
-    (`pipeline.caption.normal`). `balance: {column: entries}` then balances by these. Follows MetaCLIP (Xu et al., ICLR
-    2024); an entry list for each language follows MetaCLIP 2 (Chuang et al., 2025).
+    (`pipeline.text.caption.normal`). `balance: {column: entries}` then balances by these. Follows MetaCLIP (Xu et al.,
+    ICLR 2024); an entry list for each language follows MetaCLIP 2 (Chuang et al., 2025).
     """
 
     entries: str | dict[str, str] = field(metadata=FILE)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from pipeline import embeddings
-from pipeline.hashing import hash64
+from pipeline.similarity import embeddings
 from pipeline.step import Estimate, Fitted, Stage
+from pipeline.text.hashing import hash64
 
 if TYPE_CHECKING:
     from torch import Tensor

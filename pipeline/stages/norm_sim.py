@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from pipeline import embeddings
-from pipeline.hashing import file_digest
+from pipeline.similarity import embeddings
 from pipeline.step import FILE, Estimate, Stage
+from pipeline.text.hashing import file_digest
 
 _BLOCK = 4096
 

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import plugin
-from pipeline.caption import normal
+from pipeline.models import plugin
 from pipeline.ocr import Line
 from pipeline.step import Estimate, Stage
+from pipeline.text.caption import normal
 
 _DEFAULT = "pipeline.ocr:RapidOcr"
 _SHORT = 3

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from pipeline import plugin
-from pipeline.caption import normal
-from pipeline.matching import matcher, normalised, read_entries
-from pipeline.safety import check_score, scored, with_score
+from pipeline.models import plugin
+from pipeline.models.safety import check_score, scored, with_score
 from pipeline.step import FILE, Estimate, Stage
+from pipeline.text.caption import normal
+from pipeline.text.matching import matcher, normalised, read_entries
 
 
 @dataclass(kw_only=True)

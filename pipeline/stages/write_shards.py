@@ -1,8 +1,8 @@
 """`write_shards` writes the finished dataset as WebDataset shards. Equal samples give byte-identical shards.
 
 The layout is img2dataset's: per sample adjacent members `KEY.jpg, KEY.json, KEY.txt`, numeric keys, JSON as in
-`pipeline.sample_json`. Tars are USTAR with fixed mode, owner and time. Next to each tar are a parquet file with all
-columns and an index of byte offsets. The manifest lists all files with their digests.
+`pipeline.dataset.sample_json`. Tars are USTAR with fixed mode, owner and time. Next to each tar are a parquet file with
+all columns and an index of byte offsets. The manifest lists all files with their digests.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.card import About, croissant, readme
-from pipeline.sample_json import json_values, sample_json
+from pipeline.dataset.card import About, croissant, readme
+from pipeline.dataset.sample_json import json_values, sample_json
 from pipeline.schema import CAPTIONS, INLINE
 from pipeline.step import Estimate, Sink
 from pipeline.storage import Entry, Output, Store

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from pipeline.card import About
+from pipeline.dataset.card import About
 from pipeline.step import Estimate, Sink
 from pipeline.storage import Entry, Store
 

@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 
 from pipeline.child import start_child
-from pipeline.hashing import hash64
 from pipeline.storage import Store
 from pipeline.study.candidates import Candidates
 from pipeline.study.kept import largest
 from pipeline.study.study_plan import StudyError, Training
+from pipeline.text.hashing import hash64
 from trainer import atomic
-from trainer.command import progress
 from trainer.config import FREE_ON_RESUME, TrainConfig
+from trainer.progress import progress
 from trainer.shards import ABSENT, PICTURES_FORMAT
 
 

@@ -23,12 +23,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.filters.threshold import comparable
-from pipeline.hashing import hash64
 from pipeline.reader import Run
 from pipeline.schema import POSITION
 from pipeline.study.study_plan import StudyError
+from pipeline.text.hashing import hash64
 from trainer import atomic
-from trainer.command import progress
+from trainer.progress import progress
 
 BLOCK = 1 << 17
 """Rows at a time. A multiple of 64, so that blocks of bits are whole words; 50 cuts over it fit into a cache."""

@@ -10,14 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.concepts import find_entries, matches
-from pipeline.hashing import hash64
-from pipeline.matching import read_entries
 from pipeline.reader import Run
+from pipeline.studio.concepts import find_entries, matches
 from pipeline.study.candidates import Candidates
 from pipeline.study.kept import Cuts, packed
 from pipeline.study.study_plan import StudyError
-from trainer.command import progress
+from pipeline.text.hashing import hash64
+from pipeline.text.matching import read_entries
+from trainer.progress import progress
 
 WORD_BITS = 22
 """Distinct words are counted by linear counting (Whang et al., 1990) over 2^22 cells: exact in effect for a few

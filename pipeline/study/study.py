@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cuts import default_step
-from pipeline.fitness import measure
 from pipeline.reader import open_run
+from pipeline.report.fitness import measure
+from pipeline.studio.cuts import default_step
 from pipeline.study.arms import Arm, Trainer, index_pictures, random_places, write_subset
 from pipeline.study.candidates import open_candidates
 from pipeline.study.contents import contents, duplicates_by, find_concepts

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.filters.balance import Balance
-from pipeline.hashing import uniform
 from pipeline.stages.match_entries import MatchEntries
+from pipeline.text.hashing import uniform
 from tests.filters.barrier import check_barrier, decide, figures
 from tests.tables import make_batch, run_step
 

@@ -1,4 +1,4 @@
-"""What image_cluster refuses before a run. Its decisions are tested in tests/test_vectors.py."""
+"""What image_cluster refuses before a run. Its decisions are tested in tests/scheduler/test_vectors.py."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.filters.takedown import Takedown
-from pipeline.takedown_list import TakedownList
+from pipeline.text.takedown_list import TakedownList
 from tests.tables import check_filter, make_batch, run_step
 
 LIST = """

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.card import About
+from pipeline.dataset.card import About
 from pipeline.ledger import Funnel, Line
 from pipeline.schema import PICTURE, SAMPLE
 from pipeline.stages.write_shards import WriteShards

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from pipeline import pool
-from pipeline.passes import make_passes
 from pipeline.recipe import RecipeError, load
+from pipeline.scheduler.passes import make_passes
 from pipeline.schema import is_heavy
 from pipeline.stages.clip_score import CONFIG_FILE, WEIGHTS_FILE, ClipScore
 from pipeline.step import split_marked

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.score_mixture import Curve, Direction, Mixture, load
+from pipeline.models.score_mixture import Curve, Direction, Mixture, load
 from pipeline.stages.learned_score import LearnedScore
 from tests.tables import make_batch, run_step
 

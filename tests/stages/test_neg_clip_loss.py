@@ -1,4 +1,4 @@
-"""negCLIPLoss: what it refuses before a run. Its values are compared with the formula in tests/test_vectors.py."""
+"""negCLIPLoss: what it refuses before a run. tests/scheduler/test_vectors.py compares its values with the formula."""
 
 from __future__ import annotations
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.hashing import hash64
 from pipeline.ledger import Funnel, Line
-from pipeline.passes import MeasurePass, commit, make_passes, new_attempt
 from pipeline.reader import describe
 from pipeline.recipe import PoolSpec, Recipe
-from pipeline.run_pass import UnitWriter
+from pipeline.scheduler.passes import MeasurePass, commit, make_passes, new_attempt
+from pipeline.scheduler.run_pass import UnitWriter
 from pipeline.schema import DROP
 from pipeline.step import Filter, Stage
 from pipeline.storage import Store
+from pipeline.text.hashing import hash64
 from tests.trainer.shards import COLOURS, jpeg, picture
 
 UNITS = 3

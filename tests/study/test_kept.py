@@ -13,8 +13,8 @@ import pytest
 
 from pipeline import open_run
 from pipeline.condition import Boundary, Ceiling, Condition, highest
-from pipeline.cuts import default_step
 from pipeline.filters.threshold import Threshold
+from pipeline.studio.cuts import default_step
 from pipeline.study.candidates import Candidates, open_candidates
 from pipeline.study.kept import Cuts, cut_rows, jaccard, largest, overlaps
 from pipeline.study.study_plan import Cut

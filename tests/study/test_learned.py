@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline import learn, open_run
+from pipeline import open_run
+from pipeline.learn.__main__ import main as learn
 from pipeline.study.__main__ import main
 from tests import painted as runs
 
@@ -23,7 +24,7 @@ def test_a_recipe_keeps_what_a_study_counts_for_a_learned_cut(
     labels = [f"{row['uid']},{int(row['shade'] + row['depth'] > 1.2)}" for row in rows]
     Path("labels.csv").write_text("\n".join(["uid,label", *labels]) + "\n")
     words = ["--after", "paint", "--columns", "shade", "depth", "--labels", "labels.csv", "--out", "mixture.json"]
-    assert learn.main([str(painted / "out"), *words]) == 0
+    assert learn([str(painted / "out"), *words]) == 0
 
     recipe = yaml.safe_load((painted / "r.yaml").read_text())
     at = next(i for i, step in enumerate(recipe["steps"]) if "threshold" in step)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.trainer.models import encoder_of, write_model
 from trainer.evaluate.__main__ import main
-from trainer.evaluate.features import Encoder
+from trainer.features import Encoder
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from trainer.evaluate.features import Encoder
 from trainer.export import export
+from trainer.features import Encoder
 from trainer.model import create, load, model_config
 
 ARCHITECTURE = "scorer-64"

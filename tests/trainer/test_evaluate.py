@@ -12,11 +12,11 @@ from tests.trainer.shards import COLOURS, jpeg, picture, samples, write_shards
 from trainer.data import Shards, ShardsError
 from trainer.evaluate.__main__ import main
 from trainer.evaluate.classes import open_labelled, read_templates
-from trainer.evaluate.features import Encoder, nearest
 from trainer.evaluate.retrieval import aucs, recalls
-from trainer.evaluate.samples import EvaluationError, Sample, read_pictures, webdataset_shards
 from trainer.evaluate.zeroshot import accuracy
+from trainer.features import Encoder, nearest
 from trainer.model import open_clip
+from trainer.samples import EvaluationError, Sample, read_pictures, webdataset_shards
 
 CPU = torch.device("cpu")
 
@@ -79,7 +79,7 @@ def test_recalls_are_those_of_a_full_sort_with_several_captions_an_image() -> No
 
 
 def test_aucs_are_those_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.evaluate.features.TILE", 13)  # several blocks, the last one smaller
+    monkeypatch.setattr("trainer.features.TILE", 13)  # several blocks, the last one smaller
     torch.manual_seed(0)
     images, owners = torch.randn(20, 8), torch.cat([torch.arange(20), torch.randint(0, 20, (27,))])
     texts = images[owners] + 3 * torch.randn(47, 8)
@@ -116,7 +116,7 @@ def test_a_collapsed_model_does_not_look_perfect() -> None:
 
 
 def test_nearest_in_tiles_is_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.evaluate.features.TILE", 7)
+    monkeypatch.setattr("trainer.features.TILE", 7)
     torch.manual_seed(0)
     queries, candidates = torch.randn(20, 4), torch.randn(33, 4)
     scores, numbers = nearest(queries, candidates, 5, CPU)

@@ -15,6 +15,7 @@ from tests.trainer.shards import samples, write_shards
 from tests.trainer.test_train import BASE, assert_equal, metrics, weights
 from trainer import checkpoint, loop, train
 from trainer.config import ConfigError, load_config
+from trainer.data import Batch
 from trainer.evaluate.__main__ import main as evaluate
 from trainer.evaluation import parse
 from trainer.hooks import Hook
@@ -156,7 +157,7 @@ def test_a_hook_of_ones_own_follows_the_run(data: Path, tmp_path: Path) -> None:
     class Norms(Hook):
         seen: list[float] = []  # noqa: RUF012
 
-        def after_step(self, batch: loop.Batch, numbers: dict[str, float]) -> None:
+        def after_step(self, batch: Batch, numbers: dict[str, float]) -> None:
             assert len(batch.numbers) == self.run.config.batch_size
             self.seen.append(numbers["grad_norm"])
 
@@ -181,7 +182,7 @@ def test_random_numbers_of_the_training_are_left_alone(data: Path, tmp_path: Pat
     class Watch(Hook):
         states: list[torch.Tensor] = []  # noqa: RUF012
 
-        def after_step(self, batch: loop.Batch, numbers: dict[str, float]) -> None:
+        def after_step(self, batch: Batch, numbers: dict[str, float]) -> None:
             self.states.append(torch.get_rng_state())
             assert self.run.model.training
 

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from tests.trainer.labelled import write_folders
 from tests.trainer.shards import samples, write_shards
 from trainer.config import ConfigError
-from trainer.evaluate.features import Encoder
+from trainer.features import Encoder
 from trainer.moderate import Label, Moderator, Policy, main, read_policy
 
 EXAMPLE = Path(__file__).parents[2] / "conf" / "policy_example.yaml"

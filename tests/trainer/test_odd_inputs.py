@@ -22,8 +22,8 @@ from tests.trainer.models import write_model
 from tests.trainer.shards import jpeg, picture, samples, write_shards
 from trainer import export, moderate, search
 from trainer.evaluate.__main__ import main as evaluate
-from trainer.evaluate.samples import split_lines
 from trainer.model import WEIGHTS_FILE
+from trainer.samples import split_lines
 
 POLICY = "neutral: [a photo]\nlabels: {red: {threshold: 0, prompts: [red]}}\n"
 PICTURE = jpeg(picture("red", 0))

@@ -10,11 +10,11 @@ import torch
 from tests.trainer.labelled import write_folders
 from tests.trainer.shards import jpeg, picture
 from trainer.evaluate.__main__ import main
-from trainer.evaluate.features import Encoder
 from trainer.evaluate.fewshot import draw_shots
 from trainer.evaluate.logistic import fit, hold_out, predict
 from trainer.evaluate.probe import search
-from trainer.evaluate.samples import Sample
+from trainer.features import Encoder
+from trainer.samples import Sample
 
 
 @pytest.fixture

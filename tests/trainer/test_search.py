@@ -11,8 +11,8 @@ import pytest
 
 from tests.trainer.labelled import texture
 from tests.trainer.shards import jpeg, samples, write_shards
-from trainer.evaluate.features import Encoder
-from trainer.evaluate.samples import Sample
+from trainer.features import Encoder
+from trainer.samples import Sample
 from trainer.search import main
 
 

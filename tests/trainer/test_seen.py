@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.trainer.shards import samples, write_shards, write_tar
-from trainer import loop, seen, train
+from trainer import seen, train
 from trainer.data import Batch
 from trainer.mixture import Mixture
 from trainer.order import shuffled, unshuffled
+from trainer.run import Run
 from trainer.shards import Shards
 
 BASE = {"model": "scorer-64", "batch_size": 8, "lr": 0.001, "warmup": 2, "workers": 0, "precision": "fp32"}
@@ -50,9 +51,9 @@ def with_json(folder: Path, count: int) -> Path:
 def recorded(output: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -> list[list[int]]:
     """Trains, and returns the sample numbers of each step."""
     steps: list[list[int]] = []
-    real = loop.Run.train_step
+    real = Run.train_step
 
-    def train_step(self: loop.Run, batch: Batch) -> dict[str, float]:
+    def train_step(self: Run, batch: Batch) -> dict[str, float]:
         steps.append(batch.numbers)
         return real(self, batch)
 
@@ -61,7 +62,7 @@ def recorded(output: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -
         "".join(f"{key}: {json.dumps(value)}\n" for key, value in {**BASE, "export": False, **changes}.items())
     )
     with monkeypatch.context() as patched:
-        patched.setattr(loop.Run, "train_step", train_step)
+        patched.setattr(Run, "train_step", train_step)
         assert train.main([str(conf), f"output={output}"]) == 0
     return steps
 

@@ -155,7 +155,7 @@ def test_a_child_of_a_command_dies_of_sigterm_without_a_line() -> None:
 
 PROCESSES = {
     "pipeline.demo.scorer", "pipeline.demo.truth", "pipeline.fetch.img2dataset_engine", "pipeline.fetch.sandbox",
-    "pipeline.isolation", "pipeline.keeper", "pipeline.study.worker",
+    "pipeline.scheduler.isolation", "pipeline.scheduler.keeper", "pipeline.study.worker",
 }  # fmt: skip
 """Modules that are started by other commands, or make what the demo ships."""
 

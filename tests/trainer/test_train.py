@@ -23,7 +23,9 @@ from tests.trainer.shards import COLOURS, picture, samples, write_shards
 from trainer import checkpoint, export, loop, train
 from trainer.config import load_config
 from trainer.evaluate.__main__ import main as evaluate
-from trainer.model import create, load, open_clip, trim
+from trainer.hooks import Hook
+from trainer.model import create, encode_trimmed, load, open_clip, trim
+from trainer.run import Run, Towers, learning_rate, make_optimizer
 
 BASE = {"model": "scorer-64", "batch_size": 8, "epochs": 3, "lr": 0.001, "warmup": 4, "workers": 0, "precision": "fp32"}
 
@@ -333,7 +335,7 @@ def test_a_checkpoint_is_not_resumed_on_other_data_nor_overwritten(
 
 def test_learning_rate_warms_up_in_a_line_and_falls_in_a_cosine(reference: Path, shards: Path) -> None:
     config = load_config(words(shards, reference)[0], words(shards, reference)[1:])
-    rates = [loop.learning_rate(step, 12, config) for step in range(12)]
+    rates = [learning_rate(step, 12, config) for step in range(12)]
     assert rates[:4] == pytest.approx([0.00025, 0.0005, 0.00075, 0.001])
     assert rates[4] == 0.001
     assert rates[8] == pytest.approx(0.0005)
@@ -344,7 +346,7 @@ def test_learning_rate_warms_up_in_a_line_and_falls_in_a_cosine(reference: Path,
 def test_gains_biases_and_temperature_are_not_decayed(shards: Path, tmp_path: Path) -> None:
     config = load_config(words(shards, tmp_path / "o")[0], words(shards, tmp_path / "o")[1:])
     model, _, _ = create("scorer-64")
-    decayed, free = loop.make_optimizer(model, config).param_groups
+    decayed, free = make_optimizer(model, config).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)].rpartition(".")[2] for p in free["params"]} <= {
         *("bias", "in_proj_bias", "weight", "logit_scale", "class_embedding"),
@@ -370,7 +372,7 @@ def test_corrupt_samples_are_named_counted_and_replaced(tmp_path: Path, capsys: 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    encode = loop.encode_trimmed
+    encode = encode_trimmed
     calls = []
 
     def broken(model: object, tokens: torch.Tensor, normalize: bool = False) -> torch.Tensor:
@@ -382,7 +384,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
             else features
         )
 
-    monkeypatch.setattr(loop, "encode_trimmed", broken)
+    monkeypatch.setattr("trainer.run.encode_trimmed", broken)
     line = words(shards, tmp_path / "out", checkpoint_every=1)
     assert train.main(line) == 1
     said = capsys.readouterr().err
@@ -392,22 +394,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
 
 
 @pytest.fixture
-def make_run(shards: Path, tmp_path: Path) -> Callable[..., loop.Run]:
-    def make(**changes: object) -> loop.Run:
+def make_run(shards: Path, tmp_path: Path) -> Callable[..., Run]:
+    def make(**changes: object) -> Run:
         line = words(shards, tmp_path / "out", **changes)
-        return loop.Run(load_config(line[0], line[1:]))
+        return Run(load_config(line[0], line[1:]))
 
     return make
 
 
-def gradients(run: loop.Run, work: Callable[[], object]) -> dict[str, torch.Tensor]:
+def gradients(run: Run, work: Callable[[], object]) -> dict[str, torch.Tensor]:
     run.optimizer.zero_grad()
     work()
     return {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
-def test_gradient_caching_has_the_gradient_of_the_large_batch(make_run: Callable[..., loop.Run], loss: str) -> None:
+def test_gradient_caching_has_the_gradient_of_the_large_batch(make_run: Callable[..., Run], loss: str) -> None:
     large, cached = make_run(loss=loss), make_run(loss=loss, micro_batch_size=3)
     batch = large.batches[0]
     want, got = (gradients(run, lambda: run.backward(batch.pixels, batch.tokens)) for run in (large, cached))  # noqa: B023
@@ -416,7 +418,7 @@ def test_gradient_caching_has_the_gradient_of_the_large_batch(make_run: Callable
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_gradient_caching_counts_a_batch_once_in_batch_norms(make_run: Callable[..., loop.Run]) -> None:
+def test_gradient_caching_counts_a_batch_once_in_batch_norms(make_run: Callable[..., Run]) -> None:
     run = make_run(model="tiny-rn-64", micro_batch_size=4)
     batch = run.batches[0]
     run.backward(batch.pixels, batch.tokens)
@@ -425,7 +427,7 @@ def test_gradient_caching_counts_a_batch_once_in_batch_norms(make_run: Callable[
     assert set(counted.values()) == {-(-run.config.batch_size // 4)}
 
 
-def test_gradient_caching_replays_what_is_random(make_run: Callable[..., loop.Run]) -> None:
+def test_gradient_caching_replays_what_is_random(make_run: Callable[..., Run]) -> None:
     run = make_run(micro_batch_size=3, grad_checkpointing="true")
     run.model.visual.patch_dropout = open_clip.transformer.PatchDropout(0.5)
     batch = run.batches[0]
@@ -482,15 +484,15 @@ def test_a_locked_tower_stays_as_it_was(shards: Path, reference: Path, tmp_path:
 def test_a_loss_lost_for_good_stops_the_run_and_names_samples(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    forward = loop.Towers.forward
+    forward = Towers.forward
 
-    def collapsed(towers: loop.Towers, pixels: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def collapsed(towers: Towers, pixels: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
         image, text, *others = forward(towers, pixels, tokens)
         same = torch.nn.functional.normalize(torch.ones_like(image), dim=-1)
         return (image * 0 + same, text * 0 + same, *others)
 
-    monkeypatch.setattr(loop, "PATIENCE", 3)
-    monkeypatch.setattr(loop.Towers, "forward", collapsed)
+    monkeypatch.setattr("trainer.run.PATIENCE", 3)
+    monkeypatch.setattr(Towers, "forward", collapsed)
     assert train.main(words(shards, tmp_path / "out")) == 1
     said = capsys.readouterr().err
     assert "step 7: 3 steps in a row have a loss no better than that of a model that knows nothing" in said
@@ -615,7 +617,7 @@ def test_metrics_that_cannot_be_written_end_the_run_in_a_line(shards: Path, tmp_
     assert "Traceback" not in done.stderr
 
 
-class Kill(loop.Hook):
+class Kill(Hook):
     """Kills a process that reads samples, as the system does when memory runs out."""
 
     def after_step(self, batch: object, numbers: dict[str, float]) -> None:

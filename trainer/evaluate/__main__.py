@@ -16,7 +16,7 @@ from pathlib import Path
 from trainer import atomic
 from trainer.command import add_model_arguments, exit_status
 from trainer.evaluate import bias, fewshot, overlap, probe, retrieval, robustness, zeroshot
-from trainer.evaluate.samples import EvaluationError
+from trainer.samples import EvaluationError
 from trainer.terminal import guarded
 
 TASKS = {

@@ -25,8 +25,8 @@ import numpy as np
 
 from trainer.command import open_encoder
 from trainer.evaluate.classes import read_templates
-from trainer.evaluate.samples import EvaluationError, image_files, read_csv, read_file, read_lines
 from trainer.evaluate.zeroshot import DEFAULT_TEMPLATES
+from trainer.samples import EvaluationError, image_files, read_csv, read_file, read_lines
 from trainer.yamlfile import Document
 
 TASK = "bias_probe"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.evaluate.samples import (
+from trainer.samples import (
     EvaluationError,
     Sample,
     image_files,

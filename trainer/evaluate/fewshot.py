@@ -16,8 +16,8 @@ import numpy as np
 
 from trainer.command import open_encoder
 from trainer.evaluate.probe import add_probe_arguments, featurize, open_splits
-from trainer.evaluate.samples import EvaluationError
 from trainer.evaluate.zeroshot import accuracy
+from trainer.samples import EvaluationError
 
 if TYPE_CHECKING:
     from torch import Tensor

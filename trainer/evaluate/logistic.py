@@ -7,7 +7,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from trainer.evaluate.samples import EvaluationError
+from trainer.samples import EvaluationError
 
 ROWS = 65_536
 """Rows of features per matrix product, which bounds the memory of the logits."""

@@ -27,18 +27,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer import atomic
-from trainer.command import batched, open_encoder, progress, say
+from trainer.command import open_encoder, say
 from trainer.evaluate.classes import LabelledImages, open_labelled, read_classnames
-from trainer.evaluate.samples import EvaluationError, Sample, count_rows, read_columns, read_shards, read_vectors
 from trainer.evaluate.zeroshot import add_class_arguments, classify
 from trainer.hamming import Index
 from trainer.pictures import decode
+from trainer.progress import batched, progress
+from trainer.samples import EvaluationError, Sample, count_rows, read_columns, read_shards, read_vectors
 from trainer.shards import CorruptSampleError, Shards
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.evaluate.features import Encoder
+    from trainer.features import Encoder
 
 TASK = "overlap"
 CONFIDENCE = 0.995
@@ -119,7 +120,7 @@ def by_embedding(encoder: Encoder, data: LabelledImages, args: argparse.Namespac
     """Maps each evaluation image (by number) with a near copy to its nearest training image, by cosine."""
     import torch
 
-    from trainer.evaluate.features import nearest
+    from trainer.features import nearest
 
     test, _ = encoder.matrix(data, data.count())
     best = torch.full((len(test),), -2.0)
@@ -137,7 +138,7 @@ def _train_vectors(encoder: Encoder, train: str, dim: int) -> Iterator[tuple[Ten
     """Yields unit vectors and names of the training images, several thousand at a time."""
     import torch
 
-    from trainer.evaluate.features import sound
+    from trainer.features import sound
 
     parts = sorted((Path(train) / "img_emb").glob("img_emb_*.npy"))
     for part in parts:

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.command import open_encoder, say
 from trainer.evaluate.classes import LabelledImages, open_labelled, read_classnames
-from trainer.evaluate.samples import EvaluationError
 from trainer.evaluate.zeroshot import accuracy
+from trainer.samples import EvaluationError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.evaluate.features import Encoder
+    from trainer.features import Encoder
 
 TASK = "linear_probe"
 STEPS = 96

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.command import open_encoder
-from trainer.evaluate.samples import (
+from trainer.samples import (
     EvaluationError,
     Sample,
     lines,
@@ -67,7 +67,7 @@ def recalls(images: Tensor, texts: Tensor, owners: Tensor, device: torch.device)
     """Recalls of images (N, D) and texts (M, D), caption i belonging to image `owners[i]`."""
     import torch
 
-    from trainer.evaluate.features import nearest
+    from trainer.features import nearest
 
     found_images = nearest(texts, images, max(AT), device)[1] == owners[:, None]
     found_texts = owners[nearest(images, texts, max(AT), device)[1]] == torch.arange(len(images))[:, None]
@@ -92,7 +92,7 @@ def aucs(images: Tensor, texts: Tensor, owners: Tensor, device: torch.device) ->
 def _auc(queries: Tensor, candidates: Tensor, right: Tensor, image: Tensor, device: torch.device) -> float | None:
     """The share of (query, candidate of another image) pairs with the candidate `right[query]` nearer to the query than
     the other; a tie counts half. `image` numbers the image of each candidate."""
-    from trainer.evaluate.features import TILE
+    from trainer.features import TILE
 
     candidates, right, image = candidates.to(device), right.to(device), image.to(device)
     wins = pairs = 0.0

@@ -29,11 +29,11 @@ import numpy as np
 from trainer.command import open_encoder
 from trainer.config import ConfigError
 from trainer.evaluate.classes import open_labelled, read_classnames
-from trainer.evaluate.samples import EvaluationError, read_csv, read_text
 from trainer.evaluate.zeroshot import accuracy, add_class_arguments, classify
+from trainer.samples import EvaluationError, read_csv, read_text
 
 if TYPE_CHECKING:
-    from trainer.evaluate.features import Encoder
+    from trainer.features import Encoder
 
 TASK = "effective_robustness"
 

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.command import open_encoder, say
 from trainer.evaluate.classes import LabelledImages, open_labelled, read_classnames, read_templates
-from trainer.evaluate.samples import EvaluationError, Sample
+from trainer.samples import EvaluationError, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.evaluate.features import Encoder
+    from trainer.features import Encoder
 
 TASK = "zeroshot_classification"
 DEFAULT_TEMPLATES = ["a photo of a {c}."]

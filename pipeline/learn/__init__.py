@@ -1,0 +1,1 @@
+"""Fits a mixture of a run's stored scores to labelled rows."""

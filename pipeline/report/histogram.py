@@ -1,0 +1,95 @@
+"""Counts of numbers, and the rows nearest to a value, gathered batch by batch in bounded memory."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+BINS = 48
+
+
+class Histogram:
+    """Counts of numbers in BINS to 2 · BINS bins of equal width, which doubles when a number lies outside."""
+
+    def __init__(self) -> None:
+        self.low, self.width = 0.0, 0.0
+        self.counts = np.zeros(2 * BINS, np.int64)
+        self.total = 0
+
+    def add(self, values: np.ndarray) -> None:
+        values = values[np.isfinite(values)].astype(np.float64)
+        if not len(values):
+            return
+        low, high = float(values.min()), float(values.max())
+        if not self.width:
+            span = max(high - low, abs(high) * 1e-6, 1e-9)
+            self.width = 2.0 ** math.ceil(math.log2(span / BINS))
+            self.low = math.floor(low / self.width) * self.width
+        self._cover(low, high)
+        self.counts += np.bincount(((values - self.low) / self.width).astype(np.int64), minlength=len(self.counts))
+        self.total += len(values)
+
+    def _cover(self, low: float, high: float) -> None:
+        """Moves the bins, and doubles their width where that is not enough, so that they cover these numbers too.
+
+        Edges stay multiples of the width, so no count is divided.
+        """
+        there = np.flatnonzero(self.counts)
+        at = self.low + there * self.width
+        low, high = min([low, *at[:1]]), max([high, *at[-1:]])
+        wide = self.width
+        while math.floor(high / wide) - math.floor(low / wide) >= len(self.counts):
+            wide *= 2
+        start = math.floor(low / wide) * wide
+        if (start, wide) != (self.low, self.width):
+            index = np.rint((np.floor(at / wide) * wide - start) / wide).astype(np.int64)
+            self.counts = np.bincount(index, self.counts[there], len(self.counts)).astype(np.int64)
+            self.low, self.width = start, wide
+
+    def bars(self, width: float = 0.0) -> list[tuple[float, float, int]]:
+        """The bins from the first to the last that is not empty, as `(from, to, count)`.
+
+        With the `width` of another, wider histogram, its bins.
+        """
+        there = np.flatnonzero(self.counts)
+        if not len(there):
+            return []
+        width = width or self.width
+        at = np.floor((self.low + there * self.width) / width).astype(np.int64)
+        counts = np.bincount(at - at[0], self.counts[there])
+        return [((at[0] + i) * width, (at[0] + i + 1) * width, int(n)) for i, n in enumerate(counts)]
+
+
+class Named(NamedTuple):
+    """A row with what chose it."""
+
+    unit: int
+    row: int
+    note: str
+
+
+class Nearest:
+    """The rows with the smallest keys."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._heap: list[tuple[float, int, int, str]] = []
+
+    def add(self, keys: np.ndarray, table: pa.Table, notes: Sequence[str]) -> None:
+        best = np.argsort(keys, kind="stable")[: self._most]
+        units, rows = (table[name].take(pa.array(best)).to_pylist() for name in ("unit", "row"))
+        for i, unit, row in zip(best.tolist(), units, rows):
+            item = (-float(keys[i]), -unit, -row, notes[i])
+            if len(self._heap) < self._most:
+                heapq.heappush(self._heap, item)
+            else:
+                heapq.heappushpop(self._heap, item)
+
+    def rows(self) -> list[Named]:
+        """Nearest first."""
+        return [Named(-unit, -row, note) for _, unit, row, note in sorted(self._heap, reverse=True)]

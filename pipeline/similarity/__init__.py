@@ -1,0 +1,1 @@
+"""Near copies among hashes, and vectors as matrices."""

@@ -1,0 +1,100 @@
+"""Opens a local page to move the cuts of a run and see at once what would be kept.
+
+    python -m pipeline.studio runs/demo
+    python -m pipeline.studio runs/demo --after clip_score --port 8800
+
+The page shows the rows that survived the step `--after`; by default, those before the last `threshold` lines of the
+recipe, whose cuts it starts with. It draws the curve of each score, counts what the cuts keep, shows pictures on both
+sides of each cut, narrows all that by language, host, concept or text, and finds pictures by meaning where the run has
+embeddings. Pictures marked good or bad go to `report/labels.csv` of the run as `uid,label` (1 or 0). "Export" gives
+the cuts as recipe lines; a run with them keeps exactly the rows that were counted. Nothing else is written.
+
+The page is served to this machine only, at an address with a random token. On a remote machine, forward the port:
+`ssh -L 8790:127.0.0.1:8790 HOST`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import secrets
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from aiohttp import web
+
+from pipeline.reader import RunError, open_run
+from pipeline.storage import DamagedError
+from pipeline.studio.cuts import default_step
+from pipeline.studio.server import application
+from pipeline.studio.studio import Studio
+from trainer.terminal import Console, guarded
+
+PORT = 8790
+
+
+async def _serve(studio: Studio, port: int, console: Console) -> None:
+    token = secrets.token_urlsafe(24)
+    listening = socket.create_server(("127.0.0.1", port))
+    port = listening.getsockname()[1]
+    hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost")]
+    runner = web.AppRunner(application(studio, token, hosts), access_log=None)
+    await runner.setup()
+    try:
+        await web.SockSite(runner, listening).start()
+        # Not through the console, which hides tokens: this one is for the user.
+        print(f"http://127.0.0.1:{port}/?token={token}", file=console.file, flush=True)
+        console.print("Ctrl-C ends it.")
+        await asyncio.Event().wait()
+    finally:
+        await runner.cleanup()
+
+
+@guarded()
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.studio",
+        description=__doc__,
+        epilog="exit status: 0 ended by Ctrl-C; 2 no such run, step or free port; 1 a damaged run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", help="the folder or address of a run whose steps up to the cuts are done")
+    parser.add_argument(
+        "--after", metavar="STEP", help="look at the rows that survived this step, named as in the funnel"
+    )
+    parser.add_argument(
+        "--port", type=int, default=PORT, help="port on 127.0.0.1, 0 for any free one (default: %(default)s)"
+    )
+    args = parser.parse_args(argv)
+    console, errors = Console(), Console(stderr=True)
+    try:
+        run = open_run(args.run)
+        after = args.after or default_step(run)
+        run.columns(after)
+        with tempfile.TemporaryDirectory(prefix="winnow-studio-") as folder:
+            with errors.status("reading") as status:
+                studio = Studio(
+                    run, after, folder, lambda units: status.update(f"reading: unit {units:,} of {run.units:,}")
+                )
+            console.say(f"{studio.rows.n:,} rows after {after}")
+            asyncio.run(_serve(studio, args.port, console))
+    except RunError as error:
+        errors.error(error)
+        return 2
+    except OSError as error:
+        taken = getattr(error, "errno", None) in (13, 98) and "bind" in str(error)
+        errors.error(f"--port {args.port}: {error}; give another --port" if taken else error)
+        return 2 if taken else 1
+    except DamagedError as error:
+        errors.error(error)
+        return 1
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
