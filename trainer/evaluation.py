@@ -24,8 +24,8 @@ from torch import nn
 from trainer import distributed
 from trainer.config import ConfigError
 from trainer.hooks import Hook, Log, Record
-from trainer.run import Run
 from trainer.spelling import did_you_mean
+from trainer.training import Run
 
 if TYPE_CHECKING:
     from trainer.data import Batch

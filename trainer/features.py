@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from trainer.model import Clip, Preprocess, Tokenizer, encode_text
 from trainer.pictures import decode
-from trainer.progress import batched, progress
-from trainer.samples import EvaluationError, Sample
+from trainer.samples import EvaluationError, Sample, batched
 from trainer.shards import CorruptSampleError
+from trainer.terminal import progress
 
 TILE = 4096
 """Rows and columns of a tile of the similarity matrix."""

@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trainer import atomic, checkpoint, distributed
 from trainer.config import ConfigError
 from trainer.export import export
-from trainer.run import Run, StoppedError
 from trainer.terminal import Console
+from trainer.training import Run, StoppedError
 
 if TYPE_CHECKING:
     from trainer.data import Batch
@@ -67,7 +67,7 @@ class Log(Hook):
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"), console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
-        self.boards: list[Board] = []
+        self.trackers: list[Tracker] = []
         self.records: list[Record] = []
         """Records of the current step from before a resume."""
         self.corrupt = run.corrupt
@@ -79,9 +79,9 @@ class Log(Hook):
         self._forget_undone_steps()
         self.file = self.path.open("ab", buffering=0)  # so that closing it after an error writes nothing
         if run.rank == 0 and config.tensorboard:
-            self.boards.append(TensorBoard(run))
+            self.trackers.append(TensorBoard(run))
         if run.rank == 0 and config.wandb:
-            self.boards.append(WeightsAndBiases(run))
+            self.trackers.append(WeightsAndBiases(run))
         self.bar.start()
         self.task = self.bar.add_task("training", total=run.total_steps, completed=run.step, numbers="")
         ranks = f"{run.ranks} ranks, " if run.ranks > 1 else ""
@@ -97,14 +97,14 @@ class Log(Hook):
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
         self.file.close()
-        for board in self.boards:
-            board.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     def say(self, line: str) -> None:
         self.console.say(line)
 
     def write(self, numbers: Record) -> None:
-        """Writes a record of the current step to the file and the boards."""
+        """Writes a record of the current step to the file and the trackers."""
         run = self.run
         epoch = round(run.step / run.batches.per_epoch, 4)
         record = {"step": run.step, "epoch": epoch, "samples": run.step * run.config.batch_size, **numbers}
@@ -116,8 +116,8 @@ class Log(Hook):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise OSError(f"{self.path}: the metrics cannot be written: {error.strerror}") from error
-        for board in self.boards:
-            board.write(record)
+        for tracker in self.trackers:
+            tracker.write(record)
 
     def after_step(self, batch: Batch, numbers: dict[str, float]) -> None:
         run = self.run
@@ -176,8 +176,8 @@ class Log(Hook):
             file.write(b"".join(kept))
 
 
-class Board(Protocol):
-    """A service that plots records."""
+class Tracker(Protocol):
+    """Where an experiment is followed: TensorBoard, Weights & Biases."""
 
     def write(self, record: Record) -> None: ...
 
@@ -217,15 +217,15 @@ class WeightsAndBiases:
         settings = vars(run.config) | {"precision": run.precision.name}
         group = run.output.resolve().name
         try:
-            self.board = wandb.init(project=run.config.wandb, group=group, dir=str(run.output), config=settings)
+            self.logger = wandb.init(project=run.config.wandb, group=group, dir=str(run.output), config=settings)
         except wandb.Error as error:  # no login, no network
             raise ConfigError("wandb", [" ".join(str(error).split())]) from error
 
     def write(self, record: Record) -> None:
-        self.board.log(_numbers(record), step=record["step"])
+        self.logger.log(_numbers(record), step=record["step"])
 
     def close(self) -> None:
-        self.board.finish()
+        self.logger.finish()
 
 
 def _numbers(record: Record) -> dict[str, float]:

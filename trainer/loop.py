@@ -15,7 +15,7 @@ from trainer.config import ConfigError, TrainConfig
 from trainer.evaluation import Evaluation
 from trainer.export import check_replaceable
 from trainer.hooks import Checkpoints, Hook, Log
-from trainer.run import Run, StoppedError
+from trainer.training import Run, StoppedError
 
 
 def train(config: TrainConfig, hooks: Sequence[Callable[[Run], Hook]] = ()) -> None:

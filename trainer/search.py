@@ -30,7 +30,6 @@ import pyarrow.parquet as pq
 from trainer import atomic
 from trainer.command import add_model_arguments, exit_status, open_encoder, say
 from trainer.config import ConfigError
-from trainer.progress import progress
 from trainer.samples import (
     EvaluationError,
     Sample,
@@ -41,7 +40,7 @@ from trainer.samples import (
     read_vectors,
 )
 from trainer.shards import Shards, ShardsError
-from trainer.terminal import guarded
+from trainer.terminal import guarded, progress
 
 if TYPE_CHECKING:
     from trainer.features import Encoder

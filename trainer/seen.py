@@ -29,8 +29,7 @@ import numpy as np
 
 from trainer.command import exit_status, say
 from trainer.errors import InputError
-from trainer.progress import progress
-from trainer.terminal import guarded
+from trainer.terminal import guarded, progress
 
 if TYPE_CHECKING:
     from trainer.mixture import Mixture

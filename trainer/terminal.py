@@ -1,4 +1,4 @@
-"""What commands have in common: no control characters and no secrets in what they print, and how signals end them.
+"""What commands share: progress, output without control characters or secrets, and how signals end them.
 
 Column names, file names, URLs, captions and headers are untrusted. An escape sequence in them can clear the screen,
 change the window title or hide what follows. `Console` is rich's, whose own sequences pass; `guarded` does the
@@ -13,12 +13,16 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import rich.console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 
+PLAIN_EVERY = 10.0
+"""Seconds between lines of progress where there is no terminal."""
 LOG_WIDTH = 140
 """Width in columns of output that does not go to a terminal."""
 MASK = "***"
@@ -31,6 +35,8 @@ _SECRET_WORDS = "sig|token|secret|passw|pwd|auth|cred|key"
 _PARAMETER = re.compile(rf"([?&;][^=&;#\s]*(?:{_SECRET_WORDS})[^=&;#\s]*=)[^&;#\s'\"]+", re.IGNORECASE)
 _SECRET_VARIABLE = re.compile(r"(token|secret|passw|credential|(access|api|private|account)_?key)", re.IGNORECASE)
 _SHORTEST_SECRET = 8
+
+T = TypeVar("T")
 
 
 def visible(text: str) -> str:
@@ -174,3 +180,19 @@ def _sigterm_raised() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def progress(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
+    """Yields the items and counts them on standard error: a bar on a terminal, otherwise a line every ten seconds."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    printed, count = time.monotonic(), 0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        for item in items:
+            yield item
+            count += 1
+            bar.advance(task)
+            if bar.disable and time.monotonic() - printed > PLAIN_EVERY:
+                printed = time.monotonic()
+                console.say(f"{count:,}{f' of {total:,}' if total else ''} {what}")

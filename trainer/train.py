@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from trainer import cost, distributed, loop
     from trainer.evaluation import parse
-    from trainer.run import DivergedError, StoppedError
+    from trainer.training import DivergedError, StoppedError
 
     try:
         config = load_config(args.conf, args.overrides + ([f"resume={args.resume}"] if args.resume else []))

@@ -31,8 +31,8 @@ from pipeline.study.study_plan import StudyError, Training
 from pipeline.text.hashing import hash64
 from trainer import atomic
 from trainer.config import FREE_ON_RESUME, TrainConfig
-from trainer.progress import progress
 from trainer.shards import ABSENT, PICTURES_FORMAT
+from trainer.terminal import progress
 
 
 class ArmError(RuntimeError):

@@ -28,7 +28,7 @@ from pipeline.schema import POSITION
 from pipeline.study.study_plan import StudyError
 from pipeline.text.hashing import hash64
 from trainer import atomic
-from trainer.progress import progress
+from trainer.terminal import progress
 
 BLOCK = 1 << 17
 """Rows at a time. A multiple of 64, so that blocks of bits are whole words; 50 cuts over it fit into a cache."""

@@ -17,7 +17,7 @@ from pipeline.study.kept import Cuts, packed
 from pipeline.study.study_plan import StudyError
 from pipeline.text.hashing import hash64
 from pipeline.text.matching import read_entries
-from trainer.progress import progress
+from trainer.terminal import progress
 
 WORD_BITS = 22
 """Distinct words are counted by linear counting (Whang et al., 1990) over 2^22 cells: exact in effect for a few

@@ -16,8 +16,8 @@ from trainer import seen, train
 from trainer.data import Batch
 from trainer.mixture import Mixture
 from trainer.order import shuffled, unshuffled
-from trainer.run import Run
 from trainer.shards import Shards
+from trainer.training import Run
 
 BASE = {"model": "scorer-64", "batch_size": 8, "lr": 0.001, "warmup": 2, "workers": 0, "precision": "fp32"}
 

@@ -25,7 +25,7 @@ from trainer.config import load_config
 from trainer.evaluate.__main__ import main as evaluate
 from trainer.hooks import Hook
 from trainer.model import create, encode_trimmed, load, open_clip, trim
-from trainer.run import Run, Towers, learning_rate, make_optimizer
+from trainer.training import Run, Towers, learning_rate, make_optimizer
 
 BASE = {"model": "scorer-64", "batch_size": 8, "epochs": 3, "lr": 0.001, "warmup": 4, "workers": 0, "precision": "fp32"}
 
@@ -384,7 +384,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
             else features
         )
 
-    monkeypatch.setattr("trainer.run.encode_trimmed", broken)
+    monkeypatch.setattr("trainer.training.encode_trimmed", broken)
     line = words(shards, tmp_path / "out", checkpoint_every=1)
     assert train.main(line) == 1
     said = capsys.readouterr().err
@@ -491,7 +491,7 @@ def test_a_loss_lost_for_good_stops_the_run_and_names_samples(
         same = torch.nn.functional.normalize(torch.ones_like(image), dim=-1)
         return (image * 0 + same, text * 0 + same, *others)
 
-    monkeypatch.setattr("trainer.run.PATIENCE", 3)
+    monkeypatch.setattr("trainer.training.PATIENCE", 3)
     monkeypatch.setattr(Towers, "forward", collapsed)
     assert train.main(words(shards, tmp_path / "out")) == 1
     said = capsys.readouterr().err

@@ -32,9 +32,9 @@ from trainer.evaluate.classes import LabelledImages, open_labelled, read_classna
 from trainer.evaluate.zeroshot import add_class_arguments, classify
 from trainer.hamming import Index
 from trainer.pictures import decode
-from trainer.progress import batched, progress
-from trainer.samples import EvaluationError, Sample, count_rows, read_columns, read_shards, read_vectors
+from trainer.samples import EvaluationError, Sample, batched, count_rows, read_columns, read_shards, read_vectors
 from trainer.shards import CorruptSampleError, Shards
+from trainer.terminal import progress
 
 if TYPE_CHECKING:
     from torch import Tensor
