@@ -1,5 +1,4 @@
-# `make demo` and `make test` each work alone on a fresh machine: they set up .venv first, and again only when what it
-# was made from has changed.
+# Each target works on a fresh machine: it sets up .venv first, and again when pyproject.toml or constraints.txt changes.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -8,7 +7,7 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/python -m pipeline.demo.run
 
-# Two processes, each with its own Ray. The tests of a file stay together: many share what takes long to set up.
+# Two processes, each with its own Ray. The tests of a file stay together, because many share a slow fixture.
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -24,7 +23,7 @@ types: .venv/ready
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# torch comes first and pinned: where pip is offered a CPU build of this version it takes that one.
+# torch is installed first, at the pinned version: if an index offers a CPU build of it, pip takes that one.
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 13) else \
 		f"Winnow needs Python 3.10 to 3.12, and $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.11 …")'

@@ -1,17 +1,17 @@
-"""Matching captions against 500,000 entries, balancing by them, and recognising languages, beside the bare libraries.
+"""Compares `match_entries`, `balance` and `language` with the libraries they call and with brute force.
 
     python benchmarks/balance.py [--captions 200000] [--rounds 3]
     python benchmarks/balance.py --sentences known.parquet --text text --truth lang
 
-Makes words with Zipf's frequencies, 500,000 entries of one and two of them, and captions of 4 to 14. `match_entries` is
-the whole step, normal form and column of matches included; `automaton` is ahocorasick_rs alone over the captions in
-normal form, one after the other; `substrings` is a loop over all entries with Python's `in`, timed on 20 captions. All
-use one core, and rates are by CPU time. The decisions of `balance` about 50,000 captions are compared with a
-brute-force reference: dictionaries of phrases, and the probability that its entries keep a caption by their formula.
+Draws words with Zipfian frequencies, makes 500,000 entries of one or two words each, and captions of 4 to 14 words.
+`match_entries` is the whole step, including normalisation and the column of matches; `automaton` is ahocorasick_rs
+alone, called once for each normalised caption; `substrings` is a loop over all entries with Python's `in`, timed on 20
+captions. All run on one core, and rates count CPU time. The decisions of `balance` about 50,000 captions are compared
+with a brute-force reference that looks phrases up in a set and computes each probability from the formula.
 
-`language` is the whole step with `keep: [en]`; `fasttext` is lid.176 alone, on the same captions in lower case, one
-after the other: for a list, the library returns no probabilities. Accuracy, by language, is on the table given: its
-column of texts and its column of true languages. Without one, on sentences of the demo.
+`language` is the whole step with `keep: [en]`; `fasttext` is lid.176 alone, called once for each caption in lower case
+(given a list, the library returns no probabilities). Accuracy is measured for each language on the sentences of
+`--sentences`, a table with a column of texts and one of true languages, or else on sentences of the demo.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from pipeline.text.matching import Matcher, normalised
 
 ENTRIES = 500_000
 VOCABULARY = 400_000
-"""Words, of which the 300,000 most frequent are entries."""
+"""Number of distinct words. The 300,000 most frequent ones are entries."""
 CAP = 50
 REFERENCE_CAPTIONS = 50_000
 LOOP_CAPTIONS = 20
@@ -54,11 +54,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=int, default=200_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sentences", type=Path, help="parquet with texts and their languages")
-    parser.add_argument("--text", default="text")
-    parser.add_argument("--truth", default="lang")
+    parser.add_argument("--sentences", type=Path, help="parquet file of texts and their languages")
+    parser.add_argument("--text", default="text", help="its column of texts")
+    parser.add_argument("--truth", default="lang", help="its column of true languages")
     args = parser.parse_args()
-    entries, captions = made(args.captions)
+    entries, captions = entries_and_captions(args.captions)
     rates = matching(entries, captions, args.rounds)
     wrong = differences(entries, captions.slice(0, REFERENCE_CAPTIONS))
     texts, truth = sentences(args.sentences, args.text, args.truth)
@@ -77,8 +77,8 @@ def main() -> None:
     )
 
 
-def made(captions: int) -> tuple[tuple[str, ...], pa.Array]:
-    """Entries, and captions in which they occur."""
+def entries_and_captions(captions: int) -> tuple[tuple[str, ...], pa.Array]:
+    """Draws ENTRIES entries and `captions` captions that contain them."""
     rng = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     lengths = rng.integers(3, 10, 2 * VOCABULARY)
@@ -103,12 +103,12 @@ def rate(work: Callable[[], Any], n: int) -> float:
 
 
 def fastest(contenders: dict[str, Callable[[], Any]], n: int, rounds: int) -> dict[str, float]:
-    """The median rate of each; the rounds alternate, since the machine's speed wanders."""
-    found: dict[str, list[float]] = {name: [] for name in contenders}
+    """Returns the median rate of each contender. They take turns, so that a change in machine speed affects all."""
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, work in contenders.items():
-            found[name].append(rate(work, n))
-    return {name: statistics.median(values) for name, values in found.items()}
+            rates[name].append(rate(work, n))
+    return {name: statistics.median(values) for name, values in rates.items()}
 
 
 def matching(entries: tuple[str, ...], captions: pa.Array, rounds: int) -> dict[str, float]:
@@ -128,7 +128,7 @@ def matching(entries: tuple[str, ...], captions: pa.Array, rounds: int) -> dict[
             [entry for entry in padded if entry in line]
 
     def ours() -> None:
-        for low in range(0, len(batch), 10_000):  # a unit
+        for low in range(0, len(batch), 10_000):  # 10,000 rows are a unit
             step.process(batch.slice(low, 10_000))
 
     rates = fastest({"match_entries": ours, "automaton": bare}, len(captions), rounds)
@@ -136,7 +136,7 @@ def matching(entries: tuple[str, ...], captions: pa.Array, rounds: int) -> dict[
 
 
 def differences(entries: tuple[str, ...], captions: pa.Array) -> int:
-    """The number of captions that `balance` judges otherwise than the reference, or by another probability."""
+    """Counts the captions for which `balance` differs from the reference in its decision or its probability."""
     step = Balance(column="entries", max_per_entry=CAP)
     n = len(captions)
     frame = pd.DataFrame({"unit": np.zeros(n, np.int32), "row": np.arange(n, dtype=np.int32)})
@@ -145,20 +145,20 @@ def differences(entries: tuple[str, ...], captions: pa.Array) -> int:
     with dask.config.set(scheduler="synchronous"):
         drops = step.decide(dd.from_pandas(frame, npartitions=3, sort=False)).compute().set_index("row")
     known = set(entries)
-    found = []
+    matches = []
     for caption in captions.to_pylist():
         words = caption.lower().strip(".").split()
-        found.append({" ".join(words[i : i + k]) for k in (1, 2) for i in range(len(words) - k + 1)} & known)
-    counts = Counter(entry for some in found for entry in some)
+        matches.append({" ".join(words[i : i + k]) for k in (1, 2) for i in range(len(words) - k + 1)} & known)
+    counts = Counter(itertools.chain.from_iterable(matches))
     u = uniform(frame["uid"], seed=0, purpose="balance")
     wrong = 0
-    for row, some in enumerate(found):
+    for row, matched in enumerate(matches):
         missed = 1.0
-        for entry in some:
+        for entry in matched:
             missed *= 1 - min(1.0, CAP / counts[entry])
         kept = bool(u[row] < 1 - missed)
         same = kept == (row not in drops.index)
-        if same and not kept and some:
+        if same and not kept and matched:
             same = bool(np.isclose(drops.loc[row, "value"], 1 - missed, rtol=1e-9))
         wrong += not same
     return wrong
@@ -192,11 +192,11 @@ def recognising(texts: pa.Array, rounds: int) -> dict[str, float]:
 
 
 def by_language(texts: pa.Array, truth: list[str]) -> dict[str, float]:
-    """The share of the sentences of each language that is recognised."""
+    """Returns, for each language, the share of its sentences that are recognised."""
     step = Language(keep=None)
     step.setup()
-    found = step.process(pa.table({"caption": texts}))["language"]
-    right = pc.equal(found.combine_chunks(), pa.array(truth)).to_numpy(zero_copy_only=False)
+    recognised = step.process(pa.table({"caption": texts}))["language"]
+    right = pc.equal(recognised.combine_chunks(), pa.array(truth)).to_numpy(zero_copy_only=False)
     return {language: float(right[np.array(truth) == language].mean()) for language in set(truth)}
 
 

@@ -1,14 +1,14 @@
-"""A corpus of made-up photographs, for benchmarks that must not need a network or anybody's pictures.
+"""Generates synthetic photographs, so that benchmarks need neither a network nor licensed pictures.
 
     python benchmarks/corpus.py FOLDER [FILES]         default: 2000
 
-What a photograph does to a decoder and to a resize depends on its spectrum and its edges. The pictures follow the
-*dead leaves* model (Lee, Mumford and Huang, "Occlusion models for natural images", 2001): opaque shapes with radii of
-density r^-3 cover each other, which gives the edges and the 1/f amplitude spectrum of natural scenes. Each leaf has a
-texture of 1/f noise; light falls off across the frame; a lens blurs by a little less than a pixel, a sensor adds noise.
-Sizes and qualities are drawn so that the files come out as on the web: 500 to 1600 pixels, a median of about 80 KB, a
-mean of about 115 KB; of 100 files 86 are baseline JPEGs, 8 progressive ones, 3 PNGs (drawings: flat colours) and 3
-WebPs. Equal arguments give equal pixels, and equal files from equal versions of Pillow.
+The cost of decoding and resizing a photograph depends on its spectrum and its edges. The pictures follow the *dead
+leaves* model (Lee, Mumford and Huang, "Occlusion models for natural images", 2001): opaque shapes with radii of density
+r^-3 cover each other, which gives the edges and the 1/f amplitude spectrum of natural scenes. Each leaf has a texture
+of 1/f noise; brightness changes slowly across the frame; a blur of about one pixel stands for the lens, and noise for
+the sensor. Sizes and qualities are drawn to match files on the web: 500 to 1600 pixels, a median of about 80 KB, a mean
+of about 115 KB; of 100 files 86 are baseline JPEGs, 8 progressive JPEGs, 3 PNGs (drawings in flat colours) and 3 WebPs.
+Equal arguments give equal pixels; with the same version of Pillow, the files are equal too.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from PIL import Image
 
 VERSION = 1
 SEED = 0
-# (kind, share of the files, file name's ending)
+# (kind, share of the files, file extension)
 KINDS = (("baseline", 0.86, "jpg"), ("progressive", 0.08, "jpg"), ("png", 0.03, "png"), ("webp", 0.03, "webp"))
 _TILE = 1024
 
 
 def make(folder: Path, files: int) -> list[str]:
-    """The names of the `files` pictures in `folder`, which are made unless it holds exactly these already."""
+    """Makes `files` pictures in `folder`, unless it already holds exactly these, and returns their names."""
     listing = folder / "corpus.json"
     wanted = {"version": VERSION, "seed": SEED, "files": files}
-    if listing.exists() and (found := json.loads(listing.read_text())) and {k: found.get(k) for k in wanted} == wanted:
-        return list(found["names"])
+    if listing.exists() and wanted.items() <= (corpus := json.loads(listing.read_text())).items():
+        return list(corpus["names"])
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor() as pool:
         names = list(pool.map(functools.partial(_make_one, folder), range(files), chunksize=8))
-    listing.write_text(json.dumps({**wanted, "names": names}))  # last: its existence says that all are there
+    listing.write_text(json.dumps({**wanted, "names": names}))  # last, since it marks the corpus as complete
     return names
 
 
 def _make_one(folder: Path, number: int) -> str:
     cv2.setNumThreads(1)
     rng = np.random.default_rng((SEED, number))
-    # The kinds are dealt out evenly, so that any range of the files has them in proportion.
+    # A golden-ratio sequence spreads the kinds evenly, so that any range of the files has them in proportion.
     at = (number * 0.6180339887 + 0.5) % 1.0
     shares = np.cumsum([share for _, share, _ in KINDS])
     kind, _, ending = KINDS[min(int(np.searchsorted(shares, at, side="right")), len(KINDS) - 1)]
@@ -68,9 +68,9 @@ def _make_one(folder: Path, number: int) -> str:
 
 
 def photograph(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """(height, width, 3) uint8."""
+    """Returns a (height, width, 3) uint8 picture with the spectrum of a photograph."""
     image: np.ndarray = _leaves(rng, width, height, textured=True).astype(np.float32)
-    # Light: a slow gradient over the frame.
+    # Lighting: a slow gradient over the frame.
     corners = rng.uniform(0.55, 1.25, (2, 2)).astype(np.float32)
     image *= cv2.resize(corners, (width, height), interpolation=cv2.INTER_LINEAR)[..., None]
     image = cv2.GaussianBlur(image, (0, 0), float(rng.uniform(0.6, 1.2)))
@@ -80,7 +80,7 @@ def photograph(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 
 def drawing(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """(height, width, 3) uint8 of few, flat colours, as most PNGs on the web."""
+    """Returns a (height, width, 3) uint8 picture of few, flat colours, like most PNGs on the web."""
     return _leaves(rng, width, height, textured=False)
 
 
@@ -93,7 +93,7 @@ def _leaves(rng: np.random.Generator, width: int, height: int, textured: bool) -
         image = _texture(rng, image)
     leaves = 64 if textured else 40
     least, most = max(width, height) / 60, max(width, height) / 2
-    # Inverse of the distribution with density r^-3; the largest first, as they would else cover all others.
+    # Inverse transform sampling of the density r^-3. The largest are drawn first: later ones would cover all others.
     radii = 1 / np.sqrt(rng.uniform(1 / most**2, 1 / least**2, leaves))
     radii[: leaves // 10] = rng.uniform(most / 4, most, leaves // 10)
     for radius in np.sort(radii)[::-1]:
@@ -127,21 +127,21 @@ def _leaves(rng: np.random.Generator, width: int, height: int, textured: bool) -
 
 def _texture(rng: np.random.Generator, patch: np.ndarray) -> np.ndarray:
     height, width = patch.shape[:2]
-    # Most surfaces are smooth, some are grass.
+    # Log-normal: most surfaces are nearly smooth, a few are as rough as grass.
     strength = np.float32(np.exp(rng.normal(np.log(14), 0.8)))
     noise = _crop(rng, _pink_noise(), width, height)
     return (patch + noise[..., None] * strength).clip(0, 255).astype(np.uint8)
 
 
 def _crop(rng: np.random.Generator, tile: np.ndarray, width: int, height: int) -> np.ndarray:
-    """A piece of the periodic tile, larger than it if need be."""
+    """Cuts a `width` by `height` piece at a random position of a tile that was repeated by `_repeated`."""
     top, left = rng.integers(0, _TILE, 2)
     return tile[top : top + height, left : left + width]
 
 
 @functools.cache
 def _pink_noise() -> np.ndarray:
-    """A periodic tile of noise with amplitude 1/f, mean 0 and deviation 1, repeated to cover any picture."""
+    """Returns noise of amplitude 1/f, mean 0 and standard deviation 1, repeated to cover any picture."""
     spectrum = np.fft.rfft2(np.random.default_rng(SEED).normal(size=(_TILE, _TILE)))
     frequency = np.hypot(np.fft.fftfreq(_TILE)[:, None], np.fft.rfftfreq(_TILE)[None])
     frequency[0, 0] = np.inf

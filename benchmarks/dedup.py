@@ -1,14 +1,15 @@
-"""The search behind `near_dedup` beside a bare block join of polars, over the same 64-bit hashes.
+"""Compares the search behind `near_dedup` with a plain self-join in polars, over the same 64-bit hashes.
 
-    python benchmarks/dedup.py [ROWS …] [--hot 0.01] [--alone]    default: 1000000 10000000; needs polars, but --alone
+    python benchmarks/dedup.py [ROWS …] [--hot 0.01] [--alone]    default: 1000000 10000000
 
-The hashes are random. One in fifty has a planted neighbour at a distance of 1 to 4 bits, and a share `--hot` of them
-lies in one of three hot buckets, whose hashes share 44 bits. `winnow` is `pipeline.similarity.hash_clusters.clusters`,
-which gives each hash the number of its cluster. `polars` joins the hashes with themselves under each of the same 15
-masks and drops the pairs that differ in more than 4 bits, without clustering them. Within the hot buckets of 10 million
-hashes it would join 3 billion pairs under each of six masks, more than fit in memory: compare so many by `--hot 0`, and
-measure winnow `--alone`. Each runs in a process of its own. Time is that of the search, memory the process's peak
-without the hashes. Recall is the share of planted pairs that were found.
+Needs polars, except with --alone. The hashes are random. One in fifty has a planted neighbour at a distance of 1 to 4
+bits, and the share `--hot` lies in three hot buckets, within each of which all hashes share 44 bits. `winnow` is
+`pipeline.similarity.hash_clusters.clusters`, which returns the cluster number of each hash. `polars` joins the hashes
+with themselves under each of the same 15 masks and drops the pairs that differ in more than 4 bits, without clustering
+them. For 10 million hashes, the hot buckets alone would give it 3 billion pairs under each of six masks, which do not
+fit in memory: to compare the two at that size, pass `--hot 0`; to measure winnow with hot buckets, `--alone`. Each
+contender runs in a separate process. Time covers the search only; memory is the peak of the process above its size
+before the search. Recall is the share of planted pairs that were found.
 """
 
 from __future__ import annotations
@@ -37,32 +38,32 @@ def main() -> None:
         print(json.dumps(contend(args.contender, args.rows[0], args.hot)))
         return
     print(f"{'rows':>12} {'contender':>10} {'seconds':>8} {'CPU s':>7} {'MB':>7} {'recall':>8}")
-    found = {}
+    results = {}
     for rows in args.rows:
         for contender in ("winnow",) if args.alone else ("winnow", "polars"):
             words = [sys.executable, __file__, str(rows), "--contender", contender, "--hot", str(args.hot)]
             done = subprocess.run(words, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f"{contender} failed: {done.stderr.strip().splitlines()[-1]}")
-            one = found[rows, contender] = json.loads(done.stdout)
+            result = results[rows, contender] = json.loads(done.stdout)
             print(
-                f"{rows:>12,} {contender:>10} {one['seconds']:>8.2f} {one['cpu']:>7.2f} {one['mb']:>7,.0f} "
-                f"{one['recall']:>8.4f}"
+                f"{rows:>12,} {contender:>10} {result['seconds']:>8.2f} {result['cpu']:>7.2f} {result['mb']:>7,.0f} "
+                f"{result['recall']:>8.4f}"
             )
     words = []
     for rows in args.rows:
-        ours, theirs = found[rows, "winnow"], found.get((rows, "polars"))
+        ours, theirs = results[rows, "winnow"], results.get((rows, "polars"))
         if theirs:
             words.append(f"time_ratio_{rows}={ours['seconds'] / theirs['seconds']:.2f}")
             words.append(f"cpu_ratio_{rows}={ours['cpu'] / theirs['cpu']:.2f}")
         words.append(f"recall_{rows}={ours['recall']:.4f}")
-    few, many = found[args.rows[0], "winnow"], found[args.rows[-1], "winnow"]
+    few, many = results[args.rows[0], "winnow"], results[args.rows[-1], "winnow"]
     growth = many["cpu"] / few["cpu"] / (args.rows[-1] / args.rows[0])
     print(f"RESULT {' '.join(words)} cpu_a_row_growth={growth:.2f}")
 
 
 def planted(rows: int, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct hashes, shuffled, and the planted pairs of them, (m, 2)."""
+    """Returns the distinct hashes in random order, and the planted pairs as an (m, 2) array of hashes."""
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**64, rows, np.uint64)
     near = rows // 50
@@ -87,8 +88,8 @@ def contend(contender: str, rows: int, hot: float) -> dict[str, float]:
         import polars as pl
     else:
         clusters(hashes[:1000], MAX_HAMMING)  # imports SciPy
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    started = time.perf_counter()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started, cpu_started = time.perf_counter(), time.process_time()
     if contender == "winnow":
         labels = clusters(hashes, MAX_HAMMING)
     else:
@@ -100,17 +101,16 @@ def contend(contender: str, rows: int, hot: float) -> dict[str, float]:
             close = (pl.col("hash") ^ pl.col("hash_right")).bitwise_count_ones() <= MAX_HAMMING
             linked.append(joined.filter(close).select("hash", "hash_right"))
         links = pl.concat(linked).unique()
-    seconds = time.perf_counter() - started
-    after = resource.getrusage(resource.RUSAGE_SELF)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
     if contender == "winnow":
         order = np.argsort(hashes)
-        one, two = (labels[order[np.searchsorted(hashes, of, sorter=order)]] for of in pairs.T)
+        one, two = (labels[order[np.searchsorted(hashes, side, sorter=order)]] for side in pairs.T)
         recall = float((one == two).mean())
     else:
         wanted = pl.DataFrame({"hash": pairs.min(axis=1), "hash_right": pairs.max(axis=1)}).unique()
         recall = len(wanted.join(links, on=["hash", "hash_right"], how="semi")) / len(wanted)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": seconds, "cpu": cpu, "mb": (after.ru_maxrss - before.ru_maxrss) / 1024, "recall": recall}
+    return {"seconds": seconds, "cpu": cpu, "mb": memory / 1024, "recall": recall}
 
 
 if __name__ == "__main__":

@@ -1,30 +1,31 @@
-"""Fetching pictures: Winnow beside img2dataset and beside the floor of the machine, on the same rows, in turn.
+"""Compares downloads by Winnow with img2dataset and with a lower bound of the machine (`floor`), on the same rows.
 
-    apt-get install -y nginx-light                      nginx, and the module by which it answers late
+    apt-get install -y nginx-light                      nginx and its echo module, which delays answers
     python benchmarks/fetch.py                          20,000 rows, 4 rounds
-    python benchmarks/fetch.py --rows 1000 --rounds 1   to see that it works
+    python benchmarks/fetch.py --rows 1000 --rounds 1   a quick check that it works
     python benchmarks/fetch.py --scenarios plain,dead,latency
 
-An nginx of its own, on free ports of many loopback addresses, serves the made-up photographs of `corpus.py` under as
-many URLs as there are rows. Each contender then does the whole job, from a parquet of urls and captions to WebDataset
-shards of 256-pixel JPEGs (`keep_ratio_largest`, area, quality 95) with sha256 and EXIF:
+The benchmark starts nginx on free ports of many loopback addresses. It serves the synthetic photographs of `corpus.py`
+under one URL for each row. The contenders take turns. Each does the whole job, from a parquet file of URLs and captions
+to WebDataset shards of 256-pixel JPEGs (`keep_ratio_largest`, area, quality 95) with sha256 and EXIF:
 
-- `img2dataset`, in the settings that were fastest here (see `IMG2DATASET`);
-- `scaled`, `exact`, `fast`: `python -m pipeline.run` with that `decode`, Ray included; without the perceptual hash,
-  which img2dataset has not (0.3 ms of CPU an image);
-- `floor`: a plain process per core that fetches over sockets kept alive, with the next pictures asked for in advance,
-  decodes at the smallest DCT scale of 1.5 times the target or more, resizes, encodes, hashes (sha256) and
-  writes a tar, all by the cheapest way known: no checks, no opt-outs, no deadlines, nothing that could go wrong.
-  Sockets by hand rather than libcurl: that costs less still, and needs no package that Winnow does not.
+- `img2dataset`: with the fastest settings found (see `IMG2DATASET`);
+- `scaled`, `exact`, `fast`: `python -m pipeline.run` with that `decode`, including the start of Ray, but without the
+  perceptual hash, which img2dataset does not compute (0.3 ms of CPU per image);
+- `floor`: one plain process per core, which pipelines requests over persistent connections, decodes at the smallest
+  DCT scale of at least 1.5 times the target, resizes, encodes, hashes (sha256) and writes a tar, each by the cheapest
+  known method and without any checks, opt-outs, deadlines or error handling. It uses plain sockets, which cost less
+  than libcurl and need no additional package.
 
-CPU time is that of the command and of all that it started (daemons of Ray included, nginx not), from start to end;
-memory is the peak of the sum of their proportional set sizes, seen every second. PSNR is of the pictures in the shards
-against a full decoding resized by area and not encoded; of JPEGs only, the median and the first percentile.
+CPU time covers the command and every process it started (Ray's daemons, but not nginx), from start to end. Memory is
+the peak sum of their proportional set sizes, sampled every second. PSNR compares the pictures in the shards with a full
+decoding, resized by area and not encoded; it is the median and the first percentile over JPEGs.
 
-Scenarios: `plain`; then, of img2dataset and `scaled` alone: `dead`, where a share of the rows leads to hosts that
-refuse or never answer the handshake, and another to hosts that accept and say nothing, five rows a host; `latency`,
-where every answer comes late (connections do not: that favours whoever opens most of them). Ratios are medians over
-rounds, each within its round.
+Scenarios: `plain` for all contenders; `dead` and `latency` for img2dataset and `scaled` only. In `dead`, one share of
+the rows leads to hosts that refuse connections or never complete the handshake, and another share to hosts that accept
+connections and never answer, with five rows per host. In `latency`, every answer is delayed, but connections are not,
+which favours the contender that opens most of them. A ratio is taken within each round; its median over rounds is
+reported.
 """
 
 from __future__ import annotations
@@ -67,18 +68,18 @@ QUALITY = 95
 COVER = 1.5
 PSNR_FILES = 500
 ROWS_PER_BAD_HOST = 5
-# A measured command that takes longer than this has hung.
+# A measured command has hung if it takes longer than START_SECONDS and then handles fewer than LEAST_RATE rows/s.
 LEAST_RATE, START_SECONDS = 15, 180
-LOOK_SECONDS = 0.2
+SAMPLING_SECONDS = 0.2
 COLUMNS = "scenario round contender images seconds img/s CPU_ms past_start peak_MB PSNR PSNR_1%".split()
 LINE = "{:<9}{:>7} {:<12}{:>8}{:>9}{:>7}{:>8}{:>11}{:>9}{:>7}{:>8}"
 
-# Whom the scenarios beyond `plain` are about.
-BESIDE = ("img2dataset", "scaled")
+# The contenders of the scenarios other than `plain`.
+SCENARIO_CONTENDERS = ("img2dataset", "scaled")
 
-# Tried on 2 cores, 1,500 rows each: a process per core took 6 to 7 ms of CPU an image past the start with 8, 32, 128
-# and 256 threads each; twice as many processes pay for twice the start (24 instead of 19 ms in all). With dead hosts
-# 256 threads (its default) took 44 s, 32 took 64 s, 512 took 38 s. Retries are off for all.
+# Measured on 2 cores with 1,500 rows. One process per core took 6 to 7 ms of CPU per image, start-up excluded, with 8,
+# 32, 128 and 256 threads each. Twice as many processes double the cost of start-up (24 instead of 19 ms in all). With
+# dead hosts, 256 threads (its default) took 44 s, 32 took 64 s, 512 took 38 s. No contender retries.
 IMG2DATASET: dict[str, object] = {
     "image_size": TARGET,
     "resize_mode": "keep_ratio_largest",
@@ -96,7 +97,7 @@ IMG2DATASET: dict[str, object] = {
 
 @dataclass(frozen=True)
 class Usage:
-    """What a command took: seconds by the clock, seconds of CPU, bytes of memory at the peak."""
+    """The cost of a command: wall-clock seconds, CPU seconds, and peak memory in bytes."""
 
     seconds: float
     cpu: float
@@ -122,23 +123,23 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes of each contender")
-    parser.add_argument("--scenarios", default="plain", help="some of plain,dead,latency")
-    parser.add_argument("--contenders", default=",".join(["img2dataset", *DECODES, "floor"]), help="some of them")
+    parser.add_argument("--scenarios", default="plain", help="any of plain,dead,latency")
+    parser.add_argument("--contenders", default=",".join(["img2dataset", *DECODES, "floor"]), help="any of these")
     parser.add_argument("--threads", type=int, default=256, help="img2dataset's thread_count")
-    parser.add_argument("--timeout", type=int, default=10, help="seconds, of every contender")
+    parser.add_argument("--timeout", type=int, default=10, help="seconds a contender waits for one download")
     parser.add_argument("--dead", type=float, default=0.05, help="share of rows on dead hosts")
     parser.add_argument("--stalled", type=float, default=0.02, help="share of rows on hosts that never answer")
     parser.add_argument("--latency", type=float, default=0.05, help="seconds before each answer")
     parser.add_argument("--hosts", type=int, default=64, help="addresses that serve the pictures")
     parser.add_argument("--files", type=int, default=2000, help="pictures in the corpus")
-    parser.add_argument("--corpus", type=Path, default=ROOT / "runs" / "fetch-corpus", help="kept for the next time")
+    parser.add_argument("--corpus", type=Path, default=ROOT / "runs" / "fetch-corpus", help="kept for later runs")
     args = parser.parse_args()
     for option, known in (
         ("scenarios", ("plain", "dead", "latency")),
         ("contenders", ("img2dataset", *DECODES, "floor")),
     ):
         if unknown := set(getattr(args, option).split(",")) - set(known):
-            parser.error(f"--{option}: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
+            parser.error(f"--{option}: unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -165,9 +166,9 @@ class Benchmark:
             print("\n" + LINE.format(*COLUMNS), flush=True)
             for scenario in scenarios:
                 for number in range(self.args.rounds):
-                    # There and back: a machine that grows slower or faster favours nobody over two rounds.
+                    # Every other round is in reverse order, so that a drift in machine speed favours no contender.
                     for contender in self.contenders[:: -1 if number % 2 else 1]:
-                        if scenario != "plain" and contender not in BESIDE:
+                        if scenario != "plain" and contender not in SCENARIO_CONTENDERS:
                             continue
                         measured = self._measure(scenario, contender, self.args.rows)
                         self.results.setdefault((scenario, contender), []).append(measured)
@@ -194,7 +195,7 @@ class Benchmark:
         print("RESULT " + " ".join(f"{name}={value:.2f}" for name, value in figures.items()))
 
     def _ratio(self, scenario: str, above: str, below: str, cpu: bool = False) -> float:
-        """nan where one of the two was not measured."""
+        """Returns the median over rounds of `above` divided by `below`, or NaN if either was not measured."""
         pairs = zip(self.results.get((scenario, above), []), self.results.get((scenario, below), []))
         ratios = [a.cpu_ms / b.cpu_ms if cpu else a.rate / b.rate for a, b in pairs]
         return median(ratios) if ratios else math.nan
@@ -220,7 +221,7 @@ class Benchmark:
         print(LINE.format(*cells), flush=True)
 
     def _starts(self) -> dict[str, Usage]:
-        """What each command takes for next to nothing."""
+        """Measures the start-up of each contender, by giving it two rows per process."""
         starts: dict[str, Usage] = {}
         for contender in self.contenders:
             known = next((starts[c] for c in starts if c in DECODES and contender in DECODES), None)
@@ -246,16 +247,16 @@ class Benchmark:
         images = sum(count_images(path) for path in tars)
         expected = sum("127.0.1." in url for url in urls)
         if images != expected:
-            print(f"{contender}: {images:,} of {expected:,} images, and these last words:")
+            print(f"{contender}: {images:,} of {expected:,} images. The end of its log:")
             print((job / "log").read_text(errors="replace")[-1500:], flush=True)
         if judge and scenario == "plain" and contender not in self.psnr:
             self.psnr[contender] = psnr(tars, self.args.corpus, {n for n in self.names if n.endswith("jpg")})
         if not images:
-            sys.exit(f"{contender} delivered nothing")
+            sys.exit(f"{contender} wrote no images")
         return Measured(usage, images)
 
     def _urls(self, scenario: str, rows: int, bad: list[str]) -> list[str]:
-        """A URL for each row: the good ones go through hosts and files, the bad ones lie evenly among them."""
+        """Returns a URL for each row. Good ones cycle through hosts and files; `bad` hosts are spread evenly."""
         port = self.ports["latency" if scenario == "latency" else "plain"]
         spots = {round(i * rows / len(bad)): host for i, host in enumerate(bad)} if bad else {}
         urls = []
@@ -276,14 +277,15 @@ class Benchmark:
                 "output_folder": str(job / "out"),
                 "processes_count": workers,
                 "thread_count": self.args.threads,
-                # A process ends after five shards, and the next one imports for seconds: few and equal ones are best.
+                # img2dataset restarts a process after five shards, which costs seconds of imports, so shards are few
+                # and of equal size.
                 "number_sample_per_shard": min(10_000, math.ceil(len(urls) / workers)),
                 "timeout": self.args.timeout,
             }
             call = "import json, sys, img2dataset; img2dataset.download(**json.loads(sys.argv[1]))"
             return [sys.executable, "-c", call, json.dumps(options)]
         download = {
-            **({} if contender == "scaled" else {"decode": contender}),  # the default, measured as such
+            **({} if contender == "scaled" else {"decode": contender}),  # `scaled` is the default
             "timeout": self.args.timeout,
             "retries": 0,
             "per_host": 64,
@@ -320,7 +322,7 @@ def read_urls(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def nginx(folder: Path, pictures: Path, hosts: int, latency: float) -> Iterator[dict[str, int]]:
-    """Serves `pictures` on 127.0.1.1, 127.0.1.2, …; yields the port of each way of answering."""
+    """Serves `pictures` on 127.0.1.1, 127.0.1.2, … Yields the ports that answer immediately and with latency."""
     binary = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
     if binary is None:
         sys.exit("nginx is missing: apt-get install -y nginx-light")
@@ -329,17 +331,18 @@ def nginx(folder: Path, pictures: Path, hosts: int, latency: float) -> Iterator[
     echo = Path(modules[1] if modules else "modules") / "ngx_http_echo_module.so"
     ports = {"plain": free_port(), "latency": free_port()}
     if not echo.exists():
-        print(f"without {echo} there is no scenario `latency`: apt-get install -y nginx-light", file=sys.stderr)
+        print(f"scenario `latency` needs {echo}: apt-get install -y nginx-light", file=sys.stderr)
         del ports["latency"]
     home = folder / "nginx"
     home.mkdir()
 
-    def server(port: int, how: str) -> str:
+    def server(port: int, locations: str) -> str:
         listens = "\n".join(f"listen 127.0.1.{host + 1}:{port};" for host in range(hosts))
-        return f"server {{\n{listens}\nroot {pictures.resolve()};\nlocation = /robots.txt {{ return 404; }}\n{how}}}\n"
+        robots = "location = /robots.txt { return 404; }"
+        return f"server {{\n{listens}\nroot {pictures.resolve()};\n{robots}\n{locations}}}\n"
 
-    late = f"location / {{ echo_sleep {latency}; echo_exec @picture; }}\nlocation @picture {{ }}\n"
-    # A worker that gave up its rights could not read a folder of root's.
+    delayed = f"location / {{ echo_sleep {latency}; echo_exec @picture; }}\nlocation @picture {{ }}\n"
+    # As root, nginx would switch its workers to another user, who may not read the pictures.
     user = f"user {pwd.getpwuid(0).pw_name};" if os.geteuid() == 0 else ""
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     spools = "\n".join(f"{kind}_temp_path {home}/{kind};" for kind in kinds)
@@ -353,7 +356,7 @@ open_file_cache max=4000 inactive=1h; open_file_cache_valid 1h;
 types {{ image/jpeg jpg; image/png png; image/webp webp; }}
 {spools}
 {server(ports["plain"], "")}
-{server(ports["latency"], late) if "latency" in ports else ""}
+{server(ports["latency"], delayed) if "latency" in ports else ""}
 }}
 """)
     command = [binary, "-e", "stderr", "-p", str(home), "-c", str(home / "nginx.conf")]
@@ -379,15 +382,19 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def bad_hosts(rows: int, dead: float, stalled: float) -> Iterator[list[str]]:
-    """An `address:port` for each row that is to fail: it refuses, swallows handshakes, or accepts and is mute."""
+    """Yields an `address:port` for each row that shall fail, in random order.
+
+    The hosts of the share `dead` refuse the connection or never complete the handshake, in equal parts. Those of the
+    share `stalled` accept it and never answer.
+    """
     port = free_port()
-    silent, mute = round(rows * dead / 2), round(rows * stalled)
 
     def addresses(network: int, count: int) -> list[str]:
         hosts = min(250, math.ceil(count / ROWS_PER_BAD_HOST))
         return [f"127.0.{network}.{1 + i % hosts}:{port}" for i in range(count)]
 
-    refusing, swallowing, saying_nothing = addresses(2, silent), addresses(3, silent), addresses(4, mute)
+    refusing, unreachable = (addresses(network, round(rows * dead / 2)) for network in (2, 3))
+    mute = addresses(4, round(rows * stalled))
     with contextlib.ExitStack() as stack:
 
         def listen(address: str, backlog: int) -> tuple[str, int]:
@@ -397,68 +404,69 @@ def bad_hosts(rows: int, dead: float, stalled: float) -> Iterator[list[str]]:
             listener.listen(backlog)
             return listener.getsockname()
 
-        for address in sorted(set(saying_nothing)):
-            listen(address, 4096)  # the kernel shakes hands, and nobody ever accepts
-        for address in sorted(set(swallowing)):
-            # With a full queue of connections that nobody accepts, Linux drops further ones without a word.
+        for address in sorted(set(mute)):
+            listen(address, 4096)  # the kernel completes the handshake, but no process accepts the connection
+        for address in sorted(set(unreachable)):
+            # Once the queue of connections to accept is full, Linux silently drops further ones.
             at = listen(address, 0)
             for _ in range(3):
                 filler = stack.enter_context(socket.socket())
                 filler.setblocking(False)
                 filler.connect_ex(at)
-        bad = refusing + swallowing + saying_nothing
+        bad = refusing + unreachable + mute
         order = np.random.default_rng(0).permutation(len(bad))
         yield [bad[i] for i in order]
 
 
-# --- What a command takes ---------------------------------------------------------------------------------------------
+# --- Time and memory of a command -------------------------------------------------------------------------------------
 
 
 def measure(command: list[str], folder: Path, limit: float) -> Usage:
-    """Runs a command to its end, and ends all that it leaves behind. Its output goes to `folder/log`."""
+    """Runs a command to its end, then kills every process it left behind. Its output goes to `folder/log`."""
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS" and not k.lower().endswith("_proxy")}
     env |= {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(folder), "NO_ALBUMENTATIONS_UPDATE": "1"}
     meter = subprocess.Popen(
         [sys.executable, __file__, "meter", str(folder), *command], env=env, cwd=folder, start_new_session=True
     )
     peak, turn, deadline = 0, 0, time.monotonic() + limit
-    # Who ignores SIGCHLD (Ray's raylet, whose children are the workers) waits for nobody: what its children took, and
-    # what theirs did, is in no account but the meter's own, if they fall to it. The last look at them must do.
+    # A process that ignores SIGCHLD (such as Ray's raylet, the parent of the workers) waits for no child, so the kernel
+    # adds the CPU time of its descendants to no other process. For them, the last sampled value counts, unless they
+    # became children of the meter, which does wait. Maps a pid to the descendant below such a process, and CPU seconds.
     seen: dict[int, tuple[int, float]] = {}
     try:
         while meter.poll() is None:
             parents = descendants(meter.pid)
-            deaf = {pid for pid in set(parents.values()) if ignores_children(pid)}
+            not_waiting = {pid for pid in set(parents.values()) if ignores_children(pid)}
             for pid in parents:
                 head = pid
-                while head in parents and parents[head] not in deaf:
+                while head in parents and parents[head] not in not_waiting:
                     head = parents[head]
                 if head in parents and (seconds := cpu_seconds(pid)):
                     seen[pid] = head, seconds
-            if turn % 5 == 0:  # adding up the pages of a process is not free
+            if turn % 5 == 0:  # less often, since the kernel sums up all pages of a process for it
                 peak = max(peak, sum(map(proportional_size, parents)))
             turn += 1
             if time.monotonic() > deadline:
-                sys.exit(f"no end after {limit:.0f} s: {' '.join(command)[:200]}")
+                sys.exit(f"still running after {limit:.0f} s: {' '.join(command)[:200]}")
             with contextlib.suppress(subprocess.TimeoutExpired):
-                meter.wait(LOOK_SECONDS)
+                meter.wait(SAMPLING_SECONDS)
     finally:
         end(meter.pid)
         meter.kill()
         meter.wait()
     if meter.returncode:
-        said = (folder / "log").read_text(errors="replace")[-3000:]
-        sys.exit(f"{' '.join(command)[:200]} failed:\n{said}")
-    took = json.loads((folder / "usage.json").read_text())
-    reaped = {int(pid): cpu for pid, cpu in took["cpu"].items()}
+        output = (folder / "log").read_text(errors="replace")[-3000:]
+        sys.exit(f"{' '.join(command)[:200]} failed:\n{output}")
+    usage = json.loads((folder / "usage.json").read_text())
+    reaped = {int(pid): cpu for pid, cpu in usage["cpu"].items()}
     lost = sum(seconds for pid, (head, seconds) in seen.items() if not {pid, head} & reaped.keys())
-    return Usage(took["seconds"], sum(reaped.values()) + lost, peak)
+    return Usage(usage["seconds"], sum(reaped.values()) + lost, peak)
 
 
 def meter(folder: Path, command: list[str]) -> int:
-    """The other side of `measure`: a process of its own, to which everything that the command leaves behind falls.
+    """Runs in the process that `measure` starts, which adopts the command's orphans (a subreaper, see prctl(2)).
 
-    Daemons whose parents end before them would else be waited for by process 1, and their CPU time be lost.
+    Otherwise process 1 would adopt the daemons whose parents end before them, and their CPU time would be lost.
     """
     set_child_subreaper = 36  # prctl(2)
     if ctypes.CDLL(None, use_errno=True).prctl(set_child_subreaper, 1, 0, 0, 0):
@@ -467,7 +475,7 @@ def meter(folder: Path, command: list[str]) -> int:
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     cpu: dict[int, float] = {}
-    """Of each process that this one waited for, and of those that it had waited for."""
+    """CPU seconds of each process that this one waited for, including the children that process waited for."""
     seconds, patience = 0.0, math.inf
     while True:
         try:
@@ -488,33 +496,31 @@ def meter(folder: Path, command: list[str]) -> int:
 
 
 def descendants(root: int) -> dict[int, int]:
-    """The processes that `root` started, and theirs, each with its parent."""
-    parents = {int(entry): parent for entry in os.listdir("/proc") if entry.isdigit() and (parent := parent_of(entry))}
-    found: dict[int, int] = {}
+    """Returns the children of `root`, their children and so on, each with its parent."""
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+    parents = {pid: int(fields[1]) for pid in pids if (fields := stat(pid))}
+    below: dict[int, int] = {}
     latest = {root}
     while latest:
         latest = {pid for pid, parent in parents.items() if parent in latest}
-        found |= {pid: parents[pid] for pid in latest}
-    return found
+        below |= {pid: parents[pid] for pid in latest}
+    return below
 
 
-def stat(pid: int | str) -> list[str]:
-    """The fields of /proc/PID/stat (proc(5)) from the third on; empty where the process is gone."""
+def stat(pid: int) -> list[str]:
+    """Returns the fields of /proc/PID/stat (proc(5)) from the third on, or none if the process is gone."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return []
 
 
-def parent_of(pid: int | str) -> int:
-    return int((stat(pid) or ["", "0"])[1])
-
-
 def cpu_seconds(pid: int) -> float:
-    """Of a process, without those that it started."""
+    """Returns the CPU time of a process without its children."""
     return sum(map(int, stat(pid)[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def ignores_children(pid: int) -> bool:
+    """Tells whether a process ignores SIGCHLD."""
     with contextlib.suppress(OSError):
         ignored = re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
         return bool(ignored and int(ignored[1], 16) >> (signal.SIGCHLD - 1) & 1)
@@ -535,7 +541,7 @@ def proportional_size(pid: int) -> int:
     return 0
 
 
-# --- What came out ----------------------------------------------------------------------------------------------------
+# --- Pictures in the shards -------------------------------------------------------------------------------------------
 
 
 def count_images(path: Path) -> int:
@@ -544,8 +550,8 @@ def count_images(path: Path) -> int:
 
 
 def psnr(tars: list[Path], pictures: Path, names: set[str]) -> np.ndarray:
-    """In dB, of one picture each of at most PSNR_FILES of the files `names`."""
-    seen: dict[str, float] = {}
+    """Returns the PSNR in dB of one picture for each of at most PSNR_FILES of the files `names`."""
+    decibels: dict[str, float] = {}
     chosen = set(sorted(names)[:PSNR_FILES])
     for path in tars:
         with tarfile.open(path) as tar:
@@ -559,11 +565,11 @@ def psnr(tars: list[Path], pictures: Path, names: set[str]) -> np.ndarray:
                 elif kind == "json":
                     image = images.pop(key)
                     name = json.loads(file.read())["url"].rpartition("/")[2].partition("?")[0]
-                    if name in chosen and name not in seen:
-                        got = opencv_pixels(image)
-                        error = reference(pictures / name, got.shape[1], got.shape[0]).astype(np.float32) - got
-                        seen[name] = 10 * math.log10(255**2 / max(float(np.mean(error**2)), 1e-9))
-    return np.array(list(seen.values()))
+                    if name in chosen and name not in decibels:
+                        pixels = opencv_pixels(image)
+                        error = reference(pictures / name, pixels.shape[1], pixels.shape[0]).astype(np.float32) - pixels
+                        decibels[name] = 10 * math.log10(255**2 / max(float(np.mean(error**2)), 1e-9))
+    return np.array(list(decibels.values()))
 
 
 @functools.cache
@@ -572,7 +578,7 @@ def reference(path: Path, width: int, height: int) -> np.ndarray:
 
 
 def opencv_pixels(body: bytes) -> np.ndarray:
-    """(height, width, 3) BGR, decoded in full."""
+    """Decodes a picture at full size to (height, width, 3) uint8 in BGR order."""
     pixels = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR)
     assert pixels is not None
     return pixels
@@ -593,7 +599,7 @@ def floor(job: Path, workers: int) -> None:
     for part in parts:
         part.join()
     if any(part.exitcode for part in parts):
-        sys.exit("a process of the floor failed")
+        sys.exit("a process of `floor` failed")
 
 
 def floor_part(urls: list[str], path: Path) -> None:
@@ -611,14 +617,14 @@ def floor_part(urls: list[str], path: Path) -> None:
 
 
 def bodies(urls: list[str]) -> Iterator[bytes]:
-    """In order. The next few are always asked for already: the server is at work while a picture is decoded."""
-    files: dict[str, tuple[socket.socket, object]] = {}
-    asked: deque = deque()
+    """Yields the bodies in the order of `urls`. Up to four requests are under way while a picture is decoded."""
+    connections: dict[str, tuple[socket.socket, object]] = {}
+    waiting: deque = deque()
 
     def answer() -> bytes:
-        stream = asked.popleft()
+        stream = waiting.popleft()
         if b" 200 " not in stream.readline():
-            sys.exit("the floor expects nothing but pictures")
+            sys.exit("`floor` handles no status other than 200")
         length = 0
         while (line := stream.readline()) != b"\r\n":
             if line.lower().startswith(b"content-length:"):
@@ -627,22 +633,25 @@ def bodies(urls: list[str]) -> Iterator[bytes]:
 
     for url in urls:
         host, _, path = url.removeprefix("http://").partition("/")
-        if host not in files:
+        if host not in connections:
             address, port = host.split(":")
             connection = socket.create_connection((address, int(port)), 30)
-            files[host] = connection, connection.makefile("rb")
-        connection, stream = files[host]
+            connections[host] = connection, connection.makefile("rb")
+        connection, stream = connections[host]
         connection.sendall(f"GET /{path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
-        asked.append(stream)
-        if len(asked) == 4:
+        waiting.append(stream)
+        if len(waiting) == 4:
             yield answer()
-    while asked:
+    while waiting:
         yield answer()
 
 
 def read_pixels(body: bytes) -> np.ndarray:
-    """(height, width, 3) BGR, of a JPEG at the smallest of the scales that are fast, 1/2, 1/4 and 1/8, of which both
-    sides are COVER times the target or more. (libjpeg-turbo has no SIMD for 5/8 to 7/8: they take longer than 1.)"""
+    """Decodes to (height, width, 3) uint8 in BGR order.
+
+    A JPEG is decoded at the smallest of the scales 1/8, 1/4, 1/2 and 1 at which its longer side is COVER times the
+    target or more. (libjpeg-turbo has no SIMD code for 5/8 to 7/8, which take longer than full size.)
+    """
     if not body.startswith(b"\xff\xd8"):
         return opencv_pixels(body)
     height, width = simplejpeg.decode_jpeg_header(body, strict=False)[:2]
@@ -652,8 +661,11 @@ def read_pixels(body: bytes) -> np.ndarray:
 
 
 def shrink(pixels: np.ndarray) -> np.ndarray:
-    """To the target by averaging areas: linearly to twice its size, then 2 by 2 pixels. OpenCV has SIMD for both of
-    these but not for other ratios of INTER_AREA; that takes three times as long and looks the same (50 dB)."""
+    """Shrinks to the target size: to twice that linearly, then by averaging 2 by 2 pixels.
+
+    OpenCV has SIMD code for both, but not for other ratios of INTER_AREA, which takes three times as long and gives
+    nearly the same result (50 dB).
+    """
     height, width = pixels.shape[:2]
     scale = TARGET / max(height, width)
     if scale >= 1:

@@ -1,25 +1,26 @@
-"""Filters against noise of known kinds, and a learned mixture of scores against each single score.
+"""Measures what filters catch of known kinds of noise, and compares a learned mixture of scores with single scores.
 
     python benchmarks/learn.py [WORK] [--pictures 1400] [--labels 0.25] [--train SAMPLES] [--seeds 3] [--arms NAME …]
     python benchmarks/learn.py WORK --web FOLDER --model SCORER [--recipe key=value …] [--heldout DATA]
 
-Builds the demo web in WORK, whose truth is known. Prints what each filter of `conf/demo.yaml` catches of its kind of
-noise. Then measures all scores of the same web without cutting by any (copies are removed), labels a share of the rows
-by the truth, fits the mixture of `pipeline.learn` to them, with and without embeddings, and compares it on the other
-rows with each single score: AUC, and precision among the same number of kept rows, with 95% bootstrap intervals.
+Builds the demo web in WORK, where the kind of each row is known. Prints what each filter of `conf/demo.yaml` catches of
+its kind of noise. Then scores the same web without cutting by any score (copies are removed), labels a share of the
+rows by the truth, fits the mixture of `pipeline.learn` to them, with and without embeddings, and compares it with each
+single score on the unlabelled rows: by AUC, and by precision at the same number of kept rows, with 95% bootstrap
+intervals.
 
-With `--train`, trains `conf/train_demo.yaml` on SAMPLES samples for each way of choosing rows and each seed. All arms
-choose from the rows without labels. `none` takes all; `clean` those that are good by the truth; the others as many as
-there are good ones. Scores that choose the same rows are one arm. The metric is zero-shot top-1 of the colours of
-held-out scenes. The arms are compared as those of a study are (`pipeline.study.statistics`). What WORK
-already holds is reused.
+With `--train`, trains `conf/train_demo.yaml` on SAMPLES samples for each arm (a way of choosing rows) and each seed.
+All arms choose among the unlabelled rows. `none` takes all of them, `clean` the good ones, and each other arm as many
+as there are good ones. Scores that choose the same rows share an arm. The metric is the zero-shot top-1 accuracy for
+the colours of held-out scenes. Arms are compared as in a study (`pipeline.study.statistics`). Results that WORK already
+holds are reused.
 
-With `--web`, another web takes the place of the demo's. FOLDER has `truth.parquet` with the columns `url, caption,
-kind`, and `of`, the name of the picture that a row shows. The site must be served at these urls, on loopback. Rows of
-the kinds of `--good` are good, the first of them the originals that those of `--copies` repeat. Rows that repeat both
-url and caption are left out. The metric is then the AUC with which a caption finds its picture in `--heldout`,
-captioned pictures as for `trainer.evaluate retrieval`. The pool gets the truth as a column `good`, which no step
-reads, so that a study of `WORK/measured` can have it as a cut.
+`--web` uses another web than the demo's. FOLDER has `truth.parquet` with the columns `url`, `caption`, `kind` and `of`
+(the name of the picture that a row shows). The site must be served at these URLs, on loopback. Rows whose kind is in
+`--good` are good; the first of these kinds holds the originals, which the kinds of `--copies` repeat. Rows that repeat
+both URL and caption are left out. The metric is then the AUC with which a caption finds its picture in `--heldout`,
+captioned pictures as for `trainer.evaluate retrieval`. The pool has the truth in a column `good`, which no step reads,
+so that a study of `WORK/measured` can cut by it.
 """
 
 from __future__ import annotations
@@ -79,16 +80,16 @@ def main() -> None:
     parser.add_argument("work", nargs="?", type=Path, default=Path("runs/learn"))
     parser.add_argument("--pictures", type=int, default=1400)
     parser.add_argument("--labels", type=float, default=0.25, help="share of the rows to label")
-    parser.add_argument("--train", type=int, metavar="SAMPLES", help="train each arm on so many samples")
+    parser.add_argument("--train", type=int, metavar="SAMPLES", help="train each arm on this many samples")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="models trained at a time")
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="train these arms only")
-    parser.add_argument("--web", type=Path, metavar="FOLDER", help="a web that is served, instead of the demo's")
+    parser.add_argument("--web", type=Path, metavar="FOLDER", help="use this web, already served, not the demo's")
     parser.add_argument("--good", nargs="+", default=["clean", "flaky", "moved"], metavar="KIND")
     parser.add_argument("--copies", nargs="+", default=["same_url", "exact_copy", "near_copy"], metavar="KIND")
-    parser.add_argument("--model", default="pipeline/demo/scorer", help="of clip_score (%(default)s)")
-    parser.add_argument("--recipe", nargs="+", default=[], metavar="key=value", help="over conf/demo.yaml")
-    parser.add_argument("--heldout", metavar="DATA", help="captioned pictures for retrieval")
+    parser.add_argument("--model", default="pipeline/demo/scorer", help="model of clip_score (%(default)s)")
+    parser.add_argument("--recipe", nargs="+", default=[], metavar="key=value", help="changes to conf/demo.yaml")
+    parser.add_argument("--heldout", metavar="DATA", help="captioned pictures for retrieval, with --web")
     args = parser.parse_args()
     if args.web and args.train and not args.heldout:
         parser.error("--train with --web needs --heldout")
@@ -100,7 +101,7 @@ def main() -> None:
 
 
 def curate(args: argparse.Namespace) -> None:
-    """Runs the demo's recipe as `filtered`, and one without cuts as `measured`."""
+    """Runs the demo's recipe in `WORK/filtered`, and a recipe without cuts by score in `WORK/measured`."""
     work = args.work
     if (work / "measured" / "shards" / "_SUCCESS").exists():
         return
@@ -120,20 +121,20 @@ def curate(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def served(args: argparse.Namespace) -> Iterator[str]:
-    """Writes pool and truth to `WORK/web` and yields the address at which the web is served."""
+    """Writes pool and truth to `WORK/web`, and yields the address at which the web is served."""
     folder = args.work / "web"
     if args.web:
         yield adopt(args.web, folder, args.good, args.copies)
         return
     with web.open_port(web.PORT) as server:
-        if not (folder / "pool.parquet").exists():  # the last file that it writes
+        if not (folder / "pool.parquet").exists():  # `build` writes this file last
             web.build(folder, args.pictures, 0, server.server_port)
         with web.serving(server, folder):
             yield f"127.0.0.1:{server.server_port}"
 
 
 def adopt(source: Path, folder: Path, good: list[str], copies: list[str]) -> str:
-    """Writes pool and truth of another web as those of the demo's; returns its address."""
+    """Writes pool and truth of another web in the format of the demo's, and returns its address."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for row in pq.read_table(source / "truth.parquet").to_pylist():
         if (pair := (row["url"], row["caption"])) not in rows or row["kind"] in good:
@@ -144,7 +145,7 @@ def adopt(source: Path, folder: Path, good: list[str], copies: list[str]) -> str
         row["picture"] = pictures.setdefault(shown, len(pictures))
         row["good"] = row["kind"] in good
     table = pa.Table.from_pylist(list(rows.values())).select(["url", "caption", "kind", "good", "picture"])
-    if not (folder / "pool.parquet").exists():  # a run that goes on refuses a pool that was written again
+    if not (folder / "pool.parquet").exists():  # a resumed run refuses a pool that was rewritten
         (folder / "truth").mkdir(parents=True, exist_ok=True)
         pq.write_table(table, folder / "truth" / "truth.parquet")
         pool = table.select(["url", "caption"]).append_column("good", table["good"].cast(pa.int64()))
@@ -156,8 +157,10 @@ def adopt(source: Path, folder: Path, good: list[str], copies: list[str]) -> str
 
 
 def compare(work: Path, share: float) -> pa.Table:
-    """Prints the comparison; returns the rows without labels: `uid, place, good` and each score. `place` counts all
-    rows."""
+    """Prints the comparison and returns the unlabelled rows, with the columns `uid`, `place`, `good` and each score.
+
+    `place` is the position among all rows.
+    """
     run = open_run(work / "measured")
     known = pq.read_table(work / "web/truth/truth.parquet").to_pylist()
     tables = list(run.scan(["uid", "url", "caption", *SCORES, *VECTORS], after="clip_score"))
@@ -179,13 +182,13 @@ def compare(work: Path, share: float) -> pa.Table:
         print(f"\n{name}:")
         show(Console(), findings, sample, target, None, 0)
         scores[name] = findings.mixture.logits(held)
-    for part in findings.parts:  # a single score is turned as the labels say
+    for part in findings.parts:  # a score that falls as the label rises is negated
         if part.column in SCORES:
             values = score_mixture.scalars(held[part.column])
             scores[part.column] = np.where(np.isfinite(values), -values if part.falling else values, -np.inf)
 
     ones, even = np.ones(len(y)), float(y.mean())
-    print(f"\n{len(chosen):,} rows labelled; on the {len(y):,} others, of which {y.mean():.1%} are good:")
+    print(f"\n{len(chosen):,} rows labelled; results on the other {len(y):,}, {y.mean():.1%} of them good:")
     cuts = (*SHARES, even)
     print(f"{'score':<16} {'AUC':>22}" + "".join(f"{f'precision at {cut:.0%}':>24}" for cut in cuts))
     for name, values in scores.items():
@@ -210,7 +213,7 @@ def precision(ranking: score_mixture.Ranking, share: float) -> Callable[[np.ndar
 
 
 def train(args: argparse.Namespace, rows: pa.Table) -> None:
-    """Trains and evaluates the arms; prints their means, and how they differ from `none` and `random`."""
+    """Trains and evaluates the arms. Prints their means and their differences from `none` and `random`."""
     good = rows["good"].to_numpy(zero_copy_only=False)
     count = int(good.sum())
     fixed = {"none": np.ones(len(rows), bool), "clean": good}
@@ -227,41 +230,41 @@ def train(args: argparse.Namespace, rows: pa.Table) -> None:
     numbers = index_pictures(candidates, out / "pictures")
     trainer = Trainer(training, load_config(CONFIG, ["shards=study", "output=study"]), out / "pictures", out)
     places = rows["place"].to_numpy()
-    called: dict[tuple[Arm, ...], list[str]] = {}  # scores that choose the same rows are one arm
+    names_of: dict[tuple[Arm, ...], list[str]] = {}  # scores that choose the same rows share their arms
     for name in names:
         subsets = [write_subset(places[chosen(name, seed)], numbers, out / "subsets") for seed in training.seeds]
         arms = tuple(trainer.arm(*subset, args.train, seed) for subset, seed in zip(subsets, training.seeds))
-        called.setdefault(arms, []).append(name)
-    of = {arm: same for arms, same in called.items() for arm in arms}
+        names_of.setdefault(arms, []).append(name)
+    labels = {arm: ", ".join(same) for arms, same in names_of.items() for arm in arms}
     trainer.train(
-        [arms[place] for place in range(args.seeds) for arms in called],
+        [arms[place] for place in range(args.seeds) for arms in names_of],
         lambda arm, record: print(
-            f"{', '.join(of[arm])}, seed {arm.seed}: {record['metrics'][metric]:.4f} ({record['seconds']:.0f} s)",
+            f"{labels[arm]}, seed {arm.seed}: {record['metrics'][metric]:.4f} ({record['seconds']:.0f} s)",
             file=sys.stderr,
             flush=True,
         ),
     )
     values = {
         same[0]: np.array([trainer.result(arm)["metrics"][metric] for arm in arms])  # type: ignore[index]
-        for arms, same in called.items()
+        for arms, same in names_of.items()
     }
     noise = noise_of(np.stack(list(values.values())))
-    families = {  # one for each question, as in a study
+    families = {  # one for each baseline, as in a study
         other: compare_arms(values, [(name, other) for name in values if name not in ("none", other)], noise)
         for other in ("none", "random")
         if other in values and set(values) - {"none", other}
     }
-    found = {(c.first, c.second): c for family in families.values() for c in family.comparisons}
+    comparisons = {(c.first, c.second): c for family in families.values() for c in family.comparisons}
     print(
         f"\n{metric} after {args.train:,} samples, {args.seeds} seeds: mean with its 95% t interval, and differences "
-        f"with intervals that hold for all of a column"
+        f"with intervals that hold jointly within a column"
     )
     print(f"{'rows chosen by':<16} {'rows':>6} {'good':>6} {'mean':>22}{'above none':>26}{'above random':>26}")
-    for arms, (name, *others) in called.items():
+    for arms, (name, *others) in names_of.items():
         mean, share = interval(values[name]), np.mean([good[chosen(name, seed)].mean() for seed in training.seeds])
         cells = [f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]".rjust(22)]
         for other in ("none", "random"):
-            c = found.get((name, other))
+            c = comparisons.get((name, other))
             cells.append(f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]".rjust(26) if c else " " * 26)
         print(f"{name:<16} {arms[0].samples:>6} {share:>6.1%} {''.join(cells)}".rstrip())
         for same in others:
@@ -271,15 +274,15 @@ def train(args: argparse.Namespace, rows: pa.Table) -> None:
         gain = max(family.comparisons, key=lambda c: c.difference)
         need = family.seeds_for(gain.difference) if gain.difference > 0 else None
         print(
-            f"above {other}: a difference of {family.detectable:.3f} would be shown with 80% power; the largest, "
-            f"{gain.difference:+.3f} of {gain.first}, by {need or 'no number of'} seeds"
+            f"above {other}: a true difference of {family.detectable:.3f} is detected with 80% power; the largest, "
+            f"{gain.difference:+.3f} of {gain.first}, needs {need or 'an unknown number of'} seeds"
         )
     means = " ".join(f"{name.replace('+', '_')}={value.mean():.4f}" for name, value in values.items())
     print(f"RESULT samples={args.train} seeds={args.seeds} {means}")
 
 
 def zeroshot(folder: Path) -> tuple[dict[str, Any], str]:
-    """The task of the demo web and its metric: the colour of held-out scenes."""
+    """Returns the task and the metric of the demo web: to name the colour in held-out scenes."""
     if not folder.exists():
         demo.draw_heldout(folder, seed=1)
     options = {"data": str(folder / "colour"), "templates": str(folder / "colour.txt"), "name": "colour"}
@@ -287,7 +290,7 @@ def zeroshot(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def retrieval(data: str) -> tuple[dict[str, Any], str]:
-    """The task of another web and its metric: a caption is nearer to its picture than to another one."""
+    """Returns the task and the metric of another web: whether a caption is nearer to its picture than to others."""
     return {"retrieval": {"data": data, "name": "heldout"}}, "heldout/image_retrieval_auc"
 
 

@@ -1,11 +1,11 @@
-"""Reading and decoding samples: our reader, plain tarfile and webdataset on the same shards; then waiting for data.
+"""Compares the trainer's reader with plain tarfile and webdataset, its decoder with open_clip, and times data waits.
 
     python benchmarks/loader.py [SAMPLES] [--photos TAR]           default: 20000
 
-Makes shards of 256 px JPEGs of 15 to 20 KB (mosaics of the photographs in TAR, or noise that compresses alike) and
-reads every sample: ours in random order, the others from start to end, for they know no other. Rates are per second
-of CPU time of one process, the best of three passes, files in the page cache.
-The last part trains with `python -m trainer.train` and reports the share of time that it waited for data.
+Makes shards of 256 px JPEGs of 15 to 20 KB (mosaics of the photographs in TAR, or noise that compresses to the same
+size) and reads every sample: the trainer's reader in random order, the others sequentially, which is the only order
+they support. Rates are per second of CPU time of one process, the best of three passes, with the files in the page
+cache. The last part trains with `python -m trainer.train` and reports the share of time spent waiting for data.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(samples: int, photos: Path | None) -> None:
         print(f"{samples:,} samples of {size / 1024:.1f} KB in {len(list(folder.glob('*.tar')))} tars")
         started = time.process_time()
         shards = Shards(folder)
-        print(f"index built in {time.process_time() - started:.2f} s of CPU time here, plus the worker processes'")
+        print(f"index built in {time.process_time() - started:.2f} s of CPU time, worker processes not included")
         tars = [str(path) for path in sorted(folder.glob("*.tar"))]
 
         print(f"\n{'reading':<52} {'per CPU s':>10} {'per wall s':>10}")
@@ -73,7 +73,7 @@ def order(shards: Shards) -> list[int]:
 
 
 def read_ours(shards: Shards) -> Iterable[object]:
-    # The order too is part of the work here.
+    # Includes the cost of the random order.
     for start in range(0, len(shards), BATCH):
         numbers = shards.order(np.arange(start, min(start + BATCH, len(shards))), 0, 0)
         for sample in shards.read_many(numbers.tolist()):
@@ -100,7 +100,7 @@ def opened(encoded: bytes) -> Image.Image:
 
 
 def best(label: str, samples: Callable[[], Iterable[object]]) -> float:
-    """Samples per second of CPU time."""
+    """Returns the best rate of three passes, in samples per second of CPU time."""
     rates = []
     for _ in range(3):
         wall, cpu = time.perf_counter(), time.process_time()
@@ -112,7 +112,7 @@ def best(label: str, samples: Callable[[], Iterable[object]]) -> float:
 
 
 def write(folder: Path, samples: int, photos: Path | None) -> float:
-    """Shards as img2dataset makes them; returns the mean size of an image."""
+    """Writes shards in the layout of img2dataset and returns the mean size of an image in bytes."""
     tiles = list(pictures(photos)) if photos else []
     rng, total = np.random.default_rng(0), 0
     encoded = [jpeg(rng, tiles) for _ in range(min(samples, 2000))]
@@ -155,7 +155,7 @@ def jpeg(rng: np.random.Generator, tiles: list[Image.Image]) -> bytes:
 
 
 def waiting(folder: Path, scratch: Path) -> float:
-    """The share of time that a short training waits for its batches, the first of them left out."""
+    """Returns the share of time that a short training waits for data, without the first logged steps."""
     output = scratch / "trained"
     (scratch / "train.yaml").write_text(
         f"{{shards: {folder}, output: {output}, model: scorer-64, lr: 1e-3, warmup: 10, batch_size: 128, epochs: 1, "

@@ -1,14 +1,15 @@
-"""Recall and precision of perceptual hashes on altered copies, by alteration and distance, beside imagededup's pHash.
+"""Measures recall and precision of perceptual hashes on altered copies, and compares them with imagededup's PHash.
 
     python benchmarks/near_copies.py [--pictures FOLDER] [--count 300] [--sets CSV] [--python PYTHON]
 
-Alters each picture (of the demo, or the first of FOLDER by name) in seven ways. Recall is the share of pictures whose
-copy is within the distance; precision is the share of pairs of a picture and a copy within it that belong together.
-`winnow` hashes as `download` does; with --python, an interpreter that has imagededup, its PHash is measured too.
+Alters each picture (of the demo, or the first COUNT of FOLDER by name) in seven ways. Recall at a distance is the share
+of pictures whose altered copy has a hash within that distance. Precision is the share of the pairs of a picture and a
+copy within that distance in which the copy was made from the picture. `winnow` hashes as `download` does. --python
+names an interpreter that has imagededup, whose PHash is then measured too.
 
---sets takes pictures with known copies: a table of `file,copies` without a header, in the folder of the pictures, of
-which each is one of these files or a copy of one. A set counts as found if `near_dedup` at this distance would join the
-file with exactly as many others.
+--sets measures pictures with known copies. CSV has rows of `file,copies` without a header and lies in the folder of the
+pictures, where each picture is one of these files or a copy of one. A set counts as found if `near_dedup` at this
+distance would join the file with exactly that number of others.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, help="a folder of JPEGs (default: the demo's)")
     parser.add_argument("--count", type=int, default=300)
-    parser.add_argument("--sets", type=Path, help="a table of pictures and how many copies of each are beside it")
+    parser.add_argument("--sets", type=Path, help="a table of pictures and the number of copies of each in its folder")
     parser.add_argument("--python", help="interpreter with imagededup")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -74,7 +75,7 @@ def main() -> None:
                 paths.append(f"{name}/{i}.{number}.jpg")
                 alter(picture).save(paths[-1], "JPEG", quality=quality)
         contenders = {
-            who: {kind: hashes(paths) for kind, paths in files.items()} for who, hashes in hashers(args.python).items()
+            who: {kind: hashed(paths) for kind, paths in files.items()} for who, hashed in hashers(args.python).items()
         }
     print(f"{'recall / precision within':<26} {'':<10} " + " ".join(f"{f'{d} bits':>11}" for d in DISTANCES))
     recalls: dict[str, list[float]] = {who: [] for who in contenders}
@@ -96,24 +97,24 @@ def main() -> None:
         paths = [str(path) for path in sorted(args.sets.parent.iterdir()) if path != args.sets]
         at = np.array([Path(path).name in wanted for path in paths])
         others = np.array([wanted[Path(path).name] for path in np.array(paths)[at]])
-        for who, hashes in hashers(args.python).items():
-            distinct, place = np.unique(hashes(paths), return_inverse=True)
+        for who, hashed in hashers(args.python).items():
+            distinct, place = np.unique(hashed(paths), return_inverse=True)
             sets = [clusters(distinct, distance)[place] for distance in DISTANCES]
             right = [np.mean(np.bincount(labels)[labels[at]] - 1 == others) for labels in sets]
             print(f"{f'{len(wanted)} sets found':<26} {who:<10} " + " ".join(f"{share:>11.3f}" for share in right))
-    means = " ".join(f"{who}_recall_at_4={np.mean(found):.3f}" for who, found in recalls.items())
+    means = " ".join(f"{who}_recall_at_4={np.mean(values):.3f}" for who, values in recalls.items())
     print(f"RESULT pictures={len(original)} {means}")
 
 
 def hashers(python: str | None) -> dict[str, Callable[[list[str]], np.ndarray]]:
-    """By contender, what gives the hashes of files: uint64 of shape (n,)."""
+    """Returns, for each contender, a function from n paths to their hashes, uint64 of shape (n,)."""
 
     def theirs(paths: list[str]) -> np.ndarray:
         assert python is not None
         words = [python, "-c", PEER]
         done = subprocess.run(words, input=json.dumps(paths), check=True, capture_output=True, text=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        return np.array([int(found[path], 16) for path in paths], np.uint64)
+        digits = json.loads(done.stdout.splitlines()[-1])
+        return np.array([int(digits[path], 16) for path in paths], np.uint64)
 
     def ours(paths: list[str]) -> np.ndarray:
         return np.array([_hash(path) for path in paths], np.uint64)
@@ -130,9 +131,9 @@ def pictures(folder: Path | None, count: int) -> list[Image.Image]:
 
 
 def _hash(path: str) -> int:
-    found = decode(Path(path).read_bytes(), Rules(extract_exif=False)).phash
-    assert found is not None
-    return found
+    phash = decode(Path(path).read_bytes(), Rules(extract_exif=False)).phash
+    assert phash is not None
+    return phash
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What the report of a run costs, by the rows of the run: time should grow linearly at most, and memory hardly.
+"""Measures how the cost of a report grows with the run: time should grow at most linearly, memory hardly at all.
 
     python benchmarks/report.py [ROWS …]        default: 20000 1000000
 
-For each size, runs a recipe of text filters and two cuts over a pool of made-up URLs, captions and scores, without its
-report; then writes the report by `python -m pipeline.report` in a process of its own. The pool has no pictures: those
-of a report are of a fixed number of units, so their cost does not grow with the run.
+For each size, runs a recipe of text filters and two cuts, without a report, over a pool of synthetic URLs, captions and
+scores. Then writes the report with `python -m pipeline.report`. The pool has no pictures: a report shows pictures from
+a fixed number of units, so their cost does not grow with the run.
 
-CPU seconds are those of the report's process alone, so other work on the machine disturbs them little. Memory is its
-peak resident size, libraries included.
+CPU seconds count the report's process only, so other work on the machine hardly affects them. Memory is the peak
+resident size of that process, including libraries.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ steps:
 """
 WORDS = np.array("a the of in on with and red green blue old new dog cat house tree river street bird horse".split())
 BLOCK = 100_000
-"""Rows of a file of the pool."""
+"""Rows per file of the pool."""
 
 
 class Figure(NamedTuple):
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def measure(folder: Path, rows: int) -> Figure:
-    """Makes a run of so many rows in a folder and reports on it."""
+    """Makes a run of `rows` rows in `folder` and measures its report."""
     pool(folder / "pool", rows)
     (folder / "r.yaml").write_text(RECIPE)
     started = time.perf_counter()
@@ -80,7 +80,7 @@ def measure(folder: Path, rows: int) -> Figure:
     _, status, used = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"pipeline.report ended with status {os.waitstatus_to_exitcode(status)}")
-    process.returncode = 0  # it was waited for here, for its own usage
+    process.returncode = 0  # os.wait4 has already reaped it
     page = (folder / "run/report/index.html").stat().st_size
     seconds = time.perf_counter() - made
     return Figure(rows, made - started, seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, page / 1e6)

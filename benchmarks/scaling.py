@@ -1,15 +1,15 @@
-"""How cost, memory and files grow with the rows of a pool: cost and files linearly, and memory not at all.
+"""Measures how CPU time, memory and files grow with a pool: memory should stay constant, the others grow linearly.
 
     python benchmarks/scaling.py [ROWS …] [--rows-per-file N]        default: 50000 200000 800000
 
-For each size, makes a pool of made-up URLs and captions, in one file or in many. Builds a list of entries from its
-captions with `python -m pipeline.entries`, then runs all steps that need no network with `python -m pipeline.run`: text
-filters, language, deduplication, matching, balancing. The CPU time is that of both commands, start of Ray included.
+For each size, makes a pool of synthetic URLs and captions, in one file or in many. Builds a list of entries from its
+captions with `python -m pipeline.entries`, then runs every step that needs no network with `python -m pipeline.run`:
+text filters, language, deduplication, matching, balancing. CPU time covers both commands, including the start of Ray.
 
-Memory is the peak of the process of each driver, and of the largest worker: its own pages (RssAnon), and beside them
-those of Ray's object store that it has touched (RssShmem), which all processes share and which `object_store_memory`
-bounds. The resident size that `top` shows is the sum of both, and of files that are mapped. Private pages (USS) would
-mislead: pages of libraries become private to the driver when the workers end.
+Memory is the peak of each driver process and of the largest worker: its anonymous pages (RssAnon), and separately the
+pages of Ray's object store that it has touched (RssShmem), which all processes share and `object_store_memory` bounds.
+The resident size that `top` shows is the sum of both and of mapped files. Private pages (USS) would be misleading,
+since the pages of libraries become private to the driver when the workers end.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ steps:
 WORDS = """a the of in on with and small large red green blue old new dog cat house tree river mountain street woman man
 child boat bridge garden window table chair bird horse market morning evening light shadow under over beside behind
 running sitting standing looking holding wearing playing crossing""".split()
-LOOK_SECONDS = 0.5
+SAMPLING_SECONDS = 0.5
 
 
 class Figures(NamedTuple):
-    """Of one size: seconds, CPU microseconds a row, peaks in MB, and the files of the run."""
+    """The results for one size: seconds, CPU microseconds per row, peaks in MB, and the number of files of the run."""
 
     rows: int
     seconds: float
@@ -64,7 +64,7 @@ class Figures(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=int, nargs="*", default=[50_000, 200_000, 800_000])
-    parser.add_argument("--rows-per-file", type=int, help="all in one file without it")
+    parser.add_argument("--rows-per-file", type=int, help="(default: all rows in one file)")
     args = parser.parse_args()
     print(
         f"{'rows':>11} {'seconds':>8} {'CPU µs/row':>11} {'entries MB':>11} {'driver MB':>10} {'worker MB':>10} "
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def write_pool(folder: Path, rows: int, rows_per_file: int | None) -> None:
-    """A pool in which a few captions are frequent and the words follow Zipf's law; a row group every 100,000 rows."""
+    """Writes a pool with a few frequent captions, words that follow Zipf's law, and row groups of 100,000 rows."""
     (folder / "r.yaml").write_text(RECIPE)
     (folder / "pool").mkdir()
     rng = random.Random(0)
@@ -124,9 +124,8 @@ def run(folder: Path, rows: int) -> Figures:
 
 
 def watch(peaks: dict[str, float], ended: threading.Event) -> None:
-    """Keeps the peaks of the driver and of the workers, which Ray names `ray::…`, below this process."""
-
-    while not ended.wait(LOOK_SECONDS):
+    """Records the peaks of driver and workers, which Ray names `ray::…`, among the descendants of this process."""
+    while not ended.wait(SAMPLING_SECONDS):
         for pid in descendants(os.getpid()):
             try:
                 name = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -135,12 +134,12 @@ def watch(peaks: dict[str, float], ended: threading.Event) -> None:
                     continue
                 peaks[kind] = max(peaks[kind], megabytes(pid, "RssAnon"))
                 peaks["shared"] = max(peaks["shared"], megabytes(pid, "RssShmem"))
-            except OSError:  # it has ended
+            except OSError:  # the process has ended
                 continue
 
 
 def megabytes(pid: int, field: str) -> float:
-    """A field of /proc/PID/status; 0 of a process that is ending, which has none."""
+    """Returns a field of /proc/PID/status in MB, or 0 if the process is ending, which has no such field."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next((int(line.split()[1]) for line in lines if line.startswith(field)), 0) / 1000
 

@@ -1,13 +1,13 @@
-"""Semantic deduplication over stored embeddings, beside a bare faiss k-means with a matrix product in each cluster.
+"""Compares `semantic_dedup` over stored embeddings with plain faiss k-means and a matrix product in each cluster.
 
     python benchmarks/semantic_dedup.py [--rows 2000000] [--dimension 512] [--rounds 1]
 
 Makes unit vectors around random centres, a fifth of them copies of others at a cosine of 0.970 to 0.995, and stores
-them in fp16 twice: as a run of units of 10,000 rows, and as one array. `winnow` runs the barrier of `semantic_dedup`
-on two workers of a local Ray, whose start counts; `bare` is one process with two threads that maps the array, trains
-the same k-means on as many vectors, assigns all and compares within clusters, and keeps nothing but a mask. Recall is
-the share, of a sample of rows that a brute force over all rows finds to have an earlier row above 1 − eps, that was
-dropped. Memory is the sum over all processes.
+them in fp16 twice: as a run of units of 10,000 rows, and as one array. `winnow` runs the barrier of `semantic_dedup` on
+two workers of a local Ray, including the start of Ray. `bare` is one process with two threads, which maps the array,
+trains the same k-means on as many vectors, assigns all vectors, compares those of each cluster, and writes only a mask.
+For recall, brute force finds which rows of a sample have an earlier row with a cosine above 1 − eps; recall is the
+share of those that was dropped. Memory is the sum over all processes.
 """
 
 from __future__ import annotations
@@ -58,15 +58,18 @@ def main() -> None:
     print(f"{args.rows:,} rows of {args.dimension} dimensions in fp16")
     print(f"{'contender':<10} {'seconds':>9} {'CPU s':>9} {'peak MB':>9} {'recall':>8}")
     medians = {who: [statistics.median(values) for values in zip(*rows)] for who, rows in figures.items()}
-    for who, (seconds, cpu, peak, found) in medians.items():
-        print(f"{who:<10} {seconds:>9.1f} {cpu:>9.1f} {peak:>9,.0f} {found:>8.4f}")
-    (ours, our_cpu, peak, found), (theirs, their_cpu, *_) = medians["winnow"], medians["bare"]
+    for who, (seconds, cpu, peak, recalled) in medians.items():
+        print(f"{who:<10} {seconds:>9.1f} {cpu:>9.1f} {peak:>9,.0f} {recalled:>8.4f}")
+    (ours, our_cpu, peak, recalled), (theirs, their_cpu, *_) = medians["winnow"], medians["bare"]
     ratios = f"time_ratio={ours / theirs:.2f} cpu_ratio={our_cpu / their_cpu:.2f}"
-    print(f"RESULT {ratios} peak_mb={peak:.0f} recall={found:.4f}")
+    print(f"RESULT {ratios} peak_mb={peak:.0f} recall={recalled:.4f}")
 
 
 def write(folder: Path, rows: int, dimension: int) -> None:
-    """`vectors.npy`, and the same as two passes of a run. Row i of the array is the row i % UNIT_ROWS of its unit."""
+    """Writes `vectors.npy`, and the same vectors as two passes of a run.
+
+    Row i of the array is row i % UNIT_ROWS of unit i // UNIT_ROWS.
+    """
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(max(1, rows // 500), dimension)).astype(np.float32)
     matrix = np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float16, (rows, dimension))
@@ -132,9 +135,8 @@ def bare(folder: Path) -> None:
     means.train(matrix[chosen].astype(np.float32))
     cluster = np.empty(rows, np.int64)
     for low in range(0, rows, UNIT_ROWS):
-        cluster[low : low + UNIT_ROWS] = (matrix[low : low + UNIT_ROWS].astype(np.float32) @ means.centroids.T).argmax(
-            1
-        )
+        similar = matrix[low : low + UNIT_ROWS].astype(np.float32) @ means.centroids.T
+        cluster[low : low + UNIT_ROWS] = similar.argmax(axis=1)
     order = np.argsort(cluster, kind="stable")
     dropped = np.zeros(rows, bool)
     for members in np.split(order, np.flatnonzero(np.diff(cluster[order])) + 1):
@@ -145,7 +147,7 @@ def bare(folder: Path) -> None:
 
 
 def recall(folder: Path, dropped: np.ndarray) -> float:
-    """Of sampled rows with an earlier row above the limit, by brute force in fp32, the share that was dropped."""
+    """Returns the share dropped among sampled rows with an earlier row above the limit, by brute force in fp32."""
     matrix = np.load(folder / "vectors.npy", mmap_mode="r")
     rows = np.sort(np.random.default_rng(1).permutation(len(matrix))[:SAMPLE_ROWS])
     sample = matrix[rows].astype(np.float32)
@@ -155,9 +157,9 @@ def recall(folder: Path, dropped: np.ndarray) -> float:
         similar = sample @ block.T
         similar[np.arange(low, low + len(block)) >= rows[:, None]] = -1
         best = np.maximum(best, similar.max(axis=1))
-    # A margin of fp16's rounding: those just above the limit may fall on either side.
-    found = best > 1 - SemanticDedup().eps + 1e-3
-    return float(dropped[rows[found]].mean())
+    # With a margin for the rounding of fp16: rows just above the limit may fall on either side.
+    copies = best > 1 - SemanticDedup().eps + 1e-3
+    return float(dropped[rows[copies]].mean())
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""How fast the studio answers on a large run, over HTTP as the page asks.
+"""Measures how fast the studio answers requests over HTTP on a large run.
 
     python benchmarks/studio.py [--rows 1000000] [--questions 60]
 
-Writes a run of synthetic rows (six scores, two languages, 50,000 hosts, 2,000 concepts, captions of some 60
-characters), opens it as `winnow studio` does, and asks through a socket on loopback. Per kind of question the table has
-the median, the 95th percentile and the largest of the wall times, and the CPU seconds of the server's process per
-answer; every question differs from the one before it. The bound is 200 ms.
+Writes a run of synthetic rows (six scores, two languages, 50,000 hosts, 2,000 concepts, captions of about 60
+characters), opens it as `winnow studio` does, and sends the page's requests over loopback. For each kind of request it
+prints the median, the 95th percentile and the maximum of the wall time, and the CPU time of the process per answer. No
+request repeats the one before it. The limit for the 95th percentile is 200 ms.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ HOSTS, CONCEPTS = 50_000, 2_000
 
 @dataclass(kw_only=True)
 class Scores(Stage):
-    """Stands for the steps that measured."""
+    """Stands for the steps that computed the columns."""
 
     adds: ClassVar = {**dict.fromkeys(SCORES, pa.float32()), "language": pa.string()}
 
 
 def write(folder: Path, rows: int) -> str:
-    """Writes a run; returns its path."""
+    """Writes a run and returns its path."""
     rng = np.random.default_rng(0)
     words = np.array([f"w{n}" for n in range(CONCEPTS)])
     (folder / "entries.json").write_text(json.dumps(words.tolist()))
@@ -63,7 +63,7 @@ def write(folder: Path, rows: int) -> str:
     units = -(-rows // UNIT_ROWS)
     for unit in range(units):
         n = min(UNIT_ROWS, rows - unit * UNIT_ROWS)
-        # Words are as frequent as in text: the k-th by 1/k (Zipf).
+        # Zipfian, like the words of natural text.
         drawn = words[np.minimum(rng.zipf(1.3, (n, 10)) - 1, CONCEPTS - 1)]
         numbers = np.arange(n, dtype=np.int32)
         texts = {
@@ -84,9 +84,9 @@ def write(folder: Path, rows: int) -> str:
     return run
 
 
-def questions(kind: str, count: int) -> list[tuple[str, dict]]:
-    """Questions of one kind, no two alike."""
-    asked: list[tuple[str, dict]] = []
+def requests(kind: str, count: int) -> list[tuple[str, dict]]:
+    """Returns the path and the body of `count` different requests of one kind."""
+    made: list[tuple[str, dict]] = []
     for i in range(count):
         moved = 0.2 + 0.1 * i / count
         cuts = [{"column": SCORES[0], "min": moved}, {"column": SCORES[1], "min": 0.2}]
@@ -104,15 +104,14 @@ def questions(kind: str, count: int) -> list[tuple[str, dict]]:
             path, more = "tiles", {"show": 0}
         elif kind == "rows kept and dropped":
             path, more = "tiles", {"show": "sample"}
-        asked.append((path, {"cuts": cuts, "view": view, **more}))
-    return asked
+        made.append((path, {"cuts": cuts, "view": view, **more}))
+    return made
 
 
 async def measure(studio: Studio, count: int) -> float:
-    """Prints the table; returns the largest 95th percentile in milliseconds."""
+    """Prints the table and returns the largest 95th percentile in milliseconds."""
     token, worst = "benchmark", 0.0
-    hosts: list[str] = []
-    runner = web.AppRunner(application(studio, token, hosts or ["127.0.0.1:0"]), access_log=None)
+    runner = web.AppRunner(application(studio, token, ["127.0.0.1:0"]), access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
@@ -127,18 +126,17 @@ async def measure(studio: Studio, count: int) -> float:
         "rows at a cut",
         "rows kept and dropped",
     )
-    print(f"{'question':<22} {'median ms':>9} {'95% ms':>9} {'max ms':>9} {'cpu ms':>9}")
+    print(f"{'request':<22} {'median ms':>9} {'95% ms':>9} {'max ms':>9} {'cpu ms':>9}")
     async with aiohttp.ClientSession(headers=headers) as session:
         for kind in kinds:
-            times, before = [], resource.getrusage(resource.RUSAGE_SELF)
-            for path, body in questions(kind, count):
+            times, cpu_started = [], time.process_time()
+            for path, body in requests(kind, count):
                 started = time.perf_counter()
                 async with session.post(f"{address}/{path}", json=body) as answer:
                     answer.raise_for_status()
                     await answer.read()
                 times.append(1000 * (time.perf_counter() - started))
-            after = resource.getrusage(resource.RUSAGE_SELF)
-            cpu = 1000 * (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / count
+            cpu = 1000 * (time.process_time() - cpu_started) / count
             median, high = np.percentile(times, [50, 95])
             worst = max(worst, high)
             print(f"{kind:<22} {median:>9.0f} {high:>9.0f} {max(times):>9.0f} {cpu:>9.0f}")
@@ -149,7 +147,7 @@ async def measure(studio: Studio, count: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--questions", type=int, default=60, help="of each kind (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=60, help="requests of each kind (default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder), args.rows)

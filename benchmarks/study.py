@@ -1,11 +1,11 @@
-"""Cost of the counting part of a study beside a bare pyarrow scan of the same columns.
+"""Compares the cost of counting the rows of a study's cuts with a plain pyarrow scan of the same columns.
 
     python benchmarks/study.py [--rows N] [--scores N] [--cuts N]        default: 1,000,000 rows, 6 scores, 50 cuts
 
-Makes a finished run in which every score is a measure pass of its own, as a recipe with six scorers leaves it. Then it
-scans the scores of all units with `pyarrow.dataset`, and does the same with `pipeline.study`: all cuts by fraction,
-exact, with the rows of each and the overlap of each pair. `scan` is the read API alone, between the two. Each is run
-`--times` times in turn, in a process of its own, and the least CPU and wall time count.
+Makes a finished run with one measure pass per score, like that of a recipe with six scorers. `bare` scans the scores of
+all units with `pyarrow.dataset`. `scan` does the same through the read API. `study` computes all cuts by fraction
+exactly, with the rows of each and the overlap of each pair. The three take turns, `--times` times, each time in a new
+process. The least wall and CPU times are reported.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pipeline.storage import Store
 
 @dataclass(kw_only=True)
 class Score(Stage):
-    """A made-up score."""
+    """Stands for a scorer that added one column."""
 
     column: str
     expensive = True
@@ -47,10 +47,10 @@ class Score(Stage):
 
 
 def make_run(folder: Path, rows: int, scores: int, unit_rows: int = 10_000) -> None:
-    """A run of made-up rows with normal scores."""
+    """Writes a run of synthetic rows with normally distributed scores."""
     steps = [Score(column=f"score_{i}") for i in range(scores)]
     for i, step in enumerate(steps):
-        step.__dict__["_label"] = f"score_{i}"  # as the recipe numbers steps
+        step.__dict__["_label"] = f"score_{i}"  # which the recipe reader would set
     recipe = Recipe(name="made", pool=PoolSpec(path="made.parquet"), run=str(folder), steps=[*steps])
     passes = make_passes(recipe, {"made": rows}, {})
     rng = np.random.default_rng(0)
@@ -72,7 +72,7 @@ def make_run(folder: Path, rows: int, scores: int, unit_rows: int = 10_000) -> N
 
 
 def bare(run: Path, scores: int) -> int:
-    """The scores of all rows, by pyarrow alone."""
+    """Scans the scores of all rows with pyarrow alone, and returns the number of rows."""
     rows = 0
     for folder in run.glob("passes/score-*"):
         dataset = pyarrow.dataset.dataset(sorted(map(str, folder.glob("units/*.parquet"))))
@@ -82,12 +82,12 @@ def bare(run: Path, scores: int) -> int:
 
 
 def scan(run: Path, scores: int) -> int:
-    """The same through the read API."""
+    """Does the same through the read API."""
     return sum(map(len, open_run(run).scan([f"score_{i}" for i in range(scores)])))
 
 
 def study(run: Path, scores: int, cuts: int) -> int:
-    """The counting part of a study."""
+    """Counts the rows of `cuts` cuts and their overlaps, and returns the sum of the counts."""
     from pipeline.study import candidates, study_plan
     from pipeline.study.kept import Cuts, jaccard, overlaps
 
@@ -113,32 +113,29 @@ def main() -> None:
     parser.add_argument("--only", choices=("bare", "scan", "study"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
-        before = resource.getrusage(resource.RUSAGE_SELF)
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         work = {"bare": bare, "scan": scan, "study": study}[args.only]
         answer = work(args.folder, args.scores, *([args.cuts] if args.only == "study" else []))
-        wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
-        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        wall, cpu = time.perf_counter() - started, time.process_time() - cpu_started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         own = next(int(x.split()[1]) for x in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in x)
-        print(
-            json.dumps({"wall": wall, "cpu": cpu, "peak": after.ru_maxrss / 1024, "own": own / 1024, "answer": answer})
-        )
+        print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak, "own": own / 1024, "answer": answer}))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary) / "run"
         if not (folder / "run.json").exists():
             make_run(folder, args.rows, args.scores)
-        found: dict[str, list[dict[str, float]]] = {"bare": [], "scan": [], "study": []}
+        runs: dict[str, list[dict[str, float]]] = {"bare": [], "scan": [], "study": []}
         words = ["--scores", str(args.scores), "--cuts", str(args.cuts), "--folder", str(folder)]
         for _ in range(args.times):
-            for name, results in found.items():
+            for name, results in runs.items():
                 command = [sys.executable, __file__, "--only", name, *words]
-                results.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
-    least = {name: {key: min(r[key] for r in of) for key in of[0]} for name, of in found.items()}
+                results.append(json.loads(subprocess.check_output(command)))
+    least = {name: {key: min(r[key] for r in results) for key in results[0]} for name, results in runs.items()}
     print(f"{args.rows:,} rows, {args.scores} scores, {args.cuts} cuts")
     print(f"{'':>6} {'wall s':>8} {'CPU s':>8} {'own MB':>8} {'peak MB':>8}")
-    for name, of in least.items():
-        print(f"{name:>6} {of['wall']:>8.2f} {of['cpu']:>8.2f} {of['own']:>8.0f} {of['peak']:>8.0f}")
+    for name, r in least.items():
+        print(f"{name:>6} {r['wall']:>8.2f} {r['cpu']:>8.2f} {r['own']:>8.0f} {r['peak']:>8.0f}")
     wall, cpu = (least["study"][key] / least["bare"][key] for key in ("wall", "cpu"))
     print(f"RESULT rows={args.rows} wall_ratio={wall:.2f} cpu_ratio={cpu:.2f} study_own_mb={least['study']['own']:.0f}")
 

@@ -1,26 +1,27 @@
-"""Training speed: our loop and open_clip's own, `open_clip_train`, on the same shards, in turn.
+"""Compares the training speed of `trainer.train` and of open_clip's `open_clip_train` on the same shards.
 
     python benchmarks/train.py                                         the CPU comparison, about ten minutes on 2 cores
     python benchmarks/train.py --precision fp32                        the same in fp32, for CPUs without bf16
     python benchmarks/train.py --device cuda --models ViT-B-32,ViT-B-16 --batch 1024 --samples 102400 --largest 131072
 
 Both loops train the same architecture from fresh fp32 weights, by default in bf16 autocast, with the same batch,
-optimiser, schedule, number of workers and threads, on the same tars, for exactly one epoch. Each is a process of its
-own, run alone, and the order changes from round to round. Both print a line per step (per ten on a GPU), and this
-script reads one clock and the CPU time of the whole process tree when such a line arrives: at the end of the warm-up
-and at the end of the epoch. What is measured lies between the two, so that imports, the model's creation, the first
-filling of buffers, and the checkpoint at the end are left out of both by the same rule. The batches that the workers
-have ready when the warm-up ends are no part of it either: of the loop whose pictures cost more, more is left out.
+optimiser, schedule, and numbers of workers and threads, on the same tars, for exactly one epoch. They run one at a
+time, each in a separate process, and their order alternates between rounds. Both print a line per step (per ten steps
+on a GPU). When a line arrives, this script reads the clock and the CPU time of the process tree. Rates are taken
+between the end of a warm-up and the end of the epoch, which excludes imports, the creation of the model, the first
+filling of buffers and the final checkpoint for both loops. It also excludes the batches that the workers have prepared
+by the end of the warm-up. That favours the loop with the more expensive decoding.
 
-What differs, and must be known to read the ratio:
-- Crops: CLIP's is the largest square at a random place. open_clip_train has none such; the nearest is its
-  RandomResizedCrop with scale (1, 1), which falls back on the centre of the picture for the shape that we give it.
-- Captions have lengths spread as those of web alt text are. Our loop leaves out padding, exactly; theirs never does.
-- What our trainer sets for OpenMP (trainer/__init__.py) is set for open_clip_train as well.
+Differences that affect the ratio:
+- Crops: CLIP takes the largest square at a random position. open_clip_train cannot; its nearest option is
+  RandomResizedCrop with scale (1, 1), which falls back to the centre of the picture for the shapes used here.
+- Padding: captions vary in length like web alt text. Winnow computes nothing for padding, without changing the result;
+  open_clip_train always computes it.
+- OpenMP: the settings of Winnow's trainer (trainer/__init__.py) apply to open_clip_train as well.
 
-open_clip_train fails on the webdataset that this project uses, so it gets an environment of its own, made once in
-`$XDG_CACHE_HOME/winnow` from the index that pip is configured for; `--peer-python` names one that exists.
-The loss at the end, the mean of the last eighth of the epoch, tells whether both did the same work.
+open_clip_train fails with the version of webdataset that this project uses, so it runs in a separate environment. This
+is made once, in `$XDG_CACHE_HOME/winnow`, from the package index that pip is configured for; `--peer-python` uses an
+existing one. The final loss, the mean over the last eighth of the epoch, shows whether both loops did the same work.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from trainer.model import create, encode_trimmed, open_clip, trim, untrimmed
 
 ROOT = Path(__file__).parents[1]
 OPEN_CLIP, WEBDATASET = "open_clip_torch[training]==3.3.0", "webdataset<=0.2.86"
-MODELS = {  # besides those that open_clip and trainer/configs have
+MODELS = {  # in addition to those of open_clip and trainer/configs
     "small-64": {
         "embed_dim": 256,
         "vision_cfg": {"image_size": 64, "patch_size": 16, "width": 256, "layers": 8, "head_width": 64},
@@ -61,19 +62,19 @@ MODELS = {  # besides those that open_clip and trainer/configs have
 }
 LR, WARMUP, DECAY, BETAS, EPS = 1e-3, 8, 0.2, (0.9, 0.98), 1e-6
 DISTINCT = 8192
-"""Samples made; more than these repeat them."""
+"""Number of different samples. A longer epoch repeats them."""
 PEER_PRECISION = {"fp32": "fp32", "bf16": "amp_bf16", "fp16": "amp"}
-"""What open_clip_train calls the same."""
+"""The names that open_clip_train uses for each precision."""
 ALIKE = 0.25
-"""Nats, of the ln(batch) they start at, by which the losses at the end may differ: weights, order and crops are drawn
-separately, and after some 30 steps that alone makes 0.12."""
+"""Nats by which the final losses may differ; they start at ln(batch). Weights, order and crops are drawn separately,
+which alone causes a difference of 0.12 after about 30 steps."""
 PATIENCE = 1800
-"""Seconds after which a run is given up."""
+"""Seconds after which a run is killed."""
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40": 181, "L4": 121, "4090": 165}
-"""Dense bf16, from NVIDIA's data sheets (SXM where there are several)."""
+"""Dense bf16 TFLOP/s from NVIDIA's data sheets (SXM if there are several variants)."""
 
-# Both loops start through these lines, which add the models and, where torchvision cannot load beside a CPU build of
-# torch, the cure that trainer.model has for that.
+# Both loops start through these lines. They add the models, and importing trainer.model works around a torchvision that
+# cannot load with a CPU build of torch.
 LAUNCH = """\
 import runpy, sys
 from trainer.model import open_clip
@@ -89,26 +90,26 @@ THEIR_LINE = re.compile(
 
 
 class OutOfMemoryError(RuntimeError):
-    """A run that the device had no room for."""
+    """A run ran out of device memory."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What was known when a loop printed a line."""
+    """The state of a run when it printed a line."""
 
     step: int
     at: float
-    """seconds"""
+    """clock, in seconds"""
     cpu: float
-    """seconds of the process and its workers"""
+    """CPU seconds of the process and its workers"""
     loss: float
     wait: float
-    """seconds of the step that were spent waiting for data, as a share"""
+    """share of the step's time spent waiting for data"""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One epoch, less its warm-up."""
+    """The results of one epoch without its warm-up."""
 
     rate: float
     """samples per second"""
@@ -122,7 +123,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Setting:
-    """What both loops are given."""
+    """The settings that both loops share."""
 
     model: str
     folder: Path
@@ -138,7 +139,7 @@ class Setting:
 
     @property
     def log_every(self) -> int:
-        # A line costs a GPU a wait, which open_clip_train has nowhere else.
+        # For each line, open_clip_train waits for the GPU, which it does nowhere else.
         return 1 if self.device == "cpu" else 10
 
     def ours(self, shards: Sequence[dict[str, object]] | str, micro_batch: int | None = None) -> list[str]:
@@ -180,7 +181,7 @@ def main(args: argparse.Namespace) -> None:
         for model in args.models.split(","):
             size = open_clip.get_model_config(model)["vision_cfg"]["image_size"]
             folder = scratch / f"shards-{size}"
-            # Whole batches for each worker of open_clip_train, which else repeats samples to fill them.
+            # open_clip_train repeats samples unless each worker gets whole batches.
             unit = args.batch * max(1, args.workers)
             samples = -(-args.samples // unit) * unit
             if not folder.exists():
@@ -194,12 +195,12 @@ def main(args: argparse.Namespace) -> None:
             cpu_ratios.append(cpu_ratio)
             if args.largest:
                 largest(setting, peer, args.largest)
-    # Of several models the one that gained least.
+    # The model with the smallest gain.
     print(f"RESULT train_ratio={min(ratios):.2f} cpu_ratio={min(cpu_ratios):.2f}")
 
 
 def compare(setting: Setting, peer: Path, rounds: int, peak_tflops: float | None) -> tuple[float, float]:
-    """Ours over theirs, in samples per second and in samples per second of CPU time: medians over the rounds."""
+    """Returns the median ratios of Winnow to open_clip_train, in samples per second and per second of CPU time."""
     print(
         f"\n{setting.model}: {setting.samples:,} samples, batch {setting.batch}, {setting.precision} against "
         f"{setting.peer_precision}\n"
@@ -221,7 +222,7 @@ def compare(setting: Setting, peer: Path, rounds: int, peak_tflops: float | None
     if setting.device != "cpu":
         show_utilisation(setting, ours, theirs, peak_tflops)
     if not abs(ours.loss - theirs.loss) < ALIKE:
-        raise SystemExit(f"the losses differ by {abs(ours.loss - theirs.loss):.2f}: this is not the same work")
+        raise SystemExit(f"the losses differ by {abs(ours.loss - theirs.loss):.2f}: the loops did different work")
     ratio = statistics.median(a.rate / b.rate for a, b in zip(outcomes["winnow"], outcomes["open_clip_train"]))
     cpu_ratio = statistics.median(b.cpu / a.cpu for a, b in zip(outcomes["winnow"], outcomes["open_clip_train"]))
     print(f"{setting.model}: train_ratio {ratio:.2f}, cpu_ratio {cpu_ratio:.2f}", flush=True)
@@ -246,7 +247,7 @@ def outcome_of(marks: list[Mark], memory: float, setting: Setting) -> Outcome:
     first = next(mark for mark in marks if mark.step >= warm_up)
     last = marks[-1]
     if last.step != steps or last.step <= first.step:
-        raise SystemExit(f"{last.step} steps of {steps}: an epoch must be longer, or did not come to its end")
+        raise SystemExit(f"{last.step} steps of {steps}: the epoch is too short, or did not finish")
     samples = (last.step - first.step) * setting.batch
     after = [mark for mark in marks if mark.step > first.step]
     tail = [mark.loss for mark in marks if mark.step > steps - max(setting.log_every, steps // 8)]
@@ -260,8 +261,8 @@ def outcome_of(marks: list[Mark], memory: float, setting: Setting) -> Outcome:
 
 
 def run(command: list[str], setting: Setting) -> tuple[list[Mark], float]:
-    """A training from start to end: a mark for each line about its steps, and the peak MB of its process."""
-    # The repository comes by path: the other environment has no winnow.
+    """Runs a training to its end. Returns a mark for each line about its steps, and the peak MB of its process."""
+    # The other environment does not have winnow installed, so both import it by path.
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": paths, "TERM": "dumb"}  # with OpenMP's variables, from `import trainer`
     process = subprocess.Popen(
@@ -276,17 +277,17 @@ def run(command: list[str], setting: Setting) -> tuple[list[Mark], float]:
         for line in process.stdout:
             now = time.perf_counter()
             log.append(line)
-            if found := OUR_LINE.search(line) or THEIR_LINE.search(line):
-                told = found.groupdict()
-                step = int(told["step"]) if "step" in told else int(told["samples"]) // setting.batch
-                wait = int(told["wait"]) / 100 if "wait" in told else float(told["data"]) / float(told["batch"])
-                marks.append(Mark(step, now, cpu_seconds(process.pid), float(told["loss"]), wait))
+            if match := OUR_LINE.search(line) or THEIR_LINE.search(line):
+                values = match.groupdict()
+                step = int(values["step"]) if "step" in values else int(values["samples"]) // setting.batch
+                wait = int(values["wait"]) / 100 if "wait" in values else float(values["data"]) / float(values["batch"])
+                marks.append(Mark(step, now, cpu_seconds(process.pid), float(values["loss"]), wait))
                 memory = peak_memory(process.pid)
         status = process.wait()
     finally:
         alarm.cancel()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # workers too, whatever became of their parent
+            os.killpg(process.pid, signal.SIGKILL)  # includes workers that outlived their parent
         process.wait()
     text = "".join(log)
     if status and "out of memory" in text.lower():
@@ -297,7 +298,7 @@ def run(command: list[str], setting: Setting) -> tuple[list[Mark], float]:
 
 
 def cpu_seconds(process: int) -> float:
-    """CPU time of a process, its living descendants, and those that they have waited for."""
+    """Returns the CPU time of a process, of its living descendants, and of the processes they have waited for."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
@@ -309,21 +310,21 @@ def cpu_seconds(process: int) -> float:
 
 def peak_memory(process: int) -> float:
     try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+        field = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     except OSError:
         return 0.0
-    return int(found[1]) / 1024 if found else 0.0
+    return int(field[1]) / 1024 if field else 0.0
 
 
 # --- On a GPU ---------------------------------------------------------------------------------------------------------
 
 
 def show_utilisation(setting: Setting, ours: Outcome, theirs: Outcome, peak_tflops: float | None) -> None:
-    """The share of the device's peak that goes into the model's own products; padding left out is not counted."""
+    """Prints the FLOPs of the model as a share of the device's peak. Padding that is skipped does not count."""
     name = torch.cuda.get_device_name()
     peak = peak_tflops or next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
     if peak is None:
-        print(f"{name}: its peak is not known here; --peak-tflops gives it")
+        print(f"{name}: unknown peak; pass --peak-tflops")
         return
     model, _, tokenizer = create(setting.model, "meta")
     tokens = tokenizer([sample[1] for sample in sketches(setting.batch, 8)])
@@ -340,7 +341,7 @@ def show_utilisation(setting: Setting, ours: Outcome, theirs: Outcome, peak_tflo
 
 
 def training_flops(name: str, tokens: int) -> float:
-    """Of one sample, forward and backward, the backward pass counted as two forward ones."""
+    """Returns the FLOPs of one sample, with the backward pass counted as two forward passes."""
     with torch.device("meta"):
         model, preprocess, _ = create(name, "meta")
         pixels, text = torch.empty(2, 3, preprocess.size, preprocess.size), torch.zeros(2, tokens, dtype=torch.long)
@@ -351,7 +352,10 @@ def training_flops(name: str, tokens: int) -> float:
 
 
 def largest(setting: Setting, peer: Path, most: int) -> None:
-    """Doubles the batch until the device has no room: ours in micro-batches of the setting's batch, theirs as it is."""
+    """Doubles the batch until the device runs out of memory, and prints the largest batch that fits.
+
+    Winnow trains in micro-batches of the setting's batch size, open_clip_train without micro-batches.
+    """
     for name in ("winnow", "open_clip_train"):
         fits, batch = 0, setting.batch
         while batch <= most:
@@ -369,11 +373,11 @@ def largest(setting: Setting, peer: Path, most: int) -> None:
         print(f"{name}: a batch of {fits:,} fits, {limit}", flush=True)
 
 
-# --- What both loops are given ----------------------------------------------------------------------------------------
+# --- Environment and data ---------------------------------------------------------------------------------------------
 
 
 def peer_environment() -> Path:
-    """The interpreter of an environment with open_clip_train and the very torch of this one; made if need be."""
+    """Returns the interpreter of an environment with open_clip_train and this torch, and makes it if it is missing."""
     version = torch.__version__.partition("+")[0]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "winnow"
     folder = cache / f"open_clip_train-3.3.0-torch-{version}-py{sys.version_info.major}.{sys.version_info.minor}"
@@ -385,20 +389,23 @@ def peer_environment() -> Path:
         constraints = folder / "constraints.txt"
         constraints.write_text("\n".join(pin for pin in pins if not pin.startswith("webdataset==")))
         pip = [str(python), "-m", "pip", "install", "--quiet", "-c", str(constraints)]
-        # torch first and alone: where pip is offered a CPU build of this version it takes that one.
+        # torch first and alone, so that pip takes a CPU build of this version if the index has one.
         subprocess.run([*pip, f"torch=={version}"], check=True)
         subprocess.run([*pip, f"torch=={version}", OPEN_CLIP, WEBDATASET], check=True)
         (folder / "ready").touch()
-    found = subprocess.check_output([str(python), "-c", "import torch; print(torch.__version__)"], text=True).strip()
-    if found != torch.__version__:
-        raise SystemExit(f"{python}: torch {found}, but {torch.__version__} here; remove {folder} and start again")
+    theirs = subprocess.check_output([str(python), "-c", "import torch; print(torch.__version__)"], text=True).strip()
+    if theirs != torch.__version__:
+        raise SystemExit(f"{python}: torch {theirs}, not {torch.__version__}; remove {folder} and start again")
     return python
 
 
 def write(folder: Path, samples: int, unit: int, size: int) -> None:
-    """`samples` samples of img2dataset's layout, `unit` in each tar, for a model that takes `size` pixels."""
+    """Writes tars of `samples` samples in img2dataset's layout, for a model with inputs of `size` pixels.
+
+    A tar has half of `unit` samples if `unit` is even, else `unit` samples.
+    """
     folder.mkdir()
-    made = list(sketches(min(samples, DISTINCT), size))
+    made = sketches(min(samples, DISTINCT), size)
     for start in range(0, samples, per_tar := unit // 2 if unit % 2 == 0 else unit):
         with tarfile.open(folder / f"{start // per_tar:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for number in range(start, start + per_tar):
@@ -420,7 +427,7 @@ FILLER = (
 
 
 def sketches(count: int, size: int) -> list[tuple[bytes, str]]:
-    """JPEGs of a shape over noise with sides of 1.1 to 1.7 times `size`, and captions that tell what they show."""
+    """Draws JPEGs of a shape with noise, with sides of 1.1 to 1.7 times `size`, and captions that describe them."""
     rng = np.random.default_rng(0)
     made = []
     for _ in range(count):
@@ -430,13 +437,13 @@ def sketches(count: int, size: int) -> list[tuple[bytes, str]]:
         shape, place = rng.choice(SHAPES), rng.integers(3)
         image = Image.new("RGB", (width, height), str(ground))
         radius = rng.uniform(0.15, 0.3) * shorter
-        # Inside any square that a crop may take.
+        # The shape lies inside every square that a crop can take.
         x, y = width / 2 + (place - 1) * shorter * 0.15, height / 2 + rng.uniform(-0.1, 0.1) * shorter
         draw_shape(ImageDraw.Draw(image), str(shape), x, y, radius, str(ink))
         noise = rng.normal(0, 8, (height, width, 1)) + np.asarray(image, np.float32)
         file = io.BytesIO()
         Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
-        # Words of web alt text: half of the captions have up to 11, one in a hundred over 35.
+        # As long as web alt text: half of the captions have up to 11 words, one in a hundred over 35.
         words = max(4, int(rng.lognormal(np.log(11), 0.5)))
         caption = [str(ink), str(shape), PLACES[place], str(ground), *rng.choice(FILLER, words)][:words]
         made.append((file.getvalue(), " ".join(caption)))
@@ -458,16 +465,16 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="small-64,scorer-64", help="names, by commas (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=8192, help="in the epoch, at least (default: %(default)s)")
+    parser.add_argument("--models", default="small-64,scorer-64", help="comma-separated names (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=8192, help="fewest in the epoch (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=256, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="that decode, in both loops (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="decoding processes of each loop (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="torch.compile in both loops")
     parser.add_argument("--precision", choices=PEER_PRECISION, default="bf16", help="(default: %(default)s)")
-    parser.add_argument("--peer-precision", help="open_clip_train's --precision, where it is to differ")
+    parser.add_argument("--peer-precision", help="another --precision for open_clip_train")
     parser.add_argument("--peer-python", type=Path, help="interpreter of an environment with open_clip_train")
-    parser.add_argument("--peak-tflops", type=float, help="of the GPU, dense bf16, where it is not known here")
-    parser.add_argument("--largest", type=int, help="also seek the largest batch that fits, up to this one")
+    parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak of the GPU, if the script does not know it")
+    parser.add_argument("--largest", type=int, help="also find the largest batch that fits, up to this one")
     main(parser.parse_args())

@@ -1,9 +1,9 @@
-"""Makes the pictures of the README and the documentation from finished work of the demo.
+"""Takes the screenshots in the README and the documentation, from a finished demo and a finished study of it.
 
     winnow demo && winnow study conf/study.yaml
     python docs/pictures.py                        # writes docs/images/*.png
 
-Needs the extra `browser` and a Chromium of the system (apt install chromium).
+Needs the extra `browser` and a system Chromium (apt install chromium).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def take(browser: Any, address: str, name: str, height: int, scheme: str = "light", at: str | None = None) -> None:
-    """Writes a picture of the top of a page, or of the place of an element, in few colours."""
+    """Writes a screenshot of the top of a page, or of the part at the element `at`, with at most 192 colours."""
     page = browser.new_page(viewport={"width": WIDTH, "height": height}, color_scheme=scheme)
     page.goto(address)
     page.wait_for_timeout(2000)

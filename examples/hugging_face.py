@@ -8,8 +8,8 @@ from datasets import load_dataset
 
 
 def main(run: str) -> int:
-    """Streams every sample once; returns how many there were."""
-    data = load_dataset(f"{run}/shards", split="train", streaming=True)  # its README.md states the types
+    """Streams every sample once; returns the number of samples."""
+    data = load_dataset(f"{run}/shards", split="train", streaming=True)  # the README.md there states the types
     seen = 0
     for sample in data:
         seen += 1

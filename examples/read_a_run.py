@@ -1,4 +1,4 @@
-"""Prints a histogram of what a run has measured: `python examples/read_a_run.py runs/demo clip_score`."""
+"""Prints a histogram of a column of a run: `python examples/read_a_run.py runs/demo clip_score`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline import open_run
 
 
 def main(path: str, column: str = "clip_score") -> np.ndarray:
-    """Counts the values of a column, 0 to 1 in 40 bins, of all rows that were measured, those dropped later too."""
+    """Counts the values of a column in 40 bins from 0 to 1, for all measured rows, also those dropped later."""
     run = open_run(path)
     measured = next(step.label for step in run.steps if column in step.adds)
     counts = np.zeros(40, np.int64)

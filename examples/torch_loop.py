@@ -18,7 +18,7 @@ def pixels(picture: Image.Image) -> torch.Tensor:
 
 
 def main(run: str) -> int:
-    """Reads every sample once; returns how many there were."""
+    """Reads every sample once; returns the number of samples."""
     tars = sorted(map(str, Path(run, "shards").glob("*.tar")))
     samples = wds.WebDataset(tars, shardshuffle=False).decode("pil").to_tuple("jpg;png;webp", "txt")
     loader = torch.utils.data.DataLoader(samples.map_tuple(pixels, str).batched(32), batch_size=None)

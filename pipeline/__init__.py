@@ -15,7 +15,7 @@ _NEEDED = ("aiohttp", "dask", "fsspec", "numpy", "pandas", "PIL", "pyarrow", "py
 
 
 def _check_packages() -> None:
-    """Names the interpreter that lacks packages: on a cluster it is often not the intended one."""
+    """Fails with the path of the interpreter if it lacks packages: on a cluster it is often not the intended one."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if not missing:
         return

@@ -1,4 +1,4 @@
-"""Starts child processes of this interpreter that import what their parent imports."""
+"""Starts Python child processes that find the same modules as their parent."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def start_child(module: str, *words: str, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen:
-    """Runs `python -m module words…`, with `env` added to the environment. `options` are those of subprocess.Popen.
+    """Runs `python -m module words…`, with `env` added to the environment. `options` go to subprocess.Popen.
 
-    The child finds its modules in the same folders, whatever its working directory.
+    The child searches the same folders for modules, whatever its working directory.
     """
     path = os.pathsep.join(folder for folder in sys.path if folder)
     environment = {**os.environ, **(env or {}), "PYTHONPATH": path}

@@ -1,6 +1,6 @@
 """The `winnow` command: every command of the pipeline and the trainer under one name.
 
-`winnow run …` is `python -m pipeline.run …`, and so on: each command parses its own arguments, and is imported only
+`winnow run …` is `python -m pipeline.run …`, and so on. Each command parses its own arguments, and is imported only
 when it is called.
 """
 
@@ -15,7 +15,7 @@ from trainer.terminal import guarded
 
 
 class Command(NamedTuple):
-    """A command: the module whose `main` it calls, arguments that come first, and one line of help."""
+    """A command: the module whose `main` it calls, the arguments to put first, and one line of help."""
 
     module: str
     arguments: tuple[str, ...]
@@ -28,7 +28,7 @@ COMMANDS = {
         "pipeline.demo.run", (), "curate a small built-in web, train on the result and measure both; needs no data"
     ),
     "web": Command("pipeline.demo.web", (), "build and serve the demo's web, for `winnow run demo.yaml`"),
-    "run": Command("pipeline.run", (), "curate a pool of image URLs and captions into shards, as a recipe says"),
+    "run": Command("pipeline.run", (), "curate a pool of image URLs and captions into shards, following a recipe"),
     "plan": Command("pipeline.run", ("--plan",), "print what a recipe would run and cost; run nothing"),
     "study": Command(
         "pipeline.study.__main__", (), "compare cuts of a finished run by what they keep and by models trained on it"

@@ -30,7 +30,7 @@ def open_plain(path: str) -> Iterator[io.BufferedReader]:
 
 
 def plain_name(path: str) -> str:
-    """The name in lower case, without the compression extension."""
+    """The path in lower case, without its compression extension."""
     name = path.lower()
     return name.rpartition(".")[0] if name.endswith(tuple(f".{ending}" for ending in COMPRESSIONS)) else name
 

@@ -1,7 +1,7 @@
-"""What a `threshold` line keeps. The step, the studio and studies decide by this code, so they keep the same rows.
+"""The condition of a `threshold` line. The step, the studio and studies share this code, so they keep the same rows.
 
-Each finds the boundary of a top fraction where its rows are: the step across a cluster, the studio in sorted columns in
-memory, a study in files larger than memory. `Boundary.keeps` then decides every row.
+Each of the three finds the boundary of a top fraction in its own way: the step across a cluster, the studio in sorted
+columns in memory, a study in files larger than memory. `Boundary.keeps` then decides every row.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 import pyarrow as pa
 
 RULES = ("min", "max", "top_fraction")
-"""What a condition may ask of a column."""
+"""The kinds of conditions on a column."""
 
 SIGNS = {"min": "≥", "max": "≤"}
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One `threshold` line: a minimum, a maximum, or the top fraction of what the conditions before it kept."""
+    """One `threshold` line: a minimum, a maximum, or the top fraction of the rows that earlier conditions kept."""
 
     column: str
     rule: str
@@ -36,7 +36,7 @@ class Condition:
         return f"{self.column} top {float(Fraction(str(self.value)) * 100):g}%"
 
     def line(self) -> dict[str, Any]:
-        """The line of a recipe."""
+        """The condition as a recipe line."""
         return {"threshold": {"column": self.column, self.rule: self.value}}
 
 
@@ -44,7 +44,7 @@ class Condition:
 class Boundary:
     """The lowest row that a condition keeps.
 
-    Rows rank by value, then by the hash of the uid, then by their place in the run, because a pool may repeat uids.
+    Rows are ranked by value, then by the hash of the uid, then by their place in the run, since a pool may repeat uids.
     """
 
     value: float
@@ -60,7 +60,7 @@ class Boundary:
     ) -> np.ndarray:
         """Whether each row is at the boundary or above it: bool of shape (n,). NaN is never kept.
 
-        `uid_hashes` and `places` are asked for the rows, by index, whose value is that of the boundary.
+        `uid_hashes` and `places` map row indices to uint64. They are called for the rows whose value is the boundary's.
         """
         value = _at_least(self.value, values.dtype)
         if not (self.uid_hash or self.place):
@@ -74,7 +74,7 @@ class Boundary:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The highest value that a condition keeps, as `highest` gives it."""
+    """The highest value that a condition keeps, as returned by `highest`."""
 
     value: float
 
@@ -84,12 +84,12 @@ class Ceiling:
 
 
 def highest(maximum: float, dtype: pa.DataType) -> float:
-    """A maximum in the precision of its column: a 0.1 that was stored as float32 is above the float64 0.1."""
+    """A maximum rounded to its column's precision, so that 0.1 keeps a 0.1 stored as float32, which is larger."""
     return float(dtype.to_pandas_dtype()(maximum)) if pa.types.is_floating(dtype) else maximum
 
 
 def wanted(fraction: float, rows: int) -> int:
-    """How many of so many rows a top fraction keeps, rounded up.
+    """The number of rows that a top fraction keeps, rounded up.
 
     Exact decimal arithmetic: 0.07 of 100 is 7, although the float nearest to 0.07 is larger.
     """
@@ -97,6 +97,6 @@ def wanted(fraction: float, rows: int) -> int:
 
 
 def _at_least(value: float, dtype: np.dtype) -> np.floating:
-    """The smallest number of the type that is not below the value: comparing with it is comparing in float64."""
+    """The smallest number of the type that is at least `value`. Comparing with it equals comparing in float64."""
     rounded: np.floating = dtype.type(value)
     return dtype.type(np.nextafter(rounded, dtype.type(np.inf))) if float(rounded) < value else rounded

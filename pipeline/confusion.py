@@ -1,11 +1,12 @@
-"""Measures the language model on captions whose languages are known: a confusion table.
+"""Measures the language model on captions of known language: a confusion table.
 
     python -m pipeline.confusion sentences.parquet --caption text --truth language
     python -m pipeline.confusion captions.csv --caption caption --truth lang --min-score 0.5
 
-The table is read as a pool is: parquet, csv, tsv, jsonl or json, also compressed. For each true language: its captions;
-recall, the share of them recognised; precision, the share correct of the captions recognised as this language; and the
-languages that they were mistaken for. With --min-score, a caption counts as recognised only from that probability on.
+The table is read like a pool: parquet, csv, tsv, jsonl or json, also compressed. For each true language, prints the
+number of captions; recall, the share of them recognised as this language; precision, the share of the captions
+recognised as this language that are in it; and the languages that its captions were mistaken for. With --min-score, a
+caption counts as recognised only at that probability or above.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MOST_SHOWN = 5
 
 
 def confusion(spec: PoolSpec, truth: str, step: Language, min_score: float = 0.0) -> Counter[tuple[str, str]]:
-    """Counts captions by their true language (column `truth`) and by the most likely one, `unsure` below `min_score`.
+    """Counts captions by true language (column `truth`) and most likely language, `unsure` if below `min_score`.
 
     Rows without a usable caption or a language are left out. Raises PoolError if the table cannot be read.
     """
@@ -54,13 +55,12 @@ def _table(counts: Counter[tuple[str, str]]) -> Table:
     table.add_column("taken for")
     for language in sorted({true for true, _ in counts}):
         taken = Counter({found: n for (true, found), n in counts.items() if true == language})
-        right, rows = taken.pop(language, 0), sum(taken.values())
+        rows, right = taken.total(), taken.pop(language, 0)
         named = sum(n for (_, found), n in counts.items() if found == language)
-        others = ", ".join(
-            f"{found} {n:,}" for found, n in sorted(taken.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_SHOWN]
-        )
+        mistakes = sorted(taken.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_SHOWN]
+        others = ", ".join(f"{found} {n:,}" for found, n in mistakes)
         precision = f"{right / named:.1%}" if named else "-"
-        table.add_row(language, f"{right + rows:,}", f"{right / (right + rows):.1%}", precision, others)
+        table.add_row(language, f"{rows:,}", f"{right / rows:.1%}", precision, others)
     return table
 
 
@@ -88,17 +88,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if problems:
             raise ValueError("\n".join(problems))
         spec = PoolSpec(path=args.table, caption=args.caption, columns=[args.truth], types={args.truth: "text"})
-        spec.url = spec.caption  # a pool must have a url; a recipe may not say so
+        spec.url = spec.caption  # a pool must have a url, but a recipe may not use one column for both
         counts = confusion(spec, args.truth, step, args.min_score)
         if not counts:
             raise ValueError(f"{args.table}: no row has both {args.caption!r} and {args.truth!r}")
     except (ValueError, OSError) as error:
-        text = str(error).removeprefix("url: ")  # the caption stands for the url, which a pool must have
-        errors.error(text)
+        errors.error(str(error).removeprefix("url: "))  # the caption column also serves as the url
         return 2
     Console().print(_table(counts))
     right = sum(n for (true, found), n in counts.items() if true == found)
-    print(f"{sum(counts.values()):,} captions, {right / sum(counts.values()):.2%} recognised")
+    print(f"{counts.total():,} captions, {right / counts.total():.2%} recognised")
     return 0
 
 

@@ -4,9 +4,9 @@
     python -m pipeline.diff runs/before runs/after --json | jq .lost_by
     python -m pipeline.diff runs/before runs/after --html diff.html
 
-A row is gained if the second run kept it and the first did not, and lost the other way round. Runs of one pool are
-compared row by row, one unit at a time. Runs of different pools are compared by uid: rows with the same uid count once,
-and both are first sorted by a hash of the uid into temporary files of about 500,000 rows each.
+A row is gained if only the second run kept it, and lost if only the first did. Runs of the same pool are compared row
+by row, one unit at a time. Runs of different pools are compared by uid: rows with the same uid count once. For this,
+both runs are first partitioned by a hash of the uid into temporary files of about 500,000 rows each.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from rich.progress import track
 from rich.table import Table
 
 from pipeline.reader import Run, RunError, open_run
+from pipeline.report.histogram import Tally
 from pipeline.run import differences
 from pipeline.scheduler import spool
 from pipeline.schema import SAMPLE
@@ -41,37 +42,22 @@ from pipeline.text.url import hosts
 from trainer.terminal import Console, guarded
 
 PARTITION_ROWS = 500_000
-"""Rows of a run whose uids, URLs and captions are in memory at a time if the pools differ: some 200 MB."""
+"""Rows of a run whose uids, URLs and captions are in memory at a time if the pools differ: about 200 MB."""
 VALUES = 200_000
-"""Distinct hosts, languages or concepts that are counted; beyond that the rarest are forgotten."""
+"""Distinct hosts, languages or concepts counted; beyond that, the rarest half is forgotten."""
 SAMPLES = 12
-"""Rows shown for each step that decided, on each side: those with the lowest hash of their uid."""
+"""Most rows shown for each step that decided, on each side: those with the lowest hashes of their uids."""
 SHOWN, SHOWN_HTML = 12, 25
-"""Lines of each table on the terminal, and of hosts and concepts on the page."""
+"""Most rows of each table of values on the terminal, and on the page."""
 ABSENT = "(not in the pool)"
-"""Stands for the step of a row that is not in the pool of the other run."""
+"""Shown as the step of a row that is not in the pool of the other run."""
 
 KEPT = pa.schema([("key", pa.string()), *SAMPLE, ("language", pa.string())])
 DROPPED = pa.schema([(name, pa.string()) for name in ("key", "step", "reason", "detail")])
 
 
-class Tally:
-    """Counts values in bounded memory: of more than VALUES distinct ones, the rarest half is forgotten."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.exact = True
-
-    def add(self, values: pa.Array | pa.ChunkedArray) -> None:
-        for found in pc.value_counts(values.drop_null()).to_pylist():
-            self.counts[found["values"]] += found["counts"]
-        if len(self.counts) > VALUES:
-            self.counts = Counter(dict(self.counts.most_common(VALUES // 2)))
-            self.exact = False
-
-
 class Row(NamedTuple):
-    """A row that was gained or lost, and how the run that did not keep it decided."""
+    """A row that was gained or lost, with the step, reason and detail of its drop in the other run."""
 
     uid: str
     url: str
@@ -83,41 +69,41 @@ class Row(NamedTuple):
 
 @dataclass
 class Side:
-    """The rows that one run kept and the other did not."""
+    """The rows that only one of the runs kept."""
 
     rows: int = 0
     decided: Counter[tuple[str, str | None]] = field(default_factory=Counter)
-    """Rows by step and reason of the run that dropped them."""
-    hosts: Tally = field(default_factory=Tally)
-    languages: Tally = field(default_factory=Tally)
-    concepts: Tally = field(default_factory=Tally)
+    """Rows by the step and reason of their drop in the other run."""
+    hosts: Tally = field(default_factory=lambda: Tally(VALUES))
+    languages: Tally = field(default_factory=lambda: Tally(VALUES))
+    concepts: Tally = field(default_factory=lambda: Tally(VALUES))
     _samples: dict[str, list[tuple[int, Row]]] = field(default_factory=dict)
 
     @property
     def samples(self) -> list[Row]:
-        """At most SAMPLES rows for each step, the same whatever the order of the rows."""
+        """At most SAMPLES rows for each step, independent of the order in which rows were added."""
         return [row for step in sorted(self._samples) for _, row in sorted(self._samples[step], reverse=True)]
 
     def add(self, rows: pa.Table, dropped: pa.Table, entries: tuple[str, ...]) -> None:
-        """Adds rows (KEPT), given what the other run has dropped (DROPPED)."""
+        """Adds rows (KEPT) that the other run did not keep, given what it dropped (DROPPED)."""
         at = pc.index_in(rows["key"], dropped["key"])
-        fates = dropped.take(at.combine_chunks() if isinstance(at, pa.ChunkedArray) else at)
-        fates = fates.set_column(1, "step", pc.fill_null(fates["step"], ABSENT))
+        drops = dropped.take(at.combine_chunks() if isinstance(at, pa.ChunkedArray) else at)
+        drops = drops.set_column(1, "step", pc.fill_null(drops["step"], ABSENT))
         self.rows += len(rows)
-        for group in fates.group_by(["step", "reason"]).aggregate([([], "count_all")]).to_pylist():
+        for group in drops.group_by(["step", "reason"]).aggregate([([], "count_all")]).to_pylist():
             self.decided[group["step"], group["reason"]] += group["count_all"]
         self.hosts.add(hosts(rows["url"]))
         self.languages.add(rows["language"])
         if entries:
             self.concepts.add(pa.array(entries, pa.string()).take(pa.array(matches(rows["caption"], entries)[1])))
         order = hash64(rows["uid"], purpose="diff")
-        steps = fates["step"].to_numpy(zero_copy_only=False)
+        steps = drops["step"].to_numpy(zero_copy_only=False)
         for step in np.unique(steps.astype(str)):
             held = self._samples.setdefault(step, [])
-            mine = np.flatnonzero(steps == step)
-            for i in mine[np.argsort(order[mine], kind="stable")[:SAMPLES]].tolist():
-                texts, fate = rows.slice(i, 1).to_pylist()[0], fates.slice(i, 1).to_pylist()[0]
-                row = Row(texts["uid"], texts["url"], texts["caption"], step, fate["reason"], fate["detail"])
+            of_step = np.flatnonzero(steps == step)
+            for i in of_step[np.argsort(order[of_step], kind="stable")[:SAMPLES]].tolist():
+                texts, drop = rows.slice(i, 1).to_pylist()[0], drops.slice(i, 1).to_pylist()[0]
+                row = Row(texts["uid"], texts["url"], texts["caption"], step, drop["reason"], drop["detail"])
                 heapq.heappush(held, (-int(order[i]), row))
                 if len(held) > SAMPLES:
                     heapq.heappop(held)
@@ -125,7 +111,7 @@ class Side:
 
 @dataclass
 class Diff:
-    """What the run `b` gained and lost against the run `a`."""
+    """What the run `b` gained and lost compared with the run `a`."""
 
     same_pool: bool
     kept: tuple[int, int] = (0, 0)
@@ -140,13 +126,15 @@ class Diff:
 
 
 def compare(a: Run, b: Run, console: Console | None = None) -> Diff:
-    """Compares two finished runs by set algebra over their ledgers. RunError if one of them is not finished.
+    """Compares two finished runs by set algebra on the rows that they kept and dropped.
 
-    Time is linear in the rows. Memory: a few units of each run where they share the pool, otherwise a partition of
-    PARTITION_ROWS rows of each, and the VALUES most frequent hosts, languages and concepts.
+    Time is linear in the rows. Memory holds a few units of each run if they have the same pool, otherwise a partition
+    of PARTITION_ROWS rows of each, and up to VALUES hosts, languages and concepts.
+
+    Raises RunError if one of the runs is not finished.
     """
     for run in (a, b):
-        _ = run.funnel  # the books of a finished run
+        _ = run.funnel  # raises RunError if the run is not finished
     same = a.pool_key == b.pool_key and a.has_passes and b.has_passes
     diff, entries = Diff(same), find_entries(b) or find_entries(a)
     console = console or Console(stderr=True)
@@ -164,27 +152,29 @@ def compare(a: Run, b: Run, console: Console | None = None) -> Diff:
 
 
 Block = tuple[pa.Table, pa.Table, pa.Table, pa.Table]
-"""The rows that a kept, those that it dropped, and both of b."""
+"""The rows that `a` kept, that `a` dropped, that `b` kept and that `b` dropped."""
 
 
 def _units(a: Run, b: Run) -> Iterator[Block]:
-    """The rows of each unit of two runs of one pool. The key of a row is its number."""
+    """Yields the rows of each unit of two runs of the same pool. The key of a row is its number."""
     yield from zip(_kept(a, "row"), _dropped(a, "row"), _kept(b, "row"), _dropped(b, "row"), strict=True)
 
 
 def _partitions(a: Run, b: Run, store: Store) -> Iterator[Block]:
-    """The rows of two runs, one range of hashes of the uid at a time. The key of a row is its uid."""
+    """Yields the rows of two runs, one class of uid hashes at a time. The key of a row is its uid."""
     parts = _partition_count(a, b)
     streams = {
         f"{name}-{what}": stream
         for name, run in (("a", a), ("b", b))
         for what, stream in (("kept", _kept(run, "uid")), ("dropped", _dropped(run, "uid")))
     }
-    files = {name: list(_spooled(stream, store, name, parts)) for name, stream in streams.items()}
-    schemas = {name: KEPT if name.endswith("kept") else DROPPED for name in files}
+    files = [list(_spooled(stream, store, name, parts)) for name, stream in streams.items()]
     for part in range(parts):
-        held = [_distinct(spool.read(store, files[name], part, schemas[name])) for name in files]
-        yield held[0], held[1], held[2], held[3]
+        a_kept, a_dropped, b_kept, b_dropped = (
+            _distinct(spool.read(store, names, part, schema))
+            for names, schema in zip(files, (KEPT, DROPPED, KEPT, DROPPED))
+        )
+        yield a_kept, a_dropped, b_kept, b_dropped
 
 
 def _partition_count(a: Run, b: Run) -> int:
@@ -192,12 +182,11 @@ def _partition_count(a: Run, b: Run) -> int:
 
 
 def _spooled(stream: Iterator[pa.Table], store: Store, name: str, parts: int) -> Iterator[str]:
-    """Sorts a stream of tables into files by the hash of their keys; each file holds PARTITION_ROWS rows or more."""
+    """Partitions a stream of tables by hash of the key, in files of PARTITION_ROWS rows or more. Yields the files."""
     waiting: list[pa.Table] = []
-    end = pa.table({})
-    for table in chain(stream, [end]):
-        waiting += [table] if table is not end else []
-        if waiting and (table is end or sum(map(len, waiting)) >= PARTITION_ROWS):
+    for table in chain(stream, [None]):
+        waiting += [] if table is None else [table]
+        if waiting and (table is None or sum(map(len, waiting)) >= PARTITION_ROWS):
             rows = pa.concat_tables(waiting)
             file = f"{name}-{len(store.names()):05d}.arrow"
             spool.write(store, file, rows, (hash64(rows["key"]) % np.uint64(parts)).astype(np.int64), parts)
@@ -206,7 +195,7 @@ def _spooled(stream: Iterator[pa.Table], store: Store, name: str, parts: int) ->
 
 
 def _kept(run: Run, key: str) -> Iterator[pa.Table]:
-    """The rows that a run kept (KEPT); a table for each unit, if the run still has them."""
+    """Yields the rows that a run kept (KEPT): a table for each unit, or for each shard if its passes were removed."""
     columns = [*SAMPLE.names, *(["language"] if run.columns().get("language") == pa.string() else [])]
     for table in run.scan(columns):
         language = table["language"] if "language" in columns else pa.nulls(len(table), pa.string())
@@ -215,27 +204,27 @@ def _kept(run: Run, key: str) -> Iterator[pa.Table]:
 
 
 def _dropped(run: Run, key: str) -> Iterator[pa.Table]:
-    """The rows that a run dropped (DROPPED), in tables like those of `_kept`."""
+    """Yields the rows that a run dropped (DROPPED): a table for each unit if the run has its passes."""
     for table in run.drops():
-        said = [table[name] for name in DROPPED.names[1:]]
-        yield pa.table([table[key].cast(pa.string()), *said], schema=DROPPED)
+        yield pa.table([table[key].cast(pa.string()), *(table[name] for name in DROPPED.names[1:])], schema=DROPPED)
 
 
 def _distinct(table: pa.Table) -> pa.Table:
-    """The first of the rows of each key."""
+    """The first row of each key."""
     first = pc.index_in(table["key"], table["key"])
     return table.filter(pc.equal(first, pa.array(np.arange(len(table), dtype=np.int32))))
 
 
 def _without(rows: pa.Table, others: pa.Table) -> pa.Table:
+    """The rows whose key is not in `others`."""
     return rows.filter(pc.invert(pc.is_in(rows["key"], others["key"])))
 
 
-# --- What is shown ----------------------------------------------------------------------------------------------------
+# --- Output -----------------------------------------------------------------------------------------------------------
 
 
 def to_json(diff: Diff, a: Run, b: Run) -> dict[str, Any]:
-    """The whole comparison as plain data."""
+    """The comparison as plain data."""
 
     def decided(side: Side) -> list[dict[str, Any]]:
         ranked = sorted(side.decided.items(), key=lambda item: (-item[1], item[0][0], item[0][1] or ""))
@@ -265,14 +254,14 @@ def to_json(diff: Diff, a: Run, b: Run) -> dict[str, Any]:
 
 
 def _values(diff: Diff, name: str) -> list[tuple[str, int, int]]:
-    """Values of a tally with the rows gained and lost, the largest sums first."""
+    """The values of a tally, with the rows gained and lost, by descending sum of both."""
     gained, lost = getattr(diff.gained, name).counts, getattr(diff.lost, name).counts
     found = [(value, gained[value], lost[value]) for value in {**gained, **lost}]
     return sorted(found, key=lambda line: (-line[1] - line[2], line[0]))
 
 
 def to_html(found: dict[str, Any], a: Run, b: Run) -> bytes:
-    """What `to_json` returns as a page, with pictures of the samples."""
+    """Renders what `to_json` returns as a page, with pictures of the samples."""
     from pipeline import page
 
     thumbnails, sides = page.Thumbnails(), []
@@ -291,7 +280,7 @@ def to_html(found: dict[str, Any], a: Run, b: Run) -> bytes:
                 "decided": page.Table(
                     [f"step of {letter}", "reason", "rows"], decided, f"{name.capitalize()}: what {letter} dropped"
                 ),
-                "lead": f"Rows that {kept_by.path} kept, by the step of {other.path} that had dropped them.",
+                "lead": f"Rows that {kept_by.path} kept, by the step of {other.path} that dropped them.",
                 "pictures": list(pictures.items()),
             }
         )
@@ -309,7 +298,7 @@ def to_html(found: dict[str, Any], a: Run, b: Run) -> bytes:
 
 
 def _pictures(run: Run, uids: list[str]) -> dict[str, bytes]:
-    """The pictures of rows that a run kept; none for a run without pictures."""
+    """The pictures of rows that a run kept, by uid; empty for a run without pictures."""
     return run.pictures(uids) if any("image" in step.adds for step in run.steps) else {}
 
 
@@ -347,7 +336,7 @@ def _table(title: str, *columns: str) -> Table:
 
 @guarded()
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.diff",
         description=__doc__,

@@ -1,24 +1,25 @@
-"""Builds the list of entries: the words and phrases by which `match_entries` and `balance` tell concepts apart.
+"""Builds the list of entries: the words and phrases that stand for concepts in `match_entries` and `balance`.
 
     python -m pipeline.entries entries.tsv --corpus wiki.txt.zst --titles views.tsv.gz --wordnet WordNet-3.0/dict
     python -m pipeline.entries entries.tsv --captions pool/ --caption-column text
 
-From what you name, with the thresholds of MetaCLIP (Xu et al., ICLR 2024), whose list has 500,000 entries:
+Takes entries from the sources that you name. The default thresholds are those of MetaCLIP (Xu et al., ICLR 2024), whose
+list has 500,000 entries:
 
-- a corpus, text such as that of the English Wikipedia, one paragraph a line: its words that occur at least 100 times,
-  and its pairs of adjacent words that occur as often and whose pointwise mutual information is at least 30. This is
-  the ratio n(a b) · N / (n(a) · n(b)), for N words in all: the pair is 30 times as frequent as chance would have it.
-  (No logarithm of it can be 30: its base-2 logarithm is at most log2(N / n(a b)).)
-- captions, such as the pool's own: the same; read like a pool, from parquet, csv, tsv, jsonl or json.
-- titles with views, lines of title, tab and number: those viewed at least 70 times, over all lines of a title.
+- a corpus, for example the text of the English Wikipedia, one paragraph per line: the words that occur at least 100
+  times, and the pairs of adjacent words that occur as often and have a pointwise mutual information of at least 30.
+  This is the ratio n(a b) · N / (n(a) · n(b)), for N words in all: the pair is 30 times as frequent as by chance. (The
+  threshold is not on a logarithm: the base-2 logarithm is at most log2(N / n(a b)), which does not reach 30.)
+- captions, for example the captions of the pool: as for a corpus, but read from parquet, csv, tsv, jsonl or json.
+- titles with views, lines of title, tab and number: the titles with at least 70 views, summed over their lines.
 - WordNet: the first word of each synset in the files data.noun, data.verb, data.adj and data.adv.
 
 Files may end in .gz, .zst or .bz2. Entries are written in normal form, sorted: equal sources give equal bytes. The
-table has a line for each entry and says where it comes from: `wordnet` is 1, or `word_count`, `pair_count` and `pmi`,
-or `views` are given. OUT.sources.json lists the sources with their sizes, thresholds and numbers of entries.
+table has one line per entry, with its origin: `wordnet` is 1, or `word_count`, `pair_count` and `pmi`, or `views` are
+given. OUT.sources.json lists the sources with their sizes, thresholds and numbers of entries.
 
-Counts are spilled to a temporary folder (see TMPDIR), about as large as the text itself. Memory: about 1 GB, whatever
-the size of the sources.
+Counts are spilled to a temporary folder (see TMPDIR) and take about as much space as the text itself. Memory: about
+1 GB, whatever the size of the sources.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Entries:
     def add(self, entries: dict[str, dict[str, Any]], **source: Any) -> None:
         new = sum(entry not in self.found for entry in entries)
         for entry, provenance in entries.items():
-            # Of two corpora, the first that has an entry describes it.
+            # If two corpora have an entry, the statistics of the first are kept.
             self.found[entry] = {**provenance, **self.found.get(entry, {})}
         self.sources.append({**source, "entries": len(entries), "new": new})
 
@@ -110,7 +111,7 @@ class _Tally:
 def corpus_entries(
     blocks: Iterator[pa.Array], size: int, min_count: int, min_pmi: float
 ) -> tuple[dict[str, dict[str, Any]], int]:
-    """The frequent words and the collocations of texts, with their counts; and the number of words in all."""
+    """Returns the frequent words and the collocations of texts, with their counts, and the total number of words."""
     total = 0
     with tempfile.TemporaryDirectory() as folder:
         tally = _Tally(folder, size)
@@ -119,8 +120,8 @@ def corpus_entries(
             words, row = pc.list_flatten(split), pc.list_parent_indices(split)
             pairs = pc.binary_join_element_wise(words[:-1], words[1:], " ").filter(pc.equal(row[1:], row[:-1]))
             counted = pc.value_counts(pa.concat_arrays([words, pairs]))
-            there = pc.not_equal(counted.field(0), "")  # the words of an empty text
-            tally.add(counted.field(0).filter(there), counted.field(1).filter(there))
+            filled = pc.not_equal(counted.field(0), "")  # an empty text has one empty word
+            tally.add(counted.field(0).filter(filled), counted.field(1).filter(filled))
             total += pc.sum(pc.not_equal(words, "")).as_py() or 0
         counts = dict(tally.totals(min_count))
     entries: dict[str, dict[str, Any]] = {}
@@ -153,13 +154,13 @@ def title_entries(files: Sequence[str], size: int, min_views: int, advance: Call
                     titles.append(title)
                     views.append(int(count))
                 keys = normalised(pa.array(titles, pa.string()))
-                there = pc.not_equal(keys, "")
-                tally.add(keys.filter(there), pa.array(views, pa.int64()).filter(there))
+                filled = pc.not_equal(keys, "")
+                tally.add(keys.filter(filled), pa.array(views, pa.int64()).filter(filled))
         return {title: {"views": views} for title, views in tally.totals(min_views)}
 
 
 def wordnet_entries(folder: str) -> dict[str, Any]:
-    """The first word of each synset of a folder of WordNet's database files (WNDB)."""
+    """The first word of each synset in a folder of WordNet's database files (WNDB)."""
     words = []
     for path in _wordnet_files(folder):
         lines = (line for text in _blocks(path, lambda _: None) for line in text.split("\n"))
@@ -178,7 +179,7 @@ def _wordnet_files(folder: str) -> list[str]:
 
 
 def _blocks(path: str, advance: Callable[[int], Any]) -> Iterator[str]:
-    """The text of a file in blocks that end with a line, or between two words if a line is longer than a block."""
+    """Yields the text of a file in blocks that end with a line, or between words if a line is longer than a block."""
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     rest, at = "", 0
     try:
@@ -219,48 +220,46 @@ def _captions(spec: PoolSpec, advance: Callable[[int], Any]) -> Iterator[pa.Arra
 
 def build(args: argparse.Namespace, progress: Progress) -> Entries:
     """The entries of all sources that the command line names. Raises EntriesError or PoolError."""
-    sizes = {path: _size(path) for path in [*args.corpus, *args.titles, *_of(args.wordnet, _wordnet_files)]}
+    wordnet = [] if args.wordnet is None else _wordnet_files(args.wordnet)
+    sizes = {path: _size(path) for path in [*args.corpus, *args.titles, *wordnet]}
     spec = None
     if args.captions:
         spec = PoolSpec(path=args.captions, caption=args.caption_column, columns=[], captions="each")
-        spec.url = spec.caption  # a pool must have a url; a recipe may not say so
+        spec.url = spec.caption  # a pool must have a url, but a recipe may not use one column for both
         pool.columns(spec)
     entries = Entries()
     thresholds = {"min_count": args.min_count, "min_pmi": args.min_pmi}
 
-    def bar(what: str, size: int, plain: bool) -> Callable[[int], Any]:
-        task = progress.add_task(what, total=size if plain else None)
+    def bar(what: str, files: Sequence[str] = ()) -> Callable[[int], Any]:
+        """Adds a progress bar. The total is unknown for compressed files and for a pool."""
+        plain = files and all(plain_name(path) == path.lower() for path in files)
+        task = progress.add_task(what, total=sum(sizes[path] for path in files) if plain else None)
         return lambda n: progress.advance(task, n)
 
     def listed(files: Sequence[str]) -> list[dict[str, Any]]:
         return [{"path": path, "bytes": sizes[path]} for path in files]
 
-    if args.wordnet:
-        entries.add(wordnet_entries(args.wordnet), source="wordnet", files=listed(_wordnet_files(args.wordnet)))
+    if wordnet:
+        entries.add(wordnet_entries(args.wordnet), source="wordnet", files=listed(wordnet))
     if args.corpus:
         size = sum(sizes[path] for path in args.corpus)
-        advance = bar("corpus", size, all(plain_name(path) == path.lower() for path in args.corpus))
-        found, words = corpus_entries(_texts(args.corpus, advance), size, args.min_count, args.min_pmi)
+        texts = _texts(args.corpus, bar("corpus", args.corpus))
+        found, words = corpus_entries(texts, size, args.min_count, args.min_pmi)
         entries.add(found, source="corpus", files=listed(args.corpus), words=words, **thresholds)
     if spec is not None:
-        size = pool.size(spec)
-        found, words = corpus_entries(_captions(spec, bar("captions", size, False)), size, args.min_count, args.min_pmi)
+        texts = _captions(spec, bar("captions"))
+        found, words = corpus_entries(texts, pool.size(spec), args.min_count, args.min_pmi)
         stamps = [{"path": name, "bytes": bytes_} for name, bytes_, _ in pool.stamp(spec)]
         entries.add(found, source="captions", files=stamps, words=words, **thresholds)
     if args.titles:
         size = sum(sizes[path] for path in args.titles)
-        advance = bar("titles", size, all(plain_name(path) == path.lower() for path in args.titles))
-        found = title_entries(args.titles, size, args.min_views, advance)
+        found = title_entries(args.titles, size, args.min_views, bar("titles", args.titles))
         entries.add(found, source="titles", files=listed(args.titles), min_views=args.min_views)
     return entries
 
 
-def _of(value: str | None, files: Callable[[str], list[str]]) -> list[str]:
-    return [] if value is None else files(value)
-
-
 def _size(path: str) -> int:
-    """Stored size of a file; EntriesError if there is none."""
+    """Stored size of a file in bytes. Raises EntriesError if it does not exist."""
     try:
         fs, root = fsspec.core.url_to_fs(path)
         if fs.isfile(root):
@@ -278,7 +277,7 @@ def _encoded(name: str, data: bytes) -> bytes:
 
 @guarded()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns 0, or 2 if a source or the command line is wrong; nothing is written then."""
+    """Runs the command. Returns 0, or 2 if a source or the command line is wrong; then it writes nothing."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.entries",
         description=__doc__,
@@ -292,10 +291,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--titles", metavar="FILE", nargs="+", default=[], help="lines of title, tab and views")
     parser.add_argument("--wordnet", metavar="FOLDER", help="the folder of WordNet's data files, often called dict")
     parser.add_argument(
-        "--min-count", type=int, default=100, help="least number of a word or pair (default: %(default)s)"
+        "--min-count", type=int, default=100, help="minimum count of a word or pair (default: %(default)s)"
     )
-    parser.add_argument("--min-pmi", type=float, default=30.0, help="least ratio of a pair (default: %(default)s)")
-    parser.add_argument("--min-views", type=int, default=70, help="least views of a title (default: %(default)s)")
+    parser.add_argument("--min-pmi", type=float, default=30.0, help="minimum ratio of a pair (default: %(default)s)")
+    parser.add_argument("--min-views", type=int, default=70, help="minimum views of a title (default: %(default)s)")
     args = parser.parse_args(argv)
     if plain_name(args.out).rpartition(".")[2] != "tsv" or args.out.endswith(".bz2"):
         parser.error(f"OUT: expected a name in .tsv, .tsv.gz or .tsv.zst, found {args.out!r}")
@@ -316,8 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         store.write(name, _encoded(name, entries.table()))
         store.write(f"{name}.sources.json", json.dumps({"sources": entries.sources}, indent=1).encode())
     except (EntriesError, PoolError, OSError) as error:
-        text = str(error).removeprefix("url: ")  # the caption stands for the url, which a pool must have
-        console.error(text)
+        console.error(str(error).removeprefix("url: "))  # the caption column also serves as the url
         return 2
     for source in entries.sources:
         print(f"{source['source']}: {source['entries']:,} entries, {source['new']:,} of them new")

@@ -1,11 +1,11 @@
 """Copies a shipped recipe or training configuration into the current folder, to edit.
 
-    winnow init                  lists what is there
+    winnow init                  lists the shipped files
     winnow init 400m             writes 400m.yaml
     winnow init demo             writes demo.yaml, train_demo.yaml and demo/ with the model and entries they name
     winnow init study            writes study.yaml and the train_demo.yaml that it names
 
-Fails, and writes nothing, if one of the files exists already.
+Fails, and writes nothing, if the file or demo/ already exists. Keeps a train_demo.yaml that exists.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ def recipes() -> dict[str, Path]:
 
 
 def copy(name: str, folder: Path) -> list[Path]:
-    """Writes the recipe `name` into a folder, with the files that it names; returns what was written.
+    """Copies the recipe `name` to a folder, with the files that it names. Returns the new files.
 
-    KeyError for an unknown name, FileExistsError if a file is in the way: then nothing is written.
+    Writes nothing and raises KeyError for an unknown name, or FileExistsError if a file already exists. Keeps a
+    `train_demo.yaml` that exists, which both `demo` and `study` name.
     """
     texts = {f"{name}.yaml": recipes()[name]}
-    if name in ("demo", "study"):
+    if name in ("demo", "study") and not (folder / "train_demo.yaml").exists():
         texts["train_demo.yaml"] = recipes()["train_demo"]
     data = DEMO_FILES if name == "demo" else ()
     targets = [*(folder / target for target in texts), *([folder / "demo"] if data else [])]
     if taken := [target for target in targets if target.exists()]:
-        raise FileExistsError(f"{taken[0]} exists already")
+        raise FileExistsError(f"{taken[0]} already exists")
     folder.mkdir(parents=True, exist_ok=True)
     for file_name, template in texts.items():
         # In a checkout the demo's files lie inside the package.

@@ -1,4 +1,4 @@
-"""Reads text in pictures. An engine is any callable from pixels to lines, named by its import path."""
+"""Reads text in pictures. An engine is any callable from pixels to lines of text; recipes name its import path."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class Engine(Protocol):
 
 
 class RapidOcr:
-    """RapidOCR with the models of its wheel (PP-OCRv6 small: Latin script, Chinese, Japanese), on onnxruntime.
+    """RapidOCR on onnxruntime, with the models in its wheel (PP-OCRv6 small: Latin script, Chinese, Japanese).
 
-    Chosen because its models come with the package, so nothing is downloaded. Needs the extra `ocr`. Lines with a
-    confidence under 0.5 are left out, as by its default.
+    Chosen because its models come with the package, so nothing is downloaded. Needs the extra `ocr`. Leaves out lines
+    with a confidence below 0.5, RapidOCR's default.
     """
 
     def __init__(self) -> None:
         from rapidocr import RapidOCR
 
-        # One thread for each worker: there is a worker for each core.
+        # One thread per worker, since there is one worker per core.
         self._engine: Any = RapidOCR(
             params={"Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": 1}
         )
 
     def __call__(self, pixels: np.ndarray) -> list[Line]:
-        # Text upside down is rare on the web, and looking for it costs a third of the time.
+        # Upside-down text is rare on the web, and detecting it takes a third of the time.
         found = self._engine(np.ascontiguousarray(pixels[..., ::-1]), use_cls=False)
         if found.txts is None:
             return []

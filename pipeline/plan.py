@@ -1,4 +1,4 @@
-"""`--plan`: the passes and cost of a recipe, with the basis of each estimate. Starts and fetches nothing."""
+"""Prints the passes and cost of a recipe for `--plan`, with the basis of each estimate. Starts and fetches nothing."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ def print_plan(console: Console, recipe: Recipe) -> None:
     """Prints the passes with units, resources, rows, bytes and hours. Raises RecipeError if the rows are unknown."""
     if not console.is_terminal:
         console.width = 180
-    paths = [recipe.pool.path] if isinstance(recipe.pool.path, str) else recipe.pool.path
-    local = not any("://" in path for path in paths)
+    local = recipe.pool.is_local
     if local:
         try:
             rows = sum(pool.count(recipe.pool, split) for split in pool.splits(recipe.pool))
@@ -101,7 +100,7 @@ def _units(p: Pass, units: int, rows: float) -> str:
     """The work items of a pass: units, parts of the output, or the whole run."""
     if isinstance(p, SinkPass):
         return f"{len(p.sink.plan(int(rows))) - 1:,} parts"
-    return f"{units:,} units" if p.over_units else "all at once"
+    return f"{units:,} units" if p.over_units else "whole run"
 
 
 def _bytes(n: float) -> str:

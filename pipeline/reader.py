@@ -1,7 +1,7 @@
-"""The read API: `open_run(path)` reads what a run knows of its rows, from a folder or an object store.
+"""The read API: `open_run(path)` opens a run, in a folder or an object store, to read its rows, drops and pictures.
 
-Everything comes from the run itself: `run.json` describes its passes (`describe`), so neither the recipe's steps nor
-the pool are needed. Nothing is written, no Ray is started, and a run may be read while a command works on it.
+Only the run itself is read: `run.json` describes its passes (`describe`), so neither the modules of its steps nor the
+pool are needed. Nothing is written, Ray is not started, and a run can be read while a command works on it.
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ from trainer.spelling import did_you_mean
 from trainer.terminal import masked
 
 UNITS_AHEAD = 8
-"""Units of an object store, which answers late, whose light columns are read side by side; of a folder LOCAL_AHEAD."""
+"""Units whose light columns are read concurrently from an object store, where each request is slow."""
 
 LOCAL_AHEAD = 2
-"""One is read while another is decoded. More wait for Python's lock: 8 cost twice the CPU time on 10 million rows."""
+"""Units read concurrently from a local folder: one is read while another is decoded. More would contend for Python's
+lock: 8 cost twice the CPU time on 10 million rows."""
 
 DROPS = pa.schema([*POSITION, *SAMPLE, *(field for field in DROP if field.name not in POSITION.names)])
 """The columns of `Run.drops`."""
@@ -76,20 +77,20 @@ class RunStep:
     """The import path of its class; `pool` for the pool."""
     version: int
     options: dict[str, Any]
-    """All options, those left at their default included; secrets are masked."""
+    """All options, including defaults; secrets are masked."""
     needs: tuple[str, ...]
     """The columns that it reads."""
     adds: Mapping[str, Any]
     """The columns that it adds, with the names of their Arrow types."""
     repeatable: bool
-    """Whether the same inputs give the same results again; false for what comes from the web."""
+    """Whether the same inputs always give the same results; False for a step that reads the web."""
 
     def load(self) -> Step:
-        """The step itself, with these options. RunError if its module cannot be imported, or has changed."""
+        """The step itself, with these options. Raises RunError if its module cannot be imported or has changed."""
         module, _, name = self.step.rpartition(".")
         try:
             step: Step = getattr(importlib.import_module(module), name)(**self.options)
-        except Exception as error:  # a module of the user's can raise anything
+        except Exception as error:  # a user's module can raise anything
             cure = "put its folder on PYTHONPATH, at the version that the run was made with"
             raise RunError(f"the step {self.label} ({self.step}) cannot be loaded: {error}; {cure}") from None
         step.__dict__["_label"] = self.label
@@ -97,16 +98,16 @@ class RunStep:
 
 
 def describe(passes: Sequence[Pass], recipe: Recipe) -> list[dict[str, Any]]:
-    """What `run.json` says of the passes of a run: plain data from which `open_run` reads them.
+    """Describes the passes of a run as plain data for `run.json`, from which `open_run` restores them.
 
     `root` is relative to the run's folder, or absolute for a pass of the run that is reused. `schema` is the Arrow
-    schema of the columns that a pass adds, an encapsulated IPC message in base64; `adds` of a step is for people.
+    schema of the columns that a pass adds: an encapsulated IPC message in base64. `adds` of a step is only for people.
     """
 
-    def step(of: Step) -> RunStep:
-        options = {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
-        name = f"{type(of).__module__}.{type(of).__qualname__}"
-        return RunStep(of.label, name, of.version, options, tuple(of.needs), dict(of.adds), of.repeatable)
+    def as_run_step(step: Step) -> RunStep:
+        options = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
+        name = f"{type(step).__module__}.{type(step).__qualname__}"
+        return RunStep(step.label, name, step.version, options, tuple(step.needs), dict(step.adds), step.repeatable)
 
     pool = RunStep("pool", "pool", 1, dataclasses.asdict(recipe.pool), (), passes[0].adds, True)
     described = [
@@ -116,7 +117,7 @@ def describe(passes: Sequence[Pass], recipe: Recipe) -> list[dict[str, Any]]:
             "key": p.key,
             "chain": p.rows_key,
             "root": p.root.removeprefix(f"{recipe.run}/"),
-            "steps": [dataclasses.asdict(of) for of in (map(step, p.steps) if p.steps else [pool])],
+            "steps": [dataclasses.asdict(step) for step in (map(as_run_step, p.steps) if p.steps else [pool])],
             "schema": base64.b64encode(pa.schema(list(p.adds.items())).serialize()).decode(),
         }
         for p in passes
@@ -125,7 +126,7 @@ def describe(passes: Sequence[Pass], recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _restore(described: dict[str, Any], store: Store) -> Pass:
-    """The pass that `describe` has described."""
+    """Restores a pass from its description by `describe`."""
     steps = [RunStep(**{**step, "needs": tuple(step["needs"])}) for step in described["steps"]]
     root = described["root"]
     schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(described["schema"])))
@@ -140,22 +141,17 @@ def _restore(described: dict[str, Any], store: Store) -> Pass:
     )
 
 
-def described_passes(store: Store) -> list[Pass]:
-    """The passes of the run in a folder, for reading. RunError if there is no run."""
-    return open_run(store.root)._passes
-
-
 def open_run(path: str | os.PathLike[str]) -> Run:
-    """Opens a run to read it: a folder, or an address that fsspec knows (`s3://bucket/run`).
+    """Opens the run in a folder, or at an address that fsspec supports (`s3://bucket/run`), for reading.
 
-    Reads two small files, `run.json` and `seal.json`. RunError if there is no run.
+    Reads two small files, `run.json` and `seal.json`. Raises RunError if there is no run.
     """
     store = Store(os.fspath(path))
     try:
         data = store.read_if_there("run.json")
     except NotADirectoryError:
         data = None
-    except Exception as error:  # whatever a store out of reach raises
+    except Exception as error:  # an unreachable store can raise anything
         cure = store_cure(store.root, error)
         raise RunError(f"{store.root} cannot be read: {type(error).__name__}: {error}{cure}") from None
     if data is None:
@@ -164,17 +160,18 @@ def open_run(path: str | os.PathLike[str]) -> Run:
 
 
 class Run:
-    """A run, as `open_run` opens it.
+    """A run that is open for reading. Created by `open_run`.
 
-    A row is identified by its `unit` and `row`, permanently. Reads are in the order of these two, which is that of the
-    shards. Steps are named by their labels. Small enough to be pickled: read units side by side on a cluster with the
-    `units` of `scan` and `drops`.
+    `unit` and `row` identify a row permanently. Rows are read in the order of these two, which is also the order of the
+    shards. Steps are named by their labels. A Run is cheap to pickle: to read units in parallel on a cluster, give each
+    task some `units` of `scan` or `drops`.
 
-    Every method raises RunError for what is not there, and `storage.DamagedError` for a file that is not as recorded.
+    Every method raises RunError if what it needs does not exist, and `storage.DamagedError` if a file does not match
+    its record.
     """
 
     name: str
-    """The recipe's."""
+    """The name of the recipe."""
     recipe: dict[str, Any]
     """The recipe as plain data, as it was given; secrets are masked."""
     steps: list[RunStep]
@@ -182,7 +179,7 @@ class Run:
     fingerprint: str
     """Changes with the recipe and with the results of a finished run."""
     finished: bool
-    """Whether the last command came to its end: the books balance, and drops and shards are those of `recipe`."""
+    """Whether the last command completed: the books balance, and drops and shards match `recipe`."""
 
     def __init__(self, store: Store, data: bytes) -> None:
         """`data`: the contents of `run.json`."""
@@ -194,8 +191,8 @@ class Run:
             described = claim["passes"]
             if described and "schema" not in described[0]:
                 raise RunError(
-                    f"{at}: written by an earlier version, which did not describe its passes. Give the command of the "
-                    "run again: it rewrites this file, and measures nothing again where the results are the same"
+                    f"{at}: written by an earlier version, which did not describe its passes. Run its command again: "
+                    "this rewrites the file and reuses all measurements that are still valid"
                 )
             self._passes = [_restore(p, store) for p in described]
             self.steps = [cast(RunStep, step) for p in self._passes for step in p.steps]
@@ -210,7 +207,7 @@ class Run:
         sealed = self._files.get("run.json", {}).get("sha256")
         self.fingerprint = hashlib.sha256(data + json.dumps(seal, sort_keys=True).encode()).hexdigest()
         self.finished = sealed == hashlib.sha256(data).hexdigest()
-        # Where each step is: the number of its pass, and the labels of the steps of that pass that come after it.
+        # For each step: the number of its pass, and the labels of the later steps in that pass.
         self._places = {
             label: (index, p.labels[i + 1 :])
             for index, p in enumerate(self._passes)
@@ -232,20 +229,19 @@ class Run:
 
     @property
     def pool_key(self) -> str:
-        """Names the contents of the pool: in runs with the same key, `unit` and `row` name the same rows."""
+        """Identifies the contents of the pool: in runs with the same key, `unit` and `row` name the same rows."""
         return self._passes[0].key
 
     @property
     def has_passes(self) -> bool:
-        """Whether the results of all its passes are there; without them, rows have neither `unit` nor `row`."""
+        """Whether the results of all passes still exist. Without them, `unit` and `row` of all rows are null."""
         return self._missing(len(self._passes) - 1) is None
 
     # --- The books ----------------------------------------------------------------------------------------------------
 
     @cached_property
     def funnel(self) -> Funnel:
-        """For each step the rows that came in, the rows dropped by reason, and the seconds that it took. RunError for
-        a run that is not finished."""
+        """For each step: rows in, rows dropped by reason, and seconds. Raises RunError if the run is not finished."""
         self._must_be_finished("the funnel")
         return Funnel.from_json(json.loads(self._store.read_entry(self._files["funnel.json"]))["steps"])
 
@@ -261,23 +257,23 @@ class Run:
 
     @cached_property
     def units(self) -> int:
-        """How many units the pool was cut into; they are numbered from 0."""
+        """The number of units of the pool. They are numbered from 0."""
         complete = self._passes[0].complete()
         if complete is None:
-            self._gone(0)
+            self._raise_missing(0)
         return int(complete["units"])
 
     def spread_units(self, most: int) -> list[int]:
-        """At most so many units, spread evenly over the pool. Each is a uniform sample of it."""
+        """The numbers of up to `most` units, spread evenly over the pool. Each unit is a uniform sample of the pool."""
         return [int(unit) for unit in np.linspace(0, self.units - 1, min(self.units, most))]
 
     # --- Rows that survived -------------------------------------------------------------------------------------------
 
     def columns(self, after: str | None = None) -> dict[str, pa.DataType]:
-        """The columns that `scan` can read after a step (none: the last), with their Arrow types.
+        """The columns that `scan` can read after a step (default: the last), with their Arrow types.
 
-        What a step adds is stored when its pass is done: where steps share a pass, their columns can be read after the
-        last of them. Without `passes/`, these are the columns of `shards/*.parquet`.
+        Columns are stored at the end of a pass: if steps share a pass, their columns can be read after the last of
+        them. Without `passes/`, these are the columns of `shards/*.parquet`.
         """
         label = self._label(after)
         return self._shard_columns() if self._reads_shards(label) else self._types(label)
@@ -285,23 +281,19 @@ class Run:
     def scan(
         self, columns: str | Iterable[str] = (), after: str | None = None, units: Iterable[int] | None = None
     ) -> Iterator[pa.Table]:
-        """The rows that survived a step (none: the last), as tables of `unit, row` and these columns.
+        """Yields the rows that survived a step (default: the last), as tables of `unit, row` and `columns`.
 
-        A table for each unit, in order, without rows where none survived; of these units only, if they are given. With
-        pixels or vectors among the columns (`image`, `embedding`): several tables a unit, of 256 rows at most. Memory:
-        the light columns of UNITS_AHEAD units, or one such table.
+        Yields one table per unit, in order, even if it has no rows; `units` selects some units. If the columns include
+        pixels or vectors (`image`, `embedding`), a unit is split into tables of up to 256 rows. Memory: the light
+        columns of UNITS_AHEAD units, or one such table.
 
-        Without `passes/`, only the rows after the last step can be read, from `shards/*.parquet`: in the same order, a
-        table a shard, `unit` and `row` null.
+        Without `passes/`, only the rows after the last step can be read. They come from `shards/*.parquet`, in the same
+        order, one table per shard, and `unit` and `row` are null.
         """
         label = self._label(after)
-        wanted = list(dict.fromkeys([columns] if isinstance(columns, str) else columns))
         from_shards = self._reads_shards(label)
         types = self._shard_columns() if from_shards else self._types(label)
-        wanted = [name for name in wanted if name not in POSITION.names]
-        for name in wanted:
-            if name not in types:
-                raise RunError(f"{self._store.root}: no column {name!r} after {label}{self._hint(name, types)}")
+        wanted = self._wanted(columns, types, f" after {label}")
         heavy = any(is_heavy(types[name]) for name in wanted)
         if from_shards:
             return self._scan_shards(pa.schema([*POSITION, *((name, types[name]) for name in wanted)]), heavy)
@@ -319,7 +311,7 @@ class Run:
         return chain.from_iterable(map(read, numbers)) if heavy else self._ahead(lambda unit: next(read(unit)), numbers)
 
     def _surviving(self, index: int, later: Sequence[str], unit: int) -> np.ndarray:
-        """The rows of a unit that survived a pass up to the step before `later`, the labels of its further steps."""
+        """The rows of a unit that survived a pass, or only its steps before `later`, the labels of its last steps."""
         passes = self._passes[: index + 1]
         rows = surviving_rows([p for p, drops in zip(passes, self._dropping) if drops], unit)
         if later:
@@ -330,18 +322,17 @@ class Run:
 
     @cached_property
     def _dropping(self) -> list[bool]:
-        """For each pass, whether its tables must be read to know which rows survived: not those of scores, which drop
-        none."""
+        """For each pass, whether its tables are needed to find the surviving rows. Most scores drop no rows."""
 
-        def decides(p: Pass) -> bool:
-            # A pass over units knows all rows that came in, so nothing before it need be read.
+        def is_needed(p: Pass) -> bool:
+            # The tables of other passes have every row that reached them, so no earlier pass needs to be read.
             complete = p.complete() if isinstance(p, MeasurePass | BarrierPass) else None
             return complete is None or any(line["dropped"] for line in complete["funnel"])
 
-        return list(map(decides, self._passes))
+        return list(map(is_needed, self._passes))
 
     def _ahead(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """The results for items, in their order, some of them worked on ahead."""
+        """Yields the result for each item, in order. Threads work on the next few items meanwhile."""
         ahead = LOCAL_AHEAD if self._store.local else UNITS_AHEAD
         due: deque[Future[R]] = deque()
         with ThreadPoolExecutor(ahead) as threads:
@@ -361,20 +352,20 @@ class Run:
     def drops(
         self, step: str | None = None, reason: str | None = None, units: Iterable[int] | None = None
     ) -> Iterator[pa.Table]:
-        """The rows that were dropped, by one step or for one reason if these are given: `unit, row, uid, url, caption,
-        step, reason, detail, value`.
+        """Yields the dropped rows, as tables of `unit, row, uid, url, caption, step, reason, detail, value`. `step` and
+        `reason` select the rows of one step or one reason.
 
-        A table for each unit, in order, without rows where none was dropped; of these units only, if they are given.
-        Memory: UNITS_AHEAD such tables. With a step, only the results of its pass and of the pool are read.
+        Yields one table per unit, in order, even if it has no rows; `units` selects some units. Memory: UNITS_AHEAD
+        such tables. With `step`, only the results of its pass and of the pool are read.
 
-        Without `passes/`, they come from `drops/*.parquet`: in the same order, some 65,536 rows a table, `unit` and
-        `row` null. The `step` may then be any that the files name.
+        Without `passes/`, the rows come from `drops/*.parquet`, in the same order, up to 65,536 per table, and `unit`
+        and `row` are null.
         """
         index = None if step is None else self._places[self._label(step)][0]
         due = range(len(self._passes)) if index is None else [index]
         if (missing := self._missing(due[-1])) is not None:
             if not self.finished:
-                self._gone(missing)
+                self._raise_missing(missing)
             return self._read_drops(step, reason)
 
         def read(unit: int) -> pa.Table:
@@ -390,19 +381,15 @@ class Run:
     # --- Single rows --------------------------------------------------------------------------------------------------
 
     def take(self, unit: int, rows: Sequence[int] | np.ndarray, columns: str | Iterable[str]) -> pa.Table:
-        """Some rows of a unit, dropped or not: `unit, row` and these columns, in the order of `rows`.
+        """Reads some rows of a unit, dropped or not: `unit, row` and `columns`, in the order of `rows`.
 
-        A value is null where the row has none: it was dropped before, or could not be measured. A row that a later step
-        dropped still has its picture. Memory: these rows. Reads a table for each pass that added one of the columns;
-        for pixels and vectors also their file of the unit, some hundred MB: hashed once in the life of a process, and
-        copied first if it is remote. So ask for the rows of a unit together.
+        A value is null if the row was dropped before the step that adds it, or could not be measured. A row that a
+        later step dropped still has its picture. Memory: these rows. Reads one table for each pass that added one of
+        the columns. Pixels and vectors also need a file of the unit, of some hundred MB, which is hashed once per
+        process and copied first if it is remote; so request all rows of a unit together.
         """
-        wanted = [columns] if isinstance(columns, str) else list(dict.fromkeys(columns))
-        wanted = [name for name in wanted if name not in POSITION.names]
         types = {name: dtype for p in self._passes for name, dtype in p.adds.items()}
-        for name in wanted:
-            if name not in types:
-                raise RunError(f"{self._store.root}: no column {name!r}{self._hint(name, types)}")
+        wanted = self._wanted(columns, types)
         (unit,) = self._numbers([unit])
         numbers = np.asarray(rows, np.int64).reshape(-1)
         record = self._passes[0].record(unit)
@@ -411,28 +398,28 @@ class Run:
             raise RunError(f"{self._store.root}: unit {unit} has the rows 0 to {size - 1:,}, not {odd[0]:,}")
         found = {"unit": pa.array(np.full(len(numbers), unit, np.int32)), "row": pa.array(numbers.astype(np.int32))}
         for i, p in enumerate(self._passes):
-            mine = [name for name in wanted if name in p.adds]
-            if not mine:
+            added = [name for name in wanted if name in p.adds]
+            if not added:
                 continue
             if p.complete() is None:
-                self._gone(i)
+                self._raise_missing(i)
             assert isinstance(p, UnitPass | BarrierPass)
-            there = np.intersect1d(numbers, p.valued(unit)).astype(np.int32)
-            empty = pa.schema([*POSITION, *((name, types[name]) for name in mine)]).empty_table()
-            table = pa.concat_tables([empty, *read_unit([p], unit, mine, there)])
-            at = pa.array(np.searchsorted(there, numbers), mask=~np.isin(numbers, there))
-            for name in mine:
+            valued = np.intersect1d(numbers, p.valued(unit)).astype(np.int32)
+            empty = pa.schema([*POSITION, *((name, types[name]) for name in added)]).empty_table()
+            table = pa.concat_tables([empty, *read_unit([p], unit, added, valued)])
+            at = pa.array(np.searchsorted(valued, numbers), mask=~np.isin(numbers, valued))
+            for name in added:
                 values = table[name].take(at)
                 # A whole-run filter gives values to some rows; the others keep those of an earlier step.
                 found[name] = pc.coalesce(values, found[name]) if name in found else values
         return pa.table({name: found[name] for name in [*POSITION.names, *wanted]})
 
     def pictures(self, uids: Iterable[str]) -> dict[str, bytes]:
-        """The pictures of these samples, encoded, by uid; a uid is left out if it is unknown or its row has none.
+        """The encoded pictures of samples, by uid. A uid is left out if it is unknown or its row has no picture.
 
-        Cost: reads the uids of `shards/*.parquet` until all are found, then of a sample its bytes in the tar. For those
-        that are not in the shards, reads the tables of the pool, some 200 bytes a row, and `take`s each. To get the
-        pictures of rows whose unit and row are known, `take` is cheaper. Memory: the pictures, and one shard's uids.
+        Cost: reads the uids of `shards/*.parquet` until all are found, then the bytes of each picture in its tar. For
+        uids that are not in the shards, reads the tables of the pool, some 200 bytes per row, and calls `take`. If unit
+        and row are known, `take` is cheaper. Memory: the pictures, and the uids of one shard.
         """
         wanted = set(uids)
         if not any("image" in p.adds for p in self._passes):
@@ -455,8 +442,7 @@ class Run:
                 break
         if not wanted or (self.finished and self._passes[0].complete() is None):
             return found
-        everything = self._ahead(lambda unit: (unit, self._uids(unit)), range(self.units))
-        for unit, held in everything:
+        for unit, held in self._ahead(lambda unit: (unit, self._uids(unit)), range(self.units)):
             at = np.flatnonzero(pc.is_in(held, pa.array(wanted, pa.string())).to_numpy())
             if len(at):
                 images = self.take(unit, at, ["image"])["image"].to_pylist()
@@ -468,11 +454,11 @@ class Run:
         return found
 
     def picture_ranges(self, unit: int, rows: Sequence[int] | np.ndarray) -> tuple[list[Entry], np.ndarray]:
-        """Where the encoded pictures of some rows of a unit lie, for readers that want them without a copy.
+        """Locates the encoded pictures of some rows of a unit, for readers that need no copy of them.
 
         Returns the files, as entries whose `name` is a full path or address, and an int64 array (n, 3) in the order of
-        `rows`: the number of the file, the offset and the size in bytes of the picture, 0 if the row has none. Each
-        file is hashed once in the life of a process, and copied first if it is remote.
+        `rows`: the number of the file, and the offset and size of the picture in bytes; the size is 0 if there is none.
+        Each file is hashed once per process, and copied first if it is remote.
         """
         numbers = np.asarray(rows, np.int64).reshape(-1)
         index = next((i for i, p in enumerate(self._passes) if "image" in p.adds), None)
@@ -480,23 +466,23 @@ class Run:
             raise RunError(f"{self._store.root}: no step of the run adds pictures")
         p = self._passes[index]
         if p.complete() is None:
-            self._gone(index)
+            self._raise_missing(index)
         assert isinstance(p, UnitPass)
         files, ranges = byte_ranges(p, unit, "image", numbers)
         entries = [{**entry, "name": store.path(entry["name"])} if entry else {} for store, entry in files]
         return entries, ranges
 
     def _uids(self, unit: int) -> pa.ChunkedArray:
-        """Of all rows of a unit; the place is the row."""
+        """The uids of all rows of a unit, indexed by row."""
         pool = self._passes[0]
         assert isinstance(pool, PoolPass)
         (table,) = read_unit([pool], unit, ["uid"], pool.valued(unit))
         return table["uid"]
 
-    # --- What there is ------------------------------------------------------------------------------------------------
+    # --- Names, columns and passes ------------------------------------------------------------------------------------
 
     def _label(self, label: str | None) -> str:
-        """The label of a step; the last one's for None."""
+        """Returns the label of a step, by default the last. Raises RunError if there is no such step."""
         if label is None:
             return next(reversed(self._places))
         if label not in self._places:
@@ -505,11 +491,21 @@ class Run:
         return label
 
     def _types(self, label: str) -> dict[str, pa.DataType]:
+        """The columns that exist after a step."""
         index, later = self._places[label]
         return {k: v for p in self._passes[: index if later else index + 1] for k, v in p.adds.items()}
 
+    def _wanted(self, columns: str | Iterable[str], types: Mapping[str, pa.DataType], where: str = "") -> list[str]:
+        """The names of these columns without `unit` and `row`. Raises RunError if one is not in `types`."""
+        names = dict.fromkeys([columns] if isinstance(columns, str) else columns)
+        wanted = [name for name in names if name not in POSITION.names]
+        for name in wanted:
+            if name not in types:
+                raise RunError(f"{self._store.root}: no column {name!r}{where}{self._hint(name, types)}")
+        return wanted
+
     def _hint(self, name: str, types: Iterable[str]) -> str:
-        """Where a column that is not among these can be read, or what else was meant."""
+        """For a column that is not among these: where it can be read, or the nearest name."""
         for p in self._passes:
             if name in p.adds:
                 return f"; it can be read after {p.labels[-1]}"
@@ -528,33 +524,31 @@ class Run:
         return isinstance(self._passes[-1], SinkPass)
 
     def _missing(self, index: int) -> int | None:
-        """The first missing pass of those up to this one."""
+        """The number of the first pass up to this one whose results are missing; None if all exist."""
         return next((i for i, p in enumerate(self._passes[: index + 1]) if p.complete() is None), None)
 
     def _reads_shards(self, label: str) -> bool:
-        """Whether the rows after a step must come from the shards, since passes are gone; RunError if those cannot
-        help."""
+        """Whether the rows after a step must come from the shards because passes are missing. Raises RunError if the
+        shards do not have these rows."""
         missing = self._missing(self._places[label][0])
         if missing is None:
             return False
         if not (self.finished and self._writes_shards and label == self._label(None)):
-            self._gone(missing)
+            self._raise_missing(missing)
         return True
 
-    def _gone(self, index: int) -> NoReturn:
-        """Raises RunError: a pass is not there."""
+    def _raise_missing(self, index: int) -> NoReturn:
+        """Raises RunError: the results of a pass are missing."""
         p = self._passes[index]
         self._must_be_finished(f"what {p.label} and the steps after it have stored")
-        left = "drops() and scan() after the last step" if self._writes_shards else "drops()"
+        usable = "drops() and scan() after the last step" if self._writes_shards else "drops()"
         raise RunError(
-            f"{p.root}: missing or not complete. Without the results of its passes, a run can be read by {left} alone"
+            f"{p.root}: missing or not complete. Without the results of its passes, only {usable} can read a run"
         )
 
     def _must_be_finished(self, what: str) -> None:
         if not self.finished:
-            raise RunError(
-                f"{self._store.root} is not finished, so {what} cannot be read yet; give the command of the run again"
-            )
+            raise RunError(f"{self._store.root} is not finished, so {what} cannot be read yet; run its command again")
 
     # --- Runs without passes ------------------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ class PoolSpec:
     """A file, a glob, a folder, or a list of these: parquet, csv, tsv, jsonl or json, also `.gz`, `.zst` and `.bz2`; or
     Common Crawl's `.wat.gz`. Required unless `retry` is given."""
     retry: str | None = None
-    """A finished run, instead of all other keys: the pool is its rows that failed for a transient reason."""
+    """A finished run: the pool is its rows that failed for a transient reason. Excludes all other keys but `rows`."""
     url: str = "url"
     """The column that holds the URL."""
     caption: str = "caption"
@@ -65,15 +65,15 @@ class PoolSpec:
     delimiter: str | None = None
     """The character between fields, such as `;`. By default a comma in csv and a tab in tsv."""
     quoted: bool | None = None
-    """Whether quotation marks enclose fields (RFC 4180) or are data. By default they enclose in csv and are data in
-    tsv."""
+    """Whether quotation marks enclose fields (RFC 4180) or are data. By default they enclose fields in csv and are data
+    in tsv."""
     embeddings: dict[str, str] | None = None
-    """Columns of vectors from NumPy files beside parquet tables, as `{image_embedding: "{stem}.npz#l14_img"}`
+    """Vector columns from NumPy files beside parquet tables, as `{image_embedding: "{stem}.npz#l14_img"}`
     (CommonPool) or `{image_embedding: "../img_emb/img_emb_{number}.npy"}` (clip-retrieval)."""
     captions: Literal["each", "first"] | None = None
     """For a column of caption lists: `each` makes a row of each caption, `first` takes the first."""
     rows: int | None = None
-    """Expected number of rows, which `--plan` uses for a pool that it cannot count."""
+    """Expected number of rows. `--plan` uses it for a remote pool, which it does not count."""
 
     def __post_init__(self) -> None:
         if self.rows is not None and self.rows < 0:
@@ -83,9 +83,8 @@ class PoolSpec:
                 raise ValueError("path: is missing")
             self._check()
             return
-        own = (f for f in dataclasses.fields(self) if f.name not in ("retry", "rows"))
-        given = [f.name for f in own if getattr(self, f.name) != f.default]
-        if given:
+        others = (f for f in dataclasses.fields(self) if f.name not in ("retry", "rows"))
+        if given := [f.name for f in others if getattr(self, f.name) != f.default]:
             raise ValueError(f"retry: excludes {', '.join(given)}: the rows are those of {self.retry}/drops")
         # The drop tables hold url, caption and uid.
         self.path, self.uid, self.columns = f"{self.retry.rstrip('/')}/drops/*.parquet", "uid", []
@@ -94,6 +93,10 @@ class PoolSpec:
     def paths(self) -> list[str]:
         """`path` as a list."""
         return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def is_local(self) -> bool:
+        return not any("://" in path for path in self.paths)
 
     def _check(self) -> None:
         for key in ("names", "columns"):
@@ -132,7 +135,7 @@ class Recipe:
     steps: list[Step] = field(default_factory=list)
     """The steps, in the order in which they run: `- NAME` or `- NAME: {OPTION: VALUE, …}`. At least one."""
     seed: int = 0
-    """Seed of every random decision; a step that has a `seed` of its own and is not given one takes this."""
+    """Seed of every random decision, and the default of every step's `seed` option."""
     unit_rows: int = 10_000
     """Approximate number of candidates in a unit, 1 to 1,000,000. Units are scheduled, retried, committed and resumed
     as a whole."""
@@ -140,16 +143,16 @@ class Recipe:
     """Maximum number of worker processes, 1 to 100,000. By default one per core of the cluster, including nodes that
     join during the run. Never changes a result."""
     reuse: str | None = None
-    """Another run to take results from: its complete passes where they are the same, and what it measured of the same
-    rows, also if its pool is another one. Its pictures are not copied, so it must stay where it is."""
+    """Another run whose results to reuse: its complete passes where they are the same, and its measurements of the same
+    rows, even if the pools differ. Its pictures are not copied, so it must stay where it is."""
     report: bool = True
-    """Whether the run ends with writing `RUN/report/index.html`, as `winnow report RUN` does at any time."""
+    """Whether to write `RUN/report/index.html` at the end of the run. `winnow report RUN` writes it at any time."""
     allow_empty: bool = False
-    """Whether a run that writes shards and keeps no row ends with exit status 0 instead of 1."""
+    """Whether to exit with status 0 instead of 1 if a run that writes shards keeps no row."""
     source: dict[str, Any] = field(default_factory=dict)
 
     def notes(self) -> Iterator[str]:
-        """What the steps leave undone with these options, and what this machine lacks, a line each."""
+        """Yields one line for each thing that a step leaves undone with its options, or that this machine lacks."""
         if missing := Store(self.run).missing_package():
             yield f"run: {missing}"
         for step in self.steps:
@@ -183,9 +186,9 @@ def load(
 
 
 def identity(step: Step) -> dict[str, Any]:
-    """Everything that determines a step's output: class, version, options, and contents of the files they name.
+    """Everything that determines a step's output: class, version, options, and contents of the files that they name.
 
-    Excludes options that only change speed, which are fields with `metadata={"speed": True}`.
+    Excludes options that only change speed: fields with `metadata={"speed": True}`.
     """
     options = {f.name: getattr(step, f.name) for f in dataclasses.fields(step) if not f.metadata.get("speed")}
     return {
@@ -222,7 +225,10 @@ def _override(data: dict[str, Any], word: str, problems: list[str]) -> None:
     known = labels([split_line(line)[0] for line in steps])
     if label not in known:
         step = label or option
-        problems.append(f"{word!r}: the recipe has no step {step!r}{did_you_mean(step, known)}")
+        if step in known:
+            problems.append(f"{word!r}: expected an option of the step, as in steps.{step}.OPTION={text}")
+        else:
+            problems.append(f"{word!r}: the recipe has no step {step!r}{did_you_mean(step, known)}")
         return
     i = known.index(label)
     step_name, options = split_line(steps[i])
@@ -257,7 +263,7 @@ class _Checker:
         columns: Mapping[str, pa.DataType] | None = {}
         if pool is not None and pool_columns is not None:
             try:
-                columns = None if self._temporary(pool) else pool_columns(pool)
+                columns = None if any(map(_job_copy_problem, pool.paths)) else pool_columns(pool)
             except (ValueError, OSError, ImportError) as error:
                 columns = None
                 self._note(("pool",), "pool", str(error))
@@ -275,35 +281,19 @@ class _Checker:
                 problem = "must not share a folder with the pool: its files would be read as part of the pool"
             if problem:
                 self._note(("run",), "run", problem)
-        for path in self._temporary(pool) if pool is not None else []:
-            key = "path" if pool is not None and pool.retry is None else "retry"
-            self._note(("pool", key), f"pool.{key}", _temporary(path) or "")
-        if reuse is not None:
-            try:
-                problem = _temporary(reuse) or (
-                    "is empty; expected the folder of a run, or null"
-                    if not reuse.strip()
-                    else "is the run itself"
-                    if run is not None and Store(reuse).root == Store(run).root
-                    else None
-                    if Store(reuse).exists("run.json")
-                    else f"{reuse} is not the folder of a run: missing {Store(reuse).path('run.json')}"
-                )
-            except Exception as error:  # an unreachable store can raise anything
-                problem = f"{reuse} cannot be read: {type(error).__name__}: {error}"
-            if problem:
-                self._note(("reuse",), "reuse", problem)
-
-    @staticmethod
-    def _temporary(pool: PoolSpec) -> list[str]:
-        return [path for path in pool.paths if _temporary(path)]
+        if pool is not None:
+            key = "path" if pool.retry is None else "retry"
+            for problem in filter(None, map(_job_copy_problem, pool.paths)):
+                self._note(("pool", key), f"pool.{key}", problem)
+        if reuse is not None and (problem := _unusable_reuse(reuse, run)):
+            self._note(("reuse",), "reuse", problem)
 
     def _note(self, key: tuple[Any, ...], name: str, problem: str) -> None:
         self.problems.append(f"{self.document.where(*key)}: {name}: {problem}")
 
     def _options(
         self, cls: type, data: dict[str, Any], key: tuple[Any, ...], hidden: frozenset[str] = frozenset()
-    ) -> dict[str, Any]:  # type: ignore[assignment]
+    ) -> dict[str, Any]:
         """The options that match the fields of a dataclass. Reports unknown, ill-typed and missing ones."""
         prefix = ".".join(str(k) for k in key if not isinstance(k, int)) + ("." if key else "")
         fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in hidden}
@@ -392,11 +382,10 @@ class _Checker:
                     else f"no step above it adds that column{_providers(column) or did_you_mean(column, have)}"
                 )
                 if carried(column) in have:
-                    cure += f"; the pool's own is called {carried(column)} here"
+                    cure += f"; the pool's own column of that name is called {carried(column)}"
                 self._note(key, f"steps.{step.label}", f"needs the column {column!r}; {cure}")
             for option, problem in step.check_columns(types):
                 self._note((*key, step.name(), option), f"steps.{step.label}.{option}", problem)
-            types |= step.adds
             for column in step.adds:
                 if column in have and column not in step.wants:
                     cure = (
@@ -451,17 +440,17 @@ def built_in_steps() -> list[str]:
 def _unusable_number(value: Any) -> float | None:
     """The first number in an option's value that is NaN, infinite, or beyond 63 bits; None if there is none."""
     if isinstance(value, list | dict):
-        inner = value.values() if isinstance(value, dict) else value
-        return next((odd for one in inner if (odd := _unusable_number(one)) is not None), None)
+        items = value.values() if isinstance(value, dict) else value
+        return next((odd for item in items if (odd := _unusable_number(item)) is not None), None)
     if isinstance(value, float) and not math.isfinite(value):
         return value
     return value if isinstance(value, int) and abs(value) >= 1 << 63 else None
 
 
 def _unusable_text(f: dataclasses.Field[Any], value: Any) -> str | None:
-    """The problem with an option that is or holds blank text, or names something that is no file; else None."""
+    """The problem with an option that is or holds blank text, or names a device, pipe or socket; else None."""
     values = value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else [value]
-    texts = [one for one in values if isinstance(one, str)]
+    texts = [text for text in values if isinstance(text, str)]
     if value != f.default and any(not text.strip() for text in texts):
         return f"expected text that is not blank, found {value!r}; leave the key out for the default"
     if f.metadata.get("file"):
@@ -471,7 +460,7 @@ def _unusable_text(f: dataclasses.Field[Any], value: Any) -> str | None:
     return None
 
 
-def _temporary(path: str) -> str | None:
+def _job_copy_problem(path: str) -> str | None:
     """The problem with a local path inside a job's copy of its working directory; None for any other path."""
     if "://" in path or JOB_FOLDER not in os.path.abspath(path) + "/":
         return None
@@ -496,7 +485,7 @@ def _unusable_run(run: str) -> str | None:
         except ValueError as error:
             return f"{run} cannot be used: {error}"
         return None
-    if problem := _temporary(run):
+    if problem := _job_copy_problem(run):
         return problem
     if any(len(os.fsencode(part)) > MAX_NAME for part in store.root.split("/")):
         return f"expected names of at most {MAX_NAME} bytes in the path, found {run[:100]!r}…"
@@ -510,9 +499,25 @@ def _unusable_run(run: str) -> str | None:
     return None
 
 
+def _unusable_reuse(reuse: str, run: str | None) -> str | None:
+    """Why a run directory cannot be reused; None if it can."""
+    if problem := _job_copy_problem(reuse):
+        return problem
+    if not reuse.strip():
+        return "is empty; expected the folder of a run, or null"
+    try:
+        if run is not None and Store(reuse).root == Store(run).root:
+            return "is the run itself"
+        if Store(reuse).exists("run.json"):
+            return None
+    except Exception as error:  # an unreachable store can raise anything
+        return f"{reuse} cannot be read: {type(error).__name__}: {error}"
+    return f"{reuse} is not the folder of a run: missing {Store(reuse).path('run.json')}"
+
+
 def _overlap(pool: str, run: str) -> bool:
-    """Whether the pool and the run overlap: a folder or pattern of the pool contains the run or lies in it, or a single
-    file lies in a subfolder of the run."""
+    """Whether pool and run overlap: a folder or pattern of the pool contains the run or lies in it, or a pool file lies
+    in a subfolder of the run."""
     if "://" in pool or not Store(run).local:
         return pool.rstrip("/") == run.rstrip("/")
     root = os.path.realpath(run)

@@ -1,4 +1,4 @@
-"""The reference pages of the docs, generated from the code: what each step does, and the keys of recipes and
+"""Generates the reference pages of the docs from the code: what each step does, and the keys of recipes and
 configurations.
 
 `winnow steps [NAME …]` prints the steps, `winnow steps --configuration` the keys. `docs/steps.md` and
@@ -47,7 +47,7 @@ What to set for which purpose: [Train](training.md).
 
 
 def describe(step: type[Step]) -> str:
-    """A step's reference in Markdown: what it does, what it reads and adds, and a table of its options."""
+    """A step's reference in Markdown: what the step does, the columns that it reads and adds, and its options."""
     kind = "stage" if issubclass(step, Stage) else "sink" if issubclass(step, Sink) else "filter"
     lines = [f"## `{step.name()}` ({kind})", "", inspect.cleandoc(step.__doc__ or ""), ""]
     for title, names in (("reads", step.needs), ("adds", step.adds)):
@@ -87,7 +87,7 @@ def reasons_section() -> str:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The string below each field of a dataclass, by the field's name."""
+    """The string that follows each field of a dataclass, by field name."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
     docs: dict[str, str] = {}
@@ -108,7 +108,7 @@ def _table(title: str, fields: Sequence[dataclasses.Field], docs: Mapping[str, s
 
 
 def _default(field: dataclasses.Field) -> str:  # type: ignore[type-arg]
-    """The default as it would stand in YAML; empty for null."""
+    """The default as YAML: empty for null, `required` if there is none."""
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
     elif (value := field.default) is dataclasses.MISSING:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from pipeline import pool, recipe
 from pipeline.ledger import BooksError, Funnel
 from pipeline.pool import PoolError
-from pipeline.reader import RunError, describe, described_passes, open_run
+from pipeline.reader import RunError, describe, open_run
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.scheduler.claim import Claim, InUseError, LostClaimError, hold
 from pipeline.scheduler.lifetime import GOES_ON, Watch
@@ -48,13 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.run",
-        description="Curates a pool of image URLs and captions into WebDataset shards, as a recipe says.",
+        description="Curates a pool of image URLs and captions into WebDataset shards, following a recipe.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="the recipe, a YAML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="changes to it, as in steps.download.timeout=5"
+        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, as in steps.download.timeout=5"
     )
     parser.add_argument("--plan", action="store_true", help="print what would run and what it would cost; run nothing")
     args = parser.parse_intermixed_args(argv)  # options may stand between the overrides
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.plan:
             from pipeline.plan import print_plan
 
-            print_plan(console, recipe.load(args.recipe, args.overrides, _columns_if_near))
+            print_plan(console, recipe.load(args.recipe, args.overrides, _local_columns))
             return 0
         checked = recipe.load(args.recipe, args.overrides, pool.columns)
         return _run(console, checked, watch)
@@ -91,12 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class RefusedError(Exception):
-    """The run directory holds something else."""
+    """The command cannot use this run directory, the run to reuse, or this cluster. Nothing was computed."""
 
 
 def _run(console: Console, checked: Recipe, watch: Watch) -> int:
     if Store(checked.run).local:
-        # Workers have working directories of their own.
+        # Each worker has its own working directory.
         checked.run = Store(checked.run).root
     if missing := Store(checked.run).missing_package():
         raise RecipeError([f"run: {missing}"])
@@ -125,10 +125,10 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
             cluster.start_ray(checked.workers, console.say)
         except cluster.StartError as error:
             raise HaltError(str(error)) from None
-        except SystemExit:  # Ray's own answer to a SIGTERM while it starts
+        except SystemExit:  # Ray raises this on a SIGTERM while it starts
             watch.take_signals()
             signal.raise_signal(signal.SIGTERM)
-        watch.take_signals()  # Ray has replaced them by its own
+        watch.take_signals()  # Ray has installed its own handlers
         watch.watch(cluster.cluster_parts())
         try:
             cluster.check_nodes(Store(checked.run), _files(checked))
@@ -142,12 +142,12 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
         dropped = executor.write_books(job, outcome)
         done = True
     except LostClaimError:
-        events.close()  # the file is the other command's now
+        events.close()  # the file now belongs to the other command
         raise
     except BaseException as error:
         progress.end(done)
-        said = "interrupted" if isinstance(error, KeyboardInterrupt) else _explain(error, checked.run)
-        events.end(2 if isinstance(error, RefusedError) else 1, error=said)
+        cause = "interrupted" if isinstance(error, KeyboardInterrupt) else _explain(error, checked.run)
+        events.end(2 if isinstance(error, RefusedError) else 1, error=cause)
         raise
     finally:
         progress.end(done)
@@ -165,15 +165,15 @@ def _curate(console: Console, checked: Recipe, claim: Claim, watch: Watch) -> in
         console.say(f"repaired: {len(outcome.mended) - 10:,} more")
     if outcome.reused:
         measured = [p.label for p in passes if isinstance(p, MeasurePass) and p.label in outcome.reused]
-        said = f"; nothing was measured again by {' or '.join(measured)}" if measured else ""
-        console.say(f"reused {', '.join(outcome.reused)}{said}")
+        detail = f"; nothing was measured again by {' or '.join(measured)}" if measured else ""
+        console.say(f"reused {', '.join(outcome.reused)}{detail}")
     for label, (rows, known) in outcome.known.items():
         if known:
             console.say(f"{label}: {known:,} of {rows:,} rows had been measured before")
     print_funnel(console, outcome.funnel)
     if checked.report:
         _report(console, checked.run)
-    # A run without a sink is made for its measurements and its drops.
+    # A run without a sink produces measurements and drops, so it may keep no row.
     empty = not outcome.funnel.kept and folder and not checked.allow_empty
     if not outcome.funnel.kept:
         why = _why_empty(outcome.funnel)
@@ -203,36 +203,35 @@ def _report(console: Console, path: str) -> None:
 
 
 def _why_empty(funnel: Funnel) -> str:
-    """The step that took the last rows, and its reasons."""
-    took = [(step, line) for step, line in funnel.lines.items() if line.dropped]
-    if not took:
+    """Names the step that dropped the last rows, and its reasons."""
+    dropping = [(step, line) for step, line in funnel.lines.items() if line.dropped]
+    if not dropping:
         return "the pool has no rows"
-    step, line = took[-1]
+    step, line = dropping[-1]
     reasons = sorted(line.dropped.items(), key=lambda item: -item[1])
     counts = ", ".join(f"{reason} {n:,}" for reason, n in reasons[:3]) + (", …" if len(reasons) > 3 else "")
     return f"{step} dropped the last {sum(line.dropped.values()):,} of {funnel.rows_in:,} rows ({counts})"
 
 
-def _columns_if_near(spec: recipe.PoolSpec) -> dict[str, pa.DataType] | None:
-    """The columns of a pool on local disk; a plan needs no others."""
-    paths = [spec.path] if isinstance(spec.path, str) else spec.path
-    return None if any("://" in path for path in paths) else pool.columns(spec)
+def _local_columns(spec: recipe.PoolSpec) -> dict[str, pa.DataType] | None:
+    """The columns of a local pool. None for a remote one, which a plan does not read."""
+    return pool.columns(spec) if spec.is_local else None
 
 
 def _pool_key(checked: Recipe) -> dict[str, Any]:
     spec = dataclasses.asdict(checked.pool)
     del spec["rows"], spec["path"]
     spec |= {"retry": True} if spec.pop("retry") else {}
-    if spec["embeddings"] is None:  # the key of runs that were made before there was such an option
+    if spec["embeddings"] is None:  # keeps the key of runs that are older than this option
         del spec["embeddings"]
     return {"version": 2, "files": pool.stamp(checked.pool), "unit_rows": checked.unit_rows, **spec}
 
 
 def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]]) -> None:
-    """Records this recipe as the one of the run directory, unless that would orphan expensive results: RefusedError.
+    """Writes this recipe to `run.json`. Raises RefusedError if that would orphan expensive results.
 
-    Filters and thresholds may change: their passes get new keys, and downloads and scores stay in use. `passes` are
-    those of this directory; `described` is what `run.json` says of them.
+    Filters and thresholds may change: their passes get new keys, and downloads and scores stay in use. `passes` are the
+    passes of this directory; `described` is their description for `run.json`.
     """
     store = Store(checked.run)
     source = masked({**checked.source, "workers": None, "reuse": None, "report": None, "allow_empty": None})
@@ -240,7 +239,7 @@ def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]])
     data = json.dumps(claim, indent=1, default=str).encode()
     ours = _is_ours(store, passes)
     if not store.exists("run.json") and not ours:
-        # Files there that no manifest names would be taken for leftovers and removed.
+        # Files that no manifest names would be removed as leftovers.
         if taken := [name for name in (_folder(passes) or "shards", "drops") if store.names(name)]:
             raise RefusedError(
                 f"{checked.run}/{taken[0]} holds files that do not belong to a run; choose another `run`"
@@ -248,7 +247,7 @@ def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]])
         if passes[0].complete() is not None:
             raise RefusedError(
                 f"{checked.run}/run.json is missing, and the downloads or scores there belong to another recipe; "
-                "restore it, or give the recipe of that run"
+                "restore it, or use the recipe of that run"
             )
     if store.create("run.json", data):
         return
@@ -267,30 +266,31 @@ def _claim(checked: Recipe, passes: list[Pass], described: list[dict[str, Any]])
     if old["name"] == claim["name"] and same_pool and not orphans:
         store.write("run.json", data)
         return
-    if not changed:
-        changed = ["the files of the pool, or of a step, have changed since"]
-    cost = f"; {', '.join(orphans)} would have to be done again" if orphans else ""
+    if not same_pool and not any(line.startswith("pool") for line in changed):
+        changed.insert(0, "the files of the pool have changed since: their names, sizes or times")
+    changed = changed or ["the files of a step have changed since"]
+    cost = f"; {', '.join(orphans)} would have to be repeated" if orphans else ""
     lines = "\n".join(f"  {line}" for line in changed)
     raise RefusedError(
         f"{checked.run} holds the run of another recipe{cost}. Nothing was changed. The difference:\n{lines}\n"
-        "Give the old recipe to continue it, or another `run` (with `reuse: OLD_RUN` to share what is the same)."
+        "Use the old recipe to continue it, or set another `run` (with `reuse: OLD_RUN` to reuse what is the same)."
     )
 
 
 def _files(checked: Recipe) -> list[str]:
-    """The first local file of the pool, and those that the steps name."""
-    of_pool = [file for file in pool.find_files(checked.pool) if "://" not in file]
-    return [*of_pool[:1], *(file for step in checked.steps for file in step.files())]
+    """The first local file of the pool, and the files that the steps name."""
+    pool_files = [file for file in pool.find_files(checked.pool) if "://" not in file]
+    return [*pool_files[:1], *(file for step in checked.steps for file in step.files())]
 
 
 def _folder(passes: list[Pass]) -> str | None:
-    """The folder of the run that its sink writes to, if it has one."""
+    """The folder in the run that the sink writes to; None without a sink."""
     last = passes[-1]
     return last.sink.folder if isinstance(last, SinkPass) else None
 
 
 def _is_ours(store: Store, passes: list[Pass]) -> bool:
-    """Whether the passes in a directory without a readable run.json are those of this recipe."""
+    """Whether the passes in a directory without a readable run.json belong to this recipe."""
     if passes[0].complete() is None:
         return False
     roots = {os.path.basename(p.root): p for p in passes}
@@ -301,16 +301,17 @@ def _is_ours(store: Store, passes: list[Pass]) -> bool:
 
 
 def _adopt(checked: Recipe, passes: list[Pass]) -> list[Pass]:
-    """The passes with the results of the run named by `reuse`: passes complete there, and measurements of equal rows.
+    """Replaces each pass that the run named by `reuse` has completed with that run's pass, and lets other measuring
+    passes borrow its measurements of equal rows.
 
-    Equal keys mean equal bytes. Its pool may be another one, as when a pool grew. Then pixels and vectors of the pool
-    itself are not compared, so what rests on them is measured again.
+    Equal keys mean equal bytes. The pools may differ, for example because one grew. Then pixels and vectors of the pool
+    itself are not compared, so measurements that depend on them are repeated.
     """
     if not checked.reuse:
         return passes
     store = Store(checked.reuse)
     try:
-        lender = described_passes(store)[0]
+        lender = open_run(store.root).passes[0]
     except RunError as error:
         raise RefusedError(f"reuse: {error}") from None
 
@@ -331,11 +332,11 @@ def _adopt(checked: Recipe, passes: list[Pass]) -> list[Pass]:
 def differences(old: Any, new: Any) -> list[str]:
     """The keys of two recipes that differ, as `steps.download.timeout: 10 → 5`."""
     before, after = dict(_flat(old)), dict(_flat(new))
-    lines = []
-    for key in dict.fromkeys([*before, *after]):
-        if before.get(key) != after.get(key):
-            lines.append(f"{key}: {before.get(key, '(not there)')} → {after.get(key, '(not there)')}")
-    return lines
+    return [
+        f"{key}: {before.get(key, '(not set)')} → {after.get(key, '(not set)')}"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+    ]
 
 
 def _flat(data: Any, prefix: str = "") -> list[tuple[str, Any]]:
@@ -350,23 +351,23 @@ def _flat(data: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _explain(error: BaseException, where: str) -> str:
-    """One line for a person: the root of a chain of exceptions and, if there is one, the cure."""
+    """Explains an exception in one line: the root of its chain of causes, and the cure if there is one."""
     cause: BaseException = error
     while True:
         deeper = getattr(cause, "cause", None) or cause.__cause__
         if not isinstance(deeper, BaseException) or deeper is cause:
             break
         cause = deeper
-    said = str(cause).strip() or type(cause).__name__
-    if "Traceback (most recent call last)" in said:  # Ray's, of a worker that cannot import what it was sent
-        said = f"{said.splitlines()[0]} … {said.splitlines()[-1]}"
+    message = str(cause).strip() or type(cause).__name__
+    if "Traceback (most recent call last)" in message:  # from Ray, for a worker that cannot import what it received
+        message = f"{message.splitlines()[0]} … {message.splitlines()[-1]}"
     if getattr(cause, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
         return f"the disk of {where} is full; committed results are kept. Free space and run the same command again"
     if isinstance(cause, BooksError):
         return f"the books do not balance: {cause}"
     if isinstance(cause, HaltError | DamagedError | LostClaimError | PoolError):
-        return said
-    return f"{type(cause).__name__}: {said} (WINNOW_DEBUG=1 shows the traceback)"
+        return message
+    return f"{type(cause).__name__}: {message} (WINNOW_DEBUG=1 shows the traceback)"
 
 
 if __name__ == "__main__":

@@ -35,10 +35,10 @@ PICTURE: dict[str, pa.DataType] = {
     "exif": pa.string(),
 }
 
-# Set where a step merged rows that show one picture: the captions of all of them, that of the row itself first.
+# Set where a step merged rows that show one picture: the captions of all of them, beginning with the row's own.
 CAPTIONS = pa.list_(pa.struct([("caption", pa.string()), ("uid", pa.string()), ("language", pa.string())]))
 MERGED = "merged"
-"""Reason of the drop of a row whose caption went to another row; the detail is the uid of that row."""
+"""Drop reason of a row whose caption was added to another row; the detail is the uid of that other row."""
 
 INLINE = "inline_image"
 """The column of pictures supplied by the pool (`pool.image`): read by `download`, never written to shards."""
@@ -68,8 +68,20 @@ DROP = pa.schema(
 )
 
 
+def is_text(dtype: pa.DataType) -> bool:
+    return bool(pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype))
+
+
+def is_binary(dtype: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype) or pa.types.is_binary_view(dtype))
+
+
+def is_list(dtype: pa.DataType) -> bool:
+    return bool(pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype))
+
+
 def is_number(dtype: pa.DataType) -> bool:
-    """True for integers, floats and decimals; false for the type of a column without any value, null."""
+    """True for integers, floats and decimals; False for null, the type of a column without values."""
     kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
     return any(is_kind(dtype) for is_kind in kinds)
 
@@ -77,18 +89,18 @@ def is_number(dtype: pa.DataType) -> bool:
 def wrong_type(
     types: Mapping[str, pa.DataType], column: str, fits: Callable[[pa.DataType], bool], expected: str
 ) -> Iterator[str]:
-    """Yields what is wrong if a column is there and of another type. One without any value, null, is fine."""
-    of = types.get(column)
-    if of is not None and not fits(of) and not pa.types.is_null(of):
-        yield f"the column {column!r} holds {of}, expected {expected}"
+    """Yields a problem if a column exists and its type does not fit. A column without values has type null and fits."""
+    dtype = types.get(column)
+    if dtype is not None and not fits(dtype) and not pa.types.is_null(dtype):
+        yield f"the column {column!r} holds {dtype}, expected {expected}"
 
 
 def holds_boxes(dtype: pa.DataType) -> bool:
-    """True for lists of boxes: lists of lists of numbers. A list that is empty in all rows has no type."""
+    """True for lists of boxes: lists of lists of numbers. Lists that are empty in all rows have values of type null."""
     for _ in range(2):
         if pa.types.is_null(dtype):
             return True
-        if not (pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype)):
+        if not is_list(dtype):
             return False
         dtype = dtype.value_type
     return is_number(dtype) or pa.types.is_null(dtype)
@@ -100,7 +112,7 @@ def numbers(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def is_heavy(dtype: pa.DataType) -> bool:
-    """True for pixels and vectors. Stored apart from other columns, so that a scan of scores reads no image."""
+    """True for pixels and vectors. They are stored apart from other columns, so that scans of scores skip them."""
     return bool(pa.types.is_fixed_size_list(dtype) or _holds_bytes(dtype))
 
 

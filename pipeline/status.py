@@ -1,11 +1,11 @@
-"""Shows the progress of a run. Only reads its folder, while a command works on it or afterwards.
+"""Shows the progress of a run, while a command works on it or afterwards. Only reads the run's folder.
 
     python -m pipeline.status runs/demo
     python -m pipeline.status s3://bucket/runs/400m --follow
     python -m pipeline.status runs/demo --json | jq .passes
 
-Rows, drops, rates and workers are those of the last command's `events.jsonl`, which is written every few seconds (in an
-object store every half minute). Whether the command still lives is read from its claim of the folder.
+Rows, drops, rates and workers come from `events.jsonl`, which the last command writes every few seconds (in an object
+store, every half minute). The command's claim on the folder shows whether it is still alive.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from pipeline.storage import DamagedError, Store
 from trainer.terminal import Console, guarded, interrupted
 
 RECENT = 60.0
-"""Seconds over which the present rate of a pass is measured."""
+"""Seconds over which the current rate of a pass is measured."""
 REASONS = 4
-"""Most frequent reasons of drops that are shown for a pass."""
+"""Drop reasons shown for a pass, most frequent first."""
 
 
 def read_status(path: str) -> dict[str, Any]:
-    """The state of a run, as plain data. RunError if there is no run.
+    """The state of a run, as plain data. Raises RunError if there is no run.
 
-    `state` is `running`, `finished` (the books are sealed), or `stopped`: no command works on it, and the last one did
-    not come to its end. For each pass: `state` (`waiting, running, done, reused` or `stopped`) and the fields of
-    `Bar.to_json`, of which `rate` is that of the last RECENT seconds while the pass runs.
+    `state` is `running`, `finished` (the books are sealed), or `stopped` (no command works on the run, and the last one
+    did not complete). For each pass: `state` (`waiting, running, done, reused` or `stopped`) and the fields of
+    `Bar.to_json`. While a pass runs, `rate` is its rate over the last RECENT seconds.
     """
     store = Store(path)
     run, owner, events = open_run(path), find_owner(store), read_events(store)
@@ -50,7 +50,7 @@ def read_status(path: str) -> dict[str, Any]:
     starts = [i for i, event in enumerate(events) if event["event"] == "command"]
     events = events[starts[-1] :] if starts else []
     if running and owner and events and (owner.host, owner.pid) != (events[0].get("host"), events[0].get("pid")):
-        events = []  # of the previous command: the current one has only begun
+        events = []  # from the previous command: the current one has written none yet
     last = events[-1] if events else {}
     return {
         "run": run.path,
@@ -77,17 +77,17 @@ def _passes(events: list[dict[str, Any]], running: bool) -> list[dict[str, Any]]
             passes[bar["pass"]] = {"pass": bar["pass"], "state": state, **bar}
             course.setdefault(bar["pass"], []).append((event["time"], bar["rows"]))
     now = events[-1]["time"] if events else 0.0
-    for label, at in passes.items():
-        if at["state"] == "running":
+    for label, bar in passes.items():
+        if bar["state"] == "running":
             recent = [point for point in course[label] if now - point[0] <= RECENT] or course[label][-1:]
             (since, before), (until, rows) = recent[0], recent[-1]
-            at["rate"] = round((rows - before) / (until - since), 1) if until > since else at["rate"]
-            at["since"] = course[label][0][0]
+            bar["rate"] = round((rows - before) / (until - since), 1) if until > since else bar["rate"]
+            bar["since"] = course[label][0][0]
     return list(passes.values())
 
 
 def _books(run: Run) -> list[dict[str, Any]]:
-    """The steps of a finished run without events, as its funnel has them."""
+    """The steps of a finished run without events, from its funnel."""
     return [
         {
             "pass": label,
@@ -103,41 +103,41 @@ def _books(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def shown(status: dict[str, Any]) -> Group:
-    """The status for people."""
+def _render(status: dict[str, Any]) -> Group:
+    """Formats the status for a terminal."""
     now, owner = time.time(), status["owner"]
-    said = f"{status['name']} in {status['run']}: {status['state']}"
+    summary = f"{status['name']} in {status['run']}: {status['state']}"
     if status["started"] is not None:
-        said += f", started {_ago(now - status['started'])}"
+        summary += f", started {_ago(now - status['started'])}"
     if status["state"] == "running":
-        said += f" by pid {owner['pid']} on {owner['host']}, last heartbeat {_ago(now - owner['beat'])}"
+        summary += f" by pid {owner['pid']} on {owner['host']}, last heartbeat {_ago(now - owner['beat'])}"
     elif owner:
-        said += f"; pid {owner['pid']} on {owner['host']} sent its last heartbeat {_ago(now - owner['beat'])}"
-    lines: list[Any] = [Text(said)]
+        summary += f"; pid {owner['pid']} on {owner['host']} sent its last heartbeat {_ago(now - owner['beat'])}"
+    lines: list[Any] = [Text(summary)]
     if status["error"]:
         lines.append(Text(f"the last command failed: {status['error']}"))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("pass", "state", "rows", "units", "rows/s", "eta", "workers", "kept", "dropped"):
         table.add_column(title, justify="left" if title in ("pass", "state", "dropped") else "right", no_wrap=True)
-    for at in status["passes"]:
-        if "rows" not in at:
-            table.add_row(at["pass"], at["state"])
+    for bar in status["passes"]:
+        if "rows" not in bar:
+            table.add_row(bar["pass"], bar["state"])
             continue
-        total = at.get("rows_total")
-        units = at.get("units_total")
-        reasons = Counter(at["dropped"]).most_common(REASONS)
-        more = " …" if len(at["dropped"]) > REASONS else ""
-        going = at["state"] == "running"
-        elapsed = f" {clock(now - at['since'])}" if going and "since" in at else ""
+        total = bar.get("rows_total")
+        units = bar.get("units_total")
+        reasons = Counter(bar["dropped"]).most_common(REASONS)
+        more = " …" if len(bar["dropped"]) > REASONS else ""
+        running = bar["state"] == "running"
+        elapsed = f" {clock(now - bar['since'])}" if running and "since" in bar else ""
         table.add_row(
-            at["pass"],
-            at["state"] + elapsed,
-            f"{at['rows']:,}" + (f"/{total:,}" if going and total else ""),
-            f"{at['units']:,}/{units:,}" if units else "",
-            f"{at['rate']:,.0f}" if at["rate"] and at["state"] != "reused" else "",
-            clock(at["eta"]) if going and at.get("eta") is not None else "",
-            str(at["workers"]) if going and at.get("workers") else "",
-            f"{at['kept']:,}",
+            bar["pass"],
+            bar["state"] + elapsed,
+            f"{bar['rows']:,}" + (f"/{total:,}" if running and total else ""),
+            f"{bar['units']:,}/{units:,}" if units else "",
+            f"{bar['rate']:,.0f}" if bar["rate"] and bar["state"] != "reused" else "",
+            clock(bar["eta"]) if running and bar.get("eta") is not None else "",
+            str(bar["workers"]) if running and bar.get("workers") else "",
+            f"{bar['kept']:,}",
             ", ".join(f"{reason} {n:,}" for reason, n in reasons) + more,
         )
     return Group(*lines, table)
@@ -153,12 +153,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.status",
         description=__doc__,
-        epilog="exit status: 0 the run was read, whatever its state; 2 there is no run; 1 it cannot be read",
+        epilog="exit status: 0 the run was read, whatever its state; 2 there is no run; 1 the run cannot be read",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", help="the folder or address of a run")
     parser.add_argument("--follow", action="store_true", help="refresh until no command works on the run")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, with --follow one a line")
+    parser.add_argument("--json", action="store_true", help="print a JSON object; with --follow, one per line")
     args = parser.parse_args(argv)
     console = Console()
     live = Live(console=console, auto_refresh=False) if args.follow and not args.json and console.is_terminal else None
@@ -170,9 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.json:
                 print(json.dumps(status, ensure_ascii=False, indent=None if args.follow else 1), flush=True)
             elif live:
-                live.update(shown(status), refresh=True)
+                live.update(_render(status), refresh=True)
             else:
-                console.print(shown(status))
+                console.print(_render(status))
             if not args.follow or status["state"] != "running":
                 return 0
             time.sleep(PERIOD)

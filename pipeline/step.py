@@ -1,7 +1,8 @@
 """The one abstraction: a step maps an Arrow table to an Arrow table.
 
-A *stage* measures and adds columns. A *filter* decides and drops rows. Both are small dataclasses whose fields are
-the keys of their recipe line. Nothing here knows about Ray: a step can be tried on a table in a notebook with `apply`.
+A *stage* measures and adds columns. A *filter* decides and drops rows. A *sink* writes the remaining rows. Each is a
+small dataclass; its fields are the options of its recipe line. This module does not depend on Ray: `apply` runs a step
+on a table, for example in a notebook.
 """
 
 from __future__ import annotations
@@ -31,15 +32,16 @@ Scope = Literal["row", "unit", "run"]
 Resource = Literal["cpu", "gpu"]
 
 FILE = {"file": True}
-"""Metadata of an option that names a file or a folder, or maps names to such: `field(metadata=FILE)`. A relative path
-starts at the working directory of the command. Workers have other ones, so a step travels with absolute paths."""
+"""Marks an option whose value is the path of a file or folder, or maps names to paths: `field(metadata=FILE)`. A
+relative path starts at the working directory of the command. Workers run elsewhere, so pickling a step makes these
+paths absolute."""
 JOB_FOLDER = "/runtime_resources/working_dir_files/"
 """Path component of the temporary copy that `ray job submit --working-dir` unpacks on each node."""
 
 
 class HaltError(Exception):
     """Raised by a step that cannot continue for a reason other than its rows, such as a lost network. The run stops
-    with this message, and the attempts at the units in progress do not count."""
+    with this message, and the units in progress are not charged with a failed attempt."""
 
 
 @dataclass(frozen=True)
@@ -47,46 +49,47 @@ class Estimate:
     """What a step is expected to do with a typical web pool, for `--plan`."""
 
     keep: float
-    """Share of the rows that go on, 0 to 1."""
+    """Share of the rows that are kept, 0 to 1."""
     rate: float
-    """Rows a second on one core, or on one GPU for a step that runs on GPUs."""
+    """Rows per second on one core, or on one GPU for a step that runs on GPUs."""
     basis: str
-    """Where the two come from; "assumed" where nobody has published or measured it."""
+    """Source of `keep` and `rate`; "assumed" if a number is neither published nor measured."""
     stored: float = 0.0
-    """Bytes written to the run for each row that goes on."""
+    """Bytes written to the run per row kept."""
     fetched: float = 0.0
-    """Bytes from the network for each row that comes in."""
+    """Bytes fetched from the network per input row."""
 
 
 @dataclass(kw_only=True)
 class Step:
     """A line of a recipe. Subclasses are dataclasses: each field is a YAML key with a type and a default.
 
-    `needs` and `adds` may depend on the options: then `__post_init__` sets them on the instance.
+    If `needs` or `adds` depend on the options, `__post_init__` sets them on the instance.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
-    """Columns read; checked before anything starts."""
+    """Columns that the step reads. Missing ones are reported before anything starts."""
     wants: ClassVar[tuple[str, ...]] = ()
-    """Further columns that are read if the pool or a step above has them. A step may also add such a column: then it
-    replaces the values."""
+    """Optional columns, read if the pool or an earlier step provides them. A step that also `adds` such a column
+    replaces its values."""
     adds: ClassVar[dict[str, pa.DataType]] = {}
     """Columns written, with their types."""
     version: ClassVar[int] = 1
-    """Bump it when the same inputs would give other outputs: stored results of the old version are then not reused."""
+    """Increase it when the same inputs would give different outputs. Stored results of another version are not
+    reused."""
     expensive: ClassVar[bool] = False
-    """True if results are expensive: bytes from the web, hours of GPU. They are then stored by row, under a key of what
-    determines their value, and reused when other lines of the recipe change. A recipe that would orphan them is
-    refused."""
+    """True if results are expensive to compute again, such as downloads or hours of GPU time. They are stored per row,
+    under a key of everything that determines their value, and reused when other lines of the recipe change. A recipe
+    that would orphan them is rejected."""
     repeatable: ClassVar[bool] = True
-    """False if the same inputs may give other outputs another time, as with bytes from the web. Results that were
-    committed and are lost are then reported instead of being recomputed."""
+    """False if the same inputs may give different outputs next time, as downloads do. Committed results that are lost
+    are then reported instead of recomputed."""
     resource: ClassVar[Resource] = "cpu"
-    """What a worker of this step occupies: "gpu" is a GPU if the cluster has one, else CPU cores."""
+    """What a worker occupies: "gpu" is a GPU if the cluster has one, else CPU cores."""
 
     @classmethod
     def name(cls) -> str:
-        """The YAML name: `AspectRatio` is `aspect_ratio`, in `aspect_ratio.py`."""
+        """The name in recipes: `AspectRatio` is `aspect_ratio`, and its file is `aspect_ratio.py`."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
 
     @property
@@ -98,7 +101,7 @@ class Step:
         return self.__dict__ | self._paths()
 
     def files(self) -> list[str]:
-        """The local files and folders that the options name, by the paths at which workers open them."""
+        """The local files and folders that the options name, as the paths that workers open."""
         values = self._paths().values()
         paths = [path for value in values for path in (value.values() if isinstance(value, dict) else [value])]
         return [path for path in paths if isinstance(path, str) and os.path.exists(path)]
@@ -114,24 +117,24 @@ class Step:
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
         """Yields `(key, problem)` for every needed column whose type the step cannot use, before anything starts.
 
-        `types` are the columns available above the step. Those of a pool that cannot be read from here are missing.
+        `types` has the columns that reach the step. It lacks those of a pool that cannot be read on this machine.
         """
         yield from ()
 
     def fingerprint(self) -> object:
-        """What determines the output besides the options, such as the digest of a file that one names; JSON-able."""
+        """What determines the output besides the options, such as the digest of a file; must be JSON-able."""
         return None
 
     def honours(self) -> Iterator[str]:
-        """Opt-out mechanisms that this step obeys, for the dataset's card: `robots.txt (RFC 9309)`."""
+        """Yields the opt-out mechanisms that this step obeys, such as `robots.txt (RFC 9309)`, for the dataset card."""
         yield from ()
 
     def notes(self) -> Iterator[str]:
-        """What this step leaves undone with these options, printed by `--plan` and at the start of a run."""
+        """Yields warnings about what the step will not do with these options, for `--plan` and the start of a run."""
         yield from ()
 
     def estimate(self, rows: float) -> Estimate:
-        """What `--plan` assumes of this step with these options, given the number of rows that reach it."""
+        """What `--plan` assumes about this step, given the number of rows that reach it."""
         return Estimate(1.0, 10_000, "custom step without an estimate")
 
     def shared(self) -> tuple[type, tuple[Any, ...]] | None:
@@ -142,17 +145,17 @@ class Step:
         return None
 
     def connect(self, shared: Any) -> None:
-        """Called on each worker before `setup`. Methods of `shared` are coroutines that run on the shared object."""
+        """Called on each worker before `setup`. Methods of `shared` are coroutines that run in the object's process."""
 
     def setup(self) -> None:
         """Runs once per worker, before the first batch: the place to load a model."""
 
 
 def _absolute(value: Any) -> Any:
-    """The value of an option with absolute paths in place of relative ones that exist.
+    """Makes the paths in an option's value absolute if they exist.
 
-    A path within the copy of a job's working directory stays relative: each node has a copy of its own, in which its
-    workers run.
+    A path inside a job's copy of the working directory stays relative: each node has its own copy, and its workers run
+    in it.
     """
     if isinstance(value, dict):
         return {key: _absolute(path) for key, path in value.items()}
@@ -163,7 +166,7 @@ def _absolute(value: Any) -> Any:
 
 
 class Stage(Step):
-    """Measures: returns the same rows with more columns.
+    """A step that measures: it returns the same rows with more columns.
 
     To drop a row that cannot be measured, fill the column `drop_reason` (null keeps the row) and optionally
     `drop_detail` (text) and `drop_value` (the number that decided).
@@ -182,10 +185,11 @@ class Stage(Step):
 
 
 class Filter(Step):
-    """Decides which rows go on. Dropped rows are counted, and stored with the reason.
+    """A step that decides which rows are kept. Dropped rows are counted, and stored with the reason.
 
-    `scope` says what a decision depends on: the row alone; the rows of its unit, where rows with the same URL always
-    meet; or all rows of the run. A filter of scope "run" is a barrier: it decides when every unit has reached it.
+    `scope` is what a decision depends on: "row", the row alone; "unit", the rows of its unit, which holds all rows with
+    the same URL; or "run", all rows of the run. A filter of scope "run" is a barrier: it decides once every unit has
+    reached it.
     """
 
     scope: Scope = "row"
@@ -193,14 +197,14 @@ class Filter(Step):
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
         for column in self.needs if self.scope == "run" else ():
             if column in types and is_heavy(types[column]):
-                cure = "a whole-run filter reads no pixels, and vectors only as a VectorFilter"
+                cure = "a whole-run filter cannot read these; use a VectorFilter for vectors"
                 yield "needs", f"the column {column!r} holds pixels or vectors ({types[column]}); {cure}"
 
     def split(self, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
-        """Splits a batch into the rows that go on, and the drops (`schema.DROP`).
+        """Splits a batch into the rows that are kept, and the drops (`schema.DROP`).
 
-        Override it for a filter that `adds` columns to the rows that it keeps. In a whole-run filter they are null for
-        the rows that it leaves as they are.
+        Override it in a filter that `adds` columns to the rows that it keeps. If its scope is "run", null in these
+        columns leaves a row unchanged.
         """
         reason = self.judge(batch)
         kept = pc.is_null(reason)
@@ -211,29 +215,30 @@ class Filter(Step):
         return batch.filter(kept), drops
 
     reason: ClassVar[str | None] = None
-    """The reason of drops that `keep` decides; the step's name if None."""
+    """Drop reason of the rows that `keep` rejects; None means the step's name."""
 
     def keep(self, batch: pa.Table) -> pa.BooleanArray:
         """True keeps a row; null counts as false. With scope "unit", `batch` is a whole unit."""
         raise TypeError(f"{type(self).__name__} must define keep() or judge()")
 
     def judge(self, batch: pa.Table) -> pa.StringArray:
-        """Null for each row that is kept, else the reason why it is dropped. Define it if there are several reasons."""
+        """The drop reason of each row, or null to keep it. Define it instead of `keep` if there are several reasons."""
         kept = pc.fill_null(self.keep(batch), False)
         return pc.if_else(kept, pa.scalar(None, pa.string()), self.reason or self.name())
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
-        """Free text about each dropped row for people to read, or null."""
+        """Free text for people about each dropped row, or null."""
         return pa.nulls(len(dropped), pa.string())
 
     def value(self, dropped: pa.Table) -> pa.DoubleArray:
-        """The number that decided about each dropped row, or null."""
+        """The number that decided each drop, or null."""
         return pa.nulls(len(dropped), pa.float64())
 
     def decide(self, frame: dd.DataFrame) -> dd.DataFrame:
         """For scope "run": returns the drops (`unit, row, reason, detail, value`) among all rows of the run.
 
-        If the filter `adds` columns, the result has them too, and lines without a reason for the rows that get values.
+        If the filter `adds` columns, the result has them too, and a line with a null reason for each kept row that gets
+        values.
 
         `frame` is a lazy Dask frame with `unit, row, uid` and the needed columns. Compute only small aggregates on the
         driver; everything that grows with the pool must stay in the graph.
@@ -241,27 +246,27 @@ class Filter(Step):
         raise TypeError(f"{type(self).__name__} must define decide() for scope 'run'")
 
     def figures(self, frame: dd.DataFrame, drops: dd.DataFrame) -> dd.DataFrame | None:
-        """For scope "run": a small table about the decision for the funnel (`Line.figures`) and its readers, or None.
+        """For scope "run": a small table that describes the decision, stored in the funnel (`Line.figures`), or None.
 
-        `frame` and `drops` are the argument and the result of `decide`, and what both compute is computed once. All
+        `frame` and `drops` are the argument and the result of `decide`; what both methods compute is computed once. All
         values must be text, numbers or null.
         """
         return None
 
 
 class Sink(Step):
-    """Writes the rows that are left; the last step of a recipe. An output format is one file.
+    """The last step of a recipe: writes the remaining rows. Each output format is one subclass.
 
-    The rows, in the order of the run's units, are cut into parts. Workers write the parts in any order, and a part
-    possibly twice, so equal rows must give equal bytes. Then `finish` writes what describes all parts.
+    The rows, in the order of the run's units, are divided into parts. Workers write the parts in any order and may
+    write one twice, so equal rows must give equal bytes. Then `finish` writes the files that describe all parts.
 
-    All files go into the run's folder `folder` and must be named by the entries that `write` and `finish` return.
-    `verify` checks those; other files in the folder are removed.
+    All files go into the folder `folder` of the run. `write` and `finish` return an `Entry` for each file that they
+    write. `verify` checks these files; others in the folder are removed.
     """
 
     folder: ClassVar[str] = "shards"
     leftover: ClassVar[str] = "last_part_short"
-    """Reason of the drop for rows behind the last part."""
+    """Drop reason of the rows after the last part."""
 
     def plan(self, rows: int) -> list[int]:
         """Bounds of the parts, starting with 0: part i holds the rows bounds[i] to bounds[i + 1] − 1.
@@ -271,26 +276,26 @@ class Sink(Step):
         raise TypeError(f"{type(self).__name__} must define plan()")
 
     def reads(self, types: Mapping[str, pa.DataType]) -> list[str]:
-        """The columns of the rows that `write` gets, among those of `types`. By default all, pixels and vectors too."""
+        """The columns among `types` that `write` needs. By default all, including pixels and vectors."""
         return list(types)
 
     def write(
         self, store: Store, part: int, tables: Iterator[pa.Table], types: dict[str, pa.DataType]
     ) -> dict[str, Any]:
-        """Writes one part into the folder `store`. `tables` hold its rows with the columns that `reads`
-        returned, of the types in `types`.
+        """Writes one part into the folder `store`. `tables` hold its rows, with the columns that `reads` returned, of
+        the types in `types`.
 
         Returns a JSON-able record with at least `rows`, the number written, and `files`, the `Entry` of each file.
         """
         raise TypeError(f"{type(self).__name__} must define write()")
 
     def remove(self, store: Store, record: dict[str, Any], uids: pa.ChunkedArray) -> dict[str, Any]:
-        """Takes the samples with these uids out of a part that was written, and returns its record as it is now.
+        """Removes the samples with these uids from a written part, and returns its new record.
 
-        Called with a part as `write` left it, or as an interrupted call of this method did. What is left of other
-        samples must not change. Optional: without it, nothing can be taken down from a finished run.
+        The part is as `write` left it, or as an interrupted call of this method did. Other samples must not change.
+        Optional: without it, `winnow takedown` cannot remove samples from a finished run.
         """
-        raise TypeError(f"{self.name()} cannot take samples out of what it wrote")
+        raise TypeError(f"{self.name()} cannot remove samples from a finished run")
 
     def finish(self, store: Store, about: About, parts: list[dict[str, Any]]) -> list[Entry]:
         """Writes the files that describe all parts, given their records in order, and returns their entries.
@@ -318,7 +323,7 @@ class KeyedFilter(Filter):
         return keyed.map_partitions(self._drops, meta=drops_frame(adds=self.adds))
 
     def _drops(self, part):  # type: ignore[no-untyped-def]
-        # In the order of positions, so that no decision depends on the order of the shuffle.
+        # Sorted by position, so that no decision depends on the order of the shuffle.
         part = part.sort_values(["unit", "row"])
         table = pa.Table.from_pandas(part.drop(columns="_key"), preserve_index=False)
         table = table.replace_schema_metadata(None)  # pandas cannot read back its own names of nested types
@@ -333,32 +338,32 @@ class KeyedFilter(Filter):
 class VectorFilter(Filter):
     """A whole-run filter that compares vectors, such as embeddings: a fixed-size list column of floats.
 
-    Vectors pass neither through Dask nor through the object store. First, a uniform sample of all vectors is taken, and
-    `fit` makes something small of it, such as centroids. `groups` then assigns each vector to one or more groups, and
-    `judge_group` decides one group at a time, with its vectors as one matrix. Groups are spread over the workers. A
-    group that the sample shows to exceed `largest_group` rows is divided by a `fit` of its own.
+    `fit` reduces a uniform sample of all vectors to something small, such as centroids. `groups` then assigns each
+    vector to one or more groups, and `judge_group` decides one group at a time, given its vectors as one matrix. Groups
+    are distributed over the workers. If the sample shows that a group exceeds `largest_group` rows, another `fit`
+    divides it. Vectors pass neither through Dask nor through Ray's object store.
 
-    The result must depend on the rows alone: `fit` and `judge_group` get rows in the order of their uids. Rows without
-    a vector, or with a NaN or infinity in it, are kept.
+    The result must depend on the rows alone: `fit` and `judge_group` get rows sorted by uid. Rows without a vector, or
+    with a NaN or infinity in it, are kept.
     """
 
     scope = "run"
     vector: str
-    """The column of vectors; among `needs` too."""
+    """The column of vectors. It must also be in `needs`."""
     largest_group: ClassVar[int] = 131_072
-    """Rows whose vectors a worker holds at a time: 268 MB of float32 at 512 dimensions."""
+    """Maximum number of rows whose vectors a worker holds at a time: 268 MB of float32 at 512 dimensions."""
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
         yield from embeddings.check_vectors(types, vector=self.vector)
 
     def sample_rows(self, rows: int) -> int:
-        """About how many of the run's vectors to sample for `fit`."""
+        """The approximate number of the run's vectors to sample for `fit`."""
         return 65_536
 
     def fit(self, sample: np.ndarray, rows: int) -> np.ndarray:
         """Returns what `groups` needs, an array with one row for each possible group.
 
-        `sample` is float32 of shape (m, d), `rows` the number of rows that it was drawn from.
+        `sample` is float32 of shape (m, d), drawn from `rows` rows.
         """
         raise TypeError(f"{type(self).__name__} must define fit()")
 
@@ -367,7 +372,7 @@ class VectorFilter(Filter):
         raise TypeError(f"{type(self).__name__} must define groups()")
 
     def judge_group(self, rows: pa.Table, vectors: np.ndarray) -> tuple[pa.StringArray, pa.StringArray]:
-        """Reason and detail for each row of a group; a null reason keeps the row.
+        """The reason and detail of each row of a group; a null reason keeps the row.
 
         `rows` has `unit, row, uid` and the needed columns, `vectors` is float32 of shape (n, d). A row in several
         groups is dropped if any of them drops it.
@@ -376,26 +381,27 @@ class VectorFilter(Filter):
 
 
 class Fitted(Step):
-    """For a stage or a row-wise filter that depends on all rows only through something fitted to a sample of them.
+    """Mixin for a stage or a row-wise filter that depends on other rows only through something fitted to a sample.
 
-    Mix it in: `class MyScore(Fitted, Stage)`. When every unit has reached the step, a uniform sample of the rows is
-    drawn, with their vectors, and `fit` makes a table of it: centroids, or vectors to compare with. Each worker gets
-    that table by `use`, before `setup`, memory-mapped where the run's storage is local. From there on the step is
-    row-wise. Neither the sample nor the table passes through pandas or the object store.
+    Use it as `class MyScore(Fitted, Stage)`. Once every unit has reached the step, a uniform sample of the rows is
+    drawn, with their vectors, and `fit` turns it into a table, such as centroids or vectors to compare with. Each
+    worker gets the table through `use`, before `setup`, memory-mapped if the run's storage is local. From then on the
+    step works row by row. Neither the sample nor the table passes through pandas or Ray's object store.
 
-    The sample depends on the uids of the rows alone, and so must `fit`. Not for `expensive` steps: their results must
-    not depend on the filters above them, as this sample does.
+    The sample depends only on the uids of the rows, and `fit` must depend only on the sample. Not for `expensive`
+    steps: their results must not depend on earlier filters, as this sample does.
     """
 
     def sample_rows(self, rows: int) -> int:
-        """About how many of the `rows` that reach the step to sample. The number drawn differs by its square root."""
+        """The approximate number to sample of the `rows` that reach the step. The number drawn varies by about its
+        square root."""
         return 65_536
 
     def fit(self, sample: pa.Table, rows: int) -> pa.Table:
-        """Makes what each worker needs. Runs once, on a worker, without `setup`.
+        """Returns the table that each worker needs. Runs once, on a worker, without `setup`.
 
-        `sample` has `uid` and the needed columns, in the order of the uids. It lacks rows without a vector, or with a
-        NaN or infinity in it, and may be empty. `rows` is the number of rows that it was drawn from.
+        `sample` has `uid` and the needed columns, sorted by uid. It has no rows without a vector, or with a NaN or
+        infinity in one, and may be empty. It was drawn from `rows` rows.
         """
         raise TypeError(f"{type(self).__name__} must define fit()")
 
@@ -405,7 +411,7 @@ class Fitted(Step):
 
 
 class SizeFilter(Filter):
-    """Compares the two sides of pictures, which `columns` names: width, then height."""
+    """A filter by the size of pictures. `columns` names the columns of width and height."""
 
     columns: list[str]
 
@@ -459,10 +465,9 @@ class FrequencyFilter(KeyedFilter):
 
 
 def drops_frame(drops: pa.Table | None = None, adds: Mapping[str, pa.DataType] | None = None):  # type: ignore[no-untyped-def]
-    """The drops that `decide` returns, as pandas: `unit, row, reason, detail, value`, and the columns that the filter
-    adds; empty without an argument.
+    """Converts drops to the frame that `decide` returns: `unit, row, reason, detail, value` and the columns in `adds`.
 
-    All but `unit`, `row` and `reason` may be missing from `drops`.
+    Without `drops`, the frame is empty. Columns other than `unit`, `row` and `reason` may be missing from `drops`.
     """
     table = DROP.empty_table() if drops is None else drops
     types = {"detail": DROP.field("detail").type, "value": DROP.field("value").type, **(adds or {})}
@@ -473,46 +478,52 @@ def drops_frame(drops: pa.Table | None = None, adds: Mapping[str, pa.DataType] |
 
 
 def to_pandas(table: pa.Table, nested_only: bool = False):  # type: ignore[no-untyped-def]
-    """Converts with types that hold nulls and lists, so that a null among 64-bit hashes does not turn them into floats.
+    """Converts to pandas types that support nulls and lists: a null among 64-bit hashes must not make them floats.
 
     `nested_only` leaves text and numbers to pandas.
     """
     import pandas as pd
 
-    def dtype(of: pa.DataType) -> Any:
-        if pa.types.is_nested(of):
-            return pd.ArrowDtype(of)
+    def pandas_type(dtype: pa.DataType) -> Any:
+        if pa.types.is_nested(dtype):
+            return pd.ArrowDtype(dtype)
         if nested_only:
             return None
-        if pa.types.is_string(of):
+        if pa.types.is_string(dtype):
             return pd.StringDtype("pyarrow")
-        return pd.ArrowDtype(of) if pa.types.is_integer(of) else None
+        return pd.ArrowDtype(dtype) if pa.types.is_integer(dtype) else None
 
-    return table.to_pandas(types_mapper=dtype)
+    return table.to_pandas(types_mapper=pandas_type)
+
+
+def check_column_name(column: str, example: str) -> Iterator[tuple[str, str]]:
+    """Yields `(key, problem)` if the option `column` is not a valid name of a column to add."""
+    if not column.isidentifier():
+        yield "column", f"{column!r} is not a valid column name; expected one such as {example!r}"
 
 
 def apply(step: Stage | Filter, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Runs one step over one batch: the rows that go on, and the drops (`schema.DROP`)."""
+    """Runs one step on one batch. Returns the rows that are kept, and the drops (`schema.DROP`)."""
     if isinstance(step, Stage):
         return split_marked(step, step.process(batch))
     return step.split(batch)
 
 
 def split_marked(step: Stage, batch: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Splits the output of a stage into the rows that go on, and the drops of those it marked."""
+    """Splits the output of a stage into the rows that are kept, and the drops of those with a `drop_reason`."""
     if "drop_reason" not in batch.column_names:
         return batch, DROP.empty_table()
     marked = pc.is_valid(batch["drop_reason"])
     dropped = batch.filter(marked)
-    said = {name: dropped[name] for name in ("drop_detail", "drop_value") if name in batch.column_names}
-    drops = drops_table(dropped, step.label, dropped["drop_reason"], said.get("drop_detail"), said.get("drop_value"))
-    return batch.filter(pc.invert(marked)).drop_columns(["drop_reason", *said]), drops
+    given = {name: dropped[name] for name in ("drop_detail", "drop_value") if name in batch.column_names}
+    drops = drops_table(dropped, step.label, dropped["drop_reason"], given.get("drop_detail"), given.get("drop_value"))
+    return batch.filter(pc.invert(marked)).drop_columns(["drop_reason", *given]), drops
 
 
 def drops_table(
     rows: pa.Table, label: str, reason: pa.Array | str, detail: pa.Array | None = None, value: pa.Array | None = None
 ) -> pa.Table:
-    """The drops (`schema.DROP`) of all rows of a table, with one reason for all or one for each."""
+    """The drops (`schema.DROP`) of all rows of a table. `reason` is one for all rows, or an array of one for each."""
     n = len(rows)
     reasons = pa.array([reason] * n, pa.string()) if isinstance(reason, str) else reason
     details = pa.nulls(n, pa.string()) if detail is None else detail

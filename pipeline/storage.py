@@ -105,9 +105,9 @@ class Store:
         return self._fs
 
     def missing_package(self) -> str | None:
-        """The package that this machine lacks to open the address, with the cure; else None.
+        """The problem if this machine lacks a package to open the address, with the cure; else None.
 
-        Raises ValueError for a protocol that nothing reads.
+        Raises ValueError if no package supports the protocol.
         """
         try:
             if not self.local:
@@ -139,19 +139,23 @@ class Store:
 
     def read_entry(self, entry: Entry) -> bytes:
         """Returns the contents of a file listed in a record. Raises DamagedError if they do not match the entry."""
-        try:
+        with self._expecting(entry["name"]):
             data = self.read(entry["name"])
-        except FileNotFoundError:
-            raise DamagedError(f"{self.path(entry['name'])}: missing") from None
         self._compare(entry, len(data), hashlib.sha256(data).hexdigest)
         return data
 
     def check(self, entry: Entry, digest: bool = True) -> None:
         """Raises DamagedError unless a file has the size and, with `digest`, the SHA-256 of its entry."""
         name = entry["name"]
-        try:
+        with self._expecting(name):
             size = self.size(name)
             self._compare(entry, size, (lambda: self.sha256(name)) if digest and size else None)
+
+    @contextlib.contextmanager
+    def _expecting(self, name: str) -> Iterator[None]:
+        """Converts FileNotFoundError to DamagedError, for a file that a record lists."""
+        try:
+            yield
         except FileNotFoundError:
             raise DamagedError(f"{self.path(name)}: missing") from None
 
@@ -242,41 +246,37 @@ class Store:
         name = entry["name"]
         if self.local:
             _check_once(self.path(name), entry["bytes"], entry["sha256"])
-            try:
+            with self._expecting(name):  # it may have been removed since it was checked
                 return pa.memory_map(self.path(name))
-            except FileNotFoundError:  # removed since it was checked
-                raise DamagedError(f"{self.path(name)}: missing") from None
         with tempfile.TemporaryDirectory() as folder:
-            try:
+            with self._expecting(name):
                 self.fs.get_file(self.path(name), f"{folder}/copy")
-            except FileNotFoundError:
-                raise DamagedError(f"{self.path(name)}: missing") from None
             copy = Store(folder)
             self._compare(entry, copy.size("copy"), lambda: copy.sha256("copy"))
             return pa.memory_map(f"{folder}/copy")
 
-    def read_table(self, of: str | Entry, columns: list[str] | None = None) -> pa.Table:
+    def read_table(self, file: str | Entry, columns: list[str] | None = None) -> pa.Table:
         """Reads a parquet file, or some of its columns.
 
-        A file given by its entry is checked against it, and so read whole. Remote files are read whole too: they are
-        small, and every request is slow.
+        A file given by its entry is read whole, to check it against the entry. Remote files are read whole too: they
+        are small, and every request is slow.
         """
         # Arrow's threads may release Python's bytes while the interpreter ends, which aborts the process (pyarrow 26;
-        # 4 of 40 short scripts). Callers read several files side by side anyway.
-        if isinstance(of, str) and self.local:
-            with self.input(of) as file:
-                return pq.ParquetFile(file).read(columns, use_threads=False)
-        data = self.read(of) if isinstance(of, str) else self.read_entry(of)
+        # 4 of 40 short scripts). Callers read several files concurrently anyway.
+        if isinstance(file, str) and self.local:
+            with self.input(file) as source:
+                return pq.ParquetFile(source).read(columns, use_threads=False)
+        data = self.read(file) if isinstance(file, str) else self.read_entry(file)
         return pq.ParquetFile(pa.BufferReader(data)).read(columns, use_threads=False)
 
     def batches(self, name: str, columns: list[str] | None = None, rows: int = 65_536) -> Iterator[pa.Table]:
-        """A parquet file, or some columns of it, so many rows at a time."""
+        """Yields a parquet file, or some of its columns, in tables of up to `rows` rows."""
         with self.input(name) as source:
             for batch in pq.ParquetFile(source).iter_batches(rows, columns=columns, use_threads=False):
                 yield pa.Table.from_batches([batch])
 
     def write_table(self, name: str, table: pa.Table, encodings: Mapping[str, str] | None = None) -> Entry:
-        """Writes a table as parquet, atomically. Columns are encoded by dictionaries, except those in `encodings`."""
+        """Writes a table as parquet, atomically. Columns are dictionary-encoded, except those in `encodings`."""
         others = [column for column in table.column_names if column not in (encodings or {})]
         with self.output(name) as file:
             pq.write_table(table, file, compression="zstd", use_dictionary=others, column_encoding=encodings)
@@ -327,9 +327,9 @@ class Store:
         return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in listed if e["type"] == "directory")
 
     def parts(self) -> list[str]:
-        """The partial files that killed processes left in the folder and below it.
+        """The partial files that killed processes left in the folder and its subfolders.
 
-        An object store has none: a lifecycle rule of the bucket deletes incomplete uploads.
+        Always empty in an object store, where a lifecycle rule of the bucket deletes incomplete uploads.
         """
         if not self.local:
             return []
@@ -354,7 +354,7 @@ def _check_once(path: str, size: int, sha256: str) -> None:
 
 
 def special_file(path: str) -> str | None:
-    """The problem with a local path to a device, pipe or socket, whose reading may never end; None for any other."""
+    """The problem with a local path to a device, pipe or socket, where a read may never end; None for other paths."""
     local = path.removeprefix("file://")
     if "://" in local or not os.path.exists(local) or os.path.isfile(local) or os.path.isdir(local):
         return None

@@ -1,17 +1,16 @@
-"""Takes samples out of the shards of a finished run.
+"""Removes listed samples from the shards of a finished run.
 
     python -m pipeline.takedown runs/400m takedown.txt
     python -m pipeline.verify runs/400m --deep
 
-The list has one entry a line: `url https://example.org/a.jpg`, `domain example.org`, `uid 8f…`, `sha256 1f…` (of the
+The list has one entry per line: `url https://example.org/a.jpg`, `domain example.org`, `uid 8f…`, `sha256 1f…` (of the
 picture as published), or `phash 00ff… 4` (with the number of bits that may differ). A line that begins with # is a
 comment.
 
-Only the shards that hold a listed sample are written again, without it; they become shorter, and their other samples
-keep their keys. All other shards stay as they are, byte for byte. Manifest, indexes, card, drops, funnel and seal
-follow. The samples become drops of the last step, with the reason `taken_down`, and are remembered in
-`takedown.parquet`, so a later command of the run does not write them again. An interrupted command is continued by the
-same command.
+Only the shards that hold a listed sample are rewritten, without it; they become shorter, and their other samples keep
+their keys. All other shards stay byte for byte the same. Manifest, indexes, card, drops, funnel and seal are updated.
+The samples become drops of the last step, with the reason `taken_down`. `takedown.parquet` lists them, so that a later
+command of the run does not write them again. To resume an interrupted command, run it again.
 """
 
 from __future__ import annotations
@@ -56,15 +55,15 @@ class Outcome:
     """What was taken down."""
 
     samples: pa.Table
-    """As in `takedown.parquet`."""
+    """The samples, with the columns of `takedown.parquet`."""
+    rewritten: int
+    """Number of shards that were rewritten."""
     shards: int
-    """Shards that were written again."""
-    of: int
-    """All shards of the run."""
+    """Number of all shards of the run."""
 
 
 class FinishedRun:
-    """The shards of a finished run, and everything that describes them. RunError if it has none."""
+    """The shards of a finished run, and everything that describes them. Raises RunError if the run has no shards."""
 
     def __init__(self, run: Run, store: Store, claim: Claim, console: Console) -> None:
         self.run, self.store, self.claim, self.console = run, store, claim, console
@@ -79,10 +78,10 @@ class FinishedRun:
         self.types = {name: dtype for p in self.before for name, dtype in p.adds.items()}
         self.honours = [wish for step in steps for wish in step.honours()]
         self.has_passes = all(p.complete() is not None for p in self.before)
-        """Whether `passes/` is still there. Then its records follow too."""
+        """Whether `passes/` still exists. If so, its records are updated too."""
 
     def take_down(self, listed: TakedownList) -> Outcome:
-        """Rewrites the shards that hold listed samples. RunError if the shards lack a column that the list needs."""
+        """Rewrites the shards that hold listed samples. Raises RunError if they lack a column that the list needs."""
         found = self._find(listed)
         taken = read_taken(self.store)
         new = pc.invert(pc.is_in(found["uid"], taken["uid"].combine_chunks()))
@@ -98,20 +97,18 @@ class FinishedRun:
     def _find(self, listed: TakedownList) -> pa.Table:
         kinds = listed.kinds
         names = list(dict.fromkeys([*SAMPLE.names, *(name for kind in kinds for name in KINDS[kind])]))
-        there: list[str] = []
         for shard in self.shards[:1]:
             with self.folder.input(shard["parquet"]) as file:
-                there = pq.read_schema(file).names
+                present = pq.read_schema(file).names
             for kind in kinds:
-                if missing := [name for name in KINDS[kind] if name not in there]:
+                if missing := [name for name in KINDS[kind] if name not in present]:
                     raise RunError(
-                        f"{self.folder.root}: the shards have no column {missing[0]!r}, which the entries `{kind}` of "
-                        "the list are compared with; take those entries out of the list"
+                        f"{self.folder.root}: the shards have no column {missing[0]!r}, which entries of kind `{kind}` "
+                        "need; remove those entries from the list"
                     )
+            names += ["captions"] if "uid" in kinds and "captions" in present else []
 
-        names += ["captions"] if "uid" in kinds and "captions" in there else []
-
-        def look(part: int) -> pa.Table:
+        def search(part: int) -> pa.Table:
             rows = self.folder.read_table(self.shards[part]["parquet"], names)
             kind, entry = listed.find(rows, kinds)
             hit = kind.is_valid()
@@ -119,11 +116,11 @@ class FinishedRun:
             columns = {name: rows[name].filter(hit) for name in SAMPLE.names}
             return pa.table({**columns, "detail": details, "part": [part] * len(details)}).cast(TAKEN)
 
-        return pa.concat_tables([TAKEN.empty_table(), *self._each("searching shards", look, range(len(self.shards)))])
+        return pa.concat_tables([TAKEN.empty_table(), *self._each("searching shards", search, range(len(self.shards)))])
 
     def _write(self, taken: pa.Table, affected: list[int]) -> None:
-        # From here on the dataset is incomplete, until _SUCCESS says otherwise. What is to be taken down is stored
-        # first, so that whoever continues knows it.
+        # The dataset is incomplete until _SUCCESS exists again. The list of samples is stored first, so that a command
+        # that resumes this one can read it.
         self.folder.remove("_SUCCESS")
         if self.has_passes:
             self.last.forget()
@@ -137,7 +134,7 @@ class FinishedRun:
         down = line.rows_in - left - sum(record["rows"] for record in records)
         reasons = {why: n for why, n in ((self.sink.leftover, left), (REASON, down)) if n}
         funnel = Funnel({**lines, label: Line(line.rows_in, reasons, line.seconds)})
-        earlier = Funnel({of: line for of, line in funnel.lines.items() if of != label})
+        earlier = Funnel({step: line for step, line in lines.items() if step != label})
         about = About(self.run.name, self.types, earlier, self.honours)
         self.claim.check()
         if self.has_passes:
@@ -155,7 +152,7 @@ class FinishedRun:
         self.folder.write("_SUCCESS", b"")
 
     def _rewrite(self, taken: pa.Table, ends: np.ndarray) -> Callable[[int], dict[str, Any]]:
-        """Returns a function that takes samples out of a part, and returns its record."""
+        """Returns a function that removes the samples from a part and returns its new record."""
         from pipeline.scheduler.executor import rows_taken
 
         bounds = self.sink.plan(int(ends[-1])) if len(ends) else []
@@ -172,11 +169,11 @@ class FinishedRun:
         return rewrite
 
     def _record(self, part: int) -> dict[str, Any]:
-        """The record of a part that stays as it is."""
+        """The record of a part that does not change."""
         if self.has_passes:
             record = self.last.record(part)
             if record is None:
-                raise DamagedError(f"{self.last.root}: part {part} has no record; give the command of the run again")
+                raise DamagedError(f"{self.last.root}: part {part} has no record; run the command of the run again")
             return record
         shard, manifest = self.shards[part], json.loads(self.folder.read("manifest.json"))
         files = [{"name": name, **manifest["files"][name]} for name in (shard["parquet"], shard["index"])]
@@ -185,13 +182,13 @@ class FinishedRun:
         return {"rows": shard["samples"], "files": [tar, *files], "shard": shard, "extensions": extensions}
 
     def _ends(self) -> np.ndarray:
-        """For each unit, the number of rows of the run that reach the sink up to its end."""
+        """For each unit, the number of rows that reach the sink from all units up to and including it."""
         return np.cumsum(
             self._each("counting rows", lambda unit: len(surviving_rows(self.before, unit)), range(self.run.units))
         )
 
     def _export(self, units: Sequence[int]) -> list[Entry]:
-        """Writes again the files of drops that hold these units."""
+        """Rewrites the files of drops that hold these units."""
         from pipeline.scheduler.executor import GROUP_ROWS, export_drops
 
         group = max(1, GROUP_ROWS // self.run.recipe.get("unit_rows", Recipe.unit_rows))
@@ -205,8 +202,8 @@ class FinishedRun:
         return self._each("writing drops", export, numbers)
 
     def _append(self, taken: pa.Table) -> Entry:
-        """Without the passes: writes one more file of drops, with the samples that those of the run do not have yet."""
-        names = sorted(name for name in self._sealed_files() if name.startswith("drops/"))
+        """For a run without passes: writes one more file of drops, with the samples that are not in the others yet."""
+        names = sorted(entry["name"] for entry in self._read_seal()["files"] if entry["name"].startswith("drops/"))
         known = [
             table.filter(pc.equal(table["reason"], REASON))["uid"].combine_chunks()
             for name in names
@@ -216,28 +213,27 @@ class FinishedRun:
         columns = {name: new[name] for name in SAMPLE.names}
         columns |= {"step": [self.last.label] * len(new), "reason": [REASON] * len(new), "detail": new["detail"]}
         columns["value"] = pa.nulls(len(new), pa.float64())
-        said = [DROP.field(name) for name in ("step", "reason", "detail", "value")]
-        return self.store.write_table(f"drops/{len(names):05d}.parquet", pa.table(columns, pa.schema([*SAMPLE, *said])))
+        schema = pa.schema([*SAMPLE, *(DROP.field(name) for name in ("step", "reason", "detail", "value"))])
+        return self.store.write_table(f"drops/{len(names):05d}.parquet", pa.table(columns, schema))
 
-    def _sealed_files(self) -> dict[str, Entry]:
+    def _read_seal(self) -> dict[str, Any]:
         seal = self.store.read_record("seal.json")
         assert seal is not None  # the run is finished
-        return {entry["name"]: entry for entry in seal["files"]}
+        return seal
 
     def _seal(self, funnel: Funnel, entries: Sequence[Entry]) -> None:
-        """Writes `funnel.json` and `seal.json`, with these entries in place of those of the same names."""
+        """Writes `funnel.json` and `seal.json`. These entries replace those of the same names in the seal."""
         books = {"name": self.run.name, "rows_in": funnel.rows_in, "kept": funnel.kept, "steps": funnel.to_json()}
         new = [self.store.write("funnel.json", json.dumps(books, indent=1).encode()), self.store.entry(NAME), *entries]
-        seal = self.store.read_record("seal.json")
-        assert seal is not None
+        seal = self._read_seal()
         if self.has_passes:
             complete = self.last.store.entry(self.last.complete_name)
             seal["passes"][-1] = {"pass": seal["passes"][-1]["pass"], **complete}
-        files = self._sealed_files() | {entry["name"]: entry for entry in new}
+        files = {entry["name"]: entry for entry in [*seal["files"], *new]}
         self.store.write("seal.json", sealed({"files": list(files.values()), "passes": seal["passes"]}))
 
     def _each(self, what: str, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """The results of a function for each item, some at a time, with a progress bar on a terminal."""
+        """Maps a function over items in threads, with a progress bar on a terminal."""
         with ThreadPoolExecutor(AT_ONCE) as threads:
             done = threads.map(work, items)
             quiet = not self.console.is_terminal
@@ -265,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = open_run(args.run)
         if not run.finished:
-            raise RunError(f"{args.run} is not finished; give the command of the run again first")
+            raise RunError(f"{args.run} is not finished; run its command again first")
         store = Store(args.run)
         with hold(store) as claim:
             finished = FinishedRun(run, store, claim, errors)
@@ -276,12 +272,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BooksError, DamagedError, LostClaimError, OSError) as error:
         errors.error(error)
         return 1
-    if not done.shards:
-        print(f"no sample of the {done.of:,} shards is listed; nothing was changed")
+    if not done.rewritten:
+        print(f"no sample in the {done.shards:,} shards is listed; nothing was changed")
         return 0
     kinds = Counter(detail.partition(" ")[0] for detail in done.samples["detail"].to_pylist())
-    by = ", ".join(f"{kind} {n:,}" for kind, n in kinds.most_common())
-    print(f"{len(done.samples):,} samples taken down ({by}); {done.shards:,} of {done.of:,} shards were written again")
+    counts = ", ".join(f"{kind} {n:,}" for kind, n in kinds.most_common())
+    print(
+        f"{len(done.samples):,} samples taken down ({counts}); {done.rewritten:,} of {done.shards:,} shards rewritten"
+    )
     if finished.has_passes:
         print(f"{args.run}/passes still holds their pictures; delete it if these must go too")
     print(f"to keep the listed samples out of a changed recipe, add to it: - takedown: {{file: {args.list}}}")

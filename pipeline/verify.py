@@ -3,10 +3,10 @@
     python -m pipeline.verify runs/demo
     python -m pipeline.verify s3://bucket/runs/400m --deep
 
-Always checked: the SHA-256 of each record; that exactly the recorded files exist, with the recorded sizes; that the
-books balance; that each uid of the pool is in the shards or the drops exactly once; and that the captions of merged
-rows are where their drops say. With `--deep`, or in a run of up to 4 GiB, every file is also hashed, and the members of
-each tar are compared with its table and its index. Whatever was not checked is listed.
+Always checks the SHA-256 of each record; that exactly the recorded files exist, with the recorded sizes; that the
+books balance; that each uid of the pool is in the shards or the drops exactly once; and that the caption of each merged
+row is in the sample that its drop names. With `--deep`, or in a run of up to 4 GiB, also hashes every file, and
+compares the members of each tar with its table and its index. Lists whatever was not checked.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from rich.progress import track
 
 from pipeline.ledger import BooksError, Funnel
 from pipeline.reader import RunError, open_run
-from pipeline.scheduler import events
 from pipeline.scheduler.passes import record_name
 from pipeline.schema import MERGED
 from pipeline.stages.write_shards import FORMAT
@@ -41,11 +40,11 @@ from trainer import atomic
 from trainer.terminal import Console, guarded
 
 FULL_BYTES = 4 << 30
-"""Runs up to this size are hashed even without `--deep`: it takes seconds."""
+"""Runs up to this size are hashed even without `--deep`, which takes seconds."""
 BUCKETS = 4096
 """Hash buckets of uids. Only buckets whose sums differ are compared uid by uid."""
 MERGED_AT_ONCE = 4_000_000
-"""Merged rows whose captions are looked for at a time: some 1 GB."""
+"""Merged rows whose captions are checked at a time: about 1 GB of memory."""
 READS_AT_ONCE = 16
 SUFFIXES = ("json", "txt")
 
@@ -128,7 +127,8 @@ def check_run(store: Store, console: Console, deep: bool) -> Audit:
                 f"the contents of {size / 1e9:,.0f} GB of files, only their sizes (--deep hashes them)"
             )
         files = {entry["name"]: entry for entry in seal["files"]}
-        audit.report_strays(store, "", store.names(), {"seal.json", events.NAME, *files})
+        # Others may write beside the run's own folders: the trainer of the demo keeps its model and metrics there.
+        audit.report_strays(store, "", filter(atomic.is_part, store.names()), ())
         drops = [name for name in files if name.startswith("drops/")]
         audit.report_strays(store, "drops", store.names("drops"), {name.partition("/")[2] for name in drops})
         audit.map_threaded("tables of drops", lambda entry: audit.check(store, entry), list(files.values()))
@@ -208,7 +208,7 @@ def _units(audit: Audit, root: Store, complete: dict[str, Any], units: int) -> N
                 raise FileNotFoundError
             if (record["pass"], record_name(record["unit"], record.get("part"))) != (complete["key"], name):
                 raise DamagedError(f"{root.path(name)}: damaged: this is the record of another unit")
-            if complete["kind"] == "write":  # its files lie in the sink's folder
+            if complete["kind"] == "write":  # _sink_files checks its files
                 return 0, 0
             for entry in (record["table"], record["heavy"]):
                 if entry:
@@ -230,7 +230,7 @@ def _units(audit: Audit, root: Store, complete: dict[str, Any], units: int) -> N
     else:
         names = {record_name(unit) for unit in range(units)}
     counts = audit.map_threaded(f"pass {complete['label']}", check_record, sorted(names))
-    rows_in, kept = (sum(of) for of in zip((0, 0), *counts))
+    rows_in, kept = map(sum, zip((0, 0), *counts))
     for entry in complete.get("files", {}).values():
         named.add(entry["name"])
         audit.check(root, entry)
@@ -301,7 +301,7 @@ def _books(audit: Audit, drops: list[str], manifest: dict[str, Any] | None) -> N
     with audit.reading(at):
         run = open_run(store.root)
         if not run.finished:
-            raise DamagedError(f"{store.path('run.json')}: damaged: its sha256 is not the one on record")
+            raise DamagedError(f"{store.path('run.json')}: damaged: its sha256 does not match its record")
         funnel = run.funnel
         try:
             funnel.balance()
@@ -315,9 +315,9 @@ def _books(audit: Audit, drops: list[str], manifest: dict[str, Any] | None) -> N
                         dropped[group["step"], group["reason"]] += group["count_all"]
         claimed = {(step, why): n for step, line in funnel.lines.items() for why, n in line.dropped.items()}
         for step, why in sorted(claimed.keys() | dropped.keys(), key=str):
-            if (said := claimed.get((step, why), 0)) != (there := dropped[step, why]):
+            if (expected := claimed.get((step, why), 0)) != (found := dropped[step, why]):
                 audit.report(
-                    f"{store.path('drops')}: {step}: {why}: funnel.json says {said:,} rows, the drops hold {there:,}"
+                    f"{store.path('drops')}: {step}: {why}: {expected:,} rows in funnel.json, {found:,} in the drops"
                 )
         if run.rows_in != run.kept + dropped.total():
             audit.report(f"{at}: {run.rows_in:,} rows in, but {run.kept:,} kept and {dropped.total():,} dropped")
@@ -369,8 +369,8 @@ def _uids(audit: Audit, passes: list[Pass], drops: list[File], manifest: dict[st
     def suspect_uids(files: Iterable[File]) -> Iterator[tuple[str, str]]:
         for place, name in files:
             for table in place.batches(name, ["uid"]):
-                there = np.isin(_hashes(table["uid"]) % np.uint64(BUCKETS), differing)
-                yield from ((uid, place.path(name)) for uid in table["uid"].filter(pa.array(there)).to_pylist())
+                suspect = np.isin(_hashes(table["uid"]) % np.uint64(BUCKETS), differing)
+                yield from ((uid, place.path(name)) for uid in table["uid"].filter(pa.array(suspect)).to_pylist())
 
     balance = Counter(uid for uid, _ in suspect_uids(pool_tables()))
     where: dict[str, list[str]] = {}
@@ -387,57 +387,56 @@ def _uids(audit: Audit, passes: list[Pass], drops: list[File], manifest: dict[st
 def _merged(audit: Audit, drops: list[File], manifest: dict[str, Any]) -> None:
     """Checks that a sample's `captions` are its own and those of rows that were dropped as merged, each once.
 
-    A row may be merged into one that is itself merged later. Memory is bounded by going through drops and shards once
-    for every MERGED_AT_ONCE merged rows, each time for a part of the rows and of the samples, by hash.
+    A row may be merged into another that is itself merged later. To bound memory, drops and shards are read once for
+    every MERGED_AT_ONCE merged rows. Each time, only the rows and samples of one part, chosen by hash, are compared.
     """
     shards = [(audit.store.folder("shards"), shard["parquet"]) for shard in manifest["shards"]]
 
     def merged() -> Iterator[tuple[np.ndarray, np.ndarray, pa.ChunkedArray]]:
-        """Hashes of the rows dropped as merged and of the rows that they went to, and the uids of the former."""
+        """Hashes of the merged rows, hashes of the rows that got their captions, and uids of the merged rows."""
         for place, name in drops:
             for table in place.batches(name, ["uid", "reason", "detail"]):
                 table = table.filter(pc.equal(table["reason"], MERGED))
                 yield _hashes(table["uid"]), _hashes(table["detail"]), table["uid"]
 
     def listed() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, pa.Array, str]]:
-        """Hashes of all samples; of the captions that are not their own: hash, hash of the sample, uid; the path."""
+        """Hashes of samples; for each caption of another row: its hash, its sample's hash, and its uid; the path."""
         for place, name in shards:
             for table in place.batches(name, ["uid", "captions"]):
-                captions, of = table["captions"].combine_chunks(), _hashes(table["uid"])
+                captions, own = table["captions"].combine_chunks(), _hashes(table["uid"])
                 uids = pc.struct_field(captions.flatten(), "uid")
-                rows, owners = _hashes(pa.chunked_array([uids])), of[pc.list_parent_indices(captions).to_numpy()]
+                rows, owners = _hashes(pa.chunked_array([uids])), own[pc.list_parent_indices(captions).to_numpy()]
                 other = rows != owners
-                yield of, rows[other], owners[other], uids.filter(pa.array(other)), place.path(name)
+                yield own, rows[other], owners[other], uids.filter(pa.array(other)), place.path(name)
 
     parts = max(1, -(-sum(len(rows) for rows, _, _ in merged()) // MERGED_AT_ONCE))
     for part in range(parts):
 
-        def here(hashes: np.ndarray, part: int = part) -> np.ndarray:
+        def in_part(hashes: np.ndarray, part: int = part) -> np.ndarray:
             return hashes % np.uint64(parts) == np.uint64(part)
 
-        # Each caption is that of one merged row.
-        left = Counter(one for rows, _, _ in merged() for one in rows[here(rows)].tolist())
+        # Each caption of another row belongs to one merged row.
+        unlisted = Counter(row for rows, _, _ in merged() for row in rows[in_part(rows)].tolist())
         for _, rows, _, uids, path in listed():
-            for at in np.flatnonzero(here(rows)).tolist():
-                left[int(rows[at])] -= 1
-                if left[int(rows[at])] < 0:
+            for at in np.flatnonzero(in_part(rows)).tolist():
+                unlisted[int(rows[at])] -= 1
+                if unlisted[int(rows[at])] < 0:
                     audit.report(f"{path}: lists the caption of {uids[at]}, but no drop says that it was merged")
         # Each row merged into a sample has its caption there.
-        there: set[tuple[int, int]] = set()
+        present: set[tuple[int, int]] = set()
         samples: set[int] = set()
-        for of, rows, owners, _, _ in listed():
-            there.update(zip(rows[here(owners)].tolist(), owners[here(owners)].tolist()))
-            samples.update(owners[here(owners)].tolist())
-            samples.update(of[here(of)].tolist())
-        for rows, keepers, found in merged():
-            for at in np.flatnonzero(here(keepers)).tolist():
+        for own, rows, owners, _, _ in listed():
+            present.update(zip(rows[in_part(owners)].tolist(), owners[in_part(owners)].tolist()))
+            samples.update(own[in_part(own)].tolist())
+        for rows, keepers, uids in merged():
+            for at in np.flatnonzero(in_part(keepers)).tolist():
                 pair = int(rows[at]), int(keepers[at])
-                if pair[1] in samples and pair not in there:
-                    audit.report(f"{audit.store.path('shards')}: the caption of {found[at]}, a merged row, is missing")
+                if pair[1] in samples and pair not in present:
+                    audit.report(f"{audit.store.path('shards')}: the caption of {uids[at]}, a merged row, is missing")
 
 
 def _hashes(uids: pa.ChunkedArray) -> np.ndarray:
-    """Hashes uids (32 hex digits) to uint64, in about 20 ns each; a cryptographic hash takes 30 times as long."""
+    """Hashes uids (32 hex digits) to uint64 in about 20 ns each. A cryptographic hash takes 30 times as long."""
     halves = np.frombuffer(bytes.fromhex("".join(uids.to_pylist())), "<u8").reshape(-1, 2)
     if len(halves) != len(uids):
         raise DamagedError("a uid is not 32 hex digits")

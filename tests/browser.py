@@ -1,4 +1,4 @@
-"""Opens pages in the system's Chromium, and says what is wrong with them."""
+"""Opens pages in the system's Chromium and collects their problems."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTHS = (390, 1280, 2560)
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A browser; the test is skipped where there is none."""
+    """Yields a browser. Skips the test if none is installed."""
     sync = pytest.importorskip("playwright.sync_api")
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
@@ -29,8 +29,8 @@ def chromium() -> Iterator[Any]:
 
 
 def problems(browser: Any, address: str, shots: Path | None = None) -> list[str]:
-    """What is wrong with a page at all widths, light and dark: console errors, requests, overflow, axe's findings of
-    serious and critical impact. With `shots`, also writes screenshots there."""
+    """The problems of a page at each width, light and dark: console errors, requests, horizontal overflow, and axe's
+    violations of serious or critical impact. With `shots`, also writes screenshots to that folder."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     found: list[str] = []
     for width in WIDTHS:
@@ -48,7 +48,7 @@ def problems(browser: Any, address: str, shots: Path | None = None) -> list[str]
                 found.append(where + "wider than the window")
             if shots is not None:
                 page.screenshot(path=str(shots / f"{width}-{scheme}.png"), full_page=True)
-            # The policy of the page forbids axe's script too.
+            # The page's Content-Security-Policy blocks axe's script as well.
             context.close()
             context = browser.new_context(
                 viewport={"width": width, "height": 900}, color_scheme=scheme, bypass_csp=True

@@ -6,25 +6,30 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from filelock import FileLock
 
+if TYPE_CHECKING:
+    from pipeline.storage import Store
+
 # Set before torch is imported: test models are tiny, and thread synchronization would dominate on a busy machine.
 # Child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Ray's workers are nice by default (15): beside four busy processes they would hardly run at all.
+# Ray starts its workers at niceness 15, at which they would hardly run next to four busy processes.
 os.environ.setdefault("RAY_worker_niceness", "0")
-# A shell makes what it starts in the background ignore SIGINT. Children that tests interrupt would inherit this.
+# A shell starts background commands with SIGINT ignored. Children that tests interrupt would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 HUNG = 800.0
-"""Seconds after which a child process counts as hung; below the timeout of a test, and no measure of speed."""
+"""Seconds after which a child process counts as hung: less than the timeout of a test. Not a performance bound."""
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -44,13 +49,13 @@ def ray_address() -> Iterator[str]:
 
 
 def shared(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], object]) -> Path:
-    """A folder that is made once for all processes of the suite."""
+    """A folder that `make` fills once for all processes of the suite."""
     own = factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
     made = folder.with_suffix(".made")
     with FileLock(folder.with_suffix(".lock")):
         if not made.exists():
-            shutil.rmtree(folder, ignore_errors=True)  # of a process that failed to make it
+            shutil.rmtree(folder, ignore_errors=True)  # left by a process that failed
             folder.mkdir()
             make(folder)
             made.touch()
@@ -59,7 +64,7 @@ def shared(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], ob
 
 @pytest.fixture(scope="session")
 def finished(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project of tests/test_run.py with its finished run `out`: read it, or change a copy."""
+    """The project of tests/test_run.py with its finished run `out`. Read-only: change a copy."""
     from tests import painted
     from tests.test_run import furnish
 
@@ -71,9 +76,9 @@ def finished(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="session")
 def painted(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of finished runs, to be read: `out`; `stricter`, of the same pool; `other`, of an overlapping pool.
+    """A folder of finished runs: `out`; `stricter`, of the same pool; `other`, of an overlapping pool.
 
-    A test may add runs of other names.
+    Tests must not change these but may add runs under other names.
     """
     from tests import painted
 
@@ -109,21 +114,42 @@ def small_model() -> Callable[[Path], int]:
 
 
 def quick(words: Sequence[str]) -> list[str]:
-    """Overrides that make a run cheap, without those that `words` set."""
+    """Overrides that make a run cheap, except those that `words` already set."""
     return [cheap for cheap in ("report=false", "workers=1") if not any(cheap.split("=")[0] in word for word in words)]
+
+
+def environment(*folders: Path, **variables: str) -> dict[str, str]:
+    """The environment of a command that imports from `folders` and the checkout, and does not join the session Ray
+    unless `variables` has its RAY_ADDRESS."""
+    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return {**inherited, "PYTHONPATH": os.pathsep.join(map(str, (*folders, ROOT))), **variables}
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(params=["local", "remote"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty store in a folder, then one in an object store (fsspec's memory)."""
+    from pipeline.storage import Store
+
+    local = request.param == "local"
+    return Store(str(tmp_path / "run") if local else f"memory://{tmp_path.name}-{request.node.name}/run")
 
 
 @pytest.fixture
 def run(ray_address: str, tmp_path: Path) -> Command:
     """`run("recipe.yaml", "key=value", …)`: runs the main command in `tmp_path` on the session Ray.
 
-    One worker a pass and no report, unless asked for: each worker is a process that takes seconds of CPU to start.
+    Unless overridden, a pass has one worker and no report is written: a worker costs seconds of CPU to start.
     """
 
-    def command(*args: str, ray: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", **environment}
-        if ray:
-            env["RAY_ADDRESS"] = ray_address
+    def command(*args: str, ray: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+        env = environment(tmp_path, **({"RAY_ADDRESS": ray_address} if ray else {}), **variables)
         argv = [sys.executable, "-m", "pipeline.run", *args, *quick(args)]
         return subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=HUNG, check=False)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.conftest import HUNG, ROOT, quick
+from tests.conftest import HUNG, environment, quick
 
 STEP = '''
 import io, time
@@ -102,15 +101,15 @@ def _caption(n: int) -> str:
 
 
 def command(folder: Path, ray_address: str, *words: str) -> subprocess.Popen[str]:
-    """Starts `pipeline.run` with these words, on one worker a pass unless they say otherwise."""
-    env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "RAY_ADDRESS": ray_address}
+    """Starts `pipeline.run` with these words, with one worker per pass unless overridden."""
+    env = environment(folder, RAY_ADDRESS=ray_address)
     argv = [sys.executable, "-m", "pipeline.run", *words, *quick(words)]
     return subprocess.Popen(argv, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def run(folder: Path, ray_address: str, *words: str) -> str:
-    """Runs it to its end, which must be a success; returns what it printed."""
+    """Runs a command that must succeed. Returns its output."""
     done = command(folder, ray_address, *words)
-    said, _ = done.communicate(timeout=HUNG)
-    assert done.returncode == 0, said
-    return said
+    output, _ = done.communicate(timeout=HUNG)
+    assert done.returncode == 0, output
+    return output

@@ -1,4 +1,4 @@
-"""What a user might name by import path, as the tests of steps need it."""
+"""Models that the tests of steps name by import path, as a user does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Shouting:
 
     def __call__(self, captions: list[str]) -> list[float]:
         letters = [[c for c in caption if c.isalpha()] for caption in captions]
-        return [sum(c.isupper() for c in some) / len(some) if some else np.nan for some in letters]
+        return [sum(c.isupper() for c in line) / len(line) if line else np.nan for line in letters]
 
 
 class Redness:
@@ -34,7 +34,7 @@ class RedBox:
 
 
 class FaceBox(RedBox):
-    """As RedBox, in shares of the picture."""
+    """Like RedBox, with coordinates as shares of the sides of the picture."""
 
     def __call__(self, pixels: np.ndarray) -> list[list[float]]:  # type: ignore[override]
         height, width = pixels.shape[:2]
@@ -42,7 +42,7 @@ class FaceBox(RedBox):
 
 
 class Broken:
-    """Returns nothing of use."""
+    """Returns results that no step accepts."""
 
     def __call__(self, items: list) -> list[float]:
         return [7.0] * len(items)

@@ -1,4 +1,4 @@
-"""One picture, all its captions: from a pool with repeated URLs and pictures to the batches of a training."""
+"""Merging all captions of a picture: from a pool with repeated URLs and pictures to the batches of a training."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
 from pipeline import takedown, verify
 from pipeline.reader import open_run
 from pipeline.storage import Store
 from tests.conftest import Command
 from tests.test_run import books_balance, furnish, shards
-from tests.test_verify import edit
+from tests.test_verify import edit, problems
 from trainer.data import Batches
 from trainer.mixture import Mixture
 from trainer.order import mix
@@ -43,7 +42,7 @@ def uid(url: str, caption: str) -> str:
 
 
 def rows() -> list[tuple[str, str]]:
-    """Picture i is at one URL or two, with one to six captions each; its shade is a function of i."""
+    """Picture i has one or two URLs, with one to six captions each. Its shade is a function of i."""
     return [
         (f"http://h/{i}/{copy}", f"caption {k} of copy {copy} of {i}")
         for i in range(PICTURES)
@@ -63,7 +62,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def made(run: Command, project: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run; made once."""
+    """A copy of the finished run, which the first test makes."""
     if not (project / "out").exists():
         shutil.copytree(project, tmp_path, dirs_exist_ok=True)
         done = run("r.yaml")
@@ -74,7 +73,7 @@ def made(run: Command, project: Path, tmp_path: Path) -> Path:
 
 
 def expected() -> dict[str, list[str]]:
-    """For the shades that paint gives: the uids of all captions, by the uid of the row that is kept, which is first."""
+    """For each kept row, the uids of all captions of its shade, starting with its own."""
     by_url: dict[str, list[str]] = {}
     for url, caption in rows():
         by_url.setdefault(url, []).append(uid(url, caption))
@@ -86,24 +85,20 @@ def expected() -> dict[str, list[str]]:
     return {lists[0][0]: [one for uids in lists for one in uids] for lists in groups}
 
 
-def found(run: Path) -> dict[str, Any]:
+def captions_by_uid(run: Path) -> dict[str, Any]:
     table = pa.concat_tables(pq.read_table(path) for path in sorted((run / "shards").glob("*.parquet")))
     return dict(zip(table["uid"].to_pylist(), table["captions"].to_pylist()))
 
 
-def is_sound(run: Path) -> list[str]:
-    return list(verify.problems(Store(str(run)), Console(quiet=True), deep=True))
-
-
 def test_every_row_is_a_caption_or_a_drop_and_the_keeper_is_named(made: Path) -> None:
-    captions = found(made)
+    captions = captions_by_uid(made)
     assert {k: v and [one["uid"] for one in v] for k, v in captions.items()} == {
         keeper: uids if len(uids) > 1 else None for keeper, uids in expected().items()
     }
     texts = {uid(url, caption): caption for url, caption in rows()}
     assert all(one["caption"] == texts[one["uid"]] for several in captions.values() for one in several or ())
     books_balance(made, len(rows()))
-    assert is_sound(made) == []
+    assert problems(made) == []
     drops = pa.concat_tables(open_run(made).drops(reason="merged"))
     assert len(drops) == len(rows()) - len(captions)
     lists = {other: keeper for keeper, uids in expected().items() for other in uids}
@@ -114,8 +109,8 @@ def test_every_row_is_a_caption_or_a_drop_and_the_keeper_is_named(made: Path) ->
         assert keeper == lists[other]
 
 
-def test_what_is_read_of_the_run_is_what_the_shards_hold(made: Path) -> None:
-    run, captions = open_run(made), found(made)
+def test_the_read_api_gives_the_captions_of_the_shards(made: Path) -> None:
+    run, captions = open_run(made), captions_by_uid(made)
     read = pa.concat_tables(run.scan(["uid", "captions"]))
     assert dict(zip(read["uid"].to_pylist(), read["captions"].to_pylist())) == captions
     unit = read["unit"][0].as_py()
@@ -127,7 +122,7 @@ def test_what_is_read_of_the_run_is_what_the_shards_hold(made: Path) -> None:
 def test_the_json_lists_them(made: Path) -> None:
     import tarfile
 
-    captions = found(made)
+    captions = captions_by_uid(made)
     with tarfile.open(made / "shards/00000.tar") as tar:
         samples = [json.load(tar.extractfile(m)) for m in tar if m.name.endswith(".json")]  # type: ignore[arg-type]
     assert [sample["captions"] for sample in samples] == [captions[sample["uid"]] for sample in samples]
@@ -136,12 +131,12 @@ def test_the_json_lists_them(made: Path) -> None:
 
 def test_a_training_draws_one_by_seed_epoch_and_position(made: Path) -> None:
     class Words:
-        """A tokenizer that tells the captions apart."""
+        """A tokenizer that gives different captions different tokens."""
 
         def __call__(self, texts: list[str]) -> list[str]:
             return texts
 
-    plain, captions = Shards(made), found(made)
+    plain, captions = Shards(made), captions_by_uid(made)
     uids = [one for held in plain.uids() for one in held]
     for data in (plain, Mixture([(plain, 1.0)])):
         batches = Batches(data, 16, 32, Words(), seed=3)  # type: ignore[arg-type]
@@ -165,7 +160,7 @@ def test_a_training_draws_one_by_seed_epoch_and_position(made: Path) -> None:
 def test_merging_changes_nothing_else(run: Command, made: Path, tmp_path: Path) -> None:
     done = run("r.yaml", "workers=1", "unit_rows=1000", "run=other")
     assert done.returncode == 0, done.stderr
-    assert found(tmp_path / "other") == found(made), "whatever the units and workers"
+    assert captions_by_uid(tmp_path / "other") == captions_by_uid(made), "whatever the units and workers"
     assert shards(tmp_path / "other") == shards(made)
 
 
@@ -184,15 +179,15 @@ def with_a_stranger(table: pa.Table) -> pa.Table:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [(without_last_caption, "a merged row, is missing"), (with_a_stranger, "but no drop says that it was merged")],
 )
 @pytest.mark.parametrize("at_once", [10, 4_000_000])
 def test_verify_compares_captions_with_drops(
-    made: Path, monkeypatch: pytest.MonkeyPatch, change: Any, said: str, at_once: int
+    made: Path, monkeypatch: pytest.MonkeyPatch, change: Any, message: str, at_once: int
 ) -> None:
     monkeypatch.setattr(verify, "MERGED_AT_ONCE", at_once)
-    assert is_sound(made) == []
+    assert problems(made) == []
     edit(made, "shards/0*.parquet", change)
     store = Store(str(made / "shards"))
     manifest = json.loads((made / "shards/manifest.json").read_text())
@@ -200,8 +195,8 @@ def test_verify_compares_captions_with_drops(
     manifest["files"]["00000.parquet"] = {key: entry[key] for key in ("bytes", "sha256")}
     (made / "shards/manifest.json").write_text(json.dumps(manifest))
     reseal(made)
-    lines = is_sound(made)
-    assert any(said in line for line in lines), lines
+    lines = problems(made)
+    assert any(message in line for line in lines), lines
 
 
 def reseal(run: Path) -> None:
@@ -213,13 +208,13 @@ def reseal(run: Path) -> None:
     (run / "seal.json").write_bytes(sealed(seal))
 
 
-def test_a_takedown_of_one_caption_takes_the_sample(
+def test_a_takedown_of_one_caption_removes_the_whole_sample(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     keeper, others = next((k, v) for k, v in expected().items() if len(v) > 3)
     (tmp_path / "list.txt").write_text(f"uid {others[2]}\n")
     assert takedown.main([str(made), str(tmp_path / "list.txt")]) == 0
-    assert keeper not in found(made)
-    assert is_sound(made) == []
+    assert keeper not in captions_by_uid(made)
+    assert problems(made) == []
     books_balance(made, len(rows()))

@@ -48,7 +48,7 @@ def test_init_lists_all_shipped_recipes(capsys: pytest.CaptureFixture[str]) -> N
     assert all(name in out for name in shipped)
 
 
-def test_init_demo_writes_a_recipe_that_names_files_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_demo_writes_a_recipe_and_the_files_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert init.main(["demo"]) == 0
     checked = recipe.load("demo.yaml", [], lambda _: {})
@@ -57,7 +57,7 @@ def test_init_demo_writes_a_recipe_that_names_files_beside_it(tmp_path: Path, mo
     assert (tmp_path / "train_demo.yaml").is_file()
 
 
-def test_init_study_writes_a_study_that_names_a_file_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_study_writes_a_study_and_the_file_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert init.main(["study"]) == 0
     training = load("study.yaml").train
@@ -65,10 +65,22 @@ def test_init_study_writes_a_study_that_names_a_file_beside_it(tmp_path: Path, m
     assert Path(training.config).is_file()
 
 
+def test_init_study_keeps_the_configuration_that_init_demo_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert init.main(["demo"]) == 0
+    (tmp_path / "train_demo.yaml").write_text("mine")
+    capsys.readouterr()
+    assert init.main(["study"]) == 0
+    assert capsys.readouterr().out == "wrote study.yaml\n"
+    assert (tmp_path / "train_demo.yaml").read_text() == "mine"
+
+
 def test_init_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "400m.yaml").write_text("mine")
     assert init.main(["400m", "--folder", str(tmp_path)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert (tmp_path / "400m.yaml").read_text() == "mine"
 
 

@@ -1,4 +1,4 @@
-"""CommonPool's metadata becomes DataComp's subsets: no download, no model; the rules are computed here once more."""
+"""DataComp's subsets from CommonPool's metadata, without downloads or models, compared with independent code."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ RECIPES = {
 
 @pytest.fixture
 def metadata(tmp_path: Path) -> tuple[pa.Table, np.ndarray]:
-    """The pool in two files as DataComp publishes them, smaller; returns its rows and image embeddings."""
+    """Writes a small pool in two files in DataComp's format, and returns its rows and image embeddings."""
     (tmp_path / "metadata").mkdir()
     rng = np.random.default_rng(0)
     tables, embeddings = [], []
@@ -77,7 +77,7 @@ def metadata(tmp_path: Path) -> tuple[pa.Table, np.ndarray]:
 
 
 def expected(name: str, rows: pa.Table, vectors: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Which rows DataComp's rules keep (Gadre et al. 2023, appendix), and those nearest to the targets."""
+    """The rows that DataComp's rules keep (Gadre et al. 2023, appendix), and the rows nearest to the targets."""
     if name == "basic":
         width, height = (rows[f"original_{side}"].to_numpy() for side in ("width", "height"))
         words = np.array([len(text.split()) > 2 and len(text) > 5 for text in rows["text"].to_pylist()])
@@ -93,7 +93,7 @@ def expected(name: str, rows: pa.Table, vectors: np.ndarray, targets: np.ndarray
 
 
 @pytest.mark.parametrize("name", ["combined", *(pytest.param(name, marks=pytest.mark.slow) for name in RECIPES)])
-def test_a_subset_is_what_datacomps_rules_give(
+def test_a_subset_follows_the_rules_of_datacomp(
     run: Command, tmp_path: Path, metadata: tuple[pa.Table, np.ndarray], name: str
 ) -> None:
     rows, vectors = metadata

@@ -32,7 +32,7 @@ def test_the_table_has_recall_precision_and_confusions(table: str, capsys) -> No
     assert lines[3] == ["4", "captions,", "75.00%", "recognised"]
 
 
-def test_below_the_minimum_a_caption_is_taken_for_none(table: str, capsys) -> None:
+def test_a_caption_below_the_minimum_has_no_language(table: str, capsys) -> None:
     assert confusion.main([table, "--caption", "text", "--min-score", "1"]) == 0
     assert "unsure" in capsys.readouterr().out
 

@@ -1,9 +1,8 @@
-"""The recipes of DataComp and negCLIPLoss: the published rules computed independently, their plans, and a small run."""
+"""The recipes of DataComp and negCLIPLoss: compared with independent code for the published rules, planned, and run."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from pipeline.run import main
 from pipeline.step import Filter, Stage
 from tests.conftest import ROOT, Command
 from tests.filters.barrier import decide
+from tests.images import encoded
 from tests.tables import make_batch, run_step
 
 ENGLISH = ["a red bicycle leans against the wall", "two children play football in the park", "the old bridge at night"]
@@ -34,7 +34,7 @@ SHORT = ["a dog", "cat", "a b c", "of it", "snow on it", ""]
 
 
 def commonpool(n: int, seed: int = 0) -> pd.DataFrame:
-    """Metadata with the columns of CommonPool; the captions' languages are clear, and many values are at the limits."""
+    """Metadata with the columns of CommonPool: captions in unambiguous languages, and many values at the limits."""
     rng = np.random.default_rng(seed)
     captions = [rng.choice([*ENGLISH * 3, *OTHER, *SHORT]) for _ in range(n)]
     return pd.DataFrame(
@@ -53,13 +53,13 @@ def commonpool(n: int, seed: int = 0) -> pd.DataFrame:
 
 
 def recipe(name: str, table: pd.DataFrame, *overrides: str) -> Recipe:
-    """A shipped recipe with this pool, as a command would load it."""
+    """Loads a shipped recipe with this pool, as a command does."""
     pq.write_table(pa.Table.from_pandas(table), "pool.parquet")
     return load(str(ROOT / f"conf/{name}.yaml"), ["pool.path=pool.parquet", *overrides], pool.columns)
 
 
 def survivors(steps: list[Any], table: pd.DataFrame) -> set[str]:
-    """The uids that the steps keep, of rows that stay alive on the web."""
+    """The uids that the steps keep if every download succeeds."""
     renamed = table.rename(columns={"text": "caption"})
     rows = renamed.to_dict("records")
     for row in rows:
@@ -84,9 +84,9 @@ def without_download(steps: list[Any]) -> list[Any]:
 
 def test_basic_filtering_by_datacomps_rules() -> None:
     table = commonpool(600)
-    english = table.text.isin([*ENGLISH, "a dog", "cat", "snow on it"])  # as lid.176 says, too
+    english = table.text.isin([*ENGLISH, "a dog", "cat", "snow on it"])  # lid.176 agrees
     words, chars = table.text.str.split().str.len(), table.text.str.len()
-    short, long = (getattr(table[["original_width", "original_height"]], of)(axis=1) for of in ("min", "max"))
+    short, long = (getattr(table[["original_width", "original_height"]], extreme)(axis=1) for extreme in ("min", "max"))
     expected = table[english & (words > 2) & (chars > 5) & (short >= 200) & (long / short <= 3.0)]
     found = survivors(without_download(recipe("datacomp_basic", table).steps), table)
     assert found == set(expected.uid)
@@ -100,7 +100,7 @@ def test_clip_score_filtering_by_datacomps_rules(n: int) -> None:
     cut = -np.sort(-scores)[int(len(scores) * 0.3)]
     theirs, surely = set(table.uid[scores >= cut]), set(table.uid[scores > cut])
     found = survivors(without_download(recipe("datacomp_clip_score", table).steps), table)
-    # Theirs has the row at place int(0.3 n) and all ties with it.
+    # DataComp's code also keeps the row at position int(0.3 n) and all its ties.
     assert surely <= found <= theirs
     assert len(found) == int(np.ceil(0.3 * n))
 
@@ -109,7 +109,7 @@ TARGETS = {"datacomp_image_based": "steps.image_cluster.target=t.npy", "negclip_
 
 
 @pytest.mark.parametrize("name", ["datacomp_basic", "datacomp_clip_score", *TARGETS])
-def test_the_recipes_can_be_planned_as_they_say(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_recipes_can_be_planned_and_name_their_papers(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     np.save("t.npy", np.ones((3, 768), np.float32))
     targets = [TARGETS[name]] if name in TARGETS else []
     assert recipe(name, commonpool(20), *targets).name == name
@@ -131,9 +131,7 @@ def test_a_target_set_of_another_model_is_refused(name: str) -> None:
 
 def picture(seed: int) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).resize((240, 220)).save(file, "JPEG")
-    return file.getvalue()
+    return encoded(Image.fromarray(pixels).resize((240, 220)), "JPEG")
 
 
 @pytest.mark.slow
@@ -160,7 +158,7 @@ def test_image_based_and_negcliploss_run_at_small_scale(
         assert done.returncode == 0, done.stderr + done.stdout
         funnel = json.loads(Path(f"runs/{name}/funnel.json").read_text())
         assert 0 < funnel["kept"] < 90
-        assert not list(Path(f"runs/{name}/passes").glob("*/fit.arrow")), "what a step was fitted to is removed"
+        assert not list(Path(f"runs/{name}/passes").glob("*/fit.arrow")), "the fit of a step is removed"
     # 30% of 90 by negCLIPLoss, then 66.7% of these.
     assert funnel["kept"] == int(np.ceil(0.667 * 27))
     again = run(str(ROOT / f"conf/{name}.yaml"), *both, target, f"run=runs/{name}")

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import diff, open_run
-from pipeline.diff import SAMPLES, Side, Tally, compare, to_json
+from pipeline.diff import SAMPLES, Side, compare, to_json
+from pipeline.report.histogram import Tally
 from tests import browser
 
 
@@ -55,12 +56,12 @@ def test_equals_set_algebra_by_hand(pair: tuple[Path, Path]) -> None:
             by_hand = Counter(dropped.get(uid, ("(not in the pool)", None)) for uid in uids)
             assert {(by["step"], by["reason"]): by["rows"] for by in found[f"{side}_by"]} == by_hand
             captions = [(kept_a | kept_b)[uid] for uid in uids]
-            for name, of in (
+            for name, value_of in (
                 ("languages", lambda c: "de" if number(c) % 3 == 0 else "en"),
                 ("hosts", lambda c: f"h{number(c) % 5}.example"),
                 ("concepts", lambda c: next((e for e in ("red circle", "blue star") if f" {e} " in c), None)),
             ):
-                counts = Counter(value for value in map(of, captions) if value)
+                counts = Counter(value for value in map(value_of, captions) if value)
                 assert {v["value"]: v[side] for v in found[name] if v[side]} == counts
             assert {row["uid"] for row in found["samples"][side]} <= uids
             for row in found["samples"][side]:
@@ -68,7 +69,7 @@ def test_equals_set_algebra_by_hand(pair: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("name", ["out", "other"])
-def test_a_run_and_itself_differ_in_nothing(painted: Path, name: str) -> None:
+def test_a_run_does_not_differ_from_itself(painted: Path, name: str) -> None:
     run = open_run(painted / name)
     found = to_json(compare(run, run), run, run)
     assert (found["both"], found["gained"], found["lost"]) == (run.kept, 0, 0)
@@ -88,13 +89,11 @@ def test_samples_do_not_depend_on_the_order_of_rows() -> None:
     assert Counter(row.step for row in whole.samples) == {"a": diff.SAMPLES, "b": diff.SAMPLES}
 
 
-def test_a_tally_forgets_the_rarest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diff, "VALUES", 10)
-    tally = Tally()
+def test_a_tally_forgets_the_rarest() -> None:
+    tally = Tally(10)
     tally.add(pa.array(["often"] * 5 + [None]))
-    assert tally.exact
+    assert tally.counts == {"often": 5}
     tally.add(pa.array([str(n) for n in range(20)]))
-    assert not tally.exact
     assert len(tally.counts) == 5
     assert tally.counts["often"] == 5
 
@@ -102,9 +101,9 @@ def test_a_tally_forgets_the_rarest(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command(painted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = str(painted / "out"), str(painted / "stricter")
     assert diff.main([a, b]) == 0
-    said = capsys.readouterr().out
-    assert "steps.threshold.min: 0.5 → 0.7" in said
-    assert "the same pool" in said
+    output = capsys.readouterr().out
+    assert "steps.threshold.min: 0.5 → 0.7" in output
+    assert "the same pool" in output
     assert diff.main([a, b, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["same_pool"] is True
     assert diff.main([a, b, "--html", str(tmp_path / "diff.html")]) == 0

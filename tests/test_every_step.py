@@ -1,8 +1,7 @@
-"""What every step of a recipe must hold: the result depends on no unit size, number of workers or order of rows."""
+"""All steps in one recipe: the result does not depend on unit size, number of workers or order of rows."""
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from pipeline.scheduler.progress import Progress
 from pipeline.scheduler.run_pass import run_pass
 from pipeline.step import Filter
 from pipeline.storage import Store
+from tests.images import encoded
 from trainer.terminal import Console
 
 PICTURES = 180
@@ -77,7 +77,7 @@ def name_of(step: str | dict[str, Any]) -> str:
 
 
 def picture(number: int) -> bytes:
-    """A JPEG of 72 to 172 pixels: some are flat, dark, wide, small, or have a red box where text would be."""
+    """A JPEG of 72 to 172 pixels. Some are flat, dark, wide or small, or have a red box that stands for text."""
     random = np.random.default_rng(number)
     size = (100, 100) if number % 11 else ((172, 80) if number % 2 else (30, 30))
     blocks = random.integers(0, 256 if number % 13 else 8, (6, 6, 3), dtype=np.uint8)
@@ -88,13 +88,11 @@ def picture(number: int) -> bytes:
         pixels[10:30, 10:40] = (255, 0, 0)
     if number % 47 == 5:
         pixels[:] = (255, 0, 0)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=60 if number % 17 == 0 else 92)
-    return file.getvalue()
+    return encoded(pixels, "JPEG", quality=60 if number % 17 == 0 else 92)
 
 
 def table_of_rows() -> pa.Table:
-    """Rows for each verdict: repeated URLs, captions and pictures, near copies, and what single filters drop."""
+    """Rows for every verdict: repeated URLs, captions and pictures, near copies, and rows that single filters drop."""
     rows = []
     for i in range(PICTURES):
         text = f"a photograph of a {('red circle', 'blue star', 'green tree', 'dog in the snow')[i % 4]}, number {i}"
@@ -141,7 +139,7 @@ def furnished(tmp_path: Path, small_model: Callable[[Path], int]) -> Path:
 
 
 def in_process(monkeypatch: pytest.MonkeyPatch, order: Callable[[list[Any]], list[Any]]) -> None:
-    """Makes `execute` do all work here, without Ray, and hands out tasks and units in the given order."""
+    """Makes `execute` do all work in this process, without Ray, on tasks and units in the given order."""
 
     def map_tasks(items: Sequence[Any], work: Callable[..., Any], at_once: int = 1, spent: Any = None) -> Iterator[Any]:
         for start in order(list(range(0, len(items), at_once))):
@@ -160,7 +158,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, order: Callable[[list[Any]], lis
 
 
 def result(recipe: Path, *words: str) -> tuple[Funnel, Counter[Any], dict[tuple[str, str], Any]]:
-    """Runs a recipe; returns its funnel, the uid, step and reason of each drop, and what is known of each kept row."""
+    """Runs a recipe. Returns its funnel, the uid, step and reason of each drop, and the columns of each kept row."""
     checked = load(str(recipe), list(words), pool.columns)
     types = pool.columns(checked.pool)
     passes = make_passes(checked, {}, types)
@@ -182,10 +180,10 @@ def result(recipe: Path, *words: str) -> tuple[Funnel, Counter[Any], dict[tuple[
     return funnel, fates, {(row["uid"], name): value for row in rows for name, value in row.items() if name in columns}
 
 
-def test_a_result_depends_on_the_rows_alone(furnished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All steps on small units, on one unit, and on the pool in another order with the work done in another order.
+def test_a_result_depends_only_on_the_rows(furnished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs all steps on small units, on one unit, and on a shuffled pool with the work in another order.
 
-    Each filter stands there twice in a row: twice is once.
+    Each filter is listed twice in a row; the second must drop nothing.
     """
     monkeypatch.chdir(furnished)
     monkeypatch.setenv("XDG_CACHE_HOME", str(furnished / "cache"))
@@ -205,8 +203,8 @@ def test_a_result_depends_on_the_rows_alone(furnished: Path, monkeypatch: pytest
     in_process(monkeypatch, lambda work: work)
     funnel, fates, kept = result(furnished / "r.yaml")
     for name in twice:
-        assert funnel.lines[name].dropped, f"{name} must have something to do here"
-        assert not funnel.lines[f"{name}.2"].dropped, f"{name} drops more when it is there twice"
+        assert funnel.lines[name].dropped, f"{name} drops no row of this pool; add one"
+        assert not funnel.lines[f"{name}.2"].dropped, f"{name} drops more rows the second time"
     assert len(kept) >= 10 * 30
     _, same_fates, same_kept = result(furnished / "r.yaml", "run=large", "unit_rows=1000")
     assert same_fates == fates
@@ -219,6 +217,6 @@ def test_a_result_depends_on_the_rows_alone(furnished: Path, monkeypatch: pytest
     assert same_kept == kept
 
 
-def test_every_step_is_tried_here() -> None:
+def test_every_built_in_step_is_covered() -> None:
     tried = {name_of(step) for step in ONE_OF_EACH}
     assert tried | set(ELSEWHERE) == set(built_in_steps())

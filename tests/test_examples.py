@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import pytest
 
 from pipeline.recipe import find_step
 from pipeline.step import VectorFilter
-from tests.conftest import ROOT
+from tests.conftest import ROOT, environment
 from tests.stages import finished
 from tests.tables import check_filter, make_batch, run_step
 
@@ -29,7 +28,7 @@ CAPTIONS = [{"caption": "A RED CAR"}, {"caption": "a red car on the road"}]
 
 @pytest.fixture
 def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """examples/ on PYTHONPATH, for the time of a test."""
+    """Puts examples/ on the import path for the duration of a test."""
     monkeypatch.syspath_prepend(EXAMPLES)
     yield
     for name in [name for name in sys.modules if name.split(".")[0] == "steps"]:
@@ -38,7 +37,7 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def documented() -> Iterator[dict[str, Any]]:
-    """The names that the Python blocks of the page define, run from the first to the last as one module."""
+    """Runs the Python blocks of the page in order as one module. Yields its names."""
     module = types.ModuleType("write_a_step")
     sys.modules[module.__name__] = module
     for block in re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/write-a-step.md").read_text(), re.M | re.S):
@@ -48,7 +47,7 @@ def documented() -> Iterator[dict[str, Any]]:
 
 
 def check_vector_filter(step: VectorFilter) -> None:
-    """Of the vectors in one cell, the first is kept: here of two directions with two vectors each."""
+    """The first vector of each cell is kept: here, two directions with two vectors each."""
     vectors = np.float32([[1, 2, 3], [-1, -2, -3], [2, 4, 6], [-2, -4, -6]])
     groups = step.groups(vectors, step.fit(vectors, len(vectors)))
     assert groups.tolist() == [groups[0], groups[1]] * 2
@@ -59,7 +58,7 @@ def check_vector_filter(step: VectorFilter) -> None:
 
 
 def check_fitted(step: Any) -> None:
-    """The mean of two right angles is as near to the one as to the other."""
+    """The mean of two perpendicular vectors is equally near to both."""
     vectors = pa.array([[2.0, 0.0], [0.0, 1.0], None], pa.list_(pa.float16(), 2))
     batch = make_batch([{}, {}, {}]).append_column("image_embedding", vectors)
     step.use(step.fit(batch.slice(0, 2), 3))
@@ -115,9 +114,9 @@ def test_hugging_face_reads_every_sample(tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv/bin/python"
     subprocess.run([python, "-m", "pip", "install", "-q", "datasets>=5,<6", "pillow"], check=True)
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    env = environment(HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="1", PYTHONPATH="")
     done = subprocess.run(
-        [python, EXAMPLES / "hugging_face.py", tmp_path], env=environment, capture_output=True, text=True, timeout=300
+        [python, EXAMPLES / "hugging_face.py", tmp_path], env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{finished.SAMPLES} samples"
@@ -138,11 +137,11 @@ def test_open_clip_train_trains(tmp_path: Path) -> None:
         "    runpy.run_module(module, run_name='__main__', alter_sys=True)\n"
     )
     python.chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(python), "PYTHONPATH": f"{tmp_path / 'peer'}{os.pathsep}{ROOT}"}
+    env = environment(tmp_path / "peer", PYTHON=str(python))
     options = ["--model", "RN50", "--batch-size", "5", "--precision", "fp32", "--device", "cpu"]
     done = subprocess.run(
         ["sh", EXAMPLES / "open_clip_train.sh", "run", *options],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600,
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(tmp_path.glob("runs/open_clip/*/checkpoints/epoch_1.pt"))

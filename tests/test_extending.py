@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import verify
-from tests.conftest import ROOT, Command
+from tests.conftest import ROOT, Command, environment
 
 EMBED = '''
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pipeline.step import Stage
 
 @dataclass(kw_only=True)
 class Embed(Stage):
-    """Stands in for a model: the direction of a caption's number, and how often it was asked."""
+    """Stands in for a model: the embedding is a function of the caption's number."""
     needs = ("caption",)
     adds = {"image_embedding": pa.list_(pa.float16(), 4)}
     expensive = True
@@ -66,8 +65,8 @@ def project(tmp_path: Path) -> Path:
 def test_every_kind_of_step_from_outside(run: Command, project: Path) -> None:
     plan = run("r.yaml", "--plan", ray=False)
     assert plan.returncode == 0, plan.stderr
-    for said in ("no_shouting + caption_words", "one_of_a_kind", "write_jsonl", "custom step", "parts"):
-        assert said in plan.stdout
+    for text in ("no_shouting + caption_words", "one_of_a_kind", "write_jsonl", "custom step", "parts"):
+        assert text in plan.stdout
 
     done = run("r.yaml")
     assert done.returncode == 0, done.stderr
@@ -96,10 +95,10 @@ def test_every_kind_of_step_from_outside(run: Command, project: Path) -> None:
     assert verify.main([str(project / "out")]) == 0, "the same command wrote the damaged part again"
 
 
-def test_the_reference_knows_them() -> None:
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"}
+def test_the_reference_describes_them() -> None:
     names = ["steps.write_jsonl", "steps.one_of_a_kind", "steps.vector_length", "steps.no_shouting"]
     argv = [sys.executable, "-m", "pipeline.cli", "steps", *names]
-    said = subprocess.run(argv, env=env, check=True, capture_output=True, text=True).stdout
+    env = environment(ROOT / "examples")
+    output = subprocess.run(argv, env=env, check=True, capture_output=True, text=True).stdout
     for head in ("`write_jsonl` (sink)", "`one_of_a_kind` (filter)", "`vector_length` (stage)", "| `rows_per_file` |"):
-        assert head in said
+        assert head in output

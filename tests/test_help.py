@@ -1,4 +1,4 @@
-"""`--help` of every command: what it does, an example, every option, and none of the imports that take seconds."""
+"""`--help` of every command describes it, gives an example, explains every option, and avoids slow imports."""
 
 from __future__ import annotations
 

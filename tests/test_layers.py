@@ -1,4 +1,4 @@
-"""Which module may import which: the rules of docs/architecture.md."""
+"""The rules of docs/architecture.md about which module may import which."""
 
 from __future__ import annotations
 
@@ -15,36 +15,37 @@ def imports() -> dict[str, set[str]]:
     """The modules of both packages that each module imports, also within functions and for types only."""
     paths = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in ROOT.glob("[pt]*/**/*.py")}
     names = {name.removesuffix(".__init__") for name in paths.values() if name.startswith(("pipeline", "trainer"))}
-    found: dict[str, set[str]] = {name: set() for name in names}
+    imported: dict[str, set[str]] = {name: set() for name in names}
     for path, name in paths.items():
-        here = found.get(name.removesuffix(".__init__"))
-        if here is None:
+        module = name.removesuffix(".__init__")
+        if module not in imported:
             continue
+        targets = imported[module]
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
-                here.update(alias.name for alias in node.names)
+                targets.update(alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 modules = {f"{node.module}.{alias.name}" for alias in node.names} & names
-                here.update(modules or {str(node.module)})
-        here.intersection_update(names)
-        here.discard(name.removesuffix(".__init__"))
-    return found
+                targets.update(modules or {str(node.module)})
+        targets.intersection_update(names)
+        targets.discard(module)
+    return imported
 
 
-def room(module: str) -> str:
-    """A folder of the pipeline or the trainer, or a module that lies in none."""
+def folder_of(module: str) -> str:
+    """A folder of the pipeline or the trainer, or a module outside of these folders."""
     return ".".join(module.split(".")[:2])
 
 
-@pytest.mark.parametrize("of", [str, room], ids=["modules", "folders"])
-def test_imports_have_no_circle(of: Callable[[str], str]) -> None:
+@pytest.mark.parametrize("group_of", [str, folder_of], ids=["modules", "folders"])
+def test_imports_have_no_cycle(group_of: Callable[[str], str]) -> None:
     graph: dict[str, set[str]] = {}
     for module, imported in imports().items():
-        graph.setdefault(of(module), set()).update({of(name) for name in imported} - {of(module)})
-    # `pipeline.open_run` imports the reader, which every module below the package would close a circle with.
+        graph.setdefault(group_of(module), set()).update({group_of(name) for name in imported} - {group_of(module)})
+    # `pipeline.open_run` imports the reader, so the package would be in a cycle with every module in it.
     graph.pop("pipeline")
     order = list(TopologicalSorter(graph).static_order())
-    assert order.index(of("pipeline.schema")) < order.index(of("pipeline.scheduler.executor"))
+    assert order.index(group_of("pipeline.schema")) < order.index(group_of("pipeline.scheduler.executor"))
 
 
 def test_no_step_is_known_by_name() -> None:
@@ -60,5 +61,5 @@ def test_no_step_is_known_by_name() -> None:
     }
     assert len(steps) > 30
     for module, imported in known.items():
-        if module in steps or room(module) in below:
+        if module in steps or folder_of(module) in below:
             assert not imported & steps, f"{module} imports {imported & steps}"

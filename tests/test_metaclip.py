@@ -1,4 +1,4 @@
-"""The shipped recipes that rebuild a paper's set: each is checked, planned, and says what it is."""
+"""The shipped recipes that rebuild the data set of a paper: each passes the checks, has a plan, and names its paper."""
 
 from __future__ import annotations
 

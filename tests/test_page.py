@@ -1,14 +1,14 @@
-"""Pages hold what they are given as text, whatever it is."""
+"""Pages show any given value as plain text."""
 
 from __future__ import annotations
 
-import io
 import re
 
 import pytest
 from PIL import Image
 
 from pipeline import page
+from tests.images import encoded
 
 HOSTILE = [
     ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
@@ -26,7 +26,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("text", "expected"), HOSTILE)
-def test_text_from_outside_is_only_shown(text: object, expected: str) -> None:
+def test_untrusted_text_is_escaped(text: object, expected: str) -> None:
     assert page.shown(text) == f"<bdi>{expected}</bdi>"
 
 
@@ -63,10 +63,9 @@ def test_a_chart_is_described_and_follows_the_theme() -> None:
 
 
 def test_thumbnails_are_small_and_bounded() -> None:
-    file = io.BytesIO()
-    Image.effect_noise((900, 600), 90).convert("RGB").save(file, "JPEG")
+    picture = encoded(Image.effect_noise((900, 600), 90).convert("RGB"), "JPEG")
     thumbnails = page.Thumbnails(9_000)
-    made = [thumbnails(file.getvalue()) for _ in range(9)]
+    made = [thumbnails(picture) for _ in range(9)]
     assert made[0] is not None
     assert len(made[0]) < 12_000
     assert made[-1] is None

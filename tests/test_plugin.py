@@ -6,7 +6,7 @@ from pipeline.models import plugin
 from tests.plugins import Redness
 
 
-def test_what_a_recipe_names_is_called_once() -> None:
+def test_a_class_is_loaded_by_its_import_path() -> None:
     assert plugin.problem("tests.plugins:Redness") is None
     assert isinstance(plugin.load("tests.plugins:Redness"), Redness)
 
@@ -21,12 +21,12 @@ def test_what_a_recipe_names_is_called_once() -> None:
         ("no_such_package:Scorer", "no module named no_such_package; is its folder on PYTHONPATH?"),
     ],
 )
-def test_what_is_not_there(path: str, message: str) -> None:
+def test_a_bad_import_path_is_reported(path: str, message: str) -> None:
     assert message in str(plugin.problem(path))
     with pytest.raises(ValueError, match=r"import|module"):
         plugin.load(path)
 
 
-def test_a_module_without_that_name() -> None:
+def test_a_missing_name_in_a_module_is_reported() -> None:
     with pytest.raises(ValueError, match=r"tests.plugins has no Nothing; expected a class or function"):
         plugin.load("tests.plugins:Nothing")

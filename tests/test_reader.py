@@ -1,4 +1,4 @@
-"""The read API, on small real runs: what it says is what the run's own files say."""
+"""The read API on small real runs, compared with the files of the runs."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ LAST = STRICTER.replace("samples_per_shard: 100", "samples_per_shard: 100, drop_
 
 @pytest.fixture(scope="module")
 def runs(finished: Path, ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of finished runs: `out`; `changed`, whose filters were changed twice; `arm`, the last recipe of
-    `changed` on what `out` has measured. To be looked at and not touched."""
+    """A folder of finished runs, which tests must not change.
+
+    `changed` had its filters changed twice. `arm` has the last recipe of `changed`, and uses the measurements of `out`.
+    """
     folder = Path(shutil.copytree(finished, tmp_path_factory.mktemp("runs"), dirs_exist_ok=True))
     for recipe, overrides in (
         (STRICTER, ["run=changed"]),
@@ -50,7 +52,7 @@ def runs(finished: Path, ray_address: str, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def copy(runs: Path, tmp_path: Path) -> Path:
-    """A copy of `out`, elsewhere."""
+    """A copy of `out` in another folder."""
     return Path(shutil.copytree(runs / "out", tmp_path / "copy"))
 
 
@@ -70,10 +72,10 @@ def colour(picture: bytes) -> int:
     return int(Image.open(io.BytesIO(picture)).getpixel((4, 4))[0])
 
 
-def test_the_package_imports_the_read_api_when_it_is_asked_for() -> None:
+def test_the_package_imports_the_read_api_on_first_use() -> None:
     code = "import sys, pipeline; assert 'pyarrow' not in sys.modules; pipeline.open_run; print(pipeline.__all__)"
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert said == "['Run', 'RunError', 'open_run']\n"
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert output == "['Run', 'RunError', 'open_run']\n"
     with pytest.raises(AttributeError, match="has no attribute 'open_rnu'"):
         pipeline.open_rnu  # noqa: B018
 
@@ -105,9 +107,9 @@ def test_rows_after_each_step_are_those_of_the_funnel(runs: Path, name: str) -> 
         {"unit": at["unit"], "row": at["row"], **row}
         for at, row in zip(rows(run.scan()), parquet(runs / name, "shards/0*.parquet", ["uid", "url", "shade"]))
     ]
-    said = ["uid", "url", "caption", "step", "reason", "detail", "value"]
+    columns = ["uid", "url", "caption", "step", "reason", "detail", "value"]
     dropped = rows(run.drops())
-    assert [{c: row[c] for c in said} for row in dropped] == parquet(runs / name, "drops/*.parquet", said)
+    assert [{c: row[c] for c in columns} for row in dropped] == parquet(runs / name, "drops/*.parquet", columns)
     places = [(row["unit"], row["row"]) for row in dropped + rows(run.scan())]
     assert sorted(places) == [(row["unit"], row["row"]) for row in rows(run.scan(after="pool"))], "each row once"
 
@@ -232,7 +234,7 @@ def test_a_run_without_its_passes(runs: Path, copy: Path) -> None:
 
 
 def test_an_unfinished_run(copy: Path) -> None:
-    """Interrupted while its threshold was decided; `drops` and `shards` are of an earlier recipe."""
+    """A run that was interrupted during its threshold. `drops` and `shards` are from an earlier recipe."""
     at = copy / "run.json"
     at.write_text(at.read_text().replace('"top_fraction": 0.5', '"top_fraction": 0.3'))
     for folder in (*copy.glob("passes/03-*"), *copy.glob("passes/04-*")):
@@ -243,7 +245,7 @@ def test_an_unfinished_run(copy: Path) -> None:
     assert sum(map(len, run.drops("exact_dedup"))) == 20
     assert len(run.pictures([row["uid"] for row in rows(run.scan(["uid"], "paint", units=[0]))][:3])) == 3
     for refused in (lambda: run.funnel, lambda: run.kept, lambda: run.scan(), lambda: run.drops()):
-        with pytest.raises(RunError, match=f"{copy} is not finished, so .* cannot be read yet; give the command"):
+        with pytest.raises(RunError, match=f"{copy} is not finished, so .* cannot be read yet; run its command"):
             refused()
 
 
@@ -259,7 +261,7 @@ def test_picture_ranges_are_the_pictures(runs: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ask", "said"),
+    ("ask", "message"),
     [
         (lambda run: run.scan(["shad"]), "no column 'shad' after write_shards; did you mean shade?"),
         (lambda run: run.scan(["shade"], after="pool"), "no column 'shade' after pool; it can be read after paint"),
@@ -272,14 +274,14 @@ def test_picture_ranges_are_the_pictures(runs: Path, name: str) -> None:
         (lambda run: run.take(0, [0], "imag"), "no column 'imag'; did you mean image?"),
     ],
 )
-def test_what_is_not_there_is_said_at_once(runs: Path, ask: Callable[[Run], Any], said: str) -> None:
+def test_missing_passes_and_columns_are_reported(runs: Path, ask: Callable[[Run], Any], message: str) -> None:
     with pytest.raises(RunError, match="out: ") as error:
         ask(open_run(runs / "out"))
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("contents", "said"),
+    ("contents", "message"),
     [
         (None, "is not the folder of a run: there is no"),
         ("{", "run.json: not the description of a run of Winnow"),
@@ -289,12 +291,12 @@ def test_what_is_not_there_is_said_at_once(runs: Path, ask: Callable[[Run], Any]
         ('{"name": "x", "recipe": {}, "passes": [{"schema": "?"}]}', "run.json: not the description of a run"),
     ],
 )
-def test_what_is_no_run(tmp_path: Path, contents: str | None, said: str) -> None:
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path, contents: str | None, message: str) -> None:
     if contents is not None:
         (tmp_path / "run.json").write_text(contents)
     with pytest.raises(RunError, match=str(tmp_path)) as error:
         open_run(tmp_path)
-    assert said in str(error.value)
+    assert message in str(error.value)
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "nowhere", tmp_path / "file"):
         with pytest.raises(RunError, match="is not the folder of a run"):

@@ -55,7 +55,7 @@ def test_a_good_recipe_with_overrides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         (
             "min_chars: 6",
@@ -106,9 +106,9 @@ def test_a_good_recipe_with_overrides() -> None:
         ("seed: 3", "a: &a [*a]", "nested more than 50 levels deep"),
     ],
 )
-def test_problems_name_file_line_key_and_cure(old: str, new: str, said: str) -> None:
+def test_problems_name_file_line_key_and_cure(old: str, new: str, message: str) -> None:
     assert old in GOOD
-    assert said in problems(GOOD.replace(old, new))
+    assert message in problems(GOOD.replace(old, new))
 
 
 def test_all_problems_are_reported_together() -> None:
@@ -131,9 +131,10 @@ def test_steps_in_an_impossible_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("steps.nearest.x=1", "the recipe has no step 'nearest'"),
+        ("steps.caption_length=3", "expected an option of the step, as in steps.caption_length.OPTION=3"),
         ("steps.caption_lenght.min_chars=1", "did you mean caption_length?"),
         ("min_chars", "an override is key=value"),
         ("run=[", "'run=[': the value: not valid YAML"),
@@ -141,8 +142,8 @@ def test_steps_in_an_impossible_order() -> None:
         ("steps.caption_length.min_chars=few", "expected a whole number, found 'few'"),
     ],
 )
-def test_wrong_overrides(override: str, said: str) -> None:
-    assert said in problems(GOOD, override)
+def test_wrong_overrides(override: str, message: str) -> None:
+    assert message in problems(GOOD, override)
 
 
 def test_a_missing_file_or_invalid_yaml() -> None:
@@ -154,7 +155,7 @@ def test_a_missing_file_or_invalid_yaml() -> None:
         recipe.load("binary.yaml")
 
 
-def test_speed_options_do_not_change_what_a_step_is() -> None:
+def test_speed_options_do_not_change_the_identity_of_a_step() -> None:
     first, second = load(GOOD), load(GOOD, "workers=7")
     assert [recipe.identity(s) for s in first.steps] == [recipe.identity(s) for s in second.steps]
     third = load(GOOD, "steps.caption_length.min_chars=7")
@@ -172,7 +173,7 @@ steps:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         (
             "near_dedup: {column: image_embedding}",
@@ -184,8 +185,8 @@ steps:
         ),
     ],
 )
-def test_whole_run_filters_reject_columns_of_the_wrong_kind(line: str, said: str) -> None:
-    assert said in problems(f"{SCORED}  - {line}\n")
+def test_whole_run_filters_reject_columns_of_the_wrong_kind(line: str, message: str) -> None:
+    assert message in problems(f"{SCORED}  - {line}\n")
 
 
 def test_vectors_reach_a_filter_over_vectors() -> None:
@@ -197,7 +198,7 @@ SAID_OF_JOBS = "lies in the job's temporary copy of its working directory"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["run=''"], "run: is empty; expected a folder"),
         (["run=pool.csv"], "pool.csv is a file; expected a folder"),
@@ -232,11 +233,11 @@ SAID_OF_JOBS = "lies in the job's temporary copy of its working directory"
         (["run=memory:///"], "run: memory:/// names no bucket or folder"),
     ],
 )
-def test_unusable_values_are_refused(words: list[str], said: str) -> None:
+def test_unusable_values_are_refused(words: list[str], message: str) -> None:
     Path("data").mkdir()
     Path("data/pool.csv").write_text("url,caption\nhttp://a/b,hello there world\n")
-    if said:
-        assert said in problems(GOOD, *words)
+    if message:
+        assert message in problems(GOOD, *words)
     else:
         load(GOOD, *words)
 
@@ -253,10 +254,10 @@ def test_paths_in_a_job_s_temporary_working_directory_are_refused(
     job.mkdir(parents=True)
     (job / "pool.csv").write_text("url,caption\nhttp://a/b,hello there world\n")
     monkeypatch.chdir(job)
-    said = problems(GOOD, "reuse=before")
-    assert f"r.yaml:5: run: out {SAID_OF_JOBS}" in said
-    assert f"r.yaml:4: pool.path: pool.csv {SAID_OF_JOBS}" in said
-    assert f"reuse: before {SAID_OF_JOBS}" in said
+    found = problems(GOOD, "reuse=before")
+    assert f"r.yaml:5: run: out {SAID_OF_JOBS}" in found
+    assert f"r.yaml:4: pool.path: pool.csv {SAID_OF_JOBS}" in found
+    assert f"reuse: before {SAID_OF_JOBS}" in found
     load(GOOD, f"run={tmp_path}/out", f"pool.path={tmp_path}/pool.csv")
 
 
@@ -278,7 +279,7 @@ ODD = [
 
 @pytest.mark.parametrize("name", recipe.built_in_steps())
 def test_an_odd_value_of_any_option_is_refused_or_makes_a_step(name: str) -> None:
-    """Nothing hangs, fills the memory, or raises anything but RecipeError."""
+    """No input hangs, exhausts the memory, or raises an error other than RecipeError."""
     Path("words.txt").write_text("a red car\n")
     np.save("v.npy", np.ones((5, 8), np.float32))
     os.mkfifo("pipe")
@@ -296,7 +297,7 @@ def test_an_odd_value_of_any_option_is_refused_or_makes_a_step(name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("download: {deny_hashes: ''}", "download.deny_hashes: expected text that is not blank, found ''"),
         ("caption_pattern: {patterns: ['', x]}", "patterns: expected text that is not blank, found ['', 'x']"),
@@ -310,6 +311,6 @@ def test_an_odd_value_of_any_option_is_refused_or_makes_a_step(name: str) -> Non
         ('norm_sim: {target: v.npy, column: "a b"}', "norm_sim.column: 'a b' is not a valid column name"),
     ],
 )
-def test_values_that_no_run_can_mean(line: str, said: str) -> None:
+def test_impossible_values_are_refused(line: str, message: str) -> None:
     np.save("v.npy", np.ones((5, 8), np.float32))
-    assert said in problems(f"name: t\npool: {{path: pool.csv}}\nrun: out\nsteps:\n  - {line}\n")
+    assert message in problems(f"name: t\npool: {{path: pool.csv}}\nrun: out\nsteps:\n  - {line}\n")

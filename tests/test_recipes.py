@@ -42,7 +42,7 @@ SMALL_PICTURES = ["steps.image_size.min_side=100"]
 SMALL_FILES = ["steps.byte_size.min=500"]
 RARE_ENTRIES = ["steps.balance.min_count=2", "steps.balance.2.min_count=2"]
 
-# The words each recipe needs; ALLOWED and the pool's path are added to all. `{folder}` is that of the test.
+# The overrides that each recipe needs, besides ALLOWED and the path of the pool. `{folder}` is the folder of the test.
 OVERRIDES: dict[str, list[str]] = {
     "400m": [*SCORER, *BY_NAME, *SMALL_PICTURES, *SMALL_FILES, *RARE_ENTRIES],
     "commonpool": SMALL_PICTURES,
@@ -129,13 +129,13 @@ def test_a_plan_names_the_evaluation_sets_that_are_missing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run.main(["--plan", str(RECIPES["400m"])]) == 0
-    assert "note: decontaminate: eval/coco, eval/flickr30k, eval/imagenet: not there" in capsys.readouterr().out
+    assert "note: decontaminate: eval/coco, eval/flickr30k, eval/imagenet: not found" in capsys.readouterr().out
 
 
 def test_a_run_in_a_bucket_without_the_package_for_it_is_refused(
     site: tuple[Path, int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A plan needs no bucket, so it only says what is missing here."""
+    """A plan needs no bucket, so it only mentions the missing package."""
 
     def lacking(protocol: str) -> None:
         raise ImportError("Install s3fs to access S3")
@@ -151,7 +151,7 @@ def test_a_run_in_a_bucket_without_the_package_for_it_is_refused(
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_says_where_it_comes_from(name: str) -> None:
-    """The first lines say what a user needs before the first key: the source, and a command."""
+    """The comment before the first key gives the source of the recipe and a command."""
     head = RECIPES[name].read_text(encoding="utf-8").partition("\nname:")[0]
     assert all(line.startswith("#") for line in head.strip().splitlines())
     assert "pipeline.run" in head or "make demo" in head
@@ -191,7 +191,7 @@ def test_a_filter_network_is_trained_exported_and_filters(
     monkeypatch.setattr(scorer, "SCENES", 1024)
     scorer.make_shards(tmp_path / "clean" / "shards")
     conf, out = ROOT / "conf/filter_network.yaml", tmp_path / "network"
-    # The settings of the demo's own scorer: ViT-B/32 needs more than a test has.
+    # The settings of the demo's scorer, because ViT-B/32 is too large for a test.
     small = ["model=tiny-rn-64", "samples=9600", "batch_size=64", "lr=3e-3", "warmup=20", "compile=false", "workers=1"]
     train(str(conf), f"shards={tmp_path}/clean", f"output={out}", *small, "precision=fp32")
     assert export.main([str(out), str(tmp_path / "filter"), "--precision", "fp16"]) == 0

@@ -1,4 +1,4 @@
-"""The generated pages of the docs are what the code says."""
+"""The generated pages of the documentation match the code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.config import TrainConfig
         ("configuration.md", reference.configuration_page(), "winnow steps --configuration > docs/configuration.md"),
     ],
 )
-def test_a_generated_page_is_what_the_code_says(page: str, written: str, command: str) -> None:
+def test_generated_pages_are_up_to_date(page: str, written: str, command: str) -> None:
     assert (ROOT / "docs" / page).read_text() == written, f"run: {command}"
 
 

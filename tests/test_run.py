@@ -21,7 +21,7 @@ from pipeline import verify
 from pipeline.run import _explain as explained
 from pipeline.scheduler.claim import hold
 from pipeline.storage import Store
-from tests.conftest import HUNG, ROOT, Command
+from tests.conftest import HUNG, Command, environment
 
 STEPS = '''
 import errno, io, os, signal, time
@@ -173,7 +173,7 @@ def test_a_run_its_outputs_and_what_may_change_afterwards(run: Command, project:
 
     other = run("r.yaml", "steps.paint.size=9")
     assert other.returncode == 2
-    assert "steps.paint.size: (not there) → 9" in other.stderr
+    assert "steps.paint.size: (not set) → 9" in other.stderr
     assert painted.read_text() == ""
     assert run("r.yaml", "name=another").returncode == 2
 
@@ -192,7 +192,7 @@ def test_filters_above_an_expensive_step_change_without_measuring_again(
     (project / "moved.yaml").write_text(
         RECIPE.replace("  - exact_dedup: {by: [url]}\n", "").replace("  - threshold", "  - exact_dedup\n  - threshold")
     )
-    for recipe, new, said in (
+    for recipe, new, line in (
         ("looser.yaml", 20, "paint: 700 of 720 rows had been measured before"),
         ("moved.yaml", 0, "nothing was measured again by paint"),
         ("r.yaml", 0, "nothing was measured again by paint"),
@@ -201,7 +201,7 @@ def test_filters_above_an_expensive_step_change_without_measuring_again(
         done = run(recipe)
         assert done.returncode == 0, done.stderr
         assert len(painted.read_text().splitlines()) == new, recipe
-        assert said in done.stdout
+        assert line in done.stdout
         books_balance(project / "out", 721)
         assert verify.main([str(project / "out"), "--deep"]) == 0
         arm = run(recipe, f"run={recipe}-arm", "reuse=out")
@@ -227,10 +227,10 @@ def lose_a_sample(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (spoil_a_byte, "shards/00001.tar: damaged: its sha256"),
-        (lose_a_drop, "the drops hold"),
+        (lose_a_drop, "rows in funnel.json, "),
         (lose_a_sample, "shards/00000.parquet: damaged"),
         (lambda run: (run / "shards/00002.tar").unlink(), "shards/00002.tar: missing"),
         (lambda run: (run / "shards/_SUCCESS").unlink(), "_SUCCESS: missing"),
@@ -238,19 +238,19 @@ def lose_a_sample(run: Path) -> None:
     ],
 )
 def test_verify_finds_every_mismatch_with_the_records(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], said: str
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], message: str
 ) -> None:
     shutil.copytree(finished / "out", tmp_path / "copy")
     assert verify.main([str(tmp_path / "copy")]) == 0
     damage(tmp_path / "copy")
     assert verify.main([str(tmp_path / "copy")]) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_the_same_bytes_with_other_workers_and_after_a_kill(
     run: Command, finished: Path, ray_address: str, project: Path
 ) -> None:
-    env = {**os.environ, "PYTHONPATH": f"{project}{os.pathsep}{ROOT}", "RAY_ADDRESS": ray_address}
+    env = environment(project, RAY_ADDRESS=ray_address)
     words = ["r.yaml", "run=killed", "workers=2", "steps.paint.slow=0.005"]
     argv = [sys.executable, "-m", "pipeline.run", *words, "report=false"]
     driver = subprocess.Popen(argv, cwd=project, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -327,6 +327,13 @@ def test_a_folder_with_foreign_files_is_refused(run: Command, project: Path) -> 
     assert [p.name for p in (project / "out").iterdir()] == ["shards"]
 
 
+def test_a_pool_that_changed_is_named(run: Command, finished: Path, project: Path) -> None:
+    shutil.copytree(finished, project, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    refused = run("r.yaml", ray=False, RAY_ADDRESS="127.0.0.1:1")
+    assert refused.returncode == 2
+    assert "the files of the pool have changed since: their names, sizes or times" in refused.stderr
+
+
 def test_a_cluster_that_does_not_answer_is_named_at_once(run: Command, project: Path) -> None:
     started = run("r.yaml", ray=False, RAY_ADDRESS="127.0.0.1:1")
     assert started.returncode == 1
@@ -341,7 +348,7 @@ def test_a_directory_in_use_is_refused(run: Command, project: Path) -> None:
     assert not (project / "out/run.json").exists()
 
 
-def test_a_wrong_recipe_starts_nothing(run: Command, project: Path) -> None:
+def test_an_invalid_recipe_starts_nothing(run: Command, project: Path) -> None:
     (project / "r.yaml").write_text(RECIPE.replace("top_fraction", "top_fractoin").replace("pool.csv", "nowhere.csv"))
     wrong = run("r.yaml", ray=False, RAY_ADDRESS="127.0.0.1:1")
     assert wrong.returncode == 2
@@ -354,18 +361,18 @@ def test_a_wrong_recipe_starts_nothing(run: Command, project: Path) -> None:
 def test_a_plan_runs_nothing(run: Command, project: Path) -> None:
     plan = run("r.yaml", "--plan", "name=my [red] set", ray=False, RAY_ADDRESS="127.0.0.1:1")
     assert plan.returncode == 0, plan.stderr
-    for said in (
+    for text in (
         "my [red] set: 721 rows (counted)",
         "no_shouting + exact_dedup ",
-        "all at once",
+        "whole run",
         "core-hours",
         "custom step without an estimate",
     ):
-        assert said in plan.stdout
+        assert text in plan.stdout
     assert not (project / "out").exists()
 
 
 def test_the_traceback_of_a_worker_is_shortened_to_a_line() -> None:
     remote = "The remote function failed to import:\n\nTraceback (most recent call last):\n  File\nImportError: x"
-    said = explained(RuntimeError(remote), "out")
-    assert said.startswith("RuntimeError: The remote function failed to import: … ImportError: x (")
+    line = explained(RuntimeError(remote), "out")
+    assert line.startswith("RuntimeError: The remote function failed to import: … ImportError: x (")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from rich.console import Console
 from pipeline import RunError, open_run, verify
 from pipeline.scheduler import claim
 from pipeline.storage import Store
-from tests.conftest import HUNG, ROOT, Command
+from tests.conftest import HUNG, ROOT, Command, free_port
 from tests.test_reader import like
 from tests.test_run import furnish, shards
 
@@ -36,9 +35,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Serves S3 with a bucket named `bucket`; yields the environment variables that clients need."""
     folder = str(tmp_path_factory.mktemp("s3"))
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-t", folder, *PACKAGES], check=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     env = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "any",

@@ -1,4 +1,4 @@
-"""What `winnow status` says of a run: while it goes, after it was killed, and when it is finished."""
+"""The output of `winnow status` for a run that is working, was killed, or is finished."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_run_without_events_shows_its_funnel(painted: Path, tmp_path: Path) ->
     assert found["passes"][0]["rows"] == 601
 
 
-def test_a_run_while_it_goes_and_after_it_was_killed(
+def test_the_status_of_a_run_during_work_and_after_a_kill(
     painted: Path, ray_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = runs.furnish(tmp_path)
@@ -90,7 +90,7 @@ def _wait(run: Path, ready) -> dict:  # type: ignore[no-untyped-def, type-arg]
 
 
 def _exported(*words: str) -> list[str]:
-    """Lines of Ray's metrics with these words, as soon as there are some."""
+    """Waits for lines of Ray's metrics that contain these words, and returns them."""
     import ray
 
     end = time.monotonic() + HUNG
@@ -113,6 +113,6 @@ def test_an_owner_that_has_only_begun_hides_the_events_before(tmp_path: Path, pa
     assert read_status(str(run))["state"] == "finished"
 
 
-def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_run_has_no_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status.main([str(tmp_path)]) == 2
     assert "is not the folder of a run" in capsys.readouterr().err

@@ -1,12 +1,12 @@
-"""What holds of each step alone, with each of its ways to decide: its results depend on no order of rows, unit size or
-number of workers, twice is once, and it refuses columns that it cannot use. `test_every_step` runs them together.
+"""Each step alone, in each of its modes: its result does not depend on the order of rows, the unit size or the number
+of workers, applying it twice equals applying it once, and it refuses columns that it cannot use. `test_every_step` runs
+all steps together.
 
-A new step is covered by itself if it can be made without options, and otherwise by a line in OPTIONS.
+A new step is covered automatically if it needs no options, otherwise by a line in OPTIONS.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 from collections.abc import Iterator
@@ -26,13 +26,14 @@ from pipeline.recipe import built_in_steps, find_step
 from pipeline.schema import RESERVED
 from pipeline.similarity import embeddings
 from pipeline.step import Filter, Fitted, Sink, Stage, Step, VectorFilter, split_marked, to_pandas
+from tests.images import encoded
 from tests.tables import make_batch, sample_uid
 
 ROWS, WIDTH = 72, 8
 VECTOR = pa.list_(pa.float16(), WIDTH)
 VECTORS = {"vector": "v"}
 
-# The options of steps that need some; several, where a step does several things. `@` is the folder of `files`.
+# Options of the steps that need some, one entry per mode of the step. `@` is the folder of `files`.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "balance": [
         {"entries": "@/words.txt", "max_per_entry": 3},
@@ -72,7 +73,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 ELSEWHERE = {"clip_score", "download", "read_shards"}
 """Need a model, the web and shards: tests/stages/test_clip_score.py, test_download.py and test_read_shards.py."""
 NOT_TWICE = {"top_fraction": "a share of what is left", "target": "clusters that are fitted to what is left"}
-"""Options with which a second pass may drop more, and of what."""
+"""Options with which a second application may drop more rows, and why."""
 CASES = [
     (name, options)
     for name in built_in_steps()
@@ -112,17 +113,12 @@ def noise(seed: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def rows() -> pa.Table:
-    """Rows with the columns that steps read: equal and alike ones, and some of each without a value."""
+    """Rows with the columns that steps read: equal values, similar values, and some nulls in each column."""
     rng = np.random.default_rng(0)
-    pictures = []
-    for i in range(9):
-        file = io.BytesIO()
-        Image.fromarray(noise(i)).save(file, "PNG")
-        pictures.append(file.getvalue())
-    pictures += [b"GIF89a", None]
+    pictures = [*(encoded(noise(i)) for i in range(9)), b"GIF89a", None]
     directions = rng.normal(size=(20, WIDTH))
 
-    def some(values: list[Any], i: int, every: int) -> Any:
+    def cyclic(values: list[Any], i: int, every: int) -> Any:
         return None if i % every == every - 1 else values[i % len(values)]
 
     made = []
@@ -133,13 +129,13 @@ def rows() -> pa.Table:
             {
                 "unit": i % 3, "row": i // 3, "uid": sample_uid(f"{url}{i}", caption or ""), "url": url,
                 "caption": caption, "image": pictures[i % len(pictures)],
-                "original_width": some([100, 400, 1300], i, 17), "original_height": some([90, 300, 301], i, 19),
-                "original_bytes": some([400, 9000], i, 7), "sha256": some([f"{k:064x}" for k in range(25)], i, 11),
-                "phash": some([0xFF, 0xFE, 1 << 40, 3 << 50, 0xF0F0 << 20, phash(noise(5))], i, 13),
-                "clip_score": float(np.nan) if i % 23 == 22 else some([k / 40 for k in range(20)], i, 29),
-                "masked_clip_score": 0.2, "dark_score": some([0.1, 0.9], i, 31), "light_score": 0.5,
-                "blurry_score": some([0.5, 0.1, 0.9], i, 37), "low_information_score": 0.7,
-                "language": some(["en", "en", "de", "th"], i, 9),
+                "original_width": cyclic([100, 400, 1300], i, 17), "original_height": cyclic([90, 300, 301], i, 19),
+                "original_bytes": cyclic([400, 9000], i, 7), "sha256": cyclic([f"{k:064x}" for k in range(25)], i, 11),
+                "phash": cyclic([0xFF, 0xFE, 1 << 40, 3 << 50, 0xF0F0 << 20, phash(noise(5))], i, 13),
+                "clip_score": float(np.nan) if i % 23 == 22 else cyclic([k / 40 for k in range(20)], i, 29),
+                "masked_clip_score": 0.2, "dark_score": cyclic([0.1, 0.9], i, 31), "light_score": 0.5,
+                "blurry_score": cyclic([0.5, 0.1, 0.9], i, 37), "low_information_score": 0.7,
+                "language": cyclic(["en", "en", "de", "th"], i, 9),
                 "entries": [["cat"], ["cat", "dog"], [], ["red"]][i % 4],
             }
         )  # fmt: skip
@@ -149,19 +145,19 @@ def rows() -> pa.Table:
         vectors[32][3] = np.nan
         values = [None if i % 15 == 14 else v for i, v in enumerate(vectors)]
         batch = batch.append_column(name, pa.array(values, VECTOR))
-    hashes = [some([phash(noise(5)), 1 << 40, 3 << 50, 5 << 30], i, 21) for i in range(ROWS)]
+    hashes = [cyclic([phash(noise(5)), 1 << 40, 3 << 50, 5 << 30], i, 21) for i in range(ROWS)]
     batch = batch.append_column("other", pa.array(hashes, pa.uint64()))
     return batch.sort_by([("unit", "ascending"), ("row", "ascending")])
 
 
 def made(name: str, options: dict[str, Any], files: Path) -> Step:
-    def told(value: Any) -> Any:
+    def filled(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: told(of) for key, of in value.items()}
+            return {key: filled(inner) for key, inner in value.items()}
         return value.replace("@", str(files)) if isinstance(value, str) else value
 
     try:
-        step = find_step(name)(**told(options))
+        step = find_step(name)(**filled(options))
     except TypeError as error:
         pytest.fail(f"{error}: give {name} a line in OPTIONS")
     assert not list(step.check())
@@ -169,11 +165,11 @@ def made(name: str, options: dict[str, Any], files: Path) -> Step:
 
 
 Fates = dict[tuple[int, int], tuple[str | None, Any]]
-"""Of each row, by unit and row: why it was dropped, or what the step added."""
+"""By unit and row: the reason of the drop, or None and the values that the step added."""
 
 
 def fates(step: Step, batches: list[pa.Table]) -> Fates:
-    """What a step does to rows that reach it in these batches, each of them on one of two workers."""
+    """The fate of each row if the step receives these batches, distributed over two workers."""
     batches = [batch.drop_columns([c for c in step.adds if c in batch.column_names]) for batch in batches]
     everything = pa.concat_tables(batches)
     if isinstance(step, VectorFilter):
@@ -217,10 +213,10 @@ def _of_run(step: Filter, rows: pa.Table, partitions: int) -> Iterator[tuple[tup
     with dask.config.set(scheduler="synchronous"):
         drops = step.decide(dd.from_pandas(frame, npartitions=partitions, sort=False)).compute()
     table = pa.Table.from_pandas(drops, preserve_index=False).to_pylist()
-    told = {(line["unit"], line["row"]): line for line in table}
-    assert len(told) == len(table), "no row may be dropped twice"
+    dropped = {(line["unit"], line["row"]): line for line in table}
+    assert len(dropped) == len(table), "no row may be dropped twice"
     for at in zip(rows["unit"].to_pylist(), rows["row"].to_pylist()):
-        line = told.get(at, {"reason": None, "detail": None, "value": None})
+        line = dropped.get(at, {"reason": None, "detail": None, "value": None})
         rest = {name: line.get(name) for name in ("detail", "value", *step.adds)}
         yield at, (line["reason"], repr(rest))
 
@@ -234,10 +230,11 @@ def _of_groups(step: VectorFilter, rows: pa.Table) -> Iterator[tuple[tuple[int, 
     group = step.groups(matrix, step.fit(matrix, len(rows)))
     for number in np.unique(group):
         members = group == number
-        some = rows.filter(pa.array(members))
-        reason, detail = step.judge_group(some.drop_columns([step.vector]), matrix[members])
-        for unit, row, why, told in zip(*(c.to_pylist() for c in (some["unit"], some["row"], reason, detail))):
-            yield (unit, row), (why, told)
+        group_rows = rows.filter(pa.array(members))
+        reason, detail = step.judge_group(group_rows.drop_columns([step.vector]), matrix[members])
+        columns = group_rows["unit"], group_rows["row"], reason, detail
+        for unit, row, why, text in zip(*(column.to_pylist() for column in columns)):
+            yield (unit, row), (why, text)
 
 
 def cut(rows: pa.Table, size: int) -> list[pa.Table]:
@@ -245,7 +242,7 @@ def cut(rows: pa.Table, size: int) -> list[pa.Table]:
 
 
 @EACH
-def test_results_depend_on_no_order_unit_size_or_worker(
+def test_results_do_not_depend_on_order_unit_size_or_worker(
     name: str, options: dict[str, Any], files: Path, rows: pa.Table
 ) -> None:
     step = made(name, options, files)
@@ -258,7 +255,7 @@ def test_results_depend_on_no_order_unit_size_or_worker(
 
 
 @EACH
-def test_twice_is_once(name: str, options: dict[str, Any], files: Path, rows: pa.Table) -> None:
+def test_a_second_run_drops_nothing_more(name: str, options: dict[str, Any], files: Path, rows: pa.Table) -> None:
     first = fates(made(name, options, files), [rows])
     if NOT_TWICE.keys() & options.keys() and name in ("threshold", "image_cluster"):
         pytest.skip(f"keeps {' or '.join(NOT_TWICE[key] for key in options if key in NOT_TWICE)}")
@@ -275,19 +272,19 @@ NUMBERS = (pa.string(), pa.list_(pa.float32()), pa.list_(pa.string()), pa.struct
 
 
 @EACH
-@pytest.mark.parametrize("of", NUMBERS, ids=str)
+@pytest.mark.parametrize("dtype", NUMBERS, ids=str)
 def test_a_column_of_another_type_is_refused_or_can_be_used(
-    name: str, options: dict[str, Any], of: pa.DataType, files: Path, rows: pa.Table
+    name: str, options: dict[str, Any], dtype: pa.DataType, files: Path, rows: pa.Table
 ) -> None:
     step = made(name, options, files)
     for column in step.needs:
-        if column in RESERVED or rows.schema.field(column).type == of:
+        if column in RESERVED or rows.schema.field(column).type == dtype:
             continue  # Winnow's own columns are always of one type
-        types = {field.name: field.type for field in rows.schema} | {column: of}
+        types = {field.name: field.type for field in rows.schema} | {column: dtype}
         problems = list(step.check_columns(types))
         if problems:
-            assert any(column in problem and str(of) in problem for _, problem in problems), problems
+            assert any(column in problem and str(dtype) in problem for _, problem in problems), problems
             continue
-        values = {pa.string(): "a", pa.bool_(): True}.get(of, [] if pa.types.is_list(of) else {"a": 1})
+        values = {pa.string(): "a", pa.bool_(): True}.get(dtype, [] if pa.types.is_list(dtype) else {"a": 1})
         at = rows.column_names.index(column)
-        fates(made(name, options, files), [rows.set_column(at, column, pa.array([values] * ROWS, of))])
+        fates(made(name, options, files), [rows.set_column(at, column, pa.array([values] * ROWS, dtype))])

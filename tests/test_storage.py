@@ -15,13 +15,6 @@ import pytest
 from pipeline.storage import DamagedError, Store, sealed
 
 
-@pytest.fixture(params=["local", "remote"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return Store(
-        str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path.name}-{request.node.name}/run"
-    )
-
-
 def test_exactly_one_of_many_concurrent_creators_wins(tmp_path: Path) -> None:
     store, barrier, won = Store(str(tmp_path)), threading.Barrier(16), []
 
@@ -95,7 +88,7 @@ def test_random_access_reads_everything_and_leaves_no_file(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda data: data.replace(b"3", b"4"), "does not match its own sha256"),
         (lambda data: data[:-1], "does not match its own sha256"),
@@ -105,22 +98,22 @@ def test_random_access_reads_everything_and_leaves_no_file(
         (lambda data: b"\xff" + data, "does not match its own sha256"),
     ],
 )
-def test_a_changed_record_is_refused(store: Store, change: Callable[[bytes], bytes], said: str) -> None:
+def test_a_changed_record_is_refused(store: Store, change: Callable[[bytes], bytes], message: str) -> None:
     record = {"unit": 3, "names": ["a", 'b", "sha256": "c'], "none": None}
     store.create("r.json", sealed(record))
     assert store.read_record("r.json") == record
     assert store.read_record("s.json") is None
     store.write("r.json", change(sealed(record)))
-    with pytest.raises(DamagedError, match=said) as error:
+    with pytest.raises(DamagedError, match=message) as error:
         store.read_record("r.json")
     assert str(error.value).startswith(store.path("r.json"))
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [(b"abd", "its sha256 does not match its record"), (b"ab", "2 bytes, expected 3"), (None, "missing")],
 )
-def test_a_file_that_differs_from_its_entry_is_refused(store: Store, data: bytes | None, said: str) -> None:
+def test_a_file_that_differs_from_its_entry_is_refused(store: Store, data: bytes | None, message: str) -> None:
     entry = store.write("f", b"abc")
     assert entry == {"name": "f", "bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()} == store.entry("f")
     store.check(entry)
@@ -129,7 +122,7 @@ def test_a_file_that_differs_from_its_entry_is_refused(store: Store, data: bytes
     if data is not None:
         store.write("f", data)
     for read in (store.check, store.read_entry, store.mapped, store.read_table):
-        with pytest.raises(DamagedError, match=said) as error:
+        with pytest.raises(DamagedError, match=message) as error:
             read(entry)
         assert str(error.value).startswith(store.path("f"))
 
@@ -145,14 +138,14 @@ def test_every_writer_returns_the_entry_of_its_file(store: Store) -> None:
 
 
 def test_a_file_and_its_folders_are_synced_before_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Expected system calls in order: sync the file, rename it, sync its folder; the same again for a record."""
-    asked: list[str] = []
+    """The file is synced, then renamed, then its folder is synced, and the same follows for the record."""
+    calls: list[str] = []
 
     def watch(name: str, show: Callable[..., str]) -> None:
         real = getattr(os, name)
 
         def call(*args: Any, **more: Any) -> Any:
-            asked.append(f"{name} {show(*args)}")
+            calls.append(f"{name} {show(*args)}")
             return real(*args, **more)
 
         monkeypatch.setattr(os, name, call)
@@ -166,7 +159,7 @@ def test_a_file_and_its_folders_are_synced_before_its_record(tmp_path: Path, mon
     store = Store(str(tmp_path / "run"))
     store.write("units/a", b"data")
     store.create("commits/a", b"record")
-    assert asked == [
+    assert calls == [
         "fsync .", "fsync run", "fsync run/units/a.part", "replace run/units/a", "fsync run/units",
         "fsync run", "fsync run/commits/a.part", "link run/commits/a", "fsync run/commits",
     ]  # fmt: skip

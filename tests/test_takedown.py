@@ -1,4 +1,4 @@
-"""`winnow takedown` on finished runs. One run is made on Ray; the command itself needs none."""
+"""`winnow takedown` on finished runs. Making the run needs Ray, but the command does not."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
-from pipeline import takedown, verify
+from pipeline import takedown
 from pipeline.reader import open_run
 from pipeline.stages.write_shards import WriteShards
-from pipeline.storage import Store
 from tests.conftest import Command
 from tests.test_run import books_balance, shards
+from tests.test_verify import problems
 from trainer.shards import Shards
 
 
@@ -47,10 +46,6 @@ def three_of_shard_1(run: Path) -> list[str]:
     return [f"uid {uid}" for uid in column(run, 1, "uid")[4:6]] + [f"url {column(run, 1, 'url')[99]}"]
 
 
-def is_sound(run: Path) -> None:
-    assert list(verify.problems(Store(str(run)), Console(quiet=True), deep=True)) == []
-
-
 def tar_bytes(run: Path, shard: int) -> dict[str, bytes]:
     import tarfile
 
@@ -69,10 +64,10 @@ def test_only_affected_shards_change_and_everything_follows(
     entries = three_of_shard_1(run)
     uids = column(run, 1, "uid")
     assert takedown.main([str(run), listed(copy, entries)]) == 0
-    said = capsys.readouterr().out
-    assert "3 samples taken down (uid 2, url 1); 1 of 4 shards were written again" in said
-    assert ("passes still holds their pictures" in said) == passes
-    is_sound(run)
+    output = capsys.readouterr().out
+    assert "3 samples taken down (uid 2, url 1); 1 of 4 shards rewritten" in output
+    assert ("passes still holds their pictures" in output) == passes
+    assert problems(run) == []
     books_balance(run, 721)
 
     changed = {name for name, data in shards(run).items() if data != before[name]}
@@ -100,7 +95,7 @@ def test_only_affected_shards_change_and_everything_follows(
     assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == once
 
     assert takedown.main([str(run), listed(copy, [f"url {column(run, 3, 'url')[0]}"])]) == 0
-    is_sound(run)
+    assert problems(run) == []
     books_balance(run, 721)
 
 
@@ -113,13 +108,13 @@ def test_a_later_command_of_the_run_does_not_bring_them_back(run: Command, copy:
     done = run("r.yaml")
     assert done.returncode == 0, done.stderr
     assert shards(out) == once, "a repair gives the same bytes"
-    is_sound(out)
+    assert problems(out) == []
     done = run("r.yaml", "steps.threshold.top_fraction=0.9")
     assert done.returncode == 0, done.stderr
     kept = [uid for path in (out / "shards").glob("*.parquet") for uid in pq.read_table(path)["uid"].to_pylist()]
     assert not set(uids) & set(kept)
     assert "taken_down 3" in done.stdout
-    is_sound(out)
+    assert problems(out) == []
 
 
 @pytest.mark.parametrize("passes", [True, False])
@@ -127,7 +122,7 @@ def test_a_later_command_of_the_run_does_not_bring_them_back(run: Command, copy:
 def test_an_interrupted_command_is_continued(
     copy: Path, monkeypatch: pytest.MonkeyPatch, passes: bool, calls: int
 ) -> None:
-    """The first command ends after it rewrote one shard, or both, but not what describes them."""
+    """The first command stops after it rewrote one or both shards, but not the files that describe them."""
     run = copy / "out"
     if not passes:
         shutil.rmtree(run / "passes")
@@ -154,34 +149,34 @@ def test_an_interrupted_command_is_continued(
     assert not (run / "shards/_SUCCESS").exists()
     assert takedown.main([str(run), listed(copy, entries)]) == 0
     assert shards(run) == shards(copy / "undisturbed")
-    is_sound(run)
+    assert problems(run) == []
     books_balance(run, 721)
 
 
 def test_a_shard_may_become_empty(copy: Path) -> None:
     run = copy / "out"
     assert takedown.main([str(run), listed(copy, [f"uid {uid}" for uid in column(run, 3, "uid")])]) == 0
-    is_sound(run)
+    assert problems(run) == []
     assert len(Shards(run)) == 300
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "message"),
     [
         (["nonsense"], "list.txt:1: found 'nonsense', expected one of uid, url"),
         ([f"phash {0:016x}"], "the shards have no column 'phash'"),
     ],
 )
 def test_an_unusable_list_changes_nothing(
-    copy: Path, lines: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    copy: Path, lines: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     once = {f: f.read_bytes() for f in (copy / "out").rglob("*") if f.is_file()}
     assert takedown.main([str(copy / "out"), listed(copy, lines)]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert {f: f.read_bytes() for f in (copy / "out").rglob("*") if f.is_file()} == once
 
 
-def test_what_is_no_finished_run_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_finished_run_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = listed(copy, ["domain example.org"])
     assert takedown.main([str(copy / "nowhere"), path]) == 2
     assert "is not the folder of a run" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Damage to a finished run: `verify` finds every kind on every kind of file; `run` repairs or reports it."""
+"""Damage to a finished run: `verify` finds every kind of damage in every kind of file, `run` repairs or reports it."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def damaged(run: Path, kind: str, damage: str) -> Iterator[Path]:
             f.write_bytes(data)
 
 
-def found(run: Path, deep: bool = True) -> list[str]:
+def problems(run: Path, deep: bool = True) -> list[str]:
     return list(verify.problems(Store(str(run)), Console(quiet=True), deep))
 
 
@@ -119,13 +119,13 @@ def test_the_matrix_covers_every_file_of_a_run(project: Path) -> None:
     every = {file for file in (project / "out").rglob("*") if file.is_file()}
     every -= {project / "out/events.jsonl", project / "out/report/index.html"}  # nothing relies on these
     assert every == {file for kind in KINDS for file in (project / "out").glob(kind)}
-    assert found(project / "out") == []
+    assert problems(project / "out") == []
 
 
 @pytest.mark.parametrize(("kind", "damage"), MATRIX)
 def test_every_damage_is_reported_with_its_file(project: Path, kind: str, damage: str) -> None:
     with damaged(project / "out", kind, damage) as file:
-        lines = found(project / "out")
+        lines = problems(project / "out")
         others = file.parent.glob("*.json") if damage == "swap" else ()  # which of the two is named is the same
         assert any(str(f) in line for f in (file, *others) for line in lines), lines
         assert not any("\n" in line for line in lines)
@@ -138,12 +138,12 @@ def test_a_quick_check_lists_what_it_did_not_check(
     monkeypatch.setattr(verify, "FULL_BYTES", 0)
     with damaged(project / "out", kind, damage) as file:
         status = verify.main([str(project / "out")])
-        said = capsys.readouterr()
+        output = capsys.readouterr()
         if damage in ("cut", "empty", "delete") or kind in ALWAYS_HASHED:
             assert status == 1
-            assert str(file) in said.err
-        assert "not checked: the contents of" in said.out or status == 1
-        assert "Traceback" not in said.err
+            assert str(file) in output.err
+        assert "not checked: the contents of" in output.out or status == 1
+        assert "Traceback" not in output.err
 
 
 def edit(run: Path, pattern: str, change: Callable[[pa.Table], pa.Table]) -> None:
@@ -168,7 +168,7 @@ def test_duplicate_and_missing_rows_are_named(project: Path, tmp_path: Path) -> 
     kept = pq.read_table(run / "shards/00000.parquet")["uid"][0].as_py()
     lost = pq.read_table(run / "drops/00000.parquet")["uid"][0].as_py()
     edit(run, "drops/*.parquet", lambda table: with_uid(table, kept))
-    assert sorted(line.removeprefix(str(run)) for line in found(run)) == sorted(
+    assert sorted(line.removeprefix(str(run)) for line in problems(run)) == sorted(
         [
             f"/drops/00000.parquet and {run}/shards/00000.parquet: {kept} occurs 1 times more than in the pool",
             f"/drops: {lost} of the pool is neither in the drops nor in the shards",
@@ -185,11 +185,13 @@ def test_files_without_a_record_are_named(project: Path, tmp_path: Path) -> None
         run / "drops/00099.parquet",
         unit / "0000000-aa.parquet",
         unit / ".0000000-aa.arrow.0123456789ab.part",
+        run / ".funnel.json.0123456789ab.part",
     ]
     for stray in strays:
         stray.write_bytes(b"?")
     (run / "shards/.nfs0001").write_bytes(b"not ours")
-    assert sorted(found(run)) == sorted(f"{stray}: no record names this file" for stray in strays)
+    (run / "metrics.jsonl").write_bytes(b"of a training that has the run as its output")
+    assert sorted(problems(run)) == sorted(f"{stray}: no record names this file" for stray in strays)
 
 
 def test_a_dataset_alone_can_be_verified(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,7 +234,7 @@ def test_the_same_command_repairs_reproducible_damage(run: Command, project: Pat
     done = run("r.yaml")
     assert done.returncode == 0, done.stderr
     assert "repaired: " in done.stdout
-    assert found(out) == []
+    assert problems(out) == []
     assert shards(out) == once
 
 
@@ -255,12 +257,12 @@ def test_irreproducible_damage_is_named_with_its_cure(
     assert done.returncode == 1
     assert f"{file}: damaged: {problem}" in done.stderr
     assert "(unit 3 of the pass paint)" in done.stderr
-    assert "restore it from a copy; or, to fetch again what the web still has, remove" in done.stderr
+    assert "restore it from a copy; or, to fetch again what is still online, remove" in done.stderr
     assert "Traceback" not in done.stderr
     shutil.rmtree(file.parent.parent)
     done = run("r.yaml")
     assert done.returncode == 1
-    assert f"{file.parent.parent}: only 0 of 8 units are there, and later passes rest on the others" in done.stderr
+    assert f"{file.parent.parent}: only 0 of 8 units are there, and later passes depend on the others" in done.stderr
 
 
 @pytest.mark.slow
@@ -276,12 +278,12 @@ def test_the_same_command_repairs_or_reports_damage(
         step.write_text(step.read_text().replace("expensive = True", "expensive = True\n    repeatable = False"))
         if "/paint-" not in kind:
             pytest.skip("the step is not asked")
-    for damage in [damage for of, damage in MATRIX if of == kind]:
+    for damage in [damage for damaged_kind, damage in MATRIX if damaged_kind == kind]:
         with damaged(out, kind, damage) as file:
             done = run("r.yaml")
             assert "Traceback" not in done.stderr
             if done.returncode == 0:
-                assert found(out) == [], damage
+                assert problems(out) == [], damage
                 continue
             assert done.returncode == 1
             assert not repeatable

@@ -1,4 +1,4 @@
-"""The wheel, built and installed into an environment of its own, works in an empty folder."""
+"""The wheel works when it is installed into a new environment and used in an empty folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENV = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"
 
 
 def call(*command: str | Path, folder: Path, seconds: int = 300) -> str:
-    """Standard output of a command; fails with all that it printed."""
+    """Returns the standard output of a command, or fails with everything that it printed."""
     done = subprocess.run(command, cwd=folder, env=ENV, timeout=seconds, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-# Read once, when torch loads OpenMP. Waiting threads that spin make training on a CPU up to ten times slower when
-# anything else runs on the machine. Threads that sleep at once wake too late for the small products of a small model,
-# which then runs at a sixth of its speed. So they spin for some tens of microseconds, then sleep.
+# OpenMP reads these once, when torch loads it. If idle threads only spin, training on a CPU is up to ten times slower
+# whenever anything else runs on the machine. If they sleep immediately, they wake too late for the small matrix
+# products of a small model, which then trains at a sixth of its speed. So they spin for tens of microseconds first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 # Torch and open_clip take seconds to import, so each function imports them when it is called.
 def available_models() -> list[str]:
-    """Model names that `load` accepts: those of openai/CLIP."""
+    """The names of OpenAI's published models, which `load` accepts: see `trainer.clip.available_models`."""
     from trainer import clip
 
     return clip.available_models()
@@ -38,14 +38,14 @@ def available_models() -> list[str]:
 def load(
     name: str, device: str | torch.device | None = None, pretrained: str | None = None
 ) -> tuple[Any, Callable[[Image.Image], torch.Tensor]]:
-    """A trained model and the preprocessing of its pictures: see `trainer.clip.load`."""
+    """Loads a trained model and its image preprocessing: see `trainer.clip.load`."""
     from trainer import clip
 
     return clip.load(name, device, pretrained)
 
 
 def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = False) -> torch.Tensor:
-    """Texts to the token ids that CLIP's text towers take: see `trainer.clip.tokenize`."""
+    """Converts texts to CLIP's token ids: see `trainer.clip.tokenize`."""
     from trainer import clip
 
     return clip.tokenize(texts, context_length, truncate)

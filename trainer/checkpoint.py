@@ -21,7 +21,7 @@ _NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
 class CheckpointError(InputError):
-    """A checkpoint is absent, unreadable or of another run; the message names the file."""
+    """A checkpoint is missing, unreadable or from another run; the message names the file."""
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -34,7 +34,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(path) as file:
             torch.save(state, file)
-    except (OSError, RuntimeError) as error:  # torch's writer raises its own errors from the file's
+    except (OSError, RuntimeError) as error:  # torch hides the file's OSError behind its own error
         cause = error if isinstance(error, OSError) else error.__context__ or error
         why = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         raise OSError(f"{path}: the checkpoint cannot be written: {why}; earlier ones are unchanged") from None

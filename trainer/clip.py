@@ -1,4 +1,4 @@
-"""Trained models with the interface of openai/CLIP; `import trainer` offers the three functions."""
+"""Trained models behind openai/CLIP's interface; `import trainer` exports the three functions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from trainer.model import Clip, Preprocess, open_clip
 
 
 class CLIP(nn.Module):
-    """A dual encoder with the interface of openai/CLIP's: `model(image, text)` gives logits, features are not
-    normalised."""
+    """A dual encoder with openai/CLIP's interface: `model(image, text)` gives logits; features are not normalised."""
 
     def __init__(self, net: Clip, dtype: torch.dtype) -> None:
         super().__init__()
@@ -32,7 +31,7 @@ class CLIP(nn.Module):
         return models.encode_text(self.net, text)
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of each image under each text (images, texts), and their transpose: cosines over the temperature."""
+        """Logits (images, texts), the cosines divided by the temperature, and their transpose."""
         images = nn.functional.normalize(self.encode_image(image), dim=-1)
         texts = nn.functional.normalize(self.encode_text(text), dim=-1)
         logits = self.net.logit_scale.exp() * images @ texts.T
@@ -42,18 +41,18 @@ class CLIP(nn.Module):
 
 
 def available_models() -> list[str]:
-    """The names of openai/CLIP, whose weights are downloaded on first use."""
+    """OpenAI's model names, such as `ViT-B/32`; the weights are downloaded on first use."""
     return list(_published())
 
 
 def load(
     name: str, device: str | torch.device | None = None, pretrained: str | None = None
 ) -> tuple[CLIP, Callable[[Image.Image], Tensor]]:
-    """A model in evaluation mode, and a function from a picture to its tensor (3, H, W).
+    """Loads a model in evaluation mode; also returns the function from a picture to its tensor (3, H, W).
 
-    `name` is one of `available_models()` (then the weights are OpenAI's), a folder from `trainer.export`, or an
-    architecture of open_clip with the tag or file of its weights as `pretrained`. `device` is a GPU if there is one,
-    and there the weights are fp16, as in openai/CLIP. Raises ModelError.
+    `name` is one of `available_models()` (OpenAI's weights), a folder written by `trainer.export`, or an open_clip
+    architecture; only an architecture needs `pretrained`, the tag or file of its weights. `device` defaults to a GPU if
+    there is one. On a GPU the weights are fp16, as in openai/CLIP. Raises ModelError.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     published = _published()
@@ -67,10 +66,10 @@ def load(
 
 
 def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = False) -> Tensor:
-    """Token ids, int32 of shape (texts, context_length), zero-padded, between start and end of text.
+    """Token ids, int32 (texts, context_length), between the start and end tokens and zero-padded.
 
-    The vocabulary is CLIP's; a model with a tokenizer of its own needs the one that `trainer.model.load` gives.
-    Raises RuntimeError on a text that is too long, unless `truncate` cuts it.
+    The vocabulary is CLIP's; a model with its own tokenizer needs the one that `trainer.model.load` returns.
+    Raises RuntimeError if a text is too long and `truncate` is false.
     """
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
     texts = [texts] if isinstance(texts, str) else texts
@@ -86,6 +85,6 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
 
 
 def _published() -> dict[str, str]:
-    """The names of openai/CLIP and those of open_clip for the same: `ViT-L/14@336px` is `ViT-L-14-336`."""
+    """Maps openai/CLIP's model names to open_clip's: `ViT-L/14@336px` to `ViT-L-14-336`."""
     ours = [name for name, tag in open_clip.list_pretrained() if tag == "openai" and not name.endswith("-quickgelu")]
     return {re.sub(r"^ViT-(\w+)-(\d+)", r"ViT-\1/\2", name).replace("-336", "@336px"): name for name in ours}

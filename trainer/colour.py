@@ -10,15 +10,15 @@ from PIL import Image, ImageCms
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An opaque RGB picture: the profile converted to sRGB, 16 bits cut to 8, transparency laid on white."""
+    """Converts to opaque 8-bit RGB: ICC profile applied, 16 bits cut to 8, transparency composited over white."""
     icc = image.info.get("icc_profile")
-    frame = getattr(image, "dispose_extent", None) or (0, 0, *image.size)  # of a GIF
+    frame = getattr(image, "dispose_extent", None) or (0, 0, *image.size)  # a GIF's frame may be smaller
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
         image = _grey_from_16_bit(image)
     alpha = None
     if image.has_transparency_data:
         alpha = (image if image.mode in ("LA", "RGBA") else image.convert("RGBA")).getchannel("A")
-    # A profile applies to one of these modes.
+    # ICC profiles apply only to these modes.
     if image.mode in ("1", "LA"):
         image = image.convert("L")
     elif image.mode not in ("RGB", "L", "CMYK"):
@@ -28,7 +28,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode != "RGB":  # otherwise it would be copied
         image = image.convert("RGB")
     if frame != (0, 0, *image.size):
-        # Pillow fills the screen around the frame with colour 0 of the palette; it is transparent.
+        # Pillow fills the area around the frame with palette colour 0, but that area is transparent.
         screen = Image.new("RGB", image.size, "white")
         screen.paste(image.crop(frame), frame)
         image = screen
@@ -51,13 +51,13 @@ def _grey_from_16_bit(image: Image.Image) -> Image.Image:
 _PROBE = Image.fromarray(np.indices((5, 5, 5)).reshape(3, 1, 125).transpose(1, 2, 0).astype(np.uint8) * 63)
 """5 × 5 × 5 colours."""
 _SRGB_LEVELS = 10
-"""Largest change by a profile that is sRGB: rounding. Linear sRGB, which has the name too, changes by up to 73."""
+"""Most levels that a true sRGB profile changes, by rounding. Linear sRGB, also called sRGB, changes up to 73."""
 
 
-# Small, since each profile may have a megabyte, and a sandboxed decoder has a memory limit.
+# Small because a profile may take a megabyte and a sandboxed decoder has a memory limit.
 @functools.lru_cache(maxsize=16)
 def srgb_transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The transform to sRGB; None if the profile is sRGB already, broken, or for another mode."""
+    """The transform to sRGB; None if the profile already is sRGB, is broken, or is for another mode."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         transform = ImageCms.buildTransform(

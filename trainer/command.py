@@ -1,6 +1,6 @@
-"""What the trainer's commands share: the options that name a model, messages and exit statuses.
+"""Shared by the trainer's commands: the options that name a model, messages and exit statuses.
 
-Imports no torch, so that `--help` answers at once. Commands import the code that runs a model where they call it.
+Does not import torch, so that `--help` is fast. Commands import the code that runs a model where they call it.
 """
 
 from __future__ import annotations
@@ -48,15 +48,12 @@ def exit_status(run: Callable[[], object]) -> int:
     """Runs a command; returns 0, or prints an error and returns 2 for wrong input and 1 for an I/O error."""
     try:
         run()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, InputError) else 1
     return 0
 
 
 def say(line: str) -> None:
-    """Prints a line on standard error, where progress goes; standard output is for results."""
+    """Prints a line to standard error, like progress; standard output is for results."""
     Console(stderr=True).say(line)

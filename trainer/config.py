@@ -1,4 +1,4 @@
-"""A training configuration: YAML plus `key=value`, checked in full before anything starts."""
+"""Training configuration: YAML plus `key=value` overrides, fully checked before anything starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 class ConfigError(InputError):
     """All problems of a configuration, one line each.
 
-    `source` is the file or option they are in, or empty if each problem names its own.
+    `source` is the file or option that has them, or empty if each problem names its own.
     """
 
     def __init__(self, source: str, problems: list[str]) -> None:
@@ -49,31 +49,31 @@ class TrainConfig:
     output: str = option("folder for checkpoints/, metrics.jsonl and model/")
     model: str = option("architecture: a name from open_clip or trainer/configs/")
     lr: float = option("peak learning rate")
-    subset: str | None = option("an .npy file of sample numbers, int64: train on these samples of `shards` alone", None)
+    subset: str | None = option("an .npy file of sample numbers, int64: train on only these samples of `shards`", None)
     pretrained: str | None = option("weights to start from: an open_clip tag, a file, or an exported folder", None)
-    lock_image: bool = option("leave the image tower as `pretrained` gave it (LiT)", False)
-    lock_text: bool = option("leave the text tower as `pretrained` gave it", False)
+    lock_image: bool = option("freeze the image tower at its `pretrained` weights (LiT)", False)
+    lock_text: bool = option("freeze the text tower at its `pretrained` weights", False)
     loss: str = option("clip, or siglip for a sigmoid over each pair", "clip")
     batch_size: int = option("samples per step", 32768)
-    epochs: int = option("passes over the shards; the last, incomplete batch of each is left out", 32)
+    epochs: int = option("passes over the shards; the incomplete last batch of each is dropped", 32)
     samples: int | None = option("samples to train on, instead of `epochs`; a smaller dataset is repeated", None)
     warmup: int = option("steps of linear warm-up; then the cosine falls to 0 at the last step", 2000)
     weight_decay: float = option("AdamW's decay; gains, biases and the temperature are never decayed", 0.2)
     beta1: float = option("AdamW's β1", 0.9)
     beta2: float | None = option("AdamW's β2; by default 0.98 for a ViT and 0.999 for a ResNet", None)
     eps: float | None = option("AdamW's ε; by default 1e-6 for a ViT and 1e-8 for a ResNet", None)
-    seed: int = option("for the initial weights, the order of samples and the crops", 0)
+    seed: int = option("seeds the initial weights, the sample order and the crops", 0)
     precision: str = option(
-        "fp32, or bf16 or fp16 for autocast over fp32 weights; auto is the fastest that is safe on the device", "auto"
+        "fp32, or bf16 or fp16 for autocast over fp32 weights; auto picks the fastest safe type for the device", "auto"
     )
     micro_batch_size: int | None = option(
         "samples per forward pass of a rank, by gradient caching (default: all)", None
     )
     grad_checkpointing: bool = option("recompute activations in the backward pass: slower, far less memory", False)
     compile: bool = option("torch.compile: takes minutes to start, pays off on a GPU", False)
-    ranks: int | None = option("processes to train in, on Ray; by default this one, or those of torchrun", None)
+    ranks: int | None = option("training processes to start on Ray; by default this process or torchrun's", None)
     device: str = option("cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", "auto")
-    threads: int | None = option("CPU threads of the training process; by default as many as PyTorch takes", None)
+    threads: int | None = option("CPU threads of the training process; by default PyTorch's choice", None)
     workers: int = option("processes per rank that read and decode; 0 decodes in the training process", 2)
     checkpoint_every: int = option("steps between checkpoints; the last step always writes one", 1000)
     keep_checkpoints: int = option("newest checkpoints kept", 2)
@@ -92,6 +92,7 @@ class TrainConfig:
         return per_epoch * self.epochs if self.samples is None else self.samples // self.batch_size
 
     def problems(self) -> Iterator[str]:
+        """Yields a message for each invalid value."""
         for key, (least, most) in _WHOLE.items():
             if (value := getattr(self, key)) is not None and not least <= value <= most:
                 expected = f"at least {least}" if value < least else f"at most {most:,}"
@@ -117,11 +118,11 @@ class TrainConfig:
         if (self.lock_image or self.lock_text) and self.pretrained is None:
             yield "lock_image, lock_text: a locked tower never learns, so it needs weights: set pretrained"
         if self.lock_image and self.lock_text:
-            yield "lock_image, lock_text: with both towers locked nothing is left to train"
+            yield "lock_image, lock_text: with both towers locked, nothing is left to train"
 
 
-# Least and most of each whole number. The upper bounds are far beyond use: a typing error must not start a million
-# processes or overflow the arithmetic of steps and samples.
+# Range of each whole number. The upper bounds are far beyond any real use; they keep a typing error from starting a
+# million processes or overflowing the arithmetic of steps and samples.
 _WHOLE = {
     "batch_size": (1, 1 << 30),
     "epochs": (1, 10**6),
@@ -137,8 +138,8 @@ _WHOLE = {
     "log_every": (1, 10**12),
 }
 
-# Keys that may change on resume: they affect no weights, apart from the order in which floats are added. (Batch norm
-# and dropout do depend on how a batch is divided into ranks and micro-batches.)
+# Keys that may change on resume: they do not affect weights, except through the order in which floats are added.
+# (Batch norm and dropout do depend on how a batch is divided into ranks and micro-batches.)
 FREE_ON_RESUME = {
     *("shards", "subset", "output", "device", "workers", "checkpoint_every", "keep_checkpoints", "log_every", "resume"),
     *("export", "grad_checkpointing", "compile", "threads", "ranks", "micro_batch_size", "tensorboard"),
@@ -147,7 +148,7 @@ FREE_ON_RESUME = {
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
-    """Reads a YAML file and applies `key=value` pairs over it. Raises ConfigError with every problem at once."""
+    """Reads a YAML file and applies `key=value` overrides. Raises ConfigError with all problems."""
     source = str(path)
     document = Document.read(path)
     values = {} if document.data is None else document.data
@@ -202,11 +203,10 @@ def _coerce(value: Any, kind: str) -> Any:
     if value is None and expected != kind:
         return None
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if expected.startswith("str") and isinstance(value, str):
-        return value
-    if "Sequence" in expected and isinstance(value, list):
-        return value
-    if expected == "bool" and isinstance(value, bool):
+    plain: dict[str, type | tuple[type, ...]] = {
+        "str": str, "str | Sequence[Any]": (str, list), "Sequence[Any]": list, "bool": bool
+    }  # fmt: skip
+    if isinstance(value, plain.get(expected, ())):
         return value
     if expected == "float" and number:
         with contextlib.suppress(OverflowError):
@@ -214,10 +214,9 @@ def _coerce(value: Any, kind: str) -> Any:
     if expected == "int" and number and (isinstance(value, int) or value.is_integer()):
         return int(value)
     words = {"str": "text", "bool": "true or false", "int": "a whole number", "float": "a number"}
-    words["Sequence[Any]"] = "a list"
-    scalar = expected.startswith("str") and not isinstance(value, list | dict)
-    hint = "; put it in quotes if it is text" if scalar else ""
-    raise ValueError(f"found {_shown(value)}, expected {words[expected.partition(' ')[0]]}{hint}")
+    unquoted = expected.startswith("str") and not isinstance(value, list | dict)
+    hint = "; put it in quotes if it is text" if unquoted else ""
+    raise ValueError(f"found {_shown(value)}, expected {words.get(expected.partition(' ')[0], 'a list')}{hint}")
 
 
 def _shown(value: Any) -> str:

@@ -92,7 +92,7 @@ def estimate(config: TrainConfig) -> str:
         f"backward{recomputed}{cached}"
     )
 
-    # fp32 weights; a gradient and AdamW's two moments of those that are trained; autocast's copies of all weights.
+    # fp32 weights; for trained ones a gradient and AdamW's two moments; autocast's copies of all weights.
     state = 4 * total + 12 * learning + (0 if precision == "fp32" else 2 * total)
     pixels = own * 3 * preprocess.size**2
     contrast = loss.memory(own, config.batch_size, model_config(config.model)["embed_dim"])
@@ -119,13 +119,13 @@ def estimate(config: TrainConfig) -> str:
 
 def _precision(config: TrainConfig) -> str:
     if config.precision == "auto" and config.device.startswith("cuda") and not torch.cuda.is_available():
-        return "bf16"  # planned for another machine
+        return "bf16"  # the plan is for another machine
     device = find_device("auto") if config.device == "auto" else parse_device(config.device)
     return choose_precision(config.precision, device, training=True).name
 
 
 def _measure(model: Clip, size: int, rows: int, dtype: torch.dtype) -> tuple[float, float, int]:
-    """FLOPs a sample of the forward and of the backward pass, and the bytes that `rows` samples hold at their peak."""
+    """FLOPs per sample of the forward and of the backward pass, and peak bytes of the activations of `rows` samples."""
     model.to(dtype)  # close to what autocast gives
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.register_post_accumulate_grad_hook(_forget_gradient)
@@ -146,8 +146,8 @@ def _forget_gradient(parameter: Tensor) -> None:
 class Meter(TorchDispatchMode):
     """Counts the `flops` computed under it, and the peak `bytes` of the tensors allocated under it.
 
-    FLOPs are those of PyTorch's table (products and convolutions). PyTorch's FlopCounterMode is not used because it
-    keeps gradients alive.
+    Takes FLOPs from PyTorch's table, which has products and convolutions. PyTorch's own FlopCounterMode keeps gradients
+    alive.
     """
 
     def __init__(self) -> None:
@@ -166,15 +166,15 @@ class Meter(TorchDispatchMode):
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        name = storage._cdata
-        if name not in self.alive:
-            self.alive[name] = storage.nbytes()
+        address = storage._cdata
+        if address not in self.alive:
+            self.alive[address] = storage.nbytes()
             self.now += storage.nbytes()
             self.bytes = max(self.bytes, self.now)
-            weakref.finalize(storage, self._remove, name)
+            weakref.finalize(storage, self._remove, address)
 
-    def _remove(self, name: int) -> None:
-        self.now -= self.alive.pop(name)
+    def _remove(self, address: int) -> None:
+        self.now -= self.alive.pop(address)
 
 
 @contextmanager

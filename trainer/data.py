@@ -1,7 +1,7 @@
 """Batches of a training run: chooses samples, captions and crops, and decodes them in worker processes.
 
-Batch `step` is a pure function of (shards, seed, step). So a run can start at any step without delay, and gets the same
-samples, captions and crops for any number of workers and ranks.
+Batch `step` is a pure function of (shards, seed, step). A run can therefore start at any step without delay, and gets
+the same samples, captions and crops for any number of workers and ranks.
 """
 
 from __future__ import annotations
@@ -39,10 +39,9 @@ _CROPS, _REPLACEMENTS, _CAPTIONS = 1 << 32, 1 << 33, 1 << 34
 def open_shards(
     source: str | Path | Sequence[dict[str, object]], subset: str | None = None
 ) -> Shards | Mixture | Subset:
-    """Opens the configuration's `shards`: one source, or a list of `{path: SOURCE, weight: NUMBER}`. `subset` restricts
-    them to some samples.
+    """Opens the configuration's `shards`: one source, or a list of `{path: SOURCE, weight: NUMBER}`.
 
-    Raises ShardsError.
+    `subset` is the path of an .npy file of the sample numbers to keep. Raises ShardsError.
     """
     whole = _open_whole(source)
     return whole if subset is None else Subset(whole, subset)
@@ -83,10 +82,10 @@ class Batch:
 
 
 class Batches(Dataset[Batch]):
-    """Batch `step` of a training run, for any step, in any process: always the same pixels and tokens.
+    """The batches of a training run by step: any process gets the same pixels and tokens for a step.
 
-    Workers crop, not the device: photographs differ in shape, so only crops stack into a batch, and a crop is smaller
-    to transfer. The device gets uint8 and normalises it (`Preprocess.normalize`).
+    Workers do the cropping: pictures of different shapes do not stack into a batch, and a crop is smaller to transfer.
+    The device receives uint8 and normalises it (`Preprocess.normalize`).
     """
 
     def __init__(
@@ -102,10 +101,10 @@ class Batches(Dataset[Batch]):
         return self.part(step)
 
     def part(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Rank `rank`'s part of batch `step`: the rank-th of `world` equal runs of its positions.
+        """The part of batch `step` for one rank: slice `rank` of its positions, divided into `world` equal slices.
 
-        Always full: a sample that cannot be read is named in `corrupt` and replaced by the one at another position of
-        the epoch, which is a function of (seed, epoch, position) too and so does not depend on the ranks.
+        The part is always full. An unreadable sample is listed in `corrupt` and replaced by the sample at another
+        position of the epoch. That position is a function of (seed, epoch, position), so it does not depend on ranks.
         """
         epoch, batch = divmod(step, self.per_epoch)
         count = self.batch_size // world
@@ -140,7 +139,7 @@ class Batches(Dataset[Batch]):
     def from_step(
         self, start: int, stop: int, workers: int, pin: bool, rank: int = 0, world: int = 1
     ) -> Generator[Batch, None, None]:
-        """Yields this rank's part of batches `start` to `stop` - 1, prepared ahead by worker processes."""
+        """Yields this rank's part of batches `start` to `stop` - 1, prepared in advance by worker processes."""
         if self.batch_size % world:
             raise ShardsError(f"batch_size: found {self.batch_size}, expected a multiple of the {world} ranks")
         parts = _Parts(self, rank, world)
@@ -152,8 +151,10 @@ class Batches(Dataset[Batch]):
 
 
 def replacements(positions: np.ndarray, count: int, seed: int, epoch: int, attempt: int) -> np.ndarray:
-    """The positions (int64) whose samples replace those at `positions` of an epoch of `count` samples at this attempt.
-    It is made if the samples themselves and the replacements of earlier attempts cannot be read."""
+    """Positions (int64) of the samples that replace those at `positions`, in an epoch of `count` samples.
+
+    Attempts count from 0. An attempt is made if the sample and its replacements from earlier attempts cannot be read.
+    """
     return (mix(seed, epoch, _REPLACEMENTS + attempt, positions) % np.uint64(count)).astype(np.int64)
 
 
@@ -169,12 +170,12 @@ class _Parts(Dataset["Batch | ShardsError"]):
             return self.batches.part(step, self.rank, self.world)
         except ShardsError as error:
             return error
-        except OSError as error:  # a tar that was removed, or a disk that fails
-            return ShardsError(f"{self.batches.shards.folder}: {error}; the shards changed or cannot be read any more")
+        except OSError as error:  # a removed tar or a failing disk
+            return ShardsError(f"{self.batches.shards.folder}: {error}; the shards changed or can no longer be read")
 
 
 def _outlive_sigterm(_: int) -> None:
-    # If the whole process group gets the signal, the training process still finishes its step; workers end with it.
+    # If the whole process group gets the signal, the training process can still finish its step; workers end with it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -182,18 +183,17 @@ def _delivered(loader: Iterable[Batch | ShardsError]) -> Generator[Batch, None, 
     try:
         for part in loader:
             if isinstance(part, ShardsError):
-                raise ShardsError(*part.args)  # raising `part` itself would keep the workers alive by its traceback
+                raise ShardsError(*part.args)  # the traceback of `part` itself would keep the workers alive
             yield part
     except (EOFError, ConnectionError) as error:
-        # Tensors come over a socket of the worker, which may break before PyTorch sees that the process is gone.
+        # Tensors come over a worker's socket, which may break before PyTorch notices that the process died.
         raise RuntimeError(f"DataLoader worker lost: {str(error) or 'end of its messages'}") from None
 
 
 def square_crop(image: Image.Image, size: int, place: float) -> Tensor:
-    """The largest square at `place` (0..1) along the longer side of an RGB image, CLIP's only augmentation.
+    """Crops the largest square, at `place` (0 to 1) along the longer side, and resizes it to uint8 (3, size, size).
 
-    Resized to uint8 (3, size, size) by the antialiased bicubic filter that Pillow has, in PyTorch's faster
-    implementation.
+    This is CLIP's only augmentation. The filter is Pillow's antialiased bicubic in PyTorch's faster implementation.
     """
     side = min(image.size)
     x, y = (int(place * (length - side + 1)) for length in image.size)

@@ -1,4 +1,4 @@
-"""Chooses the device to compute on and the floating-point type."""
+"""Chooses the device and the floating-point type to compute in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from trainer.config import ConfigError
 
-# Values of ONEDNN_MAX_CPU_ISA (DNNL_MAX_CPU_ISA in older versions) that disable instructions which the CPU has.
+# Values of ONEDNN_MAX_CPU_ISA (DNNL_MAX_CPU_ISA in older versions) that hide instructions which the CPU has.
 _WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 _WITHOUT_AMX = _WITHOUT_BF16 | {"AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512"}
 _EMULATED = {"bf16": "2 to 10", "fp16": "5 to 50"}
@@ -23,28 +23,28 @@ class Precision(NamedTuple):
     name: str
     """`fp32`, `bf16` or `fp16`."""
     reason: str = ""
-    """Why `auto` chose it; empty if the user did."""
+    """Why `auto` chose it; empty if the user chose it."""
     warning: str = ""
-    """Why it is slow on this device; empty if it is not."""
+    """Why it is slow on this device; empty if it is fast."""
 
     def __str__(self) -> str:
         return f"{self.name} (auto: {self.reason})" if self.reason else self.name
 
 
 def find_device(name: str) -> torch.device:
-    """The device of this name; `auto` is a GPU if there is one. Raises ConfigError if it cannot be used."""
+    """The named device; `auto` is a GPU if there is one. Raises ConfigError if it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = parse_device(name)
     try:
-        torch.zeros(1, device=device).item()  # the meta device makes tensors, but without values
+        torch.zeros(1, device=device).item()  # the meta device creates tensors, but they have no values
     except (RuntimeError, AssertionError) as error:
         raise ConfigError("device", [f"{name!r} cannot be used here: {str(error).splitlines()[0]}"]) from error
     return device
 
 
 def parse_device(name: str) -> torch.device:
-    """The device of this name, whether or not this machine has it. Raises ConfigError if there is no such name."""
+    """The named device, even if this machine lacks it. Raises ConfigError if the name is invalid."""
     try:
         return torch.device(name)
     except RuntimeError as error:
@@ -54,8 +54,8 @@ def parse_device(name: str) -> torch.device:
 def choose_precision(asked: str, device: torch.device, training: bool) -> Precision:
     """Resolves a requested precision on a device; `auto` is the fastest safe one.
 
-    For inference, weights have this type. Training keeps fp32 weights and uses autocast, which gains less: on a CPU,
-    bf16 trains faster than fp32 only with AMX.
+    Inference converts the weights to this type. Training keeps fp32 weights and uses autocast, which gains less: on a
+    CPU, bf16 trains faster than fp32 only with AMX.
     """
     instructions = _bf16_instructions() if device.type == "cpu" else ""
     if asked == "auto":
@@ -92,7 +92,7 @@ def _fastest(device: torch.device, training: bool, instructions: str) -> Precisi
 
 
 def _bf16_instructions() -> str:
-    """The best instructions for products of bf16 that PyTorch may use on this CPU; empty if there are none."""
+    """The best bf16 multiplication instructions that PyTorch may use on this CPU; empty if there are none."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return "bf16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else ""
     if os.environ.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2"):

@@ -1,7 +1,7 @@
-"""Several processes that train one model: ranks, collectives, and launching on Ray.
+"""Training in several processes: ranks, collectives, and launching on Ray.
 
-A single process, a `torchrun` rank and a Ray Train worker run the same code; in a single process every collective is
-the identity.
+A single process, a `torchrun` rank and a Ray Train worker run the same code; with one process,
+every collective is the identity.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ T = TypeVar("T")
 
 
 def rank() -> int:
+    """The number of this process among those that train together; 0 if it trains alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """How many processes train together; 1 if this one trains alone."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -40,6 +42,7 @@ def join(device: torch.device) -> torch.device:
 
 
 def leave() -> None:
+    """Leaves the process group, if this process joined one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -80,7 +83,7 @@ def lists_of(items: list[T]) -> list[T]:
 
 
 def on_first(work: Callable[[], T], group: Any = None) -> T:
-    """Runs `work` on rank 0 and returns its result on every rank; an error there is raised on every rank."""
+    """Runs `work` on rank 0 and returns its result on every rank; an error is raised on every rank too."""
     if world_size() == 1:
         return work()
     box: list[Any] = [None, None]
@@ -97,12 +100,12 @@ def on_first(work: Callable[[], T], group: Any = None) -> T:
 
 
 def patient_group() -> Any:
-    """A group of all ranks for `on_first` with a timeout of a day; the default groups fail after 10 to 30 minutes."""
+    """A group of all ranks for `on_first`, with a timeout of a day; the default timeout is 10 to 30 minutes."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=1)) if world_size() > 1 else None
 
 
 def on_ray(train: Callable[[TrainConfig], Any], config: TrainConfig) -> None:
-    """Calls `train` in `config.ranks` processes of Ray Train: on the cluster of RAY_ADDRESS, or one started here.
+    """Calls `train` in `config.ranks` Ray Train workers, on the cluster at RAY_ADDRESS or one started here.
 
     Raises what the training raises. Every node must see the same `shards` and `output`.
     """
@@ -112,16 +115,13 @@ def on_ray(train: Callable[[TrainConfig], Any], config: TrainConfig) -> None:
 
     ray.init(ignore_reinit_error=True)
     gpu = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
-    # Ray's workers have a working directory of their own.
-    paths: dict[str, Any] = {"output": _absolute(config.output), "shards": _absolute(config.shards)}
+    # Ray's workers have their own working directory.
+    paths: dict[str, Any] = {key: _absolute(getattr(config, key)) for key in ("output", "shards")}
+    paths |= {key: _absolute_where_found(getattr(config, key)) for key in ("pretrained", "evaluate")}
     if config.subset:
         paths["subset"] = _absolute(config.subset)
-    if config.pretrained and os.path.exists(config.pretrained):
-        paths["pretrained"] = _absolute(config.pretrained)
     if config.resume not in ("latest", "none"):
         paths["resume"] = _absolute(config.resume)
-    if config.evaluate:
-        paths["evaluate"] = _absolute_where_found(config.evaluate)
     config = dataclasses.replace(config, **paths)
     trainer = TorchTrainer(
         lambda: train(config),
@@ -136,7 +136,7 @@ def on_ray(train: Callable[[TrainConfig], Any], config: TrainConfig) -> None:
 
 
 def _absolute(path: Any) -> Any:
-    # In a mixture, the path of each source. `open_shards` reports an invalid entry.
+    # A mixture has a path per source. `open_shards` reports invalid entries.
     if isinstance(path, list):
         return [_absolute(source) for source in path]
     if isinstance(path, dict):

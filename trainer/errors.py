@@ -1,4 +1,4 @@
-"""Errors that the user can fix, and the cure for missing packages."""
+"""The base of all errors that the user can fix, and the fix for missing packages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ class InputError(ValueError):
 
 
 def store_cure(url: str, error: BaseException) -> str:
-    """Names the extra of `winnow-clip` that the store of a URL needs, as the end of a message; empty if none helps."""
+    """The end of a message: how to install the extra that a URL's store needs; empty if no extra helps."""
     extra = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}.get(url.partition("://")[0])
     return f"; pip install 'winnow-clip[{extra}]'" if extra and isinstance(error, ImportError) else ""

@@ -6,7 +6,7 @@
 
 A task takes the options of `python -m trainer.evaluate TASK`, except those that name a model. It runs every `every`
 steps (default: at the end of each epoch), and also before the first step and after the last. Its metrics equal those
-of the command on the exported model, in fp32. `name` distinguishes entries; the default is TASK/DATA.
+that the command computes for the exported model in fp32. `name` distinguishes entries; the default is TASK/DATA.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Task:
 
     name: str
     kind: str
-    """Name of a module of `trainer.evaluate`."""
+    """A key of `trainer.evaluate.__main__.TASKS`."""
     every: int | None
-    """Interval in steps; None means an epoch."""
+    """Interval in steps; None means once per epoch."""
     options: argparse.Namespace
 
     def due(self, run: Run) -> bool:
@@ -60,10 +60,10 @@ class Evaluation(Hook):
         self.patience = distributed.patient_group()
 
     def __enter__(self) -> Evaluation:
-        # Evaluates before the first step, to report problems with the data at once. On resume, evaluates only tasks
-        # whose metrics of this step were not logged before the run stopped.
-        done = {name for record in self.log.records for name in record}
-        self._evaluate([task for task in self.tasks if not any(name.startswith(f"{task.name}/") for name in done)])
+        # Evaluates before the first step, to report problems with the data immediately. On resume, skips the tasks
+        # whose metrics for this step were logged before the run stopped.
+        logged = {name for record in self.log.records for name in record}
+        self._evaluate([task for task in self.tasks if not any(name.startswith(f"{task.name}/") for name in logged)])
         return self
 
     def after_step(self, batch: Batch, numbers: dict[str, float]) -> None:
@@ -114,7 +114,7 @@ def parse(entries: Sequence[Any] | None) -> list[Task]:
             problems.append(f"{kind}: {error}")
     names = [task.name for task in tasks]
     for name in sorted({name for name in names if names.count(name) > 1}):
-        problems.append(f"{name}: the name of two entries; give each a `name` of its own")
+        problems.append(f"{name}: two entries have this name; give each a `name` of its own")
     if problems:
         raise ConfigError("evaluate", problems)
     return tasks
@@ -133,8 +133,8 @@ def _task(kind: str, values: dict[str, Any]) -> Task:
             raise ValueError(f"{key}: no such option{did_you_mean(key, [*known, *OWN])}")
     for key in ("every", "batch_size"):
         value = own[key]
-        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        if not whole and (key == "batch_size" or value is not None):
+        positive = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not positive and (key == "batch_size" or value is not None):
             raise ValueError(f"{key}: found {value!r}, expected a whole number above 0")
     if not isinstance(own["name"], str) or not own["name"]:
         raise ValueError(f"name: found {own['name']!r}, expected text")
@@ -149,7 +149,7 @@ def _task(kind: str, values: dict[str, Any]) -> Task:
 
 
 def _words(option: str, value: Any, together: bool) -> list[str]:
-    """An option as command-line words; a list follows the option once, or repeats the option."""
+    """The command-line words of an option. A list follows the option if `together`, else the option is repeated."""
     if value is None or value is False:
         return []
     if value is True:
@@ -174,8 +174,8 @@ def _flat(metrics: Record, name: str) -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def _as_evaluated(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Puts the model in evaluation mode; on exit restores training modes and random number generators."""
-    training = [module for module in model.modules() if module.training]  # locked towers are not
+    """Puts the model in evaluation mode; on exit, restores its training modes and the random number generators."""
+    training = [module for module in model.modules() if module.training]  # a locked tower stays in evaluation mode
     model.eval()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -1,8 +1,8 @@
-"""Writes a checkpoint as the folder that open_clip loads.
+"""Writes a checkpoint as a folder that open_clip loads.
 
     python -m trainer.export CHECKPOINT OUT [--precision fp32|fp16|bf16]
 
-CHECKPOINT is a file `step-*.pt`, or the output folder of a training (then its latest). Afterwards
+CHECKPOINT is a file `step-*.pt`, or the output folder of a training, which stands for its latest checkpoint. Then
 
     open_clip.create_model_and_transforms("local-dir:OUT")
     open_clip.get_tokenizer("local-dir:OUT")
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def check_replaceable(out: Path) -> None:
-    """Raises InputError if `out` holds anything but an earlier export, which `export` would remove."""
+    """Raises InputError if `out` holds anything but an earlier export, because `export` would delete it."""
     from trainer.model import CONFIG_FILE
 
     if out.exists() and not (out / CONFIG_FILE).exists() and (not out.is_dir() or any(out.iterdir())):
@@ -38,10 +38,10 @@ def check_replaceable(out: Path) -> None:
 
 
 def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer: Tokenizer | None = None) -> None:
-    """Writes `open_clip_config.json` and `open_clip_model.safetensors` of a checkpoint's state; replaces `out`.
+    """Writes a checkpoint's state as `open_clip_config.json` and `open_clip_model.safetensors`; replaces `out`.
 
-    A Hugging Face `tokenizer` is saved beside them, where open_clip looks for it. Raises OSError, and leaves no partial
-    output, if `out` cannot be written, and InputError if it is not an earlier export.
+    A Hugging Face `tokenizer` is saved beside them, where open_clip looks for it. Raises OSError if `out` cannot be
+    written, without leaving partial output, and InputError if `out` exists and is not an earlier export.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -60,7 +60,7 @@ def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer:
             for name, value in plain_names(state["model"]).items()
         }
         save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        (partial / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it readable by its owner only
+        (partial / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it readable only by its owner
         config = {"model_cfg": state["model_config"], "preprocess_cfg": state["preprocess_config"]}
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if (save_tokenizer := getattr(tokenizer, "save_pretrained", None)) is not None:

@@ -1,4 +1,4 @@
-"""Pictures and captions to feature vectors: the one place where evaluation runs a model."""
+"""Encodes pictures and captions as feature vectors; evaluation runs models only here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TILE = 4096
 
 @dataclass
 class Encoder:
-    """A trained model, and how many pictures or captions it takes at once."""
+    """A trained model, and the number of pictures or captions that it encodes per batch."""
 
     model: Clip
     preprocess: Preprocess
@@ -38,26 +38,28 @@ class Encoder:
 
     @torch.inference_mode()
     def texts(self, texts: list[str]) -> Tensor:
-        """Unit vectors, float32 (texts, embed_dim), on the model's device. Raises EvaluationError if one of them is not
-        finite."""
+        """Unit vectors, float32 (texts, embed_dim), on the model's device.
+
+        Raises EvaluationError if a vector is not finite.
+        """
         vectors = []
         for batch in batched(texts, self.batch_size):
-            found = encode_text(self.model, self.tokenizer(batch).to(self.device), normalize=True).float()
-            vectors.append(sound(found, lambda row, batch=batch: f"the text {batch[row]!r}"))  # type: ignore[misc]
+            features = encode_text(self.model, self.tokenizer(batch).to(self.device), normalize=True).float()
+            vectors.append(sound(features, lambda row, batch=batch: f"the text {batch[row]!r}"))  # type: ignore[misc]
         return torch.cat(vectors)
 
     def classes(self, names: list[str], templates: list[str]) -> Tensor:
         """A unit vector per class, shape (classes, embed_dim): the mean of its prompts' unit vectors, normalised again.
 
-        Prompt ensembling in embedding space as in Radford et al. 2021, section 3.1.4.
+        This is prompt ensembling in embedding space (Radford et al. 2021, section 3.1.4).
         Raises EvaluationError on a template without `{c}`.
         """
         for template in templates:
             if "{c}" not in template:
                 raise EvaluationError(f"template {template!r}: expected {{c}} where the class name goes")
         vectors = []
-        at_once = max(1, self.batch_size // len(templates))
-        for chunk in batched(progress(names, len(names), "classes"), at_once):
+        classes_per_batch = max(1, self.batch_size // len(templates))
+        for chunk in batched(progress(names, len(names), "classes"), classes_per_batch):
             prompts = [template.replace("{c}", name) for name in chunk for template in templates]
             vectors.append(self.texts(prompts).view(len(chunk), len(templates), -1).mean(dim=1))
         return F.normalize(torch.cat(vectors), dim=-1)
@@ -74,24 +76,24 @@ class Encoder:
 
         Features are unit vectors, or with `penultimate` the unnormalised output of the image tower before its
         projection into the common space (as in the paper's linear probes, appendix A.3). A tower without a separate
-        projection, such as a ResNet, gives its output. Pictures are decoded ahead, on every core. A picture that cannot
-        be decoded raises EvaluationError, or is passed to `corrupt` with the reason. Features that are not finite
-        always raise it, since they are a fault of the model, not of the picture.
+        projection, such as a ResNet, gives its output. Pictures are decoded in advance, on every core. A picture that
+        cannot be decoded is passed to `corrupt` with the reason; without `corrupt`, it raises EvaluationError. Features
+        that are not finite always raise EvaluationError, because the model is at fault, not the picture.
         """
         decoded = self._decoded(progress(samples, total, "pictures"))
         with unprojected(self.model) if penultimate else nullcontext():
             for batch in batched(decoded, self.batch_size):
-                good = []
+                kept, images = [], []
                 for sample, pixels in batch:
                     if isinstance(pixels, Tensor):
-                        good.append((sample, pixels))
+                        kept.append(sample)
+                        images.append(pixels)
                     elif corrupt:
                         corrupt(sample, str(pixels))
                     else:
                         raise EvaluationError(f"{sample.where}: {pixels}")
-                if good:
-                    kept = [sample for sample, _ in good]
-                    features = self._encode([pixels for _, pixels in good], normalize=not penultimate)
+                if kept:
+                    features = self._encode(images, normalize=not penultimate)
                     yield kept, sound(features, lambda row, kept=kept: kept[row].where, unit=not penultimate)  # type: ignore[misc]
 
     def matrix(self, samples: Iterable[Sample], total: int | None, penultimate: bool = False) -> tuple[Tensor, Tensor]:
@@ -119,8 +121,7 @@ class Encoder:
                 if len(waiting) > 2 * self.batch_size:
                     first, future = waiting.popleft()
                     yield first, future.result()
-            while waiting:
-                first, future = waiting.popleft()
+            for first, future in waiting:
                 yield first, future.result()
 
     def _pixels(self, sample: Sample) -> Tensor | CorruptSampleError:
@@ -135,29 +136,30 @@ class Encoder:
 def nearest(queries: Tensor, candidates: Tensor, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The k candidates with the greatest inner product with each query: scores and numbers, (queries, k), on the CPU.
 
-    Works in tiles, so the whole similarity matrix is never held.
+    Works in tiles, to avoid holding the whole similarity matrix in memory.
     """
     scores, numbers = [], []
-    for some in queries.split(TILE):
-        some = some.to(device)
-        best = torch.empty(len(some), 0, device=device)
-        which = torch.empty(len(some), 0, dtype=torch.int64, device=device)
+    for rows in queries.split(TILE):
+        rows = rows.to(device)
+        best_scores = torch.empty(len(rows), 0, device=device)
+        best = torch.empty(len(rows), 0, dtype=torch.int64, device=device)
         for start in range(0, len(candidates), TILE):
-            tile = some @ candidates[start : start + TILE].to(device, some.dtype).T
-            here, at = tile.topk(min(k, tile.shape[1]))
-            best, order = torch.cat([best, here], dim=1).topk(min(k, best.shape[1] + here.shape[1]))
-            which = torch.cat([which, at + start], dim=1).gather(1, order)
-        scores.append(best.cpu())
-        numbers.append(which.cpu())
+            tile = rows @ candidates[start : start + TILE].to(device, rows.dtype).T
+            tile_scores, columns = tile.topk(min(k, tile.shape[1]))
+            merged = torch.cat([best_scores, tile_scores], dim=1)
+            best_scores, order = merged.topk(min(k, merged.shape[1]))
+            best = torch.cat([best, columns + start], dim=1).gather(1, order)
+        scores.append(best_scores.cpu())
+        numbers.append(best.cpu())
     return torch.cat(scores), torch.cat(numbers)
 
 
 def sound(vectors: Tensor, where: Callable[[int], str], unit: bool = True) -> Tensor:
-    """Returns the vectors (N, dim) unchanged. Raises EvaluationError, naming `where(row)`, if one of them is invalid.
+    """Returns the vectors (N, dim) unchanged. Raises EvaluationError, naming `where(row)`, if a vector is invalid.
 
     All features pass through here, whether computed or read from a file. Weights that overflow, mostly in fp16, give
-    NaN and infinities; if only the norm of a vector overflows, normalisation gives zeros. So `unit` vectors must have a
-    norm of about 1, others must be finite.
+    NaN and infinities. If only the norm of a vector overflows, normalisation gives zeros. Therefore `unit` vectors must
+    have a norm of about 1, and others must be finite.
     """
     good = (vectors.norm(dim=-1) - 1).abs() < 0.1 if unit else vectors.isfinite().all(dim=-1)
     if not bool(good.all()):

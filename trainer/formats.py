@@ -1,6 +1,6 @@
-"""What the bytes of a picture say before it is decoded: its format, and whether a PNG has all of its rows.
+"""Inspects the bytes of a picture before it is decoded: its format, and whether a PNG has all of its rows.
 
-Shared by the decoders of fetched and of stored pictures, so that both accept the same files.
+The decoders of fetched and of stored pictures share this module, so that both accept the same files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from PIL import features
 
 
 def sniff(body: bytes) -> str | None:
-    """Pillow's name of the format detected from the first bytes; None if it is not supported."""
+    """Pillow's name for the format that the first bytes indicate; None if it is not supported."""
     if body.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if body.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -23,7 +23,7 @@ def sniff(body: bytes) -> str | None:
     if body[:4] == b"RIFF" and body[8:12] == b"WEBP":
         return "WEBP"
     if body[4:8] == b"ftyp" and features.check("avif"):
-        # The generic brands are also those of HEIC; then the compatible brands decide.
+        # HEIC uses the generic brands too, so one of the compatible brands must be AVIF's.
         brands = {body[at : at + 4] for at in (8, *range(16, min(int.from_bytes(body[:4], "big"), 256) - 3, 4))}
         if body[8:12] in (b"avif", b"avis", b"mif1", b"msf1") and brands & {b"avif", b"avis"}:
             return "AVIF"
@@ -37,9 +37,9 @@ _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), 
 
 
 def missing_bytes(header: bytes, pixels: Iterable[bytes | memoryview]) -> int:
-    """How many bytes of rows a PNG lacks, by its IHDR and IDAT chunks. Pillow leaves such rows black.
+    """The number of row bytes that a PNG lacks, from its IHDR and IDAT chunks. Pillow leaves missing rows black.
 
-    Unpacks no more than the header announces. Raises zlib.error or struct.error for broken chunks.
+    Inflates no more than the header announces. Raises zlib.error or struct.error for broken chunks.
     """
     width, height, bits, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
     missing = 0

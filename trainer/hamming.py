@@ -1,4 +1,4 @@
-"""Finds near 64-bit hashes by Hamming distance without comparing all pairs. Exact."""
+"""Exact search for 64-bit hashes within a Hamming distance, without comparing all pairs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _ALL_BITS = (1 << 64) - 1
 
 
 def masks(max_hamming: int, bits: int = _ALL_BITS) -> list[int]:
-    """Bit masks such that any two hashes that differ in at most `max_hamming` of `bits` are equal under one of them.
+    """Bit masks such that any two hashes that differ in at most `max_hamming` of `bits` agree under one of the masks.
 
-    Splits the bits into max_hamming + 2 blocks (Manku et al., WWW 2007). At least two blocks have no difference
-    (pigeonhole), so each mask is a pair of blocks: 15 masks of 21 or 22 bits for a distance of 4.
+    Splits the bits into max_hamming + 2 blocks (Manku et al., WWW 2007). At least two blocks are equal (pigeonhole),
+    so there is a mask for each pair of blocks: 15 masks of 21 or 22 bits for a distance of 4.
     """
     places = [place for place in range(64) if bits >> place & 1]
     blocks = [sum(1 << int(place) for place in block) for block in np.array_split(places, max_hamming + 2)]
@@ -22,10 +22,10 @@ def masks(max_hamming: int, bits: int = _ALL_BITS) -> list[int]:
 
 
 class Index:
-    """Known hashes, to be compared with many others up to a Hamming distance."""
+    """Finds which of many known hashes are within a Hamming distance of others."""
 
     def __init__(self, hashes: np.ndarray, max_hamming: int) -> None:
-        """`hashes`: uint64 of shape (m,). Memory: some 250 bytes for each at a distance of 4."""
+        """`hashes` is uint64 (m,). Takes about 250 bytes of memory per hash at a distance of 4."""
         self._hashes, self._first, self._inverse = np.unique(
             np.asarray(hashes, np.uint64), return_index=True, return_inverse=True
         )
@@ -37,8 +37,8 @@ class Index:
             self._tables.append((np.uint64(mask), keys[order], order))
 
     def nearest(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each query, uint64 of shape (n,): the place of the nearest known hash, or −1 if none is near enough, and
-        its distance. Of equally near ones, the lowest hash; of equal hashes, the first."""
+        """For each query, uint64 (n,): the index of the nearest known hash, or −1 if none is near enough, and its
+        distance. Of equally near hashes the lowest is taken; of equal hashes, the first."""
         queries = np.asarray(queries, np.uint64)
         best = np.full(len(queries), self._far(self._hashes))
         for query, known, distance in self._compare(queries):
@@ -46,7 +46,7 @@ class Index:
         return self._split(best, self._first)
 
     def nearest_query(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The reverse of `nearest`: for each known hash, the place of the nearest query, or −1, and its distance."""
+        """The reverse of `nearest`: for each known hash, the index of the nearest query, or −1, and its distance."""
         queries, first = np.unique(np.asarray(queries, np.uint64), return_index=True)
         best = np.full(len(self._hashes), self._far(queries))
         for query, known, distance in self._compare(queries):
@@ -54,15 +54,15 @@ class Index:
         return self._split(best[self._inverse], first)
 
     def _compare(self, queries: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Query, known hash (indices) and distance of all pairs that are equal under a mask, in several parts."""
+        """Yields all pairs that agree under a mask, in parts: indices of queries and known hashes, and distances."""
         for mask, keys, order in self._tables:
             low, high = (np.searchsorted(keys, queries & mask, side) for side in ("left", "right"))
-            while len(query := np.flatnonzero(low < high)):  # one candidate of each bucket at a time
+            while len(query := np.flatnonzero(low < high)):  # one candidate per bucket at a time
                 known = order[low[query]]
                 yield query, known, np.bitwise_count(queries[query] ^ self._hashes[known]).astype(np.int64)
                 low[query] += 1
 
-    # A distance and a place are held as one number, so that the smaller number is the nearer place.
+    # Distance and index are combined into one number, so that the smallest number is the nearest hash.
 
     def _far(self, places: np.ndarray) -> int:
         return (self._max + 1) * (len(places) + 1)

@@ -1,4 +1,4 @@
-"""Hooks of the training loop: the log, checkpoints, and the base class for your own."""
+"""Hooks of the training loop: the log, the checkpoints, and the base class for your own hooks."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from trainer.data import Batch
 
 Record = dict[str, Any]
-"""A line of `metrics.jsonl`: `step`, `epoch`, `samples` and the metrics; one that is not finite is null."""
+"""A line of `metrics.jsonl`: `step`, `epoch`, `samples` and the metrics; metrics that are not finite become null."""
 
 
 class Hook:
     """Called by the training loop on every rank: entered before the first step, exited after the last or on an error.
 
-    `trainer.loop.train(config, hooks=[MyHook])` adds one; each item is a callable from the run to a hook. Methods may
-    read anything of `run`, and may call collectives if every rank does. They must not change weights or consume the
-    training's random numbers.
+    `trainer.loop.train(config, hooks=[MyHook])` adds one; each item is a callable that makes a hook from the run.
+    Methods may read anything in `run`, and may call collectives if every rank does. They must not change weights or
+    consume the training's random numbers.
     """
 
     def __init__(self, run: Run) -> None:
@@ -69,7 +69,7 @@ class Log(Hook):
         )  # fmt: skip
         self.trackers: list[Tracker] = []
         self.records: list[Record] = []
-        """Records of the current step from before a resume."""
+        """Records of the current step that were written before a resume."""
         self.corrupt = run.corrupt
         self.waited, self.since, self.logged = 0.0, time.perf_counter(), run.step
         self.started, self.first_step = self.since, run.step
@@ -77,7 +77,7 @@ class Log(Hook):
     def __enter__(self) -> Log:
         run, config = self.run, self.run.config
         self._forget_undone_steps()
-        self.file = self.path.open("ab", buffering=0)  # so that closing it after an error writes nothing
+        self.file = self.path.open("ab", buffering=0)  # unbuffered, so that closing it after an error writes nothing
         if run.rank == 0 and config.tensorboard:
             self.trackers.append(TensorBoard(run))
         if run.rank == 0 and config.wandb:
@@ -161,12 +161,12 @@ class Log(Hook):
         self.say(f"{self.run.step - self.first_step} steps in {seconds:.0f} s{corrupt}{model}")
 
     def _forget_undone_steps(self) -> None:
-        # A killed run may have logged steps after its last checkpoint, which will be repeated.
+        # A killed run may have logged steps after its last checkpoint; those steps will be repeated.
         if self.run.rank != 0 or not self.path.exists():
             return
         kept = []
         for line in self.path.read_bytes().split(b"\n"):
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that the kill cut short, or damaged
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line, or one that the kill cut short
                 record = json.loads(line)
                 if record["step"] <= self.run.step:
                     kept.append(line + b"\n")
@@ -177,7 +177,7 @@ class Log(Hook):
 
 
 class Tracker(Protocol):
-    """Where an experiment is followed: TensorBoard, Weights & Biases."""
+    """A destination of records besides `metrics.jsonl`."""
 
     def write(self, record: Record) -> None: ...
 
@@ -207,7 +207,8 @@ class WeightsAndBiases:
     """Sends records to a project of Weights & Biases, configured by WANDB_MODE and `wandb login`.
 
     Local files go to `output/wandb`. Each start is a separate run, in a group named after the output. Raises
-    ConfigError without the package or a login."""
+    ConfigError without the package or a login.
+    """
 
     def __init__(self, run: Run) -> None:
         try:
@@ -236,7 +237,7 @@ class Checkpoints(Hook):
     """Saves a checkpoint every `checkpoint_every` steps, at the last step and on SIGTERM; then exports the model."""
 
     saved: int | None = None
-    """Step of the last checkpoint written."""
+    """Step of the last checkpoint that was written."""
 
     def after_step(self, batch: Batch, numbers: dict[str, float]) -> None:
         if self.run.step % self.run.config.checkpoint_every == 0 or self.run.step == self.run.total_steps:

@@ -31,7 +31,7 @@ def train(config: TrainConfig, hooks: Sequence[Callable[[Run], Hook]] = ()) -> N
                 log = Log(run)
                 _train(run, [log, Checkpoints(run), Evaluation(run, log), *(make(run) for make in hooks)])
     except RuntimeError as error:
-        # PyTorch raises it from a signal handler, in whatever is running, when a process of the loader is gone.
+        # PyTorch's signal handler raises this, wherever the main thread is, when a loader process dies.
         if "DataLoader worker" not in str(error):
             raise
         cause = "Something outside ended it, usually because memory ran out: set fewer `workers`."
@@ -46,14 +46,14 @@ def _train(run: Run, hooks: Sequence[Hook]) -> None:
         batches = run.batches.from_step(
             run.step, run.total_steps, config.workers, run.device.type == "cuda", run.rank, run.ranks
         )
-        # Its workers ignore SIGTERM, so Python would wait for them at its exit if an error kept them alive.
+        # The workers ignore SIGTERM. If an error left them alive, Python would wait for them at exit.
         entered.enter_context(contextlib.closing(batches))
         for hook in hooks:
             entered.enter_context(hook)
         while run.step < run.total_steps:
-            asked = time.perf_counter()
+            requested = time.perf_counter()
             batch = next(batches)
-            waited = time.perf_counter() - asked
+            waited = time.perf_counter() - requested
             numbers = run.train_step(batch) | {"waited": waited}
             for hook in hooks:
                 hook.after_step(batch, numbers)
@@ -69,7 +69,7 @@ def _resume(run: Run) -> None:
         found, damaged = distributed.on_first(lambda: checkpoint.newest_whole(run.output))
         if found:
             for line in damaged if run.rank == 0 else ():
-                print(f"warning: {line}; going on from {found.name}", file=sys.stderr)
+                print(f"warning: {line}; resuming from {found.name}", file=sys.stderr)
             run.restore(found)
     elif config.resume != "none":
         run.restore(Path(config.resume))
@@ -85,7 +85,7 @@ def _resume(run: Run) -> None:
 
 @contextlib.contextmanager
 def _held(output: Path) -> Iterator[None]:
-    """Keeps other trainings out of the output. Raises ConfigError on every rank if one is there."""
+    """Locks the output against other trainings. Raises ConfigError on every rank if another training has it."""
     with contextlib.ExitStack() as held:
 
         def hold() -> None:

@@ -1,6 +1,6 @@
-"""Models by name: open_clip's, our own small ones in `trainer/configs/`, or a folder that `trainer.export` wrote.
+"""Models by name: open_clip's, the small ones of `trainer/configs/`, or a folder that `trainer.export` wrote.
 
-`load` gives trained weights or an error, never random ones; `create` gives fresh weights for training.
+`load` returns trained weights or raises, and never returns random ones; `create` returns a model to train.
 This is the only module of the project that imports open_clip.
 """
 
@@ -36,7 +36,7 @@ from trainer.spelling import did_you_mean, nearest
 CONFIGS = Path(__file__).with_name("configs")
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 MAX_ASPECT = 200
-"""Longer side over shorter side of the longest picture that is preprocessed."""
+"""The largest ratio of the longer to the shorter side of a picture that is preprocessed."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Clip = Any
@@ -46,7 +46,7 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 
 class ModelError(InputError):
-    """A model does not exist or its weights are unavailable; the message names the nearest alternative."""
+    """A model does not exist or its weights are unavailable; the message names the alternatives."""
 
 
 _kept_alive: list[torch.library.Library] = []
@@ -61,8 +61,8 @@ def _import_open_clip() -> ModuleType:
 
 
 def _declare_missing_torchvision_operators() -> None:
-    # PyPI's torchvision is built against CUDA. Beside a CPU build of torch its extension cannot load, and then
-    # `import torchvision` fails on two operators that nobody here calls. Declaring them is enough.
+    # PyPI's torchvision is built against CUDA. With a CPU build of torch its extension cannot load, and then
+    # `import torchvision` fails because two operators are missing. Nothing here calls them; declaring them is enough.
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return
@@ -82,8 +82,8 @@ open_clip = _import_open_clip()
 class Preprocess:
     """The model's own image preprocessing, in two halves: geometry per image, normalisation per batch.
 
-    `size` is the side of the square in pixels, `mean` and `std` are per channel on the 0..1 scale, and
-    `preprocess(images)` is ready for `encode_image`.
+    `size` is the side of the square in pixels; `mean` and `std` are per channel, on a scale of 0 to 1. The result of
+    `preprocess(images)` is the input of `encode_image`.
     """
 
     def __init__(self, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
@@ -97,16 +97,16 @@ class Preprocess:
         self.device, self.dtype = device, dtype
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """Images of any size to a normalised (B, 3, size, size) batch on the model's device, in its dtype.
+        """Converts images of any size to a normalised batch (B, 3, size, size) on the model's device, in its dtype.
 
-        Equal to open_clip's own `preprocess` on each image.
+        Gives the same as open_clip's own `preprocess` for each image.
         """
         return self.normalize(torch.stack([self.pixels(image) for image in images]))
 
     def pixels(self, image: Image.Image) -> Tensor:
         """One image, resized and cropped at the centre, as uint8 of shape (3, size, size).
 
-        Raises ValueError where the shorter side cannot be resized without a picture of gigabytes.
+        Raises ValueError if resizing the shorter side would make a picture of gigabytes.
         """
         if max(image.size) > MAX_ASPECT * min(image.size):
             raise ValueError(f"{image.width} x {image.height} pixels: more than {MAX_ASPECT} times as long as wide")
@@ -116,7 +116,7 @@ class Preprocess:
         return to_tensor(image)
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) to the numbers that the image tower takes, on the model's device."""
+        """Normalises uint8 pixels (B, 3, H, W) to the input of the image tower, on the model's device."""
         pixels = pixels.to(self.device, non_blocking=True).float().div_(255)
         mean, std = (v.to(pixels.device)[:, None, None] for v in (self.mean, self.std))
         return pixels.sub_(mean).div_(std).to(self.dtype)
@@ -129,19 +129,19 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def available_models() -> list[str]:
-    """Every architecture that `create` knows by name: open_clip's and those of `trainer/configs/`."""
+    """The names of all architectures: open_clip's and those of `trainer/configs/`."""
     return list(open_clip.list_models())
 
 
 def load(
     model: str, pretrained: str | None = None, device: str | torch.device = "cpu", precision: str = "fp32"
 ) -> tuple[Clip, Preprocess, Tokenizer]:
-    """A trained dual encoder in evaluation mode, its preprocessing and its tokenizer.
+    """Loads a trained dual encoder in evaluation mode, its preprocessing and its tokenizer.
 
-    `model` is a folder with `open_clip_config.json` and `open_clip_model.safetensors` (and then `pretrained` is left
-    out), `hf-hub:owner/name`, or the name of an architecture; then `pretrained` is one of its tags or a checkpoint
-    file. `precision` is the dtype of the weights: `fp32`, `bf16` or `fp16`.
-    Raises ModelError rather than fall back to random or wrong weights.
+    `model` is a folder with `open_clip_config.json` and `open_clip_model.safetensors`, `hf-hub:owner/name`, or the name
+    of an architecture. Only an architecture takes `pretrained`: one of its tags, or a checkpoint file. `precision` is
+    the dtype of the weights: `fp32`, `bf16` or `fp16`.
+    Raises ModelError; never falls back to random or wrong weights.
 
         model, preprocess, tokenizer = load("ViT-B-32", "openai", precision="bf16")
         image = model.encode_image(preprocess(pictures), normalize=True)            # (B, embed_dim)
@@ -151,18 +151,16 @@ def load(
         raise ModelError(f"precision {precision!r}: expected one of {', '.join(DTYPES)}")
     name, options = _resolve(model, pretrained)
     tokenizer = find_tokenizer(name)
-    state = read_weights(Path(pretrained)) if pretrained and _is_file(name, pretrained) else None
-    if state and "logit_bias" in state:
-        options["init_logit_bias"] = SIGLIP_BIAS  # so that there is a parameter to load it into
-    try:
-        with _weights(state):
-            net = open_clip.create_model(name, precision=precision, device=device, require_pretrained=True, **options)
-    except _LOADING_ERRORS as error:
-        weights = f" ({pretrained})" if pretrained else ""
-        raise ModelError(
-            f"cannot load the weights of {model}{weights}: {error}\n"
-            f"  Without a network, name a local folder with {CONFIG_FILE} and {WEIGHTS_FILE}."
-        ) from error
+    with _weights(name, pretrained) as extra:
+        try:
+            options |= {"precision": precision, "device": device, "require_pretrained": True}
+            net = open_clip.create_model(name, **options, **extra)
+        except _LOADING_ERRORS as error:
+            weights = f" ({pretrained})" if pretrained else ""
+            raise ModelError(
+                f"cannot load the weights of {model}{weights}: {error}\n"
+                f"  Without a network, name a local folder with {CONFIG_FILE} and {WEIGHTS_FILE}."
+            ) from error
     net.eval()
     _attend_our_way(net)
     preprocess = Preprocess(net.visual.preprocess_cfg, torch.device(device), DTYPES[precision])
@@ -172,36 +170,31 @@ def load(
 def create(
     model: str, device: str | torch.device = "cpu", pretrained: str | None = None, siglip: bool = False
 ) -> tuple[Clip, Preprocess, Tokenizer]:
-    """A dual encoder in training mode, with fp32 weights. Raises ModelError.
+    """Creates a dual encoder in training mode, with fp32 weights. Raises ModelError.
 
-    The weights are fresh, from torch's global generator, or `pretrained`: a tag, a file that `read_weights` takes, or a
-    folder that `trainer.export` wrote; position embeddings of another resolution are interpolated. With `siglip` the
-    model has the learned bias of Zhai et al. 2023. Bias and scale start where theirs do, unless the weights come with
-    a bias: then they are what the weights say.
+    The weights are random, from torch's global generator, or `pretrained`: a tag, a file that `read_weights` takes, or
+    a folder that `trainer.export` wrote. Position embeddings of another resolution are interpolated. With `siglip` the
+    model has the learned bias of Zhai et al. 2023. Its bias and scale start at the paper's values, unless the weights
+    contain a bias: then both come from the weights.
     """
     name = architecture(model)
-    weights: dict[str, Any] = {"pretrained_text": False}
-    extra = {k: v for k, v in model_config(name, pretrained, siglip).items() if k not in model_config(name)}
-    state = None
-    if pretrained is not None:
-        found = find_weights(name, pretrained)
-        weights = {"pretrained": found, "require_pretrained": True}
-        if _is_file(name, found):
-            state = read_weights(Path(found))
-            if "logit_bias" in state:
-                extra["init_logit_bias"] = SIGLIP_BIAS  # so that there is a parameter to load it into
-    with _silent():  # open_clip warns about random weights, which are intended here
+    options = {k: v for k, v in model_config(name, pretrained, siglip).items() if k not in model_config(name)}
+    found = None if pretrained is None else find_weights(name, pretrained)
+    if found is None:
+        options["pretrained_text"] = False
+    else:
+        options |= {"pretrained": found, "require_pretrained": True}
+    with _silent(), _weights(name, found) as extra:  # open_clip warns about random weights, which are intended here
         tokenizer = find_tokenizer(name)
         try:
-            with _weights(state):
-                net = open_clip.create_model(name, device=device, **weights, **extra)
+            net = open_clip.create_model(name, device=device, **{**options, **extra})
         except _LOADING_ERRORS as error:
             if not pretrained:
                 raise
             raise ModelError(f"pretrained {pretrained!r} does not fit {name}: {error}") from error
     if siglip and net.logit_bias is not None and net.logit_bias == 0:
-        # open_clip fills in 0 where the weights have no bias; a trained bias is never exactly 0. The scale next to it
-        # is CLIP's, about 100, at which the negatives would dominate the first steps.
+        # open_clip sets the bias to 0 if the weights have none; a trained bias is never exactly 0. The scale is then
+        # CLIP's, about 100, at which the negatives would dominate the first steps.
         with torch.no_grad():
             net.logit_bias.fill_(SIGLIP_BIAS)
             net.logit_scale.fill_(SIGLIP_LOG_SCALE)
@@ -214,7 +207,7 @@ def create(
 
 
 def find_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a model that open_clip knows by `name`. Raises ModelError if a package or a file is missing."""
+    """The tokenizer of open_clip's model `name`. Raises ModelError if a package or a file is missing."""
     try:
         tokenizer: Tokenizer = open_clip.get_tokenizer(name)
     except ImportError as error:
@@ -232,9 +225,9 @@ def find_tokenizer(name: str) -> Tokenizer:
 
 
 def find_weights(model: str, pretrained: str) -> str:
-    """The tag of the architecture or the file that `pretrained` names. Raises ModelError if there is none.
+    """The tag or file that `pretrained` names; of a folder, the file of weights in it.
 
-    A folder stands for the weights in it. A tag's weights may still have to be downloaded.
+    Raises ModelError if there is none. The weights of a tag may still have to be downloaded.
     """
     if os.path.isdir(pretrained):
         _check_folder(folder := Path(pretrained))
@@ -244,11 +237,11 @@ def find_weights(model: str, pretrained: str) -> str:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of weights under the names that the architecture gives them. Raises ModelError.
+    """Reads the tensors of a file of weights, under the architecture's own names for them. Raises ModelError.
 
-    Takes safetensors, a state dict that `torch.save` wrote, a checkpoint that holds one as `state_dict` (open_clip's)
-    or `model` (this trainer's), and any of these from a compiled or a distributed model. No code in the file is run:
-    objects that are not tensors are replaced by empty ones.
+    Takes safetensors, a state dict that `torch.save` wrote, and a checkpoint that holds one as `state_dict`
+    (open_clip's) or `model` (this trainer's), all also from a compiled or distributed model. Never runs code in the
+    file: objects that are not tensors are replaced by empty ones.
     """
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
@@ -262,7 +255,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the prefixes that torch.compile and DistributedDataParallel put before names."""
+    """A state dict without the prefixes that torch.compile and DistributedDataParallel add to names."""
     state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
@@ -270,7 +263,7 @@ def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Inert:
-    """Replaces an object in a file, so that its class is never called."""
+    """Stands in for any object in a file, so that the object's class is never called."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -280,7 +273,7 @@ class _Inert:
 
 
 def _unpickled(path: Path) -> Any:
-    if not zipfile.is_zipfile(path):  # as torch.save wrote before version 1.6
+    if not zipfile.is_zipfile(path):  # the format of torch.save before version 1.6
         return torch.load(path, map_location="cpu", weights_only=True)
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
@@ -292,27 +285,29 @@ _LOADING_ERRORS = (OSError, RuntimeError, ValueError, KeyError, AssertionError, 
 
 
 def _reason(error: Exception) -> str:
-    # torch's own reason follows a long hint on how to unpickle the file anyway.
+    # torch puts its reason after a long hint on how to unpickle the file anyway.
     text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
     return (text.strip().splitlines() or [type(error).__name__])[0]
 
 
 def _is_file(model: str, pretrained: str) -> bool:
-    # A tag comes first for open_clip, and big_vision's arrays are left to it.
+    # open_clip prefers a tag to a file of the same name. It also reads big_vision's arrays itself.
     numpy = Path(pretrained).suffix in (".npz", ".npy")
     return not open_clip.get_pretrained_cfg(model, pretrained) and os.path.isfile(pretrained) and not numpy
 
 
 @contextmanager
-def _weights(state: dict[str, Tensor] | None) -> Iterator[None]:
-    # open_clip converts and resizes weights, but only those that it reads itself.
-    if state is None:
-        yield
+def _weights(model: str, pretrained: str | None) -> Iterator[dict[str, Any]]:
+    """Makes open_clip read a file with `read_weights`; yields the options of `create_model` that the weights need."""
+    if pretrained is None or not _is_file(model, pretrained):
+        yield {}
         return
+    state = read_weights(Path(pretrained))
+    # open_clip converts and resizes only weights that it reads itself, so its reader is made to return these.
     reader = open_clip.factory.load_state_dict
     open_clip.factory.load_state_dict = lambda *_, **__: dict(state)
     try:
-        yield
+        yield {"init_logit_bias": SIGLIP_BIAS} if "logit_bias" in state else {}  # a parameter to load the bias into
     finally:
         open_clip.factory.load_state_dict = reader
 
@@ -322,15 +317,15 @@ def lock(model: Clip, image: bool, text: bool) -> None:
     for name, child in model.named_children():
         if image if name == "visual" else text:
             child.requires_grad_(False).eval()
-    if text:  # CLIP's text tower keeps some of its parameters beside the tower
+    if text:  # CLIP keeps some of the text tower's parameters in the model itself
         for name, parameter in model.named_parameters(recurse=False):
             parameter.requires_grad_(name in ("logit_scale", "logit_bias"))
 
 
 def freeze_unreached(model: Clip, preprocess: Preprocess, tokenizer: Tokenizer) -> None:
-    """Freezes parameters that the features do not depend on, such as those of CoCa's text decoder.
+    """Freezes parameters that do not affect the features, such as those of CoCa's text decoder.
 
-    No optimiser would change them. DistributedDataParallel waits for the gradient of every parameter that has one.
+    They never get a gradient, and DistributedDataParallel would wait for one for every parameter that is not frozen.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     pixels = torch.zeros(2, 3, preprocess.size, preprocess.size, dtype=torch.uint8)
@@ -344,12 +339,12 @@ def freeze_unreached(model: Clip, preprocess: Preprocess, tokenizer: Tokenizer) 
 
 
 def checkpoint_activations(model: Clip) -> None:
-    """Keeps only the inputs of each block and computes its activations again in the backward pass (Chen et al. 2016).
+    """Keeps only the inputs of each block and recomputes its activations in the backward pass (Chen et al. 2016).
 
-    Gradients, and the statistics of batch norms, are what they would be without it.
+    Gradients and the statistics of batch norms stay the same.
     """
     model.set_grad_checkpointing()
-    if isinstance(model.visual, open_clip.modified_resnet.ModifiedResNet):  # for which open_clip does nothing
+    if isinstance(model.visual, open_clip.modified_resnet.ModifiedResNet):  # open_clip does nothing for it
         for i in range(1, 5):
             for block in getattr(model.visual, f"layer{i}"):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -358,7 +353,7 @@ def checkpoint_activations(model: Clip) -> None:
 
 
 def _normalize_again(norm: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    # Computation inside a backward pass is a recomputation. A compiled graph counts once by itself.
+    # A forward pass inside a backward pass is a recomputation. A compiled graph already counts only once.
     again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
     with without_statistics(norm) if again else nullcontext():
         return forward(x)
@@ -366,8 +361,7 @@ def _normalize_again(norm: nn.Module, forward: Callable[[Tensor], Tensor], x: Te
 
 @contextmanager
 def without_statistics(module: nn.Module) -> Iterator[None]:
-    """A context that freezes the running statistics of the batch norms in `module`, which see a batch for the second
-    time."""
+    """Freezes the running statistics of the batch norms in `module` while they see a batch for the second time."""
     norms = _batch_norms(module)
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -393,7 +387,7 @@ class _Packed(NamedTuple):
 
 
 def _attend_our_way(model: Clip) -> None:
-    masked = getattr(model, "attn_mask", None) is not None  # some text towers look ahead (CLIPA's)
+    masked = getattr(model, "attn_mask", None) is not None  # some text towers, such as CLIPA's, are not causal
     for tower in (model.visual, getattr(model, "transformer", None)):
         for module in tower.modules() if tower is not None else ():
             if isinstance(module, open_clip.transformer.ResidualAttentionBlock):
@@ -408,11 +402,11 @@ def _attend(
     v_x: Tensor | None = None,
     attn_mask: Tensor | _Packed | None = None,
 ) -> Tensor:
-    # Self-attention over (B, L, D) with the parameters of nn.MultiheadAttention, which transposes and copies its
-    # input, and whose additive causal mask keeps a GPU from its fastest kernels.
+    # Self-attention over (B, L, D) with the parameters of nn.MultiheadAttention. That module transposes and copies its
+    # input, and its additive causal mask rules out a GPU's fastest kernels.
     qkv = F.linear(q_x, attention.in_proj_weight, attention.in_proj_bias)
     if isinstance(attn_mask, _Packed):
-        # Only attention needs captions apart: everything per token is one large product instead of many small ones.
+        # Only attention must separate captions; per-token work is one large product instead of many small ones.
         groups = qkv[0].split([rows * length for rows, length in attn_mask.shapes])
         mixed = [
             _mix(attention, causal, group.view(rows, length, -1), attn_mask.mask[:length, :length]).flatten(0, 1)
@@ -454,8 +448,8 @@ def model_config(model: str, pretrained: str | None = None, siglip: bool = False
     """The architecture as open_clip's configuration: `embed_dim`, `vision_cfg`, `text_cfg`, and what `create` adds."""
     name = architecture(model)
     config: dict[str, Any] = open_clip.get_model_config(name)
-    # OpenAI's and some other weights were trained with QuickGELU; under plain GELU they load without an error and
-    # score wrongly, so the activation follows the weights.
+    # OpenAI's and some other weights were trained with QuickGELU. With plain GELU they would load without an error but
+    # give wrong features, so the activation follows the weights.
     if pretrained and _trained_with(name, pretrained).get("quick_gelu"):
         config["quick_gelu"] = True
     if siglip:
@@ -464,7 +458,7 @@ def model_config(model: str, pretrained: str | None = None, siglip: bool = False
 
 
 def _trained_with(model: str, pretrained: str) -> dict[str, Any]:
-    """The architecture that is stored with the weights; empty for a bare state dict."""
+    """The architecture that is stored with the weights; empty if only a state dict is stored."""
     if os.path.isdir(pretrained):  # unlike Path.is_dir, raises nothing on an impossible name
         folder = Path(pretrained)
         _check_folder(folder)
@@ -474,18 +468,18 @@ def _trained_with(model: str, pretrained: str) -> dict[str, Any]:
         try:
             state = _unpickled(Path(pretrained))
         except _READING_ERRORS:
-            return {}  # `read_weights` says what is wrong with it
+            return {}  # `read_weights` will report it
         own = state.get("model_config") if isinstance(state, dict) else None
         return own if isinstance(own, dict) else {}
     return open_clip.get_pretrained_cfg(model, pretrained) or {}
 
 
 def _resolve(model: str, pretrained: str | None) -> tuple[str, dict[str, Any]]:
-    # The name and the arguments under which open_clip finds exactly these weights.
+    # The name and the arguments that make open_clip load exactly these weights.
     path = Path(model.removeprefix("local-dir:"))
     if os.path.isdir(path) or model.startswith("local-dir:"):
         if pretrained is not None:
-            raise ModelError(f"pretrained {pretrained!r}: {path} has weights of its own; leave `pretrained` out")
+            raise ModelError(f"pretrained {pretrained!r}: {path} has its own weights; leave `pretrained` out")
         _check_folder(path)
         return f"local-dir:{path}", {}
     if model.startswith("hf-hub:"):
@@ -503,7 +497,7 @@ def _resolve(model: str, pretrained: str | None) -> tuple[str, dict[str, Any]]:
 
 
 def _check_folder(path: Path) -> None:
-    # open_clip falls back to random weights if it finds no file that it knows, and takes the first of several.
+    # Without a known file open_clip falls back to random weights; of several files it takes the first.
     if not path.is_dir():
         raise ModelError(f"model folder {path} does not exist")
     names = sorted(p.name for p in path.iterdir())
@@ -523,16 +517,16 @@ def _check_folder(path: Path) -> None:
 
 
 MOST_GROUPS, LEAST_ROWS = 8, 32
-"""Most groups of captions, by length, that a batch is divided into, and least rows of a group."""
+"""The most groups, by length, that the captions of a batch are divided into, and the least rows of a group."""
 
 
 class Trimmed(NamedTuple):
-    """B captions in groups of about equal length. Each group lacks the padding that all its captions share."""
+    """B captions in groups of about equal length, each without the padding that all its captions share."""
 
     groups: tuple[Tensor, ...]
     """Token ids (rows, length), B rows in all."""
     places: Tensor
-    """(B,) int64: where each caption stands among the rows of all groups."""
+    """int64 (B,): the row of each caption in the concatenated groups."""
 
     def to(self, device: torch.device) -> Trimmed:
         groups = tuple(group.to(device, non_blocking=True) for group in self.groups)
@@ -540,13 +534,13 @@ class Trimmed(NamedTuple):
 
 
 def trim(model: Clip, tokens: Tensor, multiple: int = 1) -> Trimmed:
-    """Token ids (B, context_length) with less of their padding; lengths are rounded up to a `multiple`.
+    """Removes padding from token ids (B, context_length); lengths are rounded up to a `multiple`.
 
-    Web captions have a median of about 12 tokens, but one in a few hundred has 77. A whole batch could lose hardly any
-    padding; groups sorted by length lose more than half of it.
+    Web captions have a median of about 12 tokens, but one in a few hundred has 77. So hardly any padding could be cut
+    from a whole batch, but more than half of it can be cut from groups sorted by length.
 
-    Exact where the tower is causal and reads its features at the end-of-text token (CLIP): nothing there can see the
-    padding behind it. Other towers get their full input.
+    The features do not change if the tower is causal and reads them at the end-of-text token (CLIP's), because that
+    token cannot see the padding after it. Other towers get their full input.
     """
     if not _reads_end_of_text(model):
         return untrimmed(tokens)
@@ -563,12 +557,12 @@ def untrimmed(tokens: Tensor) -> Trimmed:
 
 
 def encode_text(model: Clip, tokens: Tensor, normalize: bool = False) -> Tensor:
-    """Token ids (B, context_length) to text features (B, embed_dim), trimmed first."""
+    """Encodes token ids (B, context_length), trimmed first, as text features (B, embed_dim)."""
     return encode_trimmed(model, trim(model, tokens), normalize)
 
 
 def encode_trimmed(model: Clip, captions: Trimmed, normalize: bool = False) -> Tensor:
-    """Text features (B, embed_dim) of captions as `trim` gives them; never synchronises with a GPU."""
+    """Encodes captions that `trim` returned as text features (B, embed_dim); never synchronises with a GPU."""
     groups = captions.groups
     if not _reads_end_of_text(model):
         features = torch.cat([model.encode_text(group) for group in groups])

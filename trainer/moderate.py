@@ -1,10 +1,10 @@
-"""Content moderation by prompts: scores pictures under the labels of a policy, and says which prompt matched.
+"""Content moderation by prompts: scores pictures for the labels of a policy, and names the prompt that matched.
 
     python -m trainer.moderate SOURCE --model ViT-L-14 --pretrained openai --policy conf/policy_example.yaml
 
-SOURCE is a folder of shards, a folder of pictures, or one picture. Each gets a line of JSON on standard output:
+SOURCE is a folder of shards, a folder of pictures, or one picture. Each picture gets a JSON line on standard output:
 `image`, `flagged` (the labels whose threshold it reaches) and, by label, the `score` and the `prompt` that gave it. A
-picture that cannot be read has `flagged: null` and the reason in `error`: it was not cleared.
+picture that cannot be read has `flagged: null` and the reason in `error`: it was not judged.
 
 The policy is a YAML file:
 
@@ -15,8 +15,8 @@ The policy is a YAML file:
         prompts: [a photo of a gun, a photo of a knife as a weapon]
 
 A score is the model's probability for the label's best prompt against the best neutral one: a softmax of the two
-cosines at the model's own temperature. 0.5 means equally near to both. Choose thresholds on your own labelled pictures;
-they hold for one model only.
+cosines at the model's own temperature. 0.5 means equally near to both. Choose thresholds on your own labelled pictures,
+for each model anew.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Moderator:
 
 
 def read_policy(path: Path) -> Policy:
-    """Raises ConfigError with everything that is wrong."""
+    """Reads a policy. Raises ConfigError with all problems."""
     document = Document.read(path)
     if document.problems:
         raise ConfigError("", document.problems)
@@ -98,12 +98,12 @@ def read_policy(path: Path) -> Policy:
     for name, label in found["labels"].items():
         if not isinstance(label, dict) or set(label) != {"threshold", "prompts"} or not _prompts(label["prompts"]):
             problems.append(f"labels.{name}: expected `threshold` and `prompts`, a list of texts")
-        elif isinstance(label["threshold"], bool) or not isinstance(label["threshold"], int | float):
-            problems.append(f"labels.{name}.threshold: found {label['threshold']!r}, expected a number from 0 to 1")
-        elif not 0 <= label["threshold"] <= 1:
-            problems.append(f"labels.{name}.threshold: found {label['threshold']}, expected 0 to 1")
+            continue
+        threshold = label["threshold"]
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+            problems.append(f"labels.{name}.threshold: found {threshold!r}, expected a number from 0 to 1")
         else:
-            labels[name] = Label(float(label["threshold"]), label["prompts"])
+            labels[name] = Label(float(threshold), label["prompts"])
     if problems:
         raise ConfigError(str(path), problems)
     return Policy(found["neutral"], labels)
@@ -114,7 +114,7 @@ def _prompts(value: object) -> bool:
 
 
 def moderate(args: argparse.Namespace, out: TextIO) -> None:
-    """Writes a line for every picture, in the order of the source but for unreadable ones, which come earlier."""
+    """Writes a line per picture, in the order of the source, except that unreadable pictures may come earlier."""
     policy = read_policy(args.policy)
     samples, total = read_pictures(args.source)
     moderator = Moderator(open_encoder(args), policy)
@@ -150,10 +150,9 @@ def main(argv: list[str] | None = None) -> int:
         if not args.output:
             moderate(args, sys.stdout)
             return
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        # Written atomically: a truncated file would not show which pictures were not judged.
-        with atomic.replacing(args.output) as file:
-            # A byte of a file name that is not UTF-8 becomes an escape, which JSON reads.
+        # Atomic, because a truncated file would not show which pictures are missing.
+        with atomic.replacing(args.output, parents=True) as file:
+            # A byte of a file name that is not UTF-8 becomes an escape that JSON can read.
             text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", write_through=True)
             moderate(args, text)
             text.detach()

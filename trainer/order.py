@@ -62,7 +62,7 @@ def _walked(
 
 
 def _absorb(state: np.ndarray, value: int | np.ndarray) -> np.ndarray:
-    # Arrays of unsigned numbers wrap around silently, which is what is wanted.
+    # Unsigned arithmetic on arrays wraps around without a warning, as intended.
     state = (state ^ np.asarray(value).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

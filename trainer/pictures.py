@@ -1,18 +1,19 @@
 """Decodes pictures from any source to upright and opaque 8-bit sRGB.
 
-The rules are those for fetched pictures (`pipeline.fetch.decoder`; a test compares the two), so a model sees the same
-pixels whichever tool wrote the shards:
+The rules are the same as for fetched pictures (`pipeline.fetch.decoder`; a test compares the two), so a model sees the
+same pixels whichever tool wrote the shards:
 
-- The format is what the first bytes say, and one of JPEG, PNG, WebP, GIF, AVIF.
+- The format is detected from the first bytes, and must be JPEG, PNG, WebP, GIF or AVIF.
 - The size in the header is checked before anything is decoded.
-- Of an animation, the first frame.
-- Orientation (EXIF, or XMP where there is no EXIF) is applied.
-- An ICC profile is converted to sRGB; a broken one is ignored. CMYK without a profile is converted by Pillow's formula.
-- Transparency is laid on white. Of 16 bits a channel, the high byte is taken.
+- Only the first frame of an animation is decoded.
+- The orientation (from EXIF, or from XMP if there is no EXIF) is applied.
+- Colours with an ICC profile are converted to sRGB; a broken profile is ignored. CMYK without a profile is converted by
+  Pillow's formula.
+- Transparency is composited over white. 16-bit channels keep their high byte.
 - Other metadata is ignored. Broken metadata never makes a picture corrupt.
 
-One rule is left to the fetcher: pixels that a JPEG lost before its end mark are grey here, since Pillow does not report
-them. Finding them would take a second decoding.
+Only the fetcher rejects a JPEG that lost pixels before its end marker. Here these pixels are grey: Pillow does not
+report them, and finding them would take a second decoding.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from trainer.formats import missing_bytes, sniff
 from trainer.shards import CorruptSampleError
 
 MAX_PIXELS = 64_000_000
-"""A picture with more pixels than this (8000 x 8000) is counted as corrupt before it is decoded."""
+"""A picture with more pixels (8000 x 8000) is treated as corrupt and not decoded."""
 COVER = 1.5
-"""A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves its shorter side this many times the target."""
-# A progressive JPEG has some ten scans; each is a pass over all of it, so a small file of many takes minutes.
+"""A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its shorter side is still this many times the target."""
+# A progressive JPEG has about ten scans. Each is a pass over the whole picture, so a small file of many takes minutes.
 _MOST_SCANS = 100
 _MAX_METADATA = 1 << 20  # Pillow's own limit on a text or profile of a PNG
 
@@ -43,10 +44,10 @@ AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # pictures are decoded side by side
 
 
 def decode(encoded: bytes, size: int | None = None) -> Image.Image:
-    """A picture as RGB. Raises CorruptSampleError, and nothing else, whatever the bytes are.
+    """Decodes a picture to RGB. Raises CorruptSampleError, and nothing else, whatever the bytes are.
 
-    With `size`, a large JPEG comes out smaller, but with its shorter side at least 1.5 x size: libjpeg then leaves
-    out the high frequencies that resizing to `size` would discard.
+    With `size`, a large JPEG is decoded smaller, with its shorter side at least 1.5 x size: libjpeg then skips the high
+    frequencies that resizing to `size` would discard anyway.
     """
     kind = sniff(encoded)
     if kind is None:
@@ -55,7 +56,7 @@ def decode(encoded: bytes, size: int | None = None) -> Image.Image:
         return _decode(encoded, kind, size)
     except CorruptSampleError:
         raise
-    except Image.UnidentifiedImageError as error:  # its own message holds a memory address
+    except Image.UnidentifiedImageError as error:  # its own message contains a memory address
         raise CorruptSampleError(f"no whole header of a {kind}") from error
     # Pillow's decoders raise nearly any exception on hostile bytes.
     except Exception as error:
@@ -68,13 +69,13 @@ def _decode(encoded: bytes, kind: str, size: int | None) -> Image.Image:
     if kind == "PNG":
         encoded = _essential(encoded)
     file = io.BytesIO(encoded)
-    # Image.open would look for further pictures in a JPEG, and fail where their table is broken.
+    # Image.open would look for more pictures in a JPEG, and fail if their table is broken.
     opened = JpegImagePlugin.JpegImageFile(file) if kind == "JPEG" else Image.open(file, formats=[kind])
     with opened as image:
         _check_size(*image.size)
         if "progressive" in image.info and (scans := encoded.count(b"\xff\xda")) > _MOST_SCANS:
             raise CorruptSampleError(f"a JPEG of {scans} scans")
-        # libjpeg-turbo writes a lossless JPEG in full, whatever the size of the buffer for a reduced one.
+        # libjpeg-turbo decodes a lossless JPEG in full size, even into a buffer for a reduced one.
         if size and kind == "JPEG" and _frame_type(encoded) in (0xC0, 0xC1, 0xC2):
             least = math.ceil(size * COVER)
             image.draft(None, (least, least))
@@ -92,7 +93,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _webp_size(encoded: bytes) -> tuple[int, int]:
-    """(width, height) in the header."""
+    """The width and height in the header."""
     chunk = encoded[12:16]
     if chunk == b"VP8X":
         return int.from_bytes(encoded[24:27], "little") + 1, int.from_bytes(encoded[27:30], "little") + 1
@@ -103,10 +104,11 @@ def _webp_size(encoded: bytes) -> tuple[int, int]:
 
 
 def _essential(png: bytes) -> bytes:
-    """The PNG without further frames, and with only the metadata that affects pixels: EXIF, XMP and the ICC profile.
+    """The PNG with its first frame and only the metadata that affects pixels: EXIF, XMP and the ICC profile.
 
-    Pillow refuses a PNG with large or broken metadata. Damage in a critical chunk is an error, because Pillow does not
-    verify the checksums of pixel data and would decode noise. Damaged ancillary chunks are left out.
+    Without this, Pillow would refuse a PNG with large or broken metadata. Damaged ancillary chunks are dropped. Damage
+    in a critical chunk raises CorruptSampleError, because Pillow does not verify the checksums of pixel data and would
+    decode noise.
     """
     parts, pixels, at, kind = [png[:8]], [], 8, b""
     while at + 12 <= len(png) and kind != b"IEND":
@@ -122,7 +124,7 @@ def _essential(png: bytes) -> bytes:
             raise CorruptSampleError(f"damaged or cut at byte {at:,}")
         at = end
     if kind != b"IEND":
-        raise CorruptSampleError("cut: it has no end")
+        raise CorruptSampleError("cut: it has no IEND chunk")
     if png[12:16] != b"IHDR" or missing_bytes(png[16:29], pixels):
         raise CorruptSampleError("cut: rows are missing")
     return b"".join(parts)

@@ -1,4 +1,7 @@
-"""Where pictures come from: folders, WebDataset tars, shards. Everything is read as bytes; nothing is decoded here."""
+"""Reads the inputs of evaluation: pictures in folders, WebDataset tars and shards, and lists and tables beside them.
+
+Pictures are read as bytes and not decoded here.
+"""
 
 from __future__ import annotations
 
@@ -24,48 +27,45 @@ EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif")
 FOREIGN = (".bmp", ".tif", ".tiff", ".heic", ".heif", ".jp2", ".svg", ".psd", ".jxl")
 """Extensions of pictures in unsupported formats."""
 AT_ONCE = 64
-"""Samples requested from an object store at once."""
+"""Samples per concurrent request to an object store."""
 
 
 class EvaluationError(InputError):
-    """Data that cannot be evaluated on; the message names the file or folder."""
+    """The data of an evaluation cannot be used; the message names the file or folder."""
 
 
 class Sample(NamedTuple):
     """An encoded picture and what is known about it."""
 
     where: str
-    """Its file, or `SHARD.tar:KEY`."""
+    """Path of its file, or `SHARD.tar:KEY`."""
     encoded: bytes
     label: int = -1
-    """Number of its class, if it has one."""
+    """Number of its class; -1 if it has none."""
     captions: tuple[str, ...] = ()
     problem: str = ""
     """Why the picture could not be read; empty if it was."""
 
 
 def image_files(folder: Path, pattern: str = "*") -> list[Path]:
-    """The pictures in a folder, by name; hidden files are left out. `**/*` finds those of all folders in it too.
+    """The pictures in a folder, sorted by name, without hidden files. The pattern `**/*` includes all subfolders.
 
-    Raises EvaluationError on a picture in a format that is not read: leaving it out would change the result.
+    Raises EvaluationError on a picture in an unsupported format, because skipping it would change the result.
     """
     found = []
     for path in sorted(folder.glob(pattern)):
         suffix = path.suffix.lower()
-        if _hidden(path.relative_to(folder)) or suffix not in EXTENSIONS + FOREIGN or path.is_dir():
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or suffix not in EXTENSIONS + FOREIGN or path.is_dir():
             continue
         if suffix in FOREIGN:
-            raise EvaluationError(f"{path}: pictures are read as {', '.join(EXTENSIONS)}; convert it, or take it out")
+            raise EvaluationError(f"{path}: pictures are read as {', '.join(EXTENSIONS)}; convert it, or remove it")
         found.append(path)
     return found
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
 def read_file(path: Path, label: int = -1) -> Sample:
-    """The picture in a file; one that cannot be read says so in `problem`."""
+    """Reads a picture from a file; if that fails, `problem` has the reason."""
     try:
         return Sample(str(path), path.read_bytes(), label)
     except OSError as error:
@@ -73,9 +73,9 @@ def read_file(path: Path, label: int = -1) -> Sample:
 
 
 def read_pictures(path: str) -> tuple[Iterator[Sample], int]:
-    """The pictures of shards, of a folder and all folders in it, or of one file; and how many they are.
+    """Reads the pictures of shards, of a folder with its subfolders, or of one file; also returns their number.
 
-    Raises EvaluationError or ShardsError where there are none.
+    Raises EvaluationError or ShardsError if there are none.
     """
     place = Path(path)
     if place.is_file() and place.suffix != ".tar":
@@ -90,7 +90,7 @@ def read_pictures(path: str) -> tuple[Iterator[Sample], int]:
 
 
 def read_shards(shards: Shards, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
-    """Samples `start` to `stop` - 1 with their captions."""
+    """Reads samples `start` to `stop` - 1 with their captions."""
     stop = len(shards) if stop is None else stop
     for first in range(start, stop, AT_ONCE):
         numbers = range(first, min(stop, first + AT_ONCE))
@@ -102,27 +102,26 @@ def read_shards(shards: Shards, start: int = 0, stop: int | None = None) -> Iter
 
 
 def webdataset_shards(folder: Path) -> list[Path]:
-    """The tars of a folder in the order of their numbers. Raises EvaluationError if `nshards.txt` says otherwise."""
-    shards = sorted(folder.glob("*.tar"), key=lambda path: (len(path.stem), path.stem))
+    """The tars of a folder, in numerical order. Raises EvaluationError if one that `nshards.txt` counts is missing."""
     counted = folder / "nshards.txt"
-    if counted.is_file():
-        try:
-            count = int(read_text(counted))
-        except ValueError as error:
-            raise EvaluationError(f"{counted}: {error}; expected the number of shards") from error
-        if count < 0:
-            raise EvaluationError(f"{counted}: found {count}, expected the number of shards")
-        named = (folder / f"{number}.tar" for number in range(count))  # not a list: the number may be anything
-        if missing := next((path for path in named if not path.is_file()), None):
-            raise EvaluationError(f"{missing}: missing, but {counted} says {count} shards")
-        shards = [folder / f"{number}.tar" for number in range(count)]
-    return shards
+    if not counted.is_file():
+        return sorted(folder.glob("*.tar"), key=lambda path: (len(path.stem), path.stem))
+    try:
+        count = int(read_text(counted))
+    except ValueError as error:
+        raise EvaluationError(f"{counted}: {error}; expected the number of shards") from error
+    if count < 0:
+        raise EvaluationError(f"{counted}: found {count}, expected the number of shards")
+    named = (folder / f"{number}.tar" for number in range(count))  # not a list: the count may be huge
+    if missing := next((path for path in named if not path.is_file()), None):
+        raise EvaluationError(f"{missing}: missing, but {counted} says {count} shards")
+    return [folder / f"{number}.tar" for number in range(count)]
 
 
 def read_webdataset(shard: Path, companion: str) -> Iterator[tuple[str, bytes, bytes]]:
-    """`SHARD.tar:KEY`, picture and content of `KEY.companion` for each sample of a tar.
+    """Yields `SHARD.tar:KEY`, the picture, and the contents of `KEY.companion` for each sample of a tar.
 
-    Raises EvaluationError on a damaged tar, and on a sample that has only one of the two.
+    Raises EvaluationError if the tar is damaged or a sample has only one of the two files.
     """
     try:
         with shard.open("rb") as file:
@@ -132,19 +131,19 @@ def read_webdataset(shard: Path, companion: str) -> Iterator[tuple[str, bytes, b
 
             # Reads all headers first, to report a truncated tar before its first picture.
             for sample in list(samples(read, os.fstat(file.fileno()).st_size)):
-                where, image, beside = f"{shard}:{sample.key}", sample.image(), sample.members.get(companion)
-                if beside is None and image.size == ABSENT:
+                where, image, other = f"{shard}:{sample.key}", sample.image(), sample.members.get(companion)
+                if other is None and image.size == ABSENT:
                     continue
-                if beside is None or image.size < 0:
+                if other is None or image.size < 0:
                     has = ", ".join(f".{suffix}" for suffix in sample.members)
                     raise EvaluationError(f"{where} has no image or no .{companion} beside it; it has {has}")
-                yield where, read(*image), read(*beside)
+                yield where, read(*image), read(*other)
     except (TarError, OSError) as error:
         raise EvaluationError(f"{shard}: {_reason(error)}") from error
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, with or without a byte order mark. Raises EvaluationError."""
+    """Reads a UTF-8 text file, with or without a byte order mark. Raises EvaluationError."""
     try:
         encoded = path.read_bytes()
         return encoded.decode("utf-8-sig")
@@ -158,23 +157,21 @@ def read_text(path: Path) -> str:
 
 
 def lines(path: Path) -> list[str] | None:
-    """The lines of a text file that are not empty, or None where there is no such file. Raises EvaluationError."""
-    if not path.exists():
-        return None
-    return split_lines(read_text(path))
+    """The lines of a text file that are not empty; None if the file does not exist. Raises EvaluationError."""
+    return split_lines(read_text(path)) if path.exists() else None
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of a text that are not empty, without blanks around them.
+    """The lines of a text that are not empty, without leading and trailing whitespace.
 
     Lines end with a line feed, a carriage return or both. `str.splitlines` would also split at U+2028 and others, which
-    may stand in a caption.
+    may occur in a caption.
     """
     return [line.strip() for line in io.StringIO(text, newline=None) if line.strip()]
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not empty. Raises EvaluationError where there are none."""
+    """The lines of a text file that are not empty. Raises EvaluationError if there are none."""
     found = lines(path)
     if found is None:
         raise EvaluationError(f"{path}: no such file")
@@ -184,7 +181,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a comma-separated file by the names in its first line; blank lines are left out.
+    """The rows of a comma-separated file as dicts keyed by its first line; blank lines are skipped.
 
     Raises EvaluationError if there are no rows, if column names are missing or repeated, or if a row is longer or
     shorter than the first line. Such a row has lost or gained a comma, so its values are in the wrong columns.
@@ -209,12 +206,12 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     except csv.Error as error:
         raise EvaluationError(f"{path}:{reader.line_num}: not CSV: {error}") from error
     if not rows:
-        raise EvaluationError(f"{path}: no rows below a line of column names")
+        raise EvaluationError(f"{path}: no rows below the line of column names")
     return rows
 
 
 def read_vectors(path: Path) -> np.ndarray:
-    """The embeddings in a .npy file, (rows, dim) of floats, mapped into memory. Raises EvaluationError."""
+    """The embeddings in a .npy file, floats (rows, dim), memory-mapped. Raises EvaluationError."""
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -225,7 +222,7 @@ def read_vectors(path: Path) -> np.ndarray:
 
 
 def read_columns(path: Path, *names: str) -> pa.Table:
-    """Columns of a parquet file; by default all. Raises EvaluationError."""
+    """Reads columns of a parquet file, by default all. Raises EvaluationError."""
     try:
         return pq.read_table(path, columns=list(names) or None)
     except (OSError, pa.ArrowException) as error:
@@ -233,7 +230,7 @@ def read_columns(path: Path, *names: str) -> pa.Table:
 
 
 def count_rows(path: Path) -> int:
-    """The rows of a parquet file. Raises EvaluationError."""
+    """The number of rows of a parquet file. Raises EvaluationError."""
     try:
         return int(pq.read_metadata(path).num_rows)
     except (OSError, pa.ArrowException) as error:
@@ -245,7 +242,7 @@ def _reason(error: Exception) -> str:
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` consecutive items; the last may be shorter."""
+    """Yields lists of `size` consecutive items; the last may be shorter."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch

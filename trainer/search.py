@@ -1,16 +1,16 @@
 """Semantic search and caption retrieval over a dataset, by text or by image.
 
-    python -m trainer.search embed SHARDS --model runs/demo/model --out DIR     embeddings alone
-    python -m trainer.search index SHARDS --model runs/demo/model --out DIR     embeddings and the indexes over them
-    python -m trainer.search index DIR                                          indexes over embeddings that are there
+    python -m trainer.search embed SHARDS --model runs/demo/model --out DIR     embeddings only
+    python -m trainer.search index SHARDS --model runs/demo/model --out DIR     embeddings, and indexes over them
+    python -m trainer.search index DIR                                          indexes over existing embeddings
     python -m trainer.search query DIR --text "a red circle" -k 5               the images nearest to a text
     python -m trainer.search query DIR --image photo.jpg --captions             the captions nearest to an image
 
 Embeddings are in clip-retrieval's layout: `img_emb/img_emb_0.npy` and `text_emb/text_emb_0.npy` (unit vectors, fp16),
 `metadata/metadata_0.parquet` with `image_path` and `caption`, row by row. Parts are written atomically, and `embed`
-resumes after the last one. The indexes are faiss's, `image.index` and `text.index`, read from disk as they are
-searched: fp16 and exhaustive up to a million vectors, beyond that in inverted lists (`--lists`), of which a query reads
-`--probes`. Needs faiss: pip install 'winnow-clip[search]'.
+resumes after the last one. The indexes are faiss's, `image.index` and `text.index`, in fp16, and a search reads them
+from disk. Up to a million vectors a search is exhaustive; beyond that, vectors are in inverted lists (`--lists`), of
+which a query reads `--probes`. Needs faiss: pip install 'winnow-clip[search]'.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import argparse
 import json
 import math
 import sys
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -46,11 +45,11 @@ if TYPE_CHECKING:
     from trainer.features import Encoder
 
 SETTINGS = "search.json"
-"""Names the model that made the embeddings; written before them."""
+"""File that names the model and the data of the embeddings; written before them."""
 EXHAUSTIVE = 1_000_000
-"""Up to this many vectors, the query is compared with every one: exact, in a fraction of a second."""
+"""Up to this many vectors, a query is compared with all: the result is exact and takes a fraction of a second."""
 TRAINING = 64
-"""Vectors per inverted list that the lists' centres are fitted to (faiss warns below 39)."""
+"""Vectors per inverted list to fit the centres of the lists to (faiss warns below 39)."""
 
 
 def embed(args: argparse.Namespace) -> None:
@@ -71,19 +70,19 @@ def embed(args: argparse.Namespace) -> None:
             lines = [f"{key}: {before.get(key)} there, {settings[key]} now" for key in changed]
             raise ConfigError(str(out), [*lines, "holds other embeddings; give another --out"])
     parts = math.ceil(len(shards) / args.part)
-    digits = int(math.log10(parts)) + 1  # as clip-retrieval pads them
+    digits = len(str(parts))  # padded as by clip-retrieval
     encoder = open_encoder(args)
-    with _output(out / SETTINGS) as file:
+    with atomic.replacing(out / SETTINGS, parents=True) as file:
         file.write(json.dumps(settings, indent=2).encode() + b"\n")
     for part in range(parts):
         path = out / "metadata" / f"metadata_{part:0{digits}d}.parquet"
         if not path.is_file():
             say(f"part {part + 1} of {parts}")
-            _embed_part(encoder, shards, part * args.part, out, path.stem.removeprefix("metadata_"))
+            start, stop = part * args.part, min(len(shards), (part + 1) * args.part)
+            _embed_part(encoder, shards, start, stop, out, path.stem.removeprefix("metadata_"))
 
 
-def _embed_part(encoder: Encoder, shards: Shards, start: int, out: Path, name: str) -> None:
-    stop = min(len(shards), start + _settings(out)["part"])
+def _embed_part(encoder: Encoder, shards: Shards, start: int, stop: int, out: Path, name: str) -> None:
     images, texts, keys, captions = [], [], [], []
 
     def corrupt(sample: Sample, why: str) -> None:
@@ -97,21 +96,16 @@ def _embed_part(encoder: Encoder, shards: Shards, start: int, out: Path, name: s
     if not keys:
         raise ShardsError(f"{shards.folder}: none of the samples {start} to {stop - 1} is readable")
     for kind, blocks in (("img_emb", images), ("text_emb", texts)):
-        with _output(out / kind / f"{kind}_{name}.npy") as file:
+        with atomic.replacing(out / kind / f"{kind}_{name}.npy", parents=True) as file:
             np.save(file, np.concatenate(blocks))
     # Written last: if it exists, the part is complete.
     table = pa.table({"image_path": keys, "caption": captions})
-    with _output(out / "metadata" / f"metadata_{name}.parquet") as file:
+    with atomic.replacing(out / "metadata" / f"metadata_{name}.parquet", parents=True) as file:
         pq.write_table(table, file)
 
 
-def _output(path: Path) -> AbstractContextManager[BinaryIO]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return atomic.replacing(path)
-
-
 def index(args: argparse.Namespace) -> None:
-    """Builds the indexes over the embeddings of a folder, after embedding the shards if any are given."""
+    """Builds the indexes over the embeddings of a folder; embeds the samples first if given shards."""
     _faiss()
     folder = Path(args.source)
     if "://" not in args.source and not set(args.source) & set("{*") and not folder.exists():
@@ -125,14 +119,15 @@ def index(args: argparse.Namespace) -> None:
         files = _parts(folder, kind)
         if name == "text" and not files:
             continue
-        build(files, folder / f"{name}.index", args.lists)
-        say(f"{folder / f'{name}.index'}")
+        path = folder / f"{name}.index"
+        build(files, path, args.lists)
+        say(str(path))
 
 
 def build(files: list[Path], out: Path, lists: int | None) -> None:
-    """A faiss index by inner product over .npy files of vectors; row numbers run through the files in order.
+    """Builds a faiss index by inner product over .npy files of vectors; rows are numbered through the files in order.
 
-    Raises EvaluationError where there are no vectors or fewer than the lists need.
+    Raises EvaluationError if there are no vectors, or fewer than `lists`.
     """
     import torch
 
@@ -154,7 +149,7 @@ def build(files: list[Path], out: Path, lists: int | None) -> None:
     kind = f"IVF{lists},SQfp16" if lists else "SQfp16"
     built = faiss.index_factory(arrays[0].shape[1], kind, faiss.METRIC_INNER_PRODUCT)
     if lists:
-        # A run's shards hold samples in random order, but other shards may not, so take some from every part.
+        # Samples may be stored in any order, so take some from every part.
         share = max(1, total // (lists * TRAINING))
         built.train(np.concatenate([array[::share] for array in arrays]).astype(np.float32))
     else:
@@ -169,7 +164,7 @@ def build(files: list[Path], out: Path, lists: int | None) -> None:
 
 
 class Searcher:
-    """A folder that `index` made, opened for queries."""
+    """An index folder, opened for queries."""
 
     def __init__(self, folder: str | Path, captions: bool = False, probes: int = 64) -> None:
         faiss = _faiss()
@@ -178,15 +173,14 @@ class Searcher:
             raise EvaluationError(f"{path}: missing; `python -m trainer.search index {folder}` builds it")
         try:
             self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
-        except (RuntimeError, MemoryError) as error:  # a damaged size asks for all memory
+        except (RuntimeError, MemoryError) as error:  # a damaged size can request all memory
             raise EvaluationError(
                 f"{path}: not a faiss index; build it again: python -m trainer.search index {folder}"
             ) from error
         if hasattr(inner := faiss.downcast_index(self.index), "nprobe"):
             inner.nprobe = probes
         self.metadata = _parts(Path(folder), "metadata", "parquet")
-        ends = np.cumsum([0, *(count_rows(file) for file in self.metadata)])
-        self._starts = ends.astype(np.int64)
+        self._starts = np.cumsum([0, *(count_rows(file) for file in self.metadata)], dtype=np.int64)
         if self.index.ntotal != self._starts[-1]:
             raise EvaluationError(
                 f"{path}: {self.index.ntotal} vectors, but the metadata has {self._starts[-1]} rows;"
@@ -194,7 +188,7 @@ class Searcher:
             )
 
     def nearest(self, vectors: np.ndarray, k: int) -> list[list[dict[str, Any]]]:
-        """For each unit vector (a row) the `k` nearest, nearest first: `score` (cosine), `image_path`, `caption`."""
+        """For each unit vector (a row) the `k` nearest, nearest first: `score` (cosine) and the metadata of `row`."""
         if vectors.shape[1] != self.index.d:
             raise EvaluationError(
                 f"--model: vectors of {vectors.shape[1]} dimensions, but the index has {self.index.d}: another model's"
@@ -227,7 +221,7 @@ def query(args: argparse.Namespace) -> None:
     else:
         ((_, vectors),) = encoder.images([read_file(Path(args.image))])
     for found in searcher.nearest(vectors.cpu().numpy(), args.k)[0]:
-        # Metadata of other tools may hold anything: times and bytes are printed as text, NaN as null.
+        # Other tools' metadata may hold anything: times and bytes are printed as text, NaN as null.
         plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in found.items()}
         print(json.dumps(plain, ensure_ascii=False, default=str))
 

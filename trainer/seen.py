@@ -1,17 +1,17 @@
-"""Says at which steps of a training run listed samples were trained on.
+"""Lists the steps at which a training run used given samples.
 
     python -m trainer.seen runs/b32 --uids uids.txt
     python -m trainer.seen runs/b32/checkpoints/step-00010000.pt --uids uids.txt --shards data/shards
 
-The first argument is a checkpoint, or the output folder of a training, whose newest checkpoint counts. The file has one
-uid a line, 32 hex digits; a line that begins with # is a comment. Each uid gets a line of JSON on standard output:
-`uid`, the `samples` that have it (`SHARD.tar:KEY`) and the `steps` up to the checkpoint that took one of them, counted
-from 1 as in metrics.jsonl.
+The first argument is a checkpoint, or the output folder of a training, which stands for its newest checkpoint. The file
+of uids has one per line, 32 hex digits; lines that begin with # are comments. Each uid gets a JSON line on standard
+output: `uid`, the `samples` that have it (`SHARD.tar:KEY`) and the `steps`, up to the checkpoint, that used one of
+these samples, counted from 1 as in metrics.jsonl.
 
-The order of samples is a function of the seed, so nothing but the checkpoint and the shards is needed. The shards must
-be those that the model was trained on: ask before samples are taken out of them. Uids come from the tables beside the
-tars, or from the JSON of each sample, read once; only the listed uids are held in memory. Samples that replaced
-unreadable ones are found too: if the training met any, this takes another pass over all positions of the run, some 0.2
+The order of samples is a function of the seed, so only the checkpoint and the shards are needed. The shards must be
+those that the model was trained on: run this before removing samples from them. Uids come from the tables beside the
+tars, or from the JSON of each sample, and are read once; only the listed uids are held in memory. Samples that replaced
+unreadable ones are found too: if the training had any, this takes another pass over all positions of the run, about 0.2
 µs of CPU each.
 """
 
@@ -23,7 +23,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -31,22 +31,17 @@ from trainer.command import exit_status, say
 from trainer.errors import InputError
 from trainer.terminal import guarded, progress
 
-if TYPE_CHECKING:
-    from trainer.mixture import Mixture
-    from trainer.shards import Shards
-    from trainer.subset import Subset
-
 BLOCK = 1 << 20
-"""Positions of the run searched at once for replacements."""
+"""Positions of the run that are searched for replacements in one array."""
 _UID = re.compile(r"[0-9a-f]{32}")
 
 
 class SeenError(InputError):
-    """A list of uids or a checkpoint that cannot be used; the message names it."""
+    """A list of uids or a checkpoint cannot be used; the message names it."""
 
 
 def read_uids(path: str) -> list[str]:
-    """The distinct uids of a list, in its order. Raises SeenError."""
+    """The distinct uids of a file, in its order. Raises SeenError."""
     try:
         lines = Path(path).read_bytes().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -59,12 +54,12 @@ def read_uids(path: str) -> list[str]:
                 raise SeenError(f"--uids: {path}:{number}: found {line.strip()[:80]!r}, expected 32 hex digits")
             uids[text] = None
     if not uids:
-        raise SeenError(f"--uids: {path}: lists no uid; expected 32 hex digits a line")
+        raise SeenError(f"--uids: {path}: lists no uid; expected 32 hex digits per line")
     return list(uids)
 
 
 class Training:
-    """A training run up to a checkpoint: which samples it took at which step. Raises InputError."""
+    """A training run up to a checkpoint: finds the steps that used a sample. Raises InputError."""
 
     def __init__(self, path: Path, shards: str | None = None) -> None:
         from trainer import checkpoint
@@ -77,10 +72,10 @@ class Training:
         for line in damaged:
             say(f"warning: {line}; the steps are those up to {found.name}")
         config: dict[str, Any] = state["config"]
-        self.shards: Shards | Mixture | Subset = open_shards(shards or config["shards"], config.get("subset"))
+        self.shards = open_shards(shards or config["shards"], config.get("subset"))
         if self.shards.fingerprint != state["data"]:
             raise SeenError(
-                f"{found}: trained on other data than {self.shards.folder} holds now; name a copy of it with --shards"
+                f"{found}: trained on other data than {self.shards.folder} has now; name a copy of it with --shards"
             )
         self.seed, self.batch_size = int(config["seed"]), int(config["batch_size"])
         self.steps, self.corrupt = int(state["step"]), int(state["corrupt"])
@@ -90,19 +85,20 @@ class Training:
         self._known: dict[int, bool] = {}
 
     def find(self, uids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers of the samples that have one of these uids, ascending, and for each the index of its uid."""
+        """The numbers of the samples that have one of these uids, ascending, and the index of each sample's uid."""
         wanted = {uid: i for i, uid in enumerate(uids)}
         hits: list[tuple[int, int]] = []
-        number = 0
-        for held in progress(self.shards.uids(), None, "tars searched"):
-            hits += [(number + i, wanted[uid]) for i, uid in enumerate(held) if uid in wanted]
-            number += len(held)
+        first = 0
+        for tar_uids in progress(self.shards.uids(), None, "tars searched"):
+            hits += [(first + i, wanted[uid]) for i, uid in enumerate(tar_uids) if uid in wanted]
+            first += len(tar_uids)
         numbers, which = zip(*hits) if hits else ((), ())
         return np.array(numbers, np.int64), np.array(which, np.int64)
 
     def taken(self, numbers: np.ndarray) -> Iterator[tuple[int, int]]:
-        """Each use of one of these samples: its index in `numbers`, and the step, from 1."""
-        for epoch in progress(range(-(-self.steps // self.per_epoch)), -(-self.steps // self.per_epoch), "epochs"):
+        """Yields each use of one of these samples: its index in `numbers`, and the step, from 1."""
+        epochs = -(-self.steps // self.per_epoch)
+        for epoch in progress(range(epochs), epochs, "epochs"):
             used = min(self.per_epoch, self.steps - epoch * self.per_epoch) * self.batch_size
             indices, positions = self.shards.positions(numbers, self.seed, epoch)
             uses = list(zip(indices.tolist(), positions.tolist()))
@@ -116,7 +112,7 @@ class Training:
     def _replacements(
         self, epoch: int, used: int, indices: np.ndarray, positions: np.ndarray, numbers: np.ndarray
     ) -> list[tuple[int, int]]:
-        """The positions at which one of these samples replaced another, with its index."""
+        """Each use of one of these samples as a replacement: its index in `numbers`, and the position it replaced."""
         from trainer.data import MAX_REPLACEMENTS, replacements
 
         index_at = dict(zip(positions.tolist(), indices.tolist()))
@@ -133,7 +129,7 @@ class Training:
         return found
 
     def _reached(self, epoch: int, position: int, attempt: int) -> bool:
-        """Whether the sample at a position and all its replacements before this attempt cannot be read."""
+        """Whether training made this attempt: the sample and all its earlier replacements are unreadable."""
         from trainer.data import replacements
 
         one = np.array([position])
@@ -153,7 +149,7 @@ class Training:
 
 
 def seen(checkpoint: str, uids: str, shards: str | None = None) -> Iterator[dict[str, Any]]:
-    """For each listed uid `uid, samples, steps`. Raises InputError."""
+    """Yields `uid`, `samples` and `steps` for each listed uid. Raises InputError."""
     wanted = read_uids(uids)
     training = Training(Path(checkpoint), shards)
     numbers, which = training.find(wanted)
@@ -163,14 +159,14 @@ def seen(checkpoint: str, uids: str, shards: str | None = None) -> Iterator[dict
     samples: list[list[str]] = [[] for _ in wanted]
     for number, index in zip(numbers.tolist(), which.tolist()):
         samples[index].append(training.shards.key(number))
-    say(f"{len(np.unique(which)):,} of {len(wanted):,} uids are in the data; {training.steps:,} steps were made")
+    say(f"{len(np.unique(which)):,} of {len(wanted):,} uids are in the data; {training.steps:,} steps were trained")
     for i, uid in enumerate(wanted):
         yield {"uid": uid, "samples": samples[i], "steps": sorted(steps[i])}
 
 
 @guarded()
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.seen",
         description=__doc__,
@@ -178,8 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", help="a checkpoint, or the output folder of a training")
-    parser.add_argument("--uids", required=True, metavar="FILE", help="the uids, one a line")
-    parser.add_argument("--shards", help="where the data is, if not where the training found it")
+    parser.add_argument("--uids", required=True, metavar="FILE", help="file of uids, one per line")
+    parser.add_argument("--shards", help="where the data is now, if it moved since the training")
     args = parser.parse_args(argv)
 
     def run() -> None:

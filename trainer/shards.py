@@ -1,8 +1,8 @@
-"""Samples by number, from tars on a disk or in an object store, without reading what lies between them.
+"""Reads samples by number from tars on disk or in an object store, without reading the bytes between them.
 
-The shards of a run are read through their manifest and its byte-offset index. Any other WebDataset tars (those of
-img2dataset, open_clip, DataComp) get such an index when they are first opened. Every file is named in the configuration
-or checked against the manifest. Nothing is unpickled, and no shell is run.
+The shards of a run are read through their manifest and its byte-offset index. Other WebDataset tars (from img2dataset,
+open_clip, DataComp) get such an index when they are first opened. Every file is named in the configuration or checked
+against the manifest. Nothing is unpickled, and no shell is run.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import accumulate, islice, repeat
+from itertools import accumulate, chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -45,17 +45,16 @@ INDEX_VERSION = 2
 MAX_IMAGE_BYTES = 1 << 26
 MAX_TEXT_BYTES = 1 << 20
 WINDOW = 1 << 24
-"""Bytes per request while a remote tar is indexed."""
+"""Bytes per request when indexing a remote tar."""
 GAP = 1 << 16
 """Image and caption of a sample are fetched in one request if at most this many bytes lie between them."""
 
 UIDS_AT_ONCE = 1024
-"""JSON members read at once to find uids."""
+"""JSON members per batch when reading uids."""
 PAUSES = (0.3, 2.0)
 """Seconds to wait before each retry of a request."""
-
 MAX_TARS = 2_000_000
-"""Most names that the braces of a pattern may stand for; the largest datasets have about a million tars."""
+"""Maximum number of names in a pattern with braces; the largest datasets have about a million tars."""
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 
 _Row = struct.Struct("<6q")
@@ -64,16 +63,16 @@ _R = TypeVar("_R")
 
 
 class ShardsError(InputError):
-    """Shards that are absent, unfinished or damaged; the message names the file."""
+    """Shards are missing, unfinished or damaged; the message names the file."""
 
 
 class CorruptSampleError(ValueError):
-    """One sample that cannot be read; the message says why."""
+    """A sample cannot be read; the message says why."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar, and where its index is."""
+    """A tar and the place of its index."""
 
     name: str
     """its name in messages"""
@@ -86,9 +85,9 @@ class Shard:
     index: str
     """a local .npy file"""
     first_row: int
-    """the byte of that file at which the rows start"""
+    """byte offset of the rows in that file"""
     captions: str = ""
-    """a local file that holds the captions, if they are not in the tar"""
+    """a local file with the captions, if they are not in the tar"""
     lists_captions: bool = False
     """whether the JSON of a sample may list several captions"""
     table: str = ""
@@ -98,10 +97,10 @@ class Shard:
 class Shards:
     """Samples by number, 0 to `len(shards) - 1`.
 
-    `source` is the `shards/` folder of a run or the run's own folder; any folder of WebDataset tars; one tar; or
-    tars by a pattern, `data/{00000..00999}.tar` or `data/*.tar`. Each can be local or a URL that fsspec knows
-    (`s3://`, `gs://`, `https://`, …). Or a local folder with `pictures.json`: an index of pictures in other files, as a
-    study writes it. Raises ShardsError.
+    `source` is the folder of a run or its `shards/`, any folder of WebDataset tars, one tar, or a pattern of tars such
+    as `data/{00000..00999}.tar` or `data/*.tar`. Each can be local or a URL that fsspec supports (`s3://`, `gs://`,
+    `https://`, …). It can also be a local folder with `pictures.json`, a study's index of pictures in other files.
+    Raises ShardsError.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -116,31 +115,31 @@ class Shards:
         self.remote = self.remote or any("://" in shard.url for shard in self.shards)
         self._ends = list(accumulate(shard.samples for shard in self.shards))
         if not self._ends[-1]:
-            raise ShardsError(f"shards: {self.folder}: there is nothing to read, its {len(self.shards)} tars are empty")
+            raise ShardsError(f"shards: {self.folder}: nothing to read: its {len(self.shards)} tars are empty")
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal contents: a hash over the shards' own hashes, or over the keys and byte ranges of all
-        samples where the tars came without any."""
+        """Equal for equal contents. A hash of the shards' own hashes, or for tars without hashes of the keys and byte
+        ranges of all samples."""
         return hashlib.sha256("\n".join(shard.digest for shard in self.shards).encode()).hexdigest()
 
     def order(self, positions: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """The sample numbers, int64, at these positions (0 to `len - 1`) of an epoch: each number exactly once."""
+        """The sample numbers, int64, at these positions (0 to `len - 1`) of an epoch; each number occurs once."""
         return shuffled(positions, len(self), seed, epoch)
 
     def positions(self, numbers: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where these sample numbers are in an epoch, the inverse of `order`: indices into `numbers`, and for each a
-        position, both int64."""
+        """The inverse of `order`, where these sample numbers are in an epoch: indices into `numbers`, and the position
+        of each, both int64."""
         return np.arange(len(numbers)), unshuffled(numbers, len(self), seed, epoch)
 
     def uids(self) -> Iterator[list[str | None]]:
-        """The uids of all samples in the order of their numbers, a list for each tar; None for a sample without one.
+        """Yields the uids of all samples, in the order of their numbers, one list per tar; None for a missing uid.
 
-        Read from the table beside the tar where a manifest names one, otherwise from the JSON of each sample.
-        ShardsError if the table does not fit its tar.
+        Reads them from the table beside the tar if the manifest names one, otherwise from the JSON of each sample.
+        Raises ShardsError if the table does not fit its tar.
         """
         for shard in self.shards:
             uids = _table_uids(shard) if shard.table else None
@@ -149,38 +148,29 @@ class Shards:
     def _json_uids(self, shard: Shard) -> Iterator[str | None]:
         for start in range(0, shard.samples, UIDS_AT_ONCE):
             rows = [self._index(shard, row) for row in range(start, min(start + UIDS_AT_ONCE, shard.samples))]
-            ranges = [(shard.url, row[2], row[3] if 0 < row[3] <= MAX_IMAGE_BYTES else 0) for row in rows]
-            if self.remote:
-                texts = _fetch(ranges)
-            else:
-                file = _opened(shard.url, shard.digest).descriptor
-                texts = [os.pread(file, size, at) if size else b"" for _, at, size in ranges]
-            for text in texts:
+            for text in self._bytes(shard, [row[2:4] if 0 < row[3] <= MAX_IMAGE_BYTES else (0, 0) for row in rows]):
                 uid = None
                 with suppress(ValueError, KeyError, TypeError, RecursionError):
                     uid = json.loads(text)["uid"]
                 yield uid if isinstance(uid, str) else None
 
     def key(self, number: int) -> str:
-        """`SHARD.tar:KEY`, the name of a sample in messages, from the tar's own header."""
+        """`SHARD.tar:KEY`, the name of a sample in messages, read from the tar's header."""
         shard, row = self._locate(number)
         if shard.captions:
             return f"{shard.name}:sample {number}"
         at = max(0, self._index(shard, row)[0] - BLOCK)
         header = b""
         with suppress(ShardsError, OSError):
-            if self.remote:
-                (header,) = _fetch([(shard.url, at, BLOCK)])
-            else:
-                header = os.pread(_opened(shard.url, shard.digest).descriptor, BLOCK, at)
+            (header,) = self._bytes(shard, [(at, BLOCK)])
         name = member_name(header).decode("ascii", "replace")
         folder, slash, base = name.rpartition("/")
-        # Names come from the web and may hold control characters of terminals.
+        # Names come from the web and may contain terminal control characters.
         key = "".join(c if c.isprintable() else "?" for c in folder + slash + base.partition(".")[0])
         return f"{shard.name}:{key or f'sample {row}'}"
 
     def read(self, number: int) -> tuple[bytes, str]:
-        """The encoded image and the caption. Raises CorruptSampleError."""
+        """Reads the encoded image and the caption. Raises CorruptSampleError."""
         (sample,) = self.read_many([number])
         if isinstance(sample, CorruptSampleError):
             raise sample
@@ -189,13 +179,20 @@ class Shards:
     def read_many(
         self, numbers: Iterable[int], draws: Iterable[int] | None = None
     ) -> Iterator[tuple[bytes, str] | CorruptSampleError]:
-        """`read` for several samples: one at a time from a disk, with concurrent requests from a remote store.
+        """As `read`, for several samples: one at a time from disk, with concurrent requests from a remote store.
 
-        `draws` has a whole number for each sample. Of several captions, it takes the one at draw modulo their number;
-        by default the first.
+        `draws` has a whole number for each sample. It chooses among several captions, modulo their number; the default
+        is the first caption.
         """
         places = (self._places(number, draw) for number, draw in zip(numbers, repeat(0) if draws is None else draws))
         return iter(_read_remote(list(places))) if self.remote else map(_read_local, places)
+
+    def _bytes(self, shard: Shard, ranges: Sequence[tuple[int, ...]]) -> list[bytes]:
+        """Byte ranges (offset, size) of a tar."""
+        if self.remote:
+            return _fetch([(shard.url, at, size) for at, size in ranges])
+        file = _opened(shard.url, shard.digest).descriptor
+        return [os.pread(file, size, at) for at, size in ranges]
 
     def _locate(self, number: int) -> tuple[Shard, int]:
         at = bisect_right(self._ends, number)
@@ -219,7 +216,7 @@ class Shards:
             return CorruptSampleError("its picture's name has several dots, and a key ends at the first")
         if text_size == ABSENT:
             return CorruptSampleError("it has no caption: neither txt nor json")
-        # In a tar a header comes first. Captions in a file of their own are checked when they are read.
+        # A tar begins with a header. Captions in a separate file are checked when they are read.
         first, longest = (0, sys.maxsize) if shard.captions else (BLOCK, shard.size)
         most_text = MAX_IMAGE_BYTES if shard.lists_captions else MAX_TEXT_BYTES
         for at, size, end, most in (
@@ -233,7 +230,7 @@ class Shards:
 
 
 class _Places(NamedTuple):
-    """Where the two parts of a sample lie in their tar."""
+    """Where the image and the caption of a sample are in their tar."""
 
     shard: Shard
     image_at: int
@@ -241,10 +238,21 @@ class _Places(NamedTuple):
     text_at: int
     text_size: int
     in_json: bool
-    """the caption is in a JSON object: one of its `captions`, objects with a `caption` each; without those its
-    `caption`, a text or a list of texts"""
+    """whether the caption is in a JSON object: in one of its `captions`, objects with a `caption` each; without these,
+    in its `caption`, a text or a list of texts"""
     draw: int
     """chooses among several captions"""
+
+    def ranges(self) -> list[tuple[str, int, int]]:
+        """The byte ranges (url, offset, size) to request: one if the two parts are close together."""
+        image = (self.shard.url, self.image_at, self.image_size)
+        if self.shard.captions:
+            return [image]
+        start = min(self.image_at, self.text_at)
+        size = max(self.image_at + self.image_size, self.text_at + self.text_size) - start
+        if size <= self.image_size + self.text_size + GAP:
+            return [(self.shard.url, start, size)]
+        return [image, (self.shard.url, self.text_at, self.text_size)]
 
 
 def _read_local(places: _Places | CorruptSampleError) -> tuple[bytes, str] | CorruptSampleError:
@@ -257,41 +265,24 @@ def _read_local(places: _Places | CorruptSampleError) -> tuple[bytes, str] | Cor
 
 
 def _read_remote(found: list[_Places | CorruptSampleError]) -> list[tuple[bytes, str] | CorruptSampleError]:
-    # One request for a sample whose parts are close together, and the requests of all samples side by side.
-    ranges: list[tuple[str, int, int]] = []
-    for places in found:
-        if isinstance(places, _Places):
-            url, (start, end) = places.shard.url, _span(places)
-            if places.shard.captions:
-                ranges.append((url, places.image_at, places.image_size))
-            elif end - start <= places.image_size + places.text_size + GAP:
-                ranges.append((url, start, end - start))
-            else:
-                ranges.append((url, places.image_at, places.image_size))
-                ranges.append((url, places.text_at, places.text_size))
-    blocks = iter(_fetch(ranges))
+    # The requests of all samples are concurrent.
+    ranges = [[] if isinstance(places, CorruptSampleError) else places.ranges() for places in found]
+    blocks = iter(_fetch(list(chain.from_iterable(ranges))))
     samples: list[tuple[bytes, str] | CorruptSampleError] = []
-    for places in found:
+    for places, own in zip(found, ranges):
         if isinstance(places, CorruptSampleError):
             samples.append(places)
             continue
+        parts = [(start, next(blocks)) for _, start, _ in own]
+        (image_start, image), (text_start, text) = parts[0], parts[-1]  # the same block if there is only one
+        image = image[places.image_at - image_start :][: places.image_size]
         if places.shard.captions:
             file = _opened(places.shard.captions, places.shard.digest).descriptor
-            samples.append(_sample(next(blocks), os.pread(file, places.text_size, places.text_at), places))
-            continue
-        start, end = _span(places)
-        if end - start <= places.image_size + places.text_size + GAP:
-            block = next(blocks)
-            image, text = block[places.image_at - start :], block[places.text_at - start :]
-            samples.append(_sample(image[: places.image_size], text[: places.text_size], places))
+            text = os.pread(file, places.text_size, places.text_at)
         else:
-            samples.append(_sample(next(blocks), next(blocks), places))
+            text = text[places.text_at - text_start :][: places.text_size]
+        samples.append(_sample(image, text, places))
     return samples
-
-
-def _span(places: _Places) -> tuple[int, int]:
-    image_end, text_end = places.image_at + places.image_size, places.text_at + places.text_size
-    return min(places.image_at, places.text_at), max(image_end, text_end)
 
 
 def _sample(image: bytes, text: bytes, places: _Places) -> tuple[bytes, str] | CorruptSampleError:
@@ -305,7 +296,7 @@ def _sample(image: bytes, text: bytes, places: _Places) -> tuple[bytes, str] | C
         caption = captions or about["caption"]
         if isinstance(caption, list) and caption:
             caption = caption[places.draw % len(caption)]
-        caption.encode()  # JSON can spell a lone surrogate, which no tokenizer takes
+        caption.encode()  # JSON can contain a lone surrogate, which tokenizers refuse
         return image, str(caption)
     except UnicodeError:
         return CorruptSampleError("the caption is not UTF-8")
@@ -314,7 +305,7 @@ def _sample(image: bytes, text: bytes, places: _Places) -> tuple[bytes, str] | C
 
 
 def _table_uids(shard: Shard) -> list[str | None] | None:
-    """None if there is no table: training needs only the tars, so the tables may not have been copied."""
+    """The uids in a shard's table, or None if the table was not copied with the tars, which training can do without."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -331,8 +322,7 @@ def _table_uids(shard: Shard) -> list[str | None] | None:
 
 
 class _File:
-    """A file descriptor, closed with its last reference. Not a memory map, which kills the process if the file
-    shrinks."""
+    """A file descriptor, closed with its last reference. A memory map would kill the process if the file shrinks."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = -1
@@ -343,20 +333,19 @@ class _File:
             os.close(self.descriptor)
 
 
-# Bounded, because processes may open some 1,000 files and a big dataset has tens of thousands of shards. The digest is
-# part of the key so that a file that was changed and opened anew is not read through its old descriptor.
+# Bounded, because a process may open only about 1,000 files and a big dataset has tens of thousands of shards. The
+# digest is part of the key so that a changed file is not read through the descriptor of the old one.
 @lru_cache(maxsize=256)
 def _opened(path: str, digest: str) -> _File:
     return _File(path)
 
 
 def _fetch(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-    """Byte ranges (url, offset, size) of remote files, asked for concurrently, each up to three times."""
+    """Fetches byte ranges (url, offset, size) of remote files concurrently; tries each up to three times."""
     blocks: list[bytes] = [b""] * len(ranges)
     left = [i for i, (_, _, size) in enumerate(ranges) if size]
-    for pause in (*PAUSES, None):
-        if not left:
-            break
+    pauses = iter(PAUSES)
+    while left:
         fs = _files(ranges[0][0])
         urls, starts, sizes = zip(*(ranges[i] for i in left))
         paths = [fs._strip_protocol(url) for url in urls]
@@ -371,17 +360,17 @@ def _fetch(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
             else:
                 blocks[i] = bytes(answer)
         left = failed
-        if failed and pause is None:
-            url, start, size = ranges[failed[0]]
-            error = next(answer for answer in answers if isinstance(answer, Exception))
-            raise ShardsError(f"{url}: bytes {start} to {start + size} cannot be read: {error!r}")
-        if failed and pause is not None:
+        if failed:
+            if (pause := next(pauses, None)) is None:
+                url, start, size = ranges[failed[0]]
+                error = next(answer for answer in answers if isinstance(answer, Exception))
+                raise ShardsError(f"{url}: bytes {start} to {start + size} cannot be read: {error!r}")
             time.sleep(pause)
     return blocks
 
 
 def _files(url: str) -> Any:
-    # Looked up each time: fsspec caches it, and gives a forked process its own.
+    # Looked up each time: fsspec caches file systems, and gives a forked process new ones.
     try:
         return fsspec.core.url_to_fs(url)[0]
     except ValueError as error:
@@ -392,7 +381,7 @@ def _files(url: str) -> Any:
 
 
 def _open(source: str) -> tuple[str, str, list[Shard]]:
-    """The folder as messages name it, the dataset's name, and its shards."""
+    """The folder as named in messages, the dataset's name, and its shards."""
     fs = _files(source)
     if source.endswith(".tar") or "{" in source or "*" in source:
         return source, source, _index_all(_tars(fs, source), source)
@@ -416,7 +405,7 @@ def _open(source: str) -> tuple[str, str, list[Shard]]:
 
 
 def _listing(fs: Any, folder: str) -> dict[str, dict[str, Any]]:
-    # Plain names of a folder with what the store says about each, sorted.
+    # The names of a folder's files, sorted, with what the store reports about each.
     with suppress(FileNotFoundError, NotADirectoryError):
         entries = fs.ls(folder, detail=True)
         return {
@@ -428,7 +417,7 @@ def _listing(fs: Any, folder: str) -> dict[str, dict[str, Any]]:
 
 
 def _finished(fs: Any, folder: str) -> tuple[str, list[Shard]]:
-    """The shards of a finished run."""
+    """The name and shards of a finished run."""
     manifest = _read_manifest(fs, f"{folder}/manifest.json")
     if not fs.exists(f"{folder}/_SUCCESS"):
         raise ShardsError(
@@ -474,9 +463,11 @@ def _finished_shard(folder: str, lists_captions: bool, entry: dict[str, Any]) ->
         local = _cached(f"{index}\n{entry['sha256']}")
         if not os.path.exists(local):
             try:
-                _write(local, lambda file: file.write(_files(index).cat_file(index)))
+                encoded = _files(index).cat_file(index)
             except FileNotFoundError as error:
                 raise ShardsError(f"{index}: missing, but the manifest lists it") from error
+            with atomic.replacing(local, parents=True) as file:
+                file.write(encoded)
     else:
         for path in (tar, index):
             if not os.path.isfile(path):
@@ -485,25 +476,31 @@ def _finished_shard(folder: str, lists_captions: bool, entry: dict[str, Any]) ->
             raise ShardsError(
                 f"{tar}: {found} bytes, but the manifest says {entry['bytes']}; the file is cut or was changed"
             )
-    try:
-        rows = np.load(local, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ShardsError(f"{index}: not an index ({error})") from error
-    if rows.shape != (entry["samples"], 6) or rows.dtype != np.dtype("<i8") or not rows.flags.c_contiguous:
-        raise ShardsError(
-            f"{index}: {rows.dtype} of shape {rows.shape}, expected int64 of shape ({entry['samples']}, 6)"
-        )
+    first_row = _first_row(local, entry["samples"], index)
     table = f"{folder}/{entry['parquet']}" if "parquet" in entry else ""
-    shard = Shard(entry["name"], tar, entry["bytes"], len(rows), entry["sha256"], local, rows.offset)
-    return replace(shard, lists_captions=lists_captions, table=table)
+    return Shard(
+        entry["name"], tar, entry["bytes"], entry["samples"], entry["sha256"], local, first_row,
+        lists_captions=lists_captions, table=table,
+    )  # fmt: skip
+
+
+def _first_row(path: str, samples: int, name: str) -> int:
+    """The byte offset of the rows in an index. Raises ShardsError, with this name, if it is not one of `samples`."""
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ShardsError(f"{name}: not an index ({error})") from error
+    if rows.shape != (samples, 6) or rows.dtype != np.dtype("<i8") or not rows.flags.c_contiguous:
+        raise ShardsError(f"{name}: {rows.dtype} of shape {rows.shape}, expected int64 of shape ({samples}, 6)")
+    return int(rows.offset)
 
 
 def _elsewhere(folder: str) -> tuple[str, list[Shard]]:
     """The name and shards of an index of pictures in other files.
 
-    `pictures.json` has `format, name, files` and the SHA-256 of the `index`; of each file its `url, bytes, sha256`, and
-    how many `samples` it holds. `index.npy` has the six numbers of every sample, file after file, as in the index of a
-    tar: the picture is a range of its file, the caption one of `captions.txt`.
+    `pictures.json` has `format, name, files` and the SHA-256 of the `index`. Each of the files has its `url, bytes,
+    sha256` and its number of `samples`. `index.npy` has the six numbers of every sample, file after file, as in the
+    index of a tar: the picture is a range of its file, and the caption is a range of `captions.txt`.
     """
     path, index, captions = (f"{folder}/{name}" for name in ("pictures.json", "index.npy", "captions.txt"))
     try:
@@ -511,11 +508,7 @@ def _elsewhere(folder: str) -> tuple[str, list[Shard]]:
             described = json.loads(file.read())
         if described["format"] != PICTURES_FORMAT:
             raise ShardsError(f"{path}: format {described['format']!r}, expected {PICTURES_FORMAT!r}")
-        rows = np.load(index, mmap_mode="r", allow_pickle=False)
-        total = sum(entry["samples"] for entry in described["files"])
-        if rows.shape != (total, 6) or rows.dtype != np.dtype("<i8") or not rows.flags.c_contiguous:
-            raise ShardsError(f"{index}: {rows.dtype} of shape {rows.shape}, expected int64 of shape ({total}, 6)")
-        shards, at = [], rows.offset
+        shards, at = [], _first_row(index, sum(entry["samples"] for entry in described["files"]), index)
         for entry in described["files"]:
             url, size, count = str(entry["url"]), int(entry["bytes"]), int(entry["samples"])
             if "://" not in url and (not os.path.isfile(url) or os.path.getsize(url) != size):
@@ -540,7 +533,7 @@ class _Tar:
     url: str
     size: int
     stamp: int
-    """Changes when the file does: nanoseconds of its last change, or a hash of what the store says about it."""
+    """Changes with the file: its modification time in ns, or a hash of what the store reports about it."""
 
     @classmethod
     def of(cls, name: str, url: str, info: dict[str, Any]) -> _Tar:
@@ -549,18 +542,18 @@ class _Tar:
             return cls(name, url, stat.st_size, stat.st_mtime_ns)
         if info.get("size") is None:
             raise ShardsError(f"{url}: the server does not report its size, so it cannot be read by ranges")
-        said = [str(info.get(key)) for key in ("ETag", "etag", "LastModified", "mtime", "updated", "created")]
-        stamp = int.from_bytes(hashlib.sha256("\n".join(said).encode()).digest()[:7], "big")
+        reported = [str(info.get(key)) for key in ("ETag", "etag", "LastModified", "mtime", "updated", "created")]
+        stamp = int.from_bytes(hashlib.sha256("\n".join(reported).encode()).digest()[:7], "big")
         return cls(name, url, int(info["size"]), stamp)
 
 
 def _tars(fs: Any, pattern: str) -> list[_Tar]:
-    """The tars of a pattern. Raises ShardsError if one of them does not exist."""
+    """The tars that a pattern names. Raises ShardsError if one of them does not exist."""
     urls = _expanded(pattern)
     if "*" in pattern:
         folder = pattern.rpartition("/")[0]
         if set(folder) & set("*{"):
-            raise ShardsError(f"shards: {pattern}: a * can stand only in the name of a tar, in one folder")
+            raise ShardsError(f"shards: {pattern}: a * is allowed only in the name of the tars, in one folder")
         found = {str(path).rpartition("/")[2] for url in urls for path in fs.glob(url)}
         urls = [f"{folder or '.'}/{name}" for name in sorted(found) if name.endswith(".tar")]
         if not urls:
@@ -569,14 +562,14 @@ def _tars(fs: Any, pattern: str) -> list[_Tar]:
     if len(set(names)) < len(names):
         names = urls
 
-    def look(name: str, url: str) -> _Tar | None:
+    def found_tar(name: str, url: str) -> _Tar | None:
         try:
             return _Tar.of(name, url, fs.info(url) if "://" in url else {})
         except FileNotFoundError:
             return None
 
     with ThreadPoolExecutor(16) as pool:
-        tars = list(pool.map(look, names, urls))
+        tars = list(pool.map(found_tar, names, urls))
     missing = [url for url, tar in zip(urls, tars) if tar is None]
     if missing:
         raise ShardsError(
@@ -587,7 +580,7 @@ def _tars(fs: Any, pattern: str) -> list[_Tar]:
 
 
 def _expanded(pattern: str) -> list[str]:
-    # braceexpand holds a whole range in memory before it yields the first name, so its length is looked at first.
+    # braceexpand holds a whole range in memory before it yields the first name, so check the length of ranges first.
     try:
         longest = max((abs(int(b) - int(a)) for a, b in _RANGE.findall(pattern)), default=0)
         urls = list(islice(braceexpand(pattern), MAX_TARS + 1)) if longest < MAX_TARS else []
@@ -599,15 +592,15 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def _index_all(tars: list[_Tar], source: str) -> list[Shard]:
-    """Loads the index of each tar, after building those that are missing or older than their tar."""
+    """Loads the index of each tar. Builds indexes that are missing or do not fit their tar."""
     known = {tar.url: _known(tar) for tar in tars}
     todo = [tar for tar in tars if known[tar.url] is None]
     if todo:
         started = time.perf_counter()
         _opened.cache_clear()
-        # In random order, so that ranks that start together share the work: each skips tars that are done.
+        # In random order, so that ranks that start together share the work: each skips tars that are already indexed.
         random.Random(os.getpid()).shuffle(todo)
-        # Local tars cost Python time, so they need processes. Remote tars cost only network time.
+        # Local tars take CPU time in Python, so they need processes. Remote tars take only network time.
         pool: Executor
         if "://" in source or len(todo) == 1:
             pool = ThreadPoolExecutor(16)
@@ -621,7 +614,7 @@ def _index_all(tars: list[_Tar], source: str) -> list[Shard]:
                 f"shards: {source}: {len(problems)} of {len(tars)} tars cannot be read:\n  "
                 + "\n  ".join(sorted(problems)[:20])
                 + ("\n  …" if len(problems) > 20 else "")
-                + "\n  Fetch them again, or take them out."
+                + "\n  Fetch them again, or remove them."
             )
         known.update((tar.url, _known(tar)) for tar in todo)
         seconds = time.perf_counter() - started
@@ -629,7 +622,7 @@ def _index_all(tars: list[_Tar], source: str) -> list[Shard]:
         print(f"indexed {len(todo):,} tars in {seconds:.1f} s; the indexes are in {_some(where)}", file=sys.stderr)
     shards = [shard for shard in known.values() if shard is not None]
     if len(shards) < len(known):
-        raise ShardsError(f"shards: {source}: tars change while they are being read; wait until they are complete")
+        raise ShardsError(f"shards: {source}: tars changed while they were read; wait until they are complete")
     return shards
 
 
@@ -645,15 +638,15 @@ def _known(tar: _Tar) -> Shard | None:
 
 
 def _build(tar: _Tar) -> str | None:
-    """Indexes a tar; returns what is wrong with it."""
+    """Indexes a tar; returns an error message if it cannot."""
     if _known(tar):
         return None
     try:
         if "://" in tar.url:
             rows, digest = index_tar(_Window(tar).read, tar.size)
         else:
-            file = _File(tar.url)
-            rows, digest = index_tar(lambda at, size: os.pread(file.descriptor, size, at), tar.size)
+            opened = _File(tar.url)
+            rows, digest = index_tar(lambda at, size: os.pread(opened.descriptor, size, at), tar.size)
     except (TarError, OSError, ShardsError) as error:
         return f"{tar.url}: {error}"
     mark = np.frombuffer(digest[:16], np.int64)
@@ -661,9 +654,10 @@ def _build(tar: _Tar) -> str | None:
     problem: OSError | None = None
     for path in _index_paths(tar):
         try:
-            _write(path, lambda file: np.save(file, table))
+            with atomic.replacing(path, parents=True) as file:
+                np.save(file, table)
             return None
-        except OSError as error:  # a folder that others own, or a disk that is read-only or full
+        except OSError as error:  # a folder of another user, or a read-only or full disk
             problem = error
     return f"{tar.url}: its index cannot be written: {problem}"
 
@@ -682,7 +676,7 @@ class _Window:
 
 
 def _index_paths(tar: _Tar) -> list[str]:
-    # Where the index of a tar may be, best place first.
+    # Where the index of a tar may be, preferred place first.
     beside = [] if "://" in tar.url else [f"{tar.url}.index.npy"]
     return [*beside, _cached(tar.url if "://" in tar.url else os.path.abspath(tar.url))]
 
@@ -692,14 +686,8 @@ def _cached(name: str) -> str:
     return os.path.join(root, "winnow", "indexes", hashlib.sha256(name.encode()).hexdigest()[:32] + ".npy")
 
 
-def _write(path: str, save: Callable[[Any], object]) -> None:
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with atomic.replacing(path) as file:
-        save(file)
-
-
 def _shown(pool: Executor, work: Callable[[_T], _R], items: Sequence[_T], label: str) -> list[_R]:
-    """The results of `work`, with a progress line where there is a terminal."""
+    """The results of `work`, with a progress bar if standard error is a terminal."""
     console = Console(stderr=True)
     quiet = not console.is_terminal
     return list(track(pool.map(work, items), label, len(items), console=console, transient=True, disable=quiet))

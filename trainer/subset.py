@@ -1,4 +1,4 @@
-"""Some samples of a dataset, chosen by number: what the arms of a study train on, without a copy of any shard."""
+"""A subset of a dataset by sample numbers: the arms of a study train on subsets without copying shards."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Subset:
     """The samples of `whole` whose numbers are in `path`, behind the interface of `Shards`.
 
-    `path` is an .npy file of int64 (n,), n ≥ 1: distinct numbers from 0 to `len(whole) - 1`, ascending. It is mapped,
-    not read into memory. A sample keeps its number, so messages name it as they would without the subset. Raises
+    `path` is an .npy file of int64 (n,), n ≥ 1: distinct numbers from 0 to `len(whole) - 1`, ascending. It is
+    memory-mapped. Samples keep their numbers, so messages name them as they would without the subset. Raises
     ShardsError.
     """
 
@@ -52,13 +52,13 @@ class Subset:
         return np.asarray(self.numbers[shuffled(positions, len(self), seed, epoch)])
 
     def positions(self, numbers: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `Shards.positions`; a number that is not in the subset is at none."""
+        """As `Shards.positions`; numbers that are not in the subset have no position."""
         places = np.searchsorted(self.numbers, numbers)
-        here = np.flatnonzero(np.append(self.numbers, -1)[places] == numbers)
-        return here, unshuffled(places[here], len(self), seed, epoch)
+        found = np.flatnonzero(np.append(self.numbers, -1)[places] == numbers)
+        return found, unshuffled(places[found], len(self), seed, epoch)
 
     def uids(self) -> Iterator[list[str | None]]:
-        """As `Shards.uids`, of all samples of `whole`."""
+        """As `Shards.uids`, for all samples of `whole`."""
         return self.whole.uids()
 
     def key(self, number: int) -> str:

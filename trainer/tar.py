@@ -1,10 +1,10 @@
-"""The one reader of WebDataset tars: which members make a sample, and where they lie, from the headers alone.
+"""Finds the samples of WebDataset tars and the byte ranges of their members, from the tar headers alone.
 
-Members are grouped by the `webdataset` package itself. It is handed names and places instead of streams, so it opens
-nothing, runs nothing (`pipe:`) and decodes nothing. Its rule: the key of a member ends at the first dot of its base
-name, folders belong to the key, what follows the dot is the suffix in lower case, and consecutive members with the
-same key form a sample. A repeated suffix starts the next sample, as in open_clip; webdataset itself would raise an
-error. Names are compared and never used as paths.
+The `webdataset` package groups the members. It gets names and byte ranges instead of streams, so it opens nothing, runs
+nothing (`pipe:`) and decodes nothing. Its rule: the key of a member includes its folder and ends at the first dot of
+the base name, the rest after the dot is the suffix, in lower case, and consecutive members with the same key form a
+sample. A repeated suffix starts the next sample, as in open_clip; webdataset itself would raise an error. Names are
+only compared, never used as paths.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ import numpy as np
 
 BLOCK = 512
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp", "gif", "avif")
-"""The first of these that a sample has is its image; open_clip's order first."""
+"""The first of these that a sample has is its image; open_clip's suffixes come first, in its order."""
 ABSENT = -1
-"""The size of a missing member."""
+"""Stands for the size of a missing member."""
 DOTTED = -2
-"""The size of an image that a sample has only under a suffix with more dots, such as `v2.jpg` or `seg.png`. It may be
-the picture or an annotation of it."""
+"""Stands for the size of an image if a sample has one only under a suffix with more dots, such as `v2.jpg` or
+`seg.png`, which may be the picture or an annotation of it."""
 _MAX_NAME = 1 << 20
-_MAX_PADDING = 1 << 20  # tar pads to 10 KiB unless told otherwise
+_MAX_PADDING = 1 << 20  # tar pads to 10 KiB by default
 _META = re.compile(r"__[^/]*__($|/)")  # names that webdataset reserves
 
 Read = Callable[[int, int], bytes]
-"""`read(at, size)`: that many bytes from there, or fewer at the end of the file."""
+"""`read(at, size)` returns `size` bytes from offset `at`, or fewer at the end of the file."""
 
 
 class TarError(ValueError):
-    """A file is not a complete tar; the message gives the byte."""
+    """A file is not a complete tar; the message gives the byte offset."""
 
 
 class Place(NamedTuple):
-    """Where the contents of a member lie in the tar, in bytes."""
+    """Offset and size, in bytes, of the contents of a member in the tar."""
 
     at: int
     size: int
@@ -47,13 +47,12 @@ class Group(NamedTuple):
     """The members of a sample."""
 
     key: str
-    """With its folder, as webdataset's `__key__`; bytes that are not UTF-8 are surrogates."""
+    """Includes the folder, as webdataset's `__key__`; bytes that are not UTF-8 become surrogates."""
     members: dict[str, Place]
     """By suffix, in lower case and without the first dot."""
 
     def image(self) -> Place:
-        """The place of the picture. Without one, its size is ABSENT or DOTTED, and its offset is that of the first
-        member."""
+        """The place of the picture. Without one, the size is ABSENT or DOTTED and the offset is the first member's."""
         for suffix in IMAGE_SUFFIXES:
             if suffix in self.members:
                 return self.members[suffix]
@@ -62,10 +61,10 @@ class Group(NamedTuple):
 
 
 def samples(read: Read, size: int) -> Iterator[Group]:
-    """The samples of a tar of `size` bytes, in its order.
+    """Yields the samples of a tar of `size` bytes, in its order.
 
-    Raises TarError for a tar that is truncated, damaged or without its end mark, after yielding everything before the
-    damage, including a member that the end of the file truncates.
+    Raises TarError if the tar is truncated, damaged or without its end mark, but only after yielding everything before
+    the damage, including a member that is truncated by the end of the file.
     """
     from webdataset.tariterators import base_plus_ext, group_by_keys  # imports torch, which takes seconds
 
@@ -98,10 +97,10 @@ def samples(read: Read, size: int) -> Iterator[Group]:
 
 
 def index_tar(read: Read, size: int) -> tuple[np.ndarray, bytes]:
-    """The byte ranges of every sample with an image, a JSON or a text, and a digest of them and of the samples' keys.
+    """The index of all samples that have an image, a JSON or a text, and a digest of the index and the samples' keys.
 
-    int64 (samples, 6): `image_offset, image_size, json_offset, json_size, txt_offset, txt_size`. What a sample lacks
-    has size -1 (or DOTTED); if that is the image, its offset is that of another member, so that the sample still has a
+    The index is int64 (samples, 6): `image_offset, image_size, json_offset, json_size, txt_offset, txt_size`. A missing
+    member has size -1, or DOTTED. The offset of a missing image is another member's, so that the sample still has a
     name. Raises TarError as `samples` does.
     """
     rows: list[tuple[int, ...]] = []
@@ -127,7 +126,7 @@ def member_name(header: bytes) -> bytes:
 
 
 def _members(read: Read, size: int) -> Iterator[tuple[bytes, int, int]]:
-    # Name, data offset and data size of every plain file.
+    # Yields name, data offset and data size of every regular file.
     at, long_name, long_size = 0, None, None
     while True:
         header = read(at, BLOCK)
@@ -136,7 +135,7 @@ def _members(read: Read, size: int) -> Iterator[tuple[bytes, int, int]]:
         if len(header) < BLOCK:
             raise TarError(f"cut at byte {size:,}: the end mark is missing")
         if not header.strip(b"\0"):
-            # Otherwise concatenated tars, and files of zeros from a broken download, would lose samples.
+            # Without this check, concatenated tars and broken downloads filled with zeros would silently lose samples.
             if size - at > _MAX_PADDING or read(at, size - at).strip(b"\0"):
                 raise TarError(f"{size - at:,} bytes follow the end mark at byte {at:,}")
             return
@@ -146,7 +145,7 @@ def _members(read: Read, size: int) -> Iterator[tuple[bytes, int, int]]:
         length = _number(header[124:136], at) if long_size is None or kind in b"xgLK" else long_size
         name = member_name(header) if long_name is None else long_name
         if kind in b"123456":
-            length = 0  # links, devices and folders have no data, whatever their header says
+            length = 0  # links, devices and folders have no data, whatever size their header gives
         cut = f"cut at byte {size:,}, inside a member that starts at byte {at:,}" if data + length > size else ""
         at = data + -(-length // BLOCK) * BLOCK
         if kind in b"xL":
@@ -169,7 +168,7 @@ def _members(read: Read, size: int) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _number(field: bytes, at: int) -> int:
-    if field[0] == 0x80:  # GNU's form for what does not fit into octal digits
+    if field[0] == 0x80:  # GNU's format for numbers that do not fit into the octal digits
         return int.from_bytes(field[1:], "big")
     try:
         number = int(field.strip(b" \0") or b"0", 8)

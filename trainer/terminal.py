@@ -1,8 +1,8 @@
-"""What commands share: progress, output without control characters or secrets, and how signals end them.
+"""Shared by all commands: progress, output without control characters or secrets, and exits on signals.
 
 Column names, file names, URLs, captions and headers are untrusted. An escape sequence in them can clear the screen,
-change the window title or hide what follows. `Console` is rich's, whose own sequences pass; `guarded` does the
-same for `print`, argparse, warnings and tracebacks.
+change the window title or hide what follows. `Console` makes such text safe and still emits rich's own sequences;
+`guarded` does the same for `print`, argparse, warnings and tracebacks.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import Segment
 
 PLAIN_EVERY = 10.0
-"""Seconds between lines of progress where there is no terminal."""
+"""Seconds between lines of progress if standard error is not a terminal."""
 LOG_WIDTH = 140
-"""Width in columns of output that does not go to a terminal."""
+"""Width, in columns, of output that does not go to a terminal."""
 MASK = "***"
 
-# C0 without tab and newline, C1, marks that reorder text, separators that some take for a newline, surrogates.
+# C0 except tab and newline, C1, marks that reorder text, separators that may act as newlines, surrogates.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _USER = re.compile(r"(?<=://)[^/?#\s]*@")
 # Parameter names such as X-Amz-Signature, sig, access_token or AWSAccessKeyId; hiding too much does no harm.
@@ -40,12 +40,12 @@ T = TypeVar("T")
 
 
 def visible(text: str) -> str:
-    """The text with control characters as escapes: `\\x1b` for an ESC. Tabs and newlines stay."""
+    """Replaces control characters by escapes, such as `\\x1b` for ESC. Keeps tabs and newlines."""
     return _CONTROL.sub(lambda found: _escape(found[0]), text)
 
 
 def one_line(text: str) -> str:
-    """`visible` text on one line, so that it cannot imitate further lines of output."""
+    """As `visible`, but on one line, so that the text cannot imitate further lines of output."""
     return visible(text).replace("\n", "\\n")
 
 
@@ -55,8 +55,8 @@ def _escape(character: str) -> str:
 
 
 def mask(text: str) -> str:
-    """The text without secrets: user and password of URLs, signatures, tokens and keys in their queries, and the values
-    of environment variables that are called like a secret."""
+    """Removes secrets: users and passwords in URLs, signatures, tokens and keys in their queries, and the values of
+    environment variables with names such as AWS_SECRET_ACCESS_KEY."""
     text = _PARAMETER.sub(rf"\1{MASK}", _USER.sub(f"{MASK}@", text))
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST_SECRET and value in text and _SECRET_VARIABLE.search(name):
@@ -65,7 +65,7 @@ def mask(text: str) -> str:
 
 
 def masked(data: Any) -> Any:
-    """Plain data (mappings, lists, scalars) with every text in it masked."""
+    """Masks every text in plain data (mappings, lists, scalars)."""
     if isinstance(data, str):
         return mask(data)
     if isinstance(data, dict):
@@ -74,7 +74,7 @@ def masked(data: Any) -> Any:
 
 
 class Console(rich.console.Console):
-    """Rich's console, which shows control characters as escapes and hides secrets. On standard error: `stderr=True`."""
+    """Rich's console, but it escapes control characters and hides secrets. `stderr=True` writes to standard error."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -83,7 +83,7 @@ class Console(rich.console.Console):
 
     @property
     def file(self) -> IO[str]:
-        """The stream that it writes to, without the guard: its own escape sequences are safe."""
+        """The stream to write to, without the guard, which would escape rich's own sequences."""
         file = super().file
         return file.raw if isinstance(file, _Guarded) else file
 
@@ -92,26 +92,26 @@ class Console(rich.console.Console):
         self._file = new
 
     def say(self, text: str) -> None:
-        """A line of plain text, as it is: without markup, highlighting or wrapping."""
+        """Prints a line of plain text without markup, highlighting or wrapping."""
         self.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def error(self, problem: object) -> None:
-        """A line `error: …`."""
+        """Prints a line `error: …`."""
         self.say(f"error: {problem}")
 
     def print(self, *objects: Any, **options: Any) -> None:
-        # Masks before wrapping: a secret split over two lines would not be found.
+        # Masks before wrapping, because a secret that is split over two lines would not be found.
         super().print(*(mask(one) if isinstance(one, str) else one for one in objects), **options)
 
     def _render_buffer(self, buffer: Iterable[Segment]) -> str:
-        # All text passes here, with cursor control still separate from text.
+        # All text passes through here, while cursor control is still separate from text.
         return super()._render_buffer(
             segment if segment.control else Segment(visible(mask(segment.text)), segment.style) for segment in buffer
         )
 
 
 class _Guarded:
-    """A text stream that shows control characters as escapes and hides secrets."""
+    """A text stream that escapes control characters and hides secrets."""
 
     def __init__(self, raw: IO[str]) -> None:
         self.raw = raw
@@ -131,19 +131,19 @@ class _Guarded:
 
 
 class TerminatedError(KeyboardInterrupt):
-    """SIGTERM, raised in the main thread as Ctrl-C is, so that files being written are removed and claims released."""
+    """Raised on SIGTERM like KeyboardInterrupt on Ctrl-C, so that partial files are removed and claims are released."""
 
 
 def interrupted(stop: KeyboardInterrupt) -> int:
-    """The exit status of a command that was ended so: 143 by SIGTERM, 130 by Ctrl-C."""
+    """The exit status of an interrupted command: 143 after SIGTERM, 130 after Ctrl-C."""
     return 128 + (signal.SIGTERM if isinstance(stop, TerminatedError) else signal.SIGINT)
 
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Makes everything written to standard output and standard error visible and masked.
+    """Applies `visible` and `mask` to everything written to standard output and standard error.
 
-    Ctrl-C and SIGTERM end the command with a line and the status of `interrupted`.
+    On Ctrl-C or SIGTERM, the command prints a line and exits with the status of `interrupted`.
     """
     kept = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (
@@ -166,7 +166,7 @@ def _sigterm_raised() -> Iterator[None]:
     owner = os.getpid()
 
     def caught(*_: object) -> None:
-        if os.getpid() != owner:  # a forked child ends as it would without this handler
+        if os.getpid() != owner:  # a forked child exits as it would without this handler
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.raise_signal(signal.SIGTERM)
         raise TerminatedError
@@ -183,7 +183,7 @@ def _sigterm_raised() -> Iterator[None]:
 
 
 def progress(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
-    """Yields the items and counts them on standard error: a bar on a terminal, otherwise a line every ten seconds."""
+    """Yields the items and counts them on standard error: with a bar on a terminal, else a line every ten seconds."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     printed, count = time.monotonic(), 0

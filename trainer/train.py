@@ -16,8 +16,8 @@ The output folder gets `checkpoints/step-*.pt`, `metrics.jsonl` (a line every `l
 named, counted and replaced by others. docs/training.md describes the rest.
 
 The same configuration on the same shards gives the same weights, for any number of `workers` and however often the run
-was killed and resumed: bit for bit on a CPU with the same number of threads and ranks. With another number of ranks
-each step takes the same samples; only the order in which floats are added differs.
+was killed and resumed: bit for bit on a CPU with the same number of threads and ranks. With another number of ranks,
+each step uses the same samples and only the order in which floats are added differs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trainer.terminal import guarded, interrupted
 
 @guarded()
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.train",
         description=__doc__,
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", metavar="latest", help="same as resume=latest, the default (or none, or a path)")
     args = parser.parse_args(argv)
 
-    # Imported only now: torch takes seconds, and --help does not need it.
+    # Imported late: torch takes seconds, and --help does not need it.
     import torch
 
     from trainer import cost, distributed, loop
@@ -62,15 +62,12 @@ def main(argv: list[str] | None = None) -> int:
             distributed.on_ray(loop.train, config)
         else:
             loop.train(config)
-    except InputError as error:
+    except (InputError, DivergedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     except torch.OutOfMemoryError as error:
         cure = "Set micro_batch_size (--plan says what fits) or grad_checkpointing=true, or train on more ranks."
         print(f"error: {str(error).splitlines()[0]}\n  {cure}", file=sys.stderr)
-        return 1
-    except (DivergedError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
         return 1
     except StoppedError:
         print("stopped by SIGTERM; the same command resumes from the checkpoint just written", file=sys.stderr)

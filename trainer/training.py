@@ -1,4 +1,4 @@
-"""One training run on one rank: the model, the optimiser, and the update that a batch gives."""
+"""The state of a training run on one rank, and its update by one batch. `trainer.loop` runs it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from trainer.loss import MAX_LOG_SCALE, chance, clip_loss, siglip_loss
 from trainer.model import (
     DTYPES,
     Clip,
-    Preprocess,
-    Tokenizer,
     Trimmed,
     checkpoint_activations,
     create,
@@ -36,7 +34,7 @@ from trainer.model import (
 from trainer.order import mix
 
 PATIENCE = 100
-"""Consecutive steps after the warm-up whose loss may be no better than chance before the run stops."""
+"""The run stops after this many consecutive steps, after the warm-up, with a loss no better than chance."""
 
 
 class StoppedError(Exception):
@@ -44,11 +42,11 @@ class StoppedError(Exception):
 
 
 class DivergedError(RuntimeError):
-    """The loss is not finite, or stayed at chance level; the message names samples."""
+    """The loss or its gradient is not finite, or the loss stayed at chance level; the message names samples."""
 
 
 class Result(NamedTuple):
-    """Output of a batch: its loss, the contribution of each of this rank's pairs (n,), and their features (n, D)."""
+    """The loss of a batch, the loss of each pair of this rank (n,), and their features (n, D)."""
 
     loss: Tensor
     each: Tensor
@@ -64,7 +62,7 @@ class Towers(nn.Module):
         self.model = model
 
     def forward(self, pixels: Tensor, captions: Trimmed) -> tuple[Tensor, ...]:
-        """Unit features of images and texts (B, D) each, the log of the scale and, for SigLIP, the bias."""
+        """Unit features of images and texts, (B, D) each, the log of the scale and, for SigLIP, the bias."""
         image = self.model.encode_image(pixels, normalize=True)
         text = encode_trimmed(self.model, captions, normalize=True)
         bias = getattr(self.model, "logit_bias", None)
@@ -72,7 +70,7 @@ class Towers(nn.Module):
 
 
 class Run:
-    """One training run, or one rank of it: the model, the optimiser and the progress."""
+    """A training run on one rank: the model, the optimiser and the progress. Raises InputError."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -87,9 +85,6 @@ class Run:
             torch.set_num_threads(config.threads)
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
-        self.model: Clip
-        self.preprocess: Preprocess
-        self.tokenizer: Tokenizer
         siglip = config.loss == "siglip"
         self.model, self.preprocess, self.tokenizer = create(config.model, self.device, config.pretrained, siglip)
         self.model_config = model_config(config.model, config.pretrained, siglip)
@@ -116,11 +111,11 @@ class Run:
         self.corrupt = 0
         """Unreadable samples so far, over all ranks."""
         self.lost_steps = 0
-        """Steps, up to the last, whose loss was no better than chance."""
+        """The number of latest steps in a row with a loss no better than chance."""
         self.lost: list[str] = []
-        """The worst samples of the first of these."""
+        """The worst samples of the first of these steps."""
         self.stopping = self.stopped = False
-        """Whether this process got SIGTERM, and whether any rank had by the end of the last step."""
+        """Whether this process got SIGTERM, and whether any rank had got it by the end of the last step."""
         self._interruptible = False
 
     def compute_in(self, precision: Precision) -> None:
@@ -144,18 +139,18 @@ class Run:
     def restore(self, path: Path) -> None:
         """Loads a checkpoint. Raises CheckpointError if its configuration or shards differ."""
         state = checkpoint.load(path)
-        here = dataclasses.asdict(self.config)
-        there = {field.name: field.default for field in dataclasses.fields(TrainConfig)} | state["config"]
-        if self.config.precision == "auto":  # as chosen when the run began
-            here["precision"] = there["precision"]
-            chosen = choose_precision(there["precision"], self.device, training=True)
+        now = dataclasses.asdict(self.config)
+        saved = {field.name: field.default for field in dataclasses.fields(TrainConfig)} | state["config"]
+        if self.config.precision == "auto":  # keep what was chosen when the run began
+            now["precision"] = saved["precision"]
+            chosen = choose_precision(saved["precision"], self.device, training=True)
             self.compute_in(chosen._replace(reason="as in the checkpoint"))
-        changed = [key for key in here if key not in FREE_ON_RESUME and here[key] != there[key]]
-        lines = [f"  {key}: {there[key]} in the checkpoint, {here[key]} now" for key in changed]
+        changed = [key for key in now if key not in FREE_ON_RESUME and now[key] != saved[key]]
+        lines = [f"  {key}: {saved[key]} in the checkpoint, {now[key]} now" for key in changed]
         if state["data"] != self.shards.fingerprint:
             lines.append(f"  shards: {self.config.shards} is not the data that the checkpoint was trained on")
         if lines:
-            cure = "  Put them back, or name another output to start over."
+            cure = "  Undo these changes, or name another output to start over."
             raise checkpoint.CheckpointError(
                 "\n".join([f"{path}: cannot be resumed with these changes:", *lines, cure])
             )
@@ -170,14 +165,14 @@ class Run:
         self.step, self.corrupt = state["step"], state["corrupt"]
 
     def stop(self, *_: Any) -> None:
-        """Signal handler: stops the run after its current step, or at once inside `interruptible`."""
+        """Signal handler: stops the run after its current step, or immediately inside `interruptible`."""
         self.stopping = True
         if self._interruptible:
             raise StoppedError
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Allows `stop` to interrupt at any point, for code that does not change weights."""
+        """Lets `stop` interrupt the block at any point. The block must not change weights."""
         self._interruptible = True
         try:
             if self.stopping:
@@ -187,7 +182,10 @@ class Run:
             self._interruptible = False
 
     def train_step(self, batch: Batch) -> dict[str, float]:
-        """One update. Raises DivergedError, before the weights change, if the loss or its gradient is not finite."""
+        """Makes one update; returns `loss`, `lr`, `temperature` and `grad_norm`.
+
+        Raises DivergedError, before the weights change, if the loss or its gradient is not finite.
+        """
         rate = learning_rate(self.step, self.total_steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -197,12 +195,12 @@ class Run:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         log_scale = self.model.logit_scale.detach()
-        told = [torch.full((), float(value), device=self.device) for value in (len(batch.corrupt), self.stopping)]
-        corrupt, stopping = distributed.sum_of(torch.stack(told))
-        # Waits for the device just once.
+        own = [torch.full((), float(value), device=self.device) for value in (len(batch.corrupt), self.stopping)]
+        corrupt, stopping = distributed.sum_of(torch.stack(own))
+        # Synchronises with the device only once.
         numbers = torch.stack([result.loss, norm, log_scale, corrupt, stopping]).tolist()
         loss, norm, log_scale, corrupt, stopping = numbers
-        # fp16 finds its loss scale by overflowing: the scaler skips such a step.
+        # fp16 finds its loss scale by overflowing: the scaler skips a step that overflows.
         overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
             self._stop(f"loss {loss}, gradient norm {norm}", self._suspects(batch, result))
@@ -217,15 +215,15 @@ class Run:
         return {"loss": loss, "lr": rate, "temperature": math.exp(-log_scale), "grad_norm": norm}
 
     def backward(self, pixels: Tensor, tokens: Tensor) -> Result:
-        """Accumulates the gradient of the batch in the parameters. `tokens` come from the loader, on the CPU.
+        """Accumulates the gradient of the batch in the parameters. `tokens` are on the CPU.
 
-        If a rank's part is larger than `micro_batch_size`, uses gradient caching (Gao et al. 2021): computes the
-        features of all micro-batches without activations, then the gradient of the loss at these features, then runs
-        each micro-batch again with activations to backpropagate that gradient to the parameters.
+        If this rank's part is larger than `micro_batch_size`, uses gradient caching (Gao et al. 2021): computes the
+        features of all micro-batches without activations, then the gradient of the loss with respect to the features,
+        and then runs each micro-batch again, with activations, to backpropagate that gradient to the parameters.
         """
         size = self.config.micro_batch_size or self.config.batch_size
         count = -(-self.config.batch_size // self.ranks // size)
-        # Rounding lengths keeps the number of distinct shapes on a GPU small.
+        # Rounded lengths keep the number of distinct shapes on a GPU small.
         multiple = 1 if self.device.type == "cpu" else 8
         captions = [trim(self.model, part, multiple).to(self.device) for part in tokens.tensor_split(count)]
         parts = list(zip(pixels.tensor_split(count), captions))
@@ -242,16 +240,16 @@ class Run:
         gradients = zip(image_grad.tensor_split(count), text_grad.tensor_split(count))
         for i, (part, gradient) in enumerate(zip(parts, gradients)):
             last = i == count - 1
-            alone = last or not isinstance(self.towers, DistributedDataParallel)
-            # The ranks add up their gradients once, at the end.
-            with contextlib.nullcontext() if alone else cast(DistributedDataParallel, self.towers).no_sync():
+            # The ranks exchange gradients only after the last micro-batch.
+            defer = not last and isinstance(self.towers, DistributedDataParallel)
+            with cast(DistributedDataParallel, self.towers).no_sync() if defer else contextlib.nullcontext():
                 replayed = zip(self._encode(i, *part), (*gradient, *others) if last else gradient)
-                learning = [(output, at) for output, at in replayed if output.requires_grad]
-                torch.autograd.backward([output for output, _ in learning], [at for _, at in learning])
+                learning = [(output, grad) for output, grad in replayed if output.requires_grad]
+                torch.autograd.backward([output for output, _ in learning], [grad for _, grad in learning])
         return result
 
     def _encode(self, part: int, pixels: Tensor, captions: Trimmed) -> tuple[Tensor, ...]:
-        # Seeds everything random in the model, so a replay is exact and checkpoints need no generator state.
+        # Seeds all randomness in the model, so a replay is exact and checkpoints need no generator state.
         torch.manual_seed(int(mix(self.config.seed, self.step, self.rank, part)[0]))
         dtype = DTYPES[self.precision.name]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
@@ -264,7 +262,7 @@ class Run:
         return Result(loss, each, image.detach(), text.detach())
 
     def _watch(self, loss: float, batch: Batch, result: Result) -> None:
-        # A collapsed model stays at or above chance, up to rounding; one bad batch does not last.
+        # The loss of a collapsed model stays at or above chance, up to rounding. A single bad batch does not last.
         if self.step < self.config.warmup or loss < chance(self.config.batch_size, self.config.loss) * (1 - 1e-4):
             self.lost_steps = 0
             return
@@ -272,11 +270,11 @@ class Run:
             self.lost = self._suspects(batch, result)
         self.lost_steps += 1
         if self.lost_steps == PATIENCE:
-            text = f"{PATIENCE} steps in a row have a loss no better than that of a model that knows nothing"
-            self._stop(f"{text}, {loss:.2f} now", [*self.lost, "(the worst of the first of these steps)"])
+            problem = f"{PATIENCE} steps in a row have a loss no better than chance, {loss:.2f} now"
+            self._stop(problem, [*self.lost, "(the worst of the first of these steps)"])
 
     def _suspects(self, batch: Batch, result: Result) -> list[str]:
-        # All samples of any rank whose features are not finite, otherwise the five that add most to the loss.
+        # All samples of all ranks with features that are not finite; if there are none, the five with the highest loss.
         broken = ~(result.image.isfinite().all(dim=1) & result.text.isfinite().all(dim=1))
         losses = result.each.float().nan_to_num(0).masked_fill(broken, math.inf)
         worst = losses.topk(min(len(losses), max(5, int(broken.sum()))))
@@ -285,16 +283,16 @@ class Run:
         chosen = [key for loss, key in ranked if loss == math.inf] or [f"{key} (loss {v:.2f})" for v, key in ranked[:5]]
         return chosen[:20] + [f"and {len(chosen) - 20} more"] * (len(chosen) > 20)
 
-    def _stop(self, what: str, samples: list[str]) -> NoReturn:
+    def _stop(self, problem: str, samples: list[str]) -> NoReturn:
         raise DivergedError(
-            f"step {self.step + 1}: {what}; the weights are left as they were before it.\n"
+            f"step {self.step + 1}: {problem}; the weights are unchanged by this step.\n"
             f"  samples: {', '.join(samples)}\n"
             f"  Look at these samples; if nothing is wrong with them, lower lr or lengthen warmup."
         )
 
 
 def make_optimizer(model: Clip, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW as in CLIP: no decay on gains, biases and the temperature, all of which have fewer than two axes."""
+    """AdamW as in CLIP: gains, biases and the temperature, all with fewer than two axes, do not decay."""
     convolutional = isinstance(model_config(config.model)["vision_cfg"].get("layers"), list)
     beta2 = config.beta2 if config.beta2 is not None else 0.999 if convolutional else 0.98
     eps = config.eps if config.eps is not None else 1e-8 if convolutional else 1e-6
@@ -307,7 +305,7 @@ def make_optimizer(model: Clip, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """Rate of the update after `step` updates: linear warm-up to `lr`, then a half cosine down to 0."""
+    """The learning rate after `step` updates: linear warm-up to `lr`, then a half cosine down to 0."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, total - config.warmup)))

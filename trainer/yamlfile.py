@@ -1,9 +1,9 @@
 """Reads YAML files and the values of `key=value` overrides, for pipeline and trainer.
 
-The scalars are those of YAML 1.2's core schema: `no` and `on` are text, `1e-3` is a number, and neither `12:30` nor
-`2026-01-31` nor `0123` is converted to something else: they are text, text and 123. Digits may be grouped as in
-`10_000`. A key is always text, and a repeated one is an error. Anchors, aliases and merge keys (`<<`) work. A document
-that expands without bound (nested or aliased) is an error.
+Scalars follow YAML 1.2's core schema, not YAML 1.1: `no`, `on`, `12:30` and `2026-01-31` are text, `1e-3` is a number,
+and `0123` is 123. Digits may be grouped as in `10_000`. A key is always text, and a duplicate key is an error. Anchors,
+aliases and merge keys (`<<`) work. A document that is nested too deeply or too large with its aliases expanded is an
+error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_VALUES = 100_000
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
-    # type: what matches it, the characters that can come first, and what makes the value
+    # By type: the pattern, the possible first characters, and the function from the text to the value.
     "null": (r"~|null|Null|NULL|", "~nN", lambda text: None),
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF", lambda text: text.lower() == "true"),
     "int": (
@@ -66,8 +66,8 @@ for _name, (_pattern, _first, _) in _SCALARS.items():
 class Document:
     """The plain data of a YAML document, with the line of each key and item.
 
-    `problems` says what is wrong, a line each: `FILE:LINE: KEY: problem`, without the place where `path` is empty.
-    `data` is None if the document cannot be read; of a repeated key it holds the first value.
+    `problems` has a line per problem: `FILE:LINE: KEY: problem`, without `FILE:LINE` if `path` is empty. `data` is None
+    if the document cannot be read; a duplicate key has its first value.
     """
 
     def __init__(self, text: str, path: str = "") -> None:
@@ -97,7 +97,7 @@ class Document:
 
     @classmethod
     def read(cls, path: str | Path) -> Document:
-        """The document in a file; one that cannot be read has a problem like any other."""
+        """Reads the document in a file; a file that cannot be read gives a document with a problem."""
         try:
             with Path(path).open(encoding="utf-8-sig") as file:
                 return cls(file.read(MAX_CHARS + 1), str(path))
@@ -107,7 +107,7 @@ class Document:
             return broken
 
     def where(self, *key: Any) -> str:
-        """`file:line` of a key, or of the nearest one above it."""
+        """`FILE:LINE` of a key, or of its nearest parent that has a line; just `FILE` if there is none."""
         while key and key not in self._lines:
             key = key[:-1]
         return f"{self.path}:{self._lines[key]}" if key else self.path
@@ -164,5 +164,5 @@ def _scalar(node: yaml.ScalarNode) -> Any:
         raise _UnreadableError(line, f"the tag {node.tag!r} is not read")
     try:
         return _SCALARS[kind][2](node.value)
-    except ValueError:  # an explicit tag, `!!int x`, or more digits than Python converts
+    except ValueError:  # an explicit tag, such as `!!int x`, or more digits than Python converts
         raise _UnreadableError(line, f"{node.value[:40]!r} is not a number") from None

@@ -15,7 +15,7 @@ class OneOfAKind(VectorFilter):
     """Keeps one row of each cell that random hyperplanes cut the embedding space into (SimHash; Charikar, 2002)."""
 
     planes: int = 12
-    """Number of hyperplanes, from 1 to 20: 2 to that power are the cells."""
+    """Number of hyperplanes, from 1 to 20; there are 2 to that power of cells."""
     vector: str = "image_embedding"
     """The column of embeddings."""
 
@@ -23,12 +23,12 @@ class OneOfAKind(VectorFilter):
         self.needs = (self.vector,)  # type: ignore[misc]
 
     def fit(self, sample: np.ndarray, rows: int) -> np.ndarray:
-        return np.zeros((1 << self.planes, 1), np.float32)  # a row for each cell; the sample teaches nothing
+        return np.zeros((1 << self.planes, 1), np.float32)  # one row per group; nothing is learned from the sample
 
     def groups(self, vectors: np.ndarray, fitted: np.ndarray) -> np.ndarray:
         planes = np.random.default_rng(0).normal(size=(vectors.shape[1], self.planes))
         return (vectors @ planes > 0) @ (1 << np.arange(self.planes))
 
     def judge_group(self, rows: pa.Table, vectors: np.ndarray) -> tuple[pa.StringArray, pa.StringArray]:
-        reasons = [None] + ["one_of_a_kind"] * (len(rows) - 1)  # rows come in the order of their uids
+        reasons = [None] + ["one_of_a_kind"] * (len(rows) - 1)  # rows are sorted by uid
         return pa.array(reasons, pa.string()), pa.nulls(len(rows), pa.string())

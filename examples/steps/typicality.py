@@ -13,7 +13,7 @@ from pipeline.step import Fitted, Stage
 
 @dataclass(kw_only=True)
 class Typicality(Fitted, Stage):
-    """Measures how typical a picture is of the run: the cosine of its embedding and the mean of all."""
+    """Measures how typical a picture is of the run: the cosine between its embedding and the mean embedding."""
 
     needs = ("image_embedding",)
     adds = {"typicality_score": pa.float32()}  # noqa: RUF012
@@ -26,8 +26,8 @@ class Typicality(Fitted, Stage):
         self._mean = fitted["mean"].to_numpy()
 
     def process(self, batch: pa.Table) -> pa.Table:
-        there = embeddings.finite(batch["image_embedding"])
-        vectors = embeddings.unit(embeddings.matrix(batch["image_embedding"].filter(pa.array(there))))
+        usable = embeddings.finite(batch["image_embedding"])
+        vectors = embeddings.unit(embeddings.matrix(batch["image_embedding"].filter(pa.array(usable))))
         score = np.zeros(len(batch), np.float32)
-        score[there] = vectors @ embeddings.unit(self._mean[None])[0]
-        return batch.append_column("typicality_score", pa.array(score, mask=~there))
+        score[usable] = vectors @ embeddings.unit(self._mean[None])[0]
+        return batch.append_column("typicality_score", pa.array(score, mask=~usable))

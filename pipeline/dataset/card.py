@@ -230,9 +230,9 @@ _CONTEXT: dict[str, Any] = {
 def croissant(about: About, tars: Sequence[Entry], tables: Sequence[Entry], samples: int) -> dict[str, Any]:
     """Metadata in MLCommons' Croissant 1.1: every tar and table with its digest, and the tables as one record set.
 
-    The record set has columns of text, numbers, booleans, dates, and flat lists of them; Croissant has no type for
-    others. It has no pictures: mlcroissant 1.1 caches unpacked tars by name only, so it could show pictures of another
-    dataset's `00000.tar`.
+    The record set has the columns of text, numbers, booleans, dates, and flat lists of these; Croissant has no type for
+    others. It leaves out the pictures, because mlcroissant 1.1 caches unpacked tars by name only and could show
+    pictures of another dataset's `00000.tar`.
     """
     fields = {
         name: found for name, dtype in {"key": pa.string(), **about.types}.items() if (found := _data_type(dtype))

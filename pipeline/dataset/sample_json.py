@@ -141,25 +141,17 @@ def json_type(dtype: pa.DataType) -> pa.DataType:
 
 
 def _is_text(dtype: pa.DataType) -> bool:
-    return bool(_types.is_string(dtype) or _types.is_large_string(dtype) or _types.is_string_view(dtype))
+    return any(test(dtype) for test in (_types.is_string, _types.is_large_string, _types.is_string_view))
 
 
 def _is_bytes(dtype: pa.DataType) -> bool:
-    return bool(
-        _types.is_binary(dtype)
-        or _types.is_large_binary(dtype)
-        or _types.is_fixed_size_binary(dtype)
-        or _types.is_binary_view(dtype)
-    )
+    tests = (_types.is_binary, _types.is_large_binary, _types.is_fixed_size_binary, _types.is_binary_view)
+    return any(test(dtype) for test in tests)
 
 
 def _is_list(dtype: pa.DataType) -> bool:
-    return bool(
-        _types.is_list(dtype)
-        or _types.is_large_list(dtype)
-        or _types.is_fixed_size_list(dtype)
-        or _types.is_list_view(dtype)
-        or _types.is_large_list_view(dtype)
+    return _types.is_fixed_size_list(dtype) or any(
+        test(dtype) for test in (_types.is_list, _types.is_large_list, _types.is_list_view, _types.is_large_list_view)
     )
 
 

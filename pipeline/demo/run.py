@@ -43,7 +43,7 @@ PER_CONCEPT = 4
 def recipe(port: int) -> list[str]:
     """Arguments of `pipeline.run` for the demo: the shipped recipe, with overrides where it does not fit as it is.
 
-    Paths in the recipe are relative to a checkout; elsewhere the scorer and the entries are those of the package.
+    The recipe's paths are relative to a checkout. Elsewhere, the overrides name the package's scorer and entries.
     """
     path = init.recipes()["demo"]
     words = [_shown(path)]
@@ -56,14 +56,14 @@ def recipe(port: int) -> list[str]:
 
 
 def _shown(path: Path) -> str:
-    """Relative to the current folder if the file is in it."""
+    """The path, relative to the current folder if it lies in it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def draw_heldout(folder: Path, seed: int) -> dict[str, Path]:
-    """Draws scenes that are neither in the web nor in the scorer's data, equally many of each colour and shape.
+    """Draws PER_CONCEPT scenes of each colour and shape that are neither in the web nor in the scorer's data.
 
-    Returns a folder for each task: in it a folder of pictures per class, beside it a file of prompts.
+    Returns a folder for each task. It holds a folder of pictures per class; a file of prompts lies beside it.
     """
     rng = random.Random(seed)
     scenes = [class_scene(colour, shape, rng) for colour in COLOURS for shape in SHAPES for _ in range(PER_CONCEPT)]
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.error(f"`{shlex.join(error.cmd[1:])}` failed with status {error.returncode}; see above")
         return 1
     _show_accuracy(console, results, tasks)
-    report = "" if not (RUN / "report" / "index.html").exists() else f", report in {RUN}/report/index.html"
+    report = f", report in {RUN}/report/index.html" if (RUN / "report" / "index.html").exists() else ""
     console.say(
         f"\nrun in {RUN}/{report}, model in {RUN}/model/ (open_clip: local-dir:{RUN}/model), web and truth in {WEB}/\n"
         f"{time.monotonic() - started:.0f} s in total"
@@ -131,10 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least 1")
+    return int(text)
 
 
 def zero_shot(data: Path) -> float:

@@ -65,6 +65,12 @@ class Scene:
         """True if a caption of one is clearly wrong for the other: they share nothing that a caption names."""
         return self.background != other.background and not (self._words & other._words)
 
+    def mismatch(self, scenes: list[Scene], rng: random.Random) -> Scene:
+        """A random one of `scenes` that differs from this one. Never returns if there is none."""
+        while not self.differs_from(other := rng.choice(scenes)):
+            pass
+        return other
+
     @property
     def _words(self) -> set[str]:
         return {self.shape, self.colour, *(self.companion or ())}
@@ -172,7 +178,7 @@ def _ground(canvas: Pixels, line: Pixels, top: str, bottom: str) -> None:
 
 
 def _disc(canvas: Pixels, x: float, y: float, size: float, soft: float, colour: str, strength: float) -> None:
-    """A disc about (x, y) with radius `size`, its edge `soft` wide, all in pixels."""
+    """Draws a disc around (x, y) with radius `size` and an edge `soft` wide, all in pixels."""
     height, width = canvas.shape[:2]
     reach = math.ceil(size + soft)
     rows = slice(min(max(0, int(y) - reach), height), max(0, int(y) + reach + 1))
@@ -185,7 +191,7 @@ def _disc(canvas: Pixels, x: float, y: float, size: float, soft: float, colour: 
 
 
 def _sprinkle(canvas: Pixels, count: int, colour: str, sizes: tuple[float, float], rng: random.Random) -> None:
-    """Draws discs of `sizes` (radius in pixels) all over the picture, with random transparency."""
+    """Scatters discs over the picture, with radii in the range `sizes` (pixels) and random transparency."""
     height, width = canvas.shape[:2]
     for _ in range(count):
         x, y, size = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(*sizes)
@@ -193,7 +199,7 @@ def _sprinkle(canvas: Pixels, count: int, colour: str, sizes: tuple[float, float
 
 
 def _clouds(canvas: Pixels, count: int, rng: random.Random) -> None:
-    """Clouds of four soft puffs each, in the upper part of the picture."""
+    """Draws clouds of four soft puffs each in the upper part of the picture."""
     height, width = canvas.shape[:2]
     for _ in range(count):
         x, y, size = rng.uniform(0, width), rng.uniform(0.05, 0.4) * height, rng.uniform(0.05, 0.1) * min(height, width)
@@ -274,7 +280,7 @@ def _forest(height: int, width: int, rng: random.Random) -> Pixels:
         for centre in np.arange(0, width + tree, tree * 0.8):
             centre += rng.uniform(-0.3, 0.3) * tree
             tall = height * rng.uniform(0.12, 0.24) * (0.7 + 0.25 * depth)
-            # Three tiers of branches: a saw-tooth whose steps point downwards.
+            # Three tiers of branches: a downward sawtooth.
             away = np.abs(x - centre) / (tree * 0.55)
             tiers = 1 - away - 0.12 * ((away * 3) % 1)
             line = np.minimum(line, hills - np.where(away < 1, tall * tiers, 0))
@@ -489,9 +495,14 @@ def _to_pixels(x: float, y: float, turn: float, big: int) -> tuple[float, float]
 Polygon = list[tuple[float, float]]
 
 
-def _polar(radius: Callable[[float], float], x: float = 0, y: float = 0, points: int = 120) -> Polygon:
-    angles = [2 * math.pi * i / points for i in range(points)]
-    return [(x + radius(a) * math.sin(a), y - radius(a) * math.cos(a)) for a in angles]
+def _curve(x: Callable[[float], float], y: Callable[[float], float]) -> Polygon:
+    """The closed curve (x(t), y(t)) for t from 0 to 2π."""
+    return [(x(t), y(t)) for t in (2 * math.pi * i / 120 for i in range(120))]
+
+
+def _polar(radius: Callable[[float], float], x: float = 0, y: float = 0) -> Polygon:
+    """The curve around (x, y) at distance `radius(a)` in direction `a`, clockwise from the top."""
+    return _curve(lambda a: x + radius(a) * math.sin(a), lambda a: y - radius(a) * math.cos(a))
 
 
 def _regular(corners: int, inner: float | None = None) -> Polygon:
@@ -500,10 +511,6 @@ def _regular(corners: int, inner: float | None = None) -> Polygon:
     count = corners * len(radii)
     angles = [2 * math.pi * i / count for i in range(count)]
     return [(radii[i % len(radii)] * math.sin(a), -radii[i % len(radii)] * math.cos(a)) for i, a in enumerate(angles)]
-
-
-def _curve(x: Callable[[float], float], y: Callable[[float], float], points: int = 120) -> Polygon:
-    return [(x(2 * math.pi * i / points), y(2 * math.pi * i / points)) for i in range(points)]
 
 
 # Filled and cut-out polygons of each shape, in a square from -1 to 1 with y downwards.
@@ -533,7 +540,7 @@ OUTLINES: dict[str, tuple[list[Polygon], list[Polygon]]] = {
     "crescent": ([_polar(lambda a: 0.97)], [_polar(lambda a: 0.85, x=0.46, y=-0.1)]),
     "mushroom": (
         [
-            [*_curve(lambda t: 0.95 * math.cos(math.pi + t / 2), lambda t: 0.05 + 0.9 * math.sin(math.pi + t / 2))],
+            _curve(lambda t: 0.95 * math.cos(math.pi + t / 2), lambda t: 0.05 + 0.9 * math.sin(math.pi + t / 2)),
             [(-0.28, 0.0), (0.28, 0.0), (0.36, 0.92), (-0.36, 0.92)],
         ],
         [_polar(lambda a: 0.15, x=-0.42, y=-0.32), _polar(lambda a: 0.18, x=0.2, y=-0.48)],

@@ -1,4 +1,4 @@
-"""Rebuilds the demo's scorer: a dual encoder trained on clean scenes by our own trainer.
+"""Rebuilds the demo's scorer: a dual encoder that `trainer.train` trains on clean scenes.
 
     python -m pipeline.demo.scorer [WORK]
 
@@ -13,7 +13,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -34,7 +33,7 @@ MAX_BYTES = 8_000_000
 
 
 def _small(scene: Scene) -> bytes:
-    """A scene as stored by the demo's recipe: longer side 128 pixels."""
+    """The scene as the demo's recipe stores it: a JPEG with a longer side of 128 pixels."""
     picture = draw(scene)
     picture.thumbnail((128, 128))
     return jpeg(picture)
@@ -73,7 +72,7 @@ def separation(model: Path, pairs: int = 1000, seed: int = 7) -> float:
     net, preprocess, tokenizer = load(str(model))
     rng = random.Random(seed)
     scenes = [random_scene(rng) for _ in range(pairs)]
-    wrong = [next(other for other in _others(scenes, rng) if other.differs_from(scene)) for scene in scenes]
+    wrong = [scene.mismatch(scenes, rng) for scene in scenes]
     with torch.inference_mode():
         image = net.encode_image(preprocess([draw(scene) for scene in scenes]), normalize=True)
         scores = [
@@ -82,11 +81,6 @@ def separation(model: Path, pairs: int = 1000, seed: int = 7) -> float:
         ]
     true, false = (score.numpy() for score in scores)
     return float(np.mean(true[:, None] > false[None, :]))
-
-
-def _others(scenes: list[Scene], rng: random.Random) -> Iterator[Scene]:
-    while True:
-        yield rng.choice(scenes)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Evaluates a curation of the demo web against the truth: recall of each kind of noise, and loss of good rows.
+"""Evaluates a curation of the demo web: how much of each kind of noise it dropped, and how many good rows it lost.
 
     python -m pipeline.demo.truth RUN WEB                  what the run kept and dropped
     python -m pipeline.demo.truth RUN WEB STUDY.yaml       what each cut of a study of the run would keep
@@ -56,7 +56,7 @@ class Score:
     precision: float
     """Share of good rows among the rows kept."""
     recall: float
-    """Share of good rows that were kept, without those dropped by balancing."""
+    """Share of good rows that were kept, not counting those dropped by balancing."""
 
 
 def judge(truth: list[dict[str, Any]], kept: set[Pair], drops: dict[Pair, Drop]) -> Score:
@@ -109,7 +109,7 @@ def judge_cuts(truth: list[dict[str, Any]], candidates: list[Pair], kept: np.nda
 
 
 def good_candidates(truth: list[dict[str, Any]], candidates: list[Pair]) -> np.ndarray:
-    """Which candidates are good, bool: those whose row is, and copies whose original is not a candidate."""
+    """Marks the good candidates, bool: good rows, and copies of a good row that is not itself a candidate."""
     known = {(row["url"], row["caption"]): row for row in truth}
     present = {known[pair]["picture"] for pair in candidates if known[pair]["good"]}
     originals = {row["picture"] for row in truth if row["good"]} - present
@@ -117,7 +117,7 @@ def good_candidates(truth: list[dict[str, Any]], candidates: list[Pair]) -> np.n
 
 
 def _outcomes(truth: list[dict[str, Any]], kept: set[Pair], drops: dict[Pair, Drop]) -> list[Drop | None]:
-    """The outcome of each row, None if kept, with those of originals and kept copies swapped."""
+    """The drop of each row, None if kept. An original and the copy kept in its place swap outcomes."""
     outcomes = [drops.get((row["url"], row["caption"])) for row in truth]
     rows_of: defaultdict[int, list[int]] = defaultdict(list)
     for position, row in enumerate(truth):
@@ -157,7 +157,7 @@ def read(run: Path, web: Path) -> tuple[list[dict[str, Any]], set[Pair], dict[Pa
 
 
 def by_kind(truth: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with their kinds in the order of `KINDS`; kinds of another web last, by name."""
+    """Sorts rows by kind: first in the order of `KINDS`, then kinds of other webs by name."""
     order = {kind: number for number, kind in enumerate(KINDS)}
     return sorted(truth, key=lambda row: (order.get(row["kind"], len(order)), row["kind"]))
 

@@ -6,7 +6,7 @@
 Writes `DIR/pool.parquet` (columns `url, caption`: the input of the pipeline), `DIR/site/` and
 `DIR/truth/truth.parquet`, then serves the site on 127.0.0.1 until interrupted. The truth has the pool's rows plus
 `kind` (a key of `KINDS`), `good` (whether the row belongs in a dataset) and `picture` (equal in rows that show the same
-picture). It serves to evaluate the pipeline, which never reads it.
+picture). It is for evaluating the pipeline, which never reads it.
 """
 
 from __future__ import annotations
@@ -105,11 +105,14 @@ _NO_PICTURE = (
     *("endless", "gzip_bomb", "long_header", "not_http", "reset", "no_tls", "private", "bad_url", "bad_redirect"),
 )
 _INSIDE = ("http://127.0.0.1:1/", "http://localhost:1/", "http://[::1]:1/", "http://2130706433:1/")
+_BAD_STARTS = (
+    "file:///etc/", "ftp://127.0.0.1/", "javascript:", "data:image/png;base64,", "http://127.0.0.1:99999/", "../",
+)  # fmt: skip
 
 
 @dataclass
 class Site:
-    """The content of the server: files, and paths with another response than a file."""
+    """The content of the server: files, and the paths that answer with something else."""
 
     folder: Path
     base: str
@@ -140,7 +143,7 @@ def build(folder: Path, pictures: int, seed: int, port: int) -> int:
     counts = {name: max(2, round(kind.share * pictures)) for name, kind in KINDS.items()}
     kinds = [name for name, count in counts.items() for _ in range(count)]
     scenes = [random_scene(rng) for _ in kinds]
-    # A copy shows the picture of a clean row. Kinds without a picture need none drawn.
+    # A copy shows the picture of a clean row. Rows of kinds without a picture get none drawn.
     originals = {row: rng.randrange(pictures) for row, kind in enumerate(kinds) if kind in _COPIES}
     own = [row for row, kind in enumerate(kinds) if kind not in _COPIES and kind not in _NO_PICTURE]
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -172,13 +175,15 @@ def build(folder: Path, pictures: int, seed: int, port: int) -> int:
     )
     pq.write_table(truth, folder / "truth" / "truth.parquet")
     (site.folder / "answers.json").write_text(json.dumps(site.answers, indent=0), encoding="utf-8")
-    pq.write_table(truth.select(["url", "caption"]), folder / "pool.parquet")
+    table, path = truth.select(["url", "caption"]), folder / "pool.parquet"
+    if not path.exists() or not pq.read_table(path).equals(table):  # a run recognises its pool by the time of the file
+        pq.write_table(table, path)
     return len(truth)
 
 
 def _caption(kind: str, scene: Scene, scenes: list[Scene], rng: random.Random) -> str:
     if kind == "mismatched":
-        return captions.english(next(s for s in iter(lambda: rng.choice(scenes), None) if s.differs_from(scene)), rng)
+        return captions.english(scene.mismatch(scenes, rng), rng)
     if kind == "boilerplate":
         return captions.boilerplate(rng)
     if kind == "spam":
@@ -191,7 +196,7 @@ def _caption(kind: str, scene: Scene, scenes: list[Scene], rng: random.Random) -
 
 
 def _publish(kind: str, site: Site, body: bytes, original: str) -> str:
-    """Publishes a row of a kind on the site. Returns its url. `original` is the url of the row that it copies."""
+    """Publishes a row of a kind on the site and returns its url. `original` is the url of the row that it copies."""
     rng = site.rng
     if kind == "same_url":
         return original + rng.choice(("", "#main", "#top"))  # a fragment does not change the resource
@@ -214,26 +219,16 @@ def _publish(kind: str, site: Site, body: bytes, original: str) -> str:
     if kind == "moved":
         return site.publish(None, "redirect", site.publish(body))
     if kind == "loop":
-        there = site.publish(None)
-        site.answers[there.removeprefix(site.base)] = ["redirect", there]
-        return site.publish(None, "redirect", there)
+        url = site.publish(None)
+        site.answers[url.removeprefix(site.base)] = ["redirect", url]
+        return site.publish(None, "redirect", url)
     if kind == "bad_redirect":
         return site.publish(None, "redirect", "file:///etc/hostname")
     if kind == "private":
         inside = f"{rng.choice(_INSIDE)}{rng.getrandbits(32):08x}.jpg"
         return inside if rng.random() < 0.5 else site.publish(None, "redirect", inside)
     if kind == "bad_url":
-        start = rng.choice(
-            (
-                "file:///etc/",
-                "ftp://127.0.0.1/",
-                "javascript:",
-                "data:image/png;base64,",
-                "http://127.0.0.1:99999/",
-                "../",
-            )
-        )
-        return f"{start}{rng.getrandbits(32):08x}.jpg"
+        return f"{rng.choice(_BAD_STARTS)}{rng.getrandbits(32):08x}.jpg"
     if kind == "no_tls":
         return site.publish(None).replace("http:", "https:")
     if kind == "opted_out":
@@ -311,7 +306,7 @@ def _placeholder() -> bytes:
 
 
 def _pixel_bomb(rng: random.Random) -> bytes:
-    """A valid start of a one-bit PNG of 50,000 × 50,000 pixels, different for every row."""
+    """The valid beginning of a 1-bit PNG of 50,000 × 50,000 pixels, different for every row."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -340,7 +335,7 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Server
     protocol_version = "HTTP/1.1"
-    # Headers and body are two writes. Without this, the second waits 40 ms for the first to be acknowledged.
+    # Headers and body are two writes. With Nagle's algorithm, the second waits 40 ms until the first is acknowledged.
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
@@ -476,14 +471,14 @@ class Server(ThreadingHTTPServer):
             return first
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignores errors from closing sockets that this server broke on purpose."""
+        """Ignores errors from sockets that this server broke on purpose."""
 
 
 @contextmanager
 def open_port(port: int) -> Iterator[Server]:
-    """A bound server that does not serve yet, since `build` needs its port for the urls. Call `start` afterwards.
+    """Binds a server on `port`, or on any free port if `port` is taken, without serving.
 
-    Uses any free port if `port` is taken.
+    `build` needs the port for its urls; `serving` then serves the web that was built.
     """
     try:
         server = Server(port)

@@ -46,7 +46,7 @@ class Budget:
                 turn.set_result(None)
 
     def resize(self, total: int) -> None:
-        """Changes the total. If more is in use than that, the excess is withdrawn as it is released."""
+        """Changes the total. If more than `total` is in use, the excess is withdrawn as it is released."""
         more, self.total = total - self.total, total
         self.release(more)
 
@@ -60,12 +60,13 @@ class Budget:
 
 @dataclass
 class Lease:
-    """One row's reservation of a budget. Taken at most once at a time, returned as a whole."""
+    """One row's reservation of a budget. Call `give_back` before the next `take`."""
 
     budget: Budget
     size: int = 0
 
     async def take(self, size: int) -> None:
+        """Waits for `size`, or for the whole budget if that is less."""
         size = min(size, self.budget.total)
         await self.budget.reserve(size)
         self.size = size

@@ -1,20 +1,19 @@
 """Runs an asynchronous function over the rows of a stream of tables, with many rows in flight across tables.
 
-The event loop runs in a background thread. The caller's thread pulls a table when there is room for its rows, and
-yields rows as they finish, so the slow rows of one table overlap with the next tables.
+The event loop runs in a background thread. The caller's thread pulls the next table when there is room for its rows,
+and yields rows as they finish, so slow rows of one table overlap with rows of later tables.
 
-The loop and its resources outlive a stream: connections, caches and processes last for the life of the worker.
+The loop and its resources (connections, caches, processes) outlive a stream: they last as long as the worker.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -36,12 +35,12 @@ HOLD_SECONDS = 0.5
 class ConcurrentRows(Generic[T]):
     """Calls `work(values, begin)` for each row, with the row's values in `columns`.
 
-    `work` comes from `open_work()`, which is entered with the first stream, left after an error, and entered again with
-    the next stream. Only one stream may run at a time. A pickled copy starts closed.
+    The context manager `open_work()` gives `work`. It is entered by the first stream, left after an error, and entered
+    again by the next stream. Only one stream may run at a time. A pickled copy starts closed.
 
-    The event loop holds up to `admitted` rows, most of them waiting. A row costs memory from when it has awaited
+    The event loop holds up to `admitted` rows, most of them waiting. A row needs memory from when it has awaited
     `begin` until the consumer takes its result. At most `concurrency` rows run at once. If more than two groups of
-    finished rows wait for the consumer, no further row begins.
+    finished rows wait for the consumer, each further finished row counts as running until it is taken.
     """
 
     open_work: Callable[[], AbstractAsyncContextManager[Work[T]]]
@@ -58,14 +57,13 @@ class ConcurrentRows(Generic[T]):
     def __call__(self, tables: Iterable[pa.Table]) -> Iterator[list[Finished[T]]]:
         """Yields each row of each table once, in order of completion, in lists of at most `group`.
 
-        An exception from `work` or `tables` is raised here. That, or closing the generator early, cancels the rows in
+        Raises the exceptions of `work` and `tables`. An exception, or closing the generator early, cancels the rows in
         flight and ends the thread.
         """
         if self._run is None:
             self._run = _Run(self)
             weakref.finalize(self, self._run.stop)
-        run, whole = self._run, False
-        source = iter(tables)
+        run, source = self._run, iter(tables)
         try:
             run.feed(next(source, None))
             while True:
@@ -79,15 +77,14 @@ class ConcurrentRows(Generic[T]):
                 else:
                     run.taken(event)
                     yield [row for row, _ in event]
-            whole = True
-        finally:
-            if not whole:
-                self._run = None
-                run.stop()
+        except BaseException:
+            self._run = None
+            run.stop()
+            raise
 
 
 class _Room:
-    """All rows so far are admitted: the next table may be fed."""
+    """All rows fed so far are admitted: there is room for the next table."""
 
 
 @dataclass
@@ -98,21 +95,21 @@ class _End:
 
 
 _Group = list[tuple[Finished[T], bool]]
-"""Finished rows, and whether each still counts as running until it is taken (back-pressure)."""
+"""Finished rows, each with True if it counts as running until it is taken (back-pressure)."""
 
 
 class _Run(Generic[T]):
     """The event loop. `feed`, `taken` and `stop` are called from the consumer's thread."""
 
-    def __init__(self, of: ConcurrentRows[T]):
-        # Bounded by `admitted`.
+    def __init__(self, settings: ConcurrentRows[T]):
+        # Holds at most `admitted` rows.
         self.events: queue.SimpleQueue[_Group[T] | _Room | _End] = queue.SimpleQueue()
-        self._open_work = of.open_work
-        self._columns = of.columns
+        self._open_work = settings.open_work
+        self._columns = settings.columns
         self._inbox: asyncio.Queue[pa.Table | None] = asyncio.Queue()
-        self._places = asyncio.Semaphore(of.concurrency)
-        self._admissions = asyncio.Semaphore(of.admitted)
-        self._size = of.group
+        self._places = asyncio.Semaphore(settings.concurrency)
+        self._admissions = asyncio.Semaphore(settings.admitted)
+        self._size = settings.group
         self._group: _Group[T] = []
         self._untaken = 0
         self._due: asyncio.TimerHandle | None = None
@@ -133,13 +130,12 @@ class _Run(Generic[T]):
     def stop(self) -> None:
         if self._task is not None:
             self._in_loop(self._task.cancel)
-        if self._thread is not threading.current_thread():  # the garbage collector may call from there
+        if self._thread is not threading.current_thread():  # the garbage collector may call this in the loop's thread
             self._thread.join()
 
     def _in_loop(self, function: Callable[..., object], *args: object) -> None:
-        # Ignored if the loop is closed.
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):
+            with suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(function, *args)
 
     def _release(self, rows: int, held: int) -> None:
@@ -152,7 +148,7 @@ class _Run(Generic[T]):
     def _main(self) -> None:
         error: BaseException | None = None
         try:
-            asyncio.run(self._all())
+            asyncio.run(self._serve())
         except asyncio.CancelledError:
             pass
         except BaseException as caught:  # raised again in the consumer's thread
@@ -160,13 +156,9 @@ class _Run(Generic[T]):
         self.events.put(_End(error))
         self._started.set()
 
-    async def _all(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._task = asyncio.create_task(self._serve())
-        self._started.set()
-        await self._task
-
     async def _serve(self) -> None:
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        self._started.set()
         rows: set[asyncio.Task[None]] = set()
         async with self._open_work() as work:
             try:
@@ -202,7 +194,7 @@ class _Run(Generic[T]):
         except Exception as error:
             self.events.put(_End(error))
             return
-        # Wake the consumer once per group: switching between the two threads costs more than the work itself.
+        # Wake the consumer once per group: switching threads for each row would cost more than the work itself.
         self._untaken += 1
         held = begun and self._untaken > 2 * self._size
         if begun and not held:
@@ -223,7 +215,7 @@ class _Run(Generic[T]):
 
 
 def _values(column: pa.ChunkedArray) -> Iterator[Any]:
-    """Python values. In strings, invalid UTF-8 bytes, which Arrow allows, become surrogates."""
+    """The Python values of a column. Bytes of invalid UTF-8, which Arrow allows in strings, become surrogates."""
     if not pa.types.is_string(column.type):
         return iter(column.to_pylist())
     raw = (value.as_py() for value in column.cast(pa.large_binary()))
@@ -231,7 +223,7 @@ def _values(column: pa.ChunkedArray) -> Iterator[Any]:
 
 
 def table_of(finished: list[Finished[dict[str, Any]]], types: Mapping[str, pa.DataType]) -> pa.Table:
-    """A table of finished rows with their result columns, grouped by source table, in order of completion."""
+    """A table of finished rows with the columns of their results, grouped by source table, in order of completion."""
     sources: dict[int, list[Finished[dict[str, Any]]]] = {}
     for row in finished:
         sources.setdefault(id(row[0]), []).append(row)
@@ -255,5 +247,5 @@ def with_columns(source: pa.Table, results: Sequence[Mapping[str, Any]], types: 
 
 
 def as_drop(failure: FetchError) -> dict[str, Any]:
-    """The mapping that marks a row as dropped, for `with_columns`."""
+    """The result of a dropped row, for `with_columns`."""
     return {"drop_reason": failure.reason, "drop_detail": failure.detail or None}

@@ -7,15 +7,16 @@ The rules, the same for every format:
 
 - The format is detected from the first bytes: JPEG, PNG, WebP, GIF or AVIF. File names and headers are ignored.
 - The size in the file's header is checked before decoding.
-- Animations yield the first frame and set `animated`. A JPEG with further pictures (MPO) yields the first.
-- Orientation is applied, from EXIF or else from XMP. Sizes are those of the upright image.
-- An ICC profile is converted to sRGB (relative colorimetric). A broken profile, any part of one beyond PROFILE_BYTES,
-  and all other colour information are ignored. CMYK without a profile is converted by Pillow's formula.
+- An animation yields its first frame and sets `animated`. A JPEG with further pictures (MPO) yields the first.
+- The orientation from EXIF, or else from XMP, is applied. All sizes are those of the upright image.
+- Colours with an ICC profile are converted to sRGB (relative colorimetric). A broken profile, any part of a profile
+  beyond PROFILE_BYTES, and all other colour information are ignored. CMYK without a profile is converted by Pillow's
+  formula.
 - Transparency is composited on white.
 - 16-bit channels keep their high byte; values are not clipped.
 - Broken, huge or hostile metadata never fails the picture.
 - A JPEG that supports it (`_has_scales`) is decoded at a reduced DCT scale that covers the target; see `Rules.decode`.
-- Downscaling averages by area (`shrink`); upscaling interpolates by Lanczos, as img2dataset does.
+- Downscaling averages by area (`shrink`); upscaling uses Lanczos interpolation, as in img2dataset.
 """
 
 from __future__ import annotations
@@ -60,22 +61,22 @@ Box = Sequence[float]
 Detector = Callable[[np.ndarray], Sequence[Box]]
 """Finds boxes, such as faces, in (height, width, 3) uint8 RGB."""
 
-# The longest side supported by the encoded format, in pixels.
 MAX_SIDE = {"jpg": 65_500, "png": 65_500, "webp": 16_383}
+"""Longest side in pixels that the encoders write; for png, the same as for jpg."""
 
-# Minimum size of a reduced decoding relative to the target, in both directions.
+# Smallest reduced decoding relative to the target, along both sides.
 _COVER = {"scaled": 1.5, "fast": 1.0}
-# Formats without reduced decoding are averaged down in steps from this size on, unless `exact`.
+# Above this size, formats without reduced decoding are averaged down in two steps, except with `exact`.
 _LARGE_PIXELS = 4_000_000
 # A progressive JPEG has about ten scans. Each passes over the whole picture, so a small file with many takes minutes.
 _MOST_SCANS = 100
-# Bytes read of an ICC profile. CMYK profiles have up to 3 MB.
+# Most bytes read of an ICC profile. CMYK profiles have up to 3 MB.
 PROFILE_BYTES = 4 << 20
-# Bytes read of a text chunk (XMP, EXIF in hex). The relevant fields come first.
+# Most bytes read of a text chunk (XMP, EXIF in hex). The relevant fields come first.
 _TEXT_BYTES = 1 << 20
-# The column `exif`: characters of a value, bytes of the JSON. Longer values are cut, further tags left out.
+# Limits of the column `exif`: characters per value, bytes of JSON. Longer values are cut; further tags are omitted.
 _EXIF_VALUE, _EXIF_BYTES = 1_000, 1 << 16
-# Reads per EXIF block. A few thousand are usual; overlapping tables could cause millions.
+# Most reads per EXIF block. A few thousand are usual; overlapping tables could cause millions.
 _EXIF_READS = 20_000
 _SAME_FORMAT = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
@@ -130,9 +131,9 @@ class Picture:
     hash: str | None = None
     """The digest selected by `Rules.compute_hash`."""
     hash_matches: bool | None = None
-    """Whether the body has the claimed digest; None without a claim."""
+    """True if the body has the claimed digest; None without a claim."""
     dark_score: float | None = None
-    """This and the following: `quality.measure` of the picture as encoded. None unless `Rules.image_quality`."""
+    """This and the next three: `quality.measure` of the picture as encoded. None unless `Rules.image_quality`."""
     light_score: float | None = None
     blurry_score: float | None = None
     low_information_score: float | None = None
@@ -156,7 +157,7 @@ def decode(
         raise FetchError("decode_error", str(error)) from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise FetchError("too_large", str(error)) from None
-    except UnidentifiedImageError:  # its message has a memory address, which would make ledgers differ between runs
+    except UnidentifiedImageError:  # the message has a memory address, so ledgers would differ between runs
         raise FetchError("decode_error", "broken header") from None
     except Exception as error:  # decoders raise all kinds of errors (struct.error, SyntaxError, ...) on broken files
         raise FetchError("decode_error", f"{type(error).__name__}: {error}") from None
@@ -181,9 +182,7 @@ class Decoder:
             phash(np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8))
 
 
-def _decode(
-    body: bytes, rules: Rules, claim: str | None, blur: Sequence[Box], detect: Detector | None = None
-) -> Picture:
+def _decode(body: bytes, rules: Rules, claim: str | None, blur: Sequence[Box], detect: Detector | None) -> Picture:
     if rules.deny_hashes is not None and (denied := rules.deny_hashes.find(body)):
         raise FetchError("denied_hash", denied)
     matches = None
@@ -195,28 +194,28 @@ def _decode(
     if kind is None:
         raise FetchError("not_an_image", f"starts with {body[:16]!r}")
     boxes = [checked_box(box) for box in blur]
-    found = _read_bare(body, kind, rules) or _read(body, kind, rules)
+    decoded = _read_bare(body, kind, rules) or _read(body, kind, rules)
     if detect is not None:
-        boxes += [checked_box(box) for box in detect(found.pixels)]
-    pixels = _resize(found.pixels, found.plan, rules, boxes)
+        boxes += [checked_box(box) for box in detect(decoded.pixels)]
+    pixels = _resize(decoded.pixels, decoded.plan, rules, boxes)
     denies_pictures = rules.deny_hashes is not None and rules.deny_hashes.holds_pictures
     bits = phash(pixels) if rules.compute_phash or denies_pictures else None
     if rules.deny_hashes is not None and (denied := rules.deny_hashes.find_picture(bits)):
         raise FetchError("denied_hash", denied)
-    as_it_came = kind == _SAME_FORMAT[rules.encode_format] and found.clean and not found.plan.resizes
-    keep_bytes = rules.skip_reencode and as_it_came and not boxes
+    unchanged = kind == _SAME_FORMAT[rules.encode_format] and decoded.clean and not decoded.plan.resizes
+    keep_bytes = rules.skip_reencode and unchanged and not boxes
     return Picture(
         image=body if keep_bytes else _encode(pixels, rules),
         width=pixels.shape[1],
         height=pixels.shape[0],
-        original_width=found.size[0],
-        original_height=found.size[1],
+        original_width=decoded.size[0],
+        original_height=decoded.size[1],
         original_bytes=len(body),
         original_format=kind.lower(),
-        animated=found.animated,
+        animated=decoded.animated,
         sha256=hashlib.sha256(body).hexdigest(),
         phash=bits if rules.compute_phash else None,
-        exif=found.exif if rules.extract_exif else None,
+        exif=decoded.exif if rules.extract_exif else None,
         hash=hashlib.new(rules.compute_hash, body).hexdigest() if rules.compute_hash else None,
         hash_matches=matches,
         **(quality.measure(pixels) if rules.image_quality else {}),
@@ -228,15 +227,15 @@ _COSINES = np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1))
 _PILLOW_ONE = 1 << 22
 """1.0 in Pillow's fixed-point weights."""
 
-
 FLAT = 2
-"""Levels of grey, of 256, that a flat picture may span: a JPEG of one colour has that much noise."""
+"""Most grey levels, of 256, between the darkest and the brightest pixel of a flat picture: the noise of a JPEG of one
+colour."""
 
 
 def phash(pixels: np.ndarray) -> int | None:
     """Equals imagehash.phash of (height, width, 3) uint8 RGB, as an unsigned 64-bit integer, in under half the time.
 
-    None for a flat picture. It has no structure, so its hash would be noise, or the same for every colour.
+    None for a flat picture: without structure, its hash would be noise, or the same for every colour.
     """
     image = Image.fromarray(pixels)
     small = _to_32(np.asarray(image.convert("L"))).astype(np.float64)
@@ -244,13 +243,13 @@ def phash(pixels: np.ndarray) -> int | None:
         return None
     low = _COSINES @ small @ _COSINES.T
     above = low - np.sort(low, axis=None)[31:33].mean()  # the median
-    # imagehash uses SciPy's DCT. If a bit depends on rounding, use SciPy's rounding.
+    # If rounding decides a bit, use imagehash itself: it rounds as SciPy's DCT does.
     bits = above > 0 if np.abs(above).min() > 1e-6 else imagehash.phash(image).hash
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
 def _to_32(grey: np.ndarray) -> np.ndarray:
-    """Bit-exact Pillow Lanczos resize of (height, width) uint8 to 32 × 32, as products of integer matrices."""
+    """Resizes (height, width) uint8 to 32 × 32: bit-exact Pillow Lanczos, as products of integer matrices."""
     height, width = grey.shape
     horizontal_first = _horizontal_first(width, height) if 32 < width <= 512 and 32 < height <= 512 else None
     if horizontal_first is None:
@@ -278,42 +277,42 @@ def _weights(side: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4096)
 def _horizontal_first(width: int, height: int) -> bool | None:
-    """Whether this Pillow resizes the horizontal axis first at this size, found by trial. None: neither order fits."""
+    """Tries whether this Pillow resizes the horizontal axis first at this size. None if neither order reproduces it."""
     noise = np.random.default_rng(0).integers(0, 256, (height, width), np.uint8)
     wanted = np.asarray(Image.fromarray(noise).resize((32, 32), Image.Resampling.LANCZOS))
     return next((order for order in (True, False) if np.array_equal(_product(noise, order), wanted)), None)
 
 
-class _Found(NamedTuple):
+class _Decoded(NamedTuple):
     """The decoded content of a file."""
 
     pixels: np.ndarray
-    """(height, width, 3) RGB, upright; smaller than the picture if a reduced decoding covers the target."""
+    """(height, width, 3) uint8 RGB, upright; smaller than the picture if a reduced decoding covers the target."""
     size: tuple[int, int]
     """(width, height) of the full-size, upright picture."""
     plan: Plan
     clean: bool
-    """True if the pixels are the file's own samples, of a single frame: not rotated, colour-converted or composited."""
+    """True if these are the file's own samples, of its only frame: not rotated, colour-converted or composited."""
     animated: bool
     exif: str | None
 
 
-def _read_bare(body: bytes, kind: str, rules: Rules) -> _Found | None:
-    """Fast path without Pillow, for pictures without metadata, as most on the web are. None for others or broken ones.
+def _read_bare(body: bytes, kind: str, rules: Rules) -> _Decoded | None:
+    """Decodes pictures without metadata, which most on the web are, without Pillow. None for other or broken pictures.
 
-    Pillow would add 5% to decoding a JPEG and 50% to a PNG. A WebP would take twice the time and three times the
-    memory, since it may be animated.
+    Pillow would take 5% longer for a JPEG and 50% longer for a PNG. For a WebP, which may be animated, it would take
+    twice the time and three times the memory.
     """
     size = bare_size(body, kind)
-    if size is None or (kind == "PNG" and size[0] * size[1] > _LARGE_PIXELS):  # OpenCV would hold it twice
+    if size is None or (kind == "PNG" and size[0] * size[1] > _LARGE_PIXELS):  # OpenCV would hold two copies of it
         return None
     _check_size(*size, rules)
     plan = plan_resize(*size, rules)
     pixels = _turbo_pixels(body, size, plan.scaled, rules) if kind == "JPEG" else _opencv_pixels(body)
-    return None if pixels is None else _Found(pixels, size, plan, clean=True, animated=False, exif="{}")
+    return None if pixels is None else _Decoded(pixels, size, plan, clean=True, animated=False, exif="{}")
 
 
-def _read(body: bytes, kind: str, rules: Rules) -> _Found:
+def _read(body: bytes, kind: str, rules: Rules) -> _Decoded:
     size = header_size(body, kind)
     if size:
         _check_size(*size, rules)
@@ -328,19 +327,19 @@ def _read(body: bytes, kind: str, rules: Rules) -> _Found:
         animated = _is_animated(source)
         exif = _exif(source.info.get("exif")) if rules.extract_exif else None
     clean = clean and orientation == 1 and not animated
-    return _Found(pixels, (width, height), plan, clean, animated, exif)
+    return _Decoded(pixels, (width, height), plan, clean, animated, exif)
 
 
 def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Rules) -> tuple[np.ndarray, bool]:
-    """Returns (height, width, 3) RGB before rotation, and whether these are the file's own samples, neither
+    """Returns (height, width, 3) uint8 RGB before rotation, and True if these are the file's own samples, neither
     colour-converted nor composited.
 
-    `target` is the (width, height) of the later resize.
+    `target` is the (width, height) to which the pixels will be resized, before rotation.
     """
     if "progressive" in source.info and (scans := body.count(b"\xff\xda")) > _MOST_SCANS:
         raise FetchError("decode_error", f"{scans} scans")
     if source.format == "JPEG":
-        # Of any mode: libjpeg-turbo detects damage that Pillow does not report.
+        # In every mode: libjpeg-turbo detects damage that Pillow does not report.
         pixels = _turbo_pixels(body, source.size, target, rules)
         plain = source.mode == "RGB" or (source.mode == "L" and "icc_profile" not in source.info)
         if plain and pixels is not None:
@@ -360,15 +359,15 @@ def _pixels(source: Image.Image, body: bytes, target: tuple[int, int], rules: Ru
         clean = False
     image = to_rgb(source)
     if cover and image.width * image.height > _LARGE_PIXELS:
-        # Reduce before making a second copy: Pillow already uses four bytes per pixel.
+        # Reduce before making a second copy: Pillow's own copy has four bytes per pixel.
         image = image.reduce(max(1, int(min(image.width / target[0], image.height / target[1]) / cover)))
     return np.asarray(image), clean
 
 
 def _turbo_pixels(body: bytes, size: tuple[int, int], target: tuple[int, int], rules: Rules) -> np.ndarray | None:
-    """Decodes a JPEG to (height, width, 3) RGB, of CMYK without its profile. None if libjpeg cannot read it or warns.
+    """Decodes a JPEG to (height, width, 3) uint8 RGB, ignoring any profile. None if libjpeg cannot read it or warns.
 
-    Raises FetchError if the warning is about lost pixels, which libjpeg fills with grey. Pillow ignores warnings.
+    Raises FetchError if the warning is about lost pixels, which libjpeg fills with grey. Pillow ignores such warnings.
     """
     least = _reduced_size(body, size, target, rules) or (0, 0)
     averaged = rules.decode in _COVER and min(size[0] / target[0], size[1] / target[1]) >= 1.5
@@ -378,7 +377,7 @@ def _turbo_pixels(body: bytes, size: tuple[int, int], target: tuple[int, int], r
             "RGB",
             min_width=least[0],
             min_height=least[1],
-            # Subsampled chroma need not be interpolated if it is averaged right after.
+            # Subsampled chroma need not be interpolated if it is averaged afterwards.
             fastupsample=averaged,
             strict=True,
         )
@@ -390,13 +389,12 @@ def _turbo_pixels(body: bytes, size: tuple[int, int], target: tuple[int, int], r
         return None
 
 
-# libjpeg's warnings (jerror.h) about damage within the pixels. A missing end of the file is not among them: Pillow
-# reports it.
+# libjpeg's warnings (jerror.h) about damaged pixels. A missing end of the file is not included: Pillow reports it.
 _LOST_PIXELS = re.compile("premature end of data|bad Huffman code|bad arithmetic code|instead of RST")
 
 
 def _opencv_pixels(body: bytes) -> np.ndarray | None:
-    """(height, width, 3) RGB; None if broken."""
+    """Decodes to (height, width, 3) uint8 RGB. None if the picture is broken."""
     return cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR_RGB)
 
 
@@ -414,7 +412,7 @@ def _reduced_size(body: bytes, size: tuple[int, int], target: tuple[int, int], r
 
 
 def _open(body: bytes, kind: str, size: tuple[int, int] | None) -> Image.Image:
-    """Opens the picture in Pillow. `info` has any metadata as `exif`, `xmp` and `icc_profile`."""
+    """Opens the picture in Pillow, with its metadata, if any, in `info` as `exif`, `xmp` and `icc_profile`."""
     try:
         if kind == "PNG":
             picture, info, animated = _png_parts(body)
@@ -430,7 +428,7 @@ def _open(body: bytes, kind: str, size: tuple[int, int] | None) -> Image.Image:
             if kind == "GIF":
                 source.info["xmp"] = _gif_xmp(body)
     except OSError as error:
-        # The memory of libwebp's canvas and its copy of the last frame.
+        # libwebp allocates a canvas and a copy of the last frame.
         if kind == "WEBP" and size and _lacks(8 * size[0] * size[1]):
             raise MemoryError(str(error)) from None
         raise
@@ -441,12 +439,12 @@ def _open(body: bytes, kind: str, size: tuple[int, int] | None) -> Image.Image:
 
 
 def _load(source: Image.Image, area: int) -> None:
-    """`area` is that of the full-size picture in pixels, at whatever scale it is decoded."""
+    """Decodes the pixels. `area` is the number of pixels of the full-size picture, at whatever scale it is decoded."""
     try:
         source.load()
     except OSError as error:
-        # Memory beside the pixels: libjpeg holds 16 bits per sample (at most `layers` samples per pixel), libwebp an
-        # alpha plane and some rows.
+        # Memory needed besides the pixels: libjpeg holds 16 bits per sample (at most `layers` samples per pixel),
+        # libwebp an alpha plane and a few rows.
         layers = len(getattr(source, "layer", ())) if "progressive" in source.info else 0
         if _lacks({"JPEG": 2 * layers, "WEBP": 4}.get(source.format or "", 0) * area):
             raise MemoryError(str(error)) from None
@@ -454,7 +452,7 @@ def _load(source: Image.Image, area: int) -> None:
 
 
 def _lacks(size: int) -> bool:
-    """True if this process cannot allocate `size` more bytes. Called when a decoder fails without saying why."""
+    """True if this process cannot allocate `size` more bytes. Called when a decoder fails without giving the reason."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if not size or limit == resource.RLIM_INFINITY:
         return False
@@ -462,10 +460,10 @@ def _lacks(size: int) -> bool:
 
 
 def header_size(body: bytes, kind: str) -> tuple[int, int] | None:
-    """(width, height) from the header, parsed without a decoder; None for formats that are safe to open (JPEG, AVIF),
-    and for a GIF without a size of its own.
+    """Parses (width, height) from the header without a decoder.
 
-    Opening a WebP allocates its canvas, so the size must be checked before.
+    Opening a WebP allocates its canvas, so its size must be checked before. None for formats that are safe to open
+    (JPEG, AVIF), and for a GIF whose header has no size.
     """
     if kind == "PNG" and body[12:16] == b"IHDR":
         return int.from_bytes(body[16:20], "big"), int.from_bytes(body[20:24], "big")
@@ -487,7 +485,7 @@ def header_size(body: bytes, kind: str) -> tuple[int, int] | None:
 
 # JPEG segments that do not affect the interpretation of pixels: JFIF, comments, tables, restart intervals.
 _BARE_SEGMENTS = frozenset({0xE0, 0xFE, 0xDB, 0xC4, 0xDD})
-# JPEG markers of frame headers: C0 to CF except those for Huffman tables, extensions and arithmetic coding.
+# JPEG markers of frame headers: C0 to CF except Huffman tables (C4), extensions (C8) and arithmetic coding (CC).
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # Markers without a segment, or invalid before a frame: TEM, RST0 to RST7, SOI, EOI, SOS.
 _LONE_MARKERS = frozenset({0x00, 0x01, *range(0xD0, 0xDB), 0xFF})
@@ -519,7 +517,7 @@ class _Frame(NamedTuple):
 
 
 def _jpeg_frame(body: bytes) -> _Frame | None:
-    """Finds the first frame header. None if anything but segments comes before it: libjpeg may find another one."""
+    """Finds the first frame header. None if anything but segments precedes it: libjpeg may then find another one."""
     at, bare = 2, True
     while at + 10 <= len(body) and body[at] == 0xFF:
         marker, length = body[at + 1], int.from_bytes(body[at + 2 : at + 4], "big")
@@ -542,8 +540,8 @@ def _has_scales(body: bytes) -> bool:
     return frame is not None and frame.marker in (0xC0, 0xC1, 0xC2) and frame.bits == 8
 
 
-# PNG chunks with pixels, or with nothing that affects them here (gamma is ignored).
-_BARE_CHUNKS = frozenset({b"IHDR", b"IDAT", b"pHYs", b"tIME", b"gAMA", b"cHRM", b"sRGB"})
+# PNG chunks that hold pixels, or that do not affect them here (gamma is ignored).
+_BARE_CHUNKS = frozenset({b"IHDR", b"IDAT", b"IEND", b"pHYs", b"tIME", b"gAMA", b"cHRM", b"sRGB"})
 
 
 class _Chunk(NamedTuple):
@@ -563,31 +561,30 @@ def _chunks(body: bytes) -> Iterator[_Chunk]:
         if end > len(body):
             return
         intact = zlib.crc32(view[at + 4 : end - 4]) == int.from_bytes(view[end - 4 : end], "big")
-        chunk = _Chunk(body[at + 4 : at + 8], view[at + 8 : end - 4], view[at:end], intact)
-        yield chunk
-        if chunk.name == b"IEND":
+        name = body[at + 4 : at + 8]
+        yield _Chunk(name, view[at + 8 : end - 4], view[at:end], intact)
+        if name == b"IEND":
             return
         at = end
 
 
 def _is_bare_png(body: bytes) -> bool:
     for chunk in _chunks(body):
-        if not chunk.intact:
+        if not chunk.intact or chunk.name not in _BARE_CHUNKS:
             return False
         if chunk.name == b"IEND":
             # 8 bits per channel; grey or RGB.
             return body[12:16] == b"IHDR" and body[24] == 8 and body[25] in (0, 2)
-        if chunk.name not in _BARE_CHUNKS:
-            return False
     return False
 
 
 def _png_parts(body: bytes) -> tuple[bytes, dict[str, bytes], bool]:
-    """Splits a PNG into: the file without metadata and further frames; its EXIF, XMP and profile by Pillow's names; and
-    whether it is animated.
+    """Returns the PNG without metadata and further frames; its EXIF, XMP and profile by Pillow's names; and True if it
+    is animated.
 
-    Pillow rejects a PNG with large or broken metadata, or with frames out of order; browsers show it. Like them, this
-    ignores damage in ancillary chunks. Damage in critical chunks raises FetchError: decoded pixels would be noise.
+    Pillow rejects a PNG with large or broken metadata, or with frames out of order; browsers show it. Like browsers,
+    this ignores damage in ancillary chunks. Raises FetchError for damage in critical chunks: decoded pixels would be
+    noise.
     """
     parts: list[bytes | memoryview] = [body[:8]]
     info: dict[str, bytes] = {}
@@ -603,9 +600,8 @@ def _png_parts(body: bytes) -> tuple[bytes, dict[str, bytes], bool]:
             frames = int.from_bytes(data[:4], "big")
         elif name == b"fcTL" and not pixels and frames:
             frames -= 1  # the default image is the first frame
-        elif name != b"tRNS":
-            for key, value in _png_metadata(name, data):
-                info.setdefault(key, value)
+        elif name != b"tRNS" and (found := _png_metadata(name, data)):
+            info.setdefault(*found)
         if not name[0] & 0x20 or name == b"tRNS":
             parts.append(whole)
     if name != b"IEND":
@@ -626,40 +622,36 @@ _PNG_TEXTS = {
 }
 
 
-def _png_metadata(name: bytes, data: memoryview) -> Iterator[tuple[str, bytes]]:
-    """Yields EXIF, XMP or a profile from an ancillary chunk of a PNG, if it has any."""
+def _png_metadata(name: bytes, data: memoryview) -> tuple[str, bytes] | None:
+    """The EXIF, XMP or profile in an ancillary chunk of a PNG, with Pillow's name. None if it has none or is broken."""
     if name == b"eXIf":
-        yield "exif", bytes(data)
+        return "exif", bytes(data)
     if name not in (b"iCCP", b"tEXt", b"zTXt", b"iTXt"):
-        return
+        return None
     keyword, _, rest = bytes(data).partition(b"\0")
-    if name == b"iCCP":
-        yield from _unpacked("icc_profile", rest[1:], PROFILE_BYTES)
-    elif key := _PNG_TEXTS.get(keyword):
-        if name == b"iTXt":
-            text = rest[2:].split(b"\0", 2)[-1]
-            found = _unpacked(key, text, _TEXT_BYTES) if rest[:1] == b"\1" else iter([(key, text)])
-        else:
-            found = _unpacked(key, rest[1:], _TEXT_BYTES) if name == b"zTXt" else iter([(key, rest)])
-        for _, text in found:
-            if keyword.startswith(b"Raw"):
-                # A line with the kind, a line with the length, then hex digits.
-                digits = b"".join(text.split()[2:])
-                with contextlib.suppress(ValueError):
-                    yield key, bytes.fromhex(digits[: len(digits) & ~1].decode("ascii", "replace"))
-            else:
-                yield key, text
-
-
-def _unpacked(key: str, packed: bytes, most: int) -> Iterator[tuple[str, bytes]]:
-    """Decompresses at most `most` bytes. Yields nothing if they are broken."""
-    with contextlib.suppress(zlib.error):
-        yield key, zlib.decompressobj().decompress(packed, most)
+    key = "icc_profile" if name == b"iCCP" else _PNG_TEXTS.get(keyword)
+    if key is None:
+        return None
+    if name == b"tEXt":
+        text, compressed = rest, False
+    elif name == b"iTXt":
+        text, compressed = rest[2:].split(b"\0", 2)[-1], rest[:1] == b"\1"
+    else:
+        text, compressed = rest[1:], True
+    with contextlib.suppress(zlib.error, ValueError):
+        if compressed:
+            text = zlib.decompressobj().decompress(text, PROFILE_BYTES if name == b"iCCP" else _TEXT_BYTES)
+        if key != "icc_profile" and keyword.startswith(b"Raw"):
+            # A line with the kind, a line with the length, then hex digits.
+            digits = b"".join(text.split()[2:])
+            text = bytes.fromhex(digits[: len(digits) & ~1].decode("ascii", "replace"))
+        return key, text
+    return None
 
 
 def _gif_xmp(body: bytes) -> bytes:
-    """The XMP of a GIF: raw text between this application name and the "magic trailer" (Adobe's XMP Specification,
-    Part 3)."""
+    """The XMP of a GIF: raw text between the application name `XMP DataXMP` and the "magic trailer" (Adobe's XMP
+    Specification, Part 3)."""
     _, name, rest = body.partition(b"\x21\xff\x0bXMP DataXMP")
     return rest[:_TEXT_BYTES].partition(b"\x01\xff\xfe\xfd")[0] if name else b""
 
@@ -677,7 +669,7 @@ def _check_size(width: int, height: int, rules: Rules) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes are (width, height) in pixels: first scale, then crop or pad about the centre."""
+    """How to resize: scale, then crop or pad about the centre. Sizes are (width, height) in pixels."""
 
     scaled: tuple[int, int]
     final: tuple[int, int]
@@ -686,7 +678,7 @@ class Plan:
 
 
 def plan_resize(width: int, height: int, rules: Rules) -> Plan:
-    """Sizes by `resize_mode`, equal to img2dataset's for every input. Raises FetchError("too_large")."""
+    """Plans by `resize_mode`; the sizes equal img2dataset's for every input. Raises FetchError("too_large")."""
     mode, target = rules.resize_mode, rules.image_size
     side = min(width, height) if mode in ("keep_ratio", "center_crop") else max(width, height)
     if mode == "no" or (rules.resize_only_if_bigger and side <= target):
@@ -703,7 +695,7 @@ def plan_resize(width: int, height: int, rules: Rules) -> Plan:
 
 
 def _resize(pixels: np.ndarray, plan: Plan, rules: Rules, blur: Sequence[Box]) -> np.ndarray:
-    """`pixels` is (height, width, 3) uint8, as is the result."""
+    """Scales, blurs, and crops or pads `pixels`, (height, width, 3) uint8."""
     width, height = plan.scaled
     if pixels.shape[1::-1] != plan.scaled:
         if plan.enlarges:
@@ -728,11 +720,11 @@ def shrink(pixels: np.ndarray, size: tuple[int, int], least: int = 2) -> np.ndar
     """Averages (height, width, 3) uint8 by area down to `size` (width, height), in a third of cv2.INTER_AREA's time.
 
     OpenCV has SIMD for linear interpolation and for 2 × 2 means, but not for other areas. So this interpolates linearly
-    to `least` times the size, doubled until no pixel is skipped, and halves from there. With `least` 2 the PSNR against
-    INTER_AREA is 53 dB in the median and 45 dB at worst (photographs of benchmarks/corpus.py, ratios of 1.05 to 6);
-    with 1, for ratios under 2, 48 and 43 dB. JPEG at quality 95 has 39 dB.
+    to `least` times the size, doubled until no pixel is skipped, and then halves. With `least` 2, the PSNR against
+    INTER_AREA is 53 dB in the median and 45 dB at worst (photographs of benchmarks/corpus.py, ratios of 1.05 to 6).
+    With `least` 1, for ratios under 2, it is 48 and 43 dB. JPEG at quality 95 has 39 dB.
     """
-    if min(size) < 32:  # slivers: cheap, and rounding of their sides matters
+    if min(size) < 32:  # slivers are cheap, and the rounding of their sides matters
         return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
     factor = least
     while min(pixels.shape[1] / size[0], pixels.shape[0] / size[1]) > 2 * factor:
@@ -745,8 +737,11 @@ def shrink(pixels: np.ndarray, size: tuple[int, int], least: int = 2) -> np.ndar
 
 
 def checked_box(box: Any) -> Box:
-    """A box to blur. Raises FetchError for what is none: a picture must not be stored with a face that was to be
-    blurred. Detectors reach somewhat beyond the border; whole pictures beyond it are pixels, or another order."""
+    """The box as floats. Raises FetchError("bad_box") for an invalid one: its face would be stored unblurred.
+
+    Boxes of detectors may reach beyond the border. A box that reaches beyond it by more than the picture's own size is
+    in pixels, or has its sides in another order.
+    """
     try:
         x_min, y_min, x_max, y_max = sides = [float(side) for side in box]
     except (TypeError, ValueError):
@@ -757,8 +752,8 @@ def checked_box(box: Any) -> Box:
 
 
 def _blur(pixels: np.ndarray, boxes: Sequence[Box]) -> np.ndarray:
-    """Blurs the boxes, each widened by 10% of its longer side, with soft edges. σ is 10% of the longest side of any box
-    (Yang et al. 2022, "A Study of Face Obfuscation in ImageNet", as in img2dataset)."""
+    """Blurs the boxes with soft edges. Each box is enlarged on all sides by 10% of its longer side; σ is 10% of the
+    longest side of all boxes (Yang et al. 2022, "A Study of Face Obfuscation in ImageNet"; as in img2dataset)."""
     height, width = pixels.shape[:2]
     mask = np.zeros((height, width, 1), np.float32)
     longest = 0.0
@@ -804,7 +799,7 @@ _XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])\s
 
 
 def _orientation(exif: object, xmp: object) -> int:
-    """EXIF orientation, 1 to 8, from EXIF or else from XMP; 1 (upright) if absent or broken."""
+    """The EXIF orientation, 1 to 8, from EXIF or else from XMP; 1 (upright) if absent or broken."""
     if isinstance(exif, bytes):
         with contextlib.suppress(Exception):  # broken metadata must not fail the image
             tags = Image.Exif()
@@ -824,8 +819,8 @@ def _is_animated(image: Image.Image) -> bool:
 
 
 def _exif(block: object) -> str | None:
-    """The EXIF tags as a JSON object of strings, as in img2dataset: `{}` if there are none, None if they are broken or
-    need more than _EXIF_READS reads."""
+    """The EXIF tags as a JSON object of strings, as in img2dataset; `{}` if there are none. None if they are broken or
+    take more than _EXIF_READS reads."""
     if not isinstance(block, bytes):
         return "{}"
     try:
@@ -843,7 +838,7 @@ def _exif(block: object) -> str | None:
 
 
 class _Metered(io.BytesIO):
-    """Raises EOFError after _EXIF_READS reads, each counted per started kilobyte."""
+    """Raises EOFError after _EXIF_READS reads. A read counts once, and once more for each full kilobyte."""
 
     left = _EXIF_READS
 

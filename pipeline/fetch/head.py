@@ -1,11 +1,11 @@
 """Parses the head of a response as leniently as browsers and curl do, and rewrites it strictly for aiohttp.
 
-aiohttp's parser rejects many heads that are malformed but unambiguous, and its limits are per line. So each head is
-collected here, up to MAX_HEAD bytes, and rewritten: unambiguous parts are normalised, unused headers are dropped, and
-ambiguous heads are refused. docs/fetching.md lists each case and why it is safe.
+aiohttp's parser rejects many heads that are malformed but unambiguous, and its limits are per line. So this module
+collects each head, up to MAX_HEAD bytes, and rewrites it: it normalises unambiguous parts, drops unused headers, and
+refuses ambiguous heads. docs/fetching.md lists each case and why it is safe.
 
 A client is the last reader of a response, so response smuggling can only affect the next response on the same
-connection. A connection with an ambiguous response is therefore not reused.
+connection. A connection with a doubtful response is therefore not reused.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import BadHttpMessage
 
 MAX_HEAD = 256 * 1024
-"""Largest head of a response in bytes, including interim responses. Chrome allows the same, curl 300 KB, Firefox
-384 KB. Image servers send 0.3 to 2 KB, or tens of KB with a long content security policy."""
+"""Largest head of a response in bytes, including interim responses. Chrome has the same limit, curl 300 KB, Firefox
+384 KB. Image servers send 0.3 to 2 KB, or tens of KB with a long Content-Security-Policy."""
 
 _READ = frozenset(
     b"connection content-encoding content-length content-range content-usage location retry-after tdm-policy "
@@ -39,7 +39,7 @@ class BadHeadError(ValueError):
 
 
 def strict(head: bytes) -> tuple[int, bytes]:
-    """Parses a status line, header lines and an empty line. Returns the status and the head in RFC 9112 form.
+    """Parses a status line, header lines and an empty line. Returns the status and the head in the form of RFC 9112.
 
     Raises BadHeadError.
     """
@@ -87,14 +87,14 @@ def _items(values: list[bytes]) -> set[bytes]:
 
 
 class LenientResponse(ResponseHandler):
-    """aiohttp's response protocol with `strict` between the socket and the parser."""
+    """aiohttp's response protocol, with `strict` applied to each head before the parser sees it."""
 
     _head: bytearray | None = None
     """The partial head; None while a body is read, and before the first request."""
     _seen = 0
     """Bytes of this response's heads so far."""
     _sought = 0
-    """Offset in `_head` up to which no end of head was found."""
+    """Bytes of `_head` already searched for its end."""
 
     def set_response_params(self, **options: object) -> None:
         self._head, self._seen, self._sought = bytearray(), 0, 0
@@ -138,7 +138,7 @@ class LenientResponse(ResponseHandler):
     def _body_received(self, data: bytes) -> None:
         payload = self._payload
         if data and self._parser is not None and (payload is None or payload.is_eof()):
-            # Data after the end of the body: no further request was sent, so this is not the next response.
+            # Data after the end of the body. It is not the next response: no further request was sent.
             self._should_close = True
             if self.transport is not None:
                 self.transport.close()

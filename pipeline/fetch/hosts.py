@@ -1,18 +1,17 @@
 """Per-host limits, shared by all rows of a host: on one worker and, through a `HostLimiter`, across the cluster.
 
-A host is a scheme, a name and a port, as in robots.txt. A `HostLimiter` is plain Python. Each worker calls it a few
-times a second, for all of its hosts at once. To share it between workers, run it in an actor.
+A host is a scheme, a name and a port, as in robots.txt. A `HostLimiter` is a plain Python object; to share it between
+workers, run it in an actor. Each worker calls it a few times a second, with all of its active hosts in one call.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -25,25 +24,26 @@ from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.robots import Robots
 
 KNOWN_HOSTS = 10_000
-"""Hosts that a worker remembers. With KNOWN_RULES bytes of robots.txt rules they take about 40 MB."""
+"""Most hosts remembered by a worker. With KNOWN_RULES bytes of rules, they take about 40 MB."""
 KNOWN_RULES = 16_000_000
+"""Most bytes of robots.txt and tdmrep.json rules remembered by a worker."""
 
 DOWN_SECONDS = 30.0
-"""Seconds for which an unresponsive host is skipped at first. Doubles each time, up to DOWN_MOST."""
+"""Seconds for which an unresponsive host is skipped the first time. Doubles each time, up to DOWN_MOST."""
 DOWN_MOST = 600.0
 _DOWN = frozenset({"connect", "unreachable", "reset", "tls", "deadline", "too_slow"})
 
 ASK_EVERY = 0.05
-"""Seconds between exchanges with the limiter about contended hosts; more if the limiter is slow."""
+"""Seconds between exchanges with the limiter about contended hosts; longer if the limiter is slow."""
 WANT_EVERY = 0.2
-"""The same for uncontended hosts with waiting rows, such as every new host. An exchange through Ray costs 2 ms of CPU
-on each side."""
+"""Seconds between exchanges about uncontended hosts with waiting rows, such as every new host. An exchange through Ray
+costs 2 ms of CPU on each side."""
 SETTLE_EVERY = 1.0
 """Seconds between exchanges that return unused permits."""
 LEASE = 30.0
 """Seconds without an exchange after which a worker counts as dead and its permits are released."""
 START_AHEAD = 1.0
-"""Seconds ahead for which the limiter grants request start times. Unused ones are lost."""
+"""The limiter grants start times of requests up to this many seconds ahead. Unused ones are lost."""
 LONGEST_PAUSE = 3600.0
 """Longest Retry-After that the limiter remembers, in seconds."""
 
@@ -64,9 +64,10 @@ class Politeness:
 
 
 class Breaker:
-    """A circuit breaker: stops requests to a host after `most` consecutive failures to answer. 0 disables it.
+    """A circuit breaker: stops requests to a host after `most` consecutive connection failures or timeouts.
 
-    While tripped, it admits one request after each pause, and the pauses double. The first success resets it.
+    While tripped, it admits one request after each pause, and the pauses double. Any other outcome of a request resets
+    it. 0 disables it.
     """
 
     def __init__(self, most: int, now: Now = time.monotonic):
@@ -76,21 +77,18 @@ class Breaker:
         self._pause = DOWN_SECONDS
         self._until = 0.0
         self._probing = False
-        self._last = ""
+        self.last = ""
+        """The last failure, as `reason: detail`."""
 
     @property
     def down_for(self) -> float:
         """Seconds until the next attempt; 0 if requests are allowed."""
-        return max(0.0, self._until - self._now()) if self._until else 0.0
-
-    @property
-    def last(self) -> str:
-        return self._last
+        return max(0.0, self._until - self._now())
 
     def refuse(self) -> None:
         """Raises FetchError("host_down") during a pause."""
-        if self._until and self._now() < self._until:
-            raise FetchError("host_down", f"{self._failures} consecutive failures, last: {self._last}")
+        if self.down_for:
+            raise FetchError("host_down", f"{self._failures} consecutive failures, last: {self.last}")
 
     def admit(self) -> None:
         """Like `refuse`. The first caller after a pause becomes the probe and starts the next pause for the others."""
@@ -106,7 +104,7 @@ class Breaker:
                 self._failures, self._pause, self._until, self._probing = 0, DOWN_SECONDS, 0.0, False
             return False
         self._failures += 1
-        self._last = f"{failure.reason}: {failure.detail}" if failure.detail else failure.reason
+        self.last = f"{failure.reason}: {failure.detail}" if failure.detail else failure.reason
         # Requests already in flight when the breaker tripped do not count again.
         if self._failures == self._most or (self._until and self._probing):
             self._probing = False
@@ -116,26 +114,26 @@ class Breaker:
         return False
 
     def trip(self, seconds: float, last: str) -> None:
-        """Applies that another worker found the host down."""
+        """Stops requests for `seconds`, because another worker found the host down."""
         if self._most:
             self._failures = max(self._failures, self._most)
-            self._until, self._last = max(self._until, self._now() + seconds), last
+            self._until, self.last = max(self._until, self._now() + seconds), last
 
 
 class Ask(NamedTuple):
-    """A worker's report about a host and request for permits."""
+    """A worker's report about a host, and its request for permits."""
 
     used: int
-    """Permits in use now or a moment ago."""
+    """Permits in use, now or at some time since the last exchange."""
     wanted: int
-    """Rows that wait for a permit."""
+    """Rows waiting for a permit."""
     gap: float = 0.0
     """Minimum seconds between requests, from Crawl-delay or `per_host_rate`."""
     pause: float = 0.0
-    """New Retry-After of the host, in seconds. `refusal` is the reason for rows that cannot wait that long."""
+    """A new Retry-After of the host, in seconds. `refusal` is the drop reason of rows that cannot wait that long."""
     refusal: str = ""
     down: float = 0.0
-    """Seconds for which the worker just marked the host as down. `failure` says why."""
+    """Seconds for which the worker has just marked the host as down. `failure` says why."""
     failure: str = ""
 
 
@@ -146,9 +144,9 @@ class Grant(NamedTuple):
     """The limiter's answer to an `Ask`."""
 
     permits: int
-    """Concurrent requests allowed to the worker, including those already in flight."""
+    """Concurrent requests that the worker may have, including those in flight."""
     starts: tuple[float, ...] = ()
-    """If the host has a gap: start times, in seconds from now, for one request each."""
+    """If the host has a gap: start times for one request each, in seconds from now."""
     pause: float = 0.0
     refusal: str = ""
     down: float = 0.0
@@ -165,29 +163,13 @@ class Host:
     """State shared by all rows of a host.
 
     A row acquires `entrance` before it begins and holds it until its body has arrived, so a slow host with a thousand
-    rows takes at most `per_host` of the places for running rows. `begin` and `end` enclose each request. Rows that are
+    rows takes at most `per_host` of the places for running rows. `begin` and `end` enclose each request. Rows
     redirected to this host wait only in `begin`, so rows cannot deadlock.
     """
 
     __slots__ = (
-        "_hosts",
-        "_next",
-        "_starts",
-        "breaker",
-        "entrance",
-        "gap",
-        "idle",
-        "name",
-        "permits",
-        "refusal",
-        "reservations",
-        "resumes",
-        "robots",
-        "rows",
-        "rules_expire",
-        "rules_task",
-        "scarce",
-        "unreported",
+        "_hosts", "_next", "_starts", "breaker", "entrance", "gap", "idle", "name", "permits", "refusal",
+        "reservations", "resumes", "robots", "rows", "rules_expire", "rules_task", "scarce", "unreported",
     )  # fmt: skip
 
     def __init__(self, name: str, hosts: Hosts):
@@ -198,7 +180,7 @@ class Host:
         self.idle = 0
         """Permits that stayed free since the last exchange about this host."""
         self.scarce = False
-        """True if the limiter granted fewer permits than wanted. Free permits are then returned at once."""
+        """True if the limiter granted fewer permits than wanted. Free permits are then returned immediately."""
         self.breaker = Breaker(hosts.failures)
         self.gap = hosts.gap
         self.resumes = 0.0
@@ -209,7 +191,7 @@ class Host:
         self.rules_expire = 0.0
         """`time.monotonic()` until which `robots` and `reservations` are valid."""
         self.rules_task: asyncio.Task[None] | None = None
-        """Fetches both."""
+        """The fetch of `robots` and `reservations`, while it runs."""
         self.unreported = _NOTHING_NEW
         """News not yet sent to the limiter."""
         self._hosts = hosts
@@ -257,9 +239,9 @@ class Host:
             self.unreported = self.unreported._replace(down=self.breaker.down_for, failure=self.breaker.last)
 
     def ask(self, leaving: bool = False) -> Ask:
-        """Builds the report for the limiter. Returns permits that were unused since the last exchange."""
-        at_once = leaving or self.scarce or self.gap
-        kept = self.permits.used + (0 if at_once else max(0, self.permits.free - self.idle))
+        """Builds the report for the limiter. Gives up the permits that were unused since the last exchange."""
+        return_all = leaving or self.scarce or self.gap
+        kept = self.permits.used + (0 if return_all else max(0, self.permits.free - self.idle))
         ask = self.unreported._replace(used=kept, wanted=self.permits.wanted, gap=self.gap)
         self.unreported = _NOTHING_NEW
         self.permits.resize(kept)
@@ -279,7 +261,7 @@ class Host:
 
     @property
     def urgent(self) -> bool:
-        """True if rows wait for permits, or if other workers wait for this report."""
+        """True if rows wait for permits, or if other workers may wait for this report."""
         return self.permits.wanted > 0 or self.pressing
 
     @property
@@ -289,7 +271,7 @@ class Host:
 
     @property
     def busy(self) -> bool:
-        """True if the host has, or will soon have, more than one request. Keep-alive pays off then."""
+        """True if the host has, or will soon have, more than one request, so keep-alive pays off."""
         return self.rows > 1 or self.permits.used > 1
 
     @property
@@ -321,9 +303,9 @@ class Hosts:
     async def close(self) -> None:
         if self._exchange_task and self.limiter:
             self._exchange_task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            with suppress(asyncio.CancelledError):
                 await self._exchange_task
-            with contextlib.suppress(Exception):
+            with suppress(Exception):
                 held = self.touched | {name: host for name, host in self._known.items() if host.permits.total}
                 await self.limiter.exchange(self._worker, {n: host.ask(leaving=True) for n, host in held.items()})
 
@@ -369,7 +351,7 @@ class Hosts:
             await asyncio.sleep(pause)
             started = time.monotonic()
             if started - answered > LEASE / 2:
-                # The limiter may have released our permits: report again all that we hold.
+                # The limiter may have released our permits: report all that we hold again.
                 self.touched.update((n, h) for n, h in self._known.items() if h.permits.used)
             if started - settled >= SETTLE_EVERY:
                 settled, asked = started, self.touched
@@ -405,7 +387,7 @@ def _size(host: Host) -> int:
 
 
 class _Shared:
-    """The limiter's state of a host. Times are on the limiter's clock."""
+    """The limiter's state of a host. Times are those of the limiter's clock."""
 
     __slots__ = ("down", "failure", "gap", "held", "next_start", "queue", "refusal", "resumes")
 
@@ -422,8 +404,8 @@ class HostLimiter:
     """Enforces per-host limits across all workers: `per_host` concurrent requests, and start times spaced by the gap.
 
     Under contention, workers get equal shares. If there are more workers than permits, they take turns of one request.
-    A worker holds what it last reported or was granted since, so the sum never exceeds `per_host`. Memory is bounded by
-    the requests in flight and by the hosts with a pending Retry-After.
+    A worker is charged with what it last reported or was granted since, so the sum never exceeds `per_host`. Memory is
+    bounded by the requests in flight and the hosts with a pending Retry-After.
     """
 
     def __init__(self, per_host: int, now: Now = time.monotonic):
@@ -462,21 +444,21 @@ class HostLimiter:
 
     def _share(self, worker: str, host: _Shared, ask: Ask, now: float) -> tuple[int, tuple[float, ...]]:
         if ask.wanted:
-            host.queue[worker] = ask.wanted  # its place stays if it has one
+            host.queue[worker] = ask.wanted  # a worker already in the queue keeps its place
         elif not host.queue.keys() - {worker}:
             return ask.used, ()
         held = {**host.held, worker: ask.used}
         fair = self._per_host // len(held.keys() | host.queue.keys())
-        # Permits that the other waiting workers still lack, and of those, what is due to workers ahead of this one.
+        # Permits that each other waiting worker still lacks of its fair share.
         needs = {w: min(n, max(fair, 1) - held.get(w, 0)) for w, n in host.queue.items() if w != worker}
         others = [w for w, need in needs.items() if need > 0]
-        if not others:
-            most = self._per_host
-        else:
+        most = self._per_host
+        if others:
             most = fair if ask.used else max(fair, 1)
         if not ask.wanted:
             return min(ask.used, most), ()
         order = list(host.queue)
+        # Permits due to the workers ahead of this one.
         ahead = sum(needs[w] for w in others if order.index(w) < order.index(worker))
         extra = max(0, min(ask.wanted, most - ask.used, self._per_host - sum(held.values()) - ahead))
         starts: tuple[float, ...] = ()

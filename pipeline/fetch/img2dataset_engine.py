@@ -1,12 +1,12 @@
-"""Runs img2dataset's own downloader behind our columns, for exactly its behaviour and as a test oracle.
+"""Runs img2dataset's own downloader and returns our columns: reproduces its behaviour exactly, and is a test oracle.
 
-It runs in its own process: it replaces the standard streams for every image, which breaks other threads, and a decoder
-crash there costs only its row. Results come back one by one through a pipe.
+It runs in its own process, because it replaces the standard streams for every image, which breaks other threads, and so
+that a decoder crash costs only its row. Results come back one by one through a pipe.
 
 img2dataset does the fetching here, so our safety and politeness do NOT apply. It follows redirects to private
 addresses, has no deadline per row and no limit on body size, ignores robots.txt, has no per-host limits, and identifies
-itself as Firefox. Only urls other than http and https are withheld from it (`file://` would read the local disk). Use
-it only where no private service is reachable.
+itself as Firefox. We only withhold urls other than http and https from it (`file://` would read the local disk). Use it
+only where no private service is reachable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection
+from itertools import islice
+from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,8 @@ OUR_OPTIONS = (
 )
 Result = tuple[int, "Picture | FetchError"]
 
-# img2dataset has no closed list of errors. These patterns match its messages (mostly urllib's and OpenCV's); the first
-# match decides.
+# img2dataset has no closed list of errors. These patterns are searched in its messages, most of which are urllib's and
+# OpenCV's; the first match decides.
 _MESSAGES: tuple[tuple[str, str], ...] = (
     (r"infinite loop", "redirect_loop"),
     (r"HTTP Error (\d{3})", "http_"),
@@ -100,17 +101,12 @@ def download(table: pa.Table, options: Mapping[str, Any]) -> Iterator[list[Resul
     RESIZER_OPTIONS and DOWNLOADER_OPTIONS have img2dataset's meanings (`timeout` limits a single network wait, not the
     row), OUR_OPTIONS have ours, and all others have no effect. Raises RuntimeError if img2dataset cannot run.
     """
-    group: list[Result] = []
-    for result in _rows(table, options):
-        group.append(result)
-        if len(group) == GROUP_ROWS:
-            yield group
-            group = []
-    if group:
+    results = _results(table, options)
+    while group := list(islice(results, GROUP_ROWS)):
         yield group
 
 
-def _rows(table: pa.Table, options: Mapping[str, Any]) -> Iterator[Result]:
+def _results(table: pa.Table, options: Mapping[str, Any]) -> Iterator[Result]:
     raw = table["url"].cast(pa.large_binary()).to_pylist()
     urls = [None if url is None else url.decode("utf-8", "replace") for url in raw]
     columns: dict[str, list[Any]] = {"url": urls}
@@ -118,21 +114,20 @@ def _rows(table: pa.Table, options: Mapping[str, Any]) -> Iterator[Result]:
         columns["boxes"] = table[options["bbox_col"]].to_pylist()
     if options["verify_hash"]:
         columns["claim"] = table[options["verify_hash"][0]].to_pylist()
-    names = (*RESIZER_OPTIONS, *DOWNLOADER_OPTIONS, *OUR_OPTIONS)
-    job = {name: options[name] for name in names}
-    fit: list[int] = []
+    job = {name: options[name] for name in (*RESIZER_OPTIONS, *DOWNLOADER_OPTIONS, *OUR_OPTIONS)}
+    accepted: list[int] = []
     for row, url in enumerate(urls):
         scheme = (url or "").strip().partition(":")[0].lower()
         if scheme not in ("http", "https"):
             yield row, FetchError("bad_scheme" if url and ":" in url else "bad_url", url or "")
             continue
         try:
-            _ = [checked_box(box) for box in columns["boxes"][row] or ()] if "boxes" in columns else []
+            for box in (columns["boxes"][row] or ()) if "boxes" in columns else ():
+                checked_box(box)
+            accepted.append(row)
         except FetchError as error:
             yield row, error
-        else:
-            fit.append(row)
-    todo = [fit] if fit else []
+    todo = [accepted] if accepted else []
     while todo:
         rows = todo.pop()
         left = set(rows)
@@ -150,7 +145,7 @@ def _rows(table: pa.Table, options: Mapping[str, Any]) -> Iterator[Result]:
         elif len(rest) == 1:
             reason = "decoder_killed" if child.killed else "decoder_crash"
             yield rest[0], FetchError(reason, "img2dataset died on this row")
-        elif rest:  # bisect to find the row that crashed it
+        elif rest:  # bisect to find the row that crashes it
             todo += [rest[: len(rest) // 2], rest[len(rest) // 2 :]]
 
 
@@ -162,22 +157,19 @@ class _Child:
         # Its threads wait `timeout` for each byte, so slow servers can block all of them forever.
         self._patience = PATIENCE + job["timeout"] * (job["retries"] + 1)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
-        reader, writer = os.pipe()
-        try:
+        self._results, writer = Pipe(duplex=False)
+        with writer:
             self._process = start_child(
                 __name__,
-                str(writer),
+                str(writer.fileno()),
                 env={"NO_ALBUMENTATIONS_UPDATE": "1"},  # disables its online version check
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
-                pass_fds=[writer],
+                pass_fds=[writer.fileno()],
             )
-        finally:
-            os.close(writer)
-        self._results = Connection(reader, writable=False)
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:  # __iter__ reports why it died
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:  # if it died, __iter__ reports why
             stdin.write(json.dumps(job).encode())
 
     def __iter__(self) -> Iterator[tuple[int, Picture | FetchError]]:
@@ -214,24 +206,20 @@ def _result(fields: dict[str, Any], image: bytes) -> Picture | FetchError:
 
 
 class _Resizer:
-    """img2dataset's resizer with our denied hashes in front. Keeps the body for the writer, which runs next in the same
-    thread and needs more about the body than img2dataset passes on."""
+    """img2dataset's resizer, preceded by our check of denied hashes. Keeps the body for the writer, which runs next in
+    the same thread and needs more about the body than img2dataset passes on."""
 
     def __init__(self, resizer: Any, denied: DenyList | None) -> None:
-        self._resizer, self._denied = resizer, denied
+        self._resizer, self.denied = resizer, denied
         self.body = b""
         self.refused: str | None = None
 
     def __call__(self, stream: io.BytesIO, boxes: Any = None) -> Any:
         self.body = stream.getvalue()
-        self.refused = self._denied.find(self.body) if self._denied else None
+        self.refused = self.denied.find(self.body) if self.denied else None
         if self.refused:
             return None, None, None, None, None, "denied hash"
         return self._resizer(stream, boxes)
-
-    def find_picture(self, bits: int | None) -> str | None:
-        """The listed pHash near `bits`, if there is a list."""
-        return self._denied.find_picture(bits) if self._denied else None
 
 
 class _Writer:
@@ -241,26 +229,24 @@ class _Writer:
         self._results, self._resizer, self._job = results, resizer, job
 
     def write(self, image: bytes | None, key: str, _: object, meta: dict[str, Any]) -> None:
+        position, resizer = int(key), self._resizer
         fields: dict[str, Any] = {"status": meta["status"], "error_message": meta["error_message"]}
-        if self._resizer.refused:
-            fields, self._resizer.refused = {"reason": "denied_hash", "detail": self._resizer.refused}, None
-        elif image is not None and (denied := self._resizer.find_picture(self._phash(image))):
+        denied, resizer.refused = resizer.refused, None
+        if image is not None and not denied:
+            bits = _phash(image)
+            denied = resizer.denied.find_picture(bits) if resizer.denied else None
+            claims = self._job["columns"].get("claim")
+            fields |= self._measured(bits, meta) | self._hashes(claims[position] if claims else None)
+        if denied:
             fields, image = {"reason": "denied_hash", "detail": denied}, None
-        elif image is not None:
-            fields |= self._measured(image, meta)
-            fields |= self._hashes(self._job["columns"].get("claim", {int(key): None})[int(key)])
-        fields["position"] = int(key)
+        fields["position"] = position
         try:
             self._results.send_bytes(json.dumps(fields).encode())
             self._results.send_bytes(image or b"")
         except OSError:  # the parent is gone; img2dataset would continue
             os._exit(0)
 
-    def _phash(self, image: bytes) -> int | None:
-        with Image.open(io.BytesIO(image)) as picture:
-            return phash(np.asarray(picture.convert("RGB")))
-
-    def _measured(self, image: bytes, meta: dict[str, Any]) -> dict[str, Any]:
+    def _measured(self, bits: int | None, meta: dict[str, Any]) -> dict[str, Any]:
         body = self._resizer.body
         kind = sniff(body)
         animated = False
@@ -269,7 +255,7 @@ class _Writer:
                 animated = bool(getattr(source, "is_animated", False))
         names = ("width", "height", "original_width", "original_height", "sha256", "exif")
         return {name: meta.get(name) for name in names} | {
-            "phash": self._phash(image) if self._job["compute_phash"] else None,
+            "phash": bits if self._job["compute_phash"] else None,
             "animated": animated,
             "original_bytes": len(body),
             "original_format": kind.lower() if kind else None,
@@ -287,6 +273,11 @@ class _Writer:
 
     def close(self) -> None:
         pass
+
+
+def _phash(image: bytes) -> int | None:
+    with Image.open(io.BytesIO(image)) as picture:
+        return phash(np.asarray(picture.convert("RGB")))
 
 
 def _main(argv: Sequence[str]) -> None:

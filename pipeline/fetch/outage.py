@@ -1,4 +1,4 @@
-"""Distinguishes a local network outage from dead hosts. An outage is not the fault of any row."""
+"""Distinguishes a local network outage from dead hosts. In an outage, no row is at fault."""
 
 from __future__ import annotations
 
@@ -25,33 +25,32 @@ class Outage:
     """
 
     def __init__(self) -> None:
-        self._rows = 0
         self._hosts: set[str] = set()
         self._reasons: Counter[str] = Counter()
 
     def host_answered(self) -> None:
         """Records that a host or the resolver responded."""
-        if self._rows:
-            self.__init__()  # type: ignore[misc]
+        self._hosts.clear()
+        self._reasons.clear()
 
     def failed(self, host: str, failure: FetchError) -> None:
-        """Records the failure of a row. Raises OutageError if it completes an outage."""
+        """Records the failure of a row. Raises OutageError if there is an outage."""
         if failure.reason in _NOT_FROM_THE_NETWORK:
             return
         if failure.reason not in _SILENT:
             self.host_answered()
             return
-        self._rows += 1
         self._reasons[failure.reason] += 1
+        rows = self._reasons.total()
         if len(self._hosts) < HOSTS:
             self._hosts.add(host)
-        if self._rows >= ROWS and len(self._hosts) >= HOSTS:
-            resolver = self._reasons["dns_unavailable"] > self._rows / 2
+        if rows >= ROWS and len(self._hosts) >= HOSTS:
+            resolver = self._reasons["dns_unavailable"] > rows / 2
             what = "the resolver does not respond" if resolver else "the network is unreachable"
             cure = "/etc/resolv.conf" if resolver else "the route, the firewall and the proxy"
             counts = ", ".join(f"{reason} {n}" for reason, n in self._reasons.most_common())
             raise OutageError(
-                f"{what}: the last {self._rows} rows, of {HOSTS} or more hosts, all failed without a response "
+                f"{what}: the last {rows} rows, of {HOSTS} or more hosts, all failed without a response "
                 f"({counts}; last {host}: {failure.detail or failure.reason}). Check {cure} of this machine, then run "
                 "the same command to resume."
             )

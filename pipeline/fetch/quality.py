@@ -1,7 +1,7 @@
-"""Measures what makes a picture useless whatever it shows: too dark, overexposed, blurry, or without information.
+"""Measures defects that make a picture useless whatever it shows: dark, overexposed, blurry, or low in information.
 
-The scores and formulas are cleanvision's (Cleanlab, 2022; version 0.3), from 0 to 1, where low means the defect.
-cleanvision measures the file; here the picture is measured as it is stored, which changes hardly anything but entropy.
+The scores and formulas are cleanvision's (Cleanlab, 2022; version 0.3). They range from 0 to 1; a low score means the
+defect. cleanvision measures the original file, this module the stored picture. Only the entropy differs noticeably.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def measure(pixels: np.ndarray) -> dict[str, float]:
 
     - `dark_score`: the 99th percentile of brightness, √(0.241 R² + 0.691 G² + 0.068 B²) / 255.
     - `light_score`: 1 − the 5th percentile of brightness.
-    - `blurry_score`: 1 − exp(−σ/100), where σ is the standard deviation of edges at 64 pixels, plus
-      1 − exp(−h/100), where h is that of the grey histogram, if above 0.18; at most 1. The second term spares flat
-      drawings, which have few grey values.
-    - `low_information_score`: the entropy of the three channels' common histogram, in bits, divided by 10.
+    - `blurry_score`: 1 − exp(−σ/100), where σ is the standard deviation of the edges when the longer side is reduced to
+      64 pixels. Flat drawings have few grey values, so 1 − exp(−h/100) is added if it is above 0.18, where h is the
+      standard deviation of the grey histogram. At most 1.
+    - `low_information_score`: the entropy of the three channels' concatenated histograms, in bits, divided by 10.
     """
     squares = pixels.astype(np.float32)
     squares *= squares
@@ -55,8 +55,8 @@ def _sharpness(pixels: np.ndarray) -> float:
     height, width = grey.shape
     if (ratio := max(height, width) / _BLUR_SIDE) > 1:
         size = max(int(width / ratio), 1), max(int(height / ratio), 1)
-        grey = cv2.resize(grey, size, interpolation=cv2.INTER_AREA)  # cleanvision: bicubic, five times the time
-    # As Pillow's FIND_EDGES: values are clipped, and the border is not filtered.
+        grey = cv2.resize(grey, size, interpolation=cv2.INTER_AREA)  # cleanvision's bicubic takes five times as long
+    # Like Pillow's FIND_EDGES, clip the values and leave the border unfiltered.
     edges = grey.copy()
     edges[1:-1, 1:-1] = cv2.filter2D(grey.astype(np.float32), -1, _EDGES)[1:-1, 1:-1].clip(0, 255)
     blur = 1 - math.exp(-float(edges.std()) * _BLUR_SCALE)

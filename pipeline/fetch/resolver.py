@@ -17,8 +17,11 @@ RESOLVER_THREADS = 32
 DNS_SECONDS = 8.0
 """Timeout of a lookup, including the wait for a thread. The system resolver may try for 30 s."""
 DNS_TTL = 300.0
+"""Seconds for which addresses, and the answer that a name has none, are cached."""
 DNS_RETRY_TTL = 5.0
+"""Seconds for which a transient failure is cached."""
 DNS_ENTRIES = 50_000
+"""Most names in the cache."""
 
 Lookup = Callable[[str], list[str]]
 
@@ -76,10 +79,10 @@ class Resolver(AbstractResolver):
         if expires < time.monotonic():
             if host not in self._lookups:
                 self._lookups[host] = asyncio.create_task(self._query(host))
-            # Shielded: this row may run out of time while others still wait for the answer.
+            # Shielded: this row may run out of time while other rows still wait for the answer.
             known = await asyncio.shield(self._lookups[host])
         if isinstance(known, FetchError):
-            # A new instance: raising the same exception again would accumulate tracebacks.
+            # Raise a new instance: raising the same one again would accumulate tracebacks.
             raise FetchError(known.reason, known.detail)
         return known
 
@@ -87,7 +90,7 @@ class Resolver(AbstractResolver):
         answer: list[str] | FetchError
         try:
             loop = asyncio.get_running_loop()
-            # On timeout, a lookup that still waits for a thread is cancelled.
+            # A timeout cancels a lookup that still waits for a thread.
             answer = await asyncio.wait_for(loop.run_in_executor(self._threads, self._lookup, host), DNS_SECONDS)
             if not answer:
                 answer = FetchError("dns", f"{host} has no address")

@@ -5,9 +5,9 @@
 
 The processes are fresh interpreters, never forks, because the parent may have threads. Each runs one call at a time and
 has the next one in its socket, so it does not wait for a busy event loop. A call costs the parent one write and one
-read. Shared memory would save a third of that (1% of decoding an image) but need slots for every size of body.
+read. Shared memory would save a third of that (1% of decoding an image) but would need slots for every size of body.
 
-This protects against accidents, not attackers: a child has the privileges of its parent, and its answers are unpickled.
+This protects against accidents, not attackers: a child has the privileges of its parent, which unpickles its answers.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ from pipeline.fetch.reasons import FetchError
 
 T = TypeVar("T")
 
-# Wall time allowed per CPU time: catches deadlocks, which use no CPU, yet tolerates an overloaded machine.
+# Wall time allowed per CPU time. Catches deadlocks, which use no CPU, but tolerates an overloaded machine.
 WALL_FACTOR = 5
-# Consecutive processes that may die before they begin a call until the sandbox fails. One may be an OOM kill.
+# Consecutive processes that died before they began a call, after which the sandbox fails. One may be an OOM kill.
 MAX_FAILED_STARTS = 3
 EXTERNAL_SIGNALS = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
 """Signals that a decoder never raises: they come from the OOM killer, an operator or a shutdown."""
-# Attempts at a call whose process is killed externally each time.
+# Attempts at a call if its process is killed externally each time.
 MAX_ATTEMPTS = 3
 # Calls assigned to a child at once: the running one and the next.
 DEPTH = 2
-# Bytes of address space that calls may leave allocated in a child, such as imported modules, free of charge.
+# Bytes of address space that calls may leave allocated in a child, such as imported modules, uncharged to later calls.
 RETAINED_BYTES = 160_000_000
 
-_SOCKET_BYTES = 1 << 20  # fits most bodies, if the system grants it
-_ANSWER_BYTES = 1 << 16  # most answers in one read
+_SOCKET_BYTES = 1 << 20  # holds most bodies, if the system grants it
+_ANSWER_BYTES = 1 << 16  # holds most answers in one read
 _REQUEST = struct.Struct("=QQ")  # bytes of the pickled arguments, bytes of the body
 _SIZE = struct.Struct("=Q")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
-_KEPT_BYTES = 16 << 20  # fits the largest web pictures; more would count against the worker's memory
+_KEPT_BYTES = 16 << 20  # holds the largest web pictures; more would count against the worker's memory
 # Children run in parallel; a thread pool in each would only cost memory.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
 
@@ -66,17 +66,17 @@ _READY, _UNUSABLE, _RESULT, _FAILURE, _EXHAUSTED = range(5)
 
 
 class SandboxError(RuntimeError):
-    """No process is available. An internal or system failure, not the fault of the input."""
+    """No process is available: an internal or system failure, not the fault of the input."""
 
 
 class Sandbox(Generic[T]):
     """`await sandbox(body, *args)` runs `target(body, *args)` in one of `processes` children.
 
     A call may use `seconds` of CPU time and WALL_FACTOR times as much wall time, counted from when its child begins it.
-    It may use `memory` bytes of address space on top of what the child already holds, including its body (Linux only).
+    It may use `memory` bytes of address space, including its body, beyond what the child already holds (Linux only).
     `target` and `args` are pickled; `body` is sent as raw bytes.
 
-    Bound to the event loop that entered it and, on Linux, to its thread: the children die with that thread.
+    A sandbox is bound to the event loop that entered it and, on Linux, to its thread: the children die with the thread.
     """
 
     def __init__(self, target: Callable[..., T], *, processes: int, seconds: float, memory: int):
@@ -105,8 +105,8 @@ class Sandbox(Generic[T]):
 
     async def __call__(self, body: bytes, *args: Any) -> T:
         """Raises the target's own FetchError, or FetchError `decoder_crash`, `decoder_timeout` or `decoder_memory` if
-        the call lost its process; `decoder_killed` (transient) if the process was killed externally MAX_ATTEMPTS times;
-        `unexpected` for any other exception. Raises SandboxError if no process starts.
+        the call ended its process; `decoder_killed` (transient) if the process was killed externally MAX_ATTEMPTS
+        times; `unexpected` for any other exception. Raises SandboxError if no process starts.
         """
         if self._closed is not None:
             raise SandboxError(self._closed)
@@ -171,9 +171,10 @@ class Sandbox(Generic[T]):
             child.ended = True
 
     def _lost(self, child: _Child, cause: str | None = None) -> None:
-        """Fails the call that the child had begun, if any, and requeues the next one first.
+        """Ends a child that died or wrote an unreadable answer, and starts another.
 
-        If the process was killed externally, its call is retried.
+        Fails the call that the child had begun, or retries it if the process was killed externally. Its other calls
+        return to the head of the queue.
         """
         begun = child.begun
         status = self._end(child)
@@ -219,7 +220,7 @@ class Sandbox(Generic[T]):
         return child.end()
 
     def _end_all(self) -> None:
-        # No await here, so no cancellation can interrupt it. A killed process takes milliseconds to exit.
+        # Nothing is awaited, so no cancellation can interrupt this. A killed process exits within milliseconds.
         for child in self._children:
             child.process.kill()
         for child in list(self._children):
@@ -231,7 +232,7 @@ class _Call:
     request: list[bytes]
     answer: asyncio.Future[Any]
     kills: int = 0
-    """Times that its process was killed externally."""
+    """How often its process was killed externally."""
 
     def end(self, value: Any, *, failed: bool) -> None:
         self.request = []
@@ -255,9 +256,9 @@ class _Child:
         self._buffer = bytearray(_ANSWER_BYTES)
         self._filled = 0
         self.socket, theirs = socket.socketpair()
-        # The child counts its calls in a shared file mapping: readable after its death, without messages.
+        # The child counts its calls in a shared file mapping, which the parent can read after the child's death.
         with theirs, tempfile.TemporaryFile() as counter:
-            counter.write(bytes(_SIZE.size))  # allocate now: a full disk could not fill a hole later
+            counter.write(bytes(_SIZE.size))  # allocate now: the disk may be full later
             counter.flush()
             self._begun = mmap.mmap(counter.fileno(), _SIZE.size)
             self.socket.setblocking(False)
@@ -280,10 +281,11 @@ class _Child:
 
     @property
     def begun(self) -> int:
+        """The number of calls that the child has begun."""
         return int(_SIZE.unpack_from(self._begun)[0])
 
     def flush(self) -> bool:
-        """Sends as much as possible without blocking. True if nothing is left."""
+        """Sends as much as possible without blocking. Returns True if nothing is left."""
         try:
             sent = self.socket.sendmsg(self.unsent)
         except BlockingIOError:
@@ -303,7 +305,7 @@ class _Child:
             read = self.socket.recv_into(memoryview(self._buffer)[self._filled :])
         except BlockingIOError:
             return
-        except ConnectionResetError:  # it died with a request unread
+        except ConnectionResetError:  # the child died with a request unread
             read = 0
         self.ended = not read
         self._filled += read
@@ -370,7 +372,7 @@ def _main() -> None:
             channel.sendall(_answer(_UNUSABLE, f"a process cannot load its target:\n{traceback.format_exc()}"))
             return
         limit = _MemoryLimit(memory)
-        # Built in advance: there will be no memory for it later.
+        # Built in advance: there would be no memory for it later.
         exhausted = _answer(_EXHAUSTED, FetchError("decoder_memory", f"over {memory} bytes"))
         _silence_libraries()
         channel.sendall(_answer(_READY, None))
@@ -383,7 +385,7 @@ def _main() -> None:
             try:
                 args = pickle.loads(_read(channel, args_size))
                 body = _read(channel, body_size)
-                # The kernel enforces the limits, wherever the process hangs and however busy the parent is.
+                # The kernel enforces the limits: they hold wherever the process hangs and however busy the parent is.
                 signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
                 signal.setitimer(signal.ITIMER_REAL, wall_seconds)
                 answer = _work(target, body, args)
@@ -434,7 +436,7 @@ def _prepare() -> None:
 
 
 def _silence_libraries() -> None:
-    """Redirects the stderr of C libraries to /dev/null: broken files could fill the log. Keeps Python's sys.stderr."""
+    """Redirects the stderr of C libraries to /dev/null: warnings could fill the log. Keeps Python's sys.stderr."""
     with contextlib.suppress(OSError):
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -444,7 +446,7 @@ def _silence_libraries() -> None:
 
 class _MemoryLimit:
     """Limits each call's address space relative to what the process already holds, so that modules imported by one call
-    are not charged to the next. Calls may leave at most RETAINED_BYTES in total.
+    are not charged to the next. All calls together may leave at most RETAINED_BYTES allocated.
     """
 
     def __init__(self, memory: int):

@@ -11,17 +11,17 @@ from pipeline.step import Estimate, SizeFilter
 
 @dataclass(kw_only=True)
 class AspectRatio(SizeFilter):
-    """Drops pictures whose longer side is over `max` times the shorter: banners, rules (reason `too_elongated`).
+    """Drops elongated pictures, such as banners and rules: longer side / shorter side > `max` (reason `too_elongated`).
 
-    The ratio is longer over shorter side of the published size, so it is at least 1. Rows of unknown size are dropped
-    too. Source: DataComp's basic filter (2023), ratio ≤ 3.
+    The sides are those of the published picture, before resizing. Rows of unknown size are dropped too. The default
+    comes from DataComp's basic filter (Gadre et al., 2023).
     """
 
     max: float = 3.0
-    """Maximum ratio; 1.0 keeps only squares."""
+    """Maximum ratio of the longer to the shorter side; 1.0 keeps only squares."""
 
     columns: list[str] = field(default_factory=lambda: ["original_width", "original_height"])
-    """The columns of width and height. Before a download, those of the pool: `[pool_original_width,
+    """The columns of width and height, in pixels. Before a download, use those of the pool: `[pool_original_width,
     pool_original_height]` for CommonPool."""
 
     reason = "too_elongated"

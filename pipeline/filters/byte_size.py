@@ -11,13 +11,13 @@ from pipeline.step import Estimate, Filter
 
 @dataclass(kw_only=True)
 class ByteSize(Filter):
-    """Drops pictures of fewer than `min` bytes as published: icons, spacers, placeholders (reason `too_small`).
+    """Drops small files, such as icons, spacers and placeholders: those of fewer than `min` bytes (reason `too_small`).
 
-    Rows of unknown size are dropped too. Source: LAION-400M (2021), which dropped pictures under 5 KB.
+    Rows of unknown size are dropped too. The default comes from LAION-400M (2021), which dropped pictures under 5 KB.
     """
 
     min: int = 5000
-    """Minimum size of the body as fetched, in bytes."""
+    """Minimum size of the file as published, in bytes."""
 
     needs = ("original_bytes",)
     reason = "too_small"

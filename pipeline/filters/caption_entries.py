@@ -17,12 +17,11 @@ class CaptionEntries(Filter):
     """Keeps captions that contain an entry of a list, such as the class names of a target set: DataComp's text-based
     filter (Gadre et al., 2023). Others are dropped as `no_entry`.
 
-    A caption contains an entry that occurs in it at word boundaries, ignoring case and punctuation between words; in
-    scripts without spaces, anywhere. Both are compared in normal form (`pipeline.text.caption.normal`), as in
-    `balance`.
+    As in `balance`, an entry must occur at word boundaries, ignoring case and punctuation between words; in scripts
+    without spaces, it may occur anywhere. Both are compared in normal form (`pipeline.text.caption.normal`).
 
-    DataComp looks up each word of an English caption in WordNet and keeps the caption if the first sense of any is a
-    synset of ImageNet-21k. The list for that has the words whose first sense is one of those synsets, with the plural
+    DataComp looks up each word of an English caption in WordNet and keeps the caption if the first sense of any word is
+    a synset of ImageNet-21k. To do the same, list all words whose first sense is one of these synsets, and the plural
     forms that WordNet reduces to them.
     """
 

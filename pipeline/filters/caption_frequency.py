@@ -13,9 +13,9 @@ from pipeline.text.caption import normal
 class CaptionFrequency(FrequencyFilter):
     """Drops boilerplate: captions shared by more than `max_count` rows of the run.
 
-    Captions are equal if their normal forms (`pipeline.text.caption.normal`) are. All rows with such a caption are
-    dropped, not all but one: a text used for many pictures describes none of them. Follows COYO-700M (Byeon et al.,
-    2022), which removes texts that occur more than 10 times. Rows without a caption are kept.
+    Captions are equal if their normal forms (`pipeline.text.caption.normal`) are. No row with such a caption is kept,
+    since a text used for many pictures describes none of them. Follows COYO-700M (Byeon et al., 2022), which removes
+    texts that occur more than 10 times. Rows without a caption are kept.
     """
 
     needs = ("caption",)

@@ -16,8 +16,9 @@ class CaptionLength(Filter):
 
     Characters are Unicode code points of the normal caption (`pipeline.text.caption.normal`). Words are separated by
     white space; in scripts without spaces, every two characters (Chinese, Japanese) or four (Thai, Lao, Khmer, Burmese,
-    Tibetan) count as a word. Sources: LAION-400M (2021) ≥ 5 characters; DataComp basic (2023) > 5 characters and > 2
-    words; COYO-700M (2022) ≤ 1000 characters.
+    Tibetan) count as a word. The minimum lengths come from DataComp's basic filter (Gadre et al., 2023: more
+    than 5 characters and 2 words), the maximum from COYO-700M (Byeon et al., 2022). LAION-400M (2021) kept captions of
+    at least 5 characters.
     """
 
     min_chars: int = 6

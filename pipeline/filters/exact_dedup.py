@@ -14,28 +14,28 @@ from pipeline.step import Estimate, KeyedFilter, drops_table
 from pipeline.text.hashing import hash64
 from pipeline.text.url import canonical
 
-MOST = 1_000
-"""Rows that are merged into one at most. Some pictures, such as spacers, are on millions of pages."""
+_MAX_MERGED = 1_000
+"""Maximum number of rows merged into one. Some pictures, such as spacers, are on millions of pages."""
 
 
 @dataclass(kw_only=True)
 class ExactDedup(KeyedFilter):
-    """Of rows that agree in all columns of `by`, keeps the one with the lowest uid.
+    """Keeps one row, the one with the lowest uid, of all rows with equal values in the columns of `by`.
 
     Compares URLs in canonical form (`pipeline.text.url`) and other columns verbatim. Keeps rows with a null in a `by`
     column. If `by` contains `url`, the step is not a barrier: rows with equal URLs are in the same unit.
 
-    With `captions: merge`, the row that is kept gets the captions of all: the column `captions`, a list of `caption`,
-    `uid` and (below the step `language`) `language`, its own first, the others by uid; null if nothing was merged. The
-    other rows are dropped as `merged`, with the uid of the row that is kept as detail. So a picture is fetched and
-    stored once, and `winnow train` draws one of its captions each time. Rows after the first 1,000 of a picture are
-    dropped as `exact_dedup`. Put filters of captions above the step: below it, they judge `caption` alone.
+    With `captions: merge`, the kept row gets the captions of all equal rows in the column `captions`: a list of
+    `caption`, `uid` and (after the step `language`) `language`, its own first and the others sorted by uid; null if
+    nothing was merged. The other rows are dropped as `merged`, with the uid of the kept row as detail. So a picture is
+    fetched and stored once, and `winnow train` draws one of its captions each time. Rows after the first 1,000 of a
+    picture are dropped as `exact_dedup`. Put caption filters before this step: after it, they see only `caption`.
     """
 
     by: list[str] = field(default_factory=lambda: ["url"])
     """The columns to compare, such as `[url]`, `[url, caption]` or, after the download, `[sha256]`."""
     captions: Literal["first", "merge"] = "first"
-    """What happens to the captions of the rows that are dropped: `first` keeps only that of the row that is kept."""
+    """What to do with the captions of dropped rows: `first` discards them, `merge` adds them to the kept row."""
 
     def __post_init__(self) -> None:
         merge = self.captions == "merge"
@@ -78,11 +78,11 @@ class ExactDedup(KeyedFilter):
         group = twins.groupby(list(twins.columns), sort=False)
         rows, nth = twins.index.to_numpy(), group.cumcount().to_numpy()
         keepers = rows[nth == 0][group.ngroup().to_numpy()]  # groups are numbered in the order of their first rows
-        captions = self._captions(batch, keepers[nth < MOST], rows[nth < MOST])
+        captions = self._captions(batch, keepers[nth < _MAX_MERGED], rows[nth < _MAX_MERGED])
         later = np.flatnonzero(nth > 0)
         later = later[np.argsort(rows[later])]
         dropped = rows[later]
-        reason = pa.array(np.where(nth[later] < MOST, MERGED, self.name()), pa.string())
+        reason = pa.array(np.where(nth[later] < _MAX_MERGED, MERGED, self.name()), pa.string())
         kept_instead = batch["uid"].take(pa.array(keepers[later])).combine_chunks()
         drops = drops_table(batch.take(pa.array(dropped)), self.label, reason, kept_instead)
         keep = np.ones(len(batch), bool)
@@ -92,9 +92,9 @@ class ExactDedup(KeyedFilter):
         return batch.filter(pa.array(keep)), drops
 
     def _captions(self, batch: pa.Table, keepers: np.ndarray, rows: np.ndarray) -> pa.Array:
-        """The column `captions`: those of each row, followed by those of the rows that are merged into it.
+        """The column `captions`: the captions of each row, followed by those of the rows merged into it.
 
-        `keepers` are the rows that these `rows` are merged into, themselves among them and first.
+        `keepers` is the row that each of `rows` is merged into. The rows of a keeper begin with the keeper itself.
         """
         have = batch["captions"].to_pylist() if "captions" in batch.column_names else [None] * len(batch)
         language = batch["language"] if "language" in batch.column_names else pa.nulls(len(batch), pa.string())
@@ -108,7 +108,7 @@ class ExactDedup(KeyedFilter):
         return pa.array(have, CAPTIONS)
 
     def _twins(self, batch: pa.Table) -> pd.DataFrame:
-        """The compared values of rows that have equals, in the order of uid. The index is the place in the batch."""
+        """The compared values of rows with duplicates, sorted by uid. The index is the row's place in the batch."""
         compared = pd.concat([c.to_pandas(types_mapper=pd.ArrowDtype) for c in self._compared(batch)], axis=1)
         shared = (compared.duplicated(keep=False) & compared.notna().all(axis=1)).to_numpy()
         # Only duplicate rows need sorting, and they are few.
@@ -117,7 +117,7 @@ class ExactDedup(KeyedFilter):
         return twins.iloc[np.lexsort((order["row"], order["unit"], order["uid"].astype(str)))]
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
-        """The values shared with the row that was kept, by which to find it."""
+        """The values that the row shares with the kept one."""
         shared = [column.cast(pa.string()) for column in self._compared(dropped)]
         return pc.binary_join_element_wise(*shared, " ").combine_chunks()
 
@@ -125,8 +125,8 @@ class ExactDedup(KeyedFilter):
         return [_canonical(batch[column]) if column == "url" else batch[column] for column in self.by]
 
 
-def _comparable(of: pa.DataType) -> bool:
-    return not (pa.types.is_nested(of) or is_heavy(of))
+def _comparable(dtype: pa.DataType) -> bool:
+    return not (pa.types.is_nested(dtype) or is_heavy(dtype))
 
 
 def _canonical(urls: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -15,11 +15,11 @@ from pipeline.text.hashing import file_digest
 
 @dataclass(kw_only=True)
 class ImageCluster(Fitted, Filter):
-    """Keeps pictures like those of a target set: DataComp's image-based filter (Gadre et al., 2023).
+    """Keeps pictures similar to those of a target set: DataComp's image-based filter (Gadre et al., 2023).
 
-    Clusters the run's embeddings by spherical k-means, fitted to a sample. A cluster is wanted if its centroid is the
-    nearest one to any vector of the target set. Rows whose nearest centroid is that of another cluster are dropped as
-    `image_cluster`, rows without an embedding as `missing`.
+    Clusters the run's embeddings by spherical k-means, fitted to a sample. A cluster is kept if its centroid is the
+    nearest one to any vector of the target set. Rows of other clusters are dropped as `image_cluster`, rows without an
+    embedding as `missing`.
 
     DataComp uses CLIP ViT-L/14 embeddings, the training pictures of ImageNet as targets and 100,000 clusters, after a
     caption filter (English, more than one word and five characters); the clusters of the medium to xlarge pools are
@@ -31,8 +31,8 @@ class ImageCluster(Fitted, Filter):
     vector: str = "image_embedding"
     """The column of embeddings: `clip_score` with `embeddings: true` adds it."""
     clusters: int | None = None
-    """Number of clusters. Default: √rows, at most 100,000; a CPU fits those of 10 million rows in minutes. DataComp has
-    a cluster for every 128 rows of the small pool, fitted on 8 GPUs. Fewer clusters are larger, and keep more."""
+    """Number of clusters. Default: √rows, at most 100,000; for 10 million rows, a CPU fits them in minutes. DataComp
+    has one for every 128 rows of the small pool, fitted on 8 GPUs. With fewer, larger clusters, more rows are kept."""
     seed: int = 0
     """Seed of k-means."""
 
@@ -82,10 +82,10 @@ class ImageCluster(Fitted, Filter):
         self._wanted = fitted["wanted"].to_numpy()
 
     def judge(self, batch: pa.Table) -> pa.StringArray:
-        there = embeddings.finite(batch[self.vector])
+        valid = embeddings.finite(batch[self.vector])
         kept = np.zeros(len(batch), bool)
-        vectors = embeddings.matrix(batch[self.vector].filter(pa.array(there)))
+        vectors = embeddings.matrix(batch[self.vector].filter(pa.array(valid)))
         if len(vectors):
-            kept[there] = self._wanted[embeddings.nearest(vectors, self._centroids)]
-        reason = pc.if_else(pa.array(there), self.name(), "missing")
+            kept[valid] = self._wanted[embeddings.nearest(vectors, self._centroids)]
+        reason = pc.if_else(pa.array(valid), self.name(), "missing")
         return pc.if_else(pa.array(kept), pa.scalar(None, pa.string()), reason)

@@ -18,10 +18,10 @@ class ImageQuality(Filter):
     """Drops pictures that are too dark, overexposed, blurry or without information, by the scores that `download` and
     `read_shards` measure with `image_quality: true` (`pipeline.fetch.quality`).
 
-    Each score is from 0 to 1, and low means the defect. A row is dropped for the first of `dark`, `light`, `blurry`,
-    `low_information` whose score is below its limit; as `missing` if one has no score. 0 never drops. The defaults are
-    those of cleanvision 0.3 (Cleanlab, 2022), set on photographs. Look at the drops: many product pictures on white are
-    nearly as light as an overexposed one.
+    Each score is from 0 to 1, and a low one indicates the defect. A row is dropped for the first of `dark`, `light`,
+    `blurry`, `low_information` whose score is below its limit, or as `missing` if it lacks one of the scores. A limit
+    of 0 never drops. The defaults are those of cleanvision 0.3 (Cleanlab, 2022), which were chosen for photographs.
+    Inspect the drops: many product pictures on white are nearly as light as overexposed ones.
     """
 
     dark: float = 0.32

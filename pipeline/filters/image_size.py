@@ -11,16 +11,17 @@ from pipeline.step import Estimate, SizeFilter
 
 @dataclass(kw_only=True)
 class ImageSize(SizeFilter):
-    """Drops pictures whose shorter side, as published, is under `min_side` pixels (reason `too_small`).
+    """Drops small pictures: those with a shorter side under `min_side` pixels (reason `too_small`).
 
-    Rows of unknown size are dropped too. Source: DataComp's basic filter (2023), shorter side ≥ 200.
+    The sides are those of the published picture, before resizing. Rows of unknown size are dropped too. The default
+    comes from DataComp's basic filter (Gadre et al., 2023).
     """
 
     min_side: int = 200
-    """Minimum shorter side before resizing, in pixels."""
+    """Minimum length of the shorter side, in pixels."""
 
     columns: list[str] = field(default_factory=lambda: ["original_width", "original_height"])
-    """The columns of width and height. Before a download, those of the pool: `[pool_original_width,
+    """The columns of width and height, in pixels. Before a download, use those of the pool: `[pool_original_width,
     pool_original_height]` for CommonPool."""
 
     reason = "too_small"
@@ -37,7 +38,7 @@ class ImageSize(SizeFilter):
         return pc.greater_equal(self.value(batch), self.min_side)
 
     def detail(self, dropped: pa.Table) -> pa.StringArray:
-        width, height = (dropped[name].cast(pa.string()) for name in self.needs)
+        width, height = (dropped[name].cast(pa.string()) for name in self.columns)
         return pc.fill_null(pc.binary_join_element_wise(width, height, "x"), "unknown")
 
     def value(self, dropped: pa.Table) -> pa.DoubleArray:

@@ -24,12 +24,13 @@ class NearDedup(Filter):
 
     Two pictures are linked if their 64-bit hashes differ in at most `max_hamming` bits. A cluster is a connected
     component, so two of its members may differ in more. The search is exact (pigeonhole on blocks of bits; Manku et
-    al., WWW 2007). The detail of a drop is the uid of the row kept instead. Rows without a hash are kept; so are flat
-    pictures, for which `download` stores no hash, since all colours would share one (`exact_dedup` finds equal ones).
+    al., WWW 2007). The detail of a drop is the uid of the kept row. Rows without a hash are kept, including flat
+    pictures: `download` stores no hash for them, since all colours would share one. `exact_dedup` finds identical ones.
 
-    Of altered copies of 1,000 photographs, 4 bits of pHash find all that were re-encoded at quality 50 or halved in
-    size, 95% of those with a watermark, 89% of those brightened by 30% and 48% of those cropped by 5%, without linking
-    other pictures (benchmarks/RESULTS.md). 8 bits find 94% of the cropped ones. Mirrored pictures are not found.
+    Measured on altered copies of 1,000 photographs (benchmarks/RESULTS.md), `max_hamming: 4` with pHash finds all
+    copies re-encoded at quality 50 or halved in size, 95% of those with a watermark, 89% of those brightened by 30% and
+    48% of those cropped by 5%, without linking other pictures. 8 bits find 94% of the cropped ones. Mirrored copies are
+    not found.
     """
 
     max_hamming: int = 4
@@ -37,7 +38,7 @@ class NearDedup(Filter):
     keep: Literal["resolution", "caption", "uid"] = "resolution"  # type: ignore[assignment]
     """The row to keep: most pixels as published, longest caption, or lowest uid. Ties keep the lowest uid."""
     column: str = "phash"
-    """The column of hashes, uint64: `phash` from `download`, or one that `picture_hash` adds."""
+    """The column of hashes, uint64: `phash` from `download`, or the column of a `picture_hash` step."""
 
     def __post_init__(self) -> None:
         compared = {"resolution": ("original_width", "original_height"), "caption": ("caption",), "uid": ()}
@@ -57,7 +58,7 @@ class NearDedup(Filter):
     def decide(self, frame: dd.DataFrame) -> dd.DataFrame:
         """Groups rows by hash, then distinct hashes by bucket to find links, then rows by cluster.
 
-        Only the links are collected in one place: a pair of hashes for each distinct hash with a neighbour.
+        Only the links are collected in one partition: a pair of hashes for each distinct hash with a neighbour.
         """
         n = frame.npartitions
 
@@ -73,7 +74,7 @@ class NearDedup(Filter):
         return shuffled(clustered, "cluster").map_partitions(_all_but_best, self.name(), meta=drops_frame())
 
     def _ranked(self, part: pd.DataFrame) -> pd.DataFrame:
-        """The rows with a hash, and the value by which they are ranked, highest first."""
+        """The rows with a hash, and the rank of each; the highest is kept."""
         table = pa.Table.from_pandas(part, preserve_index=False)
         hashes = table[self.column]
         if not pa.types.is_integer(hashes.type) and not pa.types.is_null(hashes.type):
@@ -122,7 +123,7 @@ def _probes(rows: pd.DataFrame, max_hamming: int) -> pd.DataFrame:
     """Each distinct hash once per mask, with the bucket shared by all hashes that are equal under the mask."""
     hashes = np.unique(rows["hash"].to_numpy())
     under = masks(max_hamming)
-    # Buckets of different masks may collide. That moves rows but links none.
+    # Buckets of different masks may collide, which only moves them to the same partition.
     buckets = [hashes & np.uint64(mask) ^ np.uint64(i * 0x9E3779B97F4A7C15 % 2**64) for i, mask in enumerate(under)]
     return pd.DataFrame(
         {
@@ -134,7 +135,7 @@ def _probes(rows: pd.DataFrame, max_hamming: int) -> pd.DataFrame:
 
 
 def _links(probes: pd.DataFrame, max_hamming: int) -> pd.DataFrame:
-    """Each hash with a neighbour in these buckets, and its cluster within them."""
+    """Each hash that is linked to a lower one within these buckets, and the lowest hash of its cluster there."""
     hashes, indices = np.unique(probes["hash"].to_numpy(), return_inverse=True)
     mask_of = probes["mask"].to_numpy()
     probed = [(mask, indices[mask_of == i]) for i, mask in enumerate(masks(max_hamming))]
@@ -144,7 +145,7 @@ def _links(probes: pd.DataFrame, max_hamming: int) -> pd.DataFrame:
 
 
 def _united(links: pd.DataFrame) -> pd.DataFrame:
-    """One link per hash, to the lowest hash of its component (possibly itself)."""
+    """One link for each hash, to the lowest hash of its component (possibly itself)."""
     hashes, ends = np.unique(links[["hash", "cluster"]].to_numpy(), return_inverse=True)
     forest = Forest(len(hashes))
     if len(hashes):

@@ -8,15 +8,16 @@ from pipeline.step import Estimate, FrequencyFilter
 
 @dataclass(kw_only=True)
 class Placeholder(FrequencyFilter):
-    """Drops placeholder pictures: those returned for more than `max_count` urls.
+    """Drops placeholder pictures: those that more than `max_count` rows share.
 
-    Such a file ("image not available", a tracking pixel, a logo) matches none of its captions, so all of its rows are
-    dropped, not all but one. Put this step after `exact_dedup` by url, so that a url counts once, and before
-    `exact_dedup` by sha256, which would keep one row.
+    Such a picture ("image not available", a tracking pixel, a logo) matches none of its captions, so no row with it is
+    kept. Put this step after `exact_dedup` by url, so that each URL counts once, and before `exact_dedup` by sha256,
+    which would keep one row.
     """
 
     by: Literal["sha256", "phash"] = "sha256"
-    """`sha256`: identical bytes; `phash`: the same picture at any size and quality, and some lookalikes."""
+    """How to compare pictures. `sha256`: identical bytes; `phash`: the same picture at any size and quality, and some
+    lookalikes."""
     max_count: int = 10
     """Maximum number of rows that may share a picture."""
 

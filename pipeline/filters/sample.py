@@ -11,10 +11,10 @@ from pipeline.text.hashing import uniform
 
 @dataclass(kw_only=True)
 class Sample(Filter):
-    """Keeps a random fraction of the rows, such as the control arm of a study.
+    """Keeps a random fraction of the rows, for example as the control arm of a study.
 
-    Keeps a row if u < fraction, where u in [0, 1) is a hash of seed and uid. With equal seeds, a smaller sample is a
-    subset of a larger one, so give a second `sample` in a recipe another seed. Takes about 0.7 µs per row.
+    Keeps a row if u < `fraction`, where u in [0, 1) is a hash of seed and uid. With equal seeds, a smaller sample is a
+    subset of a larger one, so a second `sample` in a recipe needs another seed. Takes about 0.7 µs per row.
     """
 
     needs = ("uid",)

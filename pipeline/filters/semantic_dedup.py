@@ -13,12 +13,12 @@ from pipeline.similarity import embeddings
 from pipeline.step import Estimate, VectorFilter
 
 _BLOCK = 256
-"""Rows that are compared at a time with all earlier ones: the smaller, the less is computed above the diagonal."""
+"""Rows compared at a time with all earlier ones. Smaller blocks compute less above the diagonal."""
 
 
 @dataclass(kw_only=True)
 class SemanticDedup(VectorFilter):
-    """Drops semantic near-duplicates of pictures, from stored embeddings: SemDeDup (Abbas et al., 2023).
+    """Drops pictures that are semantic duplicates of others, by stored embeddings: SemDeDup (Abbas et al., 2023).
 
     Clusters the embeddings by spherical k-means, fitted to a sample. Within a cluster, rows are sorted by
     `keep_highest` (ties by lower uid), and a row is dropped if its cosine similarity to any earlier row is above
@@ -34,8 +34,8 @@ class SemanticDedup(VectorFilter):
     vector: str = "image_embedding"
     """The column of embeddings: `clip_score` with `embeddings: true` adds it."""
     keep_highest: str | None = None
-    """A numeric column, such as `clip_score`: of two duplicates, the one with the higher value is kept. None: the lower
-    uid is kept."""
+    """A numeric column, such as `clip_score`: of two duplicates, the one with the higher value is kept. By default, the
+    one with the lower uid is kept."""
     clusters: int | None = None
     """Number of clusters. Default: √rows, at which clustering and comparing cost the same."""
     seed: int = 0
@@ -88,9 +88,11 @@ class SemanticDedup(VectorFilter):
             best = block.argmax(axis=1)
             nearest[low : low + len(block)] = best
             similarity[low : low + len(block)] = block[np.arange(len(block)), best]
-        gone = similarity > 1 - self.eps
+        duplicate = similarity > 1 - self.eps
         uids = np.array(rows["uid"].to_pylist(), dtype=object)[order]
         reason, detail = np.full(n, None, dtype=object), np.full(n, None, dtype=object)
-        reason[order[gone]] = self.name()
-        detail[order[gone]] = [f"{uids[at]} at {s:.4f}" for at, s in zip(nearest[gone], similarity[gone])]
+        reason[order[duplicate]] = self.name()
+        detail[order[duplicate]] = [
+            f"{uids[at]} at {cosine:.4f}" for at, cosine in zip(nearest[duplicate], similarity[duplicate])
+        ]
         return pa.array(reason, pa.string()), pa.array(detail, pa.string())

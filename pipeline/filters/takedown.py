@@ -14,22 +14,22 @@ from pipeline.text.takedown_list import KINDS, TakedownList
 class Takedown(Filter):
     """Drops rows that a takedown list names: by URL, domain, uid, or by the picture's SHA-256 or perceptual hash.
 
-    The reason is the kind of the entry, and the detail the entry itself. `pipeline.text.takedown_list` describes the
-    file. URLs, domains and uids are known before the download, digests only after it, so a list with both is used
-    twice:
+    The drop reason is the kind of the entry, and the detail is the entry itself. `pipeline.text.takedown_list`
+    describes the file. URLs, domains and uids are known before the download and digests only after it, so a list with
+    both needs two lines:
 
         - takedown: {file: takedown.txt, by: [uid, url, domain]}
         - download
         - takedown: {file: takedown.txt, by: [sha256, phash]}
 
-    `winnow takedown` applies a list to shards that are finished.
+    `winnow takedown` applies a list to finished shards.
     """
 
     file: str = field(metadata=FILE)
-    """The list, one entry a line: `url …`, `domain …`, `uid …`, `sha256 …`, or `phash … 4` with the number of bits
-    that may differ."""
+    """The list, with one entry per line: `url …`, `domain …`, `uid …`, `sha256 …`, or `phash … 4` with the number of
+    bits that may differ."""
     by: list[Literal["uid", "url", "domain", "sha256", "phash"]] | None = None
-    """The kinds of entries to apply. By default all in the list."""
+    """The kinds of entries to apply. Default: all kinds in the list."""
 
     def __post_init__(self) -> None:
         self._digest, self._problem = "", ""
@@ -40,7 +40,6 @@ class Takedown(Filter):
         except (OSError, ValueError) as error:
             self._problem = str(error)
         self.needs = tuple(dict.fromkeys(column for kind in self._kinds for column in KINDS[kind]))  # type: ignore[misc]
-
         self.wants = ("captions",) if "uid" in self._kinds else ()  # type: ignore[misc]
 
     def estimate(self, rows: float) -> Estimate:
@@ -53,9 +52,9 @@ class Takedown(Filter):
             yield "file", self._problem
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
-        of = types.get("phash")
-        if "phash" in self._kinds and of is not None and not pa.types.is_integer(of):
-            yield "file", f"has entries `phash`, but the column 'phash' holds {of}, expected uint64 hashes"
+        dtype = types.get("phash")
+        if "phash" in self._kinds and dtype is not None and not pa.types.is_integer(dtype):
+            yield "file", f"has `phash` entries, but the column 'phash' holds {dtype}, expected uint64 hashes"
 
     def fingerprint(self) -> object:
         return self._digest

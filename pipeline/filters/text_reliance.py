@@ -12,19 +12,20 @@ from pipeline.step import Estimate, Filter
 
 @dataclass(kw_only=True)
 class TextReliance(Filter):
-    """Drops pictures that match their caption mostly by the text in them: those whose score falls by more than
+    """Drops pictures that match their caption mostly through text in the picture: those whose score falls by more than
     `max_drop` when the text is masked.
 
-    The masked score is that of `clip_score` with `mask` (see `text_overlap`). Rows without either score are dropped as
-    `missing`. T-MARS (Maini et al., ICLR 2024) keeps the highest masked scores instead: `threshold` does that.
+    Get the masked score from `clip_score` with `mask` (see `text_overlap`). Rows that lack one of the scores are
+    dropped as `missing`. T-MARS (Maini et al., ICLR 2024) keeps the highest masked scores instead; use `threshold` for
+    this.
     """
 
     max_drop: float
-    """Largest `score` − `masked_score` kept. Depends on the model, as the scores do."""
+    """Largest `score` − `masked_score` kept, 0 or more. Depends on the model, as the scores do."""
     score: str = "clip_score"
-    """The column of the picture's score."""
+    """The column of scores of the whole picture."""
     masked_score: str = "masked_clip_score"
-    """The column of the score with its text masked, by the same model."""
+    """The column of scores with the text masked, by the same model."""
 
     def __post_init__(self) -> None:
         self.needs = (self.score, self.masked_score)  # type: ignore[misc]
@@ -41,9 +42,9 @@ class TextReliance(Filter):
             yield from ((key, problem) for problem in wrong_type(types, getattr(self, key), is_number, "numbers"))
 
     def judge(self, batch: pa.Table) -> pa.StringArray:
-        fall = self.value(batch)
-        reason = pc.if_else(pc.greater(fall, self.max_drop), self.name(), pa.scalar(None, pa.string()))
-        return pc.if_else(pc.is_null(fall, nan_is_null=True), "missing", reason)
+        difference = self.value(batch)
+        reason = pc.if_else(pc.greater(difference, self.max_drop), self.name(), pa.scalar(None, pa.string()))
+        return pc.if_else(pc.is_null(difference, nan_is_null=True), "missing", reason)
 
     def value(self, dropped: pa.Table) -> pa.DoubleArray:
         return pc.subtract(*(dropped[column].cast(pa.float64()) for column in self.needs))

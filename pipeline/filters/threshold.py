@@ -28,20 +28,20 @@ class Threshold(Filter):
     """Keeps the rows whose value in a column is at least `min` and at most `max`, or the `top_fraction` of the run with
     the highest values.
 
-    `top_fraction` keeps exactly ceil(fraction · n) of the n rows with a value; a hash of the uid breaks ties. Prefer a
-    fraction for scores, since their scale depends on the model (DataComp, Gadre et al. 2023: the top 30% by CLIP
-    score). `max` is for scores where lower is better, such as the probability that a picture is unsafe. Rows
-    with null or NaN are dropped as `missing`, others as `threshold`.
+    `top_fraction` keeps exactly ceil(top_fraction · n) of the n rows with a value; a hash of the uid breaks ties.
+    Prefer a fraction for scores, since their scale depends on the model (DataComp, Gadre et al., 2023: the top 30% by
+    CLIP score). `max` is for scores where lower is better, such as the probability that a picture is unsafe. Rows with
+    null or NaN are dropped as `missing`, others as `threshold`.
     """
 
     column: str
     """The numeric column to compare."""
     min: float | None = None
-    """Lowest value kept. Decided row by row."""
+    """Lowest value kept. Each row is decided on its own."""
     max: float | None = None
-    """Highest value kept. Decided row by row."""
+    """Highest value kept. Each row is decided on its own."""
     top_fraction: float | None = None
-    """Share of the run's rows to keep, above 0 and at most 1. Makes the step a barrier."""
+    """Share of the run's rows with a value to keep, above 0 and at most 1. Makes the step a barrier."""
 
     def __post_init__(self) -> None:
         self.needs = (self.column,)  # type: ignore[misc]
@@ -101,13 +101,14 @@ class Threshold(Filter):
         return drops_frame(pa.table({**columns, "value": pa.array(values, from_pandas=True)}))
 
     def _boundary(self, frame: dd.DataFrame) -> Boundary:
-        """The lowest row kept; without any value, the boundary keeps no row.
+        """The lowest row kept. If no row has a value, the boundary keeps no row.
 
-        Radix selection over the words of a row's rank (value, hash of the uid, place), from the highest digit down.
-        Each round counts rows by their next 16 bits, among the rows that match all digits found so far. Four rounds
-        find the value; only ties at the boundary need more. Only the counts, at most 65,536, reach the driver.
+        Radix selection over the three 64-bit words of a row's rank (value, hash of the uid, place), from the highest
+        digit down. Each round counts rows by their next 16 bits, among the rows that match all digits found so far.
+        Four rounds find the value; only ties at the boundary need more. Only the counts, at most 65,536, reach the
+        driver.
         """
-        import pandas as pd  # here, so that checking a recipe needs no pandas
+        import pandas as pd  # imported here, so that checking a recipe does not need pandas
 
         assert self.top_fraction is not None
         cut: list[int] = []
@@ -156,7 +157,7 @@ class Threshold(Filter):
 
 
 def comparable(dtype: pa.DataType) -> bool:
-    """True for what a threshold takes: numbers, or a column without any value, whose rows are dropped as `missing`."""
+    """True for numbers, and for the type of a column without any value, whose rows are dropped as `missing`."""
     return is_number(dtype) or pa.types.is_null(dtype)
 
 

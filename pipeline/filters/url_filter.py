@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.step import FILE, Estimate, Filter
-from pipeline.text.url import InvalidUrlError, host_name
+from pipeline.text.url import InvalidUrlError, host_name, listed_domain
 
-# RFC 3986 in one expression. The second branch still captures the scheme of "data:…". A backslash before the path is
+# A URL by RFC 3986. The second branch captures the scheme of URLs such as "data:…". A backslash before the path is
 # invalid, because browsers and libraries disagree on the host.
 _URL = (
     r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*):"
@@ -19,18 +19,18 @@ _URL = (
     r"(?P<path>/[^?#]*)?(?:[?#].*)?|.*)$"
 )
 _CONTROL = r"[\x00-\x1f\x7f]"
-# Like real hosts, laxer than RFC 1123: underscores, and hyphens at the end of a label.
+# Laxer than RFC 1123, like real hosts: allows underscores, and hyphens at the end of a label.
 _HOST = r"^(?:\[.*\]|[a-z0-9_\-]{1,63}(?:\.[a-z0-9_\-]{1,63})*)$"
 _MAX_HOST = 253  # RFC 1035, without the trailing dot
 
 
 @dataclass(kw_only=True)
 class UrlFilter(Filter):
-    """Drops rows by URL: `bad_url`, `scheme`, `blocked_host`, `not_allowed_host`, `extension`, `too_long`.
+    """Drops rows by URL. Reasons: `bad_url`, `scheme`, `blocked_host`, `not_allowed_host`, `extension`, `too_long`.
 
-    A listed host includes its subdomains (`example.org` covers `img.example.org`, not `badexample.org`), in any case,
-    Unicode or Punycode. A host on both lists is blocked. This step does not check the host's address; the fetcher
-    does, on every hop.
+    A listed host includes its subdomains: `example.org` covers `img.example.org`, but not `badexample.org`. Hosts may
+    be in any case, in Unicode or Punycode. A host on both lists is blocked. This step does not check the host's
+    address; the fetcher does, for every request and redirect.
     """
 
     schemes: list[str] = field(default_factory=lambda: ["http", "https"])
@@ -93,21 +93,19 @@ class UrlFilter(Filter):
         def of_host(verdicts: list[bool]) -> pa.BooleanArray:
             return pa.array(verdicts, pa.bool_()).take(hosts.indices)
 
+        not_allowed = [bool(self._allowed) and not listed_domain(name, self._allowed) for name in canonical]
         bad_port = pc.greater(pc.if_else(pc.equal(port, ""), "0", port).cast(pa.int32()), 65535)
         bad_host = pc.or_(of_host([not _is_host(name) for name in canonical]), bad_port)
         wanted_scheme = pc.is_in(pc.utf8_lower(scheme), pa.array([s.lower() for s in self.schemes], pa.string()))
         endings = pa.array([e.lower() for e in self.block_extensions], pa.string())
         ending = pc.utf8_lower(pc.struct_field(pc.extract_regex(path, r"\.(?P<ending>[^./]+)$"), "ending"))
-        # The first that applies is the reason.
+        # The first verdict that holds is the reason.
         verdicts = [
             ("bad_url", pc.or_(pc.equal(scheme, ""), pc.match_substring_regex(url, _CONTROL))),
             ("scheme", pc.invert(wanted_scheme)),
             ("bad_url", bad_host),
-            ("blocked_host", of_host([_covered(name, self._blocked) for name in canonical])),
-            (
-                "not_allowed_host",
-                of_host([bool(self._allowed) and not _covered(name, self._allowed) for name in canonical]),
-            ),
+            ("blocked_host", of_host([bool(listed_domain(name, self._blocked)) for name in canonical])),
+            ("not_allowed_host", of_host(not_allowed)),
             ("extension", pc.is_in(ending, endings)),
             ("too_long", pc.greater(pc.utf8_length(url), self.max_length)),
         ]
@@ -128,7 +126,7 @@ def _entries(hosts: list[str] | str) -> Iterable[str]:
 
 
 def _canonical(host: str) -> str:
-    """As the fetcher requests it, without a trailing dot; "" if not a host name."""
+    """The host as the fetcher requests it, without a trailing dot; "" if it is not a host name."""
     if len(host) > 4 * _MAX_HOST:  # with escapes
         return ""
     try:
@@ -139,10 +137,3 @@ def _canonical(host: str) -> str:
 
 def _is_host(host: str) -> bool:
     return len(host) <= _MAX_HOST and re.match(_HOST, host) is not None
-
-
-def _covered(host: str, listed: set[str]) -> bool:
-    """True if the host or one of its parent domains is listed."""
-    while host and host not in listed:
-        host = host.partition(".")[2]
-    return bool(host)

@@ -1,18 +1,18 @@
-"""Fits a mixture of a run's stored scores, and optionally embeddings, as a `learned_score` step.
+"""Fits a mixture of a run's stored scores, and optionally embeddings, for a `learned_score` step.
 
     python -m pipeline.learn runs/demo --labels labels.csv
     python -m pipeline.learn runs/demo --positives clean.csv --vectors image_embedding text_embedding
     python -m pipeline.learn runs/demo --losses losses.parquet --keep 0.3
 
-Give one of three targets, a CSV or Parquet table of rows of the run:
+Give one of three targets, each a CSV or Parquet table of rows of the run:
 
     --labels     uid, label    1 or true for a good row, 0 or false for a bad one
     --positives  uid           good rows; all other rows of the run are unlabelled
     --losses     uid, loss     training losses; rows up to the median loss count as good
 
 Writes the mixture to RUN/report/score_mixture.json. Prints how well each score ranks rows, how the mixture compares
-with the best single score, and the recipe lines to paste. All figures are cross-fitted: each row is judged by a fit
-that never saw it. Needs no GPU and no Ray.
+with the best single score, and the recipe lines to paste. All figures are cross-fitted: each row is judged by a model
+that was not fitted to it. Needs neither GPU nor Ray.
 """
 
 from __future__ import annotations
@@ -51,21 +51,22 @@ NAME = "score_mixture.json"
 def recipe_lines(path: Path, keep: float | None) -> list[str]:
     """The lines to paste into a recipe."""
     cut = "min: 0.5" if keep is None else f"top_fraction: {keep:g}"
-    # A JSON string is YAML too.
+    # A JSON string is also a YAML string.
     file = str(path) if re.fullmatch(r"[\w./-]+", str(path)) else json.dumps(str(path))
     return [f"  - learned_score: {{mixture: {file}}}", f"  - threshold: {{column: learned_score, {cut}}}"]
 
 
 def show(console: Console, findings: Findings, sample: Sample, target: Target, keep: float | None, seed: int) -> None:
+    """Prints the figures of a fitted mixture; precision and recall at the share `keep`, or at a probability of 0.5."""
     import numpy as np
     from rich.table import Table
 
     from pipeline.models import score_mixture as model
 
     other = "unlabelled" if target.unlabelled else "bad"
-    used = [int((~sample.good).sum()), int(sample.good.sum())]
+    good, bad = int(sample.good.sum()), int((~sample.good).sum())
     gone = f"; {sample.gone:,} rows of {target.path} were dropped before and have no scores" if sample.gone else ""
-    console.say(f"{used[1]:,} of {sample.found[1]:,} good and {used[0]:,} of {sample.found[0]:,} {other} rows{gone}")
+    console.say(f"{good:,} of {sample.found[1]:,} good and {bad:,} of {sample.found[0]:,} {other} rows{gone}")
     table = Table(title="Each score alone (95% intervals)", title_justify="left")
     for name in ("column", "missing", "weight (logits)", "AUC alone", "AUC lost without it"):
         table.add_column(name, justify="left" if name == "column" else "right", no_wrap=True)
@@ -95,14 +96,14 @@ def show(console: Console, findings: Findings, sample: Sample, target: Target, k
 
 @contextmanager
 def _progress(console: Console, run: Run) -> Iterator[Callable[[int], None]]:
-    """Shows how many units were read; yields the function that is told the number of each."""
+    """Shows the progress of reading; yields the function to call with the number of each unit read."""
     from rich.progress import Progress
 
     from pipeline.reader import RunError
 
     try:
         units: int | None = run.units
-    except RunError:  # a run without its passes has no units
+    except RunError:  # unknown for a run whose passes were removed
         units = None
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading units", total=units)
@@ -110,7 +111,7 @@ def _progress(console: Console, run: Run) -> Iterator[Callable[[int], None]]:
 
 
 def _about(run: Run, target: Target, sample: Sample, findings: Findings, after: str, seed: int) -> dict[str, Any]:
-    """The part of the file that is for people."""
+    """The part of the file that is for people: where the mixture comes from."""
     auc = findings.auc
     return {
         "run": run.name,
@@ -156,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _usage(args: argparse.Namespace) -> Iterator[str]:
+    """Yields what is wrong with the command line."""
     if args.rows < MIN_PER_CLASS:
         yield f"--rows must be at least {MIN_PER_CLASS}, found {args.rows}"
     if not 2 <= args.folds <= 20:
@@ -172,7 +174,7 @@ def _usage(args: argparse.Namespace) -> Iterator[str]:
 
 @guarded()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns 0 if the mixture was written, 2 for unusable input, 1 otherwise."""
+    """Runs the command and returns its exit status: 0 if the mixture was written, 2 for unusable input, else 1."""
     args = _parser().parse_args(argv)
     console, errors = Console(), Console(stderr=True)
     if problems := list(_usage(args)):

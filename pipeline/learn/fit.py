@@ -1,4 +1,4 @@
-"""Fits a mixture of scores to labelled rows and judges it by cross-fitting."""
+"""Fits a mixture of scores to labelled rows and measures it by cross-fitting."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.learn.training_rows import (
-    SEED,
-    InputError,
-    Sample,
-)
+from pipeline.learn.training_rows import SEED, InputError, Sample
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,39 +21,41 @@ class Part:
 
     column: str
     missing: float
-    """Share of the rows without a value."""
+    """Share of the training rows without a value."""
     weight: float
-    """Standard deviation of its contribution, in logits: the size of a standardised weight."""
+    """Standard deviation of its contribution to the logit, comparable to a standardised weight."""
     falling: bool
-    """Whether the column alone ranks good rows low."""
+    """Whether low values of the column indicate good rows."""
     alone: Estimate
-    """AUC of the column by itself: of the value (low ones first if `falling`, missing last), or of a cross-fitted head
-    on the vectors."""
+    """AUC of the column alone: of its values (low ones first if `falling`, missing ones last), or of a head fitted to
+    its vectors."""
     lost: Estimate | None
-    """By how much the AUC falls if the mixture is fitted without it; None if it is the only column."""
+    """How much the AUC of the mixture falls without the column; None if it is the only one."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """A fitted mixture and its figures, all cross-fitted, with 95% bootstrap intervals."""
+    """A fitted mixture and its figures: cross-fitted, with 95% bootstrap intervals."""
 
     mixture: Mixture
     parts: list[Part]
     penalty: float
     auc: Estimate
     over_best: Estimate | None
-    """AUC of the mixture minus that of the best single score; None if there is no score beside the vectors."""
+    """AUC of the mixture minus the AUC of the best single score; None if all columns are vectors."""
     best: str | None
+    """The column of the best single score."""
     calibration: float
-    """Expected calibration error: mean distance between predicted and observed share of good rows, in tenths."""
+    """Expected calibration error: the mean absolute difference between predicted and observed share of good rows, in
+    tenths of the predicted probability."""
     logits: np.ndarray
     """The cross-fitted logit of each training row."""
     singles: dict[str, np.ndarray]
-    """For each scalar column the values by which it ranks the training rows, highest first."""
+    """For each scalar column, its values, negated if `falling`; -inf where missing."""
 
 
 def fit(sample: Sample, columns: Sequence[str], unlabelled: bool, seed: int = SEED) -> Findings:
-    """Fits the mixture and measures it. Raises InputError for a column without a value, or if nothing is learned."""
+    """Fits the mixture and measures it. Raises InputError for a column without values, or if nothing is learned."""
     import numpy as np
 
     from pipeline.models import score_mixture as model
@@ -75,11 +73,11 @@ def fit(sample: Sample, columns: Sequence[str], unlabelled: bool, seed: int = SE
         raise InputError(f"the columns {', '.join(columns)} do not tell good rows from bad: cross-fitted AUC {auc}")
     penalty = model.choose_penalty(x, y, seed)
     mixture = design.mixture(*model.fit(x, y, penalty))
-    # Calibrated on logits that no fit has seen (Platt, 1999), then moved from the shares of the sample to those of the
-    # run, or to equal shares of named and unlabelled rows (King and Zeng, 2001).
+    # Calibrate on the cross-fitted logits (Platt, 1999), then move the prior from the shares of the sample to those of
+    # the run, or to equal shares of named and unlabelled rows (King and Zeng, 2001).
     slope, shift = model.fit(logits[:, None], y, 1.0)
-    drawn = math.log(y.sum() / (~y).sum())
-    shift += (0.0 if unlabelled else math.log(sample.found[1] / sample.found[0])) - drawn
+    sample_prior = math.log(y.sum() / (~y).sum())
+    shift += (0.0 if unlabelled else math.log(sample.found[1] / sample.found[0])) - sample_prior
     mixture = mixture.scaled(float(slope[0]), shift)
     logits = float(slope[0]) * logits + shift
     balanced = np.where(y, sample.found[0] / sample.found[1], 1.0) if unlabelled else 1.0
@@ -105,21 +103,21 @@ def fit(sample: Sample, columns: Sequence[str], unlabelled: bool, seed: int = SE
     best = max((p for p in parts if p.column in singles), key=lambda p: p.alone.value, default=None)
     over = None
     if best:
-        of_best = model.Ranking(singles[best.column], y)
-        over = model.bootstrap(lambda w: ranking.auc(w) - of_best.auc(w), weights, seed)
-    best_name = best.column if best else None
-    return Findings(mixture, parts, penalty, auc, over, best_name, calibration, logits, singles)
+        best_ranking = model.Ranking(singles[best.column], y)
+        over = model.bootstrap(lambda w: ranking.auc(w) - best_ranking.auc(w), weights, seed)
+    best_column = best.column if best else None
+    return Findings(mixture, parts, penalty, auc, over, best_column, calibration, logits, singles)
 
 
 def _oriented(values: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, bool]:
-    """The values as a score whose high end is the good one, the lowest where missing, and whether it was turned."""
+    """The values, negated if low ones indicate good rows, -inf where missing; and whether they were negated."""
     import numpy as np
 
     from pipeline.models.score_mixture import Ranking
 
-    there = np.isfinite(values)
-    falling = Ranking(values[there], y[there]).auc(weights[there]) < 0.5
-    return np.where(there, -values if falling else values, -np.inf), falling
+    valid = np.isfinite(values)
+    falling = Ranking(values[valid], y[valid]).auc(weights[valid]) < 0.5
+    return np.where(valid, -values if falling else values, -np.inf), falling
 
 
 def _calibration_error(probability: np.ndarray, y: np.ndarray, weights: np.ndarray) -> float:

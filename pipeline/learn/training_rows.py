@@ -1,4 +1,4 @@
-"""The rows that `learn` fits a mixture to: reads a target file, and draws its rows from a run."""
+"""Draws the rows that `learn` fits a mixture to: reads the target file, and finds its rows in a run."""
 
 from __future__ import annotations
 
@@ -22,54 +22,56 @@ if TYPE_CHECKING:
 
 ROWS, FOLDS, SEED = 25_000, 5, 0
 MIN_PER_CLASS = 20
-"""Fewest rows of a class; fewer give intervals too wide to be useful."""
+"""Fewest rows of each class; fewer give intervals too wide to be useful."""
 TABLES = 256
-"""Tables held before they are joined: one for each unit of a large run would take more memory than their rows."""
+"""Tables held before they are joined. The tables of all units of a large run would take more memory than their rows."""
 
 
 class InputError(ValueError):
-    """The run or a file cannot be used. The message names it, what was found, and what helps."""
+    """The run or a file cannot be used. The message names it, what was found, and what to do."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the mixture is to predict."""
+    """What the mixture is fitted to predict."""
 
     kind: str
     """`labels`, `positives` or `losses`."""
     path: Path
     uids: pa.Array
-    """The rows named in the file, each once."""
+    """The distinct uids in the file."""
     good: np.ndarray
-    """Whether each of them is good; bool."""
+    """Whether the row of each uid is good: bool (uids,)."""
 
     @property
     def unlabelled(self) -> bool:
-        """Whether rows that the file does not name are the other class."""
+        """Whether the other class is all rows that are not in the file."""
         return self.kind == "positives"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The training rows, in an order that depends on the rows alone."""
+    """The training rows, in an order that depends only on the rows."""
 
     table: pa.Table
     good: np.ndarray
+    """bool (n,)"""
     folds: np.ndarray
+    """The fold of the cross-fit that each row is left out of: int64 (n,)."""
     found: tuple[int, int]
-    """How many bad (or unlabelled) and good rows the run has; the table has at most `rows` of each."""
+    """How many bad (or unlabelled) and good rows the run has. The table has at most `rows` of each."""
     gone: int
-    """Rows named in the file that the run dropped before."""
+    """Rows of the file that the run dropped before the step that was read."""
 
     @property
     def weights(self) -> np.ndarray:
-        """How many rows of the run each row stands for."""
+        """How many rows of the run each training row represents: float64 (n,)."""
         each = [n / max(int((self.good == good).sum()), 1) for good, n in enumerate(self.found)]
         return np.where(self.good, each[1], each[0])
 
 
 def read_target(kind: str, path: Path) -> Target:
-    """Reads a file of labels, positives or losses. Raises InputError."""
+    """Reads a file of `labels`, `positives` or `losses`. Raises InputError if it cannot be used."""
     value = {"labels": "label", "losses": "loss"}.get(kind)
     wanted = ["uid", *([value] if value else [])]
     try:
@@ -108,10 +110,10 @@ def read_target(kind: str, path: Path) -> Target:
     encoded = pc.dictionary_encode(uids)
     sums = np.bincount(encoded.indices.to_numpy(), good)
     counts = np.bincount(encoded.indices.to_numpy())
-    if (torn := np.flatnonzero((sums > 0) & (sums < counts))).size:
-        raise InputError(f"{path}: {encoded.dictionary[int(torn[0])]} is both good and bad; give each uid once")
+    if (both := np.flatnonzero((sums > 0) & (sums < counts))).size:
+        raise InputError(f"{path}: {encoded.dictionary[int(both[0])]} is both good and bad; give each uid once")
     target = Target(kind, path, encoded.dictionary, sums > 0)
-    if not target.unlabelled and (len(set(target.good.tolist())) < 2):
+    if not target.unlabelled and len(np.unique(target.good)) < 2:
         which = "good" if target.good[0] else "bad"
         cure = "name some of both, or give the good ones by --positives" if kind == "labels" else "they must differ"
         raise InputError(f"{path}: all {len(uids):,} rows are {which}; {cure}")
@@ -125,18 +127,20 @@ def _number(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def choose_columns(
     run: Run, columns: Sequence[str] | None, vectors: Sequence[str], after: str | None
 ) -> tuple[list[str], str]:
-    """The columns to mix, and the step after which to read them: the first that has them all. Raises InputError or
-    RunError."""
+    """Returns the columns to mix, and the step after which to read them: by default the first that has them all.
+
+    Raises InputError or RunError.
+    """
     from pipeline.models.score_mixture import is_scalar, is_vector
 
     types = run.columns(after)
     if columns is None:
-        columns = [name for name, of in types.items() if pa.types.is_floating(of)]
+        columns = [name for name, dtype in types.items() if pa.types.is_floating(dtype)]
         if not columns and not vectors:
             raise InputError(f"no column of scores is stored after {after or run.steps[-1].label}; give --columns")
-    names = [*dict.fromkeys([*columns, *vectors])]
+    names = list(dict.fromkeys([*columns, *vectors]))
     if after is None:
-        # As early as possible: later cuts would hide the rows that the mixture is to tell apart.
+        # As early as possible, because later cuts remove rows that the mixture should learn to separate.
         after = next((s.label for s in run.steps if set(names) <= run.columns(s.label).keys()), run.steps[-1].label)
     types = run.columns(after)
     for option, given, fits, expected in (
@@ -159,9 +163,10 @@ def draw(
     seed: int = SEED,
     done: Callable[[int], None] = lambda unit: None,
 ) -> Sample:
-    """Reads the run once and draws the training rows: of each class the `rows` with the lowest hashes of their uids.
+    """Reads the run once and draws the training rows: of each class, the `rows` with the lowest hashes of their uids.
 
-    Holds at most twice as many rows at a time. `done` is called with the number of each unit read.
+    Holds at most twice as many rows at a time. `done` is called with the number of each unit read. Raises InputError if
+    a class has too few rows, or if the file has uids that are not in the run.
     """
     classes = (_Lowest(rows), _Lowest(rows))
     met = np.zeros(len(target.uids), bool)
@@ -187,7 +192,7 @@ def draw(
     tables = [of_class.table() for of_class in classes]
     table = pa.concat_tables(tables)
     good = np.repeat([False, True], [len(t) for t in tables])
-    # The order of units must not matter, nor that of rows whose uid repeats.
+    # The result must not depend on the order of the units, nor on that of rows with the same uid.
     values = [_sortable(table[name]) for name in columns]
     order = np.lexsort([*values, table["uid"].to_numpy(zero_copy_only=False).astype(str)])
     table, good = table.take(pa.array(order)), good[order]
@@ -196,7 +201,7 @@ def draw(
 
 
 class _Lowest:
-    """The rows with the lowest hashes among those added. Rows that share a hash share their fate."""
+    """Keeps the rows with the lowest hashes. Of rows with equal hashes, either all are kept or none."""
 
     def __init__(self, limit: int) -> None:
         self.seen, self._limit, self._cut = 0, limit, 2**64 - 1
@@ -230,21 +235,20 @@ def _below(table: pa.Table, hashes: np.ndarray, cut: int) -> tuple[pa.Table, np.
 
 
 def _sortable(column: pa.ChunkedArray) -> np.ndarray:
-    """One number for each value, equal for equal values."""
+    """One number for each value, equal for equal values: float64 (n,)."""
     from pipeline.models.score_mixture import is_vector, scalars
 
     if not is_vector(column.type):
         return scalars(column)
-
     found = np.full(len(column), np.nan)
-    there = pc.is_valid(column).to_numpy()
+    valid = pc.is_valid(column).to_numpy()
     vectors = embeddings.matrix(column.drop_null())
-    found[there] = np.einsum("nd,d->n", vectors.astype(np.float64), np.arange(1, vectors.shape[1] + 1))
+    found[valid] = np.einsum("nd,d->n", vectors.astype(np.float64), np.arange(1, vectors.shape[1] + 1))
     return found
 
 
 def _dropped(run: Run, target: Target, met: np.ndarray, after: str) -> int:
-    """How many rows of the file the run dropped before `after`. InputError if some are not of this run."""
+    """How many rows of the file the run dropped before `after`. Raises InputError if some are not in this run."""
     from pipeline.reader import RunError
 
     if met.all():
@@ -255,7 +259,7 @@ def _dropped(run: Run, target: Target, met: np.ndarray, after: str) -> int:
         for table in run.scan("uid", after="pool"):
             at = pc.index_in(table["uid"], value_set=missing).drop_null()
             known[at.to_numpy()] = True
-    except RunError:  # a run without its passes cannot tell
+    except RunError:  # a run whose passes were removed has no rows of the pool to look in
         return len(missing)
     if not known.all():
         first = missing[int(np.flatnonzero(~known)[0])]

@@ -1,1 +1,1 @@
-"""Models and scorers that steps load: named by import path, or read from a file and checked."""
+"""Models and scorers that steps load, by import path or from files that are checked first."""

@@ -1,5 +1,5 @@
-"""Checks whether a fastText model is whole. The library reads a file that was cut without an error: it scores with
-whatever is in memory, or allocates without end."""
+"""Checks that the file of a fastText model is complete. The library loads a truncated file without an error, then
+scores with whatever is in memory or allocates without end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CENTROIDS = 256
 
 
 def check(path: str) -> None:
-    """Raises OSError, or ValueError if the file is not a model (fastText's format, versions 11 and 12) or not whole."""
+    """Raises OSError, or ValueError if the file is not a complete fastText model (format versions 11 and 12)."""
     with open(path, "rb") as file:
         if not file.seek(0, 2):
             raise ValueError("the file is empty")
@@ -21,13 +21,13 @@ def check(path: str) -> None:
             try:
                 end = _end(data)
             except struct.error:
-                raise ValueError("it ends within its parts: it was cut") from None
+                raise ValueError("it is truncated") from None
             if end != len(data):
                 raise ValueError(f"it has {len(data):,} bytes, expected {end:,}")
 
 
 def _end(data: mmap.mmap) -> int:
-    """Where the model ends, by what its parts say of their sizes."""
+    """The size of the complete file, computed from the sizes stored in it."""
     at = 0
 
     def read(form: str) -> Iterator[int]:
@@ -60,17 +60,17 @@ def _end(data: mmap.mmap) -> int:
 
     magic, version = read("2i")
     if magic != _MAGIC or version not in _VERSIONS:
-        raise ValueError("it does not begin as one")
+        raise ValueError("it does not start with fastText's magic number and version 11 or 12")
     skip(_ARGUMENTS)
     entries, _, _, _, pruned = read("3i2q")
     for _ in range(entries):
         text_end = data.find(b"\0", at)
         if text_end < 0:
-            raise ValueError("it ends within its dictionary: it was cut")
+            raise ValueError("it is truncated within its dictionary")
         at = text_end + 1 + 9  # a count and a type follow each word
     skip(8 * max(0, pruned))
     (quantized,) = read("?")
     matrix(bool(quantized))
-    (output_too,) = read("?")
-    matrix(bool(quantized and output_too))
+    (quantized_output,) = read("?")
+    matrix(bool(quantized and quantized_output))
     return at

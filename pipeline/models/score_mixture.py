@@ -2,7 +2,7 @@
 
 The logit of a row is `bias` plus one contribution per column. A scalar contributes a function that is linear between a
 few knots and constant outside them; a vector contributes w · x of the unit vector. A null, NaN or infinite value
-contributes the column's `missing`, which is learned like the rest, so it never counts as a zero.
+contributes the column's `missing`, which is learned like the other weights, so it does not count as zero.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,21 @@ import pyarrow as pa
 
 from pipeline.schema import is_number, numbers
 from pipeline.similarity import embeddings
+from pipeline.similarity.embeddings import is_vector
 
 FORMAT = "winnow.score_mixture/1"
 QUANTILES = (0.005, 0.25, 0.5, 0.75, 0.995)
-"""Where a scalar's knots lie among the training values. Outliers beyond the outer two count as the outer two."""
+"""Quantiles of the training values at which a scalar has knots. Values beyond the outer two count as the outer two."""
 PENALTIES = (1.0, 10.0, 100.0, 1000.0)
-"""L2 penalties tried on a hold-out inside each training fold, for features of unit variance; from nearly none to one
-that leaves only strong scores."""
+"""L2 penalties tried on a hold-out inside each training fold, for features of unit variance. The smallest has almost no
+effect; the largest leaves only strong scores."""
 DIGITS = 6
 """Significant digits of a stored weight: more would store the rounding of sums."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What a scalar column contributes in logits: `values` at `knots` (ascending), linear between, constant outside."""
+    """Contribution of a scalar column in logits: `values` at `knots` (ascending), linear between, constant outside."""
 
     knots: tuple[float, ...]
     values: tuple[float, ...]
@@ -40,42 +42,41 @@ class Curve:
 
     def contribution(self, column: pa.ChunkedArray) -> np.ndarray:
         x = scalars(column)
-        there = np.isfinite(x)
-        return np.where(there, np.interp(np.where(there, x, self.knots[0]), self.knots, self.values), self.missing)
+        valid = np.isfinite(x)
+        return np.where(valid, np.interp(np.where(valid, x, self.knots[0]), self.knots, self.values), self.missing)
 
 
 @dataclass(frozen=True)
 class Direction:
-    """What a column of vectors contributes, in logits: `weight` · x of the unit vector x."""
+    """Contribution of a column of vectors in logits: `weight` · x for the unit vector x."""
 
     weight: tuple[float, ...]
     missing: float
 
     def contribution(self, column: pa.ChunkedArray) -> np.ndarray:
-        there = embeddings.finite(column)
-        vectors = embeddings.unit(embeddings.matrix(column.filter(pa.array(there))))
-        found = np.full(len(column), self.missing)
-        # einsum sums each row in a fixed order, whatever the number of rows; a matrix product may not.
-        found[there] = np.einsum("nd,d->n", vectors.astype(np.float64), np.array(self.weight))
-        return found
+        valid, vectors = embeddings.finite_units(column)
+        logits = np.full(len(column), self.missing)
+        # einsum sums each row in a fixed order, whatever the number of rows. A matrix product may not.
+        logits[valid] = np.einsum("nd,d->n", vectors.astype(np.float64), np.array(self.weight))
+        return logits
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """An additive model. `columns` are those it reads, in the order of its sum."""
+    """An additive model. `columns` are the columns that it reads, in the order in which it sums them."""
 
     bias: float
     columns: Mapping[str, Curve | Direction]
 
     def logits(self, table: pa.Table) -> np.ndarray:
-        """float64 of shape (n,)."""
+        """The logit of each row: float64 of shape (n,)."""
         total = np.full(len(table), self.bias)
         for name, part in self.columns.items():
             total += part.contribution(table[name])
         return total
 
     def scaled(self, factor: float, offset: float) -> Mixture:
-        """The mixture whose logits are `factor` · logits + `offset`."""
+        """The mixture with logits `factor` · logits + `offset`."""
 
         def times(part: Curve | Direction) -> Curve | Direction:
             if isinstance(part, Curve):
@@ -85,20 +86,20 @@ class Mixture:
         return Mixture(factor * self.bias + offset, {name: times(part) for name, part in self.columns.items()})
 
     def to_bytes(self, about: Mapping[str, Any]) -> bytes:
-        """JSON of the mixture, with `about` for people. Equal mixtures give equal bytes."""
-
-        def part(of: Curve | Direction) -> dict[str, Any]:
-            if isinstance(of, Curve):
-                return {"knots": list(of.knots), "values": _rounded(of.values), "missing": _rounded([of.missing])[0]}
-            return {"weight": _rounded(of.weight), "missing": _rounded([of.missing])[0]}
-
-        columns = {name: part(of) for name, of in self.columns.items()}
-        content = {"format": FORMAT, "about": about, "bias": _rounded([self.bias])[0], "columns": columns}
+        """The mixture as JSON, with `about` for people. Equal mixtures give equal bytes."""
+        columns: dict[str, dict[str, Any]] = {}
+        for name, part in self.columns.items():
+            if isinstance(part, Curve):
+                columns[name] = {"knots": part.knots, "values": [*map(_rounded, part.values)]}
+            else:
+                columns[name] = {"weight": [*map(_rounded, part.weight)]}
+            columns[name]["missing"] = _rounded(part.missing)
+        content = {"format": FORMAT, "about": about, "bias": _rounded(self.bias), "columns": columns}
         return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def load(path: str | Path) -> Mixture:
-    """Reads the file that `Mixture.to_bytes` made. Raises OSError, or ValueError naming the file and what is wrong."""
+    """Reads a file written by `Mixture.to_bytes`. Raises OSError, or ValueError with the file and the problem."""
     data = Path(path).read_bytes()
     try:
         content = json.loads(data)
@@ -107,23 +108,22 @@ def load(path: str | Path) -> Mixture:
         columns: dict[str, Curve | Direction] = {}
         for name, part in content["columns"].items():
             if "weight" in part:
-                columns[name] = Direction(_numbers(part["weight"]), *_numbers([part["missing"]]))
+                columns[name] = Direction(_numbers(part["weight"]), _number(part["missing"]))
                 continue
-            curve = Curve(_numbers(part["knots"]), _numbers(part["values"]), *_numbers([part["missing"]]))
+            curve = Curve(_numbers(part["knots"]), _numbers(part["values"]), _number(part["missing"]))
             if not curve.knots or len(curve.knots) != len(curve.values):
                 found = f"{len(curve.knots)} knots and {len(curve.values)} values"
                 raise ValueError(f"{name}: found {found}, expected equally many and at least one")
-            if any(a >= b for a, b in zip(curve.knots, curve.knots[1:])):
-                raise ValueError(f"{name}: its knots do not ascend")
+            if any(a >= b for a, b in pairwise(curve.knots)):
+                raise ValueError(f"{name}: its knots must ascend")
             columns[name] = curve
         if not columns:
-            raise ValueError("it reads no column")
-        (bias,) = _numbers([content["bias"]])
-        return Mixture(bias, columns)
+            raise ValueError("it has no columns")
+        return Mixture(_number(content["bias"]), columns)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        problem = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         cure = "write it with `python -m pipeline.learn RUN`"
-        raise ValueError(f"{path}: not a mixture of scores: {what[:200]}; {cure}") from None
+        raise ValueError(f"{path}: not a mixture of scores: {problem[:200]}; {cure}") from None
 
 
 def scalars(column: pa.ChunkedArray) -> np.ndarray:
@@ -133,23 +133,23 @@ def scalars(column: pa.ChunkedArray) -> np.ndarray:
     return np.array(numbers(column))
 
 
-def is_scalar(of: pa.DataType) -> bool:
-    return is_number(of) or pa.types.is_boolean(of)
+def is_scalar(dtype: pa.DataType) -> bool:
+    return is_number(dtype) or pa.types.is_boolean(dtype)
 
 
-def is_vector(of: pa.DataType) -> bool:
-    return pa.types.is_fixed_size_list(of) and pa.types.is_floating(of.value_type)
-
-
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [float(f"{value:.{DIGITS}g}") for value in values]
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
 
 
 def _numbers(values: Any) -> tuple[float, ...]:
-    numbers = tuple(float(value) for value in values)
-    if not all(map(math.isfinite, numbers)):
+    return tuple(map(_number, values))
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
         raise ValueError("it holds NaN or infinity")
-    return numbers
+    return number
 
 
 # --- Fitting ----------------------------------------------------------------------------------------------------------
@@ -160,18 +160,19 @@ class Design:
     """The features of the training rows, and how weights on them become a mixture.
 
     A scalar with k knots has k − 1 features: its value within the outer knots, and its excess over each inner one. A
-    vector of d dimensions has d. Each column that has missing values has one more, which tells them. All features are
-    centred and of about unit variance, so that one penalty suits all.
+    vector of d dimensions has d features. A column with missing values has one more, which marks them. All features are
+    centred and have about unit variance, so that one penalty suits all.
     """
 
     features: np.ndarray
     """float64 of shape (n, p)."""
     parts: Mapping[str, tuple[slice, Callable[[np.ndarray], tuple[Curve | Direction, float]]]]
-    """For each column its features, and the function from their weights to its part of the mixture and of the bias."""
+    """For each column: the slice of its features, and a function from their weights to its part of the mixture and its
+    share of the bias."""
 
     @classmethod
     def of(cls, table: pa.Table, columns: Sequence[str]) -> Design:
-        """Raises ValueError for a column without a single value."""
+        """The features of these columns of a table. Raises ValueError for a column without a single value."""
         blocks: list[np.ndarray] = []
         parts = {}
         at = 0
@@ -201,16 +202,16 @@ class Design:
 
 def _scalar_block(column: pa.ChunkedArray) -> tuple[np.ndarray, Callable[[np.ndarray], tuple[Curve, float]]]:
     x = scalars(column)
-    there = np.isfinite(x)
-    if not there.any():
+    valid = np.isfinite(x)
+    if not valid.any():
         raise ValueError("has no value in the training rows; leave it out of `--columns`")
-    # Quantiles that are values of the column: they do not depend on how a mean of two is rounded.
-    knots = np.unique(np.quantile(x[there], QUANTILES, method="inverted_cdf"))
-    basis = _hinges(x[there], knots)
+    # Quantiles that are values of the column, so they do not depend on how the mean of two values is rounded.
+    knots = np.unique(np.quantile(x[valid], QUANTILES, method="inverted_cdf"))
+    basis = _hinges(x[valid], knots)
     mean, scale = basis.mean(axis=0), _scale(basis)
     block = np.zeros((len(x), basis.shape[1]))
-    block[there] = (basis - mean) / scale
-    block, indicator = _with_indicator(block, there)
+    block[valid] = (basis - mean) / scale
+    block, indicator = _with_indicator(block, valid)
 
     def part(weights: np.ndarray) -> tuple[Curve, float]:
         at_knots = ((_hinges(knots, knots) - mean) / scale) @ weights[: len(mean)]
@@ -221,40 +222,40 @@ def _scalar_block(column: pa.ChunkedArray) -> tuple[np.ndarray, Callable[[np.nda
 
 
 def _vector_block(column: pa.ChunkedArray) -> tuple[np.ndarray, Callable[[np.ndarray], tuple[Direction, float]]]:
-    there = embeddings.finite(column)
-    if not there.any():
+    valid, units = embeddings.finite_units(column)
+    if not valid.any():
         raise ValueError("has no vector in the training rows; leave it out of `--vectors`")
-    vectors = embeddings.unit(embeddings.matrix(column.filter(pa.array(there)))).astype(np.float64)
-    mean, scale = vectors.mean(axis=0), 1 / math.sqrt(vectors.shape[1])  # one scale for all: a direction stays one
+    vectors = units.astype(np.float64)
+    mean, scale = vectors.mean(axis=0), 1 / math.sqrt(vectors.shape[1])  # one scale, to preserve directions
     block = np.zeros((len(column), vectors.shape[1]))
-    block[there] = (vectors - mean) / scale
-    block, indicator = _with_indicator(block, there)
+    block[valid] = (vectors - mean) / scale
+    block, indicator = _with_indicator(block, valid)
 
     def part(weights: np.ndarray) -> tuple[Direction, float]:
         weight = weights[: len(mean)] / scale
         missing, present = indicator(weights)
-        shift = present - float(mean @ weight)  # goes to the bias, so it must be taken off the missing again
+        shift = present - float(mean @ weight)  # added to the bias, so subtracted from `missing`
         return Direction(tuple(weight.tolist()), missing - shift), shift
 
     return block, part
 
 
 def _with_indicator(
-    block: np.ndarray, there: np.ndarray
+    block: np.ndarray, valid: np.ndarray
 ) -> tuple[np.ndarray, Callable[[np.ndarray], tuple[float, float]]]:
-    """Adds the feature that tells missing values, if there are any, and the function from the weights of the block to
-    what a missing and a present value contribute by it."""
-    share = 1 - there.mean()
+    """Appends a feature that marks missing values, if there are any. Also returns a function from the weights of the
+    block to the contributions of this feature for a missing and a present value."""
+    share = 1 - valid.mean()
     if share == 0:
         return block, lambda weights: (0.0, 0.0)
     scale = math.sqrt(share * (1 - share))
-    column = ((~there) - share) / scale
+    column = ((~valid) - share) / scale
     block = np.concatenate([block, column[:, None]], axis=1)
     return block, lambda weights: (float(weights[-1] * (1 - share) / scale), float(-weights[-1] * share / scale))
 
 
 def _hinges(x: np.ndarray, knots: np.ndarray) -> np.ndarray:
-    """The value within the outer knots, then its excess over each inner knot; nothing for a constant column."""
+    """The value within the outer knots, then its excess over each inner knot; no features for a constant column."""
     x = np.clip(x, knots[0], knots[-1])[:, None]
     return np.maximum(x - knots[None, :-1], 0)
 
@@ -265,7 +266,7 @@ def _scale(basis: np.ndarray) -> np.ndarray:
 
 
 def fit(features: np.ndarray, labels: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
-    """Weights (p,) and bias that minimise Σ log loss + penalty / 2 · ‖weights‖²; `labels` is bool of shape (n,)."""
+    """Weights of shape (p,) and a bias that minimise Σ log loss + penalty / 2 · ‖weights‖². `labels`: bool (n,)."""
     import torch
 
     from trainer.evaluate import logistic
@@ -274,7 +275,7 @@ def fit(features: np.ndarray, labels: np.ndarray, penalty: float) -> tuple[np.nd
     torch.set_num_threads(1)  # the sums of a matrix product depend on the number of threads
     try:
         x, y = torch.from_numpy(np.ascontiguousarray(features)), torch.from_numpy(labels.astype(np.int64))
-        # Two classes with weights ±w/2 share the penalty, which is therefore twice as large there.
+        # The two classes get weights ±w/2, whose squares sum to half of w's, so the penalty is doubled.
         weights, biases = logistic.fit(x, y, 2, 2 * penalty)
     finally:
         torch.set_num_threads(threads)
@@ -299,7 +300,7 @@ def choose_penalty(features: np.ndarray, labels: np.ndarray, seed: int) -> float
 def cross_fit(
     features: np.ndarray, labels: np.ndarray, folds: np.ndarray, seed: int, penalty: float | None = None
 ) -> np.ndarray:
-    """The logit of each row by a fit to the rows of the other folds. Without `penalty`, each chooses its own."""
+    """The logit of each row, by a fit to the rows of the other folds. Without `penalty`, each fit chooses its own."""
     logits = np.empty(len(labels))
     for fold in np.unique(folds):
         inside = folds != fold
@@ -322,10 +323,10 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 class Ranking:
-    """Rows sorted by a score, from which AUC and precision follow for any weights of the rows in linear time."""
+    """Rows grouped by score. Computes AUC, precision and recall for any weights of the rows in linear time."""
 
     def __init__(self, scores: np.ndarray, labels: np.ndarray) -> None:
-        """`scores` float of shape (n,), the lowest for rows without one; `labels` bool of shape (n,)."""
+        """`scores`: float of shape (n,), with the lowest value for rows without a score. `labels`: bool (n,)."""
         _, self._group = np.unique(scores, return_inverse=True)
         self._labels = labels
 
@@ -338,7 +339,7 @@ class Ranking:
         return float(positive @ below / total) if total else math.nan
 
     def kept(self, weights: np.ndarray, share: float) -> tuple[float, float]:
-        """Precision and recall of the `share` of the rows with the highest scores; ties at the cut are kept in part."""
+        """Precision and recall if the `share` of rows with the highest scores is kept, and ties at the cut in part."""
         all_rows = np.bincount(self._group, weights)[::-1]
         positive = np.bincount(self._group, weights * self._labels)[::-1]
         room = share * all_rows.sum() - (np.cumsum(all_rows) - all_rows)
@@ -349,7 +350,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95% interval by the bootstrap over rows."""
+    """A figure with its 95% interval, from the bootstrap over rows."""
 
     value: float
     low: float
@@ -362,11 +363,11 @@ class Estimate:
 def bootstrap(figure: Callable[[np.ndarray], float], weights: np.ndarray, seed: int, resamples: int = 200) -> Estimate:
     """The figure for the rows as they are, and its percentile interval over resamples (Efron, 1979).
 
-    `figure` maps weights of shape (n,) to a number. Two calls with one seed see the same resamples, so the difference
-    of two figures is best bootstrapped as one figure.
+    `figure` maps weights of shape (n,) to a number. To compare two figures, bootstrap their difference as one figure.
+    Calls with equal seeds use the same resamples.
     """
     rng = np.random.default_rng(seed)
     n = len(weights)
-    found = [figure(weights * np.bincount(rng.integers(0, n, n), minlength=n)) for _ in range(resamples)]
-    low, high = np.nanquantile(found, [0.025, 0.975])
+    figures = [figure(weights * np.bincount(rng.integers(0, n, n), minlength=n)) for _ in range(resamples)]
+    low, high = np.nanquantile(figures, [0.025, 0.975])
     return Estimate(figure(weights), float(low), float(high))

@@ -1,10 +1,10 @@
 """Renders pages: each is one HTML file that can be read without network, server or scripts.
 
-Templates are Jinja2's, with escaping always on. Charts are Vega-Lite specifications, plain dictionaries that are short
-to write and to read. `vl_convert` draws them as SVG when the page is written, so a page runs no plotting code: its
-Content-Security-Policy forbids all scripts but the one of the shell, which switches themes, and all requests.
+Templates are Jinja2 templates with escaping always on. Charts are Vega-Lite specifications, plain dictionaries that are
+short to write and to read. `vl_convert` draws them as SVG when the page is written, so a page has no plotting code. Its
+Content-Security-Policy forbids all requests, and all scripts except the one of the shell, which switches themes.
 
-Everything from outside (captions, URLs, hosts, reasons) goes through `shown`, which makes hidden characters visible.
+All text from outside (captions, URLs, hosts, reasons) goes through `shown`, which makes hidden characters visible.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from trainer.terminal import mask, visible
 
 FOLDER = Path(__file__).parent
 TEXT = 400
-"""Characters of a text that are shown at once; the rest, up to LONGEST, is a click away."""
+"""Characters of a text that are shown; the rest, up to LONGEST, is folded."""
 LONGEST = 4000
 SIDE = 112
 """Longest side of a thumbnail in pixels."""
 PAGE_BYTES = 15_000_000
-"""A page is never larger: `Thumbnails` stop before."""
+"""Most bytes of a page. `Thumbnails` stops before it."""
 
-# Characters that change how the text around them is drawn, or draw nothing.
+# Characters that are invisible, or change how the text around them is displayed.
 _HIDDEN = re.compile(
     "[\u00ad\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffc]"
 )
@@ -42,9 +42,9 @@ _FIGURE = re.compile(r"–|[0-9][0-9.,]*( ?(%|[kMGT]?B|s|min|h|d))?")
 
 
 def shown(text: object, limit: int = TEXT) -> Markup:
-    """Text from outside as HTML: escaped, without secrets, hidden characters visible, its direction isolated.
+    """Renders text from outside as HTML: escaped, secrets masked, hidden characters visible, text direction isolated.
 
-    Beyond `limit` characters, the rest is folded; beyond LONGEST, it is left out with a note.
+    The text beyond `limit` characters is folded; beyond LONGEST, it is left out with a note.
     """
     full = plain(text)
     if len(full) <= limit:
@@ -57,17 +57,18 @@ def shown(text: object, limit: int = TEXT) -> Markup:
 
 
 def plain(text: object) -> str:
-    one = "" if text is None else _SURROGATE.sub("\ufffd", str(text))
-    return visible(_HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", mask(one)))
+    """Makes text from outside safe to show: masks secrets, and makes hidden characters visible. None becomes empty."""
+    valid = "" if text is None else _SURROGATE.sub("\ufffd", str(text))
+    return visible(_HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", mask(valid)))
 
 
 def count(n: float) -> str:
-    """A number for people: 1,234; 12.3 for small fractions."""
+    """Formats a number as 1,234, or with three digits as 12.3 if it has a fraction."""
     return f"{n:,.0f}" if float(n).is_integer() or abs(n) >= 1000 else f"{n:,.3g}"
 
 
 def share(part: float, whole: float) -> str:
-    """A percentage; a small one is not rounded to nothing."""
+    """Formats part / whole as a percentage. One below 1% keeps two significant digits."""
     if not whole:
         return "–"
     percent = 100 * part / whole
@@ -75,10 +76,10 @@ def share(part: float, whole: float) -> str:
 
 
 def size(n: float) -> str:
-    """Bytes for people."""
-    for unit, of in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n >= of:
-            return f"{n / of:,.1f} {unit}"
+    """Formats bytes as 1.2 GB, with decimal units."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= factor:
+            return f"{n / factor:,.1f} {unit}"
     return f"{n:,.0f} B"
 
 
@@ -86,7 +87,7 @@ def size(n: float) -> str:
 
 
 class Table(NamedTuple):
-    """Columns and rows. A cell is text, shown as it is, a number, or None, shown as a dash."""
+    """Columns and rows. A cell is text, a number, or None, which is shown as a dash."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
@@ -94,7 +95,7 @@ class Table(NamedTuple):
 
     @property
     def figures(self) -> list[bool]:
-        """For each column, whether it has figures alone, such as 12, 3.4% or 5 MB: they stand to the right."""
+        """For each column, whether all its cells are figures such as 12, 3.4% or 5 MB, which are aligned right."""
         return [
             all(cell is None or isinstance(cell, int | float) or _FIGURE.fullmatch(str(cell)) for cell in column)
             for column in zip(*self.rows)
@@ -103,7 +104,7 @@ class Table(NamedTuple):
 
 # --- Charts -----------------------------------------------------------------------------------------------------------
 
-# Placeholder colours. Each is replaced by a variable of the style sheet, so that charts follow the theme.
+# Placeholder colours. `chart` replaces each by a variable of the style sheet, so that charts follow the theme.
 KEPT, DROPPED, CUT, OTHER, BAND = "#010101", "#020202", "#030303", "#040404", "#050505"
 SERIES = [KEPT, OTHER, CUT, "#060606", "#070707", "#080808"]
 _INK, _GRID = "#0a0a0a", "#0b0b0b"
@@ -113,7 +114,7 @@ _VARIABLES = {
 }  # fmt: skip
 _CONFIG = {
     "background": None,
-    "padding": 12,  # fonts in the browser may be wider than those that it was laid out with
+    "padding": 12,  # the browser's fonts may be wider than those of the layout
     "font": "system-ui, sans-serif",
     "view": {"stroke": None},
     "axis": {
@@ -136,20 +137,20 @@ _VEGA_LITE = "5.21"
 def chart(
     spec: Mapping[str, Any], summary: str, table: Table | None = None, width: int = 420, height: int = 180
 ) -> Markup:
-    """A Vega-Lite specification as an SVG that follows the theme and the width of its place.
+    """Draws a Vega-Lite specification as an SVG figure that follows the theme and the available width.
 
-    `summary` describes it in a sentence, as the text alternative. `table` has the numbers, folded below it.
+    `summary`, one sentence, is the caption and the text alternative. `table` has the numbers, folded below the chart.
     """
     import vl_convert
 
     whole = {"width": width, "height": height, "config": _CONFIG, **spec}
     text = json.dumps(whole, default=float)  # float: NumPy's numbers
     svg = vl_convert.vegalite_to_svg(text, vl_version=_VEGA_LITE)
-    # The library numbers its clip paths over the life of the process. Equal pages must have equal bytes.
+    # The library numbers clip paths across all charts of a process, but equal pages must have equal bytes.
     numbers = {name: f"c{hashlib.sha256(text.encode()).hexdigest()[:8]}-{i}"
                for i, name in enumerate(dict.fromkeys(re.findall(r'id="(clip\d+)"', svg)))}  # fmt: skip
     svg = re.sub(r"\bclip\d+\b", lambda found: numbers.get(found[0], found[0]), svg)
-    svg = re.sub(r' (?:role|aria-[a-z]+|aria-roledescription)="[^"]*"', "", svg)  # one picture, described as a whole
+    svg = re.sub(r' (?:role|aria-[a-z]+|aria-roledescription)="[^"]*"', "", svg)  # the chart is described as a whole
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(f'"{colour}"', f'"var(--{variable})"')
     wide = re.search(r'viewBox="0 0 ([0-9.]+) ', svg)
@@ -166,13 +167,13 @@ def chart(
 
 
 class Thumbnails:
-    """Makes small JPEGs for a page, as long as the page stays below its limit."""
+    """Makes small JPEGs for a page until they reach `limit` bytes."""
 
     def __init__(self, limit: int = PAGE_BYTES * 2 // 3) -> None:
         self._left = limit
 
     def __call__(self, encoded: bytes | None) -> str | None:
-        """A `data:` address of the picture, or None if it cannot be decoded or the page is full."""
+        """Returns a `data:` URL of the picture; None if it cannot be decoded or the limit is reached."""
         from trainer.pictures import decode
         from trainer.shards import CorruptSampleError
 
@@ -197,7 +198,7 @@ class Picture(NamedTuple):
     """From `Thumbnails`; None shows an empty frame."""
     caption: object
     notes: Sequence[object] = ()
-    """Further lines below the caption, such as a score or a reason."""
+    """Lines below the caption, such as a score or a reason."""
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------
@@ -205,21 +206,15 @@ class Picture(NamedTuple):
 
 @lru_cache(maxsize=1)
 def environment() -> Environment:
-    """The templates of this folder. Every value is escaped unless it is Markup."""
-    made = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters |= {"shown": shown, "count": count, "size": size}
-    made.globals |= {"share": share}
+    """Loads the templates of this folder. Every value is escaped unless it is Markup."""
+    loader = FileSystemLoader(FOLDER)
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.filters |= {"shown": shown, "count": count}
     return made
 
 
 def render(template: str, **values: object) -> bytes:
-    """A page from a template that extends `shell.html`. Raises ValueError if it exceeds PAGE_BYTES."""
+    """Renders a template that extends `shell.html`. Raises ValueError if the page exceeds PAGE_BYTES."""
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"

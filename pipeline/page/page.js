@@ -1,5 +1,5 @@
 "use strict";
-// Switches between light and dark. Without it, the page follows the system.
+// Switches between the light and the dark theme. Until it is used, the page follows the system.
 (() => {
   const button = document.getElementById("theme"), root = document.documentElement;
   const dark = () => (root.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";

@@ -1,12 +1,12 @@
 "use strict";
-// The studio's page. Text from the run reaches the document as text nodes only.
+// The studio's page. Text from the run enters the document only as text nodes.
 
 const $ = (id) => document.getElementById(id);
 const count = (n) => n.toLocaleString("en-US");
 const share = (part, whole) => (whole ? `${((100 * part) / whole).toFixed(1)}%` : "–");
 const short = (x) => (x === null ? "–" : Number.isInteger(x) ? count(x) : Number(x.toPrecision(4)).toString());
 
-// Elements: attributes by name, properties for those that only exist as such, listeners as on….
+// Makes an element. An attribute on… is a listener; true sets an empty attribute, false and null leave it out.
 function make(tag, attributes = {}, ...children) {
   const made = tag === "svg" || tag === "path" || tag === "line" ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -32,7 +32,7 @@ function say(error) {
   $("problem").textContent = error ? error.message : "";
 }
 
-// At most one request of a kind is under way; of those that wait, only the last is sent.
+// Runs one request of a kind at a time; of the calls during a request, only the last is run.
 function latest(run) {
   let busy = false, again = false;
   return async function go() {
@@ -46,15 +46,15 @@ function latest(run) {
 
 let about = null;
 const state = { cuts: [], view: { text: "", language: "", host: "", concept: "" }, show: "sample", text: "", like: null };
-const marked = new Map(); // labels given on this page, by row: tiles that were asked for before do not know them
-const cards = new Map(); // by the number of a cut, or by the name of a score without one
+const marked = new Map(); // labels set on this page, by row; answers to earlier requests lack them
+const cards = new Map(); // by the number of a cut, or by the name of a score without a cut
 
 const score = (name) => about.scores.find((one) => one.name === name);
 const plain = () => state.cuts.filter(usable).map(({ column, min, top_fraction }) => ({ column, min, top_fraction }));
 const usable = (cut) => (cut.top_fraction === null ? Number.isFinite(cut.min) : cut.top_fraction > 0 && cut.top_fraction <= 1);
 const question = (more) => ({ cuts: plain(), view: state.view, ...more });
 
-function places(of) { // decimals with which a slider of 1,000 steps moves
+function places(of) { // decimals of the step of a slider with about 1,000 steps
   return Math.max(0, Math.ceil(-Math.log10((of.high - of.low) / 1000)));
 }
 
@@ -118,7 +118,7 @@ function fill(made, data, result) {
     made.part = before ? result.after / before : 1;
     made.said.textContent = `${made.cut.top_fraction === null ? "" : `Cut at ${short(made.at)}. `}Keeps ${count(result.after)} of ${count(before)}; ${count(result.alone)} are dropped by this cut alone.`;
   } else {
-    made.said.textContent = of.present < about.rows ? `${count(about.rows - of.present)} rows have none.` : "";
+    made.said.textContent = of.present < about.rows ? `${count(about.rows - of.present)} rows have no value.` : "";
   }
   const whole = Math.round(edge);
   made.paths[0].setAttribute("d", bars(all, top, 0, 80));
@@ -201,7 +201,7 @@ function tabs() {
   $("tabs").replaceChildren(...all.map(([what, name]) => make("button", { type: "button", "aria-pressed": String(state.show === what), onclick: () => show(what) }, name)));
 }
 
-// --- What the reader does -------------------------------------------------------------------------------------------
+// --- What the user does --------------------------------------------------------------------------------------------
 
 let due = 0;
 function moved() {

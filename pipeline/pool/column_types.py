@@ -12,29 +12,30 @@ import pyarrow as pa
 from pipeline.pool.files import PoolError, file_format
 from pipeline.pool.heads import Head, read_heads, type_of_texts
 from pipeline.recipe import PoolSpec
-from pipeline.schema import INLINE, carried, is_number
+from pipeline.schema import INLINE, carried, is_binary, is_list, is_number, is_text
 
 TYPES = {"text": pa.string(), "int": pa.int64(), "float": pa.float64()}
 """The types supported by `pool.types`."""
 
 
 def columns(spec: PoolSpec) -> dict[str, pa.DataType]:
-    """The columns carried besides url and caption, by their names in the run, with types that fit the values of all
-    files. Raises PoolError if there are none or the pool cannot be read.
+    """The columns carried besides url and caption, by their names in the run, with types that hold the values of all
+    files.
 
-    Every file must have the mapped columns. Other columns may be missing in some files and are null there.
+    Every file must have the mapped columns. Other columns may be missing in some files and are null there. Raises
+    PoolError if a column is missing or unsupported, or if the pool cannot be read.
     """
     types: dict[str, pa.DataType] = {}
     first: dict[str, str] = {}
     heads = read_heads(spec)
     mapped = _mapped(spec, heads)
-    texts = dict.fromkeys(mapped, False)
+    has_values = dict.fromkeys(mapped, False)
     for path, head in heads.items():
         known = {**_partition_types(spec, path), **dict(zip(head.schema.names, head.schema.types))}
         for key, column in mapped.items():
             if column not in known:
                 raise PoolError(_no_column(key, column, path, head, list(known)))
-            texts[key] |= _check_mapped(spec, key, column, path, known[column])
+            has_values[key] |= _check_mapped(spec, key, column, path, known[column])
         for name, dtype in known.items():
             if name in mapped.values():
                 continue
@@ -48,7 +49,7 @@ def columns(spec: PoolSpec) -> dict[str, pa.DataType]:
             types[name] = wider
             first.setdefault(name, path)
     counts = [head.rows for head in heads.values()]
-    for key, found in texts.items():
+    for key, found in has_values.items():
         if not found and any(counts) and None not in counts:
             raise PoolError(f"{key}: the column {mapped[key]!r} has type null in every file, so it has no values")
     for option, named in (("columns", spec.columns or []), ("types", spec.types or {})):
@@ -58,19 +59,19 @@ def columns(spec: PoolSpec) -> dict[str, pa.DataType]:
             )
     wanted = list(types) if spec.columns is None else spec.columns
     asked = {name: TYPES[kind] for name, kind in (spec.types or {}).items()}
-    return _in_run({name: asked.get(name) or types[name] for name in wanted} | _vector_types(spec, heads), spec)
+    return _carried_types({name: asked.get(name) or types[name] for name in wanted} | _vector_types(spec, heads), spec)
 
 
 def _vector_types(spec: PoolSpec, heads: dict[str, Head]) -> dict[str, pa.DataType]:
-    """The columns of `pool.embeddings`. PoolError if they are of different types in two files, or a table has none."""
+    """The columns of `pool.embeddings`. Raises PoolError if a file cannot have them, or if their types differ."""
     types: dict[str, pa.DataType] = {}
     first = next(iter(heads), "")
     for path, head in heads.items():
         for name in spec.embeddings or ():
             if head.groups is None:
-                raise PoolError(f"embeddings.{name}: {path} is not a parquet file, and only those have vectors beside")
+                raise PoolError(f"embeddings.{name}: {path} is not a parquet file; only those can have vectors")
             if name in head.schema.names:
-                raise PoolError(f"embeddings.{name}: {path} has a column of that name; choose another")
+                raise PoolError(f"embeddings.{name}: {path} already has a column of that name; choose another")
             if types.setdefault(name, head.vectors[name]) != head.vectors[name]:
                 raise PoolError(
                     f"embeddings.{name}: the vectors beside {first} are {types[name]}, those beside {path} are "
@@ -79,7 +80,8 @@ def _vector_types(spec: PoolSpec, heads: dict[str, Head]) -> dict[str, pa.DataTy
     return types
 
 
-def _in_run(types: dict[str, pa.DataType], spec: PoolSpec) -> dict[str, pa.DataType]:
+def _carried_types(types: dict[str, pa.DataType], spec: PoolSpec) -> dict[str, pa.DataType]:
+    """The types by the names of the columns in the run. Raises PoolError if two columns get one name."""
     result: dict[str, pa.DataType] = {}
     for name, dtype in types.items():
         if carried(name) in result or (carried(name) != name and carried(name) in types):
@@ -137,18 +139,6 @@ def _type_name(dtype: pa.DataType) -> str:
     return text if len(text) <= 80 else text[:80] + "…"
 
 
-def is_text(dtype: pa.DataType) -> bool:
-    return bool(pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype))
-
-
-def is_binary(dtype: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype) or pa.types.is_binary_view(dtype))
-
-
-def is_list(dtype: pa.DataType) -> bool:
-    return bool(pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype))
-
-
 def _is_picture(dtype: pa.DataType) -> bool:
     """True for the type of a Hugging Face image column."""
     return pa.types.is_struct(dtype) and "bytes" in dtype.names and is_binary(dtype.field("bytes").type)
@@ -166,9 +156,9 @@ def _plain_type(dtype: pa.DataType, in_text: bool) -> pa.DataType:
 
 
 def _without_null(dtype: pa.DataType) -> pa.DataType:
-    """Text in place of the type null, also in structs: Arrow cannot cast slices of a struct with a field of nulls.
+    """Replaces the type null by text, also in structs: Arrow cannot cast slices of a struct with a field of nulls.
 
-    A list that is empty in all rows keeps its type, which fits whatever is expected of its values.
+    A list that is empty in all rows keeps its type: steps accept it as a list of whatever they expect.
     """
     if pa.types.is_null(dtype):
         return pa.string()
@@ -185,7 +175,7 @@ def _without_null(dtype: pa.DataType) -> pa.DataType:
 
 
 def _wider(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
-    """The common type of both, numeric if both are numbers; None if there is none."""
+    """A type that holds the values of both, numeric if both are numbers; None if there is none."""
     if a == b or pa.types.is_null(b):
         return a
     if pa.types.is_null(a):
@@ -210,8 +200,8 @@ def _wider(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
 
 def hive_partition(spec: PoolSpec, path: str) -> dict[str, str | None]:
     """The Hive partition columns (`key=value` folders) of a file, below the folder or glob in `path`."""
-    for named in [spec.path] if isinstance(spec.path, str) else spec.path:
-        base = named if "://" in named else os.path.abspath(named)
+    for pattern in spec.paths:
+        base = pattern if "://" in pattern else os.path.abspath(pattern)
         fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), base.rstrip("/").split("/")))
         root = "/".join(fixed) + "/"
         if path.startswith(root):

@@ -1,4 +1,4 @@
-"""The files of a pool: their formats, and the errors of reading them."""
+"""Finds the files of a pool, or the drop tables of a run for `retry`. Read errors name the file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PoolError(ValueError):
 
 
 def file_format(path: str) -> str | None:
-    """The format by the file name, ignoring the compression extension."""
+    """The format that a file name implies, without its compression extension; None if it is not supported."""
     parts = os.path.basename(path).lower().split(".")[1:]
     if parts and parts[-1] in COMPRESSIONS:
         compression = parts.pop()
@@ -68,7 +68,7 @@ def find_files(spec: PoolSpec) -> list[str]:
     files: list[str] = []
     if spec.retry is not None:
         _check_retry(spec.retry)
-    for path in [spec.path] if isinstance(spec.path, str) else spec.path:
+    for path in spec.paths:
         if "://" in path:
             with reading(path):
                 fs, root = fsspec.core.url_to_fs(path)
@@ -90,13 +90,13 @@ def find_files(spec: PoolSpec) -> list[str]:
             raise PoolError(f"path: {path} is not one of {kinds}" if explicit else f"path: {path} contains no {kinds}")
         for name in usable:
             if "://" not in name and not os.path.isfile(name):
-                raise PoolError(f"path: {special_file(name) or f'{name} is a link to nothing; remove it'}")
+                raise PoolError(f"path: {special_file(name) or f'{name} is a broken link; remove it'}")
         files += sorted(n if "://" in n else os.path.abspath(n) for n in usable)
     return list(dict.fromkeys(files))
 
 
 def _walk(folder: str) -> list[str]:
-    """The files in a folder and below it, also behind links. A link to a folder above it is not followed again."""
+    """The files in a folder and its subfolders. Follows links, except to folders already visited."""
     found, seen = [], set()
     for at, below, names in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(at))
@@ -112,7 +112,7 @@ def _check_retry(run: str) -> None:
         raise PoolError(f"retry: {run} is not the folder of a run")
     books = store.read_if_there("funnel.json")
     if books is None:
-        raise PoolError(f"retry: {run} is not finished: there is no funnel.json; run its command again first")
+        raise PoolError(f"retry: {run} is not finished: it has no funnel.json; run its command again first")
     try:
         steps = {line["step"]: line["dropped"] for line in json.loads(books)["steps"]}
     except (ValueError, KeyError, TypeError):
@@ -126,6 +126,7 @@ def _check_retry(run: str) -> None:
 
 @functools.lru_cache(maxsize=1000)
 def is_transient(step: str, reason: str) -> bool:
+    """Whether a row that `step` dropped for `reason` may succeed on a later try."""
     try:
         return bool(_FETCHING.fullmatch(step)) and find(reason).transient
     except KeyError:  # a reason specific to the step
@@ -135,29 +136,14 @@ def is_transient(step: str, reason: str) -> bool:
 def stamp(spec: PoolSpec) -> list[list[Any]]:
     """Identifies the version of the pool without reading it: name, size, and time or ETag of each file."""
     paths = find_files(spec)
-    beside = dict.fromkeys(
+    vector_files = dict.fromkeys(
         vectors_beside(name, pattern, path)[0]
         for path in paths
         for name, pattern in (spec.embeddings or {}).items()
         if file_format(path) == "parquet"
     )
-    return _stamps([*paths, *beside])
-
-
-def vectors_beside(name: str, pattern: str, table: str) -> tuple[str, str]:
-    """The file of vectors beside a table, and the array in it. PoolError if there is none."""
-    try:
-        path, array = sidecar.locate(pattern, table)
-    except sidecar.SidecarError as error:
-        raise PoolError(f"embeddings.{name}: {error}") from None
-    if "://" not in path and not os.path.exists(path):
-        raise PoolError(f"embeddings.{name}: {path} does not exist; expected the vectors of {table}")
-    return path, array
-
-
-def _stamps(paths: list[str]) -> list[list[Any]]:
     stamps: list[list[Any]] = []
-    for path in paths:
+    for path in [*paths, *vector_files]:
         if "://" in path:
             with reading(path):
                 fs, root = fsspec.core.url_to_fs(path)
@@ -167,6 +153,17 @@ def _stamps(paths: list[str]) -> list[list[Any]]:
             stat = os.stat(path)
             stamps.append([os.path.basename(path), stat.st_size, str(stat.st_mtime_ns)])
     return stamps
+
+
+def vectors_beside(name: str, pattern: str, table: str) -> tuple[str, str]:
+    """The path of the vector file beside a table, and the name of its array. Raises PoolError if there is none."""
+    try:
+        path, array = sidecar.locate(pattern, table)
+    except sidecar.SidecarError as error:
+        raise PoolError(f"embeddings.{name}: {error}") from None
+    if "://" not in path and not os.path.exists(path):
+        raise PoolError(f"embeddings.{name}: {path} does not exist; expected the vectors of {table}")
+    return path, array
 
 
 def open_parquet(path: str) -> pq.ParquetFile:

@@ -1,4 +1,4 @@
-"""The heads of a pool's files: what a parquet footer, or the first rows of a text file, tell before any row is read."""
+"""Reads the heads of a pool's files (parquet footers, first rows of text files), and divides the pool into splits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.pool.files import PoolError, file_format, find_files, open_parquet
 from pipeline.pool.text_rows import JsonObject, column_names, text_rows
 from pipeline.recipe import PoolSpec
 
-FOOTERS_AT_ONCE = 32
+HEADS_AT_ONCE = 32
 HEAD_ROWS = 1_000
 """Rows of a text file from which its columns and types are inferred."""
 # Integers. Leading zeros mark a code (a zip code, an id), which an integer column would not preserve.
@@ -36,7 +36,7 @@ class Split:
     path: str
     row_groups: tuple[int, ...] | None = None
     retry: bool = False
-    """True if the file is a ledger of drops, of which only the transient failures are read."""
+    """True if the file is a drop table of another run: only rows dropped for a transient reason are read."""
     rows: int | None = None
     """The number of rows, if known without reading them."""
 
@@ -54,10 +54,10 @@ class Head:
     rows: int | None = None
     """The number of rows of a parquet file, or of a text file that was read to its end; else None."""
     vectors: dict[str, pa.DataType] = dataclasses.field(default_factory=dict)
-    """The columns of vectors in the files beside a table (`pool.embeddings`)."""
+    """The vector columns from files beside a table (`pool.embeddings`)."""
 
 
-_known: dict[bytes, dict[str, Head]] = {}
+_cache: dict[bytes, dict[str, Head]] = {}
 
 
 def read_heads(spec: PoolSpec) -> dict[str, Head]:
@@ -66,7 +66,7 @@ def read_heads(spec: PoolSpec) -> dict[str, Head]:
     paths = find_files(spec)
     stamps = stamp(spec)
     state = hashlib.sha256(json.dumps([dataclasses.asdict(spec), paths, stamps]).encode()).digest()
-    if state not in _known:
+    if state not in _cache:
         schemas: dict[pa.Schema, pa.Schema] = {}  # most files share one
 
         def read(path: str, size: int) -> Head:
@@ -76,11 +76,11 @@ def read_heads(spec: PoolSpec) -> dict[str, Head]:
                 raise PoolError(f"path: {path} has more than one column {twins[0]!r}; rename one of them")
             return dataclasses.replace(head, schema=schemas.setdefault(head.schema, head.schema))
 
-        with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:
+        with ThreadPoolExecutor(HEADS_AT_ONCE) as threads:
             heads = dict(zip(paths, threads.map(read, paths, [size for _, size, _ in stamps])))
-        _known.clear()
-        _known[state] = heads
-    return _known[state]
+        _cache.clear()
+        _cache[state] = heads
+    return _cache[state]
 
 
 def _parquet_head(path: str, spec: PoolSpec) -> Head:
@@ -88,17 +88,18 @@ def _parquet_head(path: str, spec: PoolSpec) -> Head:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         size = sum(group.total_byte_size for group in groups)
         counts = tuple(group.num_rows for group in groups)
-        head = Head(file.schema_arrow.remove_metadata(), counts, size, sum(counts))
+        rows = sum(counts)
+        head = Head(file.schema_arrow.remove_metadata(), counts, size, rows)
     for name, pattern in (spec.embeddings or {}).items():
         place = vectors_beside(name, pattern, path)
         try:
             array = sidecar.head(*place)
         except sidecar.SidecarError as error:
             raise PoolError(f"embeddings.{name}: {error}") from None
-        if array.rows != sum(head.groups or ()):
+        if array.rows != rows:
             raise PoolError(
-                f"embeddings.{name}: {place[0]} has {array.rows:,} vectors, expected one for each of the "
-                f"{sum(head.groups or ()):,} rows of {path}"
+                f"embeddings.{name}: {place[0]} has {array.rows:,} vectors, expected one for each of the {rows:,} rows "
+                f"of {path}"
             )
         vectors = head.vectors | {name: array.column}
         head = dataclasses.replace(head, vectors=vectors, bytes=head.bytes + array.rows * array.row_bytes)
@@ -127,17 +128,9 @@ def _text_head(path: str, spec: PoolSpec, stored: int) -> Head:
         names = list(dict.fromkeys(name for row in good for name in row))
         twins = next((row.twins for row in good if isinstance(row, JsonObject) and row.twins), [])
         fields = [(name, _type_of_json([row.get(name) for row in good])) for name in [*names, *twins]]
-    if (odd := next((name for name, _ in fields if not _is_utf8(name)), None)) is not None:
-        raise PoolError(f"path: {path}: the column name {odd!r} is not valid UTF-8; convert the file to UTF-8")
+    if odd := [name for name, _ in fields if name.encode("utf-8", "replace").decode() != name]:
+        raise PoolError(f"path: {path}: the column name {odd[0]!r} is not valid UTF-8; convert the file to UTF-8")
     return Head(pa.schema(fields), None, stored, len(rows) if len(rows) < HEAD_ROWS else None)
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def type_of_texts(values: Iterable[str]) -> pa.DataType:

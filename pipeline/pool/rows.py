@@ -14,17 +14,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.pool import sidecar, wat
-from pipeline.pool.column_types import hive_partition, is_binary, is_list, is_text
+from pipeline.pool.column_types import hive_partition
 from pipeline.pool.files import file_format, is_transient, open_parquet, reading
 from pipeline.pool.heads import Split
 from pipeline.pool.text_rows import text_rows
 from pipeline.recipe import PoolSpec
-from pipeline.schema import INLINE, carried
+from pipeline.schema import INLINE, carried, is_binary, is_list, is_text
 
 BATCH_ROWS = 50_000
 BATCH_BYTES = 64 << 20
 WAT_ROWS = 10_000
-"""Image links of a WAT file in a batch."""
+"""Image links of a WAT file per batch."""
 MAX_CAPTION_BYTES = 1 << 20
 """Maximum size of a caption; bounds memory in all steps."""
 MAX_URL_BYTES = 1 << 16
@@ -222,10 +222,10 @@ def _parquet_batches(
 ) -> Iterator[pa.Table]:
     file = open_parquet(split.path)
     names = dict.fromkeys(file.schema_arrow.names)
-    # By the file's own names. A missing mapped column is the url of a pool with inline pictures.
+    # A mapped column that is missing here is a partition column, or the url of a pool with inline pictures.
     mapped = {ours: theirs for ours, theirs in wanted.items() if theirs in names}
-    here = {name: carried(name) for name in names if carried(name) in types and name not in wanted.values()}
-    why = ["step", "reason"] if split.retry else []
+    extras = {name: carried(name) for name in names if carried(name) in types and name not in wanted.values()}
+    drop_columns = ["step", "reason"] if split.retry else []
     groups = [file.metadata.row_group(i) for i in split.row_groups or ()]
     row_bytes = max([group.total_byte_size // max(1, group.num_rows) for group in groups], default=0)
     patterns = {carried(name): pattern for name, pattern in (spec.embeddings or {}).items() if carried(name) in types}
@@ -237,14 +237,14 @@ def _parquet_batches(
             name: stack.enter_context(sidecar.reader(*sidecar.locate(pattern, split.path), first))
             for name, pattern in patterns.items()
         }
-        for batch in file.iter_batches(
-            rows, row_groups=list(split.row_groups or ()), columns=list(dict.fromkeys([*mapped.values(), *here, *why]))
-        ):
+        read_columns = list(dict.fromkeys([*mapped.values(), *extras, *drop_columns]))
+        for batch in file.iter_batches(rows, row_groups=list(split.row_groups or ()), columns=read_columns):
             if split.retry:
-                whys = zip(batch["step"].to_pylist(), batch["reason"].to_pylist())
-                batch = batch.filter(pa.array([is_transient(step, reason) for step, reason in whys], pa.bool_()))
+                drops = zip(batch["step"].to_pylist(), batch["reason"].to_pylist())
+                batch = batch.filter(pa.array([is_transient(step, reason) for step, reason in drops], pa.bool_()))
             held = dict(zip(batch.schema.names, batch.columns))  # a lookup in a wide batch is a scan
-            columns = {**{ours: held[theirs] for ours, theirs in mapped.items()}, **{here[n]: held[n] for n in here}}
+            columns = {ours: held[theirs] for theirs, ours in extras.items()}
+            columns |= {ours: held[theirs] for ours, theirs in mapped.items()}
             columns |= {name: take(len(batch)) for name, take in vectors.items()}
             table = pa.table(columns or {"step": batch["step"]})
             yield _explode_captions(table, spec) if "caption" in mapped else table
@@ -271,15 +271,15 @@ def _wat_batches(
 ) -> Iterator[pa.Table]:
     with reading(split.path, " as WAT"):
         links = wat.read_links(split.path)
-        while some := list(itertools.islice(links, WAT_ROWS)):
+        while chunk := list(itertools.islice(links, WAT_ROWS)):
             columns: dict[str, Any] = {"url": [], "caption": [], "page_url": []}
-            for link in some:
+            for link in chunk:
                 for name, values in columns.items():
                     values.append(_to_bytes(getattr(link, name)))
             texts = {name: pa.array(values, pa.large_binary()) for name, values in columns.items()}
             mapped = {ours: texts[theirs] for ours, theirs in wanted.items()}
             others = {carried(name): column for name, column in texts.items() if name not in wanted.values()}
-            flags = {why: [link.problem == why for link in some] for why in ("bad_record", "bad_url")}
+            flags = {why: [link.problem == why for link in chunk] for why in ("bad_record", "bad_url")}
             yield pa.table({**mapped, **others, **flags})
 
 
@@ -313,16 +313,16 @@ def _text_table(rows: list[dict[str, Any] | None], wanted: dict[str, str], types
     def values(name: str) -> list[Any]:
         return [row.get(name) if row else None for row in rows]
 
-    # A column of none of these rows is missing, or named by the folder of the file.
-    there = {ours: theirs for ours, theirs in wanted.items() if any(row and theirs in row for row in rows)}
+    # A column that none of these rows has is missing from the file, or is a partition column.
+    present = {ours: theirs for ours, theirs in wanted.items() if any(row and theirs in row for row in rows)}
     table = {
-        ours: pa.array([_to_bytes(v) for v in values(theirs)], pa.large_binary()) for ours, theirs in there.items()
+        ours: pa.array([_to_bytes(v) for v in values(theirs)], pa.large_binary()) for ours, theirs in present.items()
     }
     names = dict.fromkeys(name for row in rows if row for name in row if name not in wanted.values())
     for name in names:
         if carried(name) in types:
             table[carried(name)] = pa.array([_plain(v) for v in values(name)], pa.string())
-    # Numbers in place of text: parquet shows them in the column's type, JSON only in each value.
+    # Mark numbers in place of text. Parquet shows them in the column's type, JSON only in each value.
     no_text = [any(v is not None and not isinstance(v, str) for v in row) for row in zip(*map(values, wanted.values()))]
     return pa.table({**table, "not_text": no_text, "bad_line": [row is None for row in rows]})
 

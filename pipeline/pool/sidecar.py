@@ -1,7 +1,7 @@
 """Vectors in NumPy files beside the tables of a pool: one file for each table, one vector for each of its rows.
 
-A file is named by a pattern relative to the folder of its table. `{stem}` stands for the table's name without its
-extension and `{number}` for the digits at the end of it. What follows a `#` names an array of an `.npz`:
+A pattern names the file relative to the folder of its table. `{stem}` stands for the table's name without its
+extension, and `{number}` for the digits at the end of that name. A `#` precedes the name of an array in an `.npz`:
 
 - `{stem}.npz#l14_img`: CommonPool's metadata, as DataComp publishes it
 - `../img_emb/img_emb_{number}.npy`: a folder of clip-retrieval, whose tables are `metadata/metadata_{number}.parquet`
@@ -27,7 +27,7 @@ _NUMBER = re.compile(r"[0-9]+$")
 
 
 class SidecarError(ValueError):
-    """A file of vectors cannot be used. The message names it, with what was found and what was expected."""
+    """A vector file cannot be used. The message names the file, what was found and what was expected."""
 
 
 class Array(NamedTuple):
@@ -36,7 +36,7 @@ class Array(NamedTuple):
     rows: int
     width: int
     type: pa.DataType
-    """Of a component: float16 or float32."""
+    """The type of a component: float16 or float32."""
 
     @property
     def column(self) -> pa.DataType:
@@ -48,8 +48,8 @@ class Array(NamedTuple):
 
 
 def locate(pattern: str, table: str) -> tuple[str, str]:
-    """The path of the file that a pattern names beside a table, and the name of the array in it. SidecarError if the
-    pattern asks for a number that the table's name does not have."""
+    """The path of the vector file of a table, and the name of the array in it. Raises SidecarError if the pattern has
+    `{number}` but the table's name does not end in digits."""
     folder, _, name = table.rpartition("/")
     stem = name.partition(".")[0]
     number = _NUMBER.search(stem)
@@ -64,14 +64,14 @@ def locate(pattern: str, table: str) -> tuple[str, str]:
 
 
 def head(path: str, array: str) -> Array:
-    """Reads shape and type. Raises SidecarError."""
+    """Reads the shape and type of an array. Raises SidecarError."""
     with _opened(path, array) as (_, found):
         return found
 
 
 @contextlib.contextmanager
 def reader(path: str, array: str, first: int) -> Iterator[Callable[[int], pa.FixedSizeListArray]]:
-    """A function that returns the next so many vectors, from row `first` on. Raises SidecarError."""
+    """Yields a function that returns the next n vectors, beginning at row `first`. Raises SidecarError."""
     with _opened(path, array) as (file, found):
         _skip(file, first * found.row_bytes)
 
@@ -87,7 +87,7 @@ def reader(path: str, array: str, first: int) -> Iterator[Callable[[int], pa.Fix
 
 @contextlib.contextmanager
 def _opened(path: str, array: str) -> Iterator[tuple[IO[bytes], Array]]:
-    """The file of an array, at its first value. Any error of a reader becomes a SidecarError."""
+    """Opens a file at the first value of an array. Converts any error of a reader to a SidecarError."""
     try:
         with contextlib.ExitStack() as stack:
             file: Any = stack.enter_context(fsspec.open(path, "rb"))
@@ -104,7 +104,7 @@ def _opened(path: str, array: str) -> Iterator[tuple[IO[bytes], Array]]:
                 file.seek(0)
             found = _header(file, f"{path}#{array}" if array else path)
             if size < (end := file.tell() + found.rows * found.row_bytes):
-                raise SidecarError(f"{path} was cut: found {size:,} bytes, expected {end:,}")
+                raise SidecarError(f"{path} is truncated: found {size:,} bytes, expected {end:,}")
             yield file, found
     except SidecarError:
         raise

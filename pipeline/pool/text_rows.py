@@ -23,7 +23,7 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 
 
 class JsonObject(dict[str, Any]):
-    """A JSON object that remembers the names that it has more than once."""
+    """A JSON object that lists its duplicate names in `twins`."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -31,7 +31,7 @@ class JsonObject(dict[str, Any]):
 
 
 def text_rows(path: str, spec: PoolSpec, kind: type[JsonObject] | None = None) -> Iterator[dict[str, Any] | None]:
-    """Yields the rows of a text file as dicts, JSON objects as `kind`; None for an invalid line."""
+    """Yields the rows of a text file as dicts, or JSON objects as `kind`. Yields None for an invalid line."""
     with reading(path), _open_text(path) as text:
         if file_format(path) not in ("csv", "tsv"):
             yield from _json_rows(path, text, json.JSONDecoder(object_pairs_hook=kind))
@@ -75,7 +75,7 @@ def _open_text(path: str) -> Iterator[io.TextIOBase]:
 
 
 def _lines(text: io.TextIOBase, begun: str = "") -> Iterator[str | None]:
-    """Yields lines with their ends; None for a line over MAX_LINE. `begun` is the part of the first already read."""
+    """Yields lines with their ends; None for a line over MAX_LINE. `begun` is the start of the first, already read."""
     while line := begun + text.readline(MAX_LINE):
         begun = ""
         if len(line) < MAX_LINE or line.endswith(("\n", "\r")):

@@ -1,7 +1,7 @@
 """Reads the image links of Common Crawl's WAT files: the metadata of pages, as JSON in WARC records.
 
-Format: https://commoncrawl.org/get-started, "WAT Format". A record is read by fastwarc. One that is damaged is reported
-and skipped: reading goes on at the next gzip member, of which Common Crawl makes one for each record.
+Format: https://commoncrawl.org/get-started, "WAT Format". fastwarc parses the records. A damaged record is reported and
+skipped: reading resumes at the next gzip member. Common Crawl writes one member per record.
 """
 
 from __future__ import annotations
@@ -17,29 +17,30 @@ import fsspec
 from pipeline.text.url import InvalidUrlError, WebAddress, web_address
 
 MAX_RECORD = 16 << 20
-"""Maximum bytes of a record. Common Crawl keeps 1 MiB of a page, so larger ones are damaged."""
+"""Maximum bytes of a record. Common Crawl keeps 1 MiB of a page, so a larger record is damaged."""
 IMAGES = ("IMG@/src", "IMG@/data-src")
-"""The links that show a picture: `src`, and `data-src` of pages that load pictures late."""
+"""The kinds of links that show a picture: `src`, and `data-src` for lazy loading."""
 _GZIP, _WARC = b"\x1f\x8b\x08", b"WARC/1."
-"""How a gzip member and a record begin."""
+"""The first bytes of a gzip member and of an uncompressed record."""
 _WINDOW = 1 << 20
 
 
 class Link(NamedTuple):
-    """An image link with alternative text, or something that cannot be used as one."""
+    """An image link with alternative text, or a `problem` in place of one."""
 
     url: str = ""
     """Absolute: resolved against the page's `<base>`, or its address."""
     caption: str = ""
     page_url: str = ""
     problem: str | None = None
-    """`bad_record` or `bad_url` (see `pool.REASONS`) if it cannot be used. The other fields then hold what is known."""
+    """`bad_record` or `bad_url` (see `pool.REASONS`) if it cannot be used. The other fields hold what is known."""
 
 
 def read_links(path: str) -> Iterator[Link]:
-    """Yields the image links with a caption of a WAT file, `.wat` or `.wat.gz`, local or remote, in order.
+    """Yields the image links of a WAT file that have a caption, in order.
 
-    Memory: one record. Raises OSError if the file cannot be opened, and ImportError without fastwarc.
+    `path` is a local or remote `.wat` or `.wat.gz`. Memory: one record. Raises OSError if the file cannot be opened,
+    and ImportError without fastwarc.
     """
     with fsspec.open(path, "rb") as file:
         for record in _records(file):
@@ -47,7 +48,7 @@ def read_links(path: str) -> Iterator[Link]:
 
 
 def _records(file: IO[bytes]) -> Iterator[Any]:
-    """The JSON of each metadata record; None for what is damaged."""
+    """Yields the JSON of each metadata record; None for a damaged one."""
     from fastwarc.warc import ArchiveIterator, WarcRecordType
 
     magic = _GZIP if file.read(2) == _GZIP[:2] else _WARC
@@ -71,18 +72,18 @@ def _records(file: IO[bytes]) -> Iterator[Any]:
                     yield None
             else:
                 whole = True
-        except OSError:  # no gzip member, or no WARC record
+        except OSError:  # not a gzip member, or not a WARC record
             pass
         if whole:
-            if magic != _WARC and _is_cut(file, at):  # fastwarc ends silently within the head of a record
+            if magic != _WARC and _is_cut(file, at):  # fastwarc ends silently if a file is cut within a record's header
                 yield None
             return
         yield None
-        at = _next(file, at + 1, magic)
+        at = _find_next(file, at + 1, magic)
 
 
 def _is_cut(file: IO[bytes], at: int) -> bool:
-    """Whether the gzip members from `at` on end prematurely."""
+    """Whether the gzip members from offset `at` on end prematurely."""
     file.seek(at)
     try:
         with gzip.open(file) as members:
@@ -93,8 +94,8 @@ def _is_cut(file: IO[bytes], at: int) -> bool:
     return False
 
 
-def _next(file: IO[bytes], start: int, magic: bytes) -> int | None:
-    """Where `magic` occurs first, from `start` on; None if it does not."""
+def _find_next(file: IO[bytes], start: int, magic: bytes) -> int | None:
+    """The offset of the first `magic` at or after `start`; None if there is none."""
     file.seek(start)
     held = b""
     while block := file.read(_WINDOW):

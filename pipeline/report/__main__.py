@@ -3,12 +3,12 @@
     python -m pipeline.report runs/demo          writes runs/demo/report/index.html
     python -m pipeline.report s3://bucket/run --out report.html
 
-The funnel; for each step what it measured, with the cut drawn in, and pictures from both sides of it; failed downloads;
-hosts; languages; groups of duplicates; sizes; scores against each other; whether the scorer is fit at all; timings; and
-the recipe.
+The page shows the funnel; for each step, the distribution of what it measured, its cut, and pictures from both sides of
+the cut; how well the scorer separates matching captions from others; failed downloads; hosts; languages; groups of
+duplicates; concepts; picture sizes; scores against each other; timings; and the recipe.
 
-Everything is read through the read API. Distributions and counts are of all rows, pictures of eight units,
-spread evenly, so the same run gives the same page. Memory does not grow with the run beyond some million rows.
+Distributions and counts cover all rows. Pictures come from eight evenly spaced units, so the same run always gives the
+same page. Memory use does not grow with the run beyond a few million rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.terminal import Console, guarded
 
 @guarded()
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What limited each pass of a run, from what its workers' time went to. docs/report.md states the rule."""
+"""Finds what limited each pass of a run, from how its workers spent their time. docs/report.md states the rule."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ class Limit(NamedTuple):
     label: str
     steps: Sequence[str]
     seconds: float
-    """By the clock, over all commands that worked on the pass; 0 if that is not known."""
+    """Wall-clock time of all commands that worked on the pass; 0 if unknown."""
     waiting: float
-    """Seconds of its workers without a unit. The next three are of their time with one."""
+    """Seconds that its workers had no unit. The next three fields divide the seconds that they had one."""
     storage: float
-    """Outside of the steps: reading columns of a unit, writing its results."""
+    """Outside the steps: reading the columns of a unit, writing its results."""
     computing: float
-    """In the steps, on a core or in line for one."""
+    """In the steps, on a core or waiting for one."""
     idle: float
-    """In the steps, neither: waiting for hosts, for example."""
+    """In the steps, but doing neither: waiting for hosts, for example."""
     by: str
+    """The verdict, such as `too few cores`."""
     why: str
+    """The figures behind it."""
 
     @property
     def total(self) -> float:
@@ -38,12 +40,12 @@ class Limit(NamedTuple):
 
 
 def spell(seconds: float) -> str:
-    """A time for people: `0.4 s`, from a minute on `h:mm:ss`."""
+    """Formats seconds as `0.4 s`, or as `h:mm:ss` from one minute on."""
     return f"{seconds:.1f} s" if seconds < 60 else clock(seconds)
 
 
 def pass_limits(run: Run) -> list[Limit]:
-    """What limited each pass, as docs/report.md states the rule."""
+    """Applies the rule of docs/report.md to each pass."""
     spent = _spent(run)
     return [_limit(run, p, spent.get(p.label, Spent())) for p in run.passes]
 
@@ -53,7 +55,7 @@ def _limit(run: Run, p: Pass, spent: Spent) -> Limit:
     steps = sum(run.funnel.lines[label].seconds for label in labels)
     working, elapsed = spent["working"], spent["seconds"] or (0.0 if p.over_units else steps)
     own, children = spent["cpu"] + spent["queued"], spent["child_cpu"] + spent["child_queued"]
-    if isinstance(p, (PoolPass, BarrierPass)):  # the seconds of their steps are those of the whole pass
+    if isinstance(p, (PoolPass, BarrierPass)):  # their steps' seconds are those of the whole pass
         steps = min(working, own)
     steps = min(working, steps)
     computing = min(steps, max(own, children))
@@ -67,8 +69,8 @@ def _limit(run: Run, p: Pass, spent: Spent) -> Limit:
         return limited("not recorded", "")
     slowest = max(labels, key=lambda label: run.funnel.lines[label].seconds)
     if spent["waiting"] > working:
-        part = share(spent["waiting"], spent["waiting"] + working)
-        return limited("the pass before it", f"its workers had no unit {part} of the time")
+        waited = share(spent["waiting"], spent["waiting"] + working)
+        return limited("the pass before it", f"its workers had no unit {waited} of the time")
     queued, who = (spent["child_queued"], "decoding") if children > own else (spent["queued"], slowest)
     if 2 * queued > working:
         ran = spent["child_cpu"] if children > own else spent["cpu"]
@@ -76,17 +78,20 @@ def _limit(run: Run, p: Pass, spent: Spent) -> Limit:
     if max(shares[1:]) == storage:
         return limited("reading and writing", f"{share(storage, working)} of the workers' time with a unit")
     if max(shares[1:]) == idle:
-        what = f"{share(idle, working)} of the workers' time neither on a core nor in line for one"
         fetches = any(not step.repeatable for step in p.steps)
-        return limited("hosts and the network" if fetches else f"what {slowest} waits for", what)
-    part = share(computing, working)
-    return limited(f"computing: {who}", f"{part} of the workers' time on a core or in line for one")
+        return limited(
+            "hosts and the network" if fetches else f"what {slowest} waits for",
+            f"{share(idle, working)} of the workers' time neither on a core nor in line for one",
+        )
+    return limited(
+        f"computing: {who}", f"{share(computing, working)} of the workers' time on a core or in line for one"
+    )
 
 
 def _spent(run: Run) -> dict[str, Spent]:
-    """By pass, what the time of its workers went to and the seconds by the clock, from the log of the run.
+    """Reads from the run's log how the workers of each pass spent their time, and its wall-clock `seconds`.
 
-    A pass that was interrupted counts with all commands that worked on it.
+    An interrupted pass counts all commands that worked on it.
     """
     spent: dict[str, Spent] = {}
     before: dict[str, Spent] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,15 +11,18 @@ from pipeline import page
 from pipeline.page import Thumbnails
 from pipeline.reader import Run, RunError
 from pipeline.report import fitness, sections
+from pipeline.report.histogram import Tally
 from pipeline.storage import Store
 from trainer import atomic
 from trainer.terminal import Console
 
 PICTURE_UNITS = 8
-"""Units that pictures are taken from: reading one picture costs a check of its unit's whole file."""
+"""Units that pictures are taken from. Few, because reading one picture checks its unit's whole file."""
 
 
 class Written(NamedTuple):
+    """A report that was written."""
+
     where: str
     verdicts: list[str]
     """A line about each scorer whose embeddings are stored."""
@@ -33,7 +35,7 @@ class Written(NamedTuple):
 def write(run: Run, path: str, out: str | None = None, console: Console | None = None) -> Written:
     """Writes the report of a run at `path`, to `path/report/index.html` unless `out` is given.
 
-    RunError for a run that is not finished or whose passes were removed.
+    Raises RunError for a run that is not finished or whose passes were removed.
     """
     if not run.finished:
         raise RunError(f"{path} is not finished; give the command of the run again, then report on it")
@@ -55,27 +57,27 @@ def gather(run: Run, fits: Sequence[fitness.Fitness], console: Console | None = 
 
     steps = [step for step in run.steps if step.label in run.funnel.lines]
     say = console or Console(quiet=True)
-    some = set(run.spread_units(PICTURE_UNITS))
+    picture_units = set(run.spread_units(PICTURE_UNITS))
     thumbnails = Thumbnails()
     judged = []
-    hosts: dict[str, Counter[str]] = {"rows": Counter(), "lost": Counter()}
+    hosts, lost = Tally(sections.MOST_HOSTS), Tally(sections.MOST_HOSTS)
     pictured = "image" in run.columns()
     for step in track(steps, "report", console=say, transient=True, disable=not say.is_terminal):
         line = run.funnel.lines[step.label]
         if line.dropped:
-            judged.append(sections.judge(run, step, line, some, hosts["lost"]))
+            judged.append(sections.judge(run, step, line, picture_units, lost))
     for table in run.scan("url", after=steps[0].label):
-        sections.count_hosts(hosts["rows"], table["url"])
+        hosts.add(sections.url_hosts(table["url"]))
     return {
         "run": run,
         "facts": sections.facts(run),
         "fits": [sections.scorer(found) for found in fits],
         "funnel": sections.funnel(run),
-        "judged": [sections.shown_step(run, of, thumbnails, pictured) for of in judged],
+        "judged": [sections.shown_step(run, step, thumbnails, pictured) for step in judged],
         "failures": sections.failures(run),
-        "hosts": sections.hosts(hosts),
+        "hosts": sections.hosts(hosts, lost),
         "languages": sections.languages(run),
-        "duplicates": list(sections.duplicates(run, some, thumbnails)),
+        "duplicates": list(sections.duplicates(run, picture_units, thumbnails)),
         "concepts": list(sections.concepts(run)),
         "sizes": sections.sizes(run),
         "scores": sections.scores(run),

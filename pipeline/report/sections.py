@@ -1,15 +1,17 @@
-"""The sections of the report, each a function from a run to the charts and tables of its page."""
+"""Builds the sections of the report: most functions turn a run into the charts and tables of one section."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ import pyarrow.compute as pc
 
 from pipeline import page
 from pipeline.fetch import reasons
+from pipeline.ledger import Line
 from pipeline.page import CUT, DROPPED, KEPT, OTHER, SERIES, Picture, Table, Thumbnails, chart, count, share
 from pipeline.reader import Run, RunStep
 from pipeline.report import fitness
-from pipeline.report.histogram import Histogram, Named, Nearest
+from pipeline.report.histogram import Histogram, Nearest, NotedRow, Tally
 from pipeline.report.limits import Limit, pass_limits, spell
 from pipeline.scheduler.progress import clock
 from pipeline.schema import is_number, numbers
@@ -30,81 +33,86 @@ from pipeline.text.hashing import hash64
 from pipeline.text.url import hosts as hosts_of
 
 DOZEN = 12
-"""Pictures from each side of a cut, and of what a step dropped."""
-MOST_HOSTS = 50_000
-"""Hosts counted at a time. Beyond twice as many, the rarest are forgotten."""
+"""Most pictures from each side of a cut, and of the random rows that a step dropped."""
+MOST_HOSTS = 100_000
+"""Distinct hosts counted; beyond that, the rarest half is forgotten."""
 _DIGEST = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{24,}\b")
 
 
 @dataclass
 class Judged:
-    """What a step dropped, and where it drew the line."""
+    """What a step kept and dropped, on both sides of its cut."""
 
     step: RunStep
-    line: Any
+    line: Line
     column: str | None = None
-    """The numeric column that it compares, if its values are stored."""
+    """The numeric column that the step compares, if its values are stored."""
     kept: Histogram = field(default_factory=Histogram)
     dropped: Histogram = field(default_factory=Histogram)
+    """Histograms of the numbers that decided."""
     cuts: list[float] = field(default_factory=list)
     above: Nearest = field(default_factory=lambda: Nearest(DOZEN))
     below: Nearest = field(default_factory=lambda: Nearest(DOZEN))
+    """The kept and the dropped rows nearest to a cut."""
     random: Nearest = field(default_factory=lambda: Nearest(DOZEN))
+    """A random sample of the dropped rows."""
 
 
-def judge(run: Run, step: RunStep, line: Any, some: set[int], lost: Counter[str]) -> Judged:
-    """Goes through what a step dropped, and through what it kept if it compares a stored number."""
-    of, named, column = Judged(step, line), step.label.partition(".")[0], step.options.get("column")
+def judge(run: Run, step: RunStep, line: Line, picture_units: set[int], lost: Tally) -> Judged:
+    """Reads what a step dropped, and what it kept if it compares a stored number.
+
+    Rows to show are taken from `picture_units`; `lost` counts the hosts of the dropped rows.
+    """
+    judged, name, column = Judged(step, line), step.label.partition(".")[0], step.options.get("column")
     compares = isinstance(column, str) and column in run.columns(step.label)
     bounds = [step.options.get(key) for key in ("min", "max") if compares]
-    of.cuts = [float(bound) for bound in bounds if isinstance(bound, int | float)]
+    judged.cuts = [float(bound) for bound in bounds if isinstance(bound, int | float)]
 
-    def away(values: np.ndarray, side: int) -> np.ndarray:
-        """How far values are from the cut, which lies below (1) or above (-1) all of them if it is not given."""
-        near = np.abs(np.subtract.outer(values, of.cuts)).min(axis=1) if of.cuts else side * values
-        return np.where(np.isfinite(values), near, np.inf)
+    def distance(values: np.ndarray, side: int) -> np.ndarray:
+        """The distance to the nearest cut. A cut that is not given lies below (1) or above (-1) all values."""
+        cuts = judged.cuts
+        distances = np.abs(np.subtract.outer(values, cuts)).min(axis=1) if cuts else side * values
+        return np.where(np.isfinite(values), distances, np.inf)
 
     for table in run.drops(step.label):
         if not len(table):
             continue
         values = numbers(table["value"])
-        of.dropped.add(values)
-        count_hosts(lost, table["url"])
-        if (unit := table["unit"][0].as_py()) in some or unit is None:
+        judged.dropped.add(values)
+        lost.add(url_hosts(table["url"]))
+        if table["unit"][0].as_py() in picture_units:
             notes = [
-                _short(" ".join(text for text in (reason if reason != named or not detail else "", detail) if text))
+                _short(" ".join(text for text in (reason if reason != name or not detail else "", detail) if text))
                 for reason, detail in zip(table["reason"].to_pylist(), table["detail"].to_pylist())
             ]
-            of.random.add(hash64(table["uid"], purpose="report").astype(np.float64), table, notes)
-            of.below.add(away(values, -1), table, notes)
-    if not compares or not of.dropped.total:
-        return of
-    of.column, lowest = str(column), math.inf
-    for table in run.scan(of.column, after=step.label):
-        values = numbers(table[of.column])
-        of.kept.add(values)
+            judged.random.add(hash64(table["uid"], purpose="report").astype(np.float64), table, notes)
+            judged.below.add(distance(values, -1), table, notes)
+    if not compares or not judged.dropped.total:
+        return judged
+    judged.column, lowest = str(column), math.inf
+    for table in run.scan(judged.column, after=step.label):
+        values = numbers(table[judged.column])
+        judged.kept.add(values)
         lowest = min(lowest, float(np.nanmin(values, initial=math.inf)))
-        if len(table) and table["unit"][0].as_py() in some:
-            of.above.add(away(values, 1), table, [f"{v:.4g}" for v in values])
-    of.cuts = of.cuts or [lowest]
-    return of
+        if len(table) and table["unit"][0].as_py() in picture_units:
+            judged.above.add(distance(values, 1), table, [f"{v:.4g}" for v in values])
+    judged.cuts = judged.cuts or [lowest]
+    return judged
 
 
-def _first(run: Run, *columns: str) -> str | None:
-    """The first step after which these columns can be read; None if there is none."""
+def url_hosts(urls: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The hosts of URLs; empty text for a URL without one."""
+    return pc.fill_null(hosts_of(urls), "")
+
+
+def _first_with(run: Run, *columns: str) -> str | None:
+    """The first step after which these columns can all be read; None if there is none."""
     return next((step.label for step in run.steps if set(columns) <= run.columns(step.label).keys()), None)
 
 
-def count_hosts(counter: Counter[str], urls: pa.ChunkedArray) -> None:
-    counter.update(pc.fill_null(hosts_of(urls), "").to_pylist())
-    if len(counter) > 2 * MOST_HOSTS:
-        for host, _ in counter.most_common()[MOST_HOSTS:]:
-            del counter[host]
-
-
 def facts(run: Run) -> list[tuple[str, str]]:
-    lines = run.funnel.lines.values()
-    seconds = sum(line.seconds for line in lines)
+    """The numbers at the top of the page, with what they count."""
+    seconds = sum(line.seconds for line in run.funnel.lines.values())
     return [
         (count(run.rows_in), "rows in the pool"),
         (count(run.kept), "kept"),
@@ -116,20 +124,20 @@ def facts(run: Run) -> list[tuple[str, str]]:
 
 
 def funnel(run: Run) -> dict[str, object]:
+    """The rows that each step kept and dropped: `chart` and `table`."""
     lines = list(run.funnel.lines.items())
-    held = _bytes_after(run)
+    picture_bytes = _bytes_after(run)
     values: list[dict[str, object]] = []
     rows: list[list[object]] = []
     for label, line in lines:
-        gone = sum(line.dropped.values())
         values += [
             {"step": label, "rows": line.kept, "is": "kept"},
-            {"step": label, "rows": gone, "is": "dropped here"},
+            {"step": label, "rows": sum(line.dropped.values()), "is": "dropped here"},
         ]
         rate = line.rows_in / line.seconds if line.seconds > 0 else None
         rows.append(
             [label, line.rows_in, line.kept, share(line.kept, line.rows_in), share(line.kept, run.rows_in),
-             page.size(held[label]) if label in held else None, None if rate is None else round(rate),
+             page.size(picture_bytes[label]) if label in picture_bytes else None, None if rate is None else round(rate),
              f"{line.seconds:,.1f}"]
         )  # fmt: skip
     spec = {
@@ -137,47 +145,39 @@ def funnel(run: Run) -> dict[str, object]:
         "mark": {"type": "bar", "cornerRadiusEnd": 2},
         "encoding": {
             "y": {"field": "step", "sort": [label for label, _ in lines], "title": None},
-            "x": {"field": "rows", "type": "quantitative", "title": "rows"},
+            "x": _quantity("rows", "rows"),
             "order": {"field": "is", "sort": "descending"},
             "color": {"field": "is", "scale": {"domain": ["kept", "dropped here"], "range": [KEPT, DROPPED]}},
         },
     }
-    said = f"Of {run.rows_in:,} rows, {run.kept:,} ({share(run.kept, run.rows_in)}) come out."
+    summary = f"Of {run.rows_in:,} rows, {run.kept:,} ({share(run.kept, run.rows_in)}) are kept."
     if lines:
         worst, line = max(lines, key=lambda item: sum(item[1].dropped.values()))
-        said += f" {worst} drops most: {sum(line.dropped.values()):,}."
+        summary += f" {worst} drops the most: {sum(line.dropped.values()):,}."
     columns = ["step", "rows in", "kept", "of these", "of the pool", "pictures", "rows/s", "seconds"]
-    return {"chart": chart(spec, said, height=26 * len(lines)), "table": Table(columns, rows)}
+    return {"chart": chart(spec, summary, height=26 * len(lines)), "table": Table(columns, rows)}
 
 
 def _bytes_after(run: Run) -> dict[str, int]:
-    """The bytes of the fetched pictures that are left after each step."""
+    """The bytes of the fetched pictures whose rows survived each step."""
     column = "original_bytes"
     labels = [step.label for step in run.steps]
-    if (first := _first(run, column)) is None:
+    if (first := _first_with(run, column)) is None:
         return {}
-    total, held = 0, {}
+    total, after = 0, {}
     for label in labels[labels.index(first) :]:
         if label == first or run.funnel.lines[label].dropped:
             total = sum(int(pc.sum(t[column]).as_py() or 0) for t in run.scan(column, after=label))
-        held[label] = total
-    return held
+        after[label] = total
+    return after
 
 
-def shown_step(run: Run, of: Judged, thumbnails: Thumbnails, pictured: bool) -> dict[str, object]:
-    line, label = of.line, of.step.label
+def shown_step(run: Run, judged: Judged, thumbnails: Thumbnails, pictured: bool) -> dict[str, object]:
+    """The section of a step that dropped rows. Rows are shown with pictures if the run has any (`pictured`)."""
+    line = judged.line
+    chosen = [("just kept", judged.above), ("just dropped", judged.below)] if judged.column else []
+    chosen.append(("a random dozen of the dropped rows", judged.random))
     sides: list[tuple[str, list[Picture] | Table]] = []
-    gone = sum(line.dropped.values())
-    reasons_ = sorted(line.dropped.items(), key=lambda item: (-item[1], item[0]))
-    out: dict[str, object] = {
-        "label": label,
-        "said": f"{gone:,} of {line.rows_in:,} rows dropped ({share(gone, line.rows_in)}).",
-        "reasons": Table(["reason", "rows", "share"], [[r, n, share(n, line.rows_in)] for r, n in reasons_]),
-        "chart": _distribution(of),
-        "sides": sides,
-    }
-    chosen = [("just kept", of.above), ("just dropped", of.below)] if of.column else []
-    chosen.append(("a random dozen of what it dropped", of.random))
     for title, rows in chosen:
         items = _pictures(run, rows.rows(), thumbnails if pictured else None)
         if any(item.address for item in items):
@@ -185,48 +185,60 @@ def shown_step(run: Run, of: Judged, thumbnails: Thumbnails, pictured: bool) -> 
         elif items:
             lines = dict.fromkeys((item.caption, *item.notes) for item in items)  # one caption under many pictures
             sides.append((title, Table(["caption", "why"], list(lines))))
-    return out
+    dropped = sum(line.dropped.values())
+    by_reason = sorted(line.dropped.items(), key=lambda item: (-item[1], item[0]))
+    return {
+        "label": judged.step.label,
+        "said": f"{dropped:,} of {line.rows_in:,} rows dropped ({share(dropped, line.rows_in)}).",
+        "reasons": Table(["reason", "rows", "share"], [[r, n, share(n, line.rows_in)] for r, n in by_reason]),
+        "chart": _distribution(judged),
+        "sides": sides,
+    }
 
 
-def _distribution(of: Judged) -> object:
-    """The histogram of what a step compared, or of the numbers that decided its drops; None if there are none."""
-    width = max(of.kept.width, of.dropped.width)
+def _distribution(judged: Judged) -> object:
+    """The histogram of what a step compared, or of the numbers that decided its drops; None with under four bars."""
+    width = max(judged.kept.width, judged.dropped.width)
     values = [
         {"from": low, "to": high, "rows": n, "is": name}
-        for name, histogram in (("dropped", of.dropped), ("kept", of.kept))
+        for name, histogram in (("dropped", judged.dropped), ("kept", judged.kept))
         for low, high, n in histogram.bars(width)
     ]
     if len({v["from"] for v in values if v["rows"]}) < 4:
         return None
-    name = of.column or "the number that decided"
-    colours = {"kept": KEPT, "dropped": DROPPED} if of.kept.total else {"dropped": DROPPED}
+    name = judged.column or "the number that decided"
+    colours = {"kept": KEPT, "dropped": DROPPED} if judged.kept.total else {"dropped": DROPPED}
     layers: list[dict[str, object]] = [
         {
             "data": {"values": values},
             "mark": {"type": "bar", "binSpacing": 0.5, "opacity": 0.85},
             "encoding": {
-                "x": {"field": "from", "type": "quantitative", "bin": {"binned": True}, "title": name,
-                      "scale": {"zero": False}},
+                "x": _quantity("from", name, bin={"binned": True}, scale={"zero": False}),
                 "x2": {"field": "to"},
-                "y": {"field": "rows", "type": "quantitative", "title": "rows"},
+                "y": _quantity("rows", "rows"),
                 "color": {"field": "is", "scale": {"domain": [*colours], "range": [*colours.values()]}},
             },
         }
-    ]  # fmt: skip
-    cuts = [cut for cut in of.cuts if math.isfinite(cut)]
+    ]
+    cuts = [cut for cut in judged.cuts if math.isfinite(cut)]
     for cut in cuts:
         layers += _rule("x", cut, f"cut {cut:.4g}")
-    said = (
-        f"{name}: {of.kept.total:,} kept, {of.dropped.total:,} dropped" if of.column else f"{name} of each dropped row"
-    )
+    summary = f"{name} of each dropped row"
+    if judged.column:
+        summary = f"{name}: {judged.kept.total:,} kept, {judged.dropped.total:,} dropped"
     if cuts:
-        said += f", cut at {' and '.join(f'{cut:.4g}' for cut in cuts)}"
+        summary += f", cut at {' and '.join(f'{cut:.4g}' for cut in cuts)}"
     rows = [[f"{v['from']:.4g} to {v['to']:.4g}", v["is"], v["rows"]] for v in values]
-    return chart({"layer": layers}, f"{said}.", Table(["range", "rows that were", "rows"], rows))
+    return chart({"layer": layers}, f"{summary}.", Table(["range", "rows that were", "rows"], rows))
+
+
+def _quantity(field: str, title: str, **more: object) -> dict[str, object]:
+    """The encoding of a numeric field of a chart."""
+    return {"field": field, "type": "quantitative", "title": title, **more}
 
 
 def _rule(axis: str, at: float, text: str) -> list[dict[str, object]]:
-    """The layers of a line across a chart at a value of an axis, and of its label."""
+    """The layers that draw a labelled line across a chart at a value of an axis."""
     data = {"data": {"values": [{"at": at}]}}
     place: dict[str, object] = {axis: {"field": "at", "type": "quantitative"}}
     label = {"type": "text", "align": "left", "dx": 5, "dy": -2, "text": text, "color": CUT}
@@ -238,29 +250,28 @@ def _rule(axis: str, at: float, text: str) -> list[dict[str, object]]:
 
 
 def _short(text: str) -> str:
-    """Text with long digests cut: their first digits tell them apart."""
+    """Shortens the digests in a text to their first eight digits, which are enough to tell them apart."""
     return _DIGEST.sub(r"\1…", text)
 
 
-def _pictures(run: Run, rows: list[Named], thumbnails: Thumbnails | None) -> list[Picture]:
-    """Captions and, where they were fetched, pictures of rows."""
+def _pictures(run: Run, rows: list[NotedRow], thumbnails: Thumbnails | None) -> list[Picture]:
+    """The captions of rows and, given `thumbnails`, their pictures if fetched."""
     found: dict[tuple[int, int], dict[str, Any]] = {}
-    for unit in sorted({row.unit for row in rows if row.unit >= 0}):
+    for unit in sorted({row.unit for row in rows}):
         numbers = [row.row for row in rows if row.unit == unit]
         columns = ["caption", *(["image"] if thumbnails else [])]
         for values in run.take(unit, numbers, columns).to_pylist():
             found[unit, values["row"]] = values
     shown = []
     for row in rows:
-        values = found.get((row.unit, row.row))
-        if values is not None:
+        if (values := found.get((row.unit, row.row))) is not None:
             address = thumbnails(values.get("image")) if thumbnails else None
             shown.append(Picture(address, values["caption"], [row.note] if row.note else []))
     return shown
 
 
 def failures(run: Run) -> Table | None:
-    """Why downloads failed, and whether another try may help."""
+    """Why downloads failed, and whether a retry may help; None if none failed."""
     rows: list[list[object]] = []
     for step in run.steps:
         line = run.funnel.lines.get(step.label)
@@ -273,21 +284,23 @@ def failures(run: Run) -> Table | None:
     return Table(["reason", "rows", "of those tried", "another try", "meaning"], rows) if rows else None
 
 
-def hosts(hosts: dict[str, Counter[str]]) -> Table:
+def hosts(every: Tally, lost: Tally) -> Table:
+    """The hosts with most dropped rows, from counts of the rows of the pool and of the dropped ones."""
     rows = [
-        [host or "(none)", hosts["rows"][host], n, share(n, hosts["rows"][host])]
-        for host, n in hosts["lost"].most_common(20)
-        if hosts["rows"][host]
+        [host or "(none)", total, n, share(n, total)]
+        for host, n in lost.counts.most_common(20)
+        if (total := every.counts[host])
     ]
     return Table(["host", "rows", "dropped", "share"], rows)
 
 
 def languages(run: Run) -> object:
+    """The languages of the captions that the language filter kept and dropped; None without one."""
     step = next((step for step in run.steps if "language" in step.adds), None)
     if step is None:
         return None
     counts: Counter[str] = Counter()
-    for table in run.scan("language", after=_first(run, "language")):
+    for table in run.scan("language", after=_first_with(run, "language")):
         counts.update(table["language"].to_pylist())
     dropped: Counter[str] = Counter()
     for table in run.drops(step.label):
@@ -302,33 +315,36 @@ def languages(run: Run) -> object:
         "encoding": {
             "y": {"field": "language", "sort": "-x", "title": None},
             "yOffset": {"field": "is"},
-            "x": {"field": "rows", "type": "quantitative", "scale": {"type": "symlog"}, "title": "rows (log)",
-                  "axis": {"values": ticks}},
+            "x": _quantity("rows", "rows (log)", scale={"type": "symlog"}, axis={"values": ticks}),
             "color": {"field": "is", "scale": {"domain": ["kept", "dropped"], "range": [KEPT, DROPPED]}},
         },
-    }  # fmt: skip
-    said = f"{step.label} kept {sum(counts.values()):,} captions and dropped {sum(dropped.values()):,}; by the most "
-    said += "likely language of each."
-    asked = step.options.get("keep")
-    if asked and (others := sum(n for name, n in counts.items() if name not in asked)):
-        said += f" Of those kept, {others:,} are most likely in a language that was not asked for, but those that were "
-        said += "are together likely enough (min_score)."
+    }
+    summary = (
+        f"{step.label} kept {sum(counts.values()):,} captions and dropped {sum(dropped.values()):,}. The bars count "
+        "captions by their most likely language."
+    )
+    wanted = step.options.get("keep")
+    if wanted and (others := sum(n for name, n in counts.items() if name not in wanted)):
+        summary += (
+            f" {others:,} of the captions kept are most likely in a language that was not asked for, but the languages "
+            "asked for are together likely enough (min_score)."
+        )
     table = Table(["language", "rows that were", "rows"], [[v["language"], v["is"], v["rows"]] for v in values])
-    return chart(spec, said, table, height=24 * max(3, len({v["language"] for v in values})))
+    return chart(spec, summary, table, height=24 * max(3, len({v["language"] for v in values})))
 
 
-def duplicates(run: Run, some: set[int], thumbnails: Thumbnails) -> Iterator[tuple[str, list[Picture]]]:
-    """Some groups of duplicates: the row that was kept, and those that were dropped for it."""
+def duplicates(run: Run, picture_units: set[int], thumbnails: Thumbnails) -> Iterator[tuple[str, list[Picture]]]:
+    """Yields the largest groups of duplicates: a title, then the row kept and rows dropped as its duplicates."""
     for step in run.steps:
         if step.step.rpartition(".")[2] not in ("NearDedup", "SemanticDedup") or step.label not in run.funnel.lines:
             continue
-        groups: dict[str, list[Named]] = defaultdict(list)
-        for table in run.drops(step.label, units=sorted(some)):
+        groups: dict[str, list[NotedRow]] = defaultdict(list)
+        for table in run.drops(step.label, units=sorted(picture_units)):
             for drop in table.select(["unit", "row", "detail"]).to_pylist():
                 keeper = (drop["detail"] or "").split(" ")[0]
                 if len(groups) < 4 * DOZEN or keeper in groups:
                     note = (drop["detail"] or "").removeprefix(keeper).lstrip(" ,;")
-                    groups[keeper].append(Named(drop["unit"], drop["row"], note))
+                    groups[keeper].append(NotedRow(drop["unit"], drop["row"], note))
         largest = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))[: DOZEN // 2]
         kept = run.pictures([keeper for keeper, _ in largest])
         for keeper, rows in largest:
@@ -338,7 +354,7 @@ def duplicates(run: Run, some: set[int], thumbnails: Thumbnails) -> Iterator[tup
 
 
 def concepts(run: Run) -> Iterator[object]:
-    """For each `balance`, the captions that its entries have before and after it, the most frequent entries first."""
+    """Yields a chart for each `balance` step: captions per entry before and after it, the most frequent entry first."""
     for step in run.steps:
         figures = run.funnel.lines[step.label].figures if step.label in run.funnel.lines else []
         if not step.step.endswith(".Balance") or not figures:
@@ -348,33 +364,33 @@ def concepts(run: Run) -> Iterator[object]:
             bins[figure["at_least"]].update({key: figure[key] for key in ("entries", "matches", "kept")})
         values: list[dict[str, object]] = []
         rank = 1
-        for _, of in sorted(bins.items(), reverse=True):
-            for is_, matches in (("before", of["matches"]), ("after", of["kept"])):
-                if matches:  # the scale has no zero
-                    each = matches / of["entries"]
-                    values += [{"rank": at, "captions": each, "is": is_} for at in (rank, rank + of["entries"])]
-            rank += of["entries"]
+        for _, sums in sorted(bins.items(), reverse=True):
+            for when, matches in (("before", sums["matches"]), ("after", sums["kept"])):
+                if matches:  # a log scale has no zero
+                    mean = matches / sums["entries"]
+                    values += [{"rank": at, "captions": mean, "is": when} for at in (rank, rank + sums["entries"])]
+            rank += sums["entries"]
         caps = sorted({figure["cap"] for figure in figures})
         curve = {
             "transform": [{"filter": "datum.is == 'before'"}],
-            "mark": {"type": "line", "strokeWidth": 7, "opacity": 0.4},  # where both are equal, both show
+            "mark": {"type": "line", "strokeWidth": 7, "opacity": 0.4},  # both lines show where equal
             "encoding": {
-                "x": {"field": "rank", "type": "quantitative", "title": "entries, the most frequent first",
-                      "scale": {"type": "log", "nice": False}},
-                "y": {"field": "captions", "type": "quantitative", "title": "captions of an entry",
-                      "scale": {"type": "log"}},
+                "x": _quantity("rank", "entries, the most frequent first", scale={"type": "log", "nice": False}),
+                "y": _quantity("captions", "captions of an entry", scale={"type": "log"}),
                 "color": {"field": "is", "scale": {"domain": ["before", "after"], "range": [OTHER, KEPT]}},
             },
-        }  # fmt: skip
+        }
         after = {**curve, "transform": [{"filter": "datum.is == 'after'"}], "mark": "line"}
         curves = {"data": {"values": values}, "layer": [curve, after]}
         spec = {"layer": [curves, *(_rule("y", caps[0], f"cap {caps[0]:,}") if len(caps) == 1 else [])]}
         tail = [figure for figure in figures if 2 * figure["at_least"] <= figure["cap"]]
-        whole, rare = ({key: sum(f[key] for f in of) for key in ("matches", "kept")} for of in (figures, tail))
-        said = (
-            f"{step.label}: captions with each of {rank - 1:,} entries, before and after. The tail, entries well below "
-            f"the cap, holds {share(rare['matches'], whole['matches'])} of all matches before and "
-            f"{share(rare['kept'], whole['kept'])} after."
+        before, after_it = (
+            share(sum(figure[key] for figure in tail), sum(figure[key] for figure in figures))
+            for key in ("matches", "kept")
+        )
+        summary = (
+            f"{step.label}: captions that match each of {rank - 1:,} entries, before and after. The tail, entries well "
+            f"below the cap, has {before} of all matches before and {after_it} after."
         )
         columns = ["captions of an entry", "entries", "matches before", "after", "share kept", "cap"]
         rows = [
@@ -385,114 +401,102 @@ def concepts(run: Run) -> Iterator[object]:
         if any(figure["language"] is not None for figure in figures):
             columns.insert(0, "language")
             rows = [[figure["language"] or "(none)", *row] for figure, row in zip(figures, rows)]
-        yield chart(spec, said, Table(columns, rows), width=560, height=240)
+        yield chart(spec, summary, Table(columns, rows), width=560, height=240)
 
 
 def sizes(run: Run) -> list[object]:
+    """The sizes and shapes of the fetched pictures; empty if none were fetched."""
     sides = ("original_width", "original_height")
-    if (label := _first(run, *sides)) is None:
+    if (label := _first_with(run, *sides)) is None:
         return []
     width, ratio = Histogram(), Histogram()
     for table in run.scan(sides, after=label):
         w, h = (numbers(table[side]) for side in sides)
         width.add(np.log2(np.maximum(np.minimum(w, h), 1)))
         ratio.add(np.log2(np.maximum(w, 1) / np.maximum(h, 1)))
-    return [
-        _log_histogram(width, "shorter side, pixels"),
-        _log_histogram(ratio, "width / height"),
-    ]
+    return [_log_histogram(width, "shorter side, pixels"), _log_histogram(ratio, "width / height")]
 
 
 def _log_histogram(histogram: Histogram, name: str) -> object:
-    """The chart of a histogram of logarithms to base 2, with the numbers themselves on the axis."""
+    """Charts a histogram of base-2 logarithms, with the numbers themselves on the axis."""
     values = [{"from": low, "to": high, "rows": n} for low, high, n in histogram.bars()]
     powers = list(range(math.floor(values[0]["from"]), math.ceil(values[-1]["to"]) + 1)) if values else []
+    label = "format(pow(2, datum.value), '.3~g')"
     spec = {
         "data": {"values": values},
         "mark": {"type": "bar", "binSpacing": 0.5, "color": OTHER},
         "encoding": {
-            "x": {"field": "from", "type": "quantitative", "bin": {"binned": True}, "title": name,
-                  "axis": {"labelExpr": "format(pow(2, datum.value), '.3~g')", "values": powers}},
+            "x": _quantity("from", name, bin={"binned": True}, axis={"labelExpr": label, "values": powers}),
             "x2": {"field": "to"},
-            "y": {"field": "rows", "type": "quantitative", "title": "rows"},
+            "y": _quantity("rows", "rows"),
         },
-    }  # fmt: skip
+    }
     rows = [[f"{2 ** v['from']:.4g} to {2 ** v['to']:.4g}", v["rows"]] for v in values]
     return chart(spec, f"{name} of {histogram.total:,} fetched pictures.", Table(["range", "rows"], rows))
 
 
 def scores(run: Run) -> list[object]:
-    """Each pair of scores that the run stored, as a heat map with its correlation."""
+    """Heat maps of pairs of scores that the run stored, at most six, each with its correlation."""
     names = [n for n, dtype in run.columns().items() if n.endswith("_score") and is_number(dtype)]
-    found = []
-    for i, one in enumerate(names):
-        for two in names[i + 1 :][:3]:
-            grid = _grid(run, one, two)
-            if grid is not None:
-                found.append(grid)
-    return found[:6]
+    pairs = [(one, two) for i, one in enumerate(names) for two in names[i + 1 :][:3]]
+    return list(islice((grid for pair in pairs if (grid := _grid(run, *pair)) is not None), 6))
 
 
 def _grid(run: Run, one: str, two: str) -> object:
-    label = _first(run, one, two)
+    """The heat map of two scores, with Pearson's correlation; None if fewer than three rows have both."""
+
+    def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for table in run.scan([one, two], after=_first_with(run, one, two)):
+            x, y = numbers(table[one]), numbers(table[two])
+            both = np.isfinite(x) & np.isfinite(y)
+            yield x[both], y[both]
+
     ranges = [Histogram(), Histogram()]
     sums = np.zeros(6)
-    for table in run.scan([one, two], after=label):
-        x, y = numbers(table[one]), numbers(table[two])
-        there = np.isfinite(x) & np.isfinite(y)
-        x, y = x[there], y[there]
-        for histogram, values in zip(ranges, (x, y)):
-            histogram.add(values)
+    for x, y in pairs():
+        ranges[0].add(x)
+        ranges[1].add(y)
         sums += [len(x), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()]
     if sums[0] < 3:
         return None
     edges = [np.linspace(bars[0][0], bars[-1][1], 33) for bars in (h.bars() for h in ranges)]
-    counts = np.zeros((32, 32))
-    for table in run.scan([one, two], after=label):
-        x, y = numbers(table[one]), numbers(table[two])
-        there = np.isfinite(x) & np.isfinite(y)
-        counts += np.histogram2d(x[there], y[there], edges)[0]
+    counts = sum((np.histogram2d(x, y, edges)[0] for x, y in pairs()), np.zeros((32, 32)))
     n, sx, sy, sxx, syy, sxy = sums
     spread = (n * sxx - sx**2) * (n * syy - sy**2)
     correlation = (n * sxy - sx * sy) / spread**0.5 if spread > 0 else math.nan
+    (x0, x1), (y0, y1) = ((e[:-1], e[1:]) for e in edges)
     values = [
-        {
-            "x": edges[0][i],
-            "x2": edges[0][i + 1],
-            "y": edges[1][j],
-            "y2": edges[1][j + 1],
-            "rows": math.log1p(counts[i, j]),
-        }
+        {"x": x0[i], "x2": x1[i], "y": y0[j], "y2": y1[j], "rows": math.log1p(counts[i, j])}
         for i, j in zip(*np.nonzero(counts))
     ]
     spec = {
         "data": {"values": values},
         "mark": {"type": "rect", "color": OTHER},
         "encoding": {
-            "x": {"field": "x", "type": "quantitative", "title": one, "scale": {"zero": False}},
+            "x": _quantity("x", one, scale={"zero": False}),
             "x2": {"field": "x2"},
-            "y": {"field": "y", "type": "quantitative", "title": two, "scale": {"zero": False}},
+            "y": _quantity("y", two, scale={"zero": False}),
             "y2": {"field": "y2"},
             "opacity": {"field": "rows", "type": "quantitative", "scale": {"range": [0.15, 1]}, "legend": None},
         },
     }
-    return chart(
-        spec, f"{one} against {two}: correlation {correlation:.2f} over {int(n):,} rows.", width=360, height=300
-    )
+    summary = f"{one} against {two}: correlation {correlation:.2f} over {int(n):,} rows."
+    return chart(spec, summary, width=360, height=300)
 
 
 def scorer(found: fitness.Fitness) -> dict[str, object]:
+    """How well a scorer separates matching captions from others: `verdict`, `chart` and `table`."""
     values = [
         {"from": a, "to": b, "density": d, "is": name}
-        for name, of in (("own captions", found.own), ("other captions", found.other))
-        for a, b, d in zip(found.edges, found.edges[1:], of)
+        for name, densities in (("own captions", found.own), ("other captions", found.other))
+        for a, b, d in zip(found.edges, found.edges[1:], densities)
     ]
     spec = {
         "data": {"values": values},
         "mark": {"type": "area", "interpolate": "step-after", "opacity": 0.55, "line": True},
         "encoding": {
-            "x": {"field": "from", "type": "quantitative", "title": found.score, "scale": {"zero": False}},
-            "y": {"field": "density", "type": "quantitative", "title": "density", "stack": None},
+            "x": _quantity("from", found.score, scale={"zero": False}),
+            "y": _quantity("density", "density", stack=None),
             "color": {"field": "is", "scale": {"domain": ["own captions", "other captions"], "range": [KEPT, OTHER]}},
         },
     }
@@ -503,13 +507,13 @@ def scorer(found: fitness.Fitness) -> dict[str, object]:
         "score": found.score,
         "verdict": f"{found.score} {whole}.",
         "bad": whole.low < 0.7,
-        "chart": chart(spec, f"{found.score} of pictures with their own captions and with those of other rows."),
+        "chart": chart(spec, f"{found.score} of pictures with their own captions and with captions of other rows."),
         "table": Table(columns, rows),
     }
 
 
 def timings(run: Run) -> dict[str, object]:
-    """Seconds of each step, and what the time of each pass's workers went to."""
+    """The seconds of each step, how each pass's workers spent their time, and what limited the pass."""
     lines = [(label, line) for label, line in run.funnel.lines.items() if line.seconds > 0]
     total = sum(line.seconds for _, line in lines)
     spec = {
@@ -517,19 +521,19 @@ def timings(run: Run) -> dict[str, object]:
         "mark": {"type": "bar", "color": OTHER, "cornerRadiusEnd": 2},
         "encoding": {
             "y": {"field": "step", "sort": "-x", "title": None},
-            "x": {"field": "seconds", "type": "quantitative", "title": "seconds of work"},
+            "x": _quantity("seconds", "seconds of work"),
         },
     }
     slowest = max(lines, key=lambda item: item[1].seconds, default=None)
-    said = "Seconds of work of each step, all workers together; for a step that fetches, waiting included."
+    summary = "Seconds of work of each step, all workers together. The seconds of a step that fetches include waiting."
     if slowest is not None:
-        said += f" {slowest[0]} takes most: {share(slowest[1].seconds, total)}."
+        summary += f" {slowest[0]} takes the most: {share(slowest[1].seconds, total)}."
     limits = pass_limits(run)
     return {
-        "chart": chart(spec, said, height=20 * max(1, len(lines))),
+        "chart": chart(spec, summary, height=20 * max(1, len(lines))),
         "passes": _passes_chart(limits) if any(limit.total for limit in limits) else None,
         "table": Table(
-            ["pass", "steps", "by the clock", "limited by", "because"],
+            ["pass", "steps", "wall time", "limited by", "because"],
             [[limit.label, ", ".join(limit.steps), spell(limit.seconds) if limit.seconds else None,
               limit.by, limit.why] for limit in limits],
         ),
@@ -554,8 +558,7 @@ def _passes_chart(limits: Sequence[Limit]) -> object:
         "mark": {"type": "bar"},
         "encoding": {
             "y": {"field": "pass", "sort": [limit.label for limit in shown], "title": None},
-            "x": {"field": "seconds", "type": "quantitative", "stack": "normalize",
-                  "title": "share of the workers' time", "axis": {"format": ".0%"}},
+            "x": _quantity("seconds", "share of the workers' time", stack="normalize", axis={"format": ".0%"}),
             "order": {"field": "order"},
             "color": {"field": "is", "legend": {"columns": 2},
                       "scale": {"domain": list(kinds), "range": [colour for _, colour in kinds.values()]}},
@@ -563,31 +566,25 @@ def _passes_chart(limits: Sequence[Limit]) -> object:
     }  # fmt: skip
     columns = ["pass", *(f"{kind}, s" for kind in kinds)]
     rows = [[limit.label, limit.waiting, limit.storage, limit.computing, limit.idle] for limit in shown]
-    said = (
-        "How the workers of each pass spent their time. Within the steps, a worker computes while it is on a core or "
-        "waits for one; otherwise it waits for something else."
+    summary = (
+        "How the workers of each pass spent their time. In a step, a worker counts as computing while it is on a core "
+        "or waiting for one; otherwise it is waiting for something else."
     )
-    return chart(spec, said, Table(columns, rows), height=22 * max(2, len(shown)))
+    return chart(spec, summary, Table(columns, rows), height=22 * max(2, len(shown)))
 
 
 def versions() -> Table:
+    """The versions of the main libraries, and the hardware."""
     rows: list[list[object]] = [["Python", platform.python_version()]]
     for name in ("winnow-clip", "ray", "pyarrow", "dask", "torch", "open_clip_torch", "img2dataset", "webdataset"):
         try:
             rows.append([name, metadata.version(name)])
         except metadata.PackageNotFoundError:
             continue
-    cpu = next(
-        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor() or platform.machine(),
-    )
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        if model := re.search(r"^model name.*?:(.*)", Path("/proc/cpuinfo").read_text(errors="replace"), re.MULTILINE):
+            cpu = model[1].strip()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     rows += [["processor", f"{os.cpu_count()} × {cpu}"], ["memory", page.size(memory)], ["system", platform.platform()]]
     return Table(["of the machine that wrote this page", "version"], rows)
-
-
-def _lines(path: str) -> Iterable[str]:
-    try:
-        return Path(path).read_text(errors="replace").splitlines()
-    except OSError:
-        return []

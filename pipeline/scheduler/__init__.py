@@ -1,1 +1,1 @@
-"""Runs a recipe on Ray: cuts it into passes, streams units through them, and commits what each unit gives."""
+"""Runs a recipe on Ray: cuts it into passes, streams units through them, and commits the results of each unit."""

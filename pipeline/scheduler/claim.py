@@ -5,8 +5,8 @@ removes it at the end. The highest number is the valid claim. A command that fin
 number. `Store.create` succeeds for exactly one caller, locally and in an object store, so only one command takes over.
 
 An owner is dead if it ran on this machine and its process is gone, or if it ran elsewhere and its claim is more than
-EXPIRY seconds old and does not change for WATCH seconds, or in the future and does not change for EXPIRY seconds.
-Clock skew therefore never takes a directory from a live owner. An owner that was suspended detects a takeover with
+EXPIRY seconds old and does not change for WATCH seconds, or dated in the future and does not change for EXPIRY seconds.
+A live owner therefore never loses its directory to clock skew. An owner that was suspended detects a takeover with
 `Claim.check` before it writes again.
 """
 
@@ -49,20 +49,20 @@ class LostClaimError(Exception):
 
 @dataclass(frozen=True)
 class Owner:
-    """The command that holds a run directory, as its claim says."""
+    """The command that holds a run directory, according to its claim."""
 
     host: str
     pid: int
     since: float
     beat: float
-    """When it claimed the directory, and its last heartbeat: seconds since 1970, by its own clock."""
+    """`since`: when it claimed the directory; `beat`: its last heartbeat. Seconds since 1970, by its own clock."""
     alive: bool
     """False if its process on this machine is gone, or if it ran elsewhere and its last heartbeat is more than
     EXPIRY seconds away by the clock of this machine."""
 
 
 def find_owner(store: Store) -> Owner | None:
-    """The owner of a run directory, or None. Only reads, and waits for nothing."""
+    """The owner of a run directory, or None. Only reads, and does not wait."""
     for name in reversed(_names(store)):
         if (data := store.read_if_there(name)) is not None:
             claim = _parsed(data)
@@ -72,7 +72,7 @@ def find_owner(store: Store) -> Owner | None:
 
 
 class Claim:
-    """Marks this command as the only writer of a run directory. Workers get copies, on which they call `check`."""
+    """Marks this command as the only writer of a run directory. Workers call `check` on copies of it."""
 
     def __init__(self, store: Store, number: int, owner: dict[str, Any]) -> None:
         self._store, self._number, self._owner = store, number, owner
@@ -166,7 +166,8 @@ def _alive(store: Store, name: str, data: bytes) -> bool:
         return _runs_here(owner)
     if _is_fresh(owner):
         return True
-    seconds = WATCH if owner["beat"] < time.time() else EXPIRY  # by a clock ahead of ours it may have beaten just now
+    # A heartbeat in the future may be recent, by a clock that is ahead of ours.
+    seconds = WATCH if owner["beat"] < time.time() else EXPIRY
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(min(1.0, seconds / 5))
@@ -180,11 +181,12 @@ def _on_this_machine(owner: dict[str, Any]) -> bool:
 
 
 def _runs_here(owner: dict[str, Any]) -> bool:
-    return owner.get("started") in [start for start in [_start_time(owner["pid"])] if start]
+    started = _start_time(owner["pid"])
+    return bool(started) and owner.get("started") == started
 
 
 def _is_fresh(owner: dict[str, Any]) -> bool:
-    """Whether the last heartbeat is recent. One in the future, by a clock that was wrong, is no sign of life."""
+    """Whether the last heartbeat is less than EXPIRY seconds away. One further in the future is from a wrong clock."""
     return abs(time.time() - owner["beat"]) < EXPIRY
 
 
@@ -199,7 +201,7 @@ def _refusal(store: Store, owner: dict[str, Any]) -> str:
 
 
 def _host_identity() -> dict[str, str]:
-    """Identifies the host, boot and PID namespace. Two processes can check each other's liveness only if all match."""
+    """Identifies host, boot and PID namespace. Only if all three match can a process check whether another is alive."""
     identity = {"host": socket.gethostname(), "boot": "", "pids": ""}
     with contextlib.suppress(OSError):
         identity["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -236,7 +238,7 @@ def _dump(owner: dict[str, Any]) -> bytes:
 
 
 def _parsed(data: bytes) -> dict[str, Any]:
-    """The claim in a file, with `host`, `pid`, `since` and `beat` of their types, whatever the file holds."""
+    """Parses a claim. `host`, `pid`, `since` and `beat` have the right types whatever the file holds."""
     owner: dict[str, Any] = {}
     with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(data)
@@ -250,5 +252,5 @@ def _parsed(data: bytes) -> dict[str, Any]:
 
 
 def _seconds(value: Any) -> float:
-    """A time since 1970 within the range of the calendar, or 0."""
+    """The value if it is a time in seconds since 1970 that a calendar can represent; else 0."""
     return float(value) if isinstance(value, int | float) and 0 < value < 1 << 38 else 0.0

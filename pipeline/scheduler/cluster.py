@@ -21,12 +21,12 @@ from pipeline.scheduler.lifetime import GOES_ON, PROBE_SECONDS
 from pipeline.storage import Store
 
 TOKENS = "nodes"
-"""The folder in a run directory to which nodes write to prove access; removed afterwards."""
+"""The folder in a run directory in which nodes write files to prove access; removed afterwards."""
 OOM_RETRIES = 8
-"""Further attempts at a task that was killed because memory ran out. Ray waits 1 s before the first and doubles that
-each time, 4 minutes in all; its default has no end. A cluster that is joined has its own setting."""
+"""Retries of a task that was killed because memory ran out. Ray waits 1 s before the first retry and doubles the wait
+each time, 4 minutes in all. By default it retries forever. A joined cluster keeps its own setting."""
 NODE_SECONDS = 120.0
-"""Seconds a node has to answer; it may have to start a worker and unpack an environment first."""
+"""Seconds within which a node must answer. It may have to start a worker and unpack an environment first."""
 STARTS = 3
 """Attempts to start Ray on this machine. Ray gives each one 30 s, which a busy machine may exceed."""
 
@@ -59,7 +59,7 @@ def start_ray(workers: int | None, say: Callable[[str], None]) -> None:
 
 
 def start_local(cpus: int, store_bytes: int, say: Callable[[str], None]) -> Keeper:
-    """Starts Ray on this machine, with a new attempt if it fails. Ending the returned keeper kills all its processes.
+    """Starts Ray on this machine and retries if that fails. Ending the returned keeper kills all of Ray's processes.
 
     `say` prints a line for each new attempt. Raises StartError after STARTS attempts.
     """
@@ -75,7 +75,7 @@ def start_local(cpus: int, store_bytes: int, say: Callable[[str], None]) -> Keep
 
 
 def _start_once(cpus: int, store_bytes: int) -> Keeper:
-    """Leaves no process when it fails."""
+    """Starts Ray once. Leaves no process behind if that fails."""
     keeper = Keeper()
     try:
         _init(
@@ -85,7 +85,7 @@ def _start_once(cpus: int, store_bytes: int) -> Keeper:
             _system_config={"idle_worker_killing_time_threshold_ms": 120_000, "task_oom_retries": OOM_RETRIES},
         )  # fmt: skip
     except BaseException as error:
-        if isinstance(error, Exception):  # after a signal there is no time for it
+        if isinstance(error, Exception):  # a signal leaves no time for it
             ray.shutdown()
         keeper.end()
         raise
@@ -94,7 +94,7 @@ def _start_once(cpus: int, store_bytes: int) -> Keeper:
 
 
 def _failure(error: Exception) -> str:
-    """What happened: a part of Ray died, or the machine is too busy."""
+    """One line with Ray's reason: a component died, or the machine is too busy."""
     return f"Ray did not start: {str(error).partition(chr(10))[0]}"
 
 
@@ -106,7 +106,7 @@ def _init(**options: Any) -> None:
 
 
 def _probe(address: str) -> None:
-    """Raises StartError if nobody answers at `host:port`: Ray would try for minutes."""
+    """Raises StartError if nothing answers at `host:port`. Ray itself would retry for minutes."""
     host, _, port = address.rpartition(":")
     if host and "/" not in address and port.isdigit():
         try:
@@ -121,7 +121,7 @@ def joined() -> bool:
 
 
 def lost_nodes() -> int:
-    """Number of nodes that have left the cluster, in order or not."""
+    """Number of nodes that have left the cluster, cleanly or not."""
     return sum(not node["Alive"] for node in ray.nodes())
 
 
@@ -132,24 +132,25 @@ def capacity(kind: str) -> int:
 
 @contextlib.contextmanager
 def _quiet_core() -> Iterator[None]:
-    """Silences stderr while Ray's core starts. No error is lost: a failure to start is also raised."""
+    """Silences stderr while Ray's core starts. No error is lost: a failure to start is raised as well."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)
 
 
 def stop_ray(take_signals: Callable[[], None], orderly: bool = True) -> None:
     """Leaves the cluster. If `start_ray` started it, ends all its processes. Call it in the main thread.
 
-    `take_signals` installs the handlers of signals: Ray removes that of SIGTERM when its shutdown begins, and takes a
-    second for the rest. `orderly=False` skips Ray's own shutdown, which would wait for a lost cluster.
+    `take_signals` installs the signal handlers. It is called repeatedly, because Ray removes the SIGTERM handler when
+    its shutdown begins, which then takes another second. `orderly=False` skips Ray's own shutdown, which would wait for
+    a lost cluster.
     """
     global _keeper
     if orderly:
@@ -165,12 +166,12 @@ def stop_ray(take_signals: Callable[[], None], orderly: bool = True) -> None:
 
 
 def cluster_parts() -> dict[str, tuple[str, int]]:
-    """Addresses of the cluster's parts that this process depends on: the GCS and the raylet of its node."""
-    here = ray.get_runtime_context()
-    host, _, port = here.gcs_address.rpartition(":")
+    """Addresses of the components that this process depends on: the cluster's GCS and the raylet of its node."""
+    context = ray.get_runtime_context()
+    host, _, port = context.gcs_address.rpartition(":")
     parts = {"the head node (GCS)": (host.strip("[]"), int(port))}
     for node in ray.nodes():
-        if node["NodeID"] == here.get_node_id():
+        if node["NodeID"] == context.get_node_id():
             parts["the raylet of this node"] = (node["NodeManagerAddress"], node["NodeManagerPort"])
     return parts
 
@@ -180,7 +181,7 @@ class UnseenError(Exception):
 
 
 def check_nodes(store: Store, files: Sequence[str]) -> None:
-    """Raises UnseenError unless every node with workers can read and write the run directory and sees local files.
+    """Raises UnseenError unless every node with workers can read and write the run directory and sees all `files`.
 
     Each node reads a token from the run directory and writes a file that this process reads back. Nodes that join later
     are not checked.
@@ -227,7 +228,7 @@ def check_nodes(store: Store, files: Sequence[str]) -> None:
 
 
 def _look(store: Store, token: str, node: str, files: Sequence[str]) -> str:
-    """Runs on the node. Returns the problem found there, or an empty string."""
+    """Runs on a node. Returns the problem found there, or an empty string."""
     try:
         if store.read_if_there(f"{TOKENS}/{token}") != token.encode():
             return f"does not see {store.root}, which this process writes to"

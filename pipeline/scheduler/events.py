@@ -1,18 +1,18 @@
-"""`events.jsonl`: what the commands of a run did and when, one JSON object a line, to watch a run from outside.
+"""`events.jsonl`: what the commands of a run did and when, one JSON object per line, to monitor a run from outside.
 
 Every event has `time` (seconds since 1970) and `event`:
 
 | event | when | fields |
 |---|---|---|
 | `command` | a command begins | `name, host, pid, passes` |
-| `reused` | a pass is complete already | `passes`: a list of `Bar.to_json` |
-| `started` | neighbouring passes begin | the same |
+| `reused` | an earlier command has completed a pass | `passes`: a list of `Bar.to_json` |
+| `started` | adjacent passes begin | the same |
 | `progress` | every PERIOD seconds while rows arrive | the same |
-| `finished`, `stopped` | these passes are done; the command ends before they are | the same |
-| `end` | the command ends by itself | `status, kept`, and `error` if it failed |
+| `finished`, `stopped` | these passes are done; the command ends before they are done | the same |
+| `end` | the command ends without being killed | `status, kept`, and `error` if it failed |
 
-The file is a log and not part of the books: `seal.json` does not name it, and nothing reads it to decide anything. It
-holds at most LINES lines. Beyond that, every second `progress` event is removed, so older ones become sparser.
+The file is a log and not part of the books: `seal.json` does not list it, and no decision depends on it. It holds at
+most LINES lines. Beyond that, every second `progress` event is removed, so older ones become sparser.
 
 A local file is appended to and flushed at each event. An object store cannot append: there the file is replaced as a
 whole, every REMOTE_PERIOD seconds and at each event other than `progress`.
@@ -40,7 +40,7 @@ LINES = 2000
 
 
 class Events:
-    """Writes the events of one command. A store that fails ends no run: the events are lost, nothing else."""
+    """Writes the events of one command. If the store fails, events are lost, but the run continues."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -69,21 +69,21 @@ class Events:
                 self._file.flush()
 
     def command(self, name: str, passes: list[str]) -> None:
-        """Adds the event of a command that begins; `passes` are the labels of its passes in order."""
+        """Adds the event that a command begins. `passes` are the labels of its passes in order."""
         self.add("command", name=name, host=socket.gethostname(), pid=os.getpid(), passes=passes)
 
     def end(self, status: int, **fields: Any) -> None:
-        """Adds the event of a command that ends, and closes the file."""
+        """Adds the event that a command ends, and closes the file."""
         self.add("end", status=status, **fields)
         self.close()
 
     def close(self) -> None:
-        """Writes no more: further events are lost."""
+        """Closes the file. Later events are ignored."""
         self._close()
         self._closed = True
 
     def watch(self, event: str, bars: Sequence[Bar]) -> None:
-        """Adds an event of passes, as `Progress` reports it; those of progress at most every PERIOD seconds."""
+        """Adds an event that `Progress` reports, `progress` events at most every PERIOD seconds."""
         now = time.monotonic()
         if event == "progress" and now - self._reported < PERIOD:
             return
@@ -102,7 +102,7 @@ class Events:
 
 
 def thinned(lines: list[str]) -> list[str]:
-    """At most three quarters of LINES lines: without every second `progress` event, then without the oldest lines."""
+    """Removes every second `progress` event, and then the oldest lines beyond three quarters of LINES."""
     kept, drop = [], False
     for line in lines:
         if json.loads(line)["event"] == "progress":
@@ -114,8 +114,8 @@ def thinned(lines: list[str]) -> list[str]:
 
 
 def read_events(store: Store) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; none without a file. Skips what no command wrote: lines that a killed one left
-    incomplete, and damaged ones."""
+    """The events of a run, oldest first; empty if there is no file. Skips damaged lines, and lines left incomplete by a
+    killed command."""
     found = []
     for line in (store.read_if_there(NAME) or b"").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
@@ -130,7 +130,7 @@ def _is_event(event: Any) -> bool:
         return False
     passes = event.get("passes", [])
     return isinstance(passes, list) and all(
-        isinstance(one, str) if event["event"] == "command" else _is_bar(one) for one in passes
+        isinstance(p, str) if event["event"] == "command" else _is_bar(p) for p in passes
     )
 
 

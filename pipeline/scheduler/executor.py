@@ -1,6 +1,6 @@
-"""Runs the passes of a recipe: barriers and sinks one after the other, neighbouring passes over units side by side.
+"""Runs the passes of a recipe: barriers and sinks one after the other, adjacent passes over units concurrently.
 
-Nothing here holds rows. `run_pass` is what a worker does with a unit, and `workers` is how units reach workers.
+The driver holds no rows. `run_pass` processes units on a worker, and `workers` sends units to workers.
 
 Results of earlier commands are checked before they are reused: records, tables and the sizes of all other files, or
 every byte if nothing is left to do. Damaged results are recomputed if that gives the same bytes; otherwise the run
@@ -41,6 +41,7 @@ from pipeline.scheduler.passes import (
     UnitPass,
     check_measured,
     check_unit,
+    column_types,
     read_unit,
     surviving_rows,
 )
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 GROUP_ROWS = 1_000_000
-"""Rows of a table that one task of a barrier reads, and of a file of drops."""
+"""Rows that one task of a barrier reads, and rows of the run covered by one file of drops."""
 
 
 @dataclass
@@ -67,19 +68,19 @@ class Outcome:
     reused: list[str]
     """Labels of the passes that were complete already, in order."""
     mended: list[str]
-    """What was found damaged and recomputed, a line each."""
+    """One line for each damaged result that was recomputed."""
     known: dict[str, tuple[int, int]]
-    """For each `measure` pass that ran, by label: rows that reached it, and rows among them measured before."""
+    """For each `measure` pass that ran, by label: the rows that reached it, and those of them measured before."""
 
 
 @dataclass
 class Job:
-    """What the functions of this module need to know of a run."""
+    """What the functions of this module share about a run."""
 
     recipe: Recipe
     passes: list[Pass]
     types: dict[str, pa.DataType]
-    """The pool's further columns."""
+    """The pool's columns besides `schema.SAMPLE`."""
     progress: Progress
     claim: Claim
     units: int = 0
@@ -89,7 +90,7 @@ class Job:
 def execute(job: Job) -> Outcome:
     """Runs the passes that are not complete, and checks that the books of the run balance.
 
-    DamagedError if something that was committed is lost or damaged and cannot be recomputed.
+    Raises DamagedError if committed results are missing or damaged and cannot be recomputed.
     """
     passes, funnel = job.passes, Funnel()
     reused: list[str] = []
@@ -100,24 +101,20 @@ def execute(job: Job) -> Outcome:
     else:
         reused.append(passes[0].label)
         job.progress.reused(passes[0].label, _funnel(passes[0]))
-    job.units = unit_total(passes)
+    ingested = passes[0].complete()
+    assert ingested is not None
+    job.units = int(ingested["units"])
     _borrow(job)
     index = 1
     funnel.add(_funnel(passes[0]))
     while index < len(passes):
         job.claim.check()
-        p = passes[index]
+        p, chain = passes[index], [index]
         if p.complete() is not None and (not isinstance(p, SinkPass) or _written_whole(job.recipe, p)):
             reused.append(p.label)
             job.progress.reused(p.label, _funnel(p))
-            funnel.add(_funnel(p))
-            index += 1
-            continue
-        if p.over_units:
-            end = index + 1
-            while end < len(passes) and _joins(passes[end]):
-                end += 1
-            chain = list(range(index, end))
+        elif p.over_units:
+            chain += itertools.takewhile(lambda i: _joins(passes[i]), range(index + 1, len(passes)))
             if p.fitted is not None:
                 label = f"{p.fitted.label} (fit)"
                 job.progress.begin([(label, funnel.kept)])
@@ -126,18 +123,17 @@ def execute(job: Job) -> Outcome:
             known |= _map(job, chain)
         else:
             (_write if isinstance(p, SinkPass) else _barrier)(job, index)
-            chain = [index]
         for i in chain:
             funnel.add(_funnel(passes[i]))
-        index = chain[-1] + 1
+        index += len(chain)
     funnel.balance()
     return Outcome(funnel, reused, mended, known)
 
 
 def write_books(job: Job, outcome: Outcome) -> int:
-    """Writes `drops/*.parquet`, `funnel.json` and, last, `seal.json`; returns the number of rows in the drops.
+    """Writes `drops/*.parquet`, `funnel.json` and, last, `seal.json`. Returns the number of dropped rows.
 
-    BooksError if rows are missing.
+    Raises BooksError if rows are missing.
     """
     recipe, passes, units, claim = job.recipe, job.passes, job.units, job.claim
     store = Store(recipe.run)
@@ -177,15 +173,8 @@ def write_books(job: Job, outcome: Outcome) -> int:
 
 
 def _joins(p: Pass) -> bool:
-    """Whether a pass can run beside the one before it, on the units that come from there."""
+    """Whether a pass can run concurrently with the pass before it, on units as that pass commits them."""
     return p.over_units and p.fitted is None and p.complete() is None
-
-
-def unit_total(passes: Sequence[Pass]) -> int:
-    """The number of units of a run whose pool was ingested."""
-    complete = passes[0].complete()
-    assert complete is not None
-    return int(complete["units"])
 
 
 def _funnel(p: Pass) -> Funnel:
@@ -198,13 +187,13 @@ def _empty_funnel(p: Pass) -> Funnel:
     return Funnel.of(p.labels, 0, [], {})
 
 
-# --- What earlier commands have left ---------------------------------------------------------------------------------
+# --- Results of earlier commands --------------------------------------------------------------------------------------
 
 
 def _mend(job: Job) -> list[str]:
-    """Checks everything that is committed, and removes the records of what is damaged, so that it is recomputed.
+    """Checks everything that is committed, and removes the records of damaged results, so that they are recomputed.
 
-    Raises DamagedError, and removes nothing, if any of it could not be reproduced.
+    Raises DamagedError, and removes nothing, if any damaged result could not be reproduced.
     """
     passes = job.passes
     complete = [p.complete() for p in passes]
@@ -213,13 +202,13 @@ def _mend(job: Job) -> list[str]:
         return []
     units = int(complete[0]["units"])
     own = f"{Store(job.recipe.run).root}/"
-    here = [record is not None and p.root.startswith(own) for record, p in zip(complete, passes)]
+    complete_here = [record is not None and p.root.startswith(own) for record, p in zip(complete, passes)]
     for i, p in enumerate(passes):
         there = units if complete[i] or p.repeatable else len(p.store.names("commits"))
-        if there < units and any(here[i:]):
+        if there < units and any(complete_here[i:]):
             raise DamagedError(
-                f"{p.root}: only {there:,} of {units:,} units are there, and later passes rest on the others. "
-                "To continue, restore it from a copy; or, to fetch again what the web still has, remove the folders of "
+                f"{p.root}: only {there:,} of {units:,} units are there, and later passes depend on the others. "
+                "To continue, restore it from a copy; or, to fetch again what is still online, remove the folders of "
                 "all later passes and run the same command again."
             )
     work = [
@@ -250,13 +239,13 @@ def _mend(job: Job) -> list[str]:
                     passes[i].store.check(entry)
             except DamagedError as error:
                 found.append({"pass": i, "unit": None, "error": str(error)})
-    if final := [d for d in found if not (passes[d["pass"]].repeatable and passes[d["pass"]].root.startswith(own))]:
-        for damage in final:
+    if lost := [d for d in found if not (passes[d["pass"]].repeatable and passes[d["pass"]].root.startswith(own))]:
+        for damage in lost:
             if not passes[damage["pass"]].root.startswith(own):
-                said = damage["error"].partition(" To continue")[0]
-                damage["error"] = f"{said} To continue, run the command of that run again, or remove `reuse`."
-        more = f"\n… and {len(final) - 5:,} more" if len(final) > 5 else ""
-        raise DamagedError("\n".join(damage["error"] for damage in final[:5]) + more)
+                problem = damage["error"].partition(" To continue")[0]
+                damage["error"] = f"{problem} To continue, run the command of that run again, or remove `reuse`."
+        more = f"\n… and {len(lost) - 5:,} more" if len(lost) > 5 else ""
+        raise DamagedError("\n".join(damage["error"] for damage in lost[:5]) + more)
     for damage in found:
         passes[damage["pass"]].forget(damage["unit"])
     return [damage["error"].partition(" To continue")[0] for damage in found]
@@ -291,9 +280,9 @@ def _ingest(job: Job) -> None:
     job.progress.begin([(p.label, plan["rows"])], units)
 
     def scatter(batch: Sequence[tuple[int, int, list[pool.Split]]]) -> Iterator[dict[str, Any]]:
-        for piece, first, some in batch:
-            ingest.scatter(p, piece, first, some, spec, types, units, parts)
-            pa.default_memory_pool().release_unused()  # the process lives on
+        for piece, first, of_piece in batch:
+            ingest.scatter(p, piece, first, of_piece, spec, types, units, parts)
+            pa.default_memory_pool().release_unused()  # Ray reuses the process
             yield {}
 
     def gather(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -326,7 +315,7 @@ def _ingest(job: Job) -> None:
 
 
 def _borrow(job: Job) -> None:
-    """Takes over what the run named by `reuse` has measured of the same rows."""
+    """Takes over the measurements that the run named by `reuse` has for the same rows."""
     passes, units = job.passes, job.units
     for index, p in enumerate(passes):
         if not isinstance(p, MeasurePass) or p.lender is None or p.complete() is not None:
@@ -342,7 +331,7 @@ def _borrow(job: Job) -> None:
 
 
 def _map(job: Job, chain: list[int]) -> dict[str, tuple[int, int]]:
-    """Streams all units through neighbouring passes: one unit is downloaded while another is scored.
+    """Streams all units through adjacent passes: one unit is downloaded while another is scored.
 
     Returns `Outcome.known` for these passes.
     """
@@ -353,7 +342,7 @@ def _map(job: Job, chain: list[int]) -> dict[str, tuple[int, int]]:
     entries: dict[int, list[Entry]] = {i: [] for i in chain}
     known: Counter[int] = Counter()
     parts: dict[int, dict[str, int]] = {i: {} for i in chain}
-    """Numbers of records of the units that have more or fewer than one."""
+    """The number of records of each unit that does not have exactly one."""
     for i, report, workers in run_passes(passes, chain, units, job.recipe.workers):
         job.claim.check()
         done = len(report.records)
@@ -365,8 +354,9 @@ def _map(job: Job, chain: list[int]) -> dict[str, tuple[int, int]]:
             if record.get("parts", 1) != 1:
                 parts[i][str(record["unit"])] = record["parts"]
     for i in chain:
-        if funnels[i].rows_in != (rows if i == chain[0] else funnels[i - 1].kept):
-            raise BooksError(f"{passes[i].label}: {rows:,} rows were due, {funnels[i].rows_in:,} came")
+        if funnels[i].rows_in != rows:
+            raise BooksError(f"{passes[i].label}: expected {rows:,} rows, received {funnels[i].rows_in:,}")
+        rows = funnels[i].kept
         passes[i].sweep(entries[i])
         passes[i].finish(funnels[i], **({"parts": parts[i]} if isinstance(passes[i], MeasurePass) else {}))
     return {passes[i].label: (funnels[i].rows_in, known[i]) for i in chain if isinstance(passes[i], MeasurePass)}
@@ -376,12 +366,7 @@ def _map(job: Job, chain: list[int]) -> dict[str, tuple[int, int]]:
 
 
 def _barrier(job: Job, index: int) -> None:
-    """Runs a whole-run filter over columns of all units, as a Dask graph that Ray computes."""
-    import dask
-    import dask.dataframe as dd
-    import pandas as pd
-    from ray.util.dask import ray_dask_get
-
+    """Runs a whole-run filter over columns of all units."""
     p, before, units = job.passes[index], job.passes[:index], job.units
     rows = _funnel(before[-1]).kept
     step = p.steps[0]
@@ -390,19 +375,34 @@ def _barrier(job: Job, index: int) -> None:
     if not rows:
         p.finish(_empty_funnel(p), files={}, units_per_file=units)
         return
-    started = time.perf_counter()
+    started, spent = time.perf_counter(), Spent()
     per_file = max(1, GROUP_ROWS * units // rows)
     if isinstance(step, VectorFilter):
-        spent = Spent()
         files, reasons = vectors.decide(p, before, units, rows, per_file, partial(map_tasks, spent=spent))
-        line = Line(rows, dict(sorted(reasons.items())), time.perf_counter() - started)
-        job.progress.add(p.label, rows, line.kept, line.dropped, spent=spent)
-        p.sweep(files.values())
-        p.finish(Funnel({p.label: line}), files=files, units_per_file=per_file)
-        return
-    types = {k: v for q in before for k, v in q.adds.items()}
-    columns = dict.fromkeys(["uid", *(c for c in step.needs if c not in POSITION.names)])
-    schema = pa.schema([*POSITION, *((c, types[c]) for c in columns)])
+        line = Line(rows, dict(sorted(reasons.items())))
+    else:
+        files, line = _decide(p, step, before, units, rows, per_file)
+    line.seconds = time.perf_counter() - started
+    job.progress.add(p.label, rows, line.kept, line.dropped, spent=spent)
+    p.sweep(files.values())
+    p.finish(Funnel({p.label: line}), files=files, units_per_file=per_file)
+
+
+def _decide(
+    p: Pass, step: Filter, before: Sequence[Pass], units: int, rows: int, per_file: int
+) -> tuple[dict[str, Entry], Line]:
+    """Runs a whole-run filter as a Dask graph that Ray computes.
+
+    Returns the files of its drops, by the number of the range of `per_file` units that each covers, and its line in the
+    funnel.
+    """
+    import dask
+    import dask.dataframe as dd
+    import pandas as pd
+    from ray.util.dask import ray_dask_get
+
+    types = column_types(before)
+    schema = pa.schema([*POSITION, *((c, types[c]) for c in vectors.needed_columns(step))])
     groups = [range(low, min(units, low + per_file)) for low in range(0, units, per_file)]
 
     def frame_of(group: range) -> pd.DataFrame:
@@ -437,18 +437,14 @@ def _barrier(job: Job, index: int) -> None:
         meta = pd.DataFrame({c: pd.Series([], dtype=object) for c in ("file", "entry", "counts")})
         stored = drops.map_partitions(store_part, meta=meta)
         written, table = dask.compute(stored, figures)
-    line = Line(rows, figures=[] if table is None else json.loads(table.to_json(orient="records")))
+    dropped: Counter[str] = Counter()
     for counts in written["counts"]:
-        for reason, n in json.loads(counts).items():
-            line.dropped[reason] = line.dropped.get(reason, 0) + n
-    line.seconds = time.perf_counter() - started
-    files = {str(number): json.loads(entry) for number, entry in zip(written["file"], written["entry"])}
-    job.progress.add(p.label, rows, line.kept, line.dropped)
-    p.sweep(files.values())
-    p.finish(Funnel({p.label: line}), files=files, units_per_file=per_file)
+        dropped.update(json.loads(counts))
+    line = Line(rows, dropped, figures=[] if table is None else json.loads(table.to_json(orient="records")))
+    return {str(number): json.loads(entry) for number, entry in zip(written["file"], written["entry"])}, line
 
 
-# --- What is written --------------------------------------------------------------------------------------------------
+# --- Sinks and drops --------------------------------------------------------------------------------------------------
 
 
 def _owns_folder(recipe: Recipe, p: SinkPass) -> bool:
@@ -456,7 +452,7 @@ def _owns_folder(recipe: Recipe, p: SinkPass) -> bool:
 
 
 def _written_whole(recipe: Recipe, p: SinkPass) -> bool:
-    """Whether the sink's folder holds exactly what this pass wrote, compared byte for byte."""
+    """Whether the sink's folder holds exactly the files that this pass wrote, compared by SHA-256."""
     folder, complete = Store(recipe.run).folder(p.sink.folder), p.complete()
     if complete is None or not _owns_folder(recipe, p):
         return False
@@ -469,7 +465,7 @@ def _written_whole(recipe: Recipe, p: SinkPass) -> bool:
     entries = [*complete["documents"], *(entry for record in records if record for entry in record["files"])]
     if None in records or set(folder.names()) - {"_SUCCESS"} != {"OWNER", *(entry["name"] for entry in entries)}:
         return False
-    whole = map_tasks(entries, lambda some: ({"whole": _whole(folder, some)},), at_once=16)
+    whole = map_tasks(entries, lambda batch: ({"whole": _whole(folder, batch)},), at_once=16)
     return all(record["whole"] for record in whole)
 
 
@@ -490,7 +486,7 @@ def _write(job: Job, index: int) -> None:
     step, store = p.sink, Store(recipe.run)
     folder = store.folder(step.folder)
     if not _owns_folder(recipe, p):
-        # The folder holds the output of an earlier variant of the recipe, which is incomplete from now on.
+        # The folder holds the output of an earlier variant of the recipe. That output is incomplete from now on.
         folder.remove("_SUCCESS")
         store.remove("seal.json")
         for name in p.store.names("commits"):
@@ -509,7 +505,7 @@ def _write(job: Job, index: int) -> None:
     total = int(ends[-1]) if units else 0
     bounds = step.plan(total)
     job.progress.begin([(p.label, total)])
-    types = {k: v for q in before for k, v in q.adds.items()}
+    types = column_types(before)
 
     def write(batch: Sequence[int]) -> Iterator[dict[str, Any]]:
         ledger = read_taken(store)
@@ -539,7 +535,7 @@ def _write(job: Job, index: int) -> None:
     books = Funnel()
     for lines in map(_funnel, before):
         books.add(lines)
-    honours = [wish for q in before for step in q.steps for wish in step.honours()]
+    honours = [opt_out for q in before for step in q.steps for opt_out in step.honours()]
     about = About(recipe.name, types, books, honours)
 
     def finish(_: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -547,7 +543,7 @@ def _write(job: Job, index: int) -> None:
         finish_sink(p, before, step, folder, ends, about, records, time.perf_counter() - started)
         yield {}
 
-    list(map_tasks([0], finish, spent=spent))  # not on the driver: it may hold the uids of all samples
+    list(map_tasks([0], finish, spent=spent))  # not on the driver: the sink may load the uids of all samples
     job.progress.add(p.label, 0, 0, {}, spent=spent)
 
 
@@ -555,10 +551,10 @@ def finish_sink(
     p: Pass, before: Sequence[Pass], step: Sink, folder: Store, ends: np.ndarray, about: About,
     records: Sequence[dict[str, Any]], seconds: float,
 ) -> None:  # fmt: skip
-    """Writes what describes all parts of a sink, given their records in order, and the record of the pass.
+    """Writes the files that describe all parts of a sink, given their records in order, and the record of the pass.
 
-    `ends` has for each unit the number of rows that reach the sink up to its end; `about` the funnel of the steps
-    before it.
+    `ends` holds for each unit the number of rows that reach the sink from this and all earlier units. `about` holds the
+    funnel of the steps before the sink.
     """
     total = int(ends[-1]) if len(ends) else 0
     bounds = step.plan(total)
@@ -586,7 +582,7 @@ def finish_sink(
 
 
 def rows_taken(before: Sequence[Pass], ends: np.ndarray, low: int, high: int, ledger: pa.Table) -> list[list[Any]]:
-    """Those of the surviving rows low … high − 1 of the run that were taken down (`taken_down.taken_rows`)."""
+    """The surviving rows low … high − 1 of the run that were taken down, in the format of `taken_down.taken_rows`."""
     if not len(ledger) or low == high:
         return []
     return taken_rows(pa.concat_tables(rows_between(before, ends, low, high, ["uid"])), ledger)
@@ -608,20 +604,23 @@ def rows_between(
 
 
 def export_drops(store: Store, passes: list[Pass], number: int, units: range) -> dict[str, Any]:
-    """Writes the drops of a group of units, with uid, url and caption, into one file for people and tools."""
+    """Writes the drops of a range of units, with uid, url and caption, into one file for people and tools.
+
+    Returns its number of `rows` and its `entry`.
+    """
     types = {"uid": pa.string(), "url": pa.string(), "caption": pa.string()}
-    said = [name for name in DROP.names if name not in POSITION.names]
-    schema = pa.schema([*types.items(), *(DROP.field(name) for name in said)])
+    fate = [name for name in DROP.names if name not in POSITION.names]
+    schema = pa.schema([*types.items(), *(DROP.field(name) for name in fate)])
     name, rows = f"drops/{number:05d}.parquet", 0
     with store.output(name) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for unit in units:
             ledgers = [p.drops(passes[:i], unit) for i, p in enumerate(passes)]
-            drops = pa.concat_tables([ledger.select(["row", *said]) for ledger in ledgers])
+            drops = pa.concat_tables([ledger.select(["row", *fate]) for ledger in ledgers])
             if not len(drops):
                 continue
             drops = drops.sort_by("row")
             (texts,) = read_unit(passes[:1], unit, types, drops["row"].to_numpy())
-            table = pa.table([*(texts[c] for c in types), *(drops[c] for c in said)], schema=schema)
+            table = pa.table([*(texts[c] for c in types), *(drops[c] for c in fate)], schema=schema)
             writer.write_table(table)
             rows += len(table)
     return {"rows": rows, "entry": file.entry}

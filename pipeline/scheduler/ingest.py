@@ -1,10 +1,10 @@
 """Shuffles the rows of the pool into units. This is the only full shuffle of a run, and it moves text, not images.
 
-A row's unit is a hash of its canonical URL. So rows with equal URLs share a unit, every unit is a uniform sample of the
-pool, and the rows of a host are spread evenly over all units. `scatter` sorts each piece of the pool by partition (a
-range of adjacent units). `gather` collects a partition from all pieces and commits its units. Pieces and partitions are
-sized for the memory of a task, independent of the pool's files; each pair of them costs one read. Rows are ordered by
-the same hash, so the order of the run does not depend on the number of units.
+A hash of a row's canonical URL determines its unit. So rows with equal URLs share a unit, every unit is a uniform
+sample of the pool, and the rows of a host are spread evenly over all units. `scatter` sorts each piece of the pool by
+partition (a range of adjacent units). `gather` collects a partition from all pieces and commits its units. Pieces and
+partitions are sized for the memory of a task, independently of the pool's files. Each pair of a piece and a partition
+costs one read. Rows are ordered by the same hash, so the order of the run does not depend on the number of units.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipeline.text.url import canonical
 
 SPOOL_ROWS = 1_000_000
 SPOOL_BYTES = 1 << 30
-"""Bytes of a piece held in memory at a time, uncompressed. Arrow string arrays are limited to 2 GB."""
+"""Uncompressed bytes of a piece that are in memory at a time. Arrow string arrays are limited to 2 GB."""
 PARTITION_ROWS = 1_000_000
 PARTITION_BYTES = 1 << 30
 UNIT_BYTES = 1 << 28
@@ -40,19 +40,20 @@ LEAST_SPOOLS, LEAST_SPOOL_ROWS = 64, 50_000
 
 
 def unit_count(rows: int, unit_rows: int, size: int = 0) -> int:
-    """Number of units for a pool of `size` bytes: `unit_rows` rows each, fewer if rows are large or the pool is small,
-    so that every core has work."""
+    """Number of units for a pool of `size` bytes. Each has `unit_rows` rows; fewer if rows are large, or if the pool is
+    small, so that every core has work."""
     heavy = min(rows, size // UNIT_BYTES)
     return max(1, math.ceil(rows / unit_rows), heavy, min(LEAST_UNITS, rows // LEAST_UNIT_ROWS))
 
 
 def partition_count(rows: int, units: int, size: int = 0) -> int:
+    """Number of partitions for a pool of `size` bytes, at most one per unit."""
     return max(1, min(units, max(math.ceil(rows / PARTITION_ROWS), size // PARTITION_BYTES)))
 
 
 def pieces(rows: Sequence[int]) -> list[int]:
-    """The index of the first split of each piece, for splits with these numbers of rows. Pieces have about SPOOL_ROWS
-    rows, fewer in a small pool, so that every core has work."""
+    """Groups splits with these numbers of rows into pieces; returns the index of the first split of each. Pieces have
+    about SPOOL_ROWS rows, fewer in a small pool, so that every core has work."""
     enough = min(SPOOL_ROWS, max(LEAST_SPOOL_ROWS, sum(rows) // LEAST_SPOOLS))
     starts, held = [], enough
     for number, size in enumerate(rows):
@@ -69,7 +70,7 @@ def scatter(
 ) -> None:  # fmt: skip
     """Reads the splits of one piece, numbered from `first`, and writes their rows to spool files by partition.
 
-    The record lists the files: more than one only if a split exceeds the size of a piece.
+    A record lists the files. There is more than one only if a split exceeds the size of a piece.
     """
     record_name = f"spool/{piece:06d}.json"
     if p.store.exists(record_name):
@@ -103,7 +104,7 @@ def scatter(
 def mend(p: PoolPass) -> None:
     """Removes damaged spool records of an interrupted command, so that their pieces are scattered again.
 
-    Checks only the sizes of spool files, which exist only during ingestion.
+    Of spool files, only the sizes are checked, because these files exist only during ingestion.
     """
     sizes = p.store.sizes("spool")
     for name in sizes:
@@ -123,7 +124,7 @@ def mend(p: PoolPass) -> None:
 def gather(
     p: PoolPass, part: int, pieces: int, types: dict[str, pa.DataType], units: int, parts: int
 ) -> Iterator[dict[str, Any]]:
-    """Collects one partition from all pieces and commits its units. Yields their records."""
+    """Collects partition `part` from all pieces and commits its units. Yields their records."""
     first, last = -(-part * units // parts), -(-(part + 1) * units // parts)
     known = {unit: _known(p, unit) for unit in range(first, last)}
     if all(known.values()):
@@ -137,7 +138,7 @@ def gather(
     table = spool.read(p.store, names, part, schema)
     place = table["place"].to_numpy()
     unit_of = _scale(place, units)
-    # Order by hash, uid, then position in the pool: depends only on the pool.
+    # Order by hash, uid, then position in the pool, so that the order depends only on the pool.
     uid = np.frombuffer(bytes.fromhex("".join(table["uid"].to_pylist())), ">u8").reshape(-1, 2)
     order = np.lexsort((np.arange(len(table)), uid[:, 1], uid[:, 0], place))
     table, unit_of = table.take(pa.array(order)), unit_of[order]
@@ -149,28 +150,29 @@ def gather(
 def _known(p: PoolPass, unit: int) -> dict[str, Any] | None:
     """The record of a unit committed by an interrupted command. Withdraws a damaged unit."""
     try:
-        if p.record(unit) is not None:
+        record = p.record(unit)
+        if record is not None:
             check_unit(p, unit, digest=True)
-        return p.record(unit)
+        return record
     except DamagedError:
         p.forget(unit)
         return None
 
 
 def _commit_unit(p: PoolPass, unit: int, table: pa.Table) -> dict[str, Any]:
-    reason = table["drop_reason"].to_numpy(zero_copy_only=False).copy()
-    usable = np.array([r is None for r in reason], bool)
+    """Commits a unit of the pool. Of usable rows with the same uid, only the first is kept."""
+    reasons: list[str | None] = table["drop_reason"].to_pylist()
     seen: set[str] = set()
-    for i, (uid, good) in enumerate(zip(table["uid"].to_pylist(), usable)):
-        if good and uid in seen:
-            reason[i] = "duplicate_uid"
-        elif good:
+    for i, uid in enumerate(table["uid"].to_pylist()):
+        if reasons[i] is None:
+            if uid in seen:
+                reasons[i] = "duplicate_uid"
             seen.add(uid)
     rows = np.arange(len(table), dtype=np.int32)
     stored = table.drop_columns(["drop_reason", "place"]).add_column(0, "row", pa.array(rows))
-    gone = pa.array([r is not None for r in reason], pa.bool_())
+    gone = pa.array([reason is not None for reason in reasons], pa.bool_())
     dropped = stored.filter(gone).append_column("unit", pa.array(np.full(len(table), unit, np.int32)).filter(gone))
-    drops = drops_table(dropped, p.label, pa.array(reason, pa.string()).filter(gone))
+    drops = drops_table(dropped, p.label, pa.array(reasons, pa.string()).filter(gone))
     attempt, heavy = new_attempt(unit), [c for c, dtype in p.adds.items() if is_heavy(dtype)]
     if not heavy:
         return commit(p, unit, attempt, len(table), stored, None, drops, {})

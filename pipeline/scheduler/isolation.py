@@ -1,8 +1,8 @@
-"""Finds and drops the rows of a unit that kill their worker process, trying them in child processes.
+"""Finds the rows of a unit that kill their worker process, by running rows in child processes, and drops them.
 
-An exception is a bug and is raised. A dead process (a segmentation fault in a decoder, an out-of-memory kill) is
-blamed on its input: the unit is bisected down to the rows that cause it, those are dropped as `decoder_crash`, and the
-rest of the unit is committed as usual.
+An exception is a bug and is raised. The death of a process (a segmentation fault in a decoder, an out-of-memory kill)
+is attributed to its input: the unit is bisected down to the rows that cause it, those rows are dropped as
+`decoder_crash`, and the rest of the unit is committed as usual.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ATTEMPTS = 3
 
 
 def attempt(p: Pass, unit: int) -> int:
-    """Records an attempt at a unit before it starts, so that it survives a crash. Returns its number, from 1.
+    """Records an attempt at a unit before it starts, so that the count survives a crash. Returns its number, from 1.
 
     All attempts beyond ATTEMPTS return ATTEMPTS + 1.
     """
@@ -42,7 +42,7 @@ def forgive(p: Pass, units: Iterable[int]) -> None:
 
 
 def run_isolated(passes: Sequence[Pass], index: int, unit: int) -> dict[str, Any]:
-    """Commits a unit without the rows that crash, and returns its record."""
+    """Commits a unit without the rows that crash a process, and returns its record."""
     p, before = passes[index], passes[:index]
     assert isinstance(p, UnitPass)
     rows = p.missing(before, unit)
@@ -50,14 +50,12 @@ def run_isolated(passes: Sequence[Pass], index: int, unit: int) -> dict[str, Any
     _run_rows(passes, index, unit, rows, np.array(crashers, np.int32), commit=True)
     record = p.account(before, unit)
     if record is None:
-        raise RuntimeError(
-            f"unit {unit} of {passes[index].label} crashes only when all its rows run together; free more memory"
-        )
+        raise RuntimeError(f"unit {unit} of {p.label} crashes only when all its rows run together; free more memory")
     return record
 
 
 def _find(passes: Sequence[Pass], index: int, unit: int, rows: np.ndarray) -> list[int]:
-    """Bisects the rows of a unit; returns those that crash on their own."""
+    """Bisects the rows of a unit. Returns the rows that crash a process on their own."""
     if not len(rows) or _run_rows(passes, index, unit, rows, np.empty(0, np.int32), commit=False):
         return []
     if len(rows) == 1:

@@ -1,9 +1,10 @@
-"""A small process that outlives the command and kills what it left running: its Ray and all descendants.
+"""A small process that outlives the command, and then kills the command's Ray and all its descendants.
 
 The command holds the write end of this process's standard input. The kernel closes it however the command ends, even by
-SIGKILL. By then parents may be gone, and process groups differ. A process therefore belongs to the command if it
-inherited a marker variable. A process that renames itself overwrites its environment, so it also belongs if it has a
-file in the Ray session folder open for writing.
+SIGKILL. Parent processes and process groups cannot identify the descendants: by then parents may be gone, and groups
+differ. Instead, a process belongs to the command if it inherited a marker variable. A process that renames itself
+overwrites its environment, so it also belongs to the command if it has a file in the Ray session folder open for
+writing.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ class Keeper:
         os.environ[VARIABLE] = token
 
     def started(self) -> None:
-        """Says that Ray's start has returned, with success or an error.
+        """Tells the keeper process that the start of Ray has returned, successfully or with an error.
 
-        If the command ends before, the keeper prints a line: when a part of Ray dies during the start, Ray's core exits
-        this process without one.
+        If the command ends earlier, the keeper prints an error message: when a component of Ray dies during the start,
+        Ray's core ends the command without one.
         """
         assert self._process.stdin is not None
         with contextlib.suppress(OSError, ValueError):
@@ -57,7 +58,7 @@ class Keeper:
             self._process.stdin.flush()
 
     def end(self) -> None:
-        """Kills all remaining marked processes, and waits for up to PATIENCE seconds."""
+        """Kills all remaining marked processes, and waits up to PATIENCE seconds for them to end."""
         os.environ.pop(VARIABLE, None)
         assert self._process.stdin is not None
         self.started()
@@ -72,7 +73,7 @@ def _processes() -> Iterator[Path]:
 
 
 def _environment(process: Path) -> list[bytes]:
-    """The environment a process was started with; empty if it is gone or belongs to another user."""
+    """The environment with which a process was started; empty if it is gone or belongs to another user."""
     with contextlib.suppress(OSError):
         return (process / "environ").read_bytes().split(b"\0")
     return []
@@ -118,7 +119,7 @@ def _main() -> None:
             session = _find_session(mark)
         elif os.read(0, 1):
             started = True
-            os.dup2(1, 2)  # holds the command's stderr open no longer
+            os.dup2(1, 2)  # releases the command's stderr
         else:
             break
     if not started:

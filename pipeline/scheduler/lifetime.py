@@ -59,11 +59,11 @@ class Watch:
         return None
 
     def is_ending(self) -> bool:
-        """True once the command was told to end or the cluster is lost."""
+        """Whether a signal has ended the command, or the cluster is lost."""
         return self._reason is not None or self.lost() is not None
 
     def close(self) -> None:
-        """Stops watching the cluster, which may be shut down from now on: `lost` returns None."""
+        """Stops watching the cluster, so that it can be shut down. From now on `lost` returns None."""
         self._closed.set()
         self._parts = {}
 

@@ -1,4 +1,4 @@
-"""Measures what the time of a process goes to, from what the kernel counts of it and of its child processes."""
+"""Measures how a process spends its time, from the kernel's counters for it and its child processes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 class Spent(dict[str, float]):
-    """Seconds by what they went to; additive.
+    """Seconds by use. `+=` adds another dictionary of this kind.
 
-    | key | what |
+    | key | meaning |
     |---|---|
-    | `waiting`, `working` | by the clock: without a unit, and with one |
+    | `waiting`, `working` | wall-clock time without a unit, and with one |
     | `cpu` | CPU time of all threads |
     | `queued` | time in which threads were ready to run and waited for a free core |
-    | `child_cpu`, `child_queued` | the same of the child processes, such as decoders |
+    | `child_cpu`, `child_queued` | the same for child processes, such as decoders |
     """
 
     def __missing__(self, what: str) -> float:
@@ -31,8 +31,8 @@ class Spent(dict[str, float]):
 class Meter:
     """Adds up the time of this process.
 
-    The kernel's times come from `/proc` (`schedstat`: time on a core and on its queue). Where there is none, as on
-    macOS, only `cpu` is known. Threads and processes that end between two calls are lost, but for `cpu`.
+    The kernel's times come from `/proc` (`schedstat`: time on a core and in its queue). Without `/proc`, as on macOS,
+    `cpu` is the only one of them. The time of threads and processes that end between two calls counts only in `cpu`.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Meter:
         self._clock, self._kernel = clock, kernel
 
     def take(self) -> Spent:
-        """What was added since the last call."""
+        """Returns the time added since the last call."""
         spent, self._spent = self._spent, Spent()
         return spent
 
@@ -63,12 +63,12 @@ def _kernel() -> Spent:
 def _children(threads: Path) -> Iterator[str]:
     with suppress(OSError):
         for thread in threads.iterdir():
-            with suppress(OSError):  # it has just ended
+            with suppress(OSError):  # the thread has just ended
                 yield from (thread / "children").read_text().split()
 
 
 def _scheduled(threads: Path) -> tuple[float, float]:
-    """Seconds that threads ran, and were queued for a core."""
+    """Seconds for which threads ran, and for which they were queued for a core."""
     ran = queued = 0
     with suppress(OSError):
         for thread in threads.iterdir():

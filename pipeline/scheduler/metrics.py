@@ -30,7 +30,7 @@ class Metrics:
         self._counted: Tally[tuple[str, ...]] = Tally()
 
     def watch(self, event: str, bars: Sequence[Bar]) -> None:
-        """Takes over the state of the running passes, as `Progress` reports it."""
+        """Updates the metrics from the state of the running passes, as `Progress` reports it."""
         for bar in bars if event != "reused" else ():
             tags = {"run": self._run, "pass": bar.label}
             for name, counter, count in (

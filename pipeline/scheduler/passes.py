@@ -1,16 +1,16 @@
-"""Passes over units: how a recipe is cut into them, and what is stored of each. `run_pass` runs one.
+"""Cuts a recipe into passes, and defines what a pass stores for each unit. `run_pass` runs a pass.
 
-A pass writes for each unit one table and, if it adds pixels or vectors, one `.arrow` file, under names that no other
-attempt uses. The table (`.parquet`) has a line for each row that came in: `row`, the light columns that the pass added
-and, for a dropped row, the step and reason (`drop_step, drop_reason, …`). Then it creates one record exclusively, which
-makes the files count. The state of a unit is folded from the records of all passes so far; nothing is copied from pass
-to pass.
+For each unit, a pass writes one table and, if it adds pixels or vectors, one `.arrow` file, under names that no other
+attempt uses. The table (`.parquet`) has one line for each incoming row: `row`, the light columns that the pass added
+and, for a dropped row, the step and reason (`drop_step, drop_reason, …`). The pass then creates one record exclusively;
+files count only if a record lists them. The state of a unit is computed from the records of all passes so far: a pass
+does not copy the columns of earlier passes.
 
-The results of an expensive step belong to rows, not to the filters above it. Such a step is a pass of its own
-(`measure`), stored under a key of what determines its values alone. A unit may have several records there, each for
-other rows: when a filter above lets more rows through, only those never measured are measured, as a further record.
-Results that another run has of the same rows are taken over as a record of their own, whose pictures stay where they
-are (`MeasurePass.borrow`).
+The results of an expensive step belong to rows and do not depend on the filters above it. Such a step is a pass of its
+own (`measure`), stored under a hash of only what determines its values. A unit may have several records there, each for
+different rows: when a filter above lets more rows through, only rows without results are measured, and they get a
+further record. Results for the same rows from another run are also committed as a further record, which refers to the
+pixels and vectors in that run (`MeasurePass.borrow`).
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from pipeline.storage import DamagedError, Entry, Store, sealed
 from trainer import atomic
 
 HEAVY_ROWS = 256
-"""Rows whose pixels are in memory at a time."""
+"""Maximum number of rows of a batch with pixels or vectors."""
 
 PART_BITS = 32
-"""`heavy_at` locates the pixels and vectors of a row: the lower PART_BITS bits are the place in a file, those above
-the number of the file."""
+"""`heavy_at` locates the pixels and vectors of a row: the lower PART_BITS bits are the position in a file, the higher
+bits the number of the file."""
 
 FIT = "fit.arrow"
-"""What a `Fitted` step was fitted to; removed when the pass is complete."""
+"""The table that `Fitted.fit` returned; removed when the pass is complete."""
 
 File = tuple[Store, "Entry | None"]
 
@@ -54,7 +54,7 @@ FATE = [pa.field(f"drop_{f.name}", f.type) for f in DROP if f.name not in POSITI
 
 @dataclass
 class Pass:
-    """Neighbouring steps that run together and are committed once. Subclasses say what is stored, and for which rows.
+    """Adjacent steps that run and are committed together. Subclasses define what is stored, and for which rows.
 
     `before` is always the list of all passes before this one.
     """
@@ -62,7 +62,7 @@ class Pass:
     kind: ClassVar[str] = ""
     """The name of the class in records and in `run.json`."""
     over_units: ClassVar[bool] = False
-    """Whether each unit is run and committed alone, so that neighbouring passes overlap."""
+    """Whether each unit is run and committed separately, so that adjacent passes overlap."""
 
     key: str
     """Hash of everything that determines what is stored: the pool, and every step up to the last of this pass."""
@@ -77,11 +77,11 @@ class Pass:
 
     @property
     def labels(self) -> list[str]:
-        return [step.label for step in self.steps] if self.steps else [self.label]
+        return [step.label for step in self.steps] or [self.label]
 
     @property
     def fitted(self) -> Fitted | None:
-        """The first step, if it is `Fitted` and therefore needs all units of the passes before; else None."""
+        """The first step if it is `Fitted`, and therefore needs all units of the earlier passes; else None."""
         return next((step for step in self.steps if isinstance(step, Fitted)), None)
 
     def setup(self) -> None:
@@ -102,9 +102,10 @@ class Pass:
         return self.key
 
     def record(self, unit: int, part: int | None = None) -> dict[str, Any] | None:
-        """The record of a unit, or None. Of a sink: of one of its parts. In a `MeasurePass`: of one `part`.
+        """The record of a unit, or None. For a sink, `unit` is the number of one of its parts. Only a `MeasurePass` has
+        several records per unit, numbered by `part`.
 
-        DamagedError if the record was changed.
+        Raises DamagedError if the record was changed.
         """
         name = record_name(unit, part)
         record = self.store.read_record(name)
@@ -119,7 +120,7 @@ class Pass:
     def complete(self) -> dict[str, Any] | None:
         """The record of the whole pass, written when all its units are committed.
 
-        None before, or if it is damaged: everything in it can be recomputed.
+        None if it is missing or damaged: everything in it can be recomputed.
         """
         with contextlib.suppress(DamagedError):
             record = self.store.read_record(self.complete_name)
@@ -128,7 +129,7 @@ class Pass:
         return None
 
     def commit(self, unit: int, record: dict[str, Any]) -> bool:
-        """Creates the record of a unit. False if there is one already, which then counts."""
+        """Creates the record of a unit. Returns False if one exists already: then that one counts."""
         name = record_name(unit, record.get("part"))
         return self.store.create(name, sealed({"pass": self.key, "unit": unit, **record}))
 
@@ -144,7 +145,7 @@ class Pass:
             self.store.remove(record_name(unit))
 
     def sweep(self, entries: Iterable[Entry | None]) -> None:
-        """Removes what failed or killed attempts left: all files except records and those that `entries` name."""
+        """Removes the files that failed or killed attempts left: all except records and the files in `entries`."""
         keep = {entry["name"] for entry in entries if entry is not None}
         keep |= {name for name in self.store.names() if name.startswith("complete") and not atomic.is_part(name)}
         for folder in ("", "units", "drops", "attempts", "spool", "commits"):
@@ -158,28 +159,28 @@ class Pass:
         raise NotImplementedError
 
     def drops(self, before: Sequence[Pass], unit: int) -> pa.Table:
-        """What the pass dropped of a unit: the columns of `schema.DROP` without `unit`."""
+        """The rows of a unit that the pass dropped, with the columns of `schema.DROP` except `unit`."""
         raise NotImplementedError
 
 
 class UnitPass(Pass):
-    """A pass over units: of each, one record and one table, which has a line for every row that came in."""
+    """A pass that stores one record and one table for each unit. The table has a line for every incoming row."""
 
     kind = "map"
     over_units = True
 
     def records(self, unit: int) -> list[dict[str, Any]]:
-        """All records of a unit. DamagedError if one is missing."""
+        """All records of a unit. Raises DamagedError if one is missing."""
         return [_must(self, unit)]
 
     def next_part(self, unit: int) -> int | None:
-        """The number of the unit's next record, if it may have several."""
+        """The number of the unit's next record if a unit may have several; else None."""
         return None
 
     def stored(self, unit: int, columns: list[str]) -> tuple[pa.Table, list[File]]:
-        """`row` and columns of all rows with a line in the unit's tables, in the order of `row`.
+        """Returns `row` and `columns` of all rows in the unit's tables, in the order of `row`.
 
-        Also returns the files of the pixels and vectors, which `heavy_at` refers to.
+        Also returns the files of pixels and vectors that `heavy_at` refers to.
         """
         (record,) = self.records(unit)
         return _table(self, record, ["row", *columns]), self.files(record)
@@ -189,15 +190,15 @@ class UnitPass(Pass):
         return [(self.store, record["heavy"])]
 
     def surviving(self, before: Sequence[Pass], unit: int) -> np.ndarray:
-        # Its table has every row that reached it, so the passes before it need not be read.
+        # The table has every row that reached the pass, so earlier passes need not be read.
         return _kept(self.stored(unit, ["drop_reason"])[0])
 
     def drops(self, before: Sequence[Pass], unit: int) -> pa.Table:
         return _fates(self.stored(unit, [f.name for f in FATE])[0])
 
     def valued(self, unit: int) -> np.ndarray:
-        """The rows (int32, ascending) with stored values of the columns that the pass adds: those that it kept,
-        whatever the passes before and after it say of them."""
+        """The rows (int32, ascending) with stored values of the columns that the pass adds: those that it kept, even
+        if earlier or later passes drop them."""
         return _kept(self.stored(unit, ["drop_reason"])[0])
 
     def missing(self, before: Sequence[Pass], unit: int, rows: np.ndarray | None = None) -> np.ndarray:
@@ -205,9 +206,10 @@ class UnitPass(Pass):
         return surviving_rows(before, unit) if rows is None else rows
 
     def account(self, before: Sequence[Pass], unit: int) -> dict[str, Any] | None:
-        """The record of a unit if the pass is done with it, else None.
+        """The record of a unit if the pass has finished it, else None.
 
-        `entries` lists all files stored for the unit, and `known` counts the rows measured before.
+        It has two more keys: `entries` lists all files stored for the unit, and `known` counts its rows that had been
+        measured before.
         """
         record = self.record(unit)
         return None if record is None else accounted(record)
@@ -223,7 +225,7 @@ class PoolPass(UnitPass):
 
 
 class Loan(NamedTuple):
-    """A run that has results of the same step: its pool, and its pass."""
+    """Two passes of another run with results of the same step: its pool, and the pass of that step."""
 
     pool: Pass
     measured: MeasurePass
@@ -232,16 +234,16 @@ class Loan(NamedTuple):
 @dataclass
 class MeasurePass(UnitPass):
     """An expensive step. Its results belong to rows, so `key` is a hash of the step and of what determines the columns
-    that it reads. A unit may have several records, each of other rows."""
+    that it reads. A unit may have several records, each for different rows."""
 
     kind = "measure"
 
     chain: str = ""
-    """Hash of all steps so far, which decide which rows must be measured."""
+    """Hash of all steps up to this one: they determine which rows must be measured."""
     origins: tuple[str, ...] = ()
     """The columns of the pool that determine the results."""
     upstream: tuple[str, ...] = ()
-    """The keys of the passes of this class whose results determine those of this one."""
+    """The keys of the earlier passes of this class that determine the results."""
     lender: Loan | None = None
 
     @property
@@ -260,7 +262,7 @@ class MeasurePass(UnitPass):
                     self.store.remove(f"commits/{name}")
 
     def records(self, unit: int) -> list[dict[str, Any]]:
-        """In the order in which they were committed."""
+        """All records of a unit, in the order in which they were committed."""
         found: list[dict[str, Any]] = []
         with _cure(self, unit):
             while (record := self.record(unit, len(found))) is not None:
@@ -271,7 +273,7 @@ class MeasurePass(UnitPass):
         return len(self.records(unit))
 
     def stored(self, unit: int, columns: list[str]) -> tuple[pa.Table, list[File]]:
-        """Each row once. The rows need not be those that reach the pass now."""
+        """Returns each row once. These rows may differ from those that reach the pass in this run."""
         wanted = ["row", *columns]
         tables: list[pa.Table] = []
         files: list[File] = []
@@ -294,7 +296,7 @@ class MeasurePass(UnitPass):
         return super().files(record)
 
     def of_rows(self, unit: int, columns: list[str], rows: np.ndarray) -> pa.Table:
-        """What is stored for these rows. DamagedError if one is missing."""
+        """The stored columns of these rows. Raises DamagedError if a row is missing."""
         table = self.stored(unit, columns)[0]
         at = _places(table, rows)
         with _cure(self, unit):
@@ -339,11 +341,12 @@ class MeasurePass(UnitPass):
         }
 
     def borrow(self, before: Sequence[Pass], unit: int, units: int) -> None:
-        """Commits what the lender has measured of a unit's rows as one more record. Pixels and vectors stay there.
+        """Commits the lender's results for the rows of a unit as one more record. Pixels and vectors are not copied.
 
-        Two rows are the same if their uids are and, in another pool, all columns `origins`. Equal URLs have an equal
-        place in every pool, so the rows of a unit are in the one or two units of the lender that overlap it. A result
-        that rests on another pass is taken only for rows for which that pass took the lender's result as well.
+        Two rows are the same if their uids are equal and, if the pools differ, all columns `origins` are equal. A URL
+        has the same place (a hash) in every pool, so the rows of a unit are in those units of the lender that cover the
+        same range of places. A result that depends on another measuring pass is taken only for rows for which that
+        pass took the lender's result too.
         """
         assert self.lender is not None
         pool, (lent_pool, lent) = before[0], self.lender
@@ -380,13 +383,13 @@ class MeasurePass(UnitPass):
             _commit_table(self, unit, new_attempt(unit), table, len(table), {}, record)
 
     def borrowed_rows(self, unit: int, pool: Pass) -> np.ndarray:
-        """The rows of a unit that were borrowed from a run of this pool."""
+        """The rows of a unit whose results were borrowed from a run of this pool."""
         tables = [_table(self, record, ["row"]) for record in self.records(unit) if record.get("pool") == pool.key]
         return np.concatenate([np.empty(0, np.int32), *(table["row"].to_numpy() for table in tables)])
 
 
 class BarrierPass(Pass):
-    """A whole-run filter: its drops are stored by groups of units."""
+    """A whole-run filter. Its drops are stored in one file per range of units."""
 
     kind = "barrier"
 
@@ -399,7 +402,7 @@ class BarrierPass(Pass):
         return table.filter(pc.is_valid(table["reason"])).select([name for name in DROP.names if name != "unit"])
 
     def values(self, unit: int) -> pa.Table:
-        """`row` and the columns that the filter adds, of the rows of a unit that got values, in the order of `row`."""
+        """`row` and the columns that the filter adds, for the rows of a unit that got values, in the order of `row`."""
         table = self._decided(unit)
         if not self.adds or not len(table):
             return pa.schema([POSITION.field("row"), *self.adds.items()]).empty_table()
@@ -410,23 +413,21 @@ class BarrierPass(Pass):
         return self.values(unit)["row"].to_numpy()
 
     def _decided(self, unit: int) -> pa.Table:
-        """What is stored of a unit: its drops, and lines without a reason for rows that got values."""
+        """The lines stored for a unit: its drops, and lines without a reason for rows that got values."""
         complete = self.complete()
         if complete is None:
             raise FileNotFoundError(f"{self.root}: the barrier is not complete")
         entry = complete["files"].get(str(unit // complete["units_per_file"]))
         if entry is None:
             return DROP.empty_table()
-        try:
+        with _cure(self, unit):
             table = _barrier_files(self.root)(**entry)
-        except DamagedError as error:
-            cure = f"remove {self.store.path('complete.json')} and run the same command again to recompute the pass"
-            raise DamagedError(f"{error} (unit {unit} of the pass {self.label}). To continue, {cure}.") from None
         return table.filter(pc.equal(table["unit"], unit))
 
 
 class SinkPass(BarrierPass):
-    """A sink: its records describe the parts that it wrote, and its drops are the rows after the last part."""
+    """A sink. Its records describe the parts that it wrote. Its drops are the rows after the last part, and the samples
+    that were taken down."""
 
     kind = "write"
 
@@ -437,24 +438,24 @@ class SinkPass(BarrierPass):
         return step
 
 
-KINDS: dict[str, type[Pass]] = {of.kind: of for of in (PoolPass, UnitPass, MeasurePass, BarrierPass, SinkPass)}
+KINDS: dict[str, type[Pass]] = {cls.kind: cls for cls in (PoolPass, UnitPass, MeasurePass, BarrierPass, SinkPass)}
 
 
 def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.DataType]) -> list[Pass]:
     """Cuts a recipe into passes.
 
-    An expensive step, a barrier and a sink are passes of their own. A pass also ends where a step that needs whole
-    units would not get them, and before a step that is fitted to all rows. The first pass is the pool's own; `types`
-    are the pool's further columns.
+    An expensive step, a barrier and a sink are passes of their own. A pass also ends where a filter of scope "unit"
+    would otherwise not get whole units, and before a `Fitted` step. The first pass ingests the pool; `types` are the
+    pool's columns besides SAMPLE.
     """
     known = {**{f.name: f.type for f in SAMPLE}, **types}
     passes: list[Pass] = [PoolPass(_key("", pool_key), "pool", adds=dict(known))]
     sources: dict[str, str] = {}
-    """For a column that a step added, a key of what determines its values."""
+    """For each column that a step added, a hash of what determines its values."""
     origins = {column: {column} for column in known}
-    """The columns of the pool that determine the values of a column. A step may read SAMPLE without saying so."""
+    """For each column, the pool's columns that determine its values. A step may read SAMPLE without declaring it."""
     measured: dict[str, set[str]] = {column: set() for column in known}
-    """The keys of the `measure` passes that determine the values of a column."""
+    """For each column, the keys of the `measure` passes that determine its values."""
     steps: list[Step] = []
     identities: list[dict[str, Any]] = []
 
@@ -484,7 +485,8 @@ def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.Da
         regroups = any(isinstance(s, Stage) and type(s).stream is not Stage.stream for s in steps)
         wants_units = any(isinstance(s, Filter) and s.scope == "unit" for s in steps)
         pixels = any(is_heavy(known[c]) for c in step.needs if c in known and not any(c in s.adds for s in steps))
-        torn = scope == "unit" and (regroups or _reads_heavy(steps, known))
+        reads_heavy = any(is_heavy(known[c]) for s in steps for c in s.needs if c in known)
+        torn = scope == "unit" and (regroups or reads_heavy)
         if alone or torn or (wants_units and pixels) or isinstance(step, Fitted):
             close()
         step.needs = (*step.needs, *(c for c in step.wants if c in known and c not in step.needs))  # type: ignore[misc]
@@ -493,14 +495,19 @@ def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.Da
         known |= step.adds
         source = _key("", [identities[-1], {c: sources[c] for c in step.needs if c in sources}])
         sources |= dict.fromkeys(step.adds, source)
-        for of in (origins, measured):
-            of |= dict.fromkeys(step.adds, set().union(*(of[c] for c in step.needs if c in of)))
+        for sets in (origins, measured):
+            sets |= dict.fromkeys(step.adds, set().union(*(sets[c] for c in step.needs if c in sets)))
         if alone:
             close(alone)
     close()
     for p in passes:
         p.root = f"{recipe.run}/passes/{p.root or f'00-{p.label}-{p.key}'}"
     return passes
+
+
+def column_types(passes: Iterable[Pass]) -> dict[str, pa.DataType]:
+    """The type of each column that these passes add."""
+    return {name: dtype for p in passes for name, dtype in p.adds.items()}
 
 
 def surviving_rows(passes: Sequence[Pass], unit: int) -> np.ndarray:
@@ -513,7 +520,8 @@ def read_unit(
 ) -> Iterator[pa.Table]:
     """Yields `unit, row` and `columns` of a unit's surviving rows, or of `rows`, in the order of `row`.
 
-    One table; with pixels or vectors among the columns, tables of HEAVY_ROWS rows.
+    Yields one table or, if pixels or vectors are among the columns, tables of HEAVY_ROWS rows. Raises DamagedError if a
+    row or a file is missing or damaged.
     """
     if rows is None:
         rows = surviving_rows(before, unit)
@@ -524,11 +532,9 @@ def read_unit(
         for p in before:
             mine = [c for c in wanted if c in p.adds]
             if isinstance(p, BarrierPass) and mine:
-                values = p.values(unit)
-                at = _places(values, rows)
-                for c in mine:  # the other rows keep what they had
-                    new = values[c].take(pa.array(at, mask=at < 0))
-                    light[c] = pc.coalesce(new, light[c]) if c in light else new
+                values = _spread(p.values(unit).select(["row", *mine]), rows)
+                for c in mine:  # other rows keep their earlier values
+                    light[c] = pc.coalesce(values[c], light[c]) if c in light else values[c]
             if not mine or not isinstance(p, UnitPass):
                 continue
             small = [c for c in mine if not is_heavy(p.adds[c])]
@@ -560,8 +566,11 @@ def read_unit(
 
 
 def byte_ranges(p: UnitPass, unit: int, column: str, rows: np.ndarray) -> tuple[list[File], np.ndarray]:
-    """Where a pass has stored the pixels of these rows of a unit: the files, and for each row the number of its file,
-    the offset and the bytes; int64 (n, 3). DamagedError if a row or a file is missing or not as recorded."""
+    """Locates the stored pixels of these rows of a unit.
+
+    Returns the files, and an int64 array of shape (n, 3): for each row the number of its file, the offset and the size
+    in bytes. Raises DamagedError if a row or a file is missing or damaged.
+    """
     table, files = p.stored(unit, ["heavy_at"])
     at = _places(table, rows)
     with _cure(p, unit):
@@ -571,15 +580,17 @@ def byte_ranges(p: UnitPass, unit: int, column: str, rows: np.ndarray) -> tuple[
         return files, heavy.ranges(table["heavy_at"].take(pa.array(at)).to_numpy().astype(np.int64), column)
 
 
-@lru_cache(maxsize=8)  # a recipe has some barriers
+@lru_cache(maxsize=8)  # one for each barrier; recipes have few
 def _barrier_files(root: str) -> Callable[..., pa.Table]:
-    """Reads files of a barrier, given their entries. Keeps the last two: a file is asked for every unit of it in turn,
-    and units are read side by side."""
+    """Returns a function that reads a file of a barrier, given its entry as keywords.
+
+    It caches the last two files: a file is read for each of its units in turn, and units are read concurrently.
+    """
     store, lock = Store(root), Lock()
     read = lru_cache(maxsize=2)(lambda **entry: store.read_table(entry))
 
     def read_once(**entry: Any) -> pa.Table:
-        with lock:  # or each thread that finds the file missing would read it
+        with lock:  # otherwise every thread that misses the cache would read the file
             return read(**entry)
 
     return read_once
@@ -592,13 +603,13 @@ def _fates(table: pa.Table) -> pa.Table:
 
 
 def _lines(pool: Pass, unit: int, columns: list[str], rows: np.ndarray) -> Iterator[dict[str, Any]]:
-    """These columns of rows of the pool."""
+    """Yields these columns of rows of the pool, each row as a dictionary."""
     for table in read_unit([pool], unit, columns, rows):
         yield from table.drop_columns(POSITION.names).to_pylist()
 
 
 def accounted(record: dict[str, Any]) -> dict[str, Any]:
-    """What `UnitPass.account` returns for a unit with this one record."""
+    """What `UnitPass.account` returns for a unit with only this record."""
     return {**record, "entries": _entries([record]), "known": 0}
 
 
@@ -607,9 +618,9 @@ def _entries(records: Iterable[dict[str, Any]]) -> list[Entry]:
 
 
 def check_unit(p: UnitPass, unit: int, digest: bool) -> None:
-    """Raises DamagedError unless a committed unit is as its records say.
+    """Raises DamagedError unless the files of a committed unit match its records.
 
-    Pixels and vectors are compared by size, with `digest` byte for byte.
+    Pixels and vectors are compared by size, and with `digest` also by SHA-256.
     """
     for record in p.records(unit):
         _table(p, record, [])
@@ -620,10 +631,10 @@ def check_unit(p: UnitPass, unit: int, digest: bool) -> None:
 
 
 def check_measured(passes: Sequence[Pass], index: int, unit: int, digest: bool, whole: bool) -> None:
-    """Does what `check_unit` does for a `MeasurePass`, and raises DamagedError if measurements are gone.
+    """Does the same as `check_unit` for a `MeasurePass`, and raises DamagedError if measurements are missing.
 
-    They must be there for all rows that reach the pass, if it was complete (`whole`), and for all rows from whose
-    results a later pass has measured something.
+    If the pass was complete (`whole`), every row that reaches it must have results. So must every row that a later pass
+    has measured, if that measurement depends on this pass.
     """
     p = passes[index]
     assert isinstance(p, MeasurePass)
@@ -657,8 +668,8 @@ def commit(
 ) -> dict[str, Any]:
     """Writes the table of an attempt and creates the unit's record; returns the record that counts.
 
-    `light` and `drops` are in the order of `row`; `light` may include dropped rows. Of two attempts the first wins, and
-    the files of the other are removed.
+    `light` and `drops` are in the order of `row`; `light` may include dropped rows. If two attempts commit, the first
+    wins, and the files of the other are removed.
     """
     rows = np.union1d(light["row"].to_numpy(), drops["row"].to_numpy()).astype(np.int32)
     light, fates = _spread(light, rows), _spread(drops, rows)
@@ -671,7 +682,7 @@ def commit(
 def _commit_table(
     p: Pass, unit: int, attempt: str, table: pa.Table, rows_in: int, seconds: dict[str, float], more: dict[str, Any]
 ) -> dict[str, Any]:
-    """Writes a unit's table, whose columns include FATE, and creates the record, which also holds `more`."""
+    """Writes a unit's table, which must include FATE, and creates the record with the further keys `more`."""
     drops = table.filter(pc.is_valid(table["drop_reason"]))
     fates = [pa.table({"step": drops["drop_step"], "reason": drops["drop_reason"]})]
     record: dict[str, Any] = {
@@ -689,7 +700,7 @@ def _commit_table(
 
 
 def _encodings(schema: pa.Schema) -> dict[str, str]:
-    """Parquet encodings of the columns of a unit whose values are nearly all distinct. A dictionary of them would take
+    """Parquet encodings for the columns of a unit whose values are nearly all distinct: dictionary encoding would take
     twice the bytes and twice the time to read."""
     floats = {field.name: "BYTE_STREAM_SPLIT" for field in schema if field.type in (pa.float32(), pa.float64())}
     return {"row": "DELTA_BINARY_PACKED", **floats}
@@ -707,7 +718,7 @@ def _kept(table: pa.Table) -> np.ndarray:
 
 
 def _numbered(table: pa.Table, files: int) -> pa.Table:
-    """Makes `heavy_at`, if it is there, refer to the files after the first `files` of a list."""
+    """Adds `files` to the file numbers in `heavy_at`, if the table has that column."""
     if "heavy_at" not in table.column_names:
         return table
     at = pc.add(table["heavy_at"].cast(pa.int64()), files << PART_BITS)
@@ -715,7 +726,7 @@ def _numbered(table: pa.Table, files: int) -> pa.Table:
 
 
 def _places(table: pa.Table, rows: np.ndarray) -> np.ndarray:
-    """The place of each of these rows in a table in the order of `row`; −1 if the table lacks it."""
+    """The index of each of these rows in a table sorted by `row`; −1 for a row that the table lacks."""
     there = table["row"].to_numpy()
     if np.array_equal(there, rows):
         return np.arange(len(rows))
@@ -729,9 +740,8 @@ class _Heavy:
 
     def __init__(self, p: Pass, unit: int, files: Sequence[File]) -> None:
         self._files: list[pa.NativeFile] = []
-        self._batches: list[tuple[Any, int]] = []
-        self._owners: list[tuple[int, int]] = []
-        """For each batch, the number of its file and the address at which that is mapped."""
+        self._batches: list[tuple[Any, int, int, int]] = []
+        """For each batch, the reader of its file, its index there, the file's number and the address of its mapping."""
         starts: list[int] = []
         for number, (store, entry) in enumerate(files):
             if entry is None:  # every row of this part was dropped
@@ -741,8 +751,7 @@ class _Heavy:
             base = self._files[-1].read_buffer(1).address
             reader, at = pa.ipc.open_file(self._files[-1]), number << PART_BITS
             for i in range(reader.num_record_batches):
-                self._batches.append((reader, i))
-                self._owners.append((number, base))
+                self._batches.append((reader, i, number, base))
                 starts.append(at)
                 at += reader.get_batch(i).num_rows
         self._starts = np.array(starts, np.int64)
@@ -755,28 +764,26 @@ class _Heavy:
             file.close()
 
     def take(self, positions: np.ndarray, names: list[str]) -> dict[str, pa.ChunkedArray]:
+        """The values of these columns at positions (`heavy_at`), in the order of the positions."""
         chunk = np.searchsorted(self._starts, positions, side="right") - 1
-        order = np.argsort(chunk, kind="stable")
         pieces = []
         for i in np.unique(chunk):
             local = pa.array(positions[chunk == i] - self._starts[i])
-            reader, number = self._batches[i]
-            pieces.append(pa.Table.from_batches([reader.get_batch(number).select(names).take(local)]))
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
+            reader, batch, *_ = self._batches[i]
+            pieces.append(pa.Table.from_batches([reader.get_batch(batch).select(names).take(local)]))
+        back = np.argsort(np.argsort(chunk, kind="stable"))  # the inverse permutation
         table = pa.concat_tables(pieces).combine_chunks().take(pa.array(back))
         return {name: table[name] for name in names}
 
     def ranges(self, positions: np.ndarray, name: str) -> np.ndarray:
-        """Where the values of a column of bytes lie: the number of the file, the offset and the bytes; int64 (n, 3).
+        """Locates values of a binary column: the number of the file, the offset and the size in bytes; int64 (n, 3).
 
-        Files are Arrow IPC without compression, so every value is a range of bytes. A null has 0 bytes.
+        Files are Arrow IPC without compression, so every value is a range of bytes. A null has size 0.
         """
         chunk = np.searchsorted(self._starts, positions, side="right") - 1
         found = np.zeros((len(positions), 3), np.int64)
         for i in np.unique(chunk):
-            reader, batch = self._batches[i]
-            number, base = self._owners[i]
+            reader, batch, number, base = self._batches[i]
             values = reader.get_batch(batch).column(name)
             _, bounds, data = values.buffers()
             width = np.int64 if pa.types.is_large_binary(values.type) else np.int32
@@ -804,16 +811,18 @@ def _must(p: Pass, unit: int, part: int | None = None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _cure(p: Pass, unit: int) -> Iterator[None]:
-    """Adds unit, pass and cure to a DamagedError."""
+    """Adds the unit, the pass and how to continue to the message of a DamagedError."""
     try:
         yield
     except DamagedError as error:
-        if p.repeatable:
+        if isinstance(p, BarrierPass):
+            cure = f"remove {p.store.path(p.complete_name)} and run the same command again to recompute the pass"
+        elif p.repeatable:
             name = p.store.path(f"commits/{unit:07d}.*" if isinstance(p, MeasurePass) else record_name(unit))
             cure = f"remove {name} and run the same command again to recompute the unit"
         else:
             cure = (
-                "restore it from a copy; or, to fetch again what the web still has, remove "
+                "restore it from a copy; or, to fetch again what is still online, remove "
                 f"{p.root} and the folders of all later passes and run the same command again"
             )
         raise DamagedError(f"{error} (unit {unit} of the pass {p.label}). To continue, {cure}.") from None
@@ -822,10 +831,6 @@ def _cure(p: Pass, unit: int) -> Iterator[None]:
 def record_name(unit: int, part: int | None = None) -> str:
     """The file of a unit's record, or of one part of the unit's measurements."""
     return f"commits/{unit:07d}.json" if part is None else f"commits/{unit:07d}.{part:03d}.json"
-
-
-def _reads_heavy(steps: list[Step], known: dict[str, pa.DataType]) -> bool:
-    return any(is_heavy(known[c]) for step in steps for c in step.needs if c in known)
 
 
 def _key(before: str, what: Any) -> str:

@@ -29,12 +29,12 @@ class Bar:
 
     label: str
     total: int | None
-    """Rows that will reach it, if that is known."""
+    """Rows that will reach the pass; None if that is not known yet."""
     units: int | None
-    """Units that it will process."""
+    """Units that the pass will process; None for a pass that is not run by units."""
     started: float
     changed: float
-    """When it started, and when it last made progress, in seconds of `time.monotonic`."""
+    """When the pass started, and when it last made progress, in seconds of `time.monotonic`."""
     units_done: int = 0
     rows: int = 0
     kept: int = 0
@@ -43,9 +43,9 @@ class Bar:
     workers: int | None = None
     """Worker processes; None for a pass that runs as Ray tasks."""
     spent: Spent = field(default_factory=Spent)
-    """What the time of its workers or tasks went to, in seconds."""
+    """The time of its workers or tasks by use, in seconds."""
     first: tuple[float, int] | None = None
-    """When the first rows were reported, and how many. The ETA ignores the time before: workers were starting."""
+    """When the first rows were reported, and how many. The ETA ignores the time before, when workers were starting."""
 
     @property
     def rate(self) -> float:
@@ -54,8 +54,8 @@ class Bar:
 
     @property
     def eta(self) -> int | None:
-        """Seconds until the pass is done, if that can be said: by its rows, or by its units as long as it is not known
-        how many rows will reach it."""
+        """Estimated seconds until the pass is done, or None. Based on rows, or on units while the number of rows that
+        will reach the pass is unknown."""
         if self.total is None and self.units and self.units_done:
             return int((self.units - self.units_done) / self.units_done * (self.changed - self.started)) or None
         since, rows = self.first or (self.changed, self.rows)
@@ -64,8 +64,8 @@ class Bar:
         return int((self.total - self.rows) / (self.rows - rows) * (self.changed - since))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for logs and tools; `dropped` holds rows by reason, `seconds` those since the pass started,
-        `spent` what the time of its workers went to."""
+        """Plain data for logs and tools. `dropped` counts rows by reason, `seconds` is the time since the pass started,
+        and `spent` is the time of its workers by use."""
         return {
             "pass": self.label,
             "rows": self.rows,
@@ -83,8 +83,8 @@ class Bar:
 
 
 Watcher = Callable[[str, Sequence[Bar]], None]
-"""Called with `started`, `progress`, `finished` or `stopped` and the running passes; with `reused` and a pass that an
-earlier command has completed."""
+"""Called with `started`, `progress`, `finished` or `stopped` and the running passes, or with `reused` and a pass that
+an earlier command has completed."""
 
 
 def clock(seconds: float) -> str:
@@ -94,7 +94,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Shows rows, rows/s, kept rows and drops by reason for the running passes, and tells its watchers."""
+    """Shows rows, rows/s, kept rows and drops by reason for the running passes, and notifies its watchers."""
 
     def __init__(self, console: Console, *watchers: Watcher) -> None:
         self.watchers = list(watchers)
@@ -104,7 +104,7 @@ class Progress:
         self._printed = time.monotonic()
 
     def begin(self, passes: list[tuple[str, int | None]], units: int | None = None) -> None:
-        """Starts the display for passes, given as (label, expected rows or None). `units` is the units in each pass."""
+        """Starts the display for passes, given as (label, expected rows or None), of `units` units each."""
         self.end()
         now = time.monotonic()
         self._bars = {label: Bar(label, total, units, now, now) for label, total in passes}
@@ -125,8 +125,8 @@ class Progress:
         workers: int | None = None,
         spent: Spent | None = None,
     ) -> None:
-        """Adds finished rows and units to a pass. `reasons` counts the dropped rows by reason; `workers` are those that
-        the pass has now; `spent` are seconds of theirs."""
+        """Adds finished rows and units to a pass. `reasons` counts the dropped rows by reason, `workers` is the current
+        number of workers, and `spent` is time of theirs, in seconds."""
         bar = self._bars.get(label)
         if bar is None:
             return
@@ -155,7 +155,7 @@ class Progress:
         self._tell("reused", [bar])
 
     def end(self, done: bool = True) -> None:
-        """Ends the display and prints a plain line for each pass. `done` says whether they came to their end."""
+        """Ends the display and prints a plain line for each pass. `done` says whether the passes are complete."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -170,7 +170,7 @@ class Progress:
             watcher(event, list(self._bars.values()) if bars is None else bars)
 
     def _lines(self) -> Group:
-        """One line per running pass, cut at the width of the terminal; the rarest drop reasons come last."""
+        """One line per running pass, cut at the width of the terminal. The rarest drop reasons come last."""
         name = max((len(label) for label in self._bars), default=0)
         lines = []
         for bar in self._bars.values():
@@ -187,14 +187,15 @@ def _line(bar: Bar) -> str:
     parts = [f"{bar.label}: {bar.rows:,}{total} rows", *units, f"{bar.rate:,.0f}/s"]
     parts += [f"eta {clock(bar.eta)}"] if bar.eta is not None else []
     parts.append(f"kept {bar.kept:,}")
-    parts += [f"dropped {_top(bar.reasons)}"] if bar.reasons else []
+    if reasons := _ranked(bar.reasons):
+        more = " …" if len(reasons) > 4 else ""
+        parts.append(f"dropped {' '.join(reasons[:4])}{more}")
     return ", ".join(parts)
 
 
-def _top(reasons: dict[str, int], most: int = 4) -> str:
-    ranked = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
-    shown = " ".join(f"{reason} {n:,}" for reason, n in ranked[:most])
-    return shown + (" …" if len(ranked) > most else "")
+def _ranked(reasons: dict[str, int]) -> list[str]:
+    """The reasons with their numbers of rows, the most frequent first."""
+    return [f"{reason} {n:,}" for reason, n in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))]
 
 
 def print_funnel(console: Console, funnel: Funnel) -> None:
@@ -205,14 +206,13 @@ def print_funnel(console: Console, funnel: Funnel) -> None:
     table.add_column("dropped")
     for label, line in funnel.lines.items():
         share = line.kept / line.rows_in if line.rows_in else 0.0
-        reasons = sorted(line.dropped.items(), key=lambda item: (-item[1], item[0]))
         table.add_row(
             label,
             f"{line.rows_in:,}",
             f"{line.kept:,}",
             f"{share:.1%}",
             f"{line.seconds:.1f}",
-            ", ".join(f"{reason} {n:,}" for reason, n in reasons),
+            ", ".join(_ranked(line.dropped)),
         )
     console.print(table)
     console.say(f"{funnel.rows_in:,} rows in = {funnel.kept:,} kept + {funnel.rows_in - funnel.kept:,} dropped")

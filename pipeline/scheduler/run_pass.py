@@ -1,6 +1,6 @@
-"""Runs a pass over units: reads their rows, applies the steps, and commits each unit. No Ray here: a worker calls this.
+"""Runs a pass over units: reads their rows, applies the steps, and commits each unit. Workers call it; it needs no Ray.
 
-See `pipeline.scheduler.passes` for what is stored of a unit.
+See `pipeline.scheduler.passes` for what is stored for a unit.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -32,13 +32,13 @@ class UnitReport:
     rows: int = 0
     """Rows processed."""
     kept: int = 0
-    """Rows kept among them."""
+    """Rows kept among those processed."""
     reasons: Counter[str] = field(default_factory=Counter)
-    """Rows dropped among them, by reason."""
+    """Rows dropped among those processed, by reason."""
     records: list[dict[str, Any]] = field(default_factory=list)
     """Records of the units that were committed."""
     spent: Spent = field(default_factory=Spent)
-    """What the time of the worker went to."""
+    """The time of the worker by use."""
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> UnitReport:
@@ -67,8 +67,9 @@ def run_pass(
 ) -> Iterator[UnitReport]:
     """Runs a pass over units as one stream of batches, and commits each unit when its last row comes out.
 
-    Steps see rows of the next unit while the last rows of this one are in progress. `rows` restricts a single unit to
-    some of its rows, and `crashers` are dropped without being processed: see `pipeline.scheduler.isolation`.
+    Steps receive rows of the next unit while the last rows of the current one are in progress. For
+    `pipeline.scheduler.isolation`, `rows` restricts a single unit to some of its rows, `crashers` are rows to drop
+    without processing them, and `commit=False` discards the results.
     """
     p, before = passes[index], passes[:index]
     assert isinstance(p, UnitPass)
@@ -79,12 +80,13 @@ def run_pass(
 
     def source() -> Iterator[pa.Table]:
         for unit in units:
-            part = p.next_part(unit)  # before reading which rows it has
+            # Before `missing` reads the records, so that two attempts cannot both commit the same rows.
+            part = p.next_part(unit)
             living = p.missing(before, unit, rows)
             writers[unit] = UnitWriter(p, unit, living, part)
             if crashers is not None:
                 dead = pa.table({"unit": np.full(len(crashers), unit, np.int32), "row": crashers.astype(np.int32)})
-                # The last step of a pass is the one that decodes.
+                # The crash is attributed to the last step of the pass, which is the one that decodes.
                 writers[unit].drop(drops_table(dead, p.labels[-1], "decoder_crash"))
                 living = np.setdiff1d(living, crashers)
             for batch in read_unit(before, unit, columns, living):
@@ -98,12 +100,12 @@ def run_pass(
             report.rows += len(drops)
             report.reasons.update(drops["reason"].to_pylist())
 
-    stream: Iterator[pa.Table] = _timed(source(), clock, "")
+    stream = _timed(source(), clock, "")
     for step in p.steps:
         stream = _timed(_through(step, stream, dropped), clock, step.label)
 
     def finished() -> Iterator[dict[str, Any]]:
-        for unit in [u for u, w in writers.items() if w.done]:
+        for unit in [unit for unit, writer in writers.items() if not writer.missing]:
             writer = writers.pop(unit)
             seconds = _self_times(clock, p.labels)
             if not commit:
@@ -134,14 +136,13 @@ def run_pass(
         for unit, writer in writers.items():
             raise RuntimeError(f"{' + '.join(p.labels)} lost {writer.missing:,} rows of unit {unit}")
     finally:
-        if hasattr(stream, "close"):
-            stream.close()
+        stream.close()
         for writer in writers.values():
             writer.abort()
 
 
 def _source_columns(p: Pass) -> list[str]:
-    """The columns that the steps of a pass need from the passes before it."""
+    """The columns that the steps of a pass need from earlier passes."""
     added: set[str] = set()
     wanted = dict.fromkeys(SAMPLE.names)
     for step in p.steps:
@@ -154,14 +155,15 @@ class UnitWriter:
     """Collects the results of one attempt at a unit, and commits them."""
 
     def __init__(self, p: UnitPass, unit: int, rows: np.ndarray, part: int | None = None) -> None:
-        """`part` is the number of the record, if the unit may have several."""
+        """`part` is the number of the record if the unit may have several; else None."""
         self.p, self.unit, self.rows_in, self._part = p, unit, len(rows), part
         self._store = p.store
         self._attempt = new_attempt(unit)
         self._light_schema = pa.schema([("row", pa.int32())] + [(k, v) for k, v in p.adds.items() if not is_heavy(v)])
         self._heavy_schema = pa.schema([(k, v) for k, v in p.adds.items() if is_heavy(v)])
         self._open = set(rows.tolist())
-        self._kept: list[pa.Table] = []
+        heavy_at = [("heavy_at", pa.int32())] if len(self._heavy_schema) else []
+        self._kept = [pa.schema([*self._light_schema, *heavy_at]).empty_table()]
         self._dropped: list[pa.Table] = []
         self._heavy_at = 0
         self._heavy: Output | None = None
@@ -169,11 +171,8 @@ class UnitWriter:
         self._ipc: Any = None
 
     @property
-    def done(self) -> bool:
-        return not self._open
-
-    @property
     def missing(self) -> int:
+        """Number of rows that were neither added nor dropped yet."""
         return len(self._open)
 
     @property
@@ -185,7 +184,7 @@ class UnitWriter:
         return Counter(reason for drops in self._dropped for reason in drops["reason"].to_pylist())
 
     def add(self, batch: pa.Table) -> None:
-        """Adds rows that go on. Their pixels are written at once."""
+        """Adds rows that were kept. Their pixels and vectors are written immediately."""
         self._close_rows(batch["row"])
         light = batch.select(self._light_schema.names).cast(self._light_schema)
         if len(self._heavy_schema):
@@ -199,34 +198,30 @@ class UnitWriter:
         self._kept.append(light)
 
     def drop(self, drops: pa.Table) -> None:
+        """Adds rows that were dropped, as `schema.DROP`."""
         self._close_rows(drops["row"])
         self._dropped.append(drops)
 
     def commit(self, seconds: dict[str, float]) -> dict[str, Any]:
-        """Writes the rest and creates the record. Returns the record of another attempt if that was first."""
+        """Writes the table and creates the record. Returns the record of another attempt if that one was first."""
         if self._ipc is not None:
             self._ipc.close()
         self._stack.close()
         if not self.rows_in and self._part is not None:
             return {}
-        kept = pa.concat_tables(self._kept) if self._kept else self._empty()
+        kept = pa.concat_tables(self._kept).sort_by("row")
         drops = pa.concat_tables(self._dropped).sort_by("row") if self._dropped else DROP.empty_table()
         heavy = self._heavy.entry if self._heavy is not None else None
-        kept = kept.sort_by("row")
         return commit(self.p, self.unit, self._attempt, self.rows_in, kept, heavy, drops, seconds, self._part)
 
     def abort(self) -> None:
-        """Gives up, and removes the files of this attempt."""
+        """Removes the files of this attempt."""
         with contextlib.suppress(Exception):
             if self._ipc is not None:
                 self._ipc.close()
         self._stack.close()
         for suffix in (".parquet", ".arrow"):
             self._store.remove(self._attempt + suffix)
-
-    def _empty(self) -> pa.Table:
-        table = self._light_schema.empty_table()
-        return table.append_column("heavy_at", pa.array([], pa.int32())) if len(self._heavy_schema) else table
 
     def _close_rows(self, rows: pa.ChunkedArray) -> None:
         numbers = rows.to_pylist()
@@ -239,6 +234,7 @@ class UnitWriter:
 
 
 def _through(step: Step, stream: Iterator[pa.Table], dropped: Callable[[pa.Table], None]) -> Iterator[pa.Table]:
+    """Applies a step to a stream. Yields the batches of kept rows, and passes drops to `dropped`."""
     if (first := next(stream, None)) is None:  # a step need not handle a stream without batches
         return
     stream = chain([first], stream)
@@ -249,11 +245,12 @@ def _through(step: Step, stream: Iterator[pa.Table], dropped: Callable[[pa.Table
         outputs = (apply(step, batch) for batch in stream)
     for kept, drops in outputs:
         dropped(drops)
-        # Empty batches go on too, so that the end of the stream can see that a unit is done.
+        # Empty batches are passed on too, so that `run_pass` notices when a unit is done.
         yield kept
 
 
-def _timed(stream: Iterator[pa.Table], clock: dict[str, float], label: str) -> Iterator[pa.Table]:
+def _timed(stream: Iterator[pa.Table], clock: dict[str, float], label: str) -> Generator[pa.Table, None, None]:
+    """The same stream. Adds the time spent in it, including the streams that feed it, to `clock[label]`."""
     while True:
         start = time.perf_counter()
         try:
@@ -266,7 +263,7 @@ def _timed(stream: Iterator[pa.Table], clock: dict[str, float], label: str) -> I
 
 
 def _self_times(clock: dict[str, float], labels: list[str]) -> dict[str, float]:
-    """Seconds of each step since the last call, without those of the steps that fed it."""
+    """Seconds of each step since the last call, without the time of the steps that feed it."""
     times = [clock[label] for label in ["", *labels]]
     for label in clock:
         clock[label] = 0.0

@@ -1,8 +1,8 @@
 """Shuffles rows between units through files.
 
-A spool file is an Arrow IPC file with one record batch per partition. Each source of rows writes one file; a partition
-is read as one batch of every file. A shuffle costs one read per pair of file and partition. Rows never pass through the
-driver or the object store.
+A spool file is an Arrow IPC file with one record batch per partition. Each source of rows writes one file; reading a
+partition reads one batch of every file. A shuffle costs one read per pair of file and partition. Rows never pass
+through the driver or Ray's object store.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ READS_AT_ONCE = 8
 def write(
     store: Store, name: str, table: pa.Table, part: np.ndarray, parts: int, compression: str | None = "zstd"
 ) -> Entry:
-    """Writes the rows of a table by their partition `part`, 0 to `parts` − 1. Returns the file's entry.
+    """Writes the rows of a table grouped by their partition `part`, 0 to `parts` − 1. Returns the file's entry.
 
     Set `compression` to None for vectors, which do not compress.
     """

@@ -1,14 +1,14 @@
-"""Runs steps that look at the vectors of the whole run: `step.VectorFilter`, and the fit of `step.Fitted`.
+"""Runs steps that read vectors of the whole run: `step.VectorFilter`, and the fit of `step.Fitted`.
 
 A `VectorFilter`:
 
     units ──sample──▶ fit, once ──▶ units ──by group──▶ spool ──a partition of groups at a time──▶ drops, by unit
 
-Costs, for n rows of d dimensions in fp16: about two reads and one write of n·d·2 bytes, then one read for each pair of
-a piece and a partition, both of some 256 MB. A worker holds one piece, one partition, or the largest group. For 10⁹
+The cost for n rows of d dimensions in fp16 is about two reads and one write of n·d·2 bytes, plus one read for each pair
+of a piece and a partition, both of about 256 MB. A worker holds one piece, one partition, or the largest group. For 10⁹
 rows of 512 dimensions that is 1 TB, 4,000 pieces and 4,000 partitions: 16 million reads of 64 KB.
 
-A `Fitted` step needs only the sample, which one task holds in memory; its rows then go through an ordinary pass.
+A `Fitted` step needs only the sample, which one task holds in memory. Its rows then go through an ordinary pass.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.scheduler import spool
-from pipeline.scheduler.passes import FIT, Pass, read_unit
+from pipeline.scheduler.passes import FIT, Pass, column_types, read_unit
 from pipeline.schema import DROP, POSITION
 from pipeline.similarity import embeddings
-from pipeline.step import VectorFilter, drops_table
+from pipeline.step import Step, VectorFilter, drops_table
 from pipeline.storage import Entry, Store
 from pipeline.text.hashing import hash64, uniform
 
 PIECE_BYTES = 256 << 20
-"""Size of a piece (vectors that a worker sorts by group) and of a partition of groups. Smaller in a small run, so that
-every core has work."""
+"""Size of a piece (vectors that a worker sorts by group) and of a partition of groups. They are smaller in a small run,
+so that every core has work."""
 LEAST_PIECES, LEAST_PIECE_BYTES = 64, 32 << 20
 MOST_DIVISIONS = 8
-"""Most times that a crowded group is divided again; after that its vectors count as equal."""
+"""Maximum depth of divisions of a crowded group. Deeper groups are treated as groups of equal vectors."""
 
 RunTasks = Callable[..., Iterable[dict[str, Any]]]
 """Runs a function over items on the workers: `(items, work, at_once)`, as `workers.map_tasks` does."""
@@ -52,10 +52,10 @@ class Grouping:
     """Number of the first group of this level; numbers are unique over all levels."""
     within: dict[int, Grouping] = field(default_factory=dict)
     chunks: dict[int, int] = field(default_factory=dict)
-    """For groups of equal vectors, which no fit divides: the number of parts that their rows are dealt to."""
+    """For groups of equal vectors, which no fit divides: the number of parts over which their rows are spread."""
 
     def save(self, store: Store, name: str) -> None:
-        """Writes the tree as one file. With many groups it has megabytes, too much to send along with each task."""
+        """Writes the tree to one file. With many groups it takes megabytes, too much to send with each task."""
         arrays: dict[str, np.ndarray] = {}
 
         def level(grouping: Grouping, path: str) -> None:
@@ -72,6 +72,7 @@ class Grouping:
 
     @classmethod
     def load(cls, store: Store, name: str) -> Grouping:
+        """Reads a tree written by `save`."""
         with np.load(io.BytesIO(store.read(name))) as saved:
             arrays = dict(saved)
 
@@ -84,14 +85,13 @@ class Grouping:
 
 def fit(step: VectorFilter, sample: np.ndarray, rows: int) -> Grouping:
     """Fits groups of at most `largest_group` rows each, as estimated from the sample."""
-    numbers = iter(range(1 << 62))
+    numbered = 0
 
     def level(sample: np.ndarray, rows: int, depth: int) -> Grouping:
+        nonlocal numbered
         fitted = step.fit(sample, rows)
-        first = next(numbers)
-        for _ in range(len(fitted) - 1):
-            next(numbers)
-        grouping = Grouping(fitted, first)
+        grouping = Grouping(fitted, numbered)
+        numbered += len(fitted)
         home = _by_group(step.groups(sample, fitted))[:, 0]
         for group, n in zip(*np.unique(home, return_counts=True)):
             expected = round(rows * n / len(sample))
@@ -109,7 +109,7 @@ def fit(step: VectorFilter, sample: np.ndarray, rows: int) -> Grouping:
 def assign(
     step: VectorFilter, vectors: np.ndarray, uids: pa.ChunkedArray, grouping: Grouping
 ) -> tuple[np.ndarray, ...]:
-    """The groups of vectors, float32 (n, d), as two arrays of equal length: index of the vector, and its group."""
+    """The groups of vectors, float32 (n, d), as two arrays of equal length: the index of a vector, and its group."""
     index, groups = [], []
 
     def level(at: np.ndarray, grouping: Grouping) -> None:
@@ -142,15 +142,13 @@ def decide(
     """
     (step,) = p.steps
     assert isinstance(step, VectorFilter)
-    _clear(p.store)  # what a killed run has left
+    _clear(p.store)  # files of a killed run
     attempt = f"spool/{secrets.token_hex(4)}"
-    types = {name: of for q in before for name, of in q.adds.items()}
-    dimension = types[step.vector].list_size
-    columns = list(dict.fromkeys(["uid", *(c for c in step.needs if c not in POSITION.names)]))
+    types, columns = column_types(before), needed_columns(step)
     schema = pa.schema(
         [*POSITION, *((c, types[c]) for c in columns if c != step.vector), (step.vector, types[step.vector])]
     )
-    row_bytes = dimension * 2 + 64
+    row_bytes = types[step.vector].list_size * 2 + 64
     piece_bytes = min(PIECE_BYTES, max(LEAST_PIECE_BYTES, rows * row_bytes // LEAST_PIECES))
     piece_rows = max(1, piece_bytes // row_bytes)
     unit_groups = _ranges(units, max(1, piece_rows * units // max(rows, 1)))
@@ -175,17 +173,17 @@ def decide(
     def scatter(ranges: Sequence[range]) -> Iterator[dict[str, Any]]:
         step.setup()
         grouping = Grouping.load(p.store, f"{attempt}-groups.npz")
-        for some in ranges:
-            read = (t.select(schema.names) for unit in some for t in read_unit(before, unit, columns))
+        for units_of_piece in ranges:
+            read = (t.select(schema.names) for unit in units_of_piece for t in read_unit(before, unit, columns))
             table = pa.concat_tables([schema.empty_table(), *read])
             if not (usable := embeddings.finite(table[step.vector])).all():
                 table = table.filter(pa.array(usable))
             index, group = assign(step, embeddings.matrix(table[step.vector]), table["uid"], grouping)
-            if not np.array_equal(index, np.arange(len(table))):  # a row of several groups, or of a divided one
+            if not np.array_equal(index, np.arange(len(table))):  # a row has several groups, or a group is divided
                 table = table.take(pa.array(index))
             table = table.append_column("group", pa.array(group))
             part = ((group * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) % np.uint64(parts)
-            name = f"{attempt}-piece-{some.start:07d}.arrow"
+            name = f"{attempt}-piece-{units_of_piece.start:07d}.arrow"
             spool.write(p.store, name, table, part, parts, compression=None)
             yield {"name": name}
 
@@ -215,12 +213,9 @@ def decide(
     def store(numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
         for number in numbers:
             drops = spool.read(p.store, found, number, DROP).sort_by([("unit", "ascending"), ("row", "ascending")])
-            first = np.ones(len(drops), bool)
-            for column in POSITION.names:  # a row of several groups may have been dropped in more than one
-                values = drops[column].to_numpy()
-                first[1:] &= values[1:] == values[:-1]
-            first[1:] = ~first[1:]
-            drops = drops.filter(pa.array(first))
+            # A row of several groups may have been dropped in more than one: the first drop counts.
+            position = (drops["unit"].to_numpy().astype(np.int64) << 32) + drops["row"].to_numpy()
+            drops = drops.take(pa.array(np.unique(position, return_index=True)[1]))
             name = f"drops/{number:06d}-{secrets.token_hex(4)}.parquet"
             entry = p.store.write_table(name, drops) if len(drops) else None
             yield {"number": number, "entry": entry, "reasons": Counter(drops["reason"].to_pylist())}
@@ -232,23 +227,15 @@ def decide(
 
 
 def fit_step(p: Pass, before: Sequence[Pass], units: int, rows: int, run_tasks: RunTasks) -> None:
-    """Draws the sample for the fitted step of a pass, and writes what the step makes of it, unless that is there."""
+    """Draws the sample for the fitted step of a pass and writes the fitted table, unless that exists already."""
     step = p.fitted
     assert step is not None
     if p.store.exists(FIT):
         return
-    _clear(p.store)  # what a killed run has left
-    columns = list(dict.fromkeys(["uid", *(c for c in step.needs if c not in POSITION.names)]))
+    _clear(p.store)  # files of a killed run
+    unit_groups, share = _ranges(units, -(-units // LEAST_PIECES) or 1), step.sample_rows(rows) / max(rows, 1)
     attempt = f"spool/{secrets.token_hex(4)}"
-    names = _draw(
-        p,
-        before,
-        _ranges(units, -(-units // LEAST_PIECES) or 1),
-        columns,
-        step.sample_rows(rows) / max(rows, 1),
-        attempt,
-        run_tasks,
-    )
+    names = _draw(p, before, unit_groups, needed_columns(step), share, attempt, run_tasks)
 
     def fit_once(names: Sequence[list[str]]) -> Iterator[dict[str, Any]]:
         fitted = step.fit(_drawn(p.store, names[0]), rows)
@@ -260,30 +247,33 @@ def fit_step(p: Pass, before: Sequence[Pass], units: int, rows: int, run_tasks: 
     _clear(p.store)
 
 
+def needed_columns(step: Step) -> list[str]:
+    """`uid` and the columns that a step needs, except the position of the row."""
+    return list(dict.fromkeys(["uid", *(c for c in step.needs if c not in POSITION.names)]))
+
+
 def _draw(
-    p: Pass,
-    before: Sequence[Pass],
-    unit_groups: Sequence[range],
-    columns: list[str],
-    share: float,
-    attempt: str,
+    p: Pass, before: Sequence[Pass], unit_groups: Sequence[range], columns: list[str], share: float, attempt: str,
     run_tasks: RunTasks,
-) -> list[str]:
-    """Draws rows with usable vectors by a hash of their uids, and spools `columns`. Returns the names of the files."""
-    types = {name: of for q in before for name, of in q.adds.items()}
+) -> list[str]:  # fmt: skip
+    """Draws a `share` of the rows, 0 to 1, by a hash of their uids, and spools `columns` of those with usable vectors.
+
+    Returns the names of the files.
+    """
+    types = column_types(before)
     schema = pa.schema([(name, types[name]) for name in columns])
-    of_vectors = [name for name in columns if pa.types.is_fixed_size_list(types[name])]
+    vector_columns = [name for name in columns if pa.types.is_fixed_size_list(types[name])]
 
     def draw(ranges: Sequence[range]) -> Iterator[dict[str, Any]]:
-        for some in ranges:
-            name = f"{attempt}-sample-{some.start:07d}.arrow"
+        for units in ranges:
+            name = f"{attempt}-sample-{units.start:07d}.arrow"
             with p.store.output(name) as file, pa.ipc.new_file(file, schema) as writer:
-                for unit in some:
-                    (texts,) = read_unit(before, unit, ["uid"])
-                    chosen = uniform(texts["uid"], purpose="vectors") < share
-                    for table in read_unit(before, unit, columns, texts["row"].to_numpy()[chosen]):
+                for unit in units:
+                    (uids,) = read_unit(before, unit, ["uid"])
+                    chosen = uniform(uids["uid"], purpose="vectors") < share
+                    for table in read_unit(before, unit, columns, uids["row"].to_numpy()[chosen]):
                         usable = np.ones(len(table), bool)
-                        for column in of_vectors:
+                        for column in vector_columns:
                             usable &= embeddings.finite(table[column])
                         writer.write_table(table.filter(pa.array(usable)).select(columns))
             yield {"name": name}
@@ -312,10 +302,11 @@ def _ranges(n: int, size: int) -> list[range]:
 
 
 def _runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Start and end of each run of equal values."""
+    """Yields the start and end of each run of equal values."""
     starts = np.flatnonzero(np.append(True, values[1:] != values[:-1])[: len(values)])
     yield from zip(starts.tolist(), [*starts[1:].tolist(), len(values)])
 
 
 def _by_group(groups: np.ndarray) -> np.ndarray:
+    """What `VectorFilter.groups` returned, as an array of shape (n, p)."""
     return groups.reshape(len(groups), -1)

@@ -1,7 +1,7 @@
-"""Workers on Ray, and how units reach them.
+"""Runs workers on Ray, and sends units to them.
 
-Only unit numbers and small reports travel between the driver and its workers; the contents of a unit go through the
-run's storage. The driver or a worker may die at any moment: only the units' commit records count.
+Only unit numbers and small reports travel between the driver and its workers. The contents of a unit go through the
+run's storage. The driver or a worker may die at any moment: only the commit records of units count.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from pipeline.step import HaltError
 T = TypeVar("T")
 
 UNITS_AHEAD = 4
-"""Most units assigned to a worker: one running out, one in progress, and the next ones, so that it never waits."""
+"""Maximum number of units assigned to a worker: one that is ending, one in progress, and the next ones, so that the
+worker never waits."""
 REPORT_EVERY = 0.5
 """Seconds between two reports of a worker in the middle of a unit."""
 GROW_EVERY = 10.0
@@ -46,16 +47,16 @@ def map_tasks(
     at_once: int = 1,
     spent: Spent | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Runs `work` on the cluster over all items, `at_once` items a task; yields its records in any order.
+    """Runs `work` on the cluster over all items, `at_once` items per task. Yields its records in any order.
 
-    For pure functions that need no setup. Ray runs a task again when its worker dies. Adds the time of the tasks
-    by use, as `UnitReport.spent`, to `spent`.
+    For functions that need no setup and may run twice: Ray runs a task again when its worker dies. Adds the time of the
+    tasks by use to `spent`.
     """
 
     @ray.remote(num_cpus=1)
-    def task(some: Sequence[T]) -> tuple[list[dict[str, Any]], Spent]:
+    def task(batch: Sequence[T]) -> tuple[list[dict[str, Any]], Spent]:
         meter = Meter()
-        records = list(work(some))
+        records = list(work(batch))
         meter.add("working")
         return records, meter.take()
 
@@ -71,8 +72,8 @@ def map_tasks(
             records, took = ray.get(done)
         except OutOfMemoryError:
             raise HaltError(
-                "Ray killed a task again and again because the machine is short of memory. End other processes, or use "
-                f"a machine with more. {GOES_ON}"
+                "Ray killed a task repeatedly because the machine is short of memory. End other processes, or use a "
+                f"machine with more memory. {GOES_ON}"
             ) from None
         if spent is not None:
             spent += took
@@ -82,20 +83,20 @@ def map_tasks(
 def run_passes(
     passes: list[Pass], numbers: Sequence[int], units: int, workers: int | None
 ) -> Iterator[tuple[int, UnitReport, int]]:
-    """Sends units 0 … `units` − 1 through neighbouring passes, each with a pool of workers of its own.
+    """Sends units 0 … `units` − 1 through adjacent passes, each with its own pool of workers.
 
-    The passes overlap: while one downloads a unit, the next scores those that are downloaded. Yields the number of a
-    pass, a report of its progress, and how many workers it has.
+    The passes overlap: while one downloads a unit, the next scores units that are downloaded already. Yields the number
+    of a pass, a report of its progress, and its number of workers.
     """
     gpus = cluster.capacity("GPU")
     resources = {
         i: "GPU" if gpus and any(step.resource == "gpu" for step in passes[i].steps) else "CPU" for i in numbers
     }
-    # All pools must fit side by side, or one would wait for another to end.
+    # All pools must fit on the cluster at the same time, or one would wait for another to end.
     shares = {"CPU": 1 / max(1, list(resources.values()).count("CPU")), "GPU": 1}
     pools = []
     for i, resource in resources.items():
-        # A cluster that was joined may grow; one of our own does not.
+        # A joined cluster may grow; one that this command started does not.
         most = min(units, workers or (units if cluster.joined() else cluster.capacity(resource)))
         pools.append(_WorkerPool(passes, i, most, resource, shares[resource]))
     pools[0].backlog.extend(range(units))
@@ -128,7 +129,7 @@ def run_passes(
 
 
 class _Remote:
-    """An object in an actor, as a worker sees it: its methods are coroutines here."""
+    """A proxy for an object in an actor. Methods of the object are coroutines of the proxy."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
@@ -143,11 +144,11 @@ class _Remote:
 
 
 class _Worker:
-    """Runs one pass over the units assigned to it, as one stream for as long as the next unit arrives in time."""
+    """Runs one pass over the units assigned to it. Units that arrive in time are processed as one stream."""
 
     def __init__(self, passes: list[Pass], index: int, shared: dict[int, Any]) -> None:
         self._passes, self._index, self._shared = passes, index, shared
-        # Steps that are set up hold models, threads and shared objects, which cannot go to another process.
+        # Once set up, steps hold models, threads and shared objects, which cannot be sent to another process.
         self._own = copy.deepcopy(passes)
         self._inbox: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
@@ -156,13 +157,13 @@ class _Worker:
         self._inbox.put(unit)
 
     def run(self) -> Iterator[UnitReport]:
-        """Sets up the steps, reports that by an empty report, and works until there are no more units."""
+        """Sets up the steps, yields an empty report when that is done, and works until there are no more units."""
         p = self._own[self._index]
         for number, actor in self._shared.items():
             p.steps[number].connect(_Remote(actor))
         p.setup()
-        # Nothing loaded by now is garbage, nor are the thousands of rows in progress. Scanning both took a sixth of a
-        # fetching worker's time.
+        # Neither the objects loaded so far nor the thousands of rows in progress are garbage. Scanning both took a
+        # sixth of a fetching worker's time.
         gc.collect()
         gc.freeze()
         gc.set_threshold(10_000)
@@ -205,18 +206,18 @@ class _Worker:
             yield UnitReport.of(isolation.run_isolated(self._passes, self._index, unit))
 
     def _arrived(self) -> Iterator[int]:
-        """The units in the inbox, without waiting for more."""
+        """Yields the units in the inbox, without waiting for more."""
         with contextlib.suppress(queue.Empty):
             while True:
                 unit = self._inbox.get_nowait()
                 if unit is None:
-                    self._inbox.put(None)  # for `run` to see
+                    self._inbox.put(None)  # `run` ends on it
                     return
                 yield unit
 
 
 def _merged(reports: Iterable[UnitReport]) -> Iterator[UnitReport]:
-    """The same reports in fewer: finished units at once, progress within a unit a few times a second."""
+    """Merges reports: finished units are reported immediately, progress within a unit every REPORT_EVERY seconds."""
     held, sent = UnitReport(), time.monotonic()
     for report in reports:
         held += report
@@ -232,9 +233,9 @@ class _WorkerHandle:
 
     actor: Any
     lost_nodes: int
-    """Nodes that the cluster had lost when the worker started."""
+    """Number of nodes that the cluster had lost when the worker started."""
     units: list[int] = field(default_factory=list)
-    """Assigned and not yet committed, the oldest first."""
+    """Units assigned and not yet committed, the oldest first."""
     ready: bool = False
 
 
@@ -242,7 +243,7 @@ class _WorkerPool:
     """The workers of one pass, as the driver sees them."""
 
     def __init__(self, passes: list[Pass], index: int, most: int, resource: str, share: float) -> None:
-        """At most `most` workers, each with a `share` of a CPU or of a GPU, as `resource` says."""
+        """At most `most` workers, each with a `share` (0 to 1) of the `resource`, "CPU" or "GPU"."""
         self.index = index
         self.backlog: deque[int] = deque()
         self.workers: dict[Any, _WorkerHandle] = {}
@@ -251,13 +252,13 @@ class _WorkerPool:
         self._most, self._resource = most, resource
         self._arguments = (passes, index, _shared_objects(passes[index]) if most > 1 else {})
         resources = {"num_cpus": share} if resource == "CPU" else {"num_cpus": 0, "num_gpus": share}
-        # One thread works, the other one takes new units. Ray restarts no worker: only this pool knows which units a
-        # lost one had.
+        # One thread works, the other receives units. Ray does not restart workers: only this pool knows which units a
+        # lost worker had.
         self._actor = ray.remote(_Worker).options(max_concurrency=2, scheduling_strategy="SPREAD", **resources)  # type: ignore[attr-defined]
         self._failed_starts = 0
 
     def grow(self, units: int) -> None:
-        """Starts the workers that the cluster has room for, and that this many units can keep busy."""
+        """Starts as many workers as the cluster has room for and this number of units can keep busy."""
         missing = min(units, self._most, max(1, cluster.capacity(self._resource))) - len(self.workers)
         if missing > 0:
             lost_nodes = cluster.lost_nodes()
@@ -269,7 +270,7 @@ class _WorkerPool:
         self.workers[actor.run.options(num_returns="streaming").remote()] = _WorkerHandle(actor, lost_nodes)  # type: ignore[union-attr]
 
     def submit_units(self) -> None:
-        """Assigns units to the workers with the fewest: at most half of an equal share, so that all end together."""
+        """Assigns units to the workers with the fewest, at most half of an equal share, so that all end together."""
         ready = [worker for worker in self.workers.values() if worker.ready]
         if not self.backlog or not ready:
             return
@@ -283,12 +284,12 @@ class _WorkerPool:
                     worker.actor.submit.remote(unit)
 
     def receive(self, stream: Any) -> UnitReport:
-        """The next report of a worker. The units of one that died go back to the backlog."""
+        """Returns the next report of a worker. If the worker died, its units go back to the backlog."""
         worker = self.workers[stream]
         try:
             report: UnitReport = ray.get(next(stream))
         except (RayActorError, StopIteration) as death:
-            if getattr(death, "actor_init_failed", False):  # it cannot load its pass, and no other would
+            if getattr(death, "actor_init_failed", False):  # it cannot load its pass, and no other worker could
                 raise
             del self.workers[stream]
             ray.kill(worker.actor)  # it may only be unreachable
@@ -313,24 +314,23 @@ class _WorkerPool:
         return report
 
     def release(self) -> None:
-        """Lets the workers end when they have committed their units."""
+        """Lets the workers end once they have committed their units."""
         for worker in self.workers.values():
             worker.actor.submit.remote(None)
         self.workers = {}
 
     def kill(self) -> None:
-        """Ends the workers at once."""
+        """Ends the workers immediately."""
         for worker in self.workers.values():
             ray.kill(worker.actor)
         self.workers = {}
 
 
 def _shared_objects(p: Pass) -> dict[int, Any]:
-    """An actor for each step whose workers share an object, by the step's number."""
-    wanted = {number: step.shared() for number, step in enumerate(p.steps)}
-    return {
-        number: ray.remote(num_cpus=0, max_restarts=-1)(kind).remote(*arguments)
-        for number, found in wanted.items()
-        if found is not None
-        for kind, arguments in [found]
-    }
+    """An actor for each step with an object that its workers share, by the step's number."""
+    actors: dict[int, Any] = {}
+    for number, step in enumerate(p.steps):
+        if (shared := step.shared()) is not None:
+            kind, arguments = shared
+            actors[number] = ray.remote(num_cpus=0, max_restarts=-1)(kind).remote(*arguments)
+    return actors

@@ -1,1 +1,1 @@
-"""Near copies among hashes, and vectors as matrices."""
+"""Finds near copies among hashes, and reads and clusters embeddings."""

@@ -1,4 +1,4 @@
-"""Reads embeddings as matrices, from Arrow columns and from files of vectors and linear heads."""
+"""Reads embeddings as matrices from Arrow columns, and loads files of vectors and linear heads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 _BLOCK = 2048
-"""Rows per product with centroids: 800 MB at 100,000 of them."""
+"""Rows per product with centroids: takes 800 MB with 100,000 of them."""
 
 
 def matrix(column: pa.ChunkedArray) -> np.ndarray:
@@ -22,12 +22,18 @@ def matrix(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def finite(column: pa.ChunkedArray) -> np.ndarray:
-    """Bool of shape (n,): true for vectors that are not null and have only numbers in the range of float32."""
-    there = pc.is_valid(column).to_numpy()
-    vectors = column if there.all() else column.filter(pa.array(there))
-    of_chunks = map(_values, vectors.chunks)  # as they are: converting halves takes longer
-    there[there] = np.concatenate([np.empty(0, bool), *(_in_range(values).all(axis=1) for values in of_chunks)])
-    return there
+    """True for vectors that are not null and have only numbers in the range of float32: bool of shape (n,)."""
+    valid = pc.is_valid(column).to_numpy()
+    vectors = column if valid.all() else column.filter(pa.array(valid))
+    chunks = map(_values, vectors.chunks)  # in their own type, since converting float16 takes longer
+    valid[valid] = np.concatenate([np.empty(0, bool), *(_in_range(values).all(axis=1) for values in chunks)])
+    return valid
+
+
+def finite_units(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """The mask of `finite`, and the vectors that it selects, divided by their norms: float32 of shape (m, d)."""
+    valid = finite(column)
+    return valid, unit(matrix(column.filter(pa.array(valid))))
 
 
 def _in_range(values: np.ndarray) -> np.ndarray:
@@ -41,23 +47,24 @@ def _values(chunk: pa.FixedSizeListArray) -> np.ndarray:
 
 
 def check_vectors(types: Mapping[str, pa.DataType], **columns: str) -> Iterator[tuple[str, str]]:
-    """Yields `(option, problem)` for each option whose column is there and holds no vectors."""
+    """Yields `(option, problem)` for each option that names a column of `types` without vectors."""
     for option, column in columns.items():
-        if column in types and not _holds_vectors(types[column]):
+        if column in types and not is_vector(types[column]):
             yield option, f"the column {column!r} holds {types[column]}, expected vectors: a fixed-size list of floats"
 
 
 def check_width(types: Mapping[str, pa.DataType], column: str, path: str) -> Iterator[str]:
-    """Yields what is wrong if the vectors of a column and those of a `.npy` file differ in width."""
-    if column not in types or not _holds_vectors(types[column]):
+    """Yields a problem if the vectors of a column and of a `.npy` file differ in their number of dimensions."""
+    if column not in types or not is_vector(types[column]):
         return
     shape, width = load_vectors(path).shape, types[column].list_size
     if shape[1] != width:
         yield f"{path} has shape {shape}, and {column} has {width} dimensions: they are from different models"
 
 
-def _holds_vectors(of: pa.DataType) -> bool:
-    return pa.types.is_fixed_size_list(of) and pa.types.is_floating(of.value_type)
+def is_vector(dtype: pa.DataType) -> bool:
+    """True for a fixed-size list of floats."""
+    return pa.types.is_fixed_size_list(dtype) and pa.types.is_floating(dtype.value_type)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -67,7 +74,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def check_clusters(clusters: int | None) -> Iterator[tuple[str, str]]:
-    """Yields `(option, problem)` if `spherical_kmeans` cannot make so many clusters here; None is a default."""
+    """Yields `(option, problem)` if the number of clusters is out of range (None is a default), or faiss is missing."""
     if clusters is not None and not 1 <= clusters <= 1_000_000:
         yield "clusters", f"must be from 1 to 1,000,000, found {clusters}"
     try:
@@ -79,8 +86,8 @@ def check_clusters(clusters: int | None) -> Iterator[tuple[str, str]]:
 def spherical_kmeans(sample: np.ndarray, k: int, seed: int, iterations: int = 20) -> np.ndarray:
     """Unit centroids of spherical k-means over a sample of vectors: float32 of shape (min(k, m), d). Needs faiss.
 
-    Uses all cores, since nothing else of a run can start before its fit is done. Ray's workers would get one. The
-    result does not depend on their number.
+    Uses all cores, since nothing else in a run can start before the fit is done; a Ray worker would use one. The result
+    does not depend on the number of cores.
     """
     import faiss
 
@@ -105,8 +112,8 @@ def nearest(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 
 
 def load_vectors(path: str | Path) -> np.ndarray:
-    """The vectors of a `.npy` file, float32 of shape (m, d). Raises OSError if the file cannot be read, ValueError if
-    it is invalid."""
+    """The vectors of a `.npy` file: float32 of shape (m, d). Raises OSError if the file cannot be read, and ValueError
+    if it is invalid."""
     try:
         with open(path, "rb") as file:
             vectors = np.load(file, allow_pickle=False)
@@ -131,8 +138,11 @@ class Head(NamedTuple):
 
 
 def load_head(path: str | Path) -> Head:
-    """Loads a linear head from a torch state dict (`.pth`, `.pt`), `.safetensors` or `.npz`, with `weight` (1, d) and
-    `bias` (1,) under any prefix. Unpickles only tensors. Raises OSError or ValueError."""
+    """Loads a linear head from a torch state dict (`.pth`, `.pt`), `.safetensors` or `.npz`.
+
+    The file has `weight` of shape (1, d) and `bias` of shape (1,), with any prefix. Unpickles only tensors. Raises
+    OSError or ValueError.
+    """
     suffix = Path(path).suffix
     try:
         with open(path, "rb") as file:
@@ -151,7 +161,7 @@ def load_head(path: str | Path) -> Head:
                 raise ValueError("expected .pth, .pt, .safetensors or .npz")
     except OSError:
         raise
-    except Exception as error:  # each library raises its own errors for invalid files
+    except Exception as error:  # each library raises different errors for invalid files
         raise ValueError(f"{path}: not a linear head: {' '.join(str(error).split())[:200]}") from None
     weights = [a for name, a in arrays.items() if name.rpartition(".")[2] == "weight"]
     biases = [a for name, a in arrays.items() if name.rpartition(".")[2] == "bias"]

@@ -11,15 +11,15 @@ from scipy.sparse.csgraph import connected_components
 
 from trainer.hamming import masks
 
-# Largest bucket that is compared pairwise. Splitting a bucket with more comparisons is cheaper.
+# Largest bucket that is compared pairwise. Larger ones are cheaper to split.
 _LARGEST_BUCKET = 256
-# Buckets of at most this many members are compared pairwise, without looking at what is connected already.
+# Buckets of at most this many members are compared pairwise, without checking which members are already connected.
 _SMALL_BUCKET = 64
-# Members of a bucket that are compared with its others first. In dense buckets, that connects most members and saves
+# Members of a bucket that are compared with all others first. In dense buckets, this connects most members and saves
 # most of the remaining comparisons.
 _PIVOTS = 8
 # Pairs are joined once this many are found, so memory is bounded by the number of hashes, not of pairs.
-_MOST_PENDING = 1 << 20
+_MAX_PENDING = 1 << 20
 
 
 def clusters(
@@ -27,14 +27,13 @@ def clusters(
 ) -> np.ndarray:
     """Connected components of the graph that links hashes at a Hamming distance ≤ `max_hamming`. Exact.
 
-    `hashes`: distinct uint64 of shape (n,). Returns int64 labels of shape (n,): the index of the first hash of each
-    hash's component. `probes` limits the search to pairs that are equal under one of these `(mask, indices of the
-    hashes to compare)`; by default, all hashes under each of `masks(max_hamming)`. A pair that is equal under several
-    masks may be left to the first of them.
+    `hashes` are distinct uint64 of shape (n,). Returns int64 labels of shape (n,): for each hash, the index of the
+    first hash in its component. `probes` are pairs `(mask, indices of the hashes to compare)`; only pairs of hashes
+    that are equal under one of these masks are found. By default, all hashes are compared under each of
+    `masks(max_hamming)`. A pair that is equal under several masks may be compared only under the first.
 
     Hashes are compared only within buckets of hashes that are equal under a mask. Crowded buckets are split again by
-    the same pigeonhole on the bits that vary in them, and members known to be connected are not compared with each
-    other.
+    the same pigeonhole argument on the bits that vary in them, and members known to be connected are not compared.
     """
     probes = list(probes if probes is not None else [(mask, np.arange(len(hashes))) for mask in masks(max_hamming)])
     forest = Forest(len(hashes))
@@ -42,15 +41,15 @@ def clusters(
     order = np.argsort(hashes)
     ascending = hashes[order]
 
-    def places(some: np.ndarray) -> np.ndarray:
-        return order[np.searchsorted(ascending, some)]
+    def places(values: np.ndarray) -> np.ndarray:
+        return order[np.searchsorted(ascending, values)]
 
     todo = []
     for number, (mask, members) in enumerate(probes):
         earlier = [other for other, _ in probes[:number]]
         todo.append((mask, _link_in_small_buckets(hashes[members], mask, earlier, max_hamming, places, links), _PIVOTS))
     links.join()
-    # More distinct hashes than this differ in over max_hamming + 2 bits, so a bucket to split has bits for every block.
+    # More distinct hashes than this vary in over max_hamming + 2 bits, so there is a bit for every block of a split.
     largest = max(_LARGEST_BUCKET, 1 << max_hamming + 2)
     while todo:
         mask, members, most = todo.pop()
@@ -71,7 +70,7 @@ def clusters(
 
 
 class Forest:
-    """Disjoint sets of nodes 0…n-1, each identified by its smallest node."""
+    """Disjoint sets of the nodes 0 to n − 1. Each set is identified by its smallest node."""
 
     def __init__(self, n: int) -> None:
         self._parent = np.arange(n)
@@ -97,7 +96,7 @@ class Forest:
 
 
 class _Links:
-    """Pairs of close hashes that have been found, to be joined many at a time."""
+    """Collects pairs of close hashes and joins many at a time."""
 
     def __init__(self, forest: Forest) -> None:
         self.forest = forest
@@ -105,10 +104,10 @@ class _Links:
         self._count = 0
 
     def add(self, pairs: np.ndarray) -> bool:
-        """Adds pairs of nodes, of shape (2, n). True if that made the pairs so far be joined."""
+        """Adds pairs of nodes, of shape (2, n). Returns True if all pairs so far have now been joined."""
         self._pending.append(pairs)
         self._count += pairs.shape[1]
-        full = self._count > _MOST_PENDING
+        full = self._count > _MAX_PENDING
         if full:
             self.join()
         return full
@@ -127,14 +126,14 @@ def _link_in_small_buckets(
     places: Callable[[np.ndarray], np.ndarray],
     links: _Links,
 ) -> np.ndarray:
-    """Links all close pairs of buckets of at most `_SMALL_BUCKET` members. Returns the members of larger ones.
+    """Links all close pairs in buckets of at most `_SMALL_BUCKET` members. Returns the members of larger buckets.
 
-    Pairs that are equal under one of the `earlier` masks too are skipped: they were found under that. `places` maps
-    hashes to their indices.
+    Skips pairs that are also equal under one of the `earlier` masks, which were found then. `places` maps hashes to
+    their indices.
 
-    Moves the bits of the mask to the front of each hash. Such values sort by bucket, and differ in as many bits as the
-    hashes do, so neither an argsort nor a gather is needed, and the members of a bucket are compared with those 1, 2, …
-    places after them.
+    Moves the bits of the mask to the front of each hash. The moved values sort by bucket and differ in as many bits as
+    the hashes, so neither an argsort nor a gather is needed: each member of a bucket is compared with those 1, 2, …
+    places after it.
     """
     moves = _moves(mask)
     values = _move(hashes, moves)
@@ -145,11 +144,11 @@ def _link_in_small_buckets(
     large = np.repeat(sizes > _SMALL_BUCKET, sizes)
     crowd = places(_move_back(values[large], moves))
     size = np.repeat(np.minimum(sizes, _SMALL_BUCKET + 1).astype(np.uint8), sizes)
-    there = (size > 1) & ~large
+    active = (size > 1) & ~large
     for offset in range(1, _SMALL_BUCKET):
-        # Buckets leave whole, so the others stay in one piece.
-        if offset == 1 or np.count_nonzero(there := size > offset) < 0.875 * len(size):
-            values, size = values[there], size[there]
+        # Only whole buckets are removed, so the members of the others stay adjacent.
+        if offset == 1 or np.count_nonzero(active := size > offset) < 0.875 * len(size):
+            values, size = values[active], size[active]
         if len(values) <= offset:
             break
         differ = values[offset:] ^ values[:-offset]
@@ -165,11 +164,11 @@ def _link_in_small_buckets(
 
 
 def _moves(mask: int) -> list[tuple[int, int]]:
-    """Each run of equal bits of a mask, and how far it moves left for those that are set to come first."""
+    """Each run of equal bits in a mask, and how far to shift it left so that the set bits come first."""
     edges = [bit for bit in range(65) if bit in (0, 64) or (mask >> bit ^ mask >> bit - 1) & 1]
     runs = [(high, (1 << high) - (1 << low)) for low, high in pairwise(edges)]
     moves, top = [], 64
-    for high, run in sorted(runs, key=lambda found: (not found[1] & mask, -found[0])):
+    for high, run in sorted(runs, key=lambda high_and_run: (not high_and_run[1] & mask, -high_and_run[0])):
         moves.append((run, top - high))
         top -= run.bit_count()
     return moves
@@ -195,8 +194,8 @@ def _buckets(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The buckets with unconnected members: their concatenated members, and the size and number of minors of each.
 
-    Minors are the members outside the bucket's largest connected set. They come first, because every pair that remains
-    to be compared contains a minor.
+    Minors are the members outside the bucket's largest connected set. They come first, because every pair that is left
+    to compare contains a minor.
     """
     key = hashes[members] & np.uint64(mask)
     order = np.argsort(key)
@@ -225,7 +224,7 @@ def _buckets(
 def _link_close(
     hashes: np.ndarray, members: np.ndarray, sizes: np.ndarray, minors: np.ndarray, max_hamming: int, links: _Links
 ) -> None:
-    """Links every close pair of a bucket that has one of its first `minors` members."""
+    """Links every close pair within a bucket that includes one of its first `minors` members."""
     values, roots = hashes[members], links.forest.roots(members)
     right = np.arange(len(members))
     left = np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -238,7 +237,7 @@ def _link_close(
             roots = links.forest.roots(members)
         left += 1
         active = (left < last) & (left < right)
-        # Compacting costs as much as comparing, so do it only when an eighth of the entries is finished.
+        # Compacting costs as much as comparing, so it waits until an eighth of the entries are finished.
         if np.count_nonzero(active) < 0.875 * len(active) or left[-1] >= len(values):
             left, right, last = left[active], right[active], last[active]
 

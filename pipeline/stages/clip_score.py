@@ -19,7 +19,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline.schema import holds_boxes
-from pipeline.step import FILE, Estimate, Stage
+from pipeline.step import FILE, Estimate, Stage, check_column_name
 from pipeline.text.hashing import file_digest
 from trainer.spelling import did_you_mean
 
@@ -42,38 +42,40 @@ CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensor
 
 @dataclass(kw_only=True)
 class ClipScore(Stage):
-    """Measures how well caption and picture match: the cosine of their embeddings in a dual encoder (the basis of
-    CLIPScore, Hessel et al., 2021; the filter of LAION-400M, 2021, and DataComp, 2023).
+    """Measures how well caption and picture match: the cosine of their embeddings by a dual encoder such as CLIP.
+
+    This is the basis of CLIPScore (Hessel et al., 2021), and the filter of LAION-400M (2021) and DataComp (2023). Use
+    `threshold` to filter by the score.
 
     Adds `clip_score` (−1 to 1, mostly 0.1 to 0.4, rounded to 4 decimals; comparable only within one model). With
     `embeddings`, also adds the unit vectors `image_embedding` and `text_embedding` in fp16. Pictures that cannot be
     decoded are dropped (`decode_error`).
 
-    Rows are batched across units. All batches are padded to the same shape, so a row's score does not depend on the
-    other rows in its batch: kernels are chosen by shape (bit-identical on ViT-B/32 as measured).
+    Rows are batched across units. Libraries choose their kernels by shape, so all batches are padded to the same shape:
+    a row's score then does not depend on the other rows in its batch (measured on ViT-B/32: bit-identical).
     """
 
     model: str = field(default="ViT-B-32", metadata=FILE)
     """An architecture of open_clip by name, `hf-hub:owner/name`, or a folder with `open_clip_config.json` and
     `open_clip_model.safetensors`."""
     pretrained: str | None = field(default=None, metadata=FILE)
-    """For an architecture name: the tag of published weights (default `openai`) or a checkpoint file."""
+    """Only with an architecture name: the tag of published weights (default `openai`) or a checkpoint file."""
     column: str = "clip_score"
-    """Name of the score column. For other names than the default, the embeddings are `COLUMN_image_embedding` and
-    `COLUMN_text_embedding`, so that several models can be used in one recipe."""
+    """Name of the score column. With a name other than the default, the embeddings are `COLUMN_image_embedding` and
+    `COLUMN_text_embedding`, so that one recipe can use several models."""
     embeddings: bool = False
-    """Store the embeddings, as `semantic_dedup` and further scores need them."""
+    """Also store the embeddings, which `semantic_dedup`, `linear_head` and other steps read."""
     mask: str | None = None
-    """A column of boxes, lists of [x_min, y_min, x_max, y_max] from 0 to 1, that are filled with the mean colour around
-    them before the picture is scored: `text_boxes` of `text_overlap` (T-MARS, Maini et al., 2024)."""
+    """A column of boxes to hide before the picture is scored, such as `text_boxes` of `text_overlap` (T-MARS, Maini et
+    al., 2024): lists of [x_min, y_min, x_max, y_max], 0 to 1. Each is filled with the mean colour around it."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Type of the weights. `auto` is fp16 on a GPU (an eighth of bf16's error). On a CPU it is bf16 if the CPU has
-    instructions for it (AMX, AVX-512 BF16), up to five times faster, else fp32. bf16 changes scores by some thousandths
-    (on the demo's pictures 0.0005 on average, at most 0.0023). Set a type if different kinds of workers must give equal
-    scores."""
+    """Type of the weights. `auto` is fp16 on a GPU (an eighth of bf16's error). On a CPU it is bf16, up to five times
+    faster, if the CPU has instructions for it (AMX, AVX-512 BF16), else fp32. bf16 changes scores by a few thousandths
+    (on the demo's pictures by 0.0005 on average and at most 0.0023). Set a type if different kinds of workers must give
+    equal scores."""
     batch_size: int = 256
     """Pictures per batch; 32 to 64 is best on a CPU. Also affects results: another size changes the order of sums,
-    which in bf16 changes scores by some thousandths."""
+    which in bf16 changes scores by a few thousandths."""
     decode_threads: int | None = field(default=None, metadata={"speed": True})
     """Threads that decode and resize while the model runs. Default: all available cores."""
 
@@ -98,8 +100,7 @@ class ClipScore(Stage):
     def check(self) -> Iterator[tuple[str, str]]:
         """Checks without importing torch, which takes seconds. Tags are looked up as words in open_clip's list. Whether
         weights fit their configuration is checked when they are loaded."""
-        if not self.column.isidentifier():
-            yield "column", f"{self.column!r} is not a valid column name; expected one such as 'clip_score_l14'"
+        yield from check_column_name(self.column, "clip_score_l14")
         for key, most in (("batch_size", 65_536), ("decode_threads", 1_024)):
             if (value := getattr(self, key)) is not None and not 1 <= value <= most:
                 yield key, f"{value} must be 1 to {most:,}"
@@ -112,10 +113,7 @@ class ClipScore(Stage):
                     yield "model", f"the folder {self.model} has no {name}"
         elif self.model.startswith("hf-hub:"):
             if self.embeddings:
-                yield (
-                    "embeddings",
-                    "requires a model of known dimension: a folder or an architecture name",
-                )
+                yield "embeddings", "requires a model of known dimension: a folder or an architecture name"
         elif _architecture(self.model) is None:
             near = _nearest(self.model, _architectures())
             yield "model", f"no folder or architecture named {self.model!r}{near}"
@@ -149,14 +147,14 @@ class ClipScore(Stage):
         self._model, self._preprocess, self._tokenize = load(self.model, self._weights(), device, precision.name)
 
     def stream(self, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """Decodes ahead on threads while the model runs. Holds at most `_PREFETCH` + 1 batches."""
+        """Decodes the next batches on threads while the model runs. Holds at most `_PREFETCH` + 1 batches."""
         pool = ThreadPoolExecutor(self.decode_threads or os.cpu_count(), "decode")
         waiting: deque[tuple[pa.Table, list[Future], Future]] = deque()
         try:
             for table in _rebatch(batches, self.batch_size):
-                boxes = table[self.mask].to_pylist() if self.mask else [None] * len(table)
+                all_boxes = table[self.mask].to_pylist() if self.mask else [None] * len(table)
                 images = (image.as_buffer() for image in table["image"])
-                pictures = [pool.submit(self._pixels, image, of) for image, of in zip(images, boxes)]
+                pictures = [pool.submit(self._pixels, image, boxes) for image, boxes in zip(images, all_boxes)]
                 waiting.append((table, pictures, pool.submit(self._tokens, table["caption"])))
                 if len(waiting) > _PREFETCH:
                     yield self._score(*waiting.popleft())
@@ -183,11 +181,11 @@ class ClipScore(Stage):
     def _score(self, table: pa.Table, pictures: list[Future], tokens: Future) -> pa.Table:
         import torch
 
-        found = [picture.result() for picture in pictures]
-        problems = [picture if isinstance(picture, str) else None for picture in found]
+        decoded = [picture.result() for picture in pictures]
+        problems = [picture if isinstance(picture, str) else None for picture in decoded]
         side = self._preprocess.size
         pixels = torch.zeros(self.batch_size, 3, side, side, dtype=torch.uint8)
-        for i, picture in enumerate(found):
+        for i, picture in enumerate(decoded):
             if not isinstance(picture, str):
                 pixels[i] = picture
         with torch.inference_mode():
@@ -245,9 +243,10 @@ class ClipScore(Stage):
 
 
 def masked(picture: Image.Image, boxes: list[list[float]]) -> Image.Image:
-    """The picture in RGB, with each box, from 0 to 1, filled with the mean colour of the pixels around it.
+    """Returns the picture in RGB, with each box filled with the mean colour of the pixels around it.
 
-    Raises ValueError for a box that is not four numbers."""
+    A box is [x_min, y_min, x_max, y_max], 0 to 1. Raises ValueError for a box that is not four numbers.
+    """
     pixels = np.array(picture.convert("RGB"))
     before, (height, width) = pixels.copy(), pixels.shape[:2]
     for box in boxes:
@@ -262,9 +261,7 @@ def masked(picture: Image.Image, boxes: list[list[float]]) -> Image.Image:
         inside = before[top:bottom, left:right].reshape(-1, 3)
         around = before[ring].reshape(-1, 3)
         n = len(around) - len(inside)
-        colour = (
-            (around.sum(axis=0, dtype=np.int64) - inside.sum(axis=0, dtype=np.int64)) / n if n else inside.mean(axis=0)
-        )
+        colour = (around.sum(axis=0) - inside.sum(axis=0)) / n if n else inside.mean(axis=0)
         pixels[top:bottom, left:right] = np.rint(colour)
     return Image.fromarray(pixels)
 
@@ -298,7 +295,7 @@ def _folder(model: str) -> Path | None:
 
 
 def _architectures() -> dict[str, Path]:
-    """The configuration files of open_clip and the trainer by name, found without importing either."""
+    """The model configurations of open_clip and the trainer, by name. Finds them without importing either package."""
     folders = (_package("open_clip") / "model_configs", _package("trainer") / "configs")
     return {path.stem: path for folder in folders for path in folder.glob("*.json")}
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 from pipeline.fetch import img2dataset_engine, quality
 from pipeline.fetch.client import Client, Limits, tls_context
 from pipeline.fetch.concurrent_rows import Begin, ConcurrentRows, Work, as_drop, table_of, with_columns
-from pipeline.fetch.decoder import DecodeMode, Decoder, EncodeFormat, HashType, Picture, ResizeMode, Rules
+from pipeline.fetch.decoder import MAX_SIDE, DecodeMode, Decoder, EncodeFormat, HashType, Picture, ResizeMode, Rules
 from pipeline.fetch.deny import DenyList
 from pipeline.fetch.guard import parse_addr
 from pipeline.fetch.hosts import Exchange, HostLimiter, Politeness
@@ -28,10 +28,10 @@ from pipeline.step import FILE, Estimate, Stage
 from pipeline.text.hashing import file_digest
 
 GROUP_ROWS = 256
-# Rows held by the event loop, most of them waiting for their host. At most 12 MB, and enough to look far past the slow
-# hosts of a unit.
+# Rows held by the event loop, most of them waiting for their host. They take at most 12 MB, and are enough to look far
+# past the slow hosts of a unit.
 ADMITTED_ROWS = 4096
-_SPEED = {"speed": True}  # options that affect only speed, not results
+_SPEED = {"speed": True}  # marks options that affect only speed, not results
 
 BOUNDS: dict[str, tuple[float, float]] = {
     "timeout": (0.01, 86_400),
@@ -42,21 +42,19 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "decode_timeout": (0.01, 86_400),
     "decode_memory": (1, 1 << 40),
 }
-"""The ranges of options in which a mistyped number would stop the machine or disable a limit."""
-WIDEST = {"jpg": 65_500, "png": 65_500, "webp": 16_383}
-"""Longest side in pixels that the encoders write; for png, that of jpg."""
+"""Ranges of the options for which a mistyped number would overload the machine or disable a limit."""
 
 
 @dataclass(kw_only=True)
 class Download(Stage):
     """Fetches each url, then checks, decodes, resizes and re-encodes the image. Names and meanings are img2dataset's.
 
-    Adds the encoded `image` and its measurements. `original_width` and `original_height` are those of the upright
-    image. `animated` is true if more frames follow the one taken. `sha256` is that of the bytes as fetched. `phash` is
-    imagehash.phash of the picture as encoded, 64 bits, most significant bit first; null for a flat picture, which has
-    nothing to hash. `usage` holds the publisher's statements about use of the picture, one per line ("Content-Usage:
-    search=n"), or null if there are none. A row without an image is dropped for one of the reasons in
-    `pipeline.fetch.reasons`.
+    Adds the encoded `image` and its measurements. `original_width` and `original_height` are the size of the upright
+    image before resizing. `animated` is true if more frames follow the one taken. `sha256` is the hash of the bytes as
+    fetched. `phash` is imagehash.phash of the picture as encoded, 64 bits, most significant bit first; null for a flat
+    picture, which has no structure to hash. `usage` holds the publisher's statements about use of the picture, one per
+    line ("Content-Usage: search=n"), or null if there are none. A row without an image is dropped for one of the
+    reasons in `pipeline.fetch.reasons`.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("url",)
@@ -79,7 +77,7 @@ class Download(Stage):
     encode_quality: int = 95
     """0 to 100 for jpg and webp; compression level 0 to 9 for png."""
     skip_reencode: bool = False
-    """Keep the original bytes if nothing had to change, including metadata and any data after the picture."""
+    """Keep the original bytes, including metadata and any data after the picture, if nothing needs to change."""
     decode: DecodeMode = "scaled"
     """How to decode a JPEG that will shrink: `exact` in full; `scaled` at the smallest scale of at least 1.5 times the
     target; `fast` at the smallest scale that covers the target. Trade-offs: docs/fetching.md."""
@@ -87,13 +85,14 @@ class Download(Stage):
     """Use the pictures in the pool (`pool.image`), by the same rules as fetched ones. Rows without one are fetched."""
     bbox_col: str | None = None
     """A column of boxes to blur, such as faces: lists of [x_min, y_min, x_max, y_max] in the upright image, 0 to 1.
-    They may reach beyond the border, from −1 to 2. A row with another box, such as one in pixels, is dropped
-    (`bad_box`), since it would be stored unblurred. null means none."""
+    Boxes may reach beyond the border, from −1 to 2. A row with any other box, such as one in pixels, is dropped
+    (`bad_box`), because it would be stored unblurred. null means no boxes."""
     blur_detector: str | None = None
-    """Import path of a detector whose boxes are blurred too, `my_package.my_module:MyClass`: called without arguments
-    in each decoder process, it returns a callable from (height, width, 3) uint8 RGB to boxes as above. It sees the
-    picture before it is resized, though no larger than `decode` leaves it; raise `decode_memory` and `decode_timeout`
-    by what it takes. A picture on which it fails is dropped (`decode_error`), as is one with a bad box (`bad_box`)."""
+    """Import path of a detector, `my_package.my_module:MyClass`; the boxes that it finds are blurred too. It is called
+    without arguments in each decoder process and returns a callable from (height, width, 3) uint8 RGB to boxes as in
+    `bbox_col`. It sees the picture before resizing, at the size at which `decode` reads it. Raise `decode_memory` and
+    `decode_timeout` by what it needs. A picture is dropped if the detector fails (`decode_error`) or finds an invalid
+    box (`bad_box`)."""
     min_image_size: int = 0
     """Minimum shorter side, in pixels."""
     max_image_area: float = 36_000_000
@@ -105,8 +104,8 @@ class Download(Stage):
     compute_phash: bool = True
     """Fill `phash`, used by `near_dedup` and `placeholder`. Without it, decoding takes 10% less CPU time."""
     image_quality: bool = False
-    """Add `dark_score`, `light_score`, `blurry_score` and `low_information_score`, for the filter `image_quality`:
-    0.3 ms of CPU time a picture."""
+    """Add `dark_score`, `light_score`, `blurry_score` and `low_information_score`, for the filter `image_quality`.
+    Takes 0.3 ms of CPU time per picture."""
     compute_hash: HashType | None = None
     """A further hash of the bytes as fetched, in a column named after it. `sha256` is always computed."""
     verify_hash: list[str] | None = None
@@ -115,8 +114,8 @@ class Download(Stage):
     hash_mismatch: Literal["reject", "flag"] = "reject"
     """On a hash mismatch: drop the row, or keep it and record the result in the column `hash_matches`."""
     deny_hashes: str | None = field(default=None, metadata=FILE)
-    """A file of md5, sha1 or sha256 digests or of pHashes in hex, one per line. Bodies with a listed digest are dropped
-    before they are decoded; pictures within 4 bits of a listed pHash before they are stored."""
+    """A file of md5, sha1 or sha256 digests or pHashes in hex, one per line. Bodies with a listed digest are dropped
+    before decoding. Pictures within 4 bits of a listed pHash are dropped after decoding."""
 
     timeout: float = 10.0
     """Total seconds for a row, including redirects, retries and back-off, but not the wait for a busy host."""
@@ -137,8 +136,8 @@ class Download(Stage):
     robots_txt: bool = True
     """Obey robots.txt (RFC 9309)."""
     content_usage: list[str] = field(default_factory=lambda: ["train-ai", "all"])
-    """Obey Content-Usage (IETF aipref) in headers and robots.txt. The first of these categories with a stated
-    preference decides. `[]` ignores Content-Usage."""
+    """Obey Content-Usage (IETF aipref) in headers and robots.txt. The first of these categories for which the publisher
+    states a preference decides. `[]` ignores Content-Usage."""
     tdm_reservation: bool = True
     """Obey the header `tdm-reservation: 1` (TDMRep)."""
     tdmrep_json: bool = True
@@ -171,7 +170,7 @@ class Download(Stage):
     """Shares per-host limits between workers. Set on the instance if several workers run."""
 
     def __post_init__(self) -> None:
-        # Pool columns whose names clash with ours are carried under another name.
+        # A pool column is carried under another name if its name clashes with one of ours.
         self._boxes = carried(self.bbox_col) if self.bbox_col else None
         self._claim = carried(self.verify_hash[0]) if self.verify_hash else None
         further = (self._boxes, self._claim, INLINE if self.inline else None)
@@ -197,7 +196,7 @@ class Download(Stage):
         for key, (low, high) in BOUNDS.items():
             if not low <= getattr(self, key) <= high:
                 yield key, f"{getattr(self, key)} must be {low:,} to {high:,}"
-        if self.image_size > (widest := WIDEST[self.encode_format]):
+        if self.image_size > (widest := MAX_SIDE[self.encode_format]):
             yield "image_size", f"{self.image_size} must be at most {widest:,}, the widest {self.encode_format}"
         for key in ("min_rate", "min_image_size", "per_host_rate", "host_wait", "host_failures"):
             if getattr(self, key) < 0:
@@ -268,8 +267,8 @@ class Download(Stage):
 
     def setup(self) -> None:
         tls_context()
-        # glibc raises the mmap threshold with each large block it frees, until bodies come from a heap that never
-        # shrinks: 50% more memory than the bodies in flight. At the default trim threshold, pages of bodies are
+        # By default, glibc raises the mmap threshold with each large block it frees, until bodies come from a heap that
+        # never shrinks: 50% more memory than the bodies in flight. With the default trim threshold, pages of bodies are
         # constantly returned to the kernel and mapped again: 10% of the fetching time.
         set_malloc(mmap_threshold=1 << 20, trim_threshold=16 << 20)
 
@@ -278,7 +277,7 @@ class Download(Stage):
         return pa.concat_tables(done).sort_by([("unit", "ascending"), ("row", "ascending")])
 
     def stream(self, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """Yields finished rows in order of completion, at most 256 per table, with dropped rows marked. Requests of
+        """Yields finished rows in order of completion, at most 256 per table, with dropped rows marked. The requests of
         consecutive batches overlap."""
         if self.engine == "img2dataset":
             options = {f.name: getattr(self, f.name) for f in fields(self)} | {"bbox_col": self._boxes}
@@ -295,6 +294,7 @@ class Download(Stage):
     def _rows_at_work(self) -> ConcurrentRows[dict[str, Any]]:
         return ConcurrentRows(
             copy(self)._open,  # a copy: a reference to self would keep the thread alive forever
+            # `url` stands in for columns that are not used.
             columns=["url", self._claim or "url", self._boxes or "url", INLINE if self.inline else "url"],
             concurrency=self.concurrency,
             # Rows with inline pictures are large.
@@ -345,6 +345,6 @@ class Download(Stage):
         if isinstance(result, FetchError):
             return as_drop(result)
         columns = dict(vars(result))
-        if self.compute_hash and self.compute_hash != "sha256":
+        if self.compute_hash:
             columns[self.compute_hash] = result.hash
         return columns

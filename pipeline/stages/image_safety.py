@@ -14,23 +14,26 @@ from pipeline.step import Estimate, Stage
 
 @dataclass(kw_only=True)
 class ImageSafety(Stage):
-    """Scores how unsafe a picture is, by your own scorer, and drops the row (`unsafe`) above `max_score`.
+    """Scores how unsafe a picture is, with a scorer that you supply, and drops rows with a score above `max_score`
+    (reason `unsafe`).
 
-    Adds `image_unsafe_score`, 0 to 1. CommonPool (Gadre et al., 2023, section 3.2 and appendix E) was freed of unsafe
-    pictures by such a score, that of a classifier of CLIP embeddings. A linear head on stored embeddings needs no
-    second pass over the pictures: `linear_head: {head: FILE, column: unsafe_score, output: probability}`, then
-    `threshold: {column: unsafe_score, max: 0.1}`. No classifier comes with Winnow.
+    Adds `image_unsafe_score`, 0 to 1. No classifier comes with Winnow. CommonPool (Gadre et al., 2023, section 3.2 and
+    appendix E) removed unsafe pictures by the score of a classifier of CLIP embeddings. If you have a linear classifier
+    of stored embeddings, two other steps need no second pass over the pictures:
+
+        - linear_head: {head: FILE, column: unsafe_score, output: probability}
+        - threshold: {column: unsafe_score, max: 0.1}
     """
 
     scorer: str
-    """Import path of a scorer, `my_package.my_module:MyClass`: called without arguments once per worker, it returns a
-    callable that maps a list of n pictures, uint8 RGB of shape (height, width, 3), to n scores from 0 to 1, or NaN
-    where it has none."""
+    """Import path of a scorer, `my_package.my_module:MyClass`. It is called without arguments once per worker, and
+    returns a callable that maps a list of n pictures, uint8 RGB of shape (height, width, 3), to n scores from 0 to 1;
+    NaN means no score."""
     max_score: float | None = 0.1
-    """Highest score kept. The default is ours, and strict: choose it on pictures that you have judged. None keeps all
-    rows. Rows without a score, such as pictures that cannot be decoded, are dropped as `missing`."""
+    """Highest score kept; null keeps all rows. The default is ours, and strict: choose your own on pictures that you
+    have labelled. Rows without a score, such as pictures that cannot be decoded, are dropped as `missing`."""
     column: str = "image_unsafe_score"
-    """Name of the score."""
+    """Name of the score column."""
     runs_on: Literal["cpu", "gpu"] = "cpu"
     """What a worker occupies: `gpu` is a GPU if the cluster has one."""
 
@@ -55,10 +58,11 @@ class ImageSafety(Stage):
 
     def process(self, batch: pa.Table) -> pa.Table:
         pictures = [_decoded(image.as_buffer()) for image in batch["image"]]
-        there = np.array([picture is not None for picture in pictures], bool)
+        decoded = np.array([picture is not None for picture in pictures], bool)
         scores = np.full(len(batch), np.nan)
-        if there.any():
-            scores[there] = scored(self.scorer, self._scorer, [picture for picture in pictures if picture is not None])
+        if decoded.any():
+            found = [picture for picture in pictures if picture is not None]
+            scores[decoded] = scored(self.scorer, self._scorer, found)
         return with_score(batch, self.column, scores, self.max_score)
 
 

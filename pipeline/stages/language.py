@@ -19,7 +19,7 @@ from trainer.spelling import nearest
 _PREFIX = "__label__"
 _ALL = 1_000_000  # more labels than a model has
 _SMALL = 0.01
-"""Probabilities below this are taken as 0 in the details of dropped rows, and never decide."""
+"""Probabilities below this count as 0 in the details of dropped rows, and never decide."""
 
 
 @dataclass(kw_only=True)
@@ -28,19 +28,18 @@ class Language(Stage):
 
     Adds `language` (the most likely one, an ISO 639 code as spelled by lid.176) and `language_score` (its probability,
     0 to 1, rounded to 4 decimals). The model is fastText's lid.176 (Joulin et al., 2016), in the compressed form
-    installed with the project. It reads the normal caption (`pipeline.text.caption.normal`) in lower case, in which it
-    recognises 99.3% of English captions, against 29% in capitals.
+    installed with Winnow. It reads captions in normal form (`pipeline.text.caption.normal`) and lower case, where it
+    recognises 99.3% of English captions, against 29% in capitals. The stored caption is unchanged.
 
-    A row is kept if the languages of `keep` together have a probability of at least `min_score`, even if another
-    language is more likely: the model spreads the probability of short captions over many languages. "A girl climbs a
-    rock wall ." is Spanish at 0.16 and English at 0.14. With a minimum for each language, a row is kept if one of them
-    reaches its own. Drop reasons: `language`, or `low_score` if the most likely language is in `keep` but too
-    uncertain. Captions without words score 0.1245 and are dropped as `low_score`.
+    A row is kept if the probabilities of the languages in `keep` sum to at least `min_score`, even if another language
+    is more likely, because the model spreads short captions over many languages: "A girl climbs a rock wall ." is
+    Spanish at 0.16 and English at 0.14. If each language has its own minimum, a row is kept if any language reaches its
+    minimum. Drop reasons: `low_score` if the most likely language is in `keep` but too uncertain, else `language`.
+    Captions without words score 0.1245 and are dropped as `low_score`.
 
-    Captions are normalised for the detection only; the stored caption is unchanged. `python -m pipeline.confusion`
-    measures the model on a table of captions whose languages are known.
+    `python -m pipeline.confusion` measures the model on a table of captions of known languages.
 
-    Measured with keep: [en], as shares of rows kept:
+    Share of rows kept, measured with `keep: [en]`:
 
     | min_score | Flickr8k (10,000) | COCO (25,014) | news, 24 other languages (23,148) | Multi30k de, fr, cs (14,752) |
     |---|---|---|---|---|
@@ -48,15 +47,15 @@ class Language(Stage):
     | 0.3 | 99.4% | 99.8% | 0.2% | 0.1% |
     | 0.5 | 98.0% | 98.6% | 0.07% | 0.05% |
 
-    From 0.5 on, only the most likely language can be kept. Short texts are harder: of texts cut to three words, 3.8% of
-    the foreign and 95% of the English ones are kept at 0.13, 1.8% and 91% at 0.3. The most likely language is correct
-    for 98.5% of news sentences in 25 languages.
+    From 0.5 on, only the most likely language can be kept. Short texts are harder: of texts cut to three words, 0.13
+    keeps 95% of the English and 3.8% of the foreign ones, and 0.3 keeps 91% and 1.8%. The most likely language is
+    correct for 98.5% of news sentences in 25 languages.
     """
 
     keep: list[str] | None = field(default_factory=lambda: ["en"])
     """Languages to keep, such as `[en, de]`. null only measures and drops nothing."""
     min_score: float | dict[str, float] = 0.13
-    """Minimum total probability of the languages of `keep`, 0 to 1; or the minimum probability of each of them, as in
+    """Minimum sum of the probabilities of the languages in `keep`, 0 to 1; or a minimum for each language, as in
     `{en: 0.3, de: 0.6}`."""
     model: str | None = field(default=None, metadata=FILE)
     """Path of another fastText classifier, such as `lid.176.bin`, which is larger and better on very short captions."""
@@ -109,7 +108,7 @@ class Language(Stage):
     def process(self, batch: pa.Table) -> pa.Table:
         captions = [f"{text.lower()}\n" for text in normal(batch["caption"]).to_pylist()]
         minima = self._minima()
-        # Finding those above a hundredth costs no more than the most likely one; finding all takes five times as long.
+        # Predicting all languages above 1% is as fast as predicting one; predicting all takes five times as long.
         least = min(_SMALL, *minima.values()) if minima else 0.0
         likely = self._predict(captions, _ALL if minima else 1, least)
         best = [found[0] if found else self._predict([caption])[0][0] for caption, found in zip(captions, likely)]
@@ -124,10 +123,10 @@ class Language(Stage):
         detail = np.full(len(batch), None, object)
         for row in np.flatnonzero(~kept):
             detail[row] = f"{language[row]} {score[row]:.4f}"
-        # The most likely language decides most rows.
+        # The most likely language decides most rows. For the others, the sum of probabilities is needed.
         for row in np.flatnonzero(~kept & (wanted | (1 - score >= min(minima.values())))):
-            kept[row], told = self._judge(captions[row], likely[row], minima, least)
-            detail[row] += f", {told}"
+            kept[row], probabilities = self._judge(captions[row], likely[row], minima, least)
+            detail[row] += f", {probabilities}"
         reason = np.where(wanted, "low_score", "language").astype(object)
         reason[kept] = None
         batch = batch.append_column("drop_reason", pa.array(reason, pa.string()))
@@ -135,8 +134,8 @@ class Language(Stage):
         return batch.append_column("drop_value", pa.array(score, pa.float64()))
 
     def _predict(self, captions: list[str], k: int = 1, threshold: float = 0.0) -> list[list[tuple[float, str]]]:
-        """Probability and label of the `k` most likely languages of each caption; captions end in a line feed."""
-        # What the library's own `predict` calls, which is a tenth slower; for lists it gives no probabilities.
+        """Probability and label of the `k` most likely languages of each caption. Captions must end in a line feed."""
+        # The library's own `predict` wraps this, takes a tenth longer, and gives no probabilities for lists.
         predict = self._model.f.predict
         return [predict(caption, k, threshold, "strict") for caption in captions]
 
@@ -150,13 +149,13 @@ class Language(Stage):
         """Whether the caption is kept, and the probabilities of the wanted languages as text. `likely` has all
         probabilities of at least `least`."""
         found = {label.removeprefix(_PREFIX): p for p, label in likely}
-        total, missing = sum(found.get(code, 0.0) for code in minima), len(minima.keys() - found.keys())
-        if not isinstance(self.min_score, dict) and total < self.min_score <= total + missing * least:
-            found = {label.removeprefix(_PREFIX): p for p, label in self._predict([caption], _ALL, -1.0)[0]}
-        ours = {code: round(min(found.get(code, 0.0), 1.0), 4) for code in minima}
         if isinstance(self.min_score, dict):
-            told = ", ".join(f"{code} {p:.4f}" for code, p in ours.items())
-            return any(ours[code] >= minimum for code, minimum in minima.items()), told
+            wanted = {code: round(min(found.get(code, 0.0), 1.0), 4) for code in minima}
+            text = ", ".join(f"{code} {p:.4f}" for code, p in wanted.items())
+            return any(wanted[code] >= minimum for code, minimum in minima.items()), text
+        total, missing = sum(found.get(code, 0.0) for code in minima), len(minima.keys() - found.keys())
+        if total < self.min_score <= total + missing * least:
+            found = {label.removeprefix(_PREFIX): p for p, label in self._predict([caption], _ALL, -1.0)[0]}
         total = round(min(sum(found.get(code, 0.0) for code in minima), 1.0), 4)
         return total >= self.min_score, f"{'+'.join(minima)} {total:.4f}"
 

@@ -7,7 +7,8 @@ import pyarrow as pa
 
 from pipeline.models import score_mixture
 from pipeline.models.score_mixture import Direction
-from pipeline.step import FILE, Estimate, Stage
+from pipeline.similarity import embeddings
+from pipeline.step import FILE, Estimate, Stage, check_column_name
 from pipeline.text.hashing import file_digest
 
 DECIMALS = 6
@@ -15,20 +16,20 @@ DECIMALS = 6
 
 @dataclass(kw_only=True)
 class LearnedScore(Stage):
-    """Mixes stored scores into one: the probability that a row is good, by a model that `python -m pipeline.learn` has
-    fitted to labels, named good rows or training losses.
+    """Combines stored scores into one: the probability that a row is good, by a model that `python -m pipeline.learn`
+    fitted to labels, to a list of good rows, or to training losses.
 
-    Adds `learned_score` (0 to 1, rounded to 6 decimals). Filter by it with `threshold`. The best entries of DataComp's
-    leaderboard (Gadre et al., 2023) mix scores too. The columns that the file names must be stored by steps above, or
-    come with the pool. A row whose value is null, NaN or infinite gets what the fit has learned for missing values of
-    that column; a column that had none then contributes its average. What the probability refers to depends on the
+    Adds `learned_score` (0 to 1, rounded to 6 decimals). Use `threshold` to filter by it. The best entries of
+    DataComp's leaderboard (Gadre et al., 2023) also combine scores. The columns that the file names must come from
+    earlier steps or from the pool. If a value is null, NaN or infinite, its column contributes what the fit learned for
+    missing values; if the fit saw none in that column, its average. What the probability refers to depends on the
     labels: see [Learn a filter](learning.md).
     """
 
     mixture: str = field(metadata=FILE)
-    """The JSON file that `python -m pipeline.learn RUN` has written."""
+    """The JSON file that `python -m pipeline.learn RUN` wrote."""
     column: str = "learned_score"
-    """Name of the score."""
+    """Name of the score column."""
 
     def __post_init__(self) -> None:
         self.adds = {self.column: pa.float32()}  # type: ignore[misc]
@@ -41,8 +42,7 @@ class LearnedScore(Stage):
         return Estimate(1.0, 200_000, "rate assumed", stored=4)
 
     def check(self) -> Iterator[tuple[str, str]]:
-        if not self.column.isidentifier():
-            yield "column", f"{self.column!r} is not a valid column name; expected one such as 'learned_score'"
+        yield from check_column_name(self.column, "learned_score")
         try:
             score_mixture.load(self.mixture)
         except FileNotFoundError:
@@ -52,16 +52,16 @@ class LearnedScore(Stage):
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
         for name, part in score_mixture.load(self.mixture).columns.items():
-            of = types.get(name)
-            if of is None:
+            dtype = types.get(name)
+            if dtype is None:
                 continue
             if not isinstance(part, Direction):
-                if not score_mixture.is_scalar(of):
-                    yield "mixture", f"{self.mixture} expects numbers in {name!r}, but the column holds {of}"
-            elif not score_mixture.is_vector(of):
-                yield "mixture", f"{self.mixture} expects vectors in {name!r}, but the column holds {of}"
-            elif of.list_size != len(part.weight):
-                widths = f"expects {len(part.weight)} dimensions, but {name!r} has {of.list_size}"
+                if not score_mixture.is_scalar(dtype):
+                    yield "mixture", f"{self.mixture} expects numbers in {name!r}, but the column holds {dtype}"
+            elif not embeddings.is_vector(dtype):
+                yield "mixture", f"{self.mixture} expects vectors in {name!r}, but the column holds {dtype}"
+            elif dtype.list_size != len(part.weight):
+                widths = f"expects {len(part.weight)} dimensions, but {name!r} has {dtype.list_size}"
                 yield "mixture", f"{self.mixture} {widths}: it was fitted to another model's embeddings"
 
     def fingerprint(self) -> object:

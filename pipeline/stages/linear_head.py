@@ -8,23 +8,24 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.similarity import embeddings
-from pipeline.step import FILE, Estimate, Stage
+from pipeline.step import FILE, Estimate, Stage, check_column_name
 from pipeline.text.hashing import file_digest
 
 
 @dataclass(kw_only=True)
 class LinearHead(Stage):
-    """Scores stored embeddings by a linear head: aesthetics, watermarks, unsafe pictures, or your own classifier.
+    """Scores stored embeddings with a linear head: aesthetics, watermarks, unsafe pictures, or your own classifier.
 
-    The score is w·x + b of the unit vector x, or its logistic function. Filter by it with `threshold`. LAION's
-    aesthetic heads (such as `sa_0_4_vit_b_32_linear.pth` for ViT-B/32; LAION-Aesthetics, 2022) give about 1 to 10 and
-    were used with thresholds from 4.5 to 6.5. A row without an embedding gets a null score.
+    The score of an embedding with unit vector x is w·x + b, or the logistic function of that, rounded to 4 decimals.
+    Use `threshold` to filter by it. LAION's aesthetic heads (such as `sa_0_4_vit_b_32_linear.pth` for ViT-B/32;
+    LAION-Aesthetics, 2022) give about 1 to 10 and were used with thresholds from 4.5 to 6.5. A row without an embedding
+    gets a null score.
     """
 
     head: str = field(metadata=FILE)
-    """A file with `weight` of shape (1, d) and `bias` of shape (1,): `.pth`, `.safetensors` or `.npz`."""
+    """A file with `weight` of shape (1, d) and `bias` of shape (1,): `.pth`, `.pt`, `.safetensors` or `.npz`."""
     column: str
-    """Name of the score, such as `aesthetic_score`."""
+    """Name of the score column, such as `aesthetic_score`."""
     vector: str = "image_embedding"
     """The column of embeddings, from the model that the head was trained on."""
     output: Literal["linear", "probability"] = "linear"
@@ -38,8 +39,7 @@ class LinearHead(Stage):
         return Estimate(1.0, 200_000, "rate assumed", stored=4)
 
     def check(self) -> Iterator[tuple[str, str]]:
-        if not self.column.isidentifier():
-            yield "column", f"{self.column!r} is not a valid column name; expected one such as 'aesthetic_score'"
+        yield from check_column_name(self.column, "aesthetic_score")
         try:
             embeddings.load_head(self.head)
         except (OSError, ValueError) as error:
@@ -59,11 +59,10 @@ class LinearHead(Stage):
         self._head = embeddings.load_head(self.head)
 
     def process(self, batch: pa.Table) -> pa.Table:
-        there = embeddings.finite(batch[self.vector])
-        vectors = embeddings.unit(embeddings.matrix(batch[self.vector].filter(pa.array(there))))
+        valid, vectors = embeddings.finite_units(batch[self.vector])
         score = np.zeros(len(batch))
         # einsum sums each row in a fixed order. A matrix product may choose another order for another number of rows.
-        score[there] = np.einsum("nd,d->n", vectors, self._head.weight) + self._head.bias
+        score[valid] = np.einsum("nd,d->n", vectors, self._head.weight) + self._head.bias
         if self.output == "probability":
             score = 1 / (1 + np.exp(-score))
-        return batch.append_column(self.column, pa.array(score.round(4), pa.float32(), mask=~there))
+        return batch.append_column(self.column, pa.array(score.round(4), pa.float32(), mask=~valid))

@@ -9,27 +9,27 @@ import pyarrow.compute as pc
 
 from pipeline.step import FILE, Estimate, Stage
 from pipeline.text.hashing import file_digest
-from pipeline.text.matching import Matcher, normalised, read_entries
+from pipeline.text.matching import Matcher, check_entries, normalised, read_entries
 
 
 @dataclass(kw_only=True)
 class MatchEntries(Stage):
-    """Adds the concepts of each caption: the entries, words and phrases, that occur in it.
+    """Finds the concepts of each caption: the entries of a list, words and phrases, that occur in it.
 
-    Adds `entries`, a list of the distinct entries in normal form; empty where none matches. A caption matches an entry
-    that occurs in it at word boundaries, ignoring case and punctuation between words; in scripts without spaces between
-    words (Chinese, Japanese, Thai, Lao, Burmese, Khmer, Tibetan), anywhere. Both are compared in normal form
-    (`pipeline.text.caption.normal`). `balance: {column: entries}` then balances by these. Follows MetaCLIP (Xu et al.,
-    ICLR 2024); an entry list for each language follows MetaCLIP 2 (Chuang et al., 2025).
+    Adds `entries`, the list of the distinct entries that match, in normal form; empty if none does. An entry matches a
+    caption in which it occurs at word boundaries, ignoring case and punctuation between words; in scripts without
+    spaces between words (Chinese, Japanese, Thai, Lao, Burmese, Khmer, Tibetan), anywhere. Both are compared in normal
+    form (`pipeline.text.caption.normal`). `balance: {column: entries}` then balances by these matches. Follows MetaCLIP
+    (Xu et al., ICLR 2024); one list for each language follows MetaCLIP 2 (Chuang et al., 2025).
     """
 
     entries: str | dict[str, str] = field(metadata=FILE)
-    """A file of entries, such as `python -m pipeline.entries` writes: a table with a column `entry` (`.tsv`), a JSON
+    """A file of entries, as written by `python -m pipeline.entries`: a table with a column `entry` (`.tsv`), a JSON
     list of strings (`.json`), or text with one entry per line; may be `.gz`, `.zst` or `.bz2`. Or one file for each
-    language, `{en: en.tsv, de: de.tsv}`: a caption is then compared with the entries of its language alone, and one in
-    another language matches none."""
+    language, `{en: en.tsv, de: de.tsv}`: each caption is then matched with the entries of its language only, and
+    captions in other languages match none."""
     by: str = "language"
-    """With a file for each language: the column of languages."""
+    """Only with one file for each language: the column of languages."""
 
     adds = {"entries": pa.list_(pa.string())}  # noqa: RUF012
 
@@ -43,10 +43,7 @@ class MatchEntries(Stage):
         if not self.entries:
             yield "entries", "is empty; expected a file, or a file for each language, as in {en: en.tsv, de: de.tsv}"
         for path in self._files().values():
-            try:
-                read_entries(path)
-            except (OSError, ValueError) as error:
-                yield "entries", f"cannot read {path!r}: {error}"
+            yield from check_entries("entries", path)
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
         if isinstance(self.entries, dict) and not pa.types.is_string(types.get(self.by, pa.string())):
@@ -62,14 +59,14 @@ class MatchEntries(Stage):
         captions = normalised(batch["caption"])
         if not isinstance(self.entries, dict):
             return batch.append_column("entries", self._matchers[""].match(captions))
-        rest = np.ones(len(batch), bool)
+        other = np.ones(len(batch), bool)
         rows, parts = [], []
         for language, matcher in self._matchers.items():
-            theirs = pc.fill_null(pc.equal(batch[self.by], language), False).to_numpy(zero_copy_only=False)
-            rows.append(np.flatnonzero(theirs))
+            in_language = pc.fill_null(pc.equal(batch[self.by], language), False).to_numpy(zero_copy_only=False)
+            rows.append(np.flatnonzero(in_language))
             parts.append(matcher.match(captions.take(pa.array(rows[-1]))))
-            rest &= ~theirs
-        rows.append(np.flatnonzero(rest))
+            other &= ~in_language
+        rows.append(np.flatnonzero(other))
         parts.append(pa.array([[]] * len(rows[-1]), pa.list_(pa.string())))
         return batch.append_column("entries", pa.concat_arrays(parts).take(pa.array(np.argsort(np.concatenate(rows)))))
 

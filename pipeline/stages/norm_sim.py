@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.similarity import embeddings
-from pipeline.step import FILE, Estimate, Stage
+from pipeline.step import FILE, Estimate, Stage, check_column_name
 from pipeline.text.hashing import file_digest
 
 _BLOCK = 4096
@@ -20,7 +20,7 @@ class NormSim(Stage):
 
     For unit vectors f(x) of the row and t of the targets, `p: inf` gives max |f(x)·t| (0 to 1), and `p: 2` gives
     √Σ(f(x)·t)² over the targets (0 to √m for m targets). The paper uses the training pictures of ImageNet or of
-    DataComp's 24 tasks as targets and keeps the highest scores; use `threshold` for that. A row without an embedding
+    DataComp's 24 tasks as targets and keeps the highest scores; use `threshold` for this. A row without an embedding
     gets a null score.
     """
 
@@ -31,7 +31,7 @@ class NormSim(Stage):
     vector: str = "image_embedding"
     """The column of embeddings: `clip_score` with `embeddings: true` adds it."""
     column: str = "norm_sim_score"
-    """Name of the score."""
+    """Name of the score column."""
 
     def __post_init__(self) -> None:
         self.needs = (self.vector,)  # type: ignore[misc]
@@ -45,8 +45,7 @@ class NormSim(Stage):
             embeddings.load_vectors(self.target)
         except (OSError, ValueError) as error:
             yield "target", str(error)
-        if not self.column.isidentifier():
-            yield "column", f"{self.column!r} is not a valid column name; expected one such as 'norm_sim_score'"
+        yield from check_column_name(self.column, "norm_sim_score")
 
     def check_columns(self, types: Mapping[str, pa.DataType]) -> Iterator[tuple[str, str]]:
         yield from embeddings.check_vectors(types, vector=self.vector)
@@ -61,15 +60,14 @@ class NormSim(Stage):
         self._targets: np.ndarray = targets if self.p == "inf" else np.asarray(np.linalg.qr(targets, mode="r"))
 
     def process(self, batch: pa.Table) -> pa.Table:
-        there = embeddings.finite(batch[self.vector])
-        vectors = embeddings.unit(embeddings.matrix(batch[self.vector].filter(pa.array(there))))
+        valid, vectors = embeddings.finite_units(batch[self.vector])
         score = np.zeros(len(batch), np.float32)
         if self.p == "2":
-            score[there] = np.linalg.norm(vectors @ self._targets.T, axis=1)
+            score[valid] = np.linalg.norm(vectors @ self._targets.T, axis=1)
         else:
             best = np.zeros(len(vectors), np.float32)
             for low in range(0, len(self._targets), _BLOCK):
                 block = np.abs(vectors @ self._targets[low : low + _BLOCK].T)
                 best = np.maximum(best, block.max(axis=1, initial=0))
-            score[there] = best
-        return batch.append_column(self.column, pa.array(score, pa.float32(), mask=~there))
+            score[valid] = best
+        return batch.append_column(self.column, pa.array(score, pa.float32(), mask=~valid))

@@ -15,16 +15,16 @@ from trainer.shards import CorruptSampleError
 
 @dataclass(kw_only=True)
 class PictureHash(Stage):
-    """Adds a further perceptual hash of the stored picture, for `near_dedup` with `column`.
+    """Adds another perceptual hash of the stored picture, for the option `column` of `near_dedup`.
 
-    `download` computes `phash` (DCT; the most robust against re-encoding and resizing) while it decodes. Another kind
-    sees other differences: `dhash` compares neighbouring pixels, and so tells apart pictures of equal composition;
-    `ahash` compares with the mean; `whash` uses wavelets. All are of 64 bits, by the imagehash library. A flat picture,
-    which has no structure to hash, gets null.
+    `download` already computes `phash` (by DCT; the most robust against re-encoding and resizing). The other kinds
+    respond to other differences: `dhash` compares neighbouring pixels, and so separates pictures of equal composition;
+    `ahash` compares pixels with their mean; `whash` uses wavelets. All have 64 bits and come from the imagehash
+    library. The hash is null for a flat picture, which has no structure to hash, and for one that cannot be decoded.
     """
 
     kind: Literal["dhash", "ahash", "whash"] = "dhash"
-    """Which hash; also the name of the column."""
+    """The kind of hash, and the name of its column."""
 
     needs = ("image",)
 

@@ -37,7 +37,7 @@ REASONS = {
 }
 GROUP_ROWS = 256
 CONCURRENCY = 32
-"""Images processed at once."""
+"""Images read and decoded concurrently."""
 DECODE_SECONDS = 20
 DECODE_BYTES = 1 << 29
 _INDEX_VERSION = 3
@@ -65,7 +65,7 @@ class ReadShards(Stage):
 
     Use it in place of `download`, with the tables next to the tars as the pool:
     `pool: {path: FOLDER/*.parquet, columns: [key]}`, plus `uid: uid` for a DataComp folder. Reads folders written by
-    img2dataset (its format `webdataset`), DataComp's tools and Winnow.
+    img2dataset (in its format `webdataset`), DataComp's tools and Winnow.
 
     Adds the columns of `download` except `usage`. Keeps the image's bytes if they are a JPEG, PNG or WebP of upright,
     8-bit RGB or grey pixels; re-encodes others. `sha256`, `original_bytes` and `original_format` describe the bytes in
@@ -193,7 +193,7 @@ class Folder:
     """A folder of shards `NNNNN.tar`, optionally with tables `NNNNN.parquet`. Looks up images by key.
 
     img2dataset's keys are shard · 10^d + row, so a key identifies its shard. Indexing reads each tar's headers once
-    (`trainer.tar`) and unpacks nothing. Samples with non-numeric keys are ignored.
+    (`trainer.tar`) and extracts nothing. Samples with non-numeric keys are ignored.
     """
 
     def __init__(self, path: str, index: str) -> None:
@@ -218,7 +218,7 @@ class Folder:
 
     @cached_property
     def row_digits(self) -> int:
-        """The d in key = shard · 10^d + row, from the last shard with an image. Raises ValueError for other keys."""
+        """The d in key = shard · 10^d + row, from the last shard with an image. Raises ValueError if no d fits."""
         for shard in sorted(self.tars, reverse=True):
             key = None
             with suppress(TarError):
@@ -237,7 +237,7 @@ class Folder:
         return 18
 
     def find(self, key: str | None, max_bytes: int) -> dict[str, Any] | tuple[str, str | None]:
-        """Returns `body` and the table's columns for a key, or (reason, detail) if there is no image."""
+        """Returns `body` and the table's columns for a key, or the drop's (reason, detail) if there is no image."""
         if key is None or not _KEY.fullmatch(key):
             return "no_image", f"the key is {key!r:.50}"
         number = int(key)
@@ -269,32 +269,30 @@ class Folder:
     def _load(self, shard: int) -> pa.Table:
         """The index of a shard, sorted by key, memory-mapped if local."""
         tar = self.tars[shard]
-        what = f"{_INDEX_VERSION} {self.path}/{tar.name} {tar.stamp}"
-        name = f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.arrow"
+        identity = f"{_INDEX_VERSION} {self.path}/{tar.name} {tar.stamp}"
+        name = f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.arrow"
         if not self._index.exists(name):
-            made = self._make(shard)
-            with self._index.output(name) as file, pa.ipc.new_file(file, made.schema) as writer:
-                writer.write_table(made)
+            entries = self._make(shard)
+            with self._index.output(name) as file, pa.ipc.new_file(file, entries.schema) as writer:
+                writer.write_table(entries)
         with self._index.input(name) as file:
             return pa.ipc.open_file(file).read_all().combine_chunks()
 
     def _make(self, shard: int) -> pa.Table:
-        places: dict[int, tuple[int, int]] = {}
+        places: dict[int, dict[str, int]] = {}
         damage = ""
         try:
             for key, offset, size in self._members(shard):
-                places.setdefault(key, (offset, size))  # the first of duplicate names counts, as in other readers
+                # Of samples with the same key, take the first, like other readers.
+                places.setdefault(key, {"offset": offset, "size": size})
         except TarError as error:
             damage = one_line(str(error))
         table = self._table(self.tars[shard].name.replace(".tar", ".parquet"))
-        rows = [
-            {"key": key, **dict(zip(("offset", "size"), places.get(key, (None, None)))), **table.get(key, {})}
-            for key in sorted({*places, *table})
-        ]
+        rows = [{"key": key, **places.get(key, {}), **table.get(key, {})} for key in sorted({*places, *table})]
         return pa.Table.from_pylist(rows, _INDEX.with_metadata({"damage": damage}))
 
     def _members(self, shard: int) -> Iterator[tuple[int, int, int]]:
-        """Key, offset and size of each image in a tar. Raises TarError after those before the first damage."""
+        """Yields key, offset and size of each image in a tar. Raises TarError at the first damage."""
         path = f"{self._root}/{self.tars[shard].name}"
         with self._fs.open(path, "rb") as file:
 

@@ -15,25 +15,29 @@ from pipeline.text.caption import normal
 
 _DEFAULT = "pipeline.ocr:RapidOcr"
 _SHORT = 3
-"""Words of at most this many letters must be read as separate words. OCR may join longer ones to their neighbours."""
+"""Words of at most this many letters must be read as separate words. Longer ones also match within joined words, since
+OCR may miss spaces."""
 
 
 @dataclass(kw_only=True)
 class TextOverlap(Stage):
     """Measures how much of the caption is written in the picture, by OCR.
 
-    Models trained on such pairs learn to read instead of to see: about 40% of LAION's pictures have text that overlaps
-    with the caption (T-MARS, Maini et al., ICLR 2024). Adds
+    Models trained on such pairs learn to read text instead of recognising what is shown. About 40% of LAION's pictures
+    have text that overlaps with the caption (T-MARS, Maini et al., ICLR 2024). Adds
 
-    - `image_text`: the text read in the picture, one line each; "" if there is none;
+    - `image_text`: the lines of text in the picture, separated by line feeds; "" if there are none;
     - `text_boxes`: the box of each line, [x_min, y_min, x_max, y_max], 0 to 1;
-    - `text_overlap_score`: the share of the caption's letters and digits whose words occur in that text, 0 to 1; null
-      for a caption without any (Lin et al., 2023, "Parrot Captions Teach CLIP to Spot Text", count words). Case and
-      punctuation are ignored.
+    - `text_overlap_score`: the share of the caption's letters and digits that are in words of this text, 0 to 1; null
+      for a caption without letters and digits. Ignores case and punctuation. (Lin et al., 2023, "Parrot Captions Teach
+      CLIP to Spot Text", count words instead.)
 
-    T-MARS scores the picture with its text masked: `clip_score: {column: masked_clip_score, mask: text_boxes}`. Keep
-    the highest with `threshold`, or drop those that lose the most with `text_reliance`. Pictures that cannot be decoded
-    are dropped (`decode_error`).
+    To score pictures with their text masked, as T-MARS does, add this step. Then keep the highest scores with
+    `threshold`, or drop the rows that lose the most with `text_reliance`:
+
+        - clip_score: {column: masked_clip_score, mask: text_boxes}
+
+    Pictures that cannot be decoded are dropped (`decode_error`).
     """
 
     engine: str = _DEFAULT
@@ -92,7 +96,7 @@ class TextOverlap(Stage):
 
 
 def overlap(captions: pa.ChunkedArray, texts: pa.ChunkedArray) -> pa.FloatArray:
-    """The share of each caption's letters and digits whose words occur in the text beside it: float32, 0 to 1."""
+    """The share of each caption's letters and digits that are in words of its text: float32, 0 to 1."""
     scores = []
     for caption, text in zip(_words(captions), _words(texts)):
         together, apart = "".join(text), set(text)

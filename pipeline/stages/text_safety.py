@@ -11,29 +11,29 @@ from pipeline.models import plugin
 from pipeline.models.safety import check_score, scored, with_score
 from pipeline.step import FILE, Estimate, Stage
 from pipeline.text.caption import normal
-from pipeline.text.matching import matcher, normalised, read_entries
+from pipeline.text.matching import check_entries, matcher, normalised, read_entries
 
 
 @dataclass(kw_only=True)
 class TextSafety(Stage):
-    """Scores how unsafe a caption is, by your own scorer or a list of words, and drops the row (`unsafe`) above
-    `max_score`.
+    """Scores how unsafe a caption is, with a scorer or a list of words that you supply, and drops rows with a score
+    above `max_score` (reason `unsafe`).
 
-    Adds `text_unsafe_score`, 0 to 1. CommonPool (Gadre et al., 2023, section 3.2 and appendix E) was freed of unsafe
-    captions by such a score, that of Detoxify, a classifier of toxic comments. No classifier comes with Winnow.
+    Adds `text_unsafe_score`, 0 to 1. No classifier comes with Winnow. CommonPool (Gadre et al., 2023, section 3.2 and
+    appendix E) removed unsafe captions by the score of Detoxify, a classifier of toxic comments.
     """
 
     scorer: str | None = None
-    """Import path of a scorer, `my_package.my_module:MyClass`: called without arguments once per worker, it returns a
-    callable that maps a list of n captions to n scores from 0 to 1, or NaN where it has none."""
+    """Import path of a scorer, `my_package.my_module:MyClass`. It is called without arguments once per worker, and
+    returns a callable that maps a list of n captions to n scores from 0 to 1; NaN means no score."""
     words: str | None = field(default=None, metadata=FILE)
-    """A file of words and phrases instead: a JSON list of strings (`.json`), or text with one per line; may be `.gz` or
-    `.zst`. The score is 1 if the caption contains one, matched as in `balance`, else 0."""
+    """Instead of a scorer, a file of words and phrases: a JSON list of strings (`.json`), or text with one per line;
+    may be `.gz` or `.zst`. The score is 1 if the caption contains one, matched as in `balance`, else 0."""
     max_score: float | None = 0.1
-    """Highest score kept. The default is ours, and strict: choose it on captions that you have judged. None keeps all
-    rows. Rows without a score are dropped as `missing`."""
+    """Highest score kept; null keeps all rows. The default is ours, and strict: choose your own on captions that you
+    have labelled. Rows without a score are dropped as `missing`."""
     column: str = "text_unsafe_score"
-    """Name of the score."""
+    """Name of the score column."""
 
     needs = ("caption",)
 
@@ -50,10 +50,7 @@ class TextSafety(Stage):
         if self.scorer is not None and (problem := plugin.problem(self.scorer)) is not None:
             yield "scorer", problem
         if self.words is not None:
-            try:
-                read_entries(self.words)
-            except (OSError, ValueError) as error:
-                yield "words", f"cannot read {self.words!r}: {error}"
+            yield from check_entries("words", self.words)
         yield from check_score(self.column, self.max_score)
 
     def fingerprint(self) -> object:

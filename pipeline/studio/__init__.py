@@ -1,1 +1,1 @@
-"""A local page to move the cuts of a run and see at once what would be kept."""
+"""A local page on which to move the cuts of a run and see immediately what would be kept."""

@@ -1,13 +1,14 @@
-"""Opens a local page to move the cuts of a run and see at once what would be kept.
+"""Opens a local page on which to move the cuts of a run and see immediately what would be kept.
 
     python -m pipeline.studio runs/demo
     python -m pipeline.studio runs/demo --after clip_score --port 8800
 
-The page shows the rows that survived the step `--after`; by default, those before the last `threshold` lines of the
-recipe, whose cuts it starts with. It draws the curve of each score, counts what the cuts keep, shows pictures on both
-sides of each cut, narrows all that by language, host, concept or text, and finds pictures by meaning where the run has
-embeddings. Pictures marked good or bad go to `report/labels.csv` of the run as `uid,label` (1 or 0). "Export" gives
-the cuts as recipe lines; a run with them keeps exactly the rows that were counted. Nothing else is written.
+The page shows the rows that survived the step `--after`. By default this is the step before the last `threshold` lines
+of the recipe, and the page starts with their cuts. It draws the histogram of each score, counts what the cuts keep,
+shows pictures on both sides of each cut, filters all of this by language, host, concept or text, and finds pictures by
+meaning if the run has embeddings. Pictures marked good or bad go to `report/labels.csv` of the run as `uid,label` (1 or
+0). "Export" gives the cuts as recipe lines; a run with them keeps exactly the rows that were counted. Nothing else is
+written.
 
 The page is served to this machine only, at an address with a random token. On a remote machine, forward the port:
 `ssh -L 8790:127.0.0.1:8790 HOST`.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import secrets
 import socket
 import sys
@@ -44,7 +46,7 @@ async def _serve(studio: Studio, port: int, console: Console) -> None:
     await runner.setup()
     try:
         await web.SockSite(runner, listening).start()
-        # Not through the console, which hides tokens: this one is for the user.
+        # Printed directly, because the console hides tokens, and the user needs this one.
         print(f"http://127.0.0.1:{port}/?token={token}", file=console.file, flush=True)
         console.print("Ctrl-C ends it.")
         await asyncio.Event().wait()
@@ -54,7 +56,7 @@ async def _serve(studio: Studio, port: int, console: Console) -> None:
 
 @guarded()
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.studio",
         description=__doc__,
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.error(error)
         return 2
     except OSError as error:
-        taken = getattr(error, "errno", None) in (13, 98) and "bind" in str(error)
+        taken = error.errno in (errno.EACCES, errno.EADDRINUSE) and "bind" in str(error)
         errors.error(f"--port {args.port}: {error}; give another --port" if taken else error)
         return 2 if taken else 1
     except DamagedError as error:

@@ -1,4 +1,4 @@
-"""The concepts of a run: the entries that its `balance` step names, and which captions match them."""
+"""Finds the concepts of a run: the entries of its `balance` step, and the captions that match them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pipeline.text.matching import matcher, normalised, read_entries
 
 
 def find_entries(run: Run) -> tuple[str, ...]:
-    """The entries that `balance` was given, in normal form; none without such a step, or if its file is not here."""
-    from pipeline.filters.balance import Balance  # brings pandas, which `--help` of commands does not need
+    """Returns the normalised entries of the `balance` step; empty without one, or if its file cannot be read here."""
+    from pipeline.filters.balance import Balance  # imports pandas, which the `--help` of commands does not need
 
     for step in run.steps:
         path = step.options.get("entries")
@@ -24,5 +24,5 @@ def find_entries(run: Run) -> tuple[str, ...]:
 
 
 def matches(captions: pa.ChunkedArray, entries: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Row and entry (indices) of every distinct match, as `balance` finds them."""
+    """Returns the rows and the entries (indices, two arrays) of all distinct matches, as `balance` finds them."""
     return matcher(entries).pairs(normalised(captions))

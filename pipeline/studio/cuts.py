@@ -1,6 +1,6 @@
-"""The rows of a run in memory, to try cuts on: counts, curves, and the rows on both sides of each cut, in milliseconds.
+"""Tries cuts on the rows of a run, in memory and within milliseconds: counts, histograms, rows on both sides of a cut.
 
-`load` reads them once. A cut is one `threshold` line, and a run of a recipe with the same lines keeps the same rows.
+`load` reads the rows once. A cut is one `threshold` line; a run whose recipe has the same lines keeps the same rows.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ from pipeline.text.hashing import hash64
 from pipeline.text.url import hosts
 
 THRESHOLD = "pipeline.filters.threshold.Threshold"
-"""The step of a cut."""
+"""The class of the steps that are cuts."""
 BINS = 80
 """Bars of a histogram."""
 _EDGE = 0.001
-"""Share of the rows at either end of a column that its histogram adds to the first and last bar."""
-_MASKS = 16
-"""Views whose rows are remembered."""
+"""Share of the rows at each end of a score that the histogram adds to its first or last bar."""
+_VIEWS = 16
+"""Most views whose rows are cached."""
 
 
 @dataclass(frozen=True)
 class View:
-    """Which rows are looked at. It changes nothing of what the cuts keep."""
+    """Selects the rows to look at; empty fields select all. It has no effect on what the cuts keep."""
 
     language: str = ""
     host: str = ""
     concept: str = ""
     text: str = ""
-    """Part of the caption, in either case."""
+    """Part of the caption, in any case."""
 
 
 @dataclass(frozen=True)
 class Applied:
-    """Cuts applied to all rows."""
+    """What a list of cuts keeps of all rows."""
 
     keeps: tuple[np.ndarray, ...]
-    """For each cut: bool of shape (n,), the rows on its upper side, whatever the other cuts say."""
+    """For each cut: the rows on its upper side, whatever the other cuts keep; bool (n,)."""
     after: tuple[int, ...]
-    """For each cut: the rows that it and the cuts before it keep."""
+    """For each cut: how many rows it and the cuts before it keep."""
     at: tuple[float, ...]
-    """For each cut: the lowest value that it keeps; NaN if it keeps none."""
+    """For each cut: the lowest value that it keeps; NaN if it keeps nothing."""
 
     def without(self, number: int | None, n: int) -> np.ndarray:
-        """The rows that all cuts keep, or all but one of them."""
+        """The rows that all cuts keep, or all except the cut with this number; bool (n,)."""
         kept = np.ones(n, bool)
         for i, keep in enumerate(self.keeps):
             if i != number:
@@ -67,10 +67,10 @@ class Applied:
 
 
 class Groups:
-    """Names, and the rows of each; a row may have several names or none."""
+    """An index from names, such as hosts, to rows. A row may have several names or none."""
 
     def __init__(self, names: list[str], rows: np.ndarray, codes: np.ndarray) -> None:
-        """`rows` and `codes` are pairs: a row, and the number of a name that it has."""
+        """`rows` and `codes` are pairs: a row, and the number of one of its names."""
         order = np.argsort(codes, kind="stable")
         self.names = names
         self._numbers = {name: number for number, name in enumerate(names)}
@@ -79,39 +79,39 @@ class Groups:
 
     @classmethod
     def of(cls, column: pa.ChunkedArray) -> Groups:
-        """The rows by the value of a text column."""
+        """Indexes the rows by the values of a text column."""
         encoded = column.combine_chunks().dictionary_encode()
-        there = encoded.indices.is_valid().to_numpy(zero_copy_only=False)
-        return cls(encoded.dictionary.to_pylist(), np.flatnonzero(there), encoded.indices.drop_null().to_numpy())
+        valid = encoded.indices.is_valid().to_numpy(zero_copy_only=False)
+        return cls(encoded.dictionary.to_pylist(), np.flatnonzero(valid), encoded.indices.drop_null().to_numpy())
 
     def __len__(self) -> int:
         return len(self.names)
 
     def rows(self, number: int) -> np.ndarray:
-        """The rows that have a name, by its number."""
+        """The rows that have the name with this number."""
         return self._rows[self._starts[number] : self._starts[number + 1]]
 
     def where(self, name: str, n: int) -> np.ndarray:
-        """The rows that have a name: bool of shape (n,)."""
+        """The rows that have a name: bool (n,)."""
         found = np.zeros(n, bool)
         if name in self._numbers:
             found[self.rows(self._numbers[name])] = True
         return found
 
     def most(self, rows: np.ndarray, top: int) -> list[tuple[int, int]]:
-        """The names that most rows of a mask have, with the number of these rows."""
+        """The `top` names with most rows in a mask, most first, each as its number and its count of rows."""
         counts = np.zeros(len(self), np.int64)
         begins = self._starts[:-1]
-        there = begins < self._starts[1:]  # what `reduceat` gives for an empty range is not 0
-        if there.any():
-            counts[there] = np.add.reduceat(rows[self._rows].view(np.uint8), begins[there], dtype=np.int32)
+        used = begins < self._starts[1:]  # `reduceat` does not give 0 for an empty range
+        if used.any():
+            counts[used] = np.add.reduceat(rows[self._rows].view(np.uint8), begins[used], dtype=np.int32)
         best = np.argpartition(-counts, top)[:top] if len(counts) > top else np.arange(len(counts))
         best = best[np.lexsort((best, -counts[best]))]
         return [(int(i), int(counts[i])) for i in best if counts[i]]
 
 
 class Rows:
-    """Rows in memory: scores as float64, NaN where there is none; texts in a file that is mapped."""
+    """Rows in memory. Scores are float64, NaN for a row without one; texts are in a memory-mapped file."""
 
     def __init__(
         self,
@@ -121,17 +121,16 @@ class Rows:
         language: pa.ChunkedArray | None = None,
         entries: tuple[str, ...] = (),
     ) -> None:
-        """`place` is int32 of shape (n, 2), unit and row, ascending; `texts` has `uid, url, caption`; `entries` are
-        concepts."""
+        """`place` is unit and row, ascending, int32 (n, 2); `texts` has `uid, url, caption`; `entries` are concepts."""
         self.place, self.texts, self.scores = place, texts, dict(scores)
         self.n = len(place)
-        # What breaks ties in `threshold`, and a fixed random order of the rows.
+        # `threshold` breaks ties by this hash. Its order also serves as a fixed random order of the rows.
         self._hash = hash64(texts["uid"], purpose="threshold")
         self._random = np.argsort(self._hash)
         self.order: dict[str, np.ndarray] = {}
-        """For each score, the rows that have one, in ascending order."""
+        """For each score, the rows that have it, by ascending value."""
         self.ranges: dict[str, tuple[float, float]] = {}
-        """For each score, where its histogram begins and ends."""
+        """For each score, the limits of its histogram."""
         self._bars: dict[str, np.ndarray] = {}
         for name, values in self.scores.items():
             order = np.argsort(values, kind="stable")
@@ -142,16 +141,16 @@ class Rows:
             self.groups["languages"] = Groups.of(language)
         if entries:
             self.groups["concepts"] = Groups(list(entries), *matches(texts["caption"], entries))
-        # Where the chunks of the texts begin.
+        # The first row of each chunk of the texts.
         self._chunks = np.cumsum([0, *(len(chunk) for chunk in texts["uid"].chunks)])
         self._threads = ThreadPoolExecutor(os.cpu_count())
-        self.seen = lru_cache(_MASKS)(self._seen)
+        self.seen = lru_cache(_VIEWS)(self._seen)
         self.apply = lru_cache(4)(self._apply)
-        self._drawn = lru_cache(_MASKS * 32)(self._seen_histogram)
-        self._most = lru_cache(_MASKS * 4)(self._most_seen)
+        self._drawn = lru_cache(_VIEWS * 32)(lambda name, view: self._histogram(name, self.seen(view)))
+        self._most = lru_cache(_VIEWS * 4)(lambda kind, view, top: self.groups[kind].most(self.seen(view), top))
 
     def _binned(self, name: str) -> tuple[tuple[float, float], np.ndarray]:
-        """Where the histogram of a score begins and ends, and the bar of each row (uint8; BINS without a value)."""
+        """The limits of a score's histogram, and the bar of each row: uint8 (n,), BINS for a row without a value."""
         values, order = self.scores[name], self.order[name]
         edge = int(len(order) * _EDGE)
         low, high = (float(values[order[i]]) for i in (edge, len(order) - 1 - edge))
@@ -168,7 +167,7 @@ class Rows:
     # --- Cuts ---------------------------------------------------------------------------------------------------------
 
     def _apply(self, cuts: tuple[Condition, ...]) -> Applied:
-        """Applies cuts in their order."""
+        """Applies cuts in the order given."""
         kept = np.ones(self.n, bool)
         keeps, after, at = [], [], []
         for cut in cuts:
@@ -181,9 +180,9 @@ class Rows:
         return Applied(tuple(keeps), tuple(after), tuple(at))
 
     def _top(self, name: str, among: np.ndarray, fraction: float) -> Boundary:
-        """The lowest of the ceil(fraction · m) highest of m rows with a value."""
+        """The boundary of the ceil(fraction · m) highest of the m rows in the mask `among` that have a score."""
         values, order = self.scores[name], self.order[name]
-        candidates = np.flatnonzero(among[order])  # places in the order
+        candidates = np.flatnonzero(among[order])  # positions in `order`
         count = wanted(fraction, len(candidates))
         if not count:
             return Boundary(math.nan)
@@ -201,7 +200,7 @@ class Rows:
     # --- Views --------------------------------------------------------------------------------------------------------
 
     def _seen(self, view: View) -> np.ndarray:
-        """The rows of a view: bool of shape (n,)."""
+        """The rows of a view: bool (n,)."""
         seen = np.ones(self.n, bool)
         for kind, name in (("languages", view.language), ("hosts", view.host), ("concepts", view.concept)):
             if name and kind in self.groups:
@@ -212,10 +211,10 @@ class Rows:
         return seen
 
     def summary(self, cuts: Sequence[Condition], view: View, columns: Sequence[str], top: int = 8) -> dict[str, Any]:
-        """Counts for a set of cuts and the histograms of some scores, as plain data.
+        """Counts what cuts keep, and makes the histograms of the scores `columns`; plain data.
 
-        For each score: `all` are the rows of the view by bin, `kept` those that all cuts on other scores keep; the
-        cuts on a score itself divide its `kept`.
+        For each score, `all` counts the rows of the view by bin, and `kept` those of them that all cuts on other scores
+        keep, so its own cut divides `kept`.
         """
         applied, seen = self.apply(tuple(cuts)), self.seen(view)
         kept = applied.without(None, self.n)
@@ -244,18 +243,12 @@ class Rows:
             **{kind: self._kept_of(kind, view, inside, top) for kind in ("languages", "hosts", "concepts")},
         }
 
-    def _seen_histogram(self, name: str, view: View) -> list[int]:
-        return self._histogram(name, self.seen(view))
-
     def _histogram(self, name: str, rows: np.ndarray) -> list[int]:
         counts: list[int] = np.bincount(self._bars[name][rows], minlength=BINS + 1)[:BINS].tolist()
         return counts
 
-    def _most_seen(self, kind: str, view: View, top: int) -> list[tuple[int, int]]:
-        return self.groups[kind].most(self.seen(view), top)
-
     def _kept_of(self, kind: str, view: View, kept: np.ndarray, top: int) -> list[dict[str, Any]]:
-        """The most frequent names of a view: the rows of the view that have them, and those of a mask."""
+        """The most frequent names of a view, each with its rows in the view and in the mask `kept`."""
         if kind not in self.groups:
             return []
         groups = self.groups[kind]
@@ -267,7 +260,7 @@ class Rows:
     # --- Single rows --------------------------------------------------------------------------------------------------
 
     def sides(self, cuts: Sequence[Condition], number: int, view: View, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of a view that all other cuts keep: the n lowest above a cut, and the n highest below it."""
+        """Of the rows of a view that all other cuts keep, the n lowest above a cut and the n highest below it."""
         applied = self.apply(tuple(cuts))
         keep, order = applied.keeps[number], self.order[cuts[number].column]
         shown = applied.without(number, self.n) & self.seen(view)
@@ -277,12 +270,12 @@ class Rows:
         return first(order[low:], shown & keep, n), first(order[:high][::-1], shown & ~keep, n)
 
     def sample(self, cuts: Sequence[Condition], view: View, kept: bool, n: int) -> np.ndarray:
-        """Random rows of a view, the same each time: of those that the cuts keep, or of the others."""
+        """Random rows of a view that the cuts keep, or that they do not; the same for each call."""
         mask = self.apply(tuple(cuts)).without(None, self.n)
         return first(self._random, self.seen(view) & (mask if kept else ~mask), n)
 
     def describe(self, rows: np.ndarray, cuts: Sequence[Condition]) -> list[dict[str, Any]]:
-        """Texts, scores and fate of some rows, as plain data."""
+        """The texts and scores of rows, and the cuts that drop them, as plain data."""
         applied = self.apply(tuple(cuts))
         chunk = np.searchsorted(self._chunks, rows, side="right") - 1
         texts = [
@@ -301,18 +294,18 @@ class Rows:
 
 
 def _in_json(value: float) -> float | None:
-    """A number as JSON can hold it: NaN is null, an infinity the largest number."""
+    """Converts a number to what JSON can hold: NaN to null, infinities to the largest float."""
     return None if math.isnan(value) else float(np.nan_to_num(value))
 
 
 def _contains(texts: pa.Array, text: str) -> np.ndarray:
-    """Which texts contain a text, in either case."""
+    """Which of the texts contain a text, in any case: bool (n,)."""
     hits = pc.match_substring(texts, text, ignore_case=True)
     return pc.fill_null(hits, False).to_numpy(zero_copy_only=False)
 
 
 def _place(values: np.ndarray, order: np.ndarray, at: float, side: str) -> int:
-    """Where a value belongs in an order, by bisection; everything is below NaN."""
+    """Where a value belongs in an order, by bisection, as `np.searchsorted`; all values sort before NaN."""
     low, high = 0, len(order)
     while low < high and not math.isnan(at):
         middle = (low + high) // 2
@@ -325,7 +318,7 @@ def _place(values: np.ndarray, order: np.ndarray, at: float, side: str) -> int:
 
 
 def first(order: np.ndarray, mask: np.ndarray, n: int) -> np.ndarray:
-    """The first n rows of an order that a mask has; looks no further than it must."""
+    """The first n rows of an order that are in a mask. Reads no more of the order than needed."""
     found: list[np.ndarray] = []
     start, step = 0, 4096
     while start < len(order) and sum(map(len, found)) < n:
@@ -336,7 +329,7 @@ def first(order: np.ndarray, mask: np.ndarray, n: int) -> np.ndarray:
 
 
 def as_cut(step: RunStep) -> Condition | None:
-    """The cut that a step of a run is; None for other steps and for a `threshold` with a maximum."""
+    """The cut of a `threshold` step; None for other steps and for a `threshold` with a maximum."""
     options = {name: value for name, value in step.options.items() if value is not None}
     column, rule = options.pop("column", None), next(iter(options), "")
     if step.step != THRESHOLD or len(options) != 1 or rule not in ("min", "top_fraction"):
@@ -345,7 +338,7 @@ def as_cut(step: RunStep) -> Condition | None:
 
 
 def default_step(run: Run) -> str:
-    """The step before the last cuts that follow each other; without a cut, the last step that writes nothing."""
+    """The step before the last uninterrupted series of cuts; without a cut, the last step that writes no shards."""
     steps = run.steps
     last = max((i for i, step in enumerate(steps) if as_cut(step)), default=None)
     if last is None:
@@ -356,22 +349,22 @@ def default_step(run: Run) -> str:
 
 
 def score_columns(types: Mapping[str, pa.DataType]) -> list[str]:
-    """The columns that can be cut: numbers, but no hashes or sizes of whole integers beyond what a float64 holds."""
+    """The numeric columns that can be cut: not the position of a row, nor `phash`, whose order means nothing."""
     skipped = {*POSITION.names, "phash"}
     return [name for name, dtype in types.items() if name not in skipped and is_number(dtype)]
 
 
 def vector_columns(types: Mapping[str, pa.DataType]) -> list[str]:
-    """The columns of embeddings."""
-    return [n for n, t in types.items() if is_heavy(t) and pa.types.is_fixed_size_list(t) and "image" in n] + [
-        n for n, t in types.items() if is_heavy(t) and pa.types.is_fixed_size_list(t) and "image" not in n
-    ]
+    """The columns of embeddings, those of pictures first."""
+    vectors = [name for name, dtype in types.items() if is_heavy(dtype) and pa.types.is_fixed_size_list(dtype)]
+    return sorted(vectors, key=lambda name: "image" not in name)
 
 
 def load(run: Run, after: str, folder: str, progress: Callable[[int], None] = lambda units: None) -> Rows:
-    """Reads the rows that survived a step; texts go to a file in `folder`, which is mapped.
+    """Reads the rows that survived a step. Texts go to a memory-mapped file in `folder`.
 
-    Memory: some 60 bytes a row, 17 for each score and 8 for each concept. RunError for an unknown step.
+    `progress` is called with the number of units read. Takes about 60 bytes of memory per row, plus 17 for each score
+    and 8 for each concept. Raises RunError for an unknown step.
     """
     types = run.columns(after)
     scores = score_columns(types)

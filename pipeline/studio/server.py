@@ -1,4 +1,4 @@
-"""Serves the studio's page and answers its questions, to whoever holds the token."""
+"""Serves the studio's page and its answers to whoever has the token."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
-
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def application(studio: Studio, token: str, hosts: Sequence[str]) -> web.Application:
-    """The pages and answers. Every request needs one of `hosts`, and the token in a cookie that the first page sets."""
+    """Builds the web application.
+
+    Requests must have a Host among `hosts`, and the token in a cookie, which `/?token=TOKEN` sets.
+    """
     cookie = f"winnow_studio_{hosts[0].rpartition(':')[2]}"
 
     def known(given: str | None) -> bool:
@@ -50,20 +52,20 @@ def application(studio: Studio, token: str, hosts: Sequence[str]) -> web.Applica
         return answer
 
     async def _guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.host not in hosts:  # a page elsewhere whose name was pointed at this machine
-            return _refused(403, "This address is not the studio's.")
+        if request.host not in hosts:  # DNS rebinding: a foreign name that resolves to this machine
+            return web.Response(status=403, text="This address is not the studio's.")
         if request.path == "/" and known(request.query.get("token")):
             answer = web.Response(status=303, headers={"Location": "/"})
             answer.set_cookie(cookie, token, httponly=True, samesite="Strict", path="/")
             return answer
         if not known(request.cookies.get(cookie)):
-            return _refused(403, "Open the address that the command printed: it has a token.")
+            return web.Response(status=403, text="Open the address that the command printed: it has a token.")
         if request.method == "POST":
             origin = request.headers.get("Origin")
             if origin is not None and origin != f"http://{request.host}":
-                return _refused(403, "Another page must not ask.")
+                return web.Response(status=403, text="Requests from other pages are refused.")
             if request.content_type != "application/json":
-                return _refused(415, "Expected JSON.")
+                return web.Response(status=415, text="Expected JSON.")
         return await handler(request)
 
     async def index(_: web.Request) -> web.Response:
@@ -78,7 +80,7 @@ def application(studio: Studio, token: str, hosts: Sequence[str]) -> web.Applica
 
     async def picture(request: web.Request) -> web.Response:
         row, data = int(request.match_info["row"]), None
-        with contextlib.suppress(DamagedError, OSError):  # the page shows an empty frame
+        with contextlib.suppress(DamagedError, OSError):  # answered as not found: the page shows an empty frame
             data = await asyncio.to_thread(studio.picture, row) if row < studio.rows.n else None
         kind = picture_type(data or b"")
         if data is None or kind is None:
@@ -93,9 +95,9 @@ def application(studio: Studio, token: str, hosts: Sequence[str]) -> web.Applica
             try:
                 asked = model.model_validate_json(await request.read())
                 return web.json_response(await asyncio.to_thread(answer, asked))
-            except (ValidationError, ValueError) as error:  # RunError and EvaluationError are ValueErrors
-                said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-                return web.json_response({"error": page.plain(said)}, status=400)
+            except ValueError as error:  # also ValidationError, RunError and EvaluationError
+                problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+                return web.json_response({"error": page.plain(problem)}, status=400)
             except (DamagedError, OSError) as error:
                 return web.json_response({"error": page.plain(error)}, status=500)
 
@@ -117,12 +119,8 @@ def application(studio: Studio, token: str, hosts: Sequence[str]) -> web.Applica
     return app
 
 
-def _refused(status: int, why: str) -> web.Response:
-    return web.Response(status=status, text=why)
-
-
 def picture_type(data: bytes) -> str | None:
-    """The media type of an encoded picture, by its first bytes; None for anything that a browser need not be shown."""
+    """The media type of a JPEG, PNG or WebP picture, by its first bytes; None for any other data."""
     if data.startswith(b"\xff\xd8\xff"):
         return "image/jpeg"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):

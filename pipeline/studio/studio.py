@@ -1,4 +1,4 @@
-"""Answers the questions of the studio's page about the rows of a run."""
+"""Answers the requests of the studio's page about the rows of a run."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ from pipeline.studio.cuts import View, as_cut, first, load, vector_columns
 
 LABELS = "report/labels.csv"
 TILES = 24
-"""Most rows in one answer."""
+"""Most rows in each group of an answer."""
 BLOCK = 65_536
-"""Embeddings that a search converts to float32 at a time."""
+"""Embeddings converted to float32 at a time in a search."""
 PICTURES = 2000
-"""Encoded pictures that are kept in memory."""
+"""Most encoded pictures kept in memory."""
 
 
 class Asked(BaseModel):
+    """A request of the page; unknown keys and non-finite numbers are refused."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -52,7 +54,7 @@ class CutAsked(Asked):
         return self
 
     def condition(self) -> Condition:
-        """The cut itself."""
+        """The cut as a condition."""
         rule = "top_fraction" if self.min is None else "min"
         return Condition(self.column, rule, getattr(self, rule))
 
@@ -67,29 +69,29 @@ class ViewAsked(Asked):
 
 
 class Question(Asked):
-    """What the page asks: the same cuts and view for all answers, and what to show."""
+    """The request for counts, rows or a recipe: the cuts, the view and what to show."""
 
     cuts: list[CutAsked] = Field(default=[], max_length=64)
     view: ViewAsked = ViewAsked()
     columns: list[str] = Field(default=[], max_length=256)
-    """Scores whose histograms are wanted."""
+    """Scores to make histograms of."""
     show: str | int = "sample"
     """The rows to show: `sample`, `search`, or the number of a cut."""
     text: str = Field(default="", max_length=1000)
-    """Search: what the pictures should show."""
+    """What to search for: a description of the picture."""
     like: int | None = None
-    """Search: the row whose picture they should be like."""
+    """What to search for: pictures similar to that of this row."""
 
 
 class LabelAsked(Asked):
-    """A mark on a row; null takes it back."""
+    """A mark on a row: 1 for good, 0 for bad, null to remove it."""
 
     id: int
     label: int | None = Field(ge=0, le=1)
 
 
 class Studio:
-    """A run in memory, and what the page asks of it. Methods are called in threads."""
+    """A run in memory, and the answers about it. Its methods are called from several threads."""
 
     def __init__(self, run: Run, after: str, folder: str, progress: Callable[[int], None] = lambda units: None) -> None:
         self.run, self.after, self._folder = run, after, folder
@@ -106,12 +108,12 @@ class Studio:
     # --- Answers ------------------------------------------------------------------------------------------------------
 
     def start(self) -> dict[str, Any]:
-        """What the page needs to begin."""
+        """Everything that the page needs to start."""
         rows, model = self.rows, self.text_model()
         searches = {
             (True, True): "",
             (True, False): "The model that made the embeddings is not a local folder or file, so text cannot be "
-            "embedded here: search by picture.",
+            "embedded here. Search by picture instead.",
             (False, False): "The run has no embeddings (clip_score: {embeddings: true} stores them).",
         }
         return {
@@ -150,7 +152,7 @@ class Studio:
         return self.rows.summary(cuts, view, asked.columns)
 
     def tiles(self, asked: Question) -> dict[str, Any]:
-        """Two groups of rows with a title each."""
+        """One or two groups of rows, by name."""
         cuts, view, rows = self._cuts(asked), self._view(asked), self.rows
         if asked.show == "sample":
             groups = {"kept": rows.sample(cuts, view, True, TILES), "dropped": rows.sample(cuts, view, False, TILES)}
@@ -171,7 +173,7 @@ class Studio:
         uid = self.rows.texts["uid"][asked.id].as_py()
         with self._lock:
             store = Store(self.run.path)
-            labels = read_labels(store)  # another studio may have added some
+            labels = read_labels(store)  # read again: another studio may have added marks
             labels.pop(uid, None)
             if asked.label is not None:
                 labels[uid] = asked.label
@@ -180,7 +182,7 @@ class Studio:
         return {"labels": len(labels)}
 
     def export(self, asked: Question) -> dict[str, Any]:
-        """The cuts as recipe lines, and the whole recipe with them in place."""
+        """The cuts as recipe lines, and the whole recipe with these lines in place."""
         cuts = self._cuts(asked)
         lines = "".join(f"  - {line_text(cut.line())}\n" for cut in cuts)
         return {"lines": lines, "recipe": recipe_with(self.run, self.after, cuts), "after": self.after}
@@ -213,16 +215,16 @@ class Studio:
     # --- Search by meaning --------------------------------------------------------------------------------------------
 
     def text_model(self) -> RunStep | None:
-        """The step that made the embeddings, if its model can embed texts and is here."""
+        """The step that made the embeddings, if its model embeds texts too and is on this machine."""
         if self.vector is None:
             return None
         step = next(step for step in self.run.steps if self.vector in step.adds)
         model, weights = step.options.get("model"), step.options.get("pretrained")
-        here = bool(model) and (Path(str(model)).is_dir() or (bool(weights) and Path(str(weights)).is_file()))
-        return step if here and "text" not in str(self.vector) else None
+        local = bool(model) and (Path(str(model)).is_dir() or (bool(weights) and Path(str(weights)).is_file()))
+        return step if local and "text" not in str(self.vector) else None
 
     def _ranking(self, text: str, like: int | None) -> np.ndarray:
-        """The rows that have an embedding, those nearest to a text or to the picture of a row first."""
+        """The rows that have an embedding, from the most to the least similar to a text or to a row's picture."""
         vectors = self._embeddings()
         if like is not None:
             if not 0 <= like < self.rows.n:
@@ -237,21 +239,21 @@ class Studio:
         return np.argsort(-scores, kind="stable")[: int(np.isfinite(scores).sum())]
 
     def _embeddings(self) -> np.ndarray:
-        """The embeddings of all rows, fp16 in a mapped file; zeros for a row without one. Read when first needed."""
+        """The embeddings of all rows, float16 (n, d), zeros for rows without one; mapped; read on first use."""
         if self.vector is None:
             raise ValueError("the run has no embeddings")
         with self._lock:
             if self._vectors is None:
                 size = self.run.columns(self.after)[self.vector].list_size
                 shape = (max(1, self.rows.n), size)
-                found = np.lib.format.open_memmap(f"{self._folder}/vectors.npy", "w+", np.float16, shape)
+                vectors = np.lib.format.open_memmap(f"{self._folder}/vectors.npy", "w+", np.float16, shape)
                 at = 0
                 for table in self.run.scan([self.vector], self.after):
                     column = table[self.vector]
-                    there = pa.compute.is_valid(column)
-                    found[at : at + len(table)][there.to_numpy()] = np.nan_to_num(matrix(column.filter(there)))
+                    valid = pa.compute.is_valid(column)
+                    vectors[at : at + len(table)][valid.to_numpy()] = np.nan_to_num(matrix(column.filter(valid)))
                     at += len(table)
-                self._vectors = found
+                self._vectors = vectors
         return self._vectors
 
     @functools.cached_property
@@ -260,7 +262,7 @@ class Studio:
 
         step = self.text_model()
         if step is None:
-            raise ValueError("the model that made the embeddings is not here")
+            raise ValueError("the model that made the embeddings is not on this machine")
         options = step.options
         named = SimpleNamespace(
             model=options["model"], pretrained=options.get("pretrained"), batch_size=1, device="cpu", precision="fp32"
@@ -273,7 +275,7 @@ class Studio:
 
 
 def read_labels(store: Store) -> dict[str, int]:
-    """The marks of a run: 1 for good and 0 for bad, by uid. RunError if the file is not one of labels."""
+    """Reads the marks of a run, by uid: 1 for good and 0 for bad. Raises RunError if the file has another form."""
     data = store.read_if_there(LABELS)
     if data is None:
         return {}
@@ -289,7 +291,7 @@ def read_labels(store: Store) -> dict[str, int]:
 
 
 def write_labels(store: Store, labels: dict[str, int]) -> None:
-    """Writes the marks of a run, in the order in which they were made."""
+    """Writes the marks of a run, in the order they were made."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerows([("uid", "label"), *labels.items()])
@@ -297,7 +299,7 @@ def write_labels(store: Store, labels: dict[str, int]) -> None:
 
 
 def cuts_after(run: Run, after: str) -> list[Condition]:
-    """The cuts right after a step."""
+    """The uninterrupted cuts that follow a step."""
     cuts = []
     for step in run.steps[_number(run, after) + 1 :]:
         if (cut := as_cut(step)) is None:
@@ -312,7 +314,7 @@ def later_steps(run: Run, after: str) -> list[RunStep]:
 
 
 def recipe_with(run: Run, after: str, cuts: Sequence[Condition]) -> str:
-    """The recipe of a run as YAML, with these cuts in the place of those right after a step."""
+    """The recipe of a run as YAML, with these cuts in place of those that follow a step."""
     at = _number(run, after)  # the pool is step 0 and has no line
     lines = run.recipe["steps"]
     steps = [*lines[:at], *(cut.line() for cut in cuts), *lines[at + len(cuts_after(run, after)) :]]

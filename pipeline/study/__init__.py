@@ -1,1 +1,1 @@
-"""A study of cuts: what each would keep of a finished run, and which one trains the better model."""
+"""Studies of cuts: what each cut would keep of a finished run, and which one trains the better model."""

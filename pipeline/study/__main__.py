@@ -7,9 +7,9 @@ For example, after `winnow demo`, count first, then train:
     winnow study conf/study.yaml train=null
     winnow study conf/study.yaml train.seeds=5
 
-Reads the stored columns of the run; writes nothing into it, and needs neither network nor GPU. Run the same
-command again to resume a stopped study; more cuts, budgets or seeds only add to it.
-OUT gets `index.html`, `table.parquet` and `table.csv`, `overlap.parquet`, and, with a `train` block, `arms.parquet`.
+A study reads the stored columns of the run, writes nothing into it, and needs neither network nor GPU. To resume a
+stopped study, run the same command again; further cuts, budgets or seeds add to the results already there. It writes
+`index.html`, `table.parquet`, `table.csv` and `overlap.parquet` to OUT, and `arms.parquet` if there is a `train` block.
 docs/study.md describes the keys.
 """
 
@@ -28,7 +28,7 @@ from trainer.terminal import Console, guarded, interrupted
 
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """Holds the folder of a study. StudyError if another command does, or if it is not a folder."""
+    """Locks the folder of a study. Raises StudyError if another command has locked it, or if it is not a folder."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -43,7 +43,7 @@ def claimed(out: Path) -> Iterator[None]:
 
 @guarded()
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.study",
         description=__doc__,
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     errors = Console(stderr=True)
     try:
         plan = load(args.study, args.overrides)
-        # Imported only now: numpy and pyarrow take time, and --help does not need them.
+        # Imported here because numpy and pyarrow take time, and --help does not need them.
         from pipeline.reader import RunError
         from pipeline.storage import DamagedError
         from pipeline.study import outputs, study

@@ -1,8 +1,9 @@
 """Trains the arms of a study: a model for each subset, budget and seed.
 
-An arm is named by a hash of all that determines its result, and its result is one small record, created exclusively.
-So a killed study resumes where it stopped, arms with the same subset are trained once, and more seeds or cuts
-only add arms. Subsets are numbers of samples in one index of the pictures where the run has stored them.
+An arm is named by a hash of everything that determines its result, and its result is one small record, created
+exclusively. So a killed study resumes where it stopped, arms with the same subset are trained once, and further seeds
+or cuts only add arms. A subset is a list of sample numbers in an index of the pictures, which stay where the run stored
+them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from trainer.terminal import progress
 
 
 class ArmError(RuntimeError):
-    """A training failed; the message says which, why, and where its log is."""
+    """A training failed. The message names the arm, the cause and the log."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,19 @@ class Arm:
 
     key: str
     subset: str
-    """A file of sample numbers."""
+    """The path of a file of sample numbers."""
     samples: int
-    """Distinct samples of the subset."""
+    """Distinct samples in the subset."""
     budget: int
+    """Samples seen in the training."""
     seed: int
 
 
 def index_pictures(candidates: Candidates, folder: Path) -> np.ndarray:
-    """Writes the index of the candidates' pictures that the trainer reads (`trainer.shards`); copies no picture.
+    """Writes the index through which the trainer (`trainer.shards`) reads the candidates' pictures; copies no picture.
 
-    Returns the sample number of each candidate, int64, −1 for one without a picture. Within a unit, samples are in the
-    order of the files that hold their pictures.
+    Returns the sample number of each candidate, int64 (n,), −1 for one without a picture. Within a unit, samples are
+    numbered in the order of the files that contain their pictures.
     """
     numbers_at, described_at = folder / "samples.npy", folder / "pictures.json"
     if described_at.exists():
@@ -85,8 +87,8 @@ def index_pictures(candidates: Candidates, folder: Path) -> np.ndarray:
             block = np.stack([ranges[order, 1], ranges[order, 2], absent, absent, begins[order], sizes[order]], axis=1)
             rows.write(block.tobytes())
             digest.update(block.tobytes())
-            held = np.bincount(ranges[order, 0], minlength=len(entries))
-            for entry, samples in zip(entries, held.tolist()):
+            counts = np.bincount(ranges[order, 0], minlength=len(entries))
+            for entry, samples in zip(entries, counts.tolist()):
                 if samples:
                     name = entry["name"] if "://" in entry["name"] else str(Path(entry["name"]).resolve())
                     files.append({"url": name, "bytes": entry["bytes"], "sha256": entry["sha256"], "samples": samples})
@@ -95,14 +97,15 @@ def index_pictures(candidates: Candidates, folder: Path) -> np.ndarray:
     (folder / "rows.part").unlink()
     np.save(numbers_at, numbers)
     described = {"format": PICTURES_FORMAT, "name": candidates.run.name, "index": digest.hexdigest(), "files": files}
-    with atomic.replacing(described_at) as file:  # last: it makes the other files count
+    with atomic.replacing(described_at) as file:  # last: its existence means that the other files are complete
         file.write(json.dumps(described).encode())
     return numbers
 
 
 def random_places(candidates: Candidates, numbers: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """The places of so many candidates with a picture, int64, ascending: those with the highest hash of seed and uid.
-    So a smaller sample of a seed is part of a larger one, and none depends on units or on the order of rows."""
+    """Draws `size` candidates with a picture: those with the highest hash of seed and uid. Returns their places, int64,
+    ascending. A smaller sample is thus part of a larger one of the same seed, and neither depends on units or the order
+    of rows."""
     hashes = candidates.spooled(
         f"random-{seed}", np.uint64, ["uid"], lambda table: hash64(table["uid"], seed=seed, purpose="study")
     )
@@ -110,12 +113,12 @@ def random_places(candidates: Candidates, numbers: np.ndarray, size: int, seed: 
     [(lowest, _, _)] = largest(lambda: (hashes[at][numbers[at] >= 0] for at in candidates.blocks), usable, [size])
     chosen = [at.start + np.flatnonzero((hashes[at] >= lowest) & (numbers[at] >= 0)) for at in candidates.blocks]
     kept = np.concatenate(chosen)
-    tied = kept[hashes[kept] == lowest]  # more than one only where the pool has a uid twice
+    tied = kept[hashes[kept] == lowest]  # more than one only if the pool repeats a uid
     return np.setdiff1d(kept, tied[: len(kept) - size])
 
 
 def write_subset(places: np.ndarray, numbers: np.ndarray, folder: Path) -> tuple[str, int]:
-    """Writes the sample numbers of these candidates, named by their hash; returns the file and how many there are."""
+    """Writes the sample numbers of these candidates to a file named by their hash. Returns its path and their count."""
     samples = np.sort(numbers[places])
     samples = samples[samples >= 0]
     path = folder / f"{hashlib.sha256(samples.tobytes()).hexdigest()[:16]}.npy"
@@ -127,31 +130,34 @@ def write_subset(places: np.ndarray, numbers: np.ndarray, folder: Path) -> tuple
 
 
 class Trainer:
-    """Trains arms for a study, in processes that last for all of them."""
+    """Trains the arms of a study, in worker processes that are reused for all of them."""
 
     def __init__(self, training: Training, config: TrainConfig, pictures: Path, out: Path) -> None:
         self.training, self.config, self.out = training, config, out
         self.pictures = pictures
         self.store = Store(str(out / "arms"))
         described = json.loads((pictures / "pictures.json").read_text())
-        left_out = FREE_ON_RESUME | {"samples", "epochs", "seed"}  # what a study sets itself, and what changes nothing
+        left_out = FREE_ON_RESUME | {"samples", "epochs", "seed"}  # without effect, or set by the study for each arm
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
         fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in left_out and v != defaults[k]}
         determines = [fixed, training.evaluate, described["index"], [entry["sha256"] for entry in described["files"]]]
         self.identity = json.dumps(determines, sort_keys=True, default=str)
 
     def arm(self, subset: str, samples: int, budget: int, seed: int) -> Arm:
+        """The arm with this subset, budget and seed, named by a hash of all that determines its result."""
         key = hashlib.sha256(json.dumps([self.identity, Path(subset).name, budget, seed]).encode()).hexdigest()[:16]
         return Arm(key, subset, samples, budget, seed)
 
     def result(self, arm: Arm) -> dict[str, Any] | None:
-        """The record of an arm that is done."""
+        """The record of an arm; None if it has not been trained."""
         data = self.store.read_if_there(f"{arm.key}.json")
         return None if data is None else dict(json.loads(data))
 
     def train(self, arms: Sequence[Arm], say: Callable[[Arm, dict[str, Any]], None]) -> None:
-        """Trains the arms that have no record yet, `workers` at a time, and calls `say` after each. Raises ArmError,
-        and StudyError if the metric that decides is not among the results."""
+        """Trains the arms that have no record yet, `workers` at a time, and calls `say` after each.
+
+        Raises ArmError if a training fails, and StudyError if the deciding metric is not among the results.
+        """
         due = []
         for arm in dict.fromkeys(arms):
             if (record := self.result(arm)) is None:
@@ -213,7 +219,7 @@ class Trainer:
 
 
 class _Worker:
-    """A process that trains the arms that it is sent, one at a time. It ends when this process does."""
+    """A process that trains the arms sent to it, one at a time. It ends when this process does."""
 
     def __init__(self) -> None:
         pipe = subprocess.PIPE
@@ -245,7 +251,7 @@ class _Worker:
 
 
 def check_metric(record: dict[str, Any], name: str) -> None:
-    """Raises StudyError if a training has not given the metric that decides."""
+    """Raises StudyError if the deciding metric is not among the results of a training."""
     numbers = [key for key, value in record["metrics"].items() if isinstance(value, int | float)]
     if name not in numbers:
         raise StudyError(f"train.metric: the tasks give no number {name!r}; they give {', '.join(numbers)}")

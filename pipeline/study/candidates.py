@@ -1,9 +1,9 @@
-"""The candidates of a study: the columns that its cuts read, of all rows that survived a step of the run.
+"""The candidates of a study: all rows that survived a step of the run, with the columns that the cuts read.
 
-The run is scanned once, and the columns are spooled to files of numbers in the study's folder. All cuts are then worked
-out on memory-mapped files, a block of rows at a time, so memory does not grow with the rows, and a study that is given
-again with other cuts reads the run again only for other columns. Ray and Dask do not pay here: Ray takes as long to
-start as the scan of six columns of ten million rows does on two cores (`benchmarks/study.py`).
+The run is scanned once, and the columns are spooled to files of numbers in the study's folder. All cuts are then
+computed from memory-mapped files, one block of rows at a time, so memory does not grow with the rows. Repeating a study
+with other cuts scans the run again only for new columns. Ray and Dask do not pay off here: Ray takes as long to start
+as two cores take to scan six columns of ten million rows (`benchmarks/study.py`).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from trainer import atomic
 from trainer.terminal import progress
 
 BLOCK = 1 << 17
-"""Rows at a time. A multiple of 64, so that blocks of bits are whole words; 50 cuts over it fit into a cache."""
+"""Rows processed at a time. A multiple of 64, so that bits fill whole words; 50 cuts of a block fit in a cache."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidates, in the order of unit and row."""
+    """The candidates, ordered by unit and row. A candidate's place is its number in this order."""
 
     run: Run
     after: str
@@ -46,15 +46,15 @@ class Candidates:
     types: dict[str, str]
     """The numpy types of the columns: float32, or float64 where float32 would round."""
     maps: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
-    """The files that are mapped."""
+    """The files mapped so far."""
     hashing: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    """Held while hashes are read and stored."""
+    """Held while uid hashes are read and stored."""
 
     def __len__(self) -> int:
         return int(self.counts.sum())
 
     def column(self, name: str) -> np.ndarray:
-        """The values of a numeric column, NaN where the row has none; mapped, not read."""
+        """The values of a numeric column, NaN for a row without one; memory-mapped."""
         return self._mapped(_file(name), self.types[name])
 
     @property
@@ -64,20 +64,21 @@ class Candidates:
 
     @property
     def blocks(self) -> Iterator[slice]:
+        """The places of all candidates, BLOCK at a time."""
         for start in range(0, len(self), BLOCK):
             yield slice(start, min(start + BLOCK, len(self)))
 
     @property
     def units(self) -> Iterator[tuple[int, slice]]:
-        """Each unit and the places of its candidates."""
+        """Each unit with the places of its candidates."""
         ends = np.cumsum(self.counts).tolist()
         for unit, (end, count) in enumerate(zip(ends, self.counts.tolist())):
             yield unit, slice(end - count, end)
 
     def uid_hashes(self, places: np.ndarray) -> np.ndarray:
-        """The hash by which `threshold` breaks ties, of the candidates at these ascending places; uint64.
+        """The hashes by which `threshold` breaks ties, for candidates at ascending places; uint64.
 
-        Kept in a sparse file where 0 means not yet known, so only the units with ties are read, once.
+        They are cached in a sparse file, where 0 means not yet computed, so only units with ties are read, and once.
         """
         with self.hashing:
             if (name := "uid-hashes") not in self.maps:
@@ -99,25 +100,28 @@ class Candidates:
     def spooled(
         self, name: str, dtype: Any, columns: Sequence[str], values: Callable[[pa.Table], np.ndarray]
     ) -> np.ndarray:
-        """A value for each candidate, computed from columns of the run; mapped. Computed once for a folder."""
+        """A value for each candidate, computed from columns of the run on first use and kept in the folder; mapped."""
         path = self.folder / name
         if not path.exists():
             tables = self.run.scan(columns, after=self.after)
-            _spool(
-                path, (values(table).astype(dtype) for table in progress(tables, len(self.counts), f"units: {name}"))
-            )
+            with atomic.replacing(path) as file:
+                for table in progress(tables, len(self.counts), f"units: {name}"):
+                    file.write(values(table).astype(dtype).data)
         return self._mapped(name, dtype)
 
     def _mapped(self, name: str, dtype: Any) -> np.ndarray:
         if name not in self.maps:
             path = self.folder / name
-            # A plain view: slicing a memmap object costs ten times as much.
+            # A plain array, because slicing a memmap object takes ten times as long.
             self.maps[name] = np.asarray(np.memmap(path, dtype, "r")) if len(self) else np.empty(0, dtype)
         return self.maps[name]
 
 
 def open_candidates(run: Run, after: str, columns: Sequence[str], folder: Path) -> Candidates:
-    """Spools the candidates' columns into a folder, unless they are there. Raises StudyError, RunError."""
+    """Spools those of the candidates' columns that are not yet in the folder.
+
+    Raises StudyError for a column that cannot be cut, RunError for an unknown step or column.
+    """
     types = run.columns(after)
     kinds = {}
     for name in columns:
@@ -153,16 +157,10 @@ def open_candidates(run: Run, after: str, columns: Sequence[str], folder: Path) 
         for name in [*map(_file, missing), "row"]:
             (folder / f"{name}.part").replace(folder / name)
         known = {**known, "counts": counts, "columns": {**known["columns"], **{name: kinds[name] for name in missing}}}
-        with atomic.replacing(described) as record:  # last: it makes the other files count
+        with atomic.replacing(described) as record:  # last: its existence means that the other files are complete
             record.write(json.dumps(known).encode())
     return Candidates(run, after, folder, np.array(known["counts"], np.int64), known["columns"])
 
 
 def _file(column: str) -> str:
     return f"column-{quote(column, safe='')}"
-
-
-def _spool(path: Path, arrays: Iterator[np.ndarray]) -> None:
-    with atomic.replacing(path) as file:
-        for array in arrays:
-            file.write(array.data)

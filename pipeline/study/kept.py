@@ -1,4 +1,4 @@
-"""Which candidates each cut keeps, exactly, and what is among them."""
+"""Computes exactly which candidates each cut keeps, and how the cuts overlap."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from pipeline.study.candidates import Candidates
 from pipeline.study.study_plan import Cut
 
 SAMPLE = 1 << 18
-"""Values from which the place of a fraction's boundary is estimated; more where the rows are more than SAMPLE^1.5."""
+"""Values sampled to estimate the boundary of a fraction; more if there are more than SAMPLE^1.5 rows."""
 
 THREADS = os.cpu_count() or 1
-"""Blocks of rows that are counted at a time; numpy computes without Python's lock."""
+"""Blocks of rows processed at a time; numpy computes without Python's lock."""
 
-Grid = tuple[tuple[tuple[Condition, ...], str], list[Condition]]
-"""The top fractions that are tried on a column, after the same conditions."""
+Conditions = tuple[Condition, ...]
+Grid = tuple[tuple[Conditions, str], list[Condition]]
+"""The conditions met before, a column, and the top fractions of it to try."""
 
 
 class Cuts:
-    """The cuts of a study over its candidates."""
+    """The cuts of a study, applied to its candidates."""
 
     def __init__(self, candidates: Candidates, cuts: Sequence[Cut]) -> None:
         self.candidates, self.cuts = candidates, list(cuts)
-        self.boundaries: dict[tuple[Condition, ...], Boundary | Ceiling] = {}
-        """By condition and those before it."""
-        grids: dict[tuple[tuple[Condition, ...], str], list[Condition]] = {}
+        self.boundaries: dict[Conditions, Boundary | Ceiling] = {}
+        """The boundary of the last condition of each prefix of a cut."""
+        grids: dict[tuple[Conditions, str], list[Condition]] = {}
         for cut in self.cuts:
             for number, condition in enumerate(cut.conditions):
                 before = cut.conditions[:number]
@@ -40,24 +41,23 @@ class Cuts:
                 elif condition.rule == "max":
                     stored = candidates.run.columns(candidates.after)[condition.column]
                     self.boundaries[before + (condition,)] = Ceiling(highest(condition.value, stored))
-                elif condition not in (of := grids.setdefault((before, condition.column), [])):
-                    of.append(condition)
+                elif condition not in (grid := grids.setdefault((before, condition.column), [])):
+                    grid.append(condition)
         with ThreadPoolExecutor(THREADS) as threads:
-            for _, grid in groupby(sorted(grids.items(), key=_depth), key=_depth):
-                for found in threads.map(self._boundaries, grid):
+            for _, same_depth in groupby(sorted(grids.items(), key=_depth), key=_depth):
+                for found in threads.map(self._boundaries, same_depth):
                     self.boundaries |= found
 
     def kept(self, at: slice) -> np.ndarray:
         """Whether each cut keeps each candidate of a block: bool (cuts, rows)."""
-        known: dict[tuple[Condition, ...], np.ndarray] = {}
+        known: dict[Conditions, np.ndarray] = {}
         kept = np.empty((len(self.cuts), at.stop - at.start), bool)
         for number, cut in enumerate(self.cuts):
             kept[number] = self._meets(cut.conditions, at, known)
         return kept
 
-    def _meets(
-        self, conditions: tuple[Condition, ...], at: slice, known: dict[tuple[Condition, ...], np.ndarray]
-    ) -> np.ndarray:
+    def _meets(self, conditions: Conditions, at: slice, known: dict[Conditions, np.ndarray]) -> np.ndarray:
+        """Whether the candidates of a block meet all conditions: bool (rows,). `known` caches prefixes of cuts."""
         if not conditions:
             return np.ones(at.stop - at.start, bool)
         if conditions not in known:
@@ -68,26 +68,26 @@ class Cuts:
             known[conditions] = meets & self._meets(conditions[:-1], at, known) if len(conditions) > 1 else meets
         return known[conditions]
 
-    def _boundaries(self, grid: Grid) -> dict[tuple[Condition, ...], Boundary]:
-        """The boundaries of top fractions of a column, among the candidates that meet the conditions before."""
+    def _boundaries(self, grid: Grid) -> dict[Conditions, Boundary]:
+        """The boundaries of top fractions of a column among the candidates that meet the conditions before."""
         (before, column), conditions = grid
         candidates = self.candidates
         values = candidates.column(column)
 
-        def living(at: slice) -> np.ndarray:
-            there = ~np.isnan(values[at])
-            return there & self._meets(before, at, {}) if before else there
+        def eligible(at: slice) -> np.ndarray:
+            valid = ~np.isnan(values[at])
+            return valid & self._meets(before, at, {}) if before else valid
 
-        counts = [int(np.count_nonzero(living(at))) for at in candidates.blocks]
+        counts = [int(np.count_nonzero(eligible(at))) for at in candidates.blocks]
         everything, count = sum(counts) == len(candidates), sum(counts)
         if not count:
             return {before + (condition,): Boundary(math.nan) for condition in conditions}
         ranks = [wanted(condition.value, count) for condition in conditions]
 
         def blocks() -> Iterator[np.ndarray]:
-            return (values[at] if everything else values[at][living(at)] for at in candidates.blocks)
+            return (values[at] if everything else values[at][eligible(at)] for at in candidates.blocks)
 
-        found: dict[tuple[Condition, ...], Boundary] = {}
+        found: dict[Conditions, Boundary] = {}
         for condition, rank, (value, above, tied) in zip(conditions, ranks, largest(blocks, count, ranks)):
             if above + tied == rank:
                 found[before + (condition,)] = Boundary(float(value))
@@ -97,7 +97,7 @@ class Cuts:
             def ties(value: np.number = value) -> Iterator[np.ndarray]:
                 for at in candidates.blocks:
                     tied = np.flatnonzero(values[at] == value)
-                    yield at.start + (tied if everything or not len(tied) else tied[living(at)[tied]])
+                    yield at.start + (tied if everything or not len(tied) else tied[eligible(at)[tied]])
 
             [(lowest, higher, same)] = largest(lambda: map(candidates.uid_hashes, ties()), tied, [left])
             equal = np.concatenate([places[candidates.uid_hashes(places) == lowest] for places in ties()])
@@ -107,19 +107,19 @@ class Cuts:
 
 
 def _depth(grid: Grid) -> int:
-    """How many conditions come before those of a grid, which needs their boundaries."""
+    """How many conditions a grid follows. It needs the boundaries of those."""
     return len(grid[0][0])
 
 
 def largest(
     blocks: Callable[[], Iterator[np.ndarray]], count: int, ranks: Sequence[int]
 ) -> list[tuple[np.number, int, int]]:
-    """The k-th largest of `count` numbers for each k in `ranks`, from 1: the value, how many are above it, how many
-    equal it.
+    """Finds the k-th largest of `count` numbers for each k in `ranks`, counted from 1.
 
-    Exact, in two or three passes over the blocks. A sample says between which two values each result almost surely lies
-    (Floyd and Rivest, 1975); a pass counts what is above them and collects what is between, O(count^(2/3)) numbers. If
-    the sample misled, the pass is repeated with wider bounds.
+    Returns for each the value, how many numbers are above it, and how many equal it. Exact, in two or three passes over
+    the blocks. A sample gives two bounds between which the result lies almost surely (Floyd and Rivest, 1975). A pass
+    then counts the numbers above and collects those between, O(count^(2/3)) numbers. If the result lies outside the
+    bounds, the pass is repeated with wider ones.
     """
     size = max(SAMPLE, int(count ** (2 / 3)))
     step = max(1, count // size)
@@ -154,7 +154,7 @@ def largest(
 def _between(
     blocks: Callable[[], Iterator[np.ndarray]], bounds: Sequence[tuple[np.number | None, np.number | None]]
 ) -> tuple[list[np.ndarray], list[int]]:
-    """For each pair of bounds, the numbers from low to high, and how many are above; None is unbounded."""
+    """For each pair of bounds, the numbers from low to high, and how many are above high; None is unbounded."""
     parts: list[list[np.ndarray]] = [[] for _ in bounds]
     above = [0] * len(bounds)
     for block in blocks():
@@ -165,14 +165,14 @@ def _between(
                 above[i] += int(np.count_nonzero(over))
                 within &= ~over
             parts[i].append(block[within])
-    return [np.concatenate(of) for of in parts], above
+    return [np.concatenate(arrays) for arrays in parts], above
 
 
 # --- What a cut keeps -------------------------------------------------------------------------------------------------
 
 
 def overlaps(cuts: Cuts) -> np.ndarray:
-    """How many candidates each pair of cuts keeps both of: int64 (cuts, cuts); on the diagonal what each keeps."""
+    """How many candidates both cuts of each pair keep: int64 (cuts, cuts). The diagonal is what each cut keeps."""
     count = len(cuts.cuts)
 
     def part(first: int) -> np.ndarray:
@@ -192,15 +192,15 @@ def overlaps(cuts: Cuts) -> np.ndarray:
 
 
 def jaccard(both: np.ndarray) -> np.ndarray:
-    """The share of rows that two cuts keep both of, among those that either keeps: float64 (cuts, cuts), NaN where
-    neither keeps any."""
+    """The rows that both cuts of each pair keep, divided by those that either keeps: float64 (cuts, cuts), NaN if
+    neither keeps any. `both` comes from `overlaps`."""
     sizes = both.diagonal()
     either = sizes[:, None] + sizes[None, :] - both
     return np.divide(both, either, out=np.full(both.shape, np.nan), where=either > 0)
 
 
 def packed(cuts: Cuts, at: slice) -> np.ndarray:
-    """The cuts that keep each candidate of a block, as bits: uint8 (rows, bytes)."""
+    """The cuts that keep each candidate of a block, as bits, the first cut highest: uint8 (rows, bytes)."""
     return np.packbits(cuts.kept(at), axis=0).T
 
 

@@ -1,8 +1,9 @@
-"""Shows a study and writes its files."""
+"""Prints the results of a study and writes its files."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import pyarrow as pa
@@ -40,7 +41,7 @@ def show(results: Results, out: Path) -> None:
         for line in verdict(outcome, results.plan):
             console.say(line)
         if outcome.best is not None:
-            console.say("\n".join(["steps:", *results.plan.cuts[outcome.best].recipe_lines]))
+            console.say(results.plan.cuts[outcome.best].recipe)
     for line in [*(line for line, _ in results.scorers), *results.warnings, results.saved]:
         if line:
             console.say(line)
@@ -52,7 +53,7 @@ def _counts(results: Results) -> Table:
     for name in ("cut", "rows", "kept", *results.contents, *(f"epochs of {b:,}" for b in results.plan.budgets)):
         table.add_column(name, justify="left" if name == "cut" else "right")
     for number, (cut, rows) in enumerate(zip(results.plan.cuts, results.rows)):
-        counts = [f"{of[number]:,}" for of in results.contents.values()]
+        counts = [f"{values[number]:,}" for values in results.contents.values()]
         epochs = [f"{budget / rows:.1f}" if rows else "" for budget in results.plan.budgets]
         share = f"{rows / results.candidates:.1%}" if results.candidates else ""
         table.add_row(str(cut), f"{rows:,}", share, *counts, *epochs)
@@ -72,12 +73,12 @@ def _trained(results: Results, outcome: Outcome) -> Table:
             continue
         gains = outcome.gains(number)
         control = _shown(outcome, gains[1].second) if gains[1] else ""
-        cells = [f"{c.difference:+.3f} ({c.low:+.3f} to {c.high:+.3f})" if c else "" for c in gains]
+        cells = [str(gain or "") for gain in gains]
         shown = f"{cut} *" if number == outcome.best else str(cut)
         table.add_row(shown, f"{results.rows[number]:,}", _shown(outcome, name), control, *cells)
     return table
 
 
 def _shown(outcome: Outcome, arm: str) -> str:
-    of = outcome.paired(arm)
-    return f"{of.mean:.3f}" + ("" if of.low != of.low else f" ±{of.high - of.mean:.3f}")
+    interval = outcome.paired(arm)
+    return f"{interval.mean:.3f}" + ("" if math.isnan(interval.low) else f" ±{interval.high - interval.mean:.3f}")

@@ -1,4 +1,4 @@
-"""Runs a study: candidates, cuts, contents, then the trainings."""
+"""Runs a study: gathers candidates, applies the cuts, counts what they keep, and trains the arms."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ from trainer.terminal import Console
 
 
 def run(plan: Plan, console: Console) -> Results:
-    """Does all that a study asks for. Raises StudyError and other InputErrors before anything starts; RunError,
-    DamagedError, ArmError."""
+    """Runs a whole study.
+
+    Raises StudyError and other InputErrors, mostly before anything starts; RunError and DamagedError from reading the
+    run; ArmError if a training fails.
+    """
     out = Path(plan.out)
     opened = open_run(plan.run)
     if out.resolve().is_relative_to(Path(plan.run).resolve()):
@@ -49,11 +52,11 @@ def run(plan: Plan, console: Console) -> Results:
 
 
 def training_config(plan: Plan) -> TrainConfig:
-    """The training configuration of a study; its tasks and budgets are checked too."""
+    """Reads the training configuration of a study, and checks its tasks and budgets."""
     from trainer.evaluation import parse
 
     assert plan.train is not None
-    # Both are replaced for each arm.
+    # Required keys, which are replaced for each arm.
     config = load_config(plan.train.config, ["shards=study", "output=study"])
     parse(plan.train.evaluate)
     for budget in plan.budgets:
@@ -66,16 +69,16 @@ def training_config(plan: Plan) -> TrainConfig:
 
 
 def train(results: Results, cuts: Cuts, training: Training, config: TrainConfig, out: Path, console: Console) -> None:
-    """Trains the arms budget after budget, and adds what they say to the results."""
+    """Trains the arms of one budget after the other, and adds the outcomes to the results."""
     plan = results.plan
     pictures = cuts.candidates.folder / "pictures"
     numbers = index_pictures(cuts.candidates, pictures)
     subsets = _Subsets(cuts, numbers, out / "subsets", config.batch_size)
     trainer = Trainer(training, config, pictures, out)
-    living = list(range(len(plan.cuts)))
+    remaining = list(range(len(plan.cuts)))
 
     def arms_of(numbers: Sequence[int], budget: int) -> dict[tuple[str, int], Arm]:
-        """The arms of these cuts, of their random subsets and of no filter, by name and seed."""
+        """The arms of these cuts, their random subsets and no filter, by name and seed."""
         names = [NO_FILTER, *(f"cut {n}" for n in numbers)]
         if training.random:
             sizes = dict.fromkeys(subsets.sizes[f"cut {n}"] for n in numbers)
@@ -86,7 +89,7 @@ def train(results: Results, cuts: Cuts, training: Training, config: TrainConfig,
     done = planned = 0
     stopped: list[str] = []
     for budget in plan.budgets:
-        arms = arms_of(living, budget)
+        arms = arms_of(remaining, budget)
         due = list(dict.fromkeys(arms.values()))
         labels = {arm.key: name for (name, _), arm in arms.items()}
         progress = _Progress(console, plan, training.metric, labels, sum(trainer.result(arm) is None for arm in due))
@@ -103,35 +106,34 @@ def train(results: Results, cuts: Cuts, training: Training, config: TrainConfig,
         results.outcomes.append(analyse(budget, values, subsets.sizes, list(distinct.values())))
         done += len(due) * budget
         planned += len({*arms_of(range(len(plan.cuts)), budget).values()}) * budget
-        if training.halving and budget < plan.budgets[-1] and len(living) > 1:
-            ranked = sorted(living, key=lambda n: -float(values[f"cut {n}"].mean()))
-            living = sorted(ranked[: math.ceil(len(ranked) / 2)])
-            lost = "; ".join(str(plan.cuts[n]) for n in sorted({*ranked} - {*living}))
-            stopped.append(f"after {budget:,} samples it stopped {lost}")
+        if training.halving and budget < plan.budgets[-1] and len(remaining) > 1:
+            ranked = sorted(remaining, key=lambda n: -float(values[f"cut {n}"].mean()))
+            half = math.ceil(len(ranked) / 2)
+            remaining = sorted(ranked[:half])
+            dropped = "; ".join(str(plan.cuts[n]) for n in sorted(ranked[half:]))
+            stopped.append(f"after {budget:,} samples it stopped {dropped}")
     if stopped:
         results.saved = (
             f"Successive halving saw {done:,} samples instead of {planned:,}, {1 - done / planned:.0%} less: "
-            + ", ".join(stopped)
-            + "."
+            f"{', '.join(stopped)}."
         )
 
 
 class _Subsets:
-    """The subsets of a study as files of sample numbers, each written when it is first asked for."""
+    """The subsets of a study, as files of sample numbers. Random ones are drawn and written when first needed."""
 
     def __init__(self, cuts: Cuts, numbers: np.ndarray, folder: Path, batch_size: int) -> None:
         self.cuts, self.numbers, self.folder = cuts, numbers, folder
         self.known: dict[tuple[str, int], tuple[str, int]] = {}
-        everything = np.arange(len(numbers))
-        self.known[NO_FILTER, 0] = write_subset(everything, numbers, folder)
+        self.known[NO_FILTER, 0] = write_subset(np.arange(len(numbers)), numbers, folder)
         self.whole = self.known[NO_FILTER, 0][1]
         self.sizes = {NO_FILTER: self.whole}
         """Samples of each subset."""
         small = []
         for n, cut in enumerate(cuts.cuts):
-            self.known[f"cut {n}", 0] = found = write_subset(cut_rows(cuts, n), numbers, folder)
-            self.sizes[f"cut {n}"] = size = found[1]
-            self.sizes[f"random {size}"] = size
+            self.known[f"cut {n}", 0] = subset = write_subset(cut_rows(cuts, n), numbers, folder)
+            size = subset[1]
+            self.sizes[f"cut {n}"] = self.sizes[f"random {size}"] = size
             if size < batch_size:
                 small.append(f"cuts: {cut} keeps {size:,} samples, fewer than a batch of {batch_size:,}")
         if small:
@@ -140,7 +142,7 @@ class _Subsets:
             )
 
     def of(self, name: str, seed: int) -> tuple[str, int]:
-        """The file of a subset and its samples. Only random subsets depend on the seed."""
+        """The file of a subset, and its samples. Only random subsets depend on the seed."""
         key = (name, seed if name.startswith("random") else 0)
         if key not in self.known:
             places = random_places(self.cuts.candidates, self.numbers, int(name.split()[1]), seed)
@@ -149,7 +151,7 @@ class _Subsets:
 
 
 class _Progress:
-    """A line for each training."""
+    """Prints a line after each training of a budget."""
 
     def __init__(self, console: Console, plan: Plan, metric: str, labels: Mapping[str, str], due: int) -> None:
         self.console, self.plan, self.metric, self.labels, self.due = console, plan, metric, labels, due

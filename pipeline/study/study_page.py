@@ -1,7 +1,7 @@
-"""The page of a study: one HTML file with the recommendation, curves and tables.
+"""Writes the page of a study: one HTML file with the recommendation, curves and tables.
 
-The curves are drawn here and not by `pipeline.page.chart`, because their marks are links and their series can be
-hidden: with styles alone, since no script may run on a page.
+The curves are not drawn by `pipeline.page.chart`, because their marks are links and their series can be hidden. Styles
+alone do this, since no script may run on a page.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pipeline.study.table import MOST_EPOCHS, NO_FILTER, Outcome, Results, verdi
 WIDTH, HEIGHT = 640, 340
 LEFT, RIGHT, TOP, BOTTOM = 54, 18, 14, 44
 MOST_HEAT = 40
-"""Cuts up to which the page shows how each pair overlaps."""
+"""Most cuts for which the page shows the overlap of each pair."""
 COLOURS = ("kept", "series-4", "series-5", "series-6")
-"""Of the grids of cuts, in turn."""
+"""The colours of the curves of cuts, used in turn."""
 
 
 def write(results: Results) -> bytes:
-    """The page."""
+    """Renders the page as HTML."""
     plan = results.plan
     groups = _groups(plan.cuts)
     choices = [
@@ -39,7 +39,7 @@ def write(results: Results) -> bytes:
     verdicts = [
         {
             "lines": verdict(outcome, plan),
-            "recipe": "" if outcome.best is None else "\n".join(["steps:", *plan.cuts[outcome.best].recipe_lines]),
+            "recipe": "" if outcome.best is None else plan.cuts[outcome.best].recipe,
         }
         for outcome in outcomes
     ]
@@ -65,7 +65,7 @@ def write(results: Results) -> bytes:
 
 
 def _groups(cuts: Sequence[Cut]) -> dict[str, list[int]]:
-    """The cuts that make up a curve: those that ask the same of the same columns."""
+    """Groups the cuts into curves: those with the same rules on the same columns. Returns cut numbers by title."""
     groups: dict[str, list[int]] = {}
     for number, cut in enumerate(cuts):
         title = ", ".join(f"{condition.column} {condition.rule}" for condition in cut.conditions)
@@ -82,7 +82,7 @@ def _caption(outcome: Outcome) -> str:
 
 def _curves(results: Results, outcome: Outcome, groups: dict[str, list[int]]) -> Markup:
     intervals = {name: outcome.paired(name) for name in outcome.arms}
-    bounds = [v for of in intervals.values() for v in (of.mean, of.low, of.high) if v == v]
+    bounds = [v for i in intervals.values() for v in (i.mean, i.low, i.high) if not math.isnan(v)]
     spread = max(bounds) - min(bounds) or 1.0
     low, high = min(bounds) - 0.05 * spread, max(bounds) + 0.05 * spread
 
@@ -104,14 +104,8 @@ def _curves(results: Results, outcome: Outcome, groups: dict[str, list[int]]) ->
     unique = {point[0]: point for point in controls}
     parts.append(_series("random", "other", [*unique.values()], x, y))
     for i, numbers in enumerate(groups.values()):
-        points = sorted(
-            (
-                (shares[n], intervals[f"cut {n}"], n, str(results.plan.cuts[n]))
-                for n in numbers
-                if f"cut {n}" in intervals
-            ),
-            key=lambda point: point[0],
-        )
+        shown = sorted((n for n in numbers if f"cut {n}" in intervals), key=lambda n: shares[n])
+        points = [(shares[n], intervals[f"cut {n}"], n, str(results.plan.cuts[n])) for n in shown]
         parts.append(_series(f"series-{i}", COLOURS[i % len(COLOURS)], points, x, y, best=outcome.best))
     label = f"The metric against the share kept, after {outcome.budget:,} samples"
     return Markup('<svg class="curve" viewBox="0 0 {} {}" role="group" aria-label="{}">{}</svg>').format(
@@ -132,9 +126,9 @@ def _axes(low: float, high: float, x: Any, y: Any, metric: str) -> Iterator[Mark
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Some four to eight round numbers in between."""
+    """Four to eight round numbers, about evenly spaced, from low to high."""
     power = 10 ** math.floor(math.log10((high - low) / 4))
-    step = next(of * power for of in (1, 2, 5, 10) if (high - low) / (of * power) <= 8)
+    step = next(factor * power for factor in (1, 2, 5, 10) if (high - low) / (factor * power) <= 8)
     return [round(n * step, 12) for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
@@ -147,20 +141,21 @@ def _series(
     dashed: bool = False,
     best: int | None = None,
 ) -> Markup:
+    """Draws a curve with its band and marks. A point is its share, interval, cut number and title."""
     if not points:
         return Markup("")
-    path = "M" + "L".join(f"{x(share):.1f},{y(of.mean):.1f}" for share, of, _, _ in points)
+    path = "M" + "L".join(f"{x(share):.1f},{y(interval.mean):.1f}" for share, interval, _, _ in points)
     parts = []
-    if all(of.low == of.low for _, of, _, _ in points):
-        upper = [f"{x(share):.1f},{y(of.high):.1f}" for share, of, _, _ in points]
-        lower = [f"{x(share):.1f},{y(of.low):.1f}" for share, of, _, _ in reversed(points)]
+    if not any(math.isnan(interval.low) for _, interval, _, _ in points):
+        upper = [f"{x(share):.1f},{y(interval.high):.1f}" for share, interval, _, _ in points]
+        lower = [f"{x(share):.1f},{y(interval.low):.1f}" for share, interval, _, _ in reversed(points)]
         parts.append(Markup('<path class="band" d="M{}Z"/>').format("L".join(upper + lower)))
     dash = Markup(' stroke-dasharray="6 4"') if dashed else ""
     parts.append(Markup('<path class="line" d="{}"{}/>').format(path, dash))
-    for share, of, number, title in points:
+    for share, interval, number, title in points:
         if not title:
             continue
-        at, value = (x(share), y(of.mean)), f"{title}: {_shown(of)}"
+        at, value = (x(share), y(interval.mean)), f"{title}: {_shown(interval)}"
         mark = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="5"/>').format(*at)
         anchor = "start" if share < 0.35 else "end" if share > 0.65 else "middle"
         label = Markup('<text class="value" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
@@ -174,8 +169,9 @@ def _series(
     return Markup('<g class="{}" style="--tone: var(--{})">{}</g>').format(name, colour, Markup("").join(parts))
 
 
-def _shown(of: Interval) -> str:
-    return f"{of.mean:.3f}" + ("" if of.low != of.low else f" ({of.low:.3f} to {of.high:.3f})")
+def _shown(interval: Interval) -> str:
+    bounds = "" if math.isnan(interval.low) else f" ({interval.low:.3f} to {interval.high:.3f})"
+    return f"{interval.mean:.3f}{bounds}"
 
 
 # --- Tables -----------------------------------------------------------------------------------------------------------
@@ -191,8 +187,7 @@ def _table(results: Results, outcome: Outcome) -> page.Table:
         over_all, control = outcome.gains(number)
         cells: list[object] = [str(cut), results.rows[number], _shown(outcome.paired(name))]
         cells.append(_shown(outcome.paired(control.second)) if control else None)
-        for gain in (over_all, control):
-            cells.append(f"{gain.difference:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})" if gain else None)
+        cells += [str(gain) if gain else None for gain in (over_all, control)]
         rows.append([*cells, "recommended" if number == outcome.best else None])
     columns = ["cut", "rows", "metric", "random, equal size", "over no filter", "over random", "verdict"]
     return page.Table(columns, rows, _caption(outcome))
@@ -200,18 +195,17 @@ def _table(results: Results, outcome: Outcome) -> page.Table:
 
 def _line(results: Results, number: int, cut: Cut) -> dict[str, Any]:
     rows = results.rows[number]
-    cells = [
-        f"{rows:,}",
-        page.share(rows, results.candidates),
-        *(f"{of[number]:,}" for of in results.contents.values()),
-    ]
+    cells = [f"{rows:,}", page.share(rows, results.candidates)]
+    cells += [f"{counts[number]:,}" for counts in results.contents.values()]
     cells += [f"{budget / rows:.1f}" if rows else "–" for budget in results.plan.budgets]
     return {"title": str(cut), "cells": cells, "recipe": " ".join(cut.recipe_lines)}
 
 
 def _heat(results: Results) -> Iterator[dict[str, Any]]:
     for cut, row in zip(results.plan.cuts, results.overlap.tolist()):
-        cells = [{"text": "–", "shade": 0} if v != v else {"text": f"{v:.2f}", "shade": round(40 * v)} for v in row]
+        cells = [
+            {"text": "–", "shade": 0} if math.isnan(v) else {"text": f"{v:.2f}", "shade": round(40 * v)} for v in row
+        ]
         yield {"title": str(cut), "cells": cells}
 
 
@@ -222,32 +216,31 @@ def _method(results: Results) -> list[str]:
         lines.append(f"Concepts are {words}.")
     if "languages" in results.contents:
         lines.append(
-            "Languages are the most likely ones of captions. The step language also keeps captions that are most "
-            "likely in another language, if those that it keeps are likely enough."
+            "A caption's language is its most likely one. The step language also keeps captions whose most likely "
+            "language is another one, if the languages it keeps are together likely enough."
         )
     if results.duplicates_by:
         lines.append(
-            f"Duplicates are rows whose {results.duplicates_by} another row that the cut keeps has too: the rows kept "
-            "less the distinct values."
+            f"Duplicates are the rows that a cut keeps beyond the first with the same {results.duplicates_by}."
         )
     if results.outcomes:
         lines += [
             "Arms with the same seed start from the same weights. Random subsets are drawn anew for each seed. "
-            f"Intervals of one arm leave out what a seed does to all arms alike, at {LEVEL:.0%} (Loftus and Masson, "
-            "1994); table.parquet has plain t intervals over seeds, and p values. Differences are paired by seed; "
-            "their noise is estimated from all arms of a budget together (arms by seeds, taken to be equal in all).",
-            "A cut is recommended if it is better than no filter and than a random subset of equal size. The "
+            f"The {LEVEL:.0%} interval of an arm leaves out the effect that a seed has on all arms alike (Loftus and "
+            "Masson, 1994); table.parquet has plain t intervals over seeds, and p values. Differences are paired by "
+            "seed. Their noise is estimated from all arms of a budget together, and assumed to be equal in all.",
+            "A cut is recommended if it is better than no filter and better than a random subset of equal size. The "
             "comparisons with no filter are one family, and those with random subsets another. The intervals of a "
-            f"family hold all at once at {LEVEL:.0%}, and its p values are adjusted for it (Dunnett, 1955; Hothorn, "
-            "Bretz and Westfall, 2008). The recommended cut was picked for its mean, so that mean is on average too "
-            "high; its intervals hold nevertheless. All arms are evaluated on the same samples: nothing here says how "
-            "others would turn out.",
-            f"Power is the chance to show a true difference, {POWER:.0%} by custom.",
+            f"family hold simultaneously at {LEVEL:.0%}, and its p values are adjusted accordingly (Dunnett, 1955; "
+            "Hothorn, Bretz and Westfall, 2008). The recommended cut was picked for its mean, so that mean is too high "
+            "on average; its intervals are still valid. All arms are evaluated on the same samples, so the results say "
+            "nothing about other samples.",
+            f"Power is the probability of showing a true difference, by convention {POWER:.0%}.",
         ]
     if results.plan.budgets:
         lines.append(
             f"Epochs are the samples of a training divided by the rows kept. Beyond {MOST_EPOCHS}, repeated data is "
-            "worth visibly less than new data: Muennighoff et al., Scaling Data-Constrained Language Models, 2023, "
-            "measured on language models."
+            "worth visibly less than new data (Muennighoff et al., Scaling Data-Constrained Language Models, 2023; "
+            "measured on language models)."
         )
     return lines

@@ -1,11 +1,11 @@
-"""The YAML of a study, checked in full before anything starts."""
+"""Reads the YAML of a study and checks all of it before anything starts."""
 
 from __future__ import annotations
 
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.condition import RULES, Condition
@@ -19,17 +19,17 @@ MAX_SEEDS = 1000
 LARGEST = 2**63 - 1
 """The largest budget, seed and number of workers."""
 SEEDS = 3
-"""Default number of seeds: the least with which the noise between seeds says anything; the power statement says how
-many are needed."""
+"""Default number of seeds: the fewest that give a usable estimate of the noise between seeds. The power statement says
+how many are needed."""
 
 
 class StudyError(InputError):
-    """All problems of a study, one a line."""
+    """The problems of a study, one per line."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Conditions that a row must meet one after the other, as `threshold` lines of a recipe do."""
+    """Conditions applied in order, like consecutive `threshold` lines of a recipe."""
 
     conditions: tuple[Condition, ...]
 
@@ -38,7 +38,13 @@ class Cut:
 
     @property
     def recipe_lines(self) -> list[str]:
+        """The items of a recipe's `steps` that make this cut."""
         return [f"- {line_text(condition.line())}" for condition in self.conditions]
+
+    @property
+    def recipe(self) -> str:
+        """The same as a block to paste."""
+        return "\n".join(["steps:", *self.recipe_lines])
 
 
 @dataclass(frozen=True)
@@ -46,23 +52,23 @@ class Training:
     """The block `train`."""
 
     config: str
-    """A training configuration, as for `trainer.train`; the study sets its shards, output, samples and seed."""
+    """The path of a training configuration; the study replaces its shards, output, samples and seed."""
     evaluate: list[Any]
-    """Tasks, as the key `evaluate` of a training configuration has them."""
+    """Tasks, as in the key `evaluate` of a training configuration."""
     metric: str
-    """The metric that decides, larger is better: NAME/METRIC of a task, as in `zeroshot/colour/acc1`."""
+    """The metric that decides, NAME/METRIC of a task such as `zeroshot/colour/acc1`; larger is better."""
     seeds: tuple[int, ...]
     random: bool = True
     """Train a random subset of equal size beside each cut."""
     halving: bool = False
-    """After each budget, train only the better half of the cuts at the next one."""
+    """Train only the better half of the cuts at each next budget."""
     workers: int = 1
-    """Models trained at a time, each in a process of its own."""
+    """Models trained at a time, each in its own process."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A study, as its YAML describes it."""
+    """A study, as described by its YAML."""
 
     run: str
     out: str
@@ -70,12 +76,11 @@ class Plan:
     after: str | None = None
     """The step whose survivors are the candidates; None: the step before the first `threshold`."""
     budgets: tuple[int, ...] = ()
-    """Samples seen in a training."""
+    """Samples seen in a training, ascending."""
     concepts: str | None = "entries"
-    """What is counted as a concept. `entries`: those of the run's `balance`, as it matches them, else words. `words`:
-    the distinct words of captions. A file of entries, as `balance` takes them. None: nothing."""
+    """What counts as a concept. `entries`: the entries of the run's `balance`, or words without one. `words`: the
+    distinct words of captions. The path of a file of entries, as for `balance`. None: nothing."""
     train: Training | None = None
-    source: str = field(default="", compare=False)
 
 
 KEYS = ("run", "out", "after", "cuts", "budgets", "concepts", "train")
@@ -131,9 +136,7 @@ class _Reader:
         train = self.training(data["train"], budgets) if data.get("train") is not None else None
         if self.problems:
             return None
-        return Plan(
-            run, out, cuts, after or None, tuple(sorted(set(budgets))), concepts or None, train, self.document.path
-        )
+        return Plan(run, out, cuts, after or None, tuple(sorted(set(budgets))), concepts or None, train)
 
     def cuts(self, lines: Any) -> Iterator[Cut]:
         if not isinstance(lines, list) or not lines:

@@ -1,4 +1,4 @@
-"""The results of a study as one table: a line for each cut and budget, and what they come to."""
+"""The results of a study: the outcome of each budget, its verdict in words, and the table of all cuts and budgets."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ NO_FILTER = "no filter"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a budget's trainings say."""
+    """What the trainings of a budget show."""
 
     budget: int
     arms: dict[str, np.ndarray]
-    """The metric by seed of each cut (`cut N`), random subset (`random N`) and of no filter."""
+    """The metric by seed, float64 (seeds,), of each cut (`cut NUMBER`), random subset (`random SIZE`) and no filter."""
     noise: Noise
     over_all: Family
     """Each cut against no filter."""
     over_random: Family
     """Each cut against a random subset of its size."""
     best: int | None
-    """The recommended cut; None if no cut is better than both."""
+    """The number of the recommended cut; None if no cut is better than both."""
     ties: list[int]
-    """The other cuts that the trial cannot distinguish from it."""
+    """The cuts that the trial cannot distinguish from the recommended one."""
 
     def interval(self, arm: str) -> Interval:
         """The mean over seeds and its t interval."""
         return interval(self.arms[arm])
 
     def paired(self, arm: str) -> Interval:
-        """The mean with an interval that leaves out what a seed does to all arms alike, so that intervals of two arms
-        can be compared by eye (Loftus and Masson, 1994)."""
+        """The mean with an interval that leaves out the effect that a seed has on all arms alike, so that the intervals
+        of two arms can be compared by eye (Loftus and Masson, 1994)."""
         mean, half = float(self.arms[arm].mean()), self.noise.half
         return Interval(mean, mean - half, mean + half)
 
     def gains(self, number: int) -> tuple[Comparison | None, Comparison | None]:
-        """The comparisons of a cut with no filter and with random; None where there is none."""
+        """The comparisons of a cut with no filter and with its random subset; None if not made."""
         over_all, over_random = (
             next((c for c in family.comparisons if c.first == f"cut {number}"), None)
             for family in (self.over_all, self.over_random)
@@ -56,7 +56,7 @@ class Outcome:
 
 @dataclass
 class Results:
-    """Everything that a study has found."""
+    """All results of a study."""
 
     plan: Plan
     run: str
@@ -69,20 +69,21 @@ class Results:
     """Jaccard index of each pair of cuts."""
     contents: dict[str, list[int]]
     entries: bool
-    """Whether concepts are entries; else they are words."""
+    """Whether the concepts are entries rather than words."""
     duplicates_by: str | None
     """The column by which rows count as duplicates."""
     scorers: list[tuple[str, bool]]
-    """Of each scorer whose embeddings are stored, how well it tells captions apart, and whether that is enough to cut
-    by it."""
+    """For each scorer with stored embeddings, how well it separates matching captions from others, and whether that is
+    enough to cut by its score."""
     outcomes: list[Outcome] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
-    """Of all trainings."""
+    """The records of all trainings."""
     saved: str = ""
     """What successive halving saved."""
 
     @property
     def warnings(self) -> list[str]:
+        """A line for each budget that repeats the rows of a cut too often."""
         lines = []
         for budget in self.plan.budgets:
             over = [
@@ -99,8 +100,10 @@ class Results:
 
 
 def analyse(budget: int, arms: Mapping[str, np.ndarray], sizes: Mapping[str, int], distinct: Sequence[str]) -> Outcome:
-    """Judges one budget. `arms` has the metric by seed, `sizes` the samples; arms with one subset are one training, and
-    `distinct` names one of each."""
+    """Judges one budget from `arms`, the metric by seed, and `sizes`, the samples of each.
+
+    Arms with the same subset share their trainings. `distinct` names one arm of each subset.
+    """
     arms, whole = dict(arms), sizes[NO_FILTER]
     noise = noise_of(np.stack([arms[name] for name in distinct]))
     numbers = [int(name.split()[1]) for name in arms if name.startswith("cut ") and sizes[name] < whole]
@@ -112,15 +115,16 @@ def analyse(budget: int, arms: Mapping[str, np.ndarray], sizes: Mapping[str, int
     best = max(helpful, key=lambda n: float(arms[f"cut {n}"].mean()), default=None)
     ties: list[int] = []
     if best is not None:
-        # With the highest arm as the control, these and it hold the best one at LEVEL (Hsu, 1984).
+        # Compared with the highest cut, those that are not worse are, with it, a set that contains the best cut with
+        # confidence LEVEL (Hsu, 1984).
         others = [n for n in numbers if n != best]
-        told = compare(arms, [(f"cut {best}", f"cut {n}") for n in others], noise).comparisons
-        ties = [n for n, comparison in zip(others, told) if not comparison.better]
+        family = compare(arms, [(f"cut {best}", f"cut {n}") for n in others], noise)
+        ties = [n for n, comparison in zip(others, family.comparisons) if not comparison.better]
     return Outcome(budget, arms, noise, over_all, over_random, best, ties)
 
 
 def verdict(outcome: Outcome, plan: Plan) -> list[str]:
-    """The recommendation of a budget in sentences, or why there is none."""
+    """The recommendation of a budget, or why there is none, as sentences."""
     noise, families = outcome.noise, [f for f in (outcome.over_all, outcome.over_random) if f.comparisons]
     metric = plan.train.metric if plan.train else ""
     head = f"At {outcome.budget:,} samples: "
@@ -147,8 +151,8 @@ def verdict(outcome: Outcome, plan: Plan) -> list[str]:
         elif len(outcome.over_all.comparisons) > 1:
             lines.append("It is better than every other cut.")
     else:
-        asked = list(zip(families, ("no filter", "a random subset of its size"), ("no filter", "random")))
-        better = [(text, [c for c in family.comparisons if c.better]) for family, text, _ in asked]
+        controls = list(zip(families, ("no filter", "a random subset of its size"), ("no filter", "random")))
+        better = [(text, [c for c in family.comparisons if c.better]) for family, text, _ in controls]
         found = "no difference found"
         if any(cuts for _, cuts in better):
             found = "no cut is better than both no filter and a random subset of its size"
@@ -156,12 +160,12 @@ def verdict(outcome: Outcome, plan: Plan) -> list[str]:
             found = "no cut is better than no filter"
         lines.append(f"{head}{found}.")
         lines += [f"Better than {text}: {_names(cuts, plan)}." for text, cuts in better if cuts]
-        for family, _, text in asked:
+        for family, _, text in controls:
             gain = max(family.comparisons, key=lambda c: c.difference)
             if not gain.better:
                 need = family.seeds_for(gain.difference) if gain.difference > 0 else None
-                line = f"The largest gain over {text} is {gain.difference:+.3f} ({_range(gain)}), "
-                line += f"at {_names([gain], plan)}"
+                size = f"{gain.difference:+.3f} ({_range(gain)})"
+                line = f"The largest gain over {text} is {size}, at {_names([gain], plan)}"
                 lines.append(line + (f"; {need:,} seeds would show a gain of that size." if need else "."))
     cuts = len(outcome.over_all.comparisons)
     lines.append(
@@ -180,7 +184,7 @@ def verdict(outcome: Outcome, plan: Plan) -> list[str]:
 
 
 def _names(comparisons: Sequence[Comparison], plan: Plan) -> str:
-    """The cuts that come first in comparisons."""
+    """The first cut of each comparison."""
     return "; ".join(str(plan.cuts[int(c.first.split()[1])]) for c in comparisons)
 
 
@@ -189,7 +193,7 @@ def _range(comparison: Comparison) -> str:
 
 
 def as_table(results: Results) -> pa.Table:
-    """A line for each cut and budget; without budgets, one for each cut."""
+    """A row for each cut and budget; without budgets, one for each cut."""
     lines: list[dict[str, Any]] = []
     outcomes = {outcome.budget: outcome for outcome in results.outcomes}
     for budget in results.plan.budgets or (None,):
@@ -224,29 +228,21 @@ def _trained(outcome: Outcome | None, number: int) -> dict[str, Any]:
     line["recommended"] = number == outcome.best
     line |= _bounds("metric", outcome.interval(name))
     over_all, over_random = outcome.gains(number)
-    if over_all:
-        values = (over_all.difference, over_all.low, over_all.high, over_all.p)
-        line |= dict(
-            zip(("gain_over_no_filter", "gain_no_filter_low", "gain_no_filter_high", "gain_no_filter_p"), values)
-        )
+    for control, gain in (("no_filter", over_all), ("random", over_random)):
+        if gain:
+            line[f"gain_over_{control}"] = gain.difference
+            line |= {f"gain_{control}_{key}": getattr(gain, key) for key in ("low", "high", "p")}
     if over_random:
-        values = (over_random.difference, over_random.low, over_random.high, over_random.p)
-        line |= dict(zip(("gain_over_random", "gain_random_low", "gain_random_high", "gain_random_p"), values))
         line |= _bounds("random", outcome.interval(over_random.second))
     return {key: None if value != value else value for key, value in line.items()}  # NaN with one seed
 
 
-def _bounds(name: str, of: Interval) -> dict[str, float]:
-    return {name: of.mean, f"{name}_low": of.low, f"{name}_high": of.high}
+def _bounds(name: str, interval: Interval) -> dict[str, float]:
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
 def _schema(results: Results) -> pa.Schema:
-    fields: list[tuple[str, pa.DataType]] = [
-        ("cut", pa.string()),
-        ("recipe", pa.string()),
-        ("rows", pa.int64()),
-        ("kept", pa.float64()),
-    ]
+    fields = [("cut", pa.string()), ("recipe", pa.string()), ("rows", pa.int64()), ("kept", pa.float64())]
     fields += [(name, pa.int64()) for name in results.contents]
     fields += [("budget", pa.int64()), ("epochs", pa.float64())]
     if results.plan.train is not None:
@@ -255,6 +251,6 @@ def _schema(results: Results) -> pa.Schema:
 
 
 def arms_table(records: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """A line for each training: `subset, samples, budget, seed, seconds` and all its metrics."""
+    """A row for each training: `subset, samples, budget, seed, seconds` and all its metrics."""
     lines = [{**{k: v for k, v in record.items() if k != "metrics"}, **record["metrics"]} for record in records]
     return pa.Table.from_pylist(lines)

@@ -1,6 +1,6 @@
-"""The process that trains arms: reads an order a line on standard input, answers with a line on standard output.
+"""The process that trains arms: reads one order per line from standard input, answers each with a line.
 
-It imports torch once for all its arms, and ends when the study does, since its input ends then.
+It imports torch once for all its arms, and ends with the study, because its input ends then.
 """
 
 from __future__ import annotations
@@ -37,17 +37,18 @@ def train(config: dict[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the study too, which ends this process
+    """Trains arms until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the study, which ends this process
     orders: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def listen() -> None:
-        # Reads the descriptor: a thread inside `sys.stdin` holds its lock, and a forked loader would wait for that.
+        # Reads the descriptor, because a thread in `sys.stdin` holds its lock, and a forked loader would wait for it.
         pending = b""
         while data := os.read(0, 1 << 16):
             *lines, pending = (pending + data).split(b"\n")
             for line in lines:
                 orders.put(line)
-        os._exit(1)  # the study has ended, and nobody waits for the arm in progress
+        os._exit(1)  # the study has ended, so nothing waits for the arm in progress
 
     threading.Thread(target=listen, daemon=True).start()
     answers = sys.stdout

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pyarrow as pa
 import pyarrow.compute as pc
 
-# Scripts without spaces between words. Words are counted by their mean length: two characters for Chinese and Japanese,
-# four for the alphasyllabaries, whose vowel signs count as characters.
+# Scripts without spaces between words. Their words are counted by mean length: two characters for Chinese and Japanese,
+# four for the alphasyllabaries, where vowel signs count as characters.
 _SHORT = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\x{30FC}"  # U+30FC lengthens a vowel, but is Common by script
 _LONG = r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 # Ideographic punctuation separates words, like a space.
@@ -43,9 +43,9 @@ def normal(captions: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 
 def beyond_ascii(texts: pa.Array, change: Callable[[pa.Array], pa.Array]) -> pa.Array:
-    """The texts with `change` applied to those that are not pure ASCII, for changes that do not affect ASCII.
+    """Applies `change`, which must not affect pure ASCII, to the other texts.
 
-    Most captions of most pools are pure ASCII, and the regular expressions of Unicode classes are the slow ones.
+    Most captions of most pools are pure ASCII, and regular expressions with Unicode classes are slow.
     """
     other = pc.invert(pc.string_is_ascii(texts))
     return pc.replace_with_mask(texts, other, change(texts.filter(other)))

@@ -1,7 +1,7 @@
 """Stable hashes of strings: the same on every machine and with every library version.
 
-All random decisions (sampling, ties, the cap of a concept) are functions of these hashes of a row's uid, so a repeated
-or resumed run decides the same on any number of workers.
+All random decisions (sampling, ties, the cap of a concept) are functions of such a hash of the row's uid, so a repeated
+or resumed run makes the same decisions on any number of workers.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ def hash64(strings: pa.Array | pa.ChunkedArray | Iterable[str], *, seed: int = 0
 def uniform(strings: pa.Array | pa.ChunkedArray | Iterable[str], *, seed: int = 0, purpose: str = "") -> np.ndarray:
     """A uniform float64 in [0, 1) for each string: the upper 53 bits of `hash64`."""
     return (hash64(strings, seed=seed, purpose=purpose) >> np.uint64(11)) * 2.0**-53
+
+
+def uid_pairs(uids: Iterable[str]) -> np.ndarray:
+    """Uids of 32 hex digits as DataComp's subset files store them: pairs of their upper and lower 64 bits, (n,)."""
+    return np.frombuffer(bytes.fromhex("".join(uids)), ">u8").astype("<u8").view(np.dtype("u8,u8"))
 
 
 def file_digest(path: str | Path) -> str:

@@ -6,10 +6,9 @@ word boundaries; in scripts without spaces between words, anywhere.
 
 from __future__ import annotations
 
-import csv
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
 
@@ -24,7 +23,7 @@ from pipeline.text.caption import UNSPACED, beyond_ascii, normal
 COLUMN = "entry"
 """The column of entries in a `.tsv` of `pipeline.entries`."""
 _CAPTIONS_AT_A_TIME = 10_000
-"""Captions matched at a time. Bounds the memory of the matches, which are Python tuples."""
+"""Captions matched at a time. Limits the memory of the matches, which are Python tuples."""
 
 
 def normalised(texts: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -55,15 +54,11 @@ def read_entries(path: str) -> tuple[str, ...]:
         if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
             raise ValueError("expected a JSON list of strings")
     elif plain_name(path).endswith(".tsv"):
-        rows = csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
-        if COLUMN not in (rows.fieldnames or ()):
-            raise ValueError(
-                f"expected a first line with a column {COLUMN!r}, found {', '.join(rows.fieldnames or ())}"
-            )
-        try:
-            entries = [row[COLUMN] for row in rows]
-        except csv.Error as error:
-            raise ValueError(f"line {rows.line_num + 1}: {error}") from None
+        names, *rows = [line.split("\t") for line in text.splitlines()] or [[]]
+        if COLUMN not in names:
+            raise ValueError(f"expected a first line with a column {COLUMN!r}, found {', '.join(names)}")
+        at = names.index(COLUMN)
+        entries = [row[at] for row in rows if len(row) > at]
     else:
         entries = text.splitlines()
     found = tuple(entry for entry in dict.fromkeys(normalised(pa.array(entries, pa.string())).to_pylist()) if entry)
@@ -72,8 +67,16 @@ def read_entries(path: str) -> tuple[str, ...]:
     return found
 
 
+def check_entries(option: str, path: str) -> Iterator[tuple[str, str]]:
+    """Yields `(option, problem)` if `read_entries` cannot read the file."""
+    try:
+        read_entries(path)
+    except (OSError, ValueError) as error:
+        yield option, f"cannot read {path!r}: {error}"
+
+
 class Matcher:
-    """Finds entries in captions; both must be normalised."""
+    """Finds entries in captions. Both must be normalised."""
 
     def __init__(self, entries: Sequence[str]) -> None:
         self._entries = pa.array(entries, pa.string())
@@ -88,7 +91,7 @@ class Matcher:
         return pa.ListArray.from_arrays(pa.array(bounds), self._entries.take(pa.array(entry)))
 
     def pairs(self, captions: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-        """Caption and entry (indices, int64) of each distinct match, in the order of both."""
+        """The caption and entry of each distinct match, as int64 indices, sorted by both."""
         n = max(1, len(self._entries))
         pairs = [np.empty(0, np.int64)]
         for low in range(0, len(captions), _CAPTIONS_AT_A_TIME):
@@ -98,7 +101,7 @@ class Matcher:
             entry, start, _ = np.fromiter(chain.from_iterable(found), np.int64, 3 * len(found)).reshape(-1, 3).T
             ends = np.cumsum([len(line) for line in lines])
             row = low + np.searchsorted(ends, start, side="right")
-            pair = np.sort(row * n + entry, kind="stable")  # nearly sorted, since matches come in the order of the text
+            pair = np.sort(row * n + entry, kind="stable")  # nearly sorted: matches come in the order of the text
             pairs.append(pair[np.append(True, pair[1:] != pair[:-1])[: len(pair)]])
         row, entry = np.divmod(np.concatenate(pairs), n)
         return row, entry
@@ -106,5 +109,5 @@ class Matcher:
 
 @lru_cache(maxsize=1)
 def matcher(entries: tuple[str, ...]) -> Matcher:
-    """A Matcher, kept for the next call with the same entries."""
+    """A Matcher of these entries, cached for the next call with the same ones."""
     return Matcher(entries)

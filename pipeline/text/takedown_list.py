@@ -1,4 +1,4 @@
-"""Lists of what must not be in a dataset: URLs, domains, samples, and pictures by digest or by likeness."""
+"""Takedown lists: URLs, domains, samples and pictures that must not be in a dataset."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.text.url import InvalidUrlError, canonical, web_address
+from pipeline.text.url import InvalidUrlError, canonical, listed_domain, web_address
 from trainer.hamming import Index
 
 KINDS = {"uid": ("uid",), "url": ("url",), "domain": ("url",), "sha256": ("sha256",), "phash": ("phash",)}
 """The kinds of entries, and the columns that each is compared with."""
-MAX_HAMMING = 4
-"""Bits in which a picture may differ from a `phash` that states no distance, as in `near_dedup`."""
-MOST_HAMMING = 10
+DEFAULT_HAMMING = 4
+"""Bits in which a picture may differ from a `phash` entry without a distance. The same default as in `near_dedup`."""
+MAX_HAMMING = 10
 _HEX = {"uid": re.compile(r"[0-9a-f]{32}"), "sha256": re.compile(r"[0-9a-f]{64}"), "phash": re.compile(r"[0-9a-f]{16}")}
 
 
 class TakedownList:
-    """The entries of a text file, one a line: `KIND VALUE`. A line that begins with `#` is a comment.
+    """The entries of a text file, one per line: `KIND VALUE`. A line that begins with `#` is a comment.
 
     - `uid 8f…`: a sample, 32 hex digits
     - `url https://example.org/a.jpg`: a URL, in any equivalent form (`pipeline.text.url.canonical`)
     - `domain example.org`: a host and all hosts below it
-    - `sha256 1f…`: a picture by the digest of its bytes as published, 64 hex digits
-    - `phash 00ff… 4`: pictures whose 64-bit perceptual hash (imagehash's pHash, 16 hex digits) differs in at most so
-      many bits, 0 to 10; MAX_HAMMING if the line does not say
+    - `sha256 1f…`: a picture, by the digest of its bytes as published, 64 hex digits
+    - `phash 00ff… 4`: pictures by 64-bit perceptual hash (imagehash's pHash, 16 hex digits) and the number of bits in
+      which they may differ from it, 0 to 10; DEFAULT_HAMMING if the line has no number
 
-    `path` is local or an address that fsspec knows. Raises OSError, or ValueError that names file and line. Memory: the
-    entries, some 200 bytes each.
+    `path` is a local file or a URL that fsspec opens. Raises OSError, or ValueError with the file and line. Takes about
+    200 bytes of memory per entry.
     """
 
     def __init__(self, path: str) -> None:
@@ -73,14 +73,14 @@ class TakedownList:
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds of its entries."""
+        """The kinds of entries in the list."""
         return [kind for kind, values in self._values.items() if values]
 
     def find(self, rows: pa.Table, kinds: Iterable[str]) -> tuple[pa.StringArray, pa.StringArray]:
-        """For each row, the kind and the entry of the list that name it; null if none does.
+        """For each row, the kind and the text of the entry that names it, or null.
 
-        `rows` has the columns of these kinds. A `uid` also names the row that has the caption of that sample, if there
-        is a column `captions`. If several entries name a row, the first kind of KINDS counts.
+        `rows` has the columns of these kinds. If it also has the column `captions`, a `uid` names the row into which
+        that sample was merged, too. If several entries name a row, the first kind in KINDS counts.
         """
         found: list[str | None] = [None] * len(rows)
         entries: list[str | None] = [None] * len(rows)
@@ -102,13 +102,13 @@ class TakedownList:
         return kind, entry
 
     def _matches(self, kind: str, column: pa.ChunkedArray) -> Iterable[tuple[int, str]]:
-        """Each row that an entry of a kind names, with the entry."""
+        """The index of each row that an entry of this kind names, with the entry."""
         if kind == "phash":
             return self._near(column)
         listed = self._values[kind]
         values: Iterable[str | None] = column.to_pylist()
         if kind == "domain":
-            return ((i, entry) for i, url in enumerate(values) if (entry := _covering(_host(url or ""), listed)))
+            return ((i, entry) for i, url in enumerate(values) if (entry := listed_domain(_host(url or ""), listed)))
         if kind == "url":
             values = (None if url is None else canonical(url) for url in values)
         else:
@@ -116,14 +116,14 @@ class TakedownList:
         return ((i, value) for i, value in enumerate(values) if value in listed)
 
     def _near(self, column: pa.ChunkedArray) -> Iterable[tuple[int, str]]:
-        there = np.flatnonzero(column.is_valid().to_numpy())
+        rows = np.flatnonzero(column.is_valid().to_numpy())
         # Reinterpret signed hashes as unsigned; a safe cast would reject negative ones.
         hashes = column.drop_null().cast(pa.uint64(), safe=False).to_numpy()
         for distance, listed, index in self._hashes:
             places, _ = index.nearest(hashes)
             near = places >= 0
             entries = (f"{value:016x} {distance}" for value in listed[places[near]].tolist())
-            yield from zip(there[near].tolist(), entries)
+            yield from zip(rows[near].tolist(), entries)
 
 
 def _checked(kind: str, value: str) -> str:
@@ -147,25 +147,18 @@ def _checked(kind: str, value: str) -> str:
 
 def _distance(text: str) -> int:
     if not text:
-        return MAX_HAMMING
-    if not text.isascii() or not text.isdigit() or int(text) > MOST_HAMMING:
-        raise ValueError(f"found the distance {text[:20]!r}, expected 0 to {MOST_HAMMING} bits")
+        return DEFAULT_HAMMING
+    if not text.isascii() or not text.isdigit() or int(text) > MAX_HAMMING:
+        raise ValueError(f"found the distance {text[:20]!r}, expected 0 to {MAX_HAMMING} bits")
     return int(text)
 
 
 def _host(url: str) -> str:
-    """The host of a URL as the fetcher dials it, without a trailing dot; empty if the URL is not a web address."""
+    """The host that the fetcher contacts for a URL, without a trailing dot; "" if the URL is not a web address."""
     try:
         return web_address(url).host.removesuffix(".")
     except InvalidUrlError:
         return ""
-
-
-def _covering(host: str, listed: set[str]) -> str:
-    """The listed domain that is the host or one of its parents, or an empty string."""
-    while host and host not in listed:
-        host = host.partition(".")[2]
-    return host
 
 
 def _indexed(hashes: dict[int, set[int]]) -> list[tuple[int, np.ndarray, Index]]:

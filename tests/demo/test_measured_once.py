@@ -1,4 +1,4 @@
-"""What was measured once is neither fetched nor scored again, whatever the filters, the run or the pool become.
+"""Rows measured once are not fetched or scored again when the filters, the run or the pool change.
 
 pytest -m slow tests/demo/test_measured_once.py
 """
@@ -6,7 +6,6 @@ pytest -m slow tests/demo/test_measured_once.py
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import pytest
 
 from pipeline import open_run, verify
 from pipeline.demo import web
-from tests.conftest import ROOT
+from tests.conftest import ROOT, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -84,20 +83,20 @@ def test_only_rows_never_measured_are_fetched_and_scored(site: tuple[Path, int])
     }
 
     def run(recipe: str, out: str, pool: str, *overrides: str) -> set[str]:
-        """Runs a recipe; returns the paths that the web was asked for."""
+        """Runs a recipe. Returns the paths that it requested."""
         text = RECIPE.replace("@TEXT@", RECIPES[recipe]).replace("@PORT@", str(port)).replace("@POOL@", pool)
         (folder / "r.yaml").write_text(text.replace("@SCORER@", str(ROOT / "pipeline/demo/scorer")))
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        env.pop("RAY_ADDRESS", None)
         Counting.asked.clear()
         argv = [sys.executable, "-m", "pipeline.run", "r.yaml", f"run={out}", *overrides]
-        done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False)
+        done = subprocess.run(
+            argv, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600, check=False
+        )
         assert done.returncode == 0, done.stderr + done.stdout
         assert verify.main([str(folder / out), "--deep"]) == 0
         return set(Counting.asked)
 
     def rows(out: str, after: str) -> dict[str, str]:
-        """The rows that survived a step, as uid → path."""
+        """The path of each row that survived a step, by uid."""
         tables = list(open_run(folder / out).scan(["uid", "url"], after=after))
         return {row["uid"]: urlsplit(row["url"]).path for t in tables for row in t.to_pylist()}
 
@@ -118,7 +117,7 @@ def test_only_rows_never_measured_are_fetched_and_scored(site: tuple[Path, int])
     assert len(fetched) > 100
     assert len(judged) > 100
 
-    # From scratch on the same measurements: the same bytes, and no request.
+    # A new run on the same measurements gives the same bytes without a request.
     pages = {"/robots.txt"}
     assert run("moved", "again", "part", "reuse=out") <= pages
     assert scored(folder / "again") == 0

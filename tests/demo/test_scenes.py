@@ -53,7 +53,7 @@ def test_the_main_object_shows_its_colour(background):
         assert pure.mean() > 0.03
 
 
-def test_different_scenes_are_no_near_copies():
+def test_different_scenes_are_not_near_copies():
     hashes = [imagehash.phash(draw(scene)) for scene in scenes(150)]
     assert min(a - b for i, a in enumerate(hashes) for b in hashes[:i]) > 4
 

@@ -9,13 +9,12 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from tests import images
 from tests.fetch.server import jpeg
 
 
 def encoded(kind: str, width: int = 120, height: int = 80, **options: object) -> bytes:
-    out = io.BytesIO()
-    Image.open(io.BytesIO(jpeg(width, height))).save(out, kind, **options)
-    return out.getvalue()
+    return images.encoded(Image.open(io.BytesIO(jpeg(width, height))), kind, **options)
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -23,7 +22,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, pixels: bytes = b"", *, bits: int = 8, colour: int = 2, extra: bytes = b"") -> bytes:
-    """A PNG that claims this size; `pixels` are the scan lines before compression, `extra` further chunks."""
+    """A PNG that claims this size. `pixels` are the uncompressed scan lines, `extra` are additional chunks."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(pixels, 9)) + chunk(b"IEND", b"")
 
@@ -59,8 +58,8 @@ def jpeg_claiming(width: int, height: int, *, progressive: bool = False) -> byte
 
 
 def jpeg_lossless(pixels: np.ndarray) -> bytes:
-    """(height, width, 3) uint8 RGB as a lossless JPEG (ITU-T T.81, annex H): each sample as its difference from the one
-    on its left, the first of a row from the one above it."""
+    """(height, width, 3) uint8 RGB as a lossless JPEG (ITU-T T.81, annex H). Each sample is stored as the difference
+    from its left neighbour, the first of a row as the difference from the sample above."""
     height, width, _ = pixels.shape
     samples = pixels.astype(np.int32)
     before = np.roll(samples, 1, axis=1)
@@ -87,9 +86,7 @@ def jpeg_lossless(pixels: np.ndarray) -> bytes:
 def noise(width: int, height: int, kind: str = "JPEG", seed: int = 0, **options: object) -> bytes:
     """An incompressible picture: the largest body for its size."""
     pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, kind, **options)
-    return out.getvalue()
+    return images.encoded(pixels, kind, **options)
 
 
 def smooth(width: int, height: int, mode: str, kind: str, **options: object) -> bytes:
@@ -104,6 +101,4 @@ def smooth(width: int, height: int, mode: str, kind: str, **options: object) -> 
         image = small.resize((width, height), Image.Resampling.NEAREST if lossless else Image.Resampling.BILINEAR)
         if mode == "P":
             image = image.quantize(64)
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
+    return images.encoded(image, kind, **options)

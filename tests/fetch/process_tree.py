@@ -13,7 +13,7 @@ CAN_MEASURE = Path("/proc/self/smaps_rollup").exists() and Path(f"/proc/self/tas
 
 
 def family(root: int | None = None, without: Collection[int] = ()) -> list[int]:
-    """Process ids of `root` (default: this process) and its descendants, without the families of `without`."""
+    """Process ids of `root` (default: this process) and its descendants, excluding `without` and theirs."""
     found, ahead = [], [os.getpid() if root is None else root]
     while ahead:
         pid = ahead.pop()
@@ -25,9 +25,17 @@ def family(root: int | None = None, without: Collection[int] = ()) -> list[int]:
     return found
 
 
+def alive(pid: int) -> bool:
+    """True if the process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 WHOLE = ("Pss:",)
 OWN = ("Pss_Anon:", "Pss_Shmem:")
-"""Without pages of files, such as libraries: their share grows when other processes that have them mapped end."""
+"""Excludes file-backed pages, such as libraries: a process's share of them grows when other processes end."""
 
 
 def memory(root: int | None = None, without: Collection[int] = (), kinds: tuple[str, ...] = WHOLE) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import socket
 import ssl
 import struct
@@ -15,12 +14,13 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 import numpy as np
 from PIL import Image
 
+from tests.images import encoded
+
 
 def jpeg(width: int = 120, height: int = 80, seed: int = 0) -> bytes:
     coarse = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(out, "JPEG", quality=85)
-    return out.getvalue()
+    smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    return encoded(smooth, "JPEG", quality=85)
 
 
 JPEG = jpeg()
@@ -30,8 +30,8 @@ Answer = Callable[["Server", asyncio.StreamWriter, dict[str, str]], Awaitable[No
 class Server:
     """Listens on a free port of 127.0.0.1 in a thread. `canary` is another port, which must never be dialled.
 
-    `hosts` are further loopback addresses, with TLS or without, where the same port gives the same answers; at
-    `neighbours` the same port is the canary's. The dict of headers that an answer gets holds the request's path as
+    `hosts` are further loopback addresses, with or without TLS, whose same port gives the same answers. At
+    `neighbours`, the same port belongs to the canary. The headers passed to an answer include the request's path as
     ":path".
     """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import pickle
 
 import numpy as np
@@ -14,26 +13,24 @@ from pipeline.fetch.decoder import Decoder, Rules, decode
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.sandbox import Sandbox
 from pipeline.stages.download import Download
+from tests.images import encoded
 
 RULES = Rules(encode_format="png", encode_quality=1, image_size=100)
 
 
 def body(box: tuple[int, int, int, int] | None) -> bytes:
-    noise = np.random.default_rng(0).integers(0, 120, (200, 400, 3), np.uint8)
-    image = Image.fromarray(noise)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 120, (200, 400, 3), np.uint8))
     if box:
         ImageDraw.Draw(image).rectangle(box, fill=(255, 0, 0))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+    return encoded(image)
 
 
 def decoder(detector: str | None) -> Decoder:
     rules = Rules(**{**vars(RULES), "blur_detector": detector})
-    return pickle.loads(pickle.dumps(Decoder(rules)))  # as the process that runs it gets it
+    return pickle.loads(pickle.dumps(Decoder(rules)))  # as the decoding process receives it
 
 
-def test_what_it_finds_is_blurred_as_given_boxes_are() -> None:
+def test_detected_boxes_are_blurred_like_given_boxes() -> None:
     picture = body((100, 50, 199, 99))
     found = decoder("tests.plugins:FaceBox")(picture)
     assert found.image == decode(picture, RULES, blur=[(0.25, 0.25, 0.5, 0.5)]).image
@@ -43,18 +40,18 @@ def test_what_it_finds_is_blurred_as_given_boxes_are() -> None:
     assert both.image == decode(picture, RULES, blur=[(0.7, 0.7, 0.9, 0.9), (0.25, 0.25, 0.5, 0.5)]).image
 
 
-def test_a_picture_without_boxes_stays() -> None:
+def test_a_picture_without_boxes_is_not_changed() -> None:
     assert decoder("tests.plugins:FaceBox")(body(None)).image == decode(body(None), RULES).image
 
 
 @pytest.mark.parametrize(("detector", "reason"), [("Broken", "bad_box"), ("Failing", "decode_error")])
-def test_a_picture_on_which_it_fails_is_dropped(detector: str, reason: str) -> None:
+def test_a_picture_on_which_the_detector_fails_is_dropped(detector: str, reason: str) -> None:
     with pytest.raises(FetchError) as caught:
         decoder(f"tests.plugins:{detector}")(body(None))
     assert caught.value.reason == reason
 
 
-def test_in_the_process_that_decodes() -> None:
+def test_the_detector_runs_in_the_decoding_process() -> None:
     async def one() -> bytes:
         target = Decoder(Rules(**{**vars(RULES), "blur_detector": "tests.plugins:FaceBox"}))
         async with Sandbox(target, processes=1, seconds=20, memory=200_000_000) as sandbox:
@@ -63,6 +60,6 @@ def test_in_the_process_that_decodes() -> None:
     assert asyncio.run(one()) == decode(body((100, 50, 199, 99)), RULES, blur=[(0.25, 0.25, 0.5, 0.5)]).image
 
 
-def test_a_detector_that_is_not_there() -> None:
+def test_a_missing_detector_is_reported() -> None:
     ((key, problem),) = Download(blur_detector="no_such_package:Faces").check()
     assert (key, problem) == ("blur_detector", "no module named no_such_package; is its folder on PYTHONPATH?")

@@ -1,4 +1,4 @@
-"""Boxes to blur: which pixels change, and which values are no boxes."""
+"""Boxes to blur: which pixels change, and which values are rejected."""
 
 from __future__ import annotations
 
@@ -15,16 +15,11 @@ from pipeline.fetch.decoder import Rules, decode
 from pipeline.fetch.reasons import FetchError
 from pipeline.stages.clip_score import ClipScore
 from pipeline.stages.download import Download
+from tests.images import encoded
 
 WIDTH, HEIGHT = 400, 200
 NOISE = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
 NAN, INF = math.nan, math.inf
-
-
-def encoded(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 BODY = encoded(NOISE)
@@ -36,7 +31,7 @@ def stored(boxes: Any = (), **options: Any) -> np.ndarray:
 
 
 def around(box: tuple[float, float, float, float], width: int, height: int, reach: float) -> np.ndarray:
-    """Bool of shape (height, width): the pixels at most `reach` sides of the box away from it."""
+    """Bool of shape (height, width): the pixels within `reach` times the box's longer side of it."""
     left, top, right, bottom = box[0] * width, box[1] * height, box[2] * width, box[3] * height
     more = reach * max(right - left, bottom - top)
     y, x = np.mgrid[:height, :width]
@@ -61,8 +56,8 @@ def test_the_pixels_of_a_box_change_and_the_others_do_not(box: tuple[float, ...]
     assert not changed[~near].any()
 
 
-def test_boxes_are_those_of_the_picture_before_it_is_cropped_or_padded() -> None:
-    """Of a picture twice as wide as high, the middle half is kept, or white is added above and below."""
+def test_boxes_are_relative_to_the_picture_before_it_is_cropped_or_padded() -> None:
+    """The picture is twice as wide as high: cropping keeps its middle half, padding adds white above and below."""
     box = (0.25, 0.0, 0.375, 0.25)  # 25 by 25 pixels of 200 by 100
     cropped = {"resize_mode": "center_crop", "image_size": 100}
     change = (stored(**cropped) != stored([box], **cropped)).any(axis=(0, 2))
@@ -94,7 +89,7 @@ def test_boxes_are_those_of_the_picture_before_it_is_cropped_or_padded() -> None
     ],
     ids=str,
 )
-def test_a_picture_with_a_box_that_is_none_is_not_stored_unblurred(box: Any) -> None:
+def test_a_picture_with_an_invalid_box_is_dropped_instead_of_stored_unblurred(box: Any) -> None:
     with pytest.raises(FetchError) as caught:
         stored([BOXES[0], box])
     assert caught.value.reason == "bad_box"
@@ -123,9 +118,9 @@ COLUMNS = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "fine"), COLUMNS, ids=[str(dtype) for dtype, _ in COLUMNS])
-def test_columns_of_boxes(dtype: pa.DataType, fine: bool) -> None:
+@pytest.mark.parametrize(("dtype", "valid"), COLUMNS, ids=[str(dtype) for dtype, _ in COLUMNS])
+def test_a_column_of_boxes_must_hold_lists_of_boxes(dtype: pa.DataType, valid: bool) -> None:
     for step, key in ((Download(bbox_col="faces"), "bbox_col"), (ClipScore(mask="faces"), "mask")):
         found = list(step.check_columns({"faces": dtype}))
-        assert [option for option, _ in found] == ([] if fine else [key])
+        assert [option for option, _ in found] == ([] if valid else [key])
         assert all("must hold lists of boxes" in problem and str(dtype) in problem for _, problem in found)

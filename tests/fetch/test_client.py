@@ -1,4 +1,4 @@
-"""Misbehaviours of servers, and the reason that each gives."""
+"""Misbehaving servers, and the reason given for each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 
@@ -19,6 +19,7 @@ from pipeline.fetch.client import Client, Limits, user_agent
 from pipeline.fetch.guard import Guard
 from pipeline.fetch.reasons import FetchError
 from pipeline.fetch.resolver import Resolver
+from tests.fetch.fetched import body_or_failure
 from tests.fetch.server import (
     JPEG,
     Answer,
@@ -34,7 +35,7 @@ from tests.fetch.server import (
 )
 
 PATIENCE = 60.0
-"""Seconds for what takes a moment on an idle machine."""
+"""Time limit in seconds for operations that take a moment on an idle machine."""
 
 OK = answer(body=JPEG)
 HEAD = b"HTTP/1.1 200 OK\r\n"
@@ -144,19 +145,9 @@ def limits(server: Server, **options: object) -> Limits:
 
 
 def fetch_all(limits: Limits, urls: Sequence[str | None]) -> list[bytes | FetchError]:
-    async def begin() -> None:
-        pass
-
-    async def one(client: Client, url: str | None) -> bytes | FetchError:
-        try:
-            async with client.fetch(url, begin) as fetched:
-                return fetched.body
-        except FetchError as failure:
-            return failure
-
     async def all_of_them() -> list[bytes | FetchError]:
         async with Client(limits, lookup=lambda host: NAMES[host]) as client:
-            return await asyncio.gather(*(one(client, url) for url in urls))
+            return await asyncio.gather(*(body_or_failure(client, url) for url in urls))
 
     return asyncio.run(all_of_them())
 
@@ -167,18 +158,13 @@ def fetch(server: Server, path: str, **options: object) -> bytes | FetchError:
 
 def test_each_behaviour_gives_its_reason(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     # One client each, so that a Retry-After does not affect the other behaviours.
-    wrong = {}
-    slow = {"silent", "stalled", "stalls_at_once", "429_then_fine"}
-    for name in TABLE.keys() - slow:
-        result = fetch(server, name)
-        if (result.reason if isinstance(result, FetchError) else None) != TABLE[name][1]:
-            wrong[name] = result
+    slow = ["silent", "stalled", "stalls_at_once", "429_then_fine"]
+    results = {name: fetch(server, name) for name in TABLE if name not in slow}
     monkeypatch.setattr(client_module, "RATE_WINDOW", 0.5)
-    together = fetch_all(limits(server, per_host=50, timeout=5.0), [f"{server.url}/{name}" for name in sorted(slow)])
-    for name, result in zip(sorted(slow), together):
-        if (result.reason if isinstance(result, FetchError) else None) != TABLE[name][1]:
-            wrong[name] = result
-    assert wrong == {}
+    together = fetch_all(limits(server, per_host=50, timeout=5.0), [f"{server.url}/{name}" for name in slow])
+    results |= zip(slow, together)
+    reasons = {name: r.reason if isinstance(r, FetchError) else None for name, r in results.items()}
+    assert {name: r for name, r in results.items() if reasons[name] != TABLE[name][1]} == {}
     assert server.canary_hits == 0
     assert server.cookies == []
 
@@ -220,21 +206,9 @@ def test_names_are_resolved_once_and_checked() -> None:
     with serving({"a": OK}) as server:
 
         async def go() -> list[bytes | FetchError]:
-            async def begin() -> None:
-                pass
-
-            async def one(client: Client, url: str) -> bytes | FetchError:
-                try:
-                    async with client.fetch(url, begin) as fetched:
-                        return fetched.body
-                except FetchError as failure:
-                    return failure
-
+            urls = (f"http://site.example:{server.port}/a", "http://INSIDE.example./a", "http://dead.example/a")
             async with Client(limits(server), lookup) as client:
-                site = [one(client, f"http://site.example:{server.port}/a") for _ in range(20)]
-                inside = [one(client, "http://INSIDE.example./a") for _ in range(20)]
-                dead = [one(client, "http://dead.example/a") for _ in range(20)]
-                return await asyncio.gather(*site, *inside, *dead)
+                return await asyncio.gather(*(body_or_failure(client, url) for url in urls for _ in range(20)))
 
         results = asyncio.run(go())
     assert results[:20] == [JPEG] * 20
@@ -327,7 +301,7 @@ def test_byte_budget_serves_in_order_and_survives_cancelled_waiters() -> None:
 
 
 def test_names_that_never_resolve_block_others_only_until_their_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With more such names than threads, later rows end as well, and rows with cached names proceed."""
+    """With more slow names than threads, later rows still end, and rows with cached names proceed."""
     monkeypatch.setattr(resolver_module, "RESOLVER_THREADS", 4)
     monkeypatch.setattr(resolver_module, "DNS_SECONDS", 0.4)
     done = threading.Event()
@@ -340,22 +314,16 @@ def test_names_that_never_resolve_block_others_only_until_their_timeout(monkeypa
     with serving({"a": OK}) as server:
 
         async def go() -> tuple[list[bytes | FetchError], float]:
-            async def begin() -> None:
-                pass
-
-            async def one(host: str) -> bytes | FetchError:
-                try:
-                    async with client.fetch(f"http://{host}.example:{server.port}/a", begin) as fetched:
-                        return fetched.body
-                except FetchError as failure:
-                    return failure
-
             try:
                 async with Client(limits(server), lookup) as client:
-                    assert await one("known") == JPEG
+
+                    def fetch_from(host: str) -> Awaitable[bytes | FetchError]:
+                        return body_or_failure(client, f"http://{host}.example:{server.port}/a")
+
+                    assert await fetch_from("known") == JPEG
                     started = time.monotonic()
-                    stuck = [one(f"forever{n}") for n in range(10)]
-                    results = await asyncio.gather(*stuck, one("behind"), one("known"))
+                    stuck = [fetch_from(f"forever{n}") for n in range(10)]
+                    results = await asyncio.gather(*stuck, fetch_from("behind"), fetch_from("known"))
                     return results, time.monotonic() - started
             finally:
                 done.set()

@@ -45,8 +45,8 @@ def rows_at_work(doubling: Doubling, **options: int) -> ConcurrentRows[int]:
     return ConcurrentRows(doubling, columns=["n"], **{"concurrency": 8, "admitted": 64, "group": 4, **options})
 
 
-def results(of: ConcurrentRows[int], numbers: range) -> list[int]:
-    return sorted(result for group in of([pa.table({"n": list(numbers)})]) for _, _, result in group)
+def results(working: ConcurrentRows[int], numbers: range) -> list[int]:
+    return sorted(result for group in working([pa.table({"n": list(numbers)})]) for _, _, result in group)
 
 
 def test_resources_are_reused_between_streams() -> None:

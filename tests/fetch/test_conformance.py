@@ -1,4 +1,5 @@
-"""Compares us with img2dataset on the same rows: sizes, keys, statuses, metadata and pixels, and intended differences.
+"""Compares `download` with img2dataset on the same rows: sizes, keys, statuses, metadata, pixels, and the intended
+differences.
 
 One img2dataset process, with its own Downloader and writer, serves all tests of the module.
 """
@@ -35,6 +36,7 @@ from pipeline.storage import Store
 from tests.conftest import ROOT
 from tests.fetch.img2dataset_jobs import write_folders
 from tests.fetch.server import Server, answer, redirect, serving
+from tests.images import encoded
 
 SIZES = [(1, 1), (2, 3), (17, 31), (48, 48), (49, 48), (47, 48), (48, 49), (95, 47), (96, 96), (97, 193), (300, 200),
          (333, 111), (111, 333), (211, 210), (7, 200), (200, 7), (1, 90), (321, 213)]  # fmt: skip
@@ -52,29 +54,23 @@ def photo(width: int, height: int, seed: int, mode: str = "RGB") -> Image.Image:
     return Image.fromarray((smooth + rng.integers(-6, 7, smooth.shape)).clip(0, 255).astype(np.uint8), mode)
 
 
-def saved(image: Image.Image, format: str, **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, format, **options)
-    return out.getvalue()
-
-
 def corpus() -> dict[str, bytes]:
-    bodies = {f"jpeg-{w}x{h}": saved(photo(w, h, i), "JPEG", quality=90) for i, (w, h) in enumerate(SIZES)}
+    bodies = {f"jpeg-{w}x{h}": encoded(photo(w, h, i), "JPEG", quality=90) for i, (w, h) in enumerate(SIZES)}
     exif = Image.Exif()
     exif[0x010E], exif[0x0110] = "a caption of the camera's", "Model 7"
     return bodies | {
-        "jpeg-exif": saved(photo(90, 60, 20), "JPEG", exif=exif),
-        "jpeg-grey": saved(photo(91, 61, 21, "L"), "JPEG"),
-        "jpeg-progressive": saved(photo(92, 62, 22), "JPEG", progressive=True),
-        "jpeg-444": saved(photo(93, 63, 23), "JPEG", subsampling=0),
-        "png": saved(photo(94, 64, 24), "PNG"),
-        "png-small": saved(photo(30, 20, 24), "PNG"),
-        "png-grey": saved(photo(95, 65, 25, "L"), "PNG"),
-        "png-alpha": saved(photo(96, 66, 26, "RGBA"), "PNG"),
-        "png-palette": saved(photo(97, 67, 27).quantize(64), "PNG"),
-        "webp": saved(photo(98, 68, 28), "WEBP", quality=90),
-        "webp-small": saved(photo(31, 21, 28), "WEBP", quality=90),
-        "gif": saved(photo(99, 69, 29).quantize(64), "GIF"),
+        "jpeg-exif": encoded(photo(90, 60, 20), "JPEG", exif=exif),
+        "jpeg-grey": encoded(photo(91, 61, 21, "L"), "JPEG"),
+        "jpeg-progressive": encoded(photo(92, 62, 22), "JPEG", progressive=True),
+        "jpeg-444": encoded(photo(93, 63, 23), "JPEG", subsampling=0),
+        "png": encoded(photo(94, 64, 24), "PNG"),
+        "png-small": encoded(photo(30, 20, 24), "PNG"),
+        "png-grey": encoded(photo(95, 65, 25, "L"), "PNG"),
+        "png-alpha": encoded(photo(96, 66, 26, "RGBA"), "PNG"),
+        "png-palette": encoded(photo(97, 67, 27).quantize(64), "PNG"),
+        "webp": encoded(photo(98, 68, 28), "WEBP", quality=90),
+        "webp-small": encoded(photo(31, 21, 28), "WEBP", quality=90),
+        "gif": encoded(photo(99, 69, 29).quantize(64), "GIF"),
     }
 
 
@@ -90,7 +86,7 @@ class Peer:
     """The url of each body of BODIES."""
 
     def table(self, folder: str) -> list[dict[str, Any]]:
-        """The rows of its parquet, in the order of the keys."""
+        """The rows of the folder's parquet, sorted by key."""
         return sorted(pq.read_table(self.root / folder / "00000.parquet").to_pylist(), key=lambda row: row["key"])
 
     def members(self, folder: str) -> dict[str, bytes]:
@@ -108,13 +104,13 @@ def name_of(mode: str, encode_format: str, only_if_bigger: bool) -> str:
 
 def deep_png() -> bytes:
     ramp = np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64)
-    return saved(Image.fromarray(ramp), "PNG")
+    return encoded(Image.fromarray(ramp), "PNG")
 
 
 def turned_jpeg() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
-    return saved(photo(90, 60, 30), "JPEG", exif=exif)
+    return encoded(photo(90, 60, 30), "JPEG", exif=exif)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +124,7 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
         with serving(answers) as server:
 
             def columns(names: list[str]) -> dict[str, list[Any]]:
-                """In the order that img2dataset's own reader gives them."""
+                """Columns in the order of img2dataset's own reader."""
                 captions = [f"caption of {name} “ü”" for name in names]
                 return {"source": names, "caption": captions, "url": [f"{server.url}/{name}" for name in names]}
 
@@ -138,14 +134,13 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
                 return {"folder": str(root / folder), "columns": columns(names), **defaults, **options}
 
             jobs = [
-                job(name_of(mode, encoded, bigger), list(BODIES), resize_mode=mode, encode_format=encoded,
+                job(name_of(mode, kind, bigger), list(BODIES), resize_mode=mode, encode_format=kind,
                     resize_only_if_bigger=bigger)
-                for mode, encoded, bigger in COMBINATIONS
+                for mode, kind, bigger in COMBINATIONS
             ]  # fmt: skip
             keep = {"resize_mode": "keep_ratio_largest", "resize_only_if_bigger": True}
             jobs += [
-                job(f"kept-{encoded}", list(BODIES), encode_format=encoded, skip_reencode=True, **keep)
-                for encoded in QUALITY
+                job(f"kept-{kind}", list(BODIES), encode_format=kind, skip_reencode=True, **keep) for kind in QUALITY
             ]
             jobs.append(job("statuses", [*BODIES, *BROKEN, "missing"], **keep, **LIMITS))
             jobs.append(job("special", [*special, "private"], resize_mode="no"))
@@ -297,6 +292,6 @@ def test_the_docs_list_every_img2dataset_option_and_every_reason() -> None:
     assert same
     assert same <= {f.name for f in dataclasses.fields(Download)}
     table = [line for line in reasons_section().splitlines() if line.startswith("|")]
-    assert "\n".join(table) in page, "the table of reasons is that of `winnow steps`; copy it"
+    assert "\n".join(table) in page, "the table of reasons differs from `winnow steps`; copy it"
     for reason, meaning in READ_REASONS.items():
         assert f"| `{reason}` | {meaning} |" in page

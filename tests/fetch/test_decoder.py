@@ -1,4 +1,4 @@
-"""A test for each rule of the decoder. Broken bytes always give one of its reasons."""
+"""Tests of each rule of the decoder. Broken bytes always give one of its reasons."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from PIL import Image, ImageCms, PngImagePlugin
 from pipeline.fetch.decoder import Rules, _has_scales, bare_size, decode, header_size, plan_resize, sniff
 from pipeline.fetch.reasons import REASONS, FetchError
 from tests.fetch.hostile_images import chunk, jpeg_lossless
+from tests.images import encoded
 
 NO = Rules(resize_mode="no", encode_format="png", encode_quality=1)
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
@@ -30,12 +32,6 @@ def scene(width: int = 320, height: int = 200, mode: str = "RGB") -> Image.Image
     """A smooth picture with four different corners."""
     coarse = np.random.default_rng(7).integers(0, 255, (5, 7, 3), np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
 
 
 def pixels(body: bytes, rules: Rules = NO) -> np.ndarray:
@@ -58,8 +54,7 @@ def close(found: np.ndarray, expected: Image.Image | tuple[int, ...], tolerance:
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes, **chunks: bytes) -> bytes:
-    """A PNG of the given raw rows (without filter bytes), with features that Pillow cannot write."""
-
+    """A PNG of raw `rows` without filter bytes, in bit depths and with chunks that Pillow cannot write."""
     stride = len(rows) // height
     raw = b"".join(b"\0" + rows[i * stride : (i + 1) * stride] for i in range(height))
     extra = b"".join(chunk(name.encode(), data) for name, data in chunks.items())
@@ -102,7 +97,7 @@ BARE: dict[str, bytes] = {
 }
 
 
-def clothed(body: bytes) -> bytes:
+def with_metadata(body: bytes) -> bytes:
     """The same picture with metadata that changes nothing."""
     if body.startswith(b"RIFF"):
         size = struct.pack("<I", 319)[:3] + struct.pack("<I", 199)[:3]
@@ -118,12 +113,14 @@ def clothed(body: bytes) -> bytes:
 @pytest.mark.parametrize("rules", [NO, Rules(image_size=64), Rules(image_size=64, decode="exact")])
 def test_the_fast_path_for_bare_pictures_gives_the_same_result(name: str, rules: Rules) -> None:
     body = BARE[name]
-    bare, other = decode(body, rules), decode(clothed(body), rules)
+    bare, other = decode(body, rules), decode(with_metadata(body), rules)
     assert bare_size(body, sniff(body) or "") == (320, 200)
-    assert bare_size(clothed(body), sniff(body) or "") is None
+    assert bare_size(with_metadata(body), sniff(body) or "") is None
     differ = {k for k, v in vars(bare).items() if vars(other)[k] != v}
     assert differ <= {"sha256", "original_bytes"}
-    assert reason(body[: len(body) // 2], rules) == reason(clothed(body)[: len(body) // 2], rules) == "decode_error"
+    assert (
+        reason(body[: len(body) // 2], rules) == reason(with_metadata(body)[: len(body) // 2], rules) == "decode_error"
+    )
 
 
 @pytest.mark.parametrize(
@@ -304,12 +301,11 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
 def test_profiles_are_converted_to_srgb() -> None:
     image = scene()
     lab = ImageCms.createProfile("LAB")
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert close(pixels(encoded(image, "PNG", icc_profile=srgb)), image, 0)
+    assert close(pixels(encoded(image, "PNG", icc_profile=SRGB)), image, 0)
     # A profile that is broken or for another mode must not fail the picture.
     assert close(pixels(encoded(image, "PNG", icc_profile=b"nonsense")), image, 0)
     assert close(pixels(encoded(image, "PNG", icc_profile=ImageCms.ImageCmsProfile(lab).tobytes())), image, 0)
-    swapped = swapped_primaries(srgb)
+    swapped = swapped_primaries(SRGB)
     assert close(pixels(encoded(Image.new("RGB", (8, 8), RED), "PNG", icc_profile=swapped)), GREEN, 12)
     assert close(pixels(encoded(Image.new("RGB", (8, 8), RED), "JPEG", icc_profile=swapped, quality=95)), GREEN, 12)
 
@@ -334,9 +330,6 @@ def test_a_grey_profile_is_converted_with_and_without_transparency(kind: str, mo
     value = {"LA": (128, 255), "I;16": 128 * 257}.get(mode, 128)
     body = encoded(Image.new(mode, (32, 32), value), kind, icc_profile=grey_profile())
     assert close(pixels(body), (188, 188, 188), 2)  # half of the light in sRGB
-
-
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def grey_profile() -> bytes:
@@ -411,10 +404,9 @@ def swapped_primaries(profile: bytes) -> bytes:
 
 
 def test_a_profile_is_judged_by_its_contents_not_by_its_name() -> None:
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    named = swapped_primaries(srgb).replace("swap".encode("utf-16-be"), "sRGB".encode("utf-16-be"))
+    named = swapped_primaries(SRGB).replace("swap".encode("utf-16-be"), "sRGB".encode("utf-16-be"))
     image = Image.new("RGB", (64, 64), (200, 20, 20))
-    assert close(pixels(encoded(image, "PNG", icc_profile=srgb)), (200, 20, 20), 0)
+    assert close(pixels(encoded(image, "PNG", icc_profile=SRGB)), (200, 20, 20), 0)
     assert pixels(encoded(image, "PNG", icc_profile=named))[0, 0].argmax() == 1
 
 
@@ -451,7 +443,7 @@ def test_a_jpeg_with_lost_pixels_fails_even_if_its_end_is_there(name: str, mode:
     options: dict[str, Any] = {
         "progressive": {"progressive": True},
         "restarts": {"restart_marker_rows": 4},
-        "profile": {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()},
+        "profile": {"icc_profile": SRGB},
     }.get(name, {})
     body = encoded(image, "JPEG", quality=90, **options)
     rules = Rules(decode=mode)
@@ -479,7 +471,7 @@ def test_a_png_with_lost_rows_fails_even_if_its_end_is_there(channels: int, inte
 
 
 def sum_of_passes(width: int, height: int, channels: int) -> int:
-    """Bytes of an interlaced PNG of 8 bits: each pass by itself, counted pixel by pixel (PNG, 8.2)."""
+    """The size in bytes of an interlaced 8-bit PNG, summed pixel by pixel over its passes (PNG, 8.2)."""
     order = "16462646 77777777 56565656 77777777 36463646 77777777 56565656 77777777".split()
     rows: dict[tuple[str, int], int] = {}
     for y in range(height):
@@ -644,11 +636,10 @@ def test_bytes_are_kept_only_if_nothing_changes() -> None:
     small = scene(80, 60)
     exif = Image.Exif()
     exif[0x0112] = 6
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for changed in (
         encoded(small, "JPEG", exif=exif.tobytes()),
         encoded(small.convert("CMYK"), "JPEG"),
-        encoded(small, "JPEG", icc_profile=swapped_primaries(srgb)),
+        encoded(small, "JPEG", icc_profile=swapped_primaries(SRGB)),
         encoded(small, "PNG"),
     ):
         assert decode(changed, keep).image != changed

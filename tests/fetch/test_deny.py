@@ -42,10 +42,11 @@ def test_a_listed_file_is_not_decoded(tmp_path: Path) -> None:
     assert decode(jpeg(seed=1), rules).width == 120
 
 
-def test_the_error_names_the_bad_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ["xyz", "abab abab abab a", "é" * 32])
+def test_the_error_names_the_bad_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "deny.txt"
-    path.write_text("# ok\n" + "a" * 64 + "\nxyz\n")
-    with pytest.raises(ValueError, match=r"deny\.txt:3: 'xyz' is not an md5"):
+    path.write_text("# ok\n" + "a" * 64 + f"\n{line}\n")
+    with pytest.raises(ValueError, match=rf"deny\.txt:3: '{line}' is not an md5"):
         DenyList(path)
 
 

@@ -11,6 +11,7 @@ import pytest
 from pipeline.fetch.client import Client, Limits
 from pipeline.fetch.guard import Guard, is_public, parse_addr, parse_url
 from pipeline.fetch.reasons import REASONS, FetchError, find, one_line
+from tests.fetch.fetched import body_or_failure
 from tests.fetch.server import JPEG, Answer, Server, answer, redirect, serving
 
 Lookup = Callable[[str], list[str]]
@@ -189,23 +190,13 @@ def resolve(host: str) -> list[str]:
 
 
 def ends(urls: list[str], addr: str, lookup: Lookup = resolve) -> list[str]:
-    """The outcome of each url. The allow list contains `addr`, the canary's neighbour, as in a run."""
+    """The reason of each url, or `fetched`. The allow list contains `addr`, the canary's neighbour, as in a run."""
 
-    async def begin() -> None:
-        pass
-
-    async def one(client: Client, url: str) -> str:
-        try:
-            async with client.fetch(url, begin):
-                return "fetched"
-        except FetchError as failure:
-            return failure.reason
-
-    async def all_of_them() -> list[str]:
+    async def all_of_them() -> list[bytes | FetchError]:
         async with Client(Limits(timeout=3, retries=0, per_host=100, allow_addrs=(addr,)), lookup) as client:
-            return await asyncio.gather(*(one(client, url) for url in urls))
+            return await asyncio.gather(*(body_or_failure(client, url) for url in urls))
 
-    return asyncio.run(all_of_them())
+    return [r.reason if isinstance(r, FetchError) else "fetched" for r in asyncio.run(all_of_them())]
 
 
 def test_no_notation_reaches_the_canary() -> None:

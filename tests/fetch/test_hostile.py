@@ -1,6 +1,6 @@
 """A web of misbehaving hosts, one behaviour per host with 15 rows each, all fetched in one run.
 
-The server runs in its own process, so that measurements are of the fetcher.
+The server runs in its own process, so the measurements cover only the fetcher.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs all of 12
 ROWS = 15
 TIMEOUT = 10.0
 MAX_BYTES = 2_000_000
-# For 300 rows of small pictures on an idle machine, including the start of the decoder. All times of this
-# test are scaled by the machine's slowdown.
+# Time for 300 rows of small pictures on an idle machine, including the start of the decoder. All times of this
+# test are multiplied by the machine's current slowdown.
 IDLE_SECONDS = 2.0
 # Failures that trip the breaker of their host.
 NO_ANSWER = {"connect", "reset", "tls", "deadline", "too_slow"}
@@ -101,16 +101,16 @@ def for_host(right: Answer) -> Answer:
 @dataclass
 class Behaviour:
     answer: Answer | None
-    """None: the path is answered with 404, or the host is one of the special ones."""
+    """None if the path answers 404 or the host is a special one."""
     reasons: Collection[str | None]
-    """Those that are right; None: the row is kept."""
+    """The acceptable reasons; None stands for a kept row."""
     url: str = "http://{host}:{port}/{name}?{row}"
     slow: bool = False
-    """Holds its rows for seconds."""
+    """True if its rows take seconds."""
     tls: str = ""
-    """The certificate that the host shows."""
+    """The certificate that the host presents, if any."""
     listens: str = "yes"
-    """"no": nothing does; "mute": connections are made and never served."""
+    """"no": connections are refused; "mute": they are established but never served."""
 
 
 def slow(answer: Answer | None, *reasons: str | None, **options: Any) -> Behaviour:
@@ -125,7 +125,7 @@ def one(answer: Answer | None, *reasons: str | None, **options: Any) -> Behaviou
     return Behaviour(answer, reasons, **options)
 
 
-# A host named only in a redirect; and one that may not be dialled, on a port allowed at another address.
+# A host that occurs only in a redirect, and one that must not be dialled, on a port allowed at other addresses.
 STALLING = "127.1.254.1"
 NEIGHBOUR = "127.1.255.1"
 TLS = "https://{host}:{port}/ok?{row}"
@@ -366,13 +366,13 @@ class Outcome(NamedTuple):
     rows: int
     table: pa.Table
     deadlines: float
-    """Seconds that the whole has taken / seconds that its slowest row may take."""
+    """Duration of the run / longest allowed duration of a row."""
     grown: int
-    """Bytes of memory above those before, at the highest."""
+    """Peak memory growth in bytes."""
     threads: list[str]
     sockets: int
     children: list[int]
-    """Those left, above what was there before."""
+    """Processes that remain from the run."""
     seen: Seen
 
 
@@ -434,7 +434,7 @@ def slowness(port: int) -> float:
 def fetch_all(
     port: int, canary: int, forever: threading.Event, pipe: Connection, server: int, patch: pytest.MonkeyPatch
 ) -> Outcome:
-    # The slow ones first: all of them run concurrently, so the whole takes one deadline.
+    # Slow rows come first: all of them run concurrently, so the run takes about one deadline.
     names = sorted(TABLE, key=lambda name: not TABLE[name].slow)
     urls = [
         TABLE[name].url.format(host=HOSTS[name], port=port, canary=canary, name=name, row=row)
@@ -455,7 +455,7 @@ def fetch_all(
     deadline = client_module.ROBOTS_SECONDS + stage.timeout
     units = (unit(urls[at : at + 500], number) for number, at in enumerate(range(0, len(urls), 500)))
     threads, sockets, children = set(threading.enumerate()), process_tree.sockets(), process_tree.family()
-    # Warm up the worker: what it loads once is not growth.
+    # Warm up the worker: modules that it loads once are not growth.
     warm = stage.stream(unit([f"http://{HOSTS['ok']}:{port}/ok"] * 300, n) for n in range(2))
     next(warm)
     before = process_tree.memory(without=[server])

@@ -1,4 +1,4 @@
-"""Politeness towards hosts: which are skipped, for how long, and limits across workers."""
+"""Politeness towards hosts: which hosts are skipped and for how long, and limits that hold across workers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from pipeline.fetch.client import Client, Limits
 from pipeline.fetch.hosts import DOWN_MOST, DOWN_SECONDS, LEASE, Ask, Breaker, Grant, HostLimiter, Politeness
 from pipeline.fetch.outage import HOSTS, ROWS, Outage, OutageError
 from pipeline.fetch.reasons import FetchError
+from tests.fetch.fetched import at_once, body_or_failure
 from tests.fetch.server import JPEG, Answer, Server, answer, in_turn, redirect, reset, serving, silence
 
 OK = answer(body=JPEG)
 RESET = FetchError("reset", "by peer")
 DEFAULT = Politeness()
 PATIENCE = 60.0
-"""Seconds for what takes a moment on an idle machine."""
+"""Time limit in seconds for operations that take a moment on an idle machine."""
 
 
 class Time:
@@ -126,7 +127,7 @@ def test_a_worker_yields_permits_as_its_requests_end() -> None:
 
 
 def test_more_workers_than_permits_take_turns() -> None:
-    """Simulated: each worker always wants more; a request takes three exchanges."""
+    """Simulates workers that always want more permits. A request takes three exchanges."""
     limiter = HostLimiter(3)
     running: dict[str, list[int]] = {f"w{n}": [] for n in range(10)}
     served: Counter[str] = Counter()
@@ -199,20 +200,9 @@ Result = bytes | FetchError
 async def run_client(
     server: Server, urls: list[str], politeness: Politeness, limiter: HostLimiter | None = None, **options: Any
 ) -> list[Result]:
-    async def begin() -> None:
-        pass
-
-    async def one(url: str) -> Result:
-        try:
-            async with client.fetch(url, begin) as fetched:
-                return fetched.body
-        except FetchError as failure:
-            return failure
-
-    fixed = {"timeout": PATIENCE, "allow_addrs": (server.addr,), **options}
-    limits = Limits(**fixed)
+    limits = Limits(**{"timeout": PATIENCE, "allow_addrs": (server.addr,), **options})
     async with Client(limits, lambda host: ["127.0.0.1"], politeness, limiter) as client:
-        return await asyncio.gather(*(one(url) for url in urls))
+        return await asyncio.gather(*(body_or_failure(client, url) for url in urls))
 
 
 def fetch_all(server: Server, urls: list[str], politeness: Politeness = DEFAULT, **options: Any) -> list[Result]:
@@ -328,13 +318,9 @@ def test_the_least_recently_used_host_is_evicted(monkeypatch: pytest.MonkeyPatch
         urls = [f"http://h{n}.example:{server.port}/a" for n in range(40)]
 
         async def go() -> int:
-            async def begin() -> None:
-                pass
-
             async with Client(Limits(allow_addrs=(server.addr,)), lambda host: ["127.0.0.1"]) as client:
                 for url in urls:
-                    async with client.fetch(url, begin) as fetched:
-                        assert fetched.body == JPEG
+                    assert await body_or_failure(client, url) == JPEG
                 return len(client._hosts._known)
 
         assert asyncio.run(go()) <= 10
@@ -460,10 +446,7 @@ TDMREP = ".well-known/tdmrep.json"
 
 
 def usages(server: Server, urls: list[str], politeness: Politeness = DEFAULT) -> list[str | None]:
-    """The statements kept with each picture; for dropped rows, the detail."""
-
-    async def begin() -> None:
-        pass
+    """The statements kept with each picture; for dropped rows, reason and detail."""
 
     async def go() -> list[str | None]:
         found: list[str | None] = []
@@ -471,7 +454,7 @@ def usages(server: Server, urls: list[str], politeness: Politeness = DEFAULT) ->
         async with Client(limits, lambda host: ["127.0.0.1"], politeness) as client:
             for url in urls:
                 try:
-                    async with client.fetch(url, begin) as fetched:
+                    async with client.fetch(url, at_once) as fetched:
                         found.append(fetched.usage)
                 except FetchError as failure:
                     found.append(f"{failure.reason.replace('_', ' ')}: {failure.detail}")
@@ -617,16 +600,9 @@ def test_a_resolver_that_fails_for_everyone_stops_the_client(rows: int, outage: 
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
     async def go() -> list[BaseException | bytes]:
-        async def begin() -> None:
-            pass
-
-        async def one(url: str) -> bytes:
-            async with client.fetch(url, begin) as fetched:
-                return fetched.body
-
         async with Client(Limits(), lookup) as client:
             urls = [f"http://h{n}.example/a.jpg" for n in range(rows)]
-            return await asyncio.gather(*map(one, urls), return_exceptions=True)
+            return await asyncio.gather(*(body_or_failure(client, url) for url in urls), return_exceptions=True)
 
     results = asyncio.run(go())
     stops = [r for r in results if isinstance(r, OutageError)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from pipeline.fetch import img2dataset_engine
 from pipeline.fetch.decoder import Picture
 from pipeline.fetch.img2dataset_engine import download, failure
 from pipeline.fetch.reasons import REASONS, FetchError, find
+from tests.fetch.process_tree import family
 from tests.fetch.server import JPEG, Server, answer, jpeg, redirect, reset, serving, silence
 
 OPTIONS: dict[str, Any] = {
@@ -108,7 +108,7 @@ def test_every_row_is_a_picture_or_one_of_our_reasons(server: Server) -> None:
     assert small.phash == moved.phash
 
 
-def test_hashes_and_boxes_as_with_our_own_engine(server: Server, tmp_path: Path) -> None:
+def test_hashes_and_boxes_work_as_with_our_own_engine(server: Server, tmp_path: Path) -> None:
     denied = tmp_path / "denied.txt"
     denied.write_text(hashlib.md5(jpeg(200, 100)).hexdigest())
     right, wrong = hashlib.sha1(JPEG).hexdigest(), "0" * 40
@@ -129,7 +129,7 @@ def test_hashes_and_boxes_as_with_our_own_engine(server: Server, tmp_path: Path)
     assert change[:20].mean() > 5 * change[-10:].mean()
 
 
-def test_other_bytes_than_claimed_are_rejected() -> None:
+def test_a_body_that_differs_from_its_claimed_hash_is_rejected() -> None:
     job = {"columns": {}, "compute_hash": None, "verify_hash": ["sha1", "sha1"], "hash_mismatch": "reject"}
     resizer = img2dataset_engine._Resizer(None, None)
     writer = img2dataset_engine._Writer(None, resizer, job)  # type: ignore[arg-type]
@@ -140,7 +140,7 @@ def test_other_bytes_than_claimed_are_rejected() -> None:
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for img2dataset that finds nothing and misbehaves as told by a url."""
+    """A stand-in for img2dataset that reports 404 for every url, or misbehaves as the url's name says."""
     package = tmp_path / "img2dataset"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -163,8 +163,8 @@ class Downloader:
             if "silent" in url:
                 time.sleep(1000)
             if "lost" not in url:
-                told = {"status": "failed_to_download", "error_message": "HTTP Error 404: Not Found"}
-                self.writer.write(None, str(n), None, told)
+                outcome = {"status": "failed_to_download", "error_message": "HTTP Error 404: Not Found"}
+                self.writer.write(None, str(n), None, outcome)
 """)
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -175,7 +175,7 @@ def reasons(names: list[str], **options: Any) -> list[str | None]:
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_a_row_that_crashes_img2dataset_fails_alone() -> None:
+def test_only_the_row_that_crashes_img2dataset_fails() -> None:
     names = ["a", "deadly", "b", "starved", "deadly", "lost"]
     expected = ["http_404", "decoder_crash", "http_404", "decoder_killed", "decoder_crash", "unexpected"]
     assert reasons(names) == expected
@@ -189,17 +189,12 @@ def test_an_endlessly_slow_server_does_not_block_the_unit(monkeypatch: pytest.Mo
 
 @pytest.mark.usefixtures("stand_in")
 def test_closing_the_iterator_ends_the_process() -> None:
-    others = set(_children())
+    others = set(family())
     rows = download(pa.table({"url": ["http://host/a"] * 300 + ["http://host/silent"]}), OPTIONS)
     assert len(next(rows)) == 256
-    assert set(_children()) - others
+    assert set(family()) - others
     rows.close()  # type: ignore[attr-defined]
-    assert not set(_children()) - others
-
-
-def _children() -> list[str]:
-    with open(f"/proc/self/task/{os.getpid()}/children") as file:
-        return file.read().split()
+    assert not set(family()) - others
 
 
 @pytest.mark.usefixtures("stand_in")

@@ -15,12 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from tests.conftest import HUNG
+from tests.conftest import HUNG, ROOT
 from tests.fetch import process_tree
 from tests.fetch.fetching import AREA, CAP
 from tests.fetch.hostile_images import encoded, smooth
@@ -29,7 +28,6 @@ from tests.fetch.server import JPEG, Answer, Server, answer, flood, jpeg, raw
 pytestmark = pytest.mark.skipif(not process_tree.CAN_MEASURE, reason="needs Linux's /proc")
 
 LIMIT = 400_000_000
-ROOT = Path(__file__).parents[2]
 SIDE = math.isqrt(AREA)
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -74,12 +72,12 @@ def serve(pipe: Connection, kinds: Sequence[str]) -> None:
 class Progress(NamedTuple):
     rows: int
     reasons: Counter[tuple[str, str | None]]
-    """How often each path has ended for each reason."""
+    """Number of rows by path and reason."""
 
 
 @contextmanager
 def server(kinds: Sequence[str] = ()) -> Iterator[int]:
-    """A server's port."""
+    """Starts a server in its own process. Yields its port."""
     ours, theirs = multiprocessing.Pipe()
     process = SPAWN.Process(target=serve, args=(theirs, kinds), daemon=True)
     process.start()
@@ -92,7 +90,7 @@ def server(kinds: Sequence[str] = ()) -> Iterator[int]:
 
 
 def fetch(port: int, paths: Sequence[str], rows: int) -> tuple[Progress, int, list[tuple[int, int]]]:
-    """The outcome, the peak memory in bytes, and (rows done, memory of its own) over time."""
+    """The outcome, the peak memory in bytes, and (rows done, private memory in bytes) over time."""
     command = [sys.executable, "-m", "tests.fetch.fetching", str(port), str(rows), *paths]
     progress, course, measured = Progress(0, Counter()), [], 0.0
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as worker:
@@ -112,7 +110,7 @@ def fetch(port: int, paths: Sequence[str], rows: int) -> tuple[Progress, int, li
 
 
 def test_large_bodies_do_not_fill_the_worker() -> None:
-    """Hundreds of megabytes at once, with or without Content-Length, always too large or broken."""
+    """Hundreds of megabytes are in flight, with or without Content-Length, and many bodies are too large or broken."""
     paths = ["small"] * 44 + ["big", "big_unannounced", "too_big", "broken", "small", "photo"]
     rows = 600
     with server() as port:

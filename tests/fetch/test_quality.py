@@ -1,8 +1,7 @@
-"""The scores of picture quality, against cleanvision's formulas written down again with Pillow."""
+"""Scores of picture quality, compared with a second implementation of cleanvision's formulas in Pillow."""
 
 from __future__ import annotations
 
-import io
 import math
 
 import cv2
@@ -14,6 +13,7 @@ from pipeline.fetch.decoder import Rules, decode
 from pipeline.fetch.quality import SCORES, measure
 from pipeline.stages.download import Download
 from pipeline.stages.read_shards import check_image
+from tests.images import encoded
 
 
 def scene(width: int = 300, height: int = 200) -> np.ndarray:
@@ -77,15 +77,13 @@ def test_each_defect_lowers_its_own_score() -> None:
     assert measure((scene() * 0.25).astype(np.uint8))["dark_score"] < 0.32
     assert measure((255 - (255 - scene().astype(int)) * 0.04).astype(np.uint8))["light_score"] < 0.05
     noise = cv2.GaussianBlur(np.random.default_rng(0).random((200, 300)), (0, 0), 25)
-    ranks = noise.argsort(axis=None).argsort().reshape(noise.shape)  # all greys equally often, hardly an edge
+    ranks = noise.argsort(axis=None).argsort().reshape(noise.shape)  # all greys equally often, almost no edges
     assert measure(np.dstack([(ranks * 256 // noise.size).astype(np.uint8)] * 3))["blurry_score"] < 0.29
     assert measure(np.full((64, 64, 3), 77, np.uint8))["low_information_score"] < 0.3
 
 
-def test_measured_at_decoding_if_asked() -> None:
-    file = io.BytesIO()
-    Image.fromarray(scene()).save(file, "PNG")
-    body = file.getvalue()
+def test_scores_are_measured_at_decoding_on_request() -> None:
+    body = encoded(scene())
     plain, scored = decode(body, Rules()), decode(body, Rules(image_quality=True))
     assert plain.dark_score is None
     assert plain.image == scored.image

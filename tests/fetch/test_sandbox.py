@@ -1,10 +1,9 @@
-"""What the sandbox contains, which call it fails, and that it leaks nothing."""
+"""The sandbox: what it contains, which call it fails, and that it leaks nothing."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import os
 import signal
 import subprocess
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from pipeline.fetch import sandbox as sandbox_module
 from pipeline.fetch.decoder import Decoder, Rules, decode
@@ -23,6 +21,7 @@ from pipeline.fetch.reasons import REASONS, FetchError
 from pipeline.fetch.sandbox import MAX_ATTEMPTS, MAX_FAILED_STARTS, Sandbox, SandboxError
 from tests.conftest import HUNG
 from tests.fetch.hostile_images import smooth
+from tests.images import encoded
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="what only Linux offers")
 
@@ -307,7 +306,7 @@ def test_a_child_has_no_terminal_and_no_files_of_its_parent() -> None:
 
 
 class Unloadable:
-    """Pickles here; misbehaves when loaded in the child."""
+    """Can be pickled, but misbehaves when the child loads it."""
 
     def __init__(self, function: Callable[..., Any], *args: Any):
         self.reduced = function, args
@@ -340,12 +339,11 @@ def test_a_target_that_cannot_be_loaded_fails_every_call(target: Unloadable, mes
 
 
 def test_decode_gives_the_same_as_in_this_process() -> None:
-    pixels = Image.fromarray(np.random.default_rng(7).integers(0, 255, (90, 120, 3), np.uint8))
+    pixels = np.random.default_rng(7).integers(0, 255, (90, 120, 3), np.uint8)
     bodies = []
     for kind in ("JPEG", "PNG", "WEBP", "GIF"):
-        out = io.BytesIO()
-        pixels.save(out, kind)
-        bodies += [out.getvalue(), out.getvalue()[: out.tell() // 2]]
+        body = encoded(pixels, kind)
+        bodies += [body, body[: len(body) // 2]]
     bodies += [b"", b"<svg/>"]
     rules = Rules(image_size=64)
 

@@ -1,7 +1,7 @@
-"""Bytes on the wire: request lines as sent by browsers, and malformed but unambiguous responses.
+"""Bytes on the wire: request lines as browsers send them, and malformed but unambiguous responses.
 
-The server is a plain socket. It records each request and answers with given bytes, so that no library's reading of HTTP
-stands between a case and what is tested.
+The server is a plain socket that records each request and answers with given bytes, so no HTTP library interprets them
+on its side.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from pipeline.fetch.head import MAX_HEAD, BadHeadError, strict
 from pipeline.fetch.hosts import Politeness
 from pipeline.fetch.reasons import FetchError
 from tests.fetch.certificates import issue
+from tests.fetch.fetched import body_or_failure
 from tests.fetch.server import JPEG
 
 PATIENCE = 60.0
-"""Seconds for what takes a moment on an idle machine."""
+"""Time limit in seconds for operations that take a moment on an idle machine."""
 
 
 class Wire:
@@ -86,23 +87,13 @@ def wire(answer: Callable[[str], bytes], pieces: int = 0, tls: ssl.SSLContext | 
 def fetch(server: Wire, *urls: str) -> list[bytes | str]:
     """The outcome of each url, in order: the body or the reason."""
 
-    async def begin() -> None:
-        pass
-
-    async def go() -> list[bytes | str]:
-        results: list[bytes | str] = []
+    async def in_order() -> list[bytes | FetchError]:
         limits = Limits(timeout=PATIENCE, retries=0, min_rate=0, allow_addrs=(server.addr,))
         silent = Politeness(robots_txt=False, tdmrep_json=False, host_failures=0)
         async with Client(limits, lambda host: ["127.0.0.1"], silent) as client:
-            for url in urls:
-                try:
-                    async with client.fetch(url, begin) as fetched:
-                        results.append(fetched.body)
-                except FetchError as failure:
-                    results.append(failure.reason)
-        return results
+            return [await body_or_failure(client, url) for url in urls]
 
-    return asyncio.run(go())
+    return [r.reason if isinstance(r, FetchError) else r for r in asyncio.run(in_order())]
 
 
 def plain(_: str) -> bytes:
@@ -364,7 +355,7 @@ def test_tls_may_end_without_close_notify(tmp_path: Path, monkeypatch: pytest.Mo
     assert found == [JPEG, JPEG, "body_truncated", "body_truncated"]
 
 
-# --- The head by itself -----------------------------------------------------------------------------------------------
+# --- Normalising a head -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -380,7 +371,7 @@ def test_tls_may_end_without_close_notify(tmp_path: Path, monkeypatch: pytest.Mo
             b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: Keep-Alive\r\n\r\n",
             b"HTTP/1.1 200 \r\nContent-Length: 5\r\nConnection: keep-alive\r\n\r\n",
         ),
-        (  # clear, and yet not to be trusted with another response
+        (  # unambiguous, but the connection is not reused
             b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 05\r\n\r\n",
             b"HTTP/1.1 200 \r\nContent-Length: 5\r\nConnection: close\r\n\r\n",
         ),

@@ -137,13 +137,13 @@ def metaclip_reference(
     counts: dict[str, dict[str, int]] = {}
     for language, entries in zip(languages, lists):
         for entry in entries:
-            of = counts.setdefault(language, {})
-            of[entry] = of.get(entry, 0) + 1
+            frequencies = counts.setdefault(language, {})
+            frequencies[entry] = frequencies.get(entry, 0) + 1
     main = np.array(list(counts[reference].values()))
     tail_share = main[main < t].sum() / main.sum()
     caps: dict[str, float] = {}
-    for language, of in counts.items():
-        ascending = np.sort(np.array(list(of.values())))
+    for language, frequencies in counts.items():
+        ascending = np.sort(np.array(list(frequencies.values())))
         reached = np.cumsum(ascending) / ascending.sum() >= tail_share - 1e-12
         caps[language] = t if language == reference else ascending[np.argmax(reached)]
     kept = []
@@ -206,12 +206,12 @@ def test_without_the_reference_all_languages_have_its_cap(zipf: list[dict[str, A
     assert {f["cap"] for f in figures(step, make_batch(zipf))} == {60}
 
 
-def test_with_a_tail_mass_each_language_has_a_cap_of_its_own(zipf: list[dict[str, Any]]) -> None:
+def test_with_a_tail_mass_each_language_has_its_own_cap(zipf: list[dict[str, Any]]) -> None:
     found = figures(Balance(column="entries", by="language", tail_mass=0.3), make_batch(zipf))
     for language in ("en", "de", "th"):
-        of = [f for f in found if f["language"] == language]
-        rare = sum(f["matches"] for f in of if 2 * f["at_least"] <= of[0]["cap"])
-        assert rare <= 0.3 * sum(f["matches"] for f in of)
+        bands = [f for f in found if f["language"] == language]
+        rare = sum(f["matches"] for f in bands if 2 * f["at_least"] <= bands[0]["cap"])
+        assert rare <= 0.3 * sum(f["matches"] for f in bands)
 
 
 def test_languages_count_the_same_entry_apart(entries: str) -> None:

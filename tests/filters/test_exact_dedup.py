@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import dask
-import dask.dataframe as dd
 import pyarrow as pa
 import pytest
 
 from pipeline.filters.exact_dedup import ExactDedup
 from pipeline.schema import CAPTIONS
 from pipeline.step import to_pandas
-from tests.filters.barrier import check_barrier, decide
+from tests.filters.barrier import check_barrier, decide, partitionings
 from tests.tables import check_filter, make_batch, run_step
 
 DUP = "exact_dedup"
@@ -66,7 +64,7 @@ def test_the_detail_is_the_shared_value() -> None:
         (["sha256"], "run", {"uid", "sha256"}),
     ],
 )
-def test_only_without_the_url_it_is_a_barrier(by: list[str], scope: str, needs: set[str]) -> None:
+def test_it_is_a_barrier_only_without_the_url(by: list[str], scope: str, needs: set[str]) -> None:
     step = ExactDedup(by=by)
     assert (step.scope, set(step.needs)) == (scope, needs)
 
@@ -98,7 +96,7 @@ ALL = [
 
 
 def merged(batch: pa.Table, step: ExactDedup) -> tuple[dict[str, object], dict[str, tuple[str, str]]]:
-    """The `captions` of the rows that are kept, and reason and detail of the others, by uid."""
+    """The `captions` of each kept row, and the reason and detail of each other row, by uid."""
     kept, drops = run_step(step, batch)
     uids = dict(zip(batch["row"].to_pylist(), batch["uid"].to_pylist()))
     fates = zip(drops["row"].to_pylist(), drops["reason"].to_pylist(), drops["detail"].to_pylist())
@@ -115,7 +113,7 @@ def test_captions_of_one_url_are_kept_together() -> None:
     assert captions["a"] == [{**one, "language": None} for one in ALL]
 
 
-def test_captions_that_were_merged_before_come_along() -> None:
+def test_captions_merged_by_an_earlier_step_are_kept() -> None:
     first = ExactDedup(by=["url"], captions="merge")
     more = {"uid": "0", "url": "https://b.org/", "caption": "another", "sha256": "x", "language": "it"}
     batch, _ = run_step(first, make_batch([*MERGE, more]))
@@ -129,7 +127,7 @@ def test_captions_that_were_merged_before_come_along() -> None:
     assert drops == {"a": ("merged", "0")}
 
 
-def test_rows_after_the_first_thousand_are_no_captions() -> None:
+def test_only_the_first_thousand_rows_are_merged() -> None:
     rows = [{"uid": f"{i:04d}", "url": "https://spacer.example/", "caption": f"page {i}"} for i in range(1003)]
     captions, drops = merged(make_batch(rows[::-1]), ExactDedup(captions="merge"))
     assert [one["uid"] for one in captions["0000"]] == [f"{i:04d}" for i in range(1000)]  # type: ignore[attr-defined]
@@ -143,20 +141,16 @@ def test_nothing_to_merge() -> None:
         assert drops == {}
 
 
-def test_captions_over_the_whole_run_depend_on_no_partition() -> None:
+def test_captions_of_a_whole_run_do_not_depend_on_partitions() -> None:
     step = ExactDedup(by=["sha256"], captions="merge")
     step.needs = (*step.needs, *step.wants)  # type: ignore[misc]
     have = [{**ALL[0], "uid": "z"}]
     batch = make_batch([{**row, "unit": i % 2} for i, row in enumerate(MERGE)])
     batch = batch.append_column("captions", pa.array([None, None, have, None, None], CAPTIONS))
-    frame = to_pandas(batch)
     outcomes = []
-    for partitions, shuffle in [(1, None), (3, 0), (8, 1)]:
-        rows = frame if shuffle is None else frame.sample(frac=1, random_state=shuffle)
-        with dask.config.set(scheduler="synchronous"):
-            pool = dd.from_pandas(rows.reset_index(drop=True), npartitions=partitions, sort=False)
-            found = step.decide(pool).compute()
-        lines = pa.Table.from_pandas(found, preserve_index=False).sort_by([("unit", "ascending"), ("row", "ascending")])
+    for pool in partitionings(to_pandas(batch)):
+        drops = step.decide(pool).compute()
+        lines = pa.Table.from_pandas(drops, preserve_index=False).sort_by([("unit", "ascending"), ("row", "ascending")])
         outcomes.append(lines.select(["unit", "row", "reason", "detail", "captions"]).to_pylist())
     assert outcomes[0] == outcomes[1] == outcomes[2]
     assert [(line["row"], line["reason"], line["detail"], line["captions"]) for line in outcomes[0]] == [

@@ -67,10 +67,10 @@ def test_among_equal_uids_the_first_position_is_kept() -> None:
 def test_many_clusters_over_many_partitions() -> None:
     rng = np.random.default_rng(5)
     centres = rng.integers(0, 2**64, 80, np.uint64)
-    of = rng.integers(0, 80, 600)
-    hashes = centres[of] ^ np.uint64(1) << rng.integers(0, 64, 600, np.uint64)
+    nearest = rng.integers(0, 80, 600)
+    hashes = centres[nearest] ^ np.uint64(1) << rng.integers(0, 64, 600, np.uint64)
     found = decide(NearDedup(keep="uid"), make_batch(pictures(*hashes.tolist())))
-    first_of_each = {centre: i for i, centre in reversed(list(enumerate(of.tolist())))}
+    first_of_each = {centre: i for i, centre in reversed(list(enumerate(nearest.tolist())))}
     assert {i for i, drop in enumerate(found) if drop is None} == set(first_of_each.values())
 
 
@@ -82,7 +82,7 @@ def test_twice_is_once() -> None:
     check_barrier(NearDedup(), left, [None] * len(left))
 
 
-def test_a_column_of_its_own() -> None:
+def test_the_hash_column_can_be_chosen() -> None:
     rows = [{"dhash": A, "uid": "a"}, {"dhash": A, "uid": "b"}]
     step = NearDedup(column="dhash", keep="uid")
     assert step.needs == ("dhash",)

@@ -40,7 +40,7 @@ def listed(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_what_is_known_before_the_download(tmp_path: Path) -> None:
+def test_entries_known_before_the_download_are_dropped(tmp_path: Path) -> None:
     step = Takedown(file=listed(tmp_path, LIST))
     assert set(step.needs) == {"uid", "url"}
     check_filter(step, [row for row, _ in CASES], [reason for _, reason in CASES])
@@ -97,14 +97,14 @@ def test_a_uid_names_the_sample_that_has_its_caption(tmp_path: Path) -> None:
     check_filter(step, rows, [None, "uid", None, "uid", "uid"])
 
 
-def test_by_limits_what_is_applied(tmp_path: Path) -> None:
+def test_by_limits_the_kinds_of_entries(tmp_path: Path) -> None:
     step = Takedown(file=listed(tmp_path, LIST), by=["domain"])
     assert step.needs == ("url",)
     check_filter(step, [row for row, _ in CASES[:5]], [None, None, None, None, "domain"])
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "lists nothing"),
         ("# nothing yet\n", "lists nothing"),
@@ -119,15 +119,15 @@ def test_by_limits_what_is_applied(tmp_path: Path) -> None:
         ("phash 00000000000000ff x\n", "expected 0 to 10 bits"),
     ],
 )
-def test_a_list_that_cannot_be_read_names_file_and_line(tmp_path: Path, text: str, said: str) -> None:
+def test_a_list_that_cannot_be_read_names_file_and_line(tmp_path: Path, text: str, message: str) -> None:
     path = listed(tmp_path, text)
     ((key, problem),) = Takedown(file=path).check()
     assert key == "file"
     assert path in problem
-    assert said in problem
+    assert message in problem
 
 
-def test_a_missing_list_and_bytes_that_are_no_text(tmp_path: Path) -> None:
+def test_a_missing_list_and_a_list_that_is_not_text_are_reported(tmp_path: Path) -> None:
     assert [key for key, _ in Takedown(file=str(tmp_path / "none.txt")).check()] == ["file"]
     (tmp_path / "latin.txt").write_bytes(b"domain caf\xe9.example\n")
     ((_, problem),) = Takedown(file=str(tmp_path / "latin.txt")).check()

@@ -1,4 +1,4 @@
-"""Learning a mixture: what it finds, what it refuses, and that its file depends on the rows and the seed alone."""
+"""Learning a mixture of scores: its results, the inputs it refuses, and the reproducibility of its file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ VECTOR = pa.list_(pa.float16(), WIDTH)
 
 @dataclass(kw_only=True)
 class Measure(Stage):
-    """Stands for the steps that measured the columns."""
+    """Stands for the steps that computed the columns."""
 
     needs = ("caption",)
     adds = {  # noqa: RUF012
@@ -57,8 +57,11 @@ def good(number: int) -> bool:
 
 
 def columns(n: int = ROWS) -> dict[str, pa.Array]:
-    """`match` is higher in good rows and missing in every tenth; `width` is middling in good rows and extreme in bad
-    ones; the embedding points another way in them; `noise` knows nothing."""
+    """Scores of rows of which some are good.
+
+    `match` is higher for good rows and missing in every tenth row. `width` is close to 100 for good rows and spread
+    widely for bad ones. The embeddings of good rows are shifted in one direction. `noise` is independent of quality.
+    """
     rng = np.random.default_rng(0)
     is_good = np.array([good(i) for i in range(n)])
     match = (rng.normal(size=n) + 1.5 * is_good).astype(np.float32)
@@ -76,7 +79,7 @@ def columns(n: int = ROWS) -> dict[str, pa.Array]:
 
 
 def measured(folder: Path, units: int = 1, gone: Mapping[int, str] | None = None, n: int = ROWS) -> Path:
-    """A run of `n` rows in so many units, written without Ray. Rows of `gone` are dropped before they are measured."""
+    """Writes a run of `n` rows in `units` units without Ray. Rows of `gone` are dropped before they are measured."""
     values, dropped = columns(n), gone or {}
     recipe = Recipe(name="r", pool=PoolSpec(path="p.parquet"), run=str(folder), steps=[Measure()])
     first = PoolPass("k", "pool", adds={f.name: f.type for f in SAMPLE}, root=f"{folder}/passes/pool")
@@ -124,7 +127,7 @@ def findings(run: Path, path: str, names: list[str], kind: str = "labels", **opt
     return fit(sample, names, target.unlabelled)
 
 
-def test_a_mixture_beats_each_of_its_scores_and_says_what_carries_it(run: Path, tmp_path: Path) -> None:
+def test_a_mixture_beats_each_of_its_scores_and_reports_their_contributions(run: Path, tmp_path: Path) -> None:
     names = ["match", "width", "noise", "image_embedding"]
     found = findings(run, labels(tmp_path / "l.csv"), names)
     part = {p.column: p for p in found.parts}
@@ -142,14 +145,14 @@ def test_a_mixture_beats_each_of_its_scores_and_says_what_carries_it(run: Path, 
     assert part["match"].missing == pytest.approx(0.1 + 1 / ROWS, abs=1e-3)
     assert part["noise"].weight < min(part[name].weight for name in ("match", "width", "image_embedding"))
     assert found.calibration < 0.08
-    # Middling widths are good: no single cut and no straight line says so.
+    # Medium widths are good, which neither a single cut nor a linear score can express.
     width = found.mixture.columns["width"]
     at = width.contribution(pa.chunked_array([[20, 100, 180]]))
     assert at[1] > max(at[0], at[2]) + 1
 
 
-def test_labels_of_chance_are_told_by_the_cross_fit(run: Path, tmp_path: Path) -> None:
-    """In the sample itself, 4 dimensions and 12 hinges would always find something."""
+def test_cross_fitting_shows_that_random_labels_carry_nothing(run: Path, tmp_path: Path) -> None:
+    """Without cross-fitting, the 12 hinge features would always fit the sample better than chance."""
     lines = [f"{uid(i)},{i % 2}" for i in range(ROWS)]
     path = table(tmp_path / "l.csv", "uid,label", lines)
     target = training_rows.read_target("labels", Path(path))
@@ -180,7 +183,7 @@ def test_each_target_ranks_good_rows_high(run: Path, kind: str, tmp_path: Path) 
     assert score_mixture.Ranking(scores, truth).auc(np.ones(ROWS)) > 0.85
 
 
-def test_the_file_depends_on_rows_and_seed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_depends_only_on_rows_and_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = labels(tmp_path / "l.csv")
 
     def written(units: int, *words: str) -> bytes:
@@ -198,7 +201,7 @@ def test_the_file_depends_on_rows_and_seed_alone(tmp_path: Path, monkeypatch: py
     assert written(7, "--seed", "1") != one
 
 
-def test_what_it_prints_is_a_step_that_scores_as_it_did(
+def test_the_printed_step_gives_the_scores_of_the_mixture(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "a mixture: mine.json"
@@ -225,7 +228,7 @@ def test_rows_dropped_before_are_counted_not_refused(tmp_path: Path) -> None:
     assert sum(sample.found) == ROWS - 2
 
 
-def test_as_many_rows_as_asked_for_stand_for_all(run: Path, tmp_path: Path) -> None:
+def test_a_sample_is_weighted_to_represent_all_rows(run: Path, tmp_path: Path) -> None:
     target = training_rows.read_target("labels", Path(labels(tmp_path / "l.csv")))
     sample = training_rows.draw(open_run(run), target, ["match"], "measure", rows=50)
     assert [int(sample.good.sum()), len(sample.good)] == [50, 100]
@@ -234,32 +237,37 @@ def test_as_many_rows_as_asked_for_stand_for_all(run: Path, tmp_path: Path) -> N
     assert sample.weights.sum() == pytest.approx(600)
 
 
-SOME = [f"{uid(i)},{int(good(i))}" for i in range(100)]
+LABELLED = [f"{uid(i)},{int(good(i))}" for i in range(100)]
 
 
 @pytest.mark.parametrize(
     ("words", "header", "lines", "message"),
     [
-        (["--labels"], "uid,label", [*SOME, "beef,1"], "1 of 101 uids are not in this run, the first beef"),
+        (["--labels"], "uid,label", [*LABELLED, "beef,1"], "1 of 101 uids are not in this run, the first beef"),
         (["--labels"], "uid,label", [f"{uid(i)},1" for i in range(50)], "all 50 rows are good; name some of both"),
-        (["--labels"], "uid,label", SOME[:30], "10 good rows reach measure, expected at least 20"),
-        (["--labels"], "uid,label", [*SOME, f"{uid(0)},0"], f"{uid(0)} is both good and bad"),
-        (["--labels"], "uid,label", [*SOME, f"{uid(200)},2"], "'label' must be 0 or 1, or true or false, found 2"),
-        (["--labels"], "uid,label", [*SOME, f"{uid(200)},nan"], "row 101: 'label' is empty, NaN or infinite"),
+        (["--labels"], "uid,label", LABELLED[:30], "10 good rows reach measure, expected at least 20"),
+        (["--labels"], "uid,label", [*LABELLED, f"{uid(0)},0"], f"{uid(0)} is both good and bad"),
+        (["--labels"], "uid,label", [*LABELLED, f"{uid(200)},2"], "'label' must be 0 or 1, or true or false, found 2"),
+        (["--labels"], "uid,label", [*LABELLED, f"{uid(200)},nan"], "row 101: 'label' is empty, NaN or infinite"),
         (["--labels"], "uid,label", [f"{uid(0)},yes"], "'label' holds string, expected numbers"),
-        (["--labels"], "id,label", SOME, "no column 'uid'; expected uid, label, found id, label"),
+        (["--labels"], "id,label", LABELLED, "no column 'uid'; expected uid, label, found id, label"),
         (["--labels"], "uid,label", [], "no rows"),
         (["--losses"], "uid,loss", [f"{uid(i)},0.5" for i in range(50)], "all 50 rows are good; they must differ"),
         (["--losses"], "uid,loss", [f"{uid(i)},inf" for i in range(50)], "row 1: 'loss' is empty, NaN or infinite"),
         (["--positives"], "uid", [uid(0)], "1 good rows reach measure"),
-        (["--columns", "mach", "--labels"], "uid,label", SOME, "did you mean match?"),
-        (["--columns", "word", "--labels"], "uid,label", SOME, "the column 'word' holds string, expected numbers"),
-        (["--columns", "empty", "--labels"], "uid,label", SOME, "the column 'empty' has no value in the training rows"),
-        (["--vectors", "match", "--labels"], "uid,label", SOME, "the column 'match' holds float, expected vectors"),
-        (["--columns", "match", "--after", "mesure", "--labels"], "uid,label", SOME, "no step 'mesure'"),
-        (["--rows", "3", "--labels"], "uid,label", SOME, "--rows must be at least 20"),
-        (["--folds", "1", "--labels"], "uid,label", SOME, "--folds must be from 2 to 20"),
-        (["--keep", "30", "--labels"], "uid,label", SOME, "--keep must be above 0 and below 1"),
+        (["--columns", "mach", "--labels"], "uid,label", LABELLED, "did you mean match?"),
+        (["--columns", "word", "--labels"], "uid,label", LABELLED, "the column 'word' holds string, expected numbers"),
+        (
+            ["--columns", "empty", "--labels"],
+            "uid,label",
+            LABELLED,
+            "the column 'empty' has no value in the training rows",
+        ),
+        (["--vectors", "match", "--labels"], "uid,label", LABELLED, "the column 'match' holds float, expected vectors"),
+        (["--columns", "match", "--after", "mesure", "--labels"], "uid,label", LABELLED, "no step 'mesure'"),
+        (["--rows", "3", "--labels"], "uid,label", LABELLED, "--rows must be at least 20"),
+        (["--folds", "1", "--labels"], "uid,label", LABELLED, "--folds must be from 2 to 20"),
+        (["--keep", "30", "--labels"], "uid,label", LABELLED, "--keep must be above 0 and below 1"),
     ],
 )
 def test_bad_input_is_refused(

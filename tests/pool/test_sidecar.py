@@ -1,4 +1,4 @@
-"""Vectors beside the tables of a pool: CommonPool's `.npz`, clip-retrieval's `.npy`."""
+"""Vectors in files next to the tables of a pool: CommonPool's `.npz`, clip-retrieval's `.npy`."""
 
 from __future__ import annotations
 
@@ -112,9 +112,9 @@ BAD: list[tuple[Callable[[Path], None], dict[str, str], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("damage", "embeddings", "said"), BAD)
-def test_what_does_not_fit_is_refused_before_anything_starts(
-    tmp_path: Path, damage: Callable[[Path], None], embeddings: dict[str, str], said: str
+@pytest.mark.parametrize(("damage", "embeddings", "message"), BAD)
+def test_files_that_do_not_fit_the_pool_are_refused_before_the_start(
+    tmp_path: Path, damage: Callable[[Path], None], embeddings: dict[str, str], message: str
 ) -> None:
     commonpool(tmp_path / "metadata")
     if "{number}" in str(embeddings):
@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
     damage(tmp_path / "metadata")
     with pytest.raises(pool.PoolError, match="embeddings") as raised:
         pool.columns(PoolSpec(path=str(tmp_path / "metadata"), embeddings=embeddings))
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
@@ -131,10 +131,10 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     spec = PoolSpec(path=str(tmp_path / "a.parquet"), embeddings={"v": "{stem}.npy"})
     types = pool.columns(spec)
     (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-3])
-    said = r"a\.npy was cut: found 205 bytes, expected 208"
-    with pytest.raises(pool.PoolError, match=said):
+    message = r"a\.npy is truncated: found 205 bytes, expected 208"
+    with pytest.raises(pool.PoolError, match=message):
         pool.columns(spec)
-    with pytest.raises(pool.PoolError, match=said):
+    with pytest.raises(pool.PoolError, match=message):
         list(pool.read(spec, pool.splits(spec)[0], types))
 
 

@@ -1,4 +1,4 @@
-"""WAT files, made here as Common Crawl makes them: whole, damaged, and in odd containers."""
+"""WAT files in the format of Common Crawl: intact, damaged, and in unusual containers."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ DAMAGED: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_record_costs_itself_alone(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_record_loses_only_itself(tmp_path: Path, damage: str) -> None:
     parts = [gzip.compress(numbered(i)) for i in range(3)]
     path = tmp_path / "a.wat.gz"
     path.write_bytes(parts[0] + DAMAGED[damage] + parts[1] + parts[2])
@@ -127,7 +127,7 @@ def test_a_damaged_record_costs_itself_alone(tmp_path: Path, damage: str) -> Non
 
 
 @pytest.mark.parametrize("cut", [1, 40, 100, 200])
-def test_a_truncated_file_keeps_what_is_whole(tmp_path: Path, cut: int) -> None:
+def test_a_truncated_file_keeps_its_complete_records(tmp_path: Path, cut: int) -> None:
     path = write(tmp_path / "a.wat.gz", *(numbered(i) for i in range(3)))
     data = path.read_bytes()
     path.write_bytes(data[:-cut])
@@ -152,7 +152,7 @@ def test_a_file_of_another_kind_has_no_links(tmp_path: Path, data: bytes) -> Non
     assert set(found(tmp_path / "a.wat.gz")) <= {"bad_record"}
 
 
-def test_as_a_pool(tmp_path: Path) -> None:
+def test_a_wat_file_is_read_as_a_pool(tmp_path: Path) -> None:
     records = [page(image("x.jpg", "relative"), image("data:x", "inline")), warc(b"{nope"), numbered(0)]
     write(tmp_path / "b.wat.gz", *records)
     write(tmp_path / "a.wat.gz", *(numbered(i) for i in range(9)))
@@ -171,7 +171,7 @@ def test_as_a_pool(tmp_path: Path) -> None:
     assert set(table["url"].to_pylist()) == {PAGE}
 
 
-def test_memory_is_that_of_a_record(tmp_path: Path) -> None:
+def test_memory_does_not_exceed_that_of_a_record(tmp_path: Path) -> None:
     import tracemalloc
 
     body = gzip.compress(b"".join(numbered(i) for i in range(200)))
@@ -185,7 +185,9 @@ def test_memory_is_that_of_a_record(tmp_path: Path) -> None:
     assert peak < 4 << 20
 
 
-def test_without_fastwarc_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_fastwarc_the_error_names_the_package_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "a.wat.gz", numbered(0))
     monkeypatch.setattr(heads.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(pool.PoolError, match=r"winnow-clip\[commoncrawl\]"):
@@ -219,8 +221,8 @@ def test_a_run_reads_links_and_accounts_for_damage(run: Command, tmp_path: Path)
 
 @pytest.mark.slow
 def test_the_shipped_recipe_runs_on_a_small_crawl(run: Command, tmp_path: Path) -> None:
-    """The demo's web as Common Crawl would have seen it: each row of its pool is an image on a page, half by a relative
-    link, and every third page is there twice with another text."""
+    """The demo's web in the form of a crawl: each row of its pool is an image on a page, half of them by a relative
+    link, and every third page occurs twice with different texts."""
     with web.open_port(0) as server:
         web.build(tmp_path / "web", 200, seed=0, port=server.server_port)
         rows = pq.read_table(tmp_path / "web/pool.parquet").to_pylist()

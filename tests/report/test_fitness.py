@@ -1,4 +1,4 @@
-"""The fitness of a scorer, on scores whose answer is known."""
+"""The fitness of a scorer, on scores for which the result is known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.report.fitness import _fit, _fitness
 
 def columns(n: int, **given: list[str]) -> dict[str, np.ndarray]:
     values = {"caption": [f"c{i}" for i in range(n)], "picture": [f"p{i}" for i in range(n)], **given}
-    return {name: np.array(of, object) for name, of in values.items()}
+    return {name: np.array(column, object) for name, column in values.items()}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_the_interval_has_the_coverage_it_claims() -> None:
     assert 180 <= inside <= 200
 
 
-def test_a_scorer_of_noise_and_one_that_knows() -> None:
+def test_a_random_scorer_is_unfit_and_a_good_one_is_fit() -> None:
     rng = np.random.default_rng(1)
     pictures = rng.normal(size=(600, 32))
     noise = rng.normal(size=(600, 32))
@@ -47,7 +47,7 @@ def test_a_scorer_of_noise_and_one_that_knows() -> None:
     assert _fitness("s", pictures, pictures + 0.5 * noise, columns(600)).fits[0].auc > 0.99
 
 
-def test_copies_are_no_other_captions_and_groups_stand_alone() -> None:
+def test_copies_do_not_count_as_other_captions_and_groups_are_separate() -> None:
     rng = np.random.default_rng(2)
     one = rng.normal(size=(1, 16))
     pictures = np.concatenate([np.repeat(one, 300, axis=0), rng.normal(size=(300, 16))])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,7 +18,7 @@ from pipeline.ledger import Funnel, Line
 from pipeline.reader import Run
 from pipeline.report import limits, sections
 from pipeline.report.__main__ import main
-from pipeline.report.histogram import Histogram
+from pipeline.report.histogram import Histogram, Tally
 from pipeline.scheduler.events import Events
 from pipeline.scheduler.meter import Spent
 from pipeline.scheduler.passes import UnitPass
@@ -48,7 +47,7 @@ def test_the_books_are_in_the_report(painted: Path, page: str) -> None:
     assert "samples_per_shard: 100" in page
 
 
-def test_it_is_one_file_of_text_that_cannot_run(page: str) -> None:
+def test_the_report_is_one_file_in_which_no_text_can_run(page: str) -> None:
     assert page.count("<script") == 1
     assert "<script>alert" not in page
     assert not re.search(r"<[^>]+ on\w+=", page), "an event handler"
@@ -63,7 +62,7 @@ def test_the_same_run_gives_the_same_page(painted: Path, page: str, tmp_path: Pa
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
 
 
-def test_it_goes_into_the_run_and_leaves_its_books_alone(painted: Path, tmp_path: Path) -> None:
+def test_it_is_written_into_the_run_and_changes_nothing_else(painted: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(painted / "stricter", tmp_path / "run"))
     assert main([str(run)]) == 0
     assert (run / "report/index.html").stat().st_size > 10_000
@@ -73,14 +72,14 @@ def test_it_goes_into_the_run_and_leaves_its_books_alone(painted: Path, tmp_path
     assert fsspec.filesystem("memory").exists("/report/run/report/index.html")
 
 
-@pytest.mark.parametrize(("name", "said"), [("nothing", "is not the folder of a run"), ("cut", "is not finished")])
-def test_what_cannot_be_reported_is_said(
-    painted: Path, tmp_path: Path, name: str, said: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("name", "message"), [("nothing", "is not the folder of a run"), ("cut", "is not finished")])
+def test_runs_that_cannot_be_reported_are_refused(
+    painted: Path, tmp_path: Path, name: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(painted / "out", tmp_path / "cut")
     (tmp_path / "cut/seal.json").unlink()
     assert main([str(tmp_path / name)]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_the_concepts_are_those_that_balance_counted(painted: Path, page: str) -> None:
@@ -171,10 +170,10 @@ def test_the_rows_on_both_sides_of_a_cut(
         scan=lambda columns, after: [rows([v for v in values if low <= v <= high])],
     )
     step = SimpleNamespace(label="threshold", options={"column": "score", **options})
-    of = sections.judge(cast(Run, run), cast(Any, step), None, {0}, Counter())
-    assert of.cuts == cuts
-    assert [row.note for row in of.above.rows()[:2]] == kept
-    assert [float(row.note) for row in of.below.rows()[:2]] == dropped
+    judged = sections.judge(cast(Run, run), cast(Any, step), Line(), {0}, Tally(10))
+    assert judged.cuts == cuts
+    assert [row.note for row in judged.above.rows()[:2]] == kept
+    assert [float(row.note) for row in judged.below.rows()[:2]] == dropped
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e9])
@@ -197,6 +196,6 @@ def test_a_histogram_counts_every_number_in_its_place(scale: float, seed: int) -
 
 
 @pytest.mark.browser
-def test_it_opens_without_a_complaint(page: str, tmp_path: Path) -> None:
+def test_the_page_opens_without_errors(page: str, tmp_path: Path) -> None:
     with browser.chromium() as opened:
         assert browser.problems(opened, f"file://{tmp_path / 'report.html'}") == []

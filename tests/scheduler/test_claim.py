@@ -21,23 +21,16 @@ import pytest
 from pipeline.scheduler import claim
 from pipeline.scheduler.claim import InUseError, LostClaimError, hold
 from pipeline.storage import DamagedError, Store
-from tests.conftest import ROOT
+from tests.conftest import environment
 
 HOLDER = textwrap.dedent("""
     import sys, time
     from pipeline.scheduler import claim
-    from pipeline.storage import DamagedError, Store
+    from pipeline.storage import Store
     with claim.hold(Store(sys.argv[1])):
         print("held", flush=True)
         time.sleep(120)
 """)
-
-
-@pytest.fixture(params=["local", "remote"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return Store(
-        str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path.name}-{request.node.name}/run"
-    )
 
 
 @pytest.fixture
@@ -45,9 +38,7 @@ def holder(tmp_path: Path) -> Iterator[tuple[Store, subprocess.Popen[str]]]:
     """A process that holds the claim on a directory."""
     store = Store(str(tmp_path / "run"))
     argv = [sys.executable, "-c", HOLDER, store.root]
-    with subprocess.Popen(
-        argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         yield store, process
@@ -75,9 +66,9 @@ def test_a_second_command_is_refused_with_the_owner_named(holder: tuple[Store, s
     store, process = holder
     with pytest.raises(InUseError) as refused, hold(store):
         pass
-    said = str(refused.value)
-    assert f"{store.root} is in use by another command: pid {process.pid} on " in said
-    assert "last heartbeat" in said
+    message = str(refused.value)
+    assert f"{store.root} is in use by another command: pid {process.pid} on " in message
+    assert "last heartbeat" in message
     process.send_signal(signal.SIGSTOP)  # a stopped process is alive
     with pytest.raises(InUseError), hold(store):
         pass
@@ -116,7 +107,7 @@ def test_the_claim_of_another_machine_expires(
 
 @pytest.mark.parametrize("age", [3600, -3600])
 def test_an_old_claim_with_heartbeats_is_alive(store: Store, monkeypatch: pytest.MonkeyPatch, age: float) -> None:
-    """The clock of the other machine is slow, or fast."""
+    """Even if the clock of the other machine is an hour slow or fast."""
     monkeypatch.setattr(claim, "WATCH", 60.0)
     owner = of_another_machine(store, age)
     with ThreadPoolExecutor(1) as thread:
@@ -188,8 +179,8 @@ def test_a_claim_that_no_command_wrote_is_watched_and_taken_over(
         assert claim.find_owner(store).pid == os.getpid()  # type: ignore[union-attr]
 
 
-def test_a_heartbeat_in_the_future_keeps_no_directory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its owner had a wrong clock; without this the directory would be in use until that time has come."""
+def test_a_heartbeat_in_the_future_does_not_hold_a_directory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner's clock was wrong. Without this rule, the directory would stay in use until that time."""
     monkeypatch.setattr(claim, "EXPIRY", 0.05)
     of_another_machine(store, -86_400)
     with hold(store):

@@ -1,16 +1,15 @@
-"""The start of Ray on a machine that is too busy for it, and its end."""
+"""Starting Ray on a machine that is too busy for it, and stopping it."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import HUNG, ROOT
+from tests.conftest import HUNG, environment
 
 SCRIPT = """
 import json, sys, time
@@ -22,7 +21,7 @@ from tests.fetch.process_tree import family
 late, get_node = int(sys.argv[1]), services.get_node
 
 def get_node_late(*words):
-    "What Ray waits for when GCS and raylet run. Ray itself would give up after 30 s, which a busy machine exceeds."
+    "Ray calls this once GCS and raylet run. Ray itself gives up after 30 s, which is too short on a busy machine."
     global late
     if late:
         late -= 1
@@ -38,15 +37,15 @@ def running(name):
     return sum(name in line.read_text().split("\\0")[0] for line in lines if line.exists())
 
 services.get_node = get_node_late
-said = []
+messages = []
 try:
-    cluster.start_ray(1, said.append)
+    cluster.start_ray(1, messages.append)
 except cluster.StartError as error:
-    said.append(str(error))
+    messages.append(str(error))
 counts = [[running("gcs_server"), running("raylet/raylet")]]
 cluster.stop_ray(lambda: None)
 counts.append([running("gcs_server"), running("raylet/raylet")])
-print(json.dumps([said, counts]))
+print(json.dumps([messages, counts]))
 """
 LATE = "Ray did not start: The current node timed out during startup. "
 AGAIN = [f"{LATE}Starting it again, attempt {attempt} of 3." for attempt in (2, 3)]
@@ -56,10 +55,8 @@ GIVES_UP = f"{LATE}Run the same command again to resume from what was committed.
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks processes up in /proc")
 @pytest.mark.parametrize(("late", "lines", "parts"), [(1, AGAIN[:1], [1, 1]), (3, [*AGAIN, GIVES_UP], [0, 0])])
 def test_a_failed_start_is_tried_again_and_leaves_no_process(late: int, lines: list[str], parts: list[int]) -> None:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    env.pop("RAY_ADDRESS", None)
     words = [sys.executable, "-c", SCRIPT, str(late)]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=HUNG, check=False)
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=HUNG, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [lines, [parts, [0, 0]]]
 
@@ -86,9 +83,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize("when", ["meanwhile", "afterwards"])
 def test_sigterm_ends_the_command_with_a_line_while_ray_shuts_down_and_afterwards(when: str) -> None:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    env.pop("RAY_ADDRESS", None)
     words = [sys.executable, "-c", STOPPED, when]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=HUNG, check=False)
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=HUNG, check=False)
     assert done.returncode == 143, done.stderr
     assert "interrupted by SIGTERM. Run the same command again" in done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import uuid
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,7 @@ from pipeline.storage import Store
 from trainer.terminal import Console
 
 
-@pytest.fixture(params=["local", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return Store(str(tmp_path) if request.param == "local" else f"memory://{uuid.uuid4().hex}")
-
-
-def test_a_command(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_and_its_passes_are_logged(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "PERIOD", 0.0)
     log = Events(store)
     progress = Progress(Console(file=io.StringIO()), log.watch)
@@ -44,7 +38,7 @@ def test_a_command(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (bar["dropped"], bar["units"], bar["units_total"], bar["workers"]) == ({"http_404": 10}, 1, 2, 2)
     assert bar["spent"] == {"working": 1.5}
     Events(store).command("demo", [])
-    assert len(read_events(store)) == 7, "the events of the commands before stay"
+    assert len(read_events(store)) == 7, "the events of earlier commands are kept"
 
 
 def test_progress_is_reported_once_a_period(tmp_path: Path) -> None:
@@ -80,7 +74,7 @@ def test_a_half_line_is_skipped_and_mended(tmp_path: Path) -> None:
     assert [json.loads(line)["event"] for line in store.read(events.NAME).splitlines()] == ["command", "end"]
 
 
-def test_a_store_that_fails_ends_no_run(tmp_path: Path) -> None:
+def test_a_failing_store_does_not_end_the_run(tmp_path: Path) -> None:
     log = Events(Store(str(tmp_path / "run")))
     (tmp_path / "run").write_text("a file where the folder should be")
     log.command("demo", [])
@@ -99,7 +93,7 @@ DAMAGED: list[dict[str, object] | str] = [
 
 
 def test_damaged_lines_are_skipped(store: Store) -> None:
-    """Nothing relies on the log, so damage to it must not keep `status` and `report` from a run."""
+    """A damaged log must not prevent `status` and `report` from reading a run, because nothing else depends on it."""
     good = {"event": "progress", "time": 1, "passes": [BAR]}
     lines = [line if isinstance(line, str) else json.dumps(line) for line in [*DAMAGED, good]]
     store.write(events.NAME, b"\xff\xfe\n" + "\n".join(lines).encode())

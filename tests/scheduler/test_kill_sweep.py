@@ -25,8 +25,8 @@ import pytest
 
 from pipeline import verify
 from pipeline.demo import web
-from tests.conftest import ROOT
-from tests.fetch.process_tree import family
+from tests.conftest import environment
+from tests.fetch.process_tree import alive, family
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,9 +36,9 @@ pytestmark = [
 MOMENTS = int(os.environ.get("WINNOW_KILLS", "30"))
 SEED = int(os.environ.get("WINNOW_KILL_SEED", "0"))
 PATIENCE = 120.0
-"""Seconds in which a command whose cluster or driver was hit must have ended, on a busy machine."""
+"""Seconds in which a command must end after its cluster or driver was hit, on a busy machine."""
 LEFT = 30.0
-"""Seconds after which no process of an ended command may be left."""
+"""Seconds after which no process of an ended command may still run."""
 RUN_SECONDS = 600.0
 RECIPE = """
 name: sweep
@@ -95,12 +95,10 @@ def project(tmp_path: Path) -> Iterator[Path]:
 
 
 def start(project: Path, run: str) -> subprocess.Popen[bytes]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    env.pop("RAY_ADDRESS", None)
-    with (project / "said").open("wb") as said:
+    with (project / "output").open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "pipeline.run", "r.yaml", f"run={run}"],
-            cwd=project, env=env, stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
+            cwd=project, env=environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
 
@@ -113,16 +111,7 @@ def shards(run: Path) -> dict[str, str]:
 
 
 def left(pids: list[int]) -> list[int]:
-    """The processes that still exist and are not zombies."""
-    found = []
-    for pid in pids:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        if state != "Z":
-            found.append(pid)
-    return found
+    return [pid for pid in pids if alive(pid)]
 
 
 def hit(driver: subprocess.Popen[bytes], victim: str, delay: float, chance: random.Random) -> list[int] | None:
@@ -151,7 +140,7 @@ def hit(driver: subprocess.Popen[bytes], victim: str, delay: float, chance: rand
 
 def test_the_same_command_resumes_after_any_kill(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     began = time.monotonic()
-    assert start(project, "calm").wait(RUN_SECONDS) == 0, (project / "said").read_text()
+    assert start(project, "calm").wait(RUN_SECONDS) == 0, (project / "output").read_text()
     whole = time.monotonic() - began
     expected = shards(project / "calm")
     assert json.loads((project / "calm/shards/manifest.json").read_text())["samples"] > 40
@@ -159,41 +148,41 @@ def test_the_same_command_resumes_after_any_kill(project: Path, capsys: pytest.C
     order: list[str] = []
     while len(order) < MOMENTS:
         order += chance.sample(sorted(VICTIMS), len(VICTIMS))
-    told: Counter[str] = Counter()
+    hits: Counter[str] = Counter()
     runs = moments = 0
     end = time.monotonic() + 7000
     while moments < MOMENTS and time.monotonic() < end:
         victim = order[moments]
-        # From the first import to the last file; a run that goes on is over sooner, and then nothing is hit.
+        # From the first import to the last file. A resumed run ends sooner and may not be hit.
         delay = chance.uniform(0.3 if victim in ("worker", "decoder") else 0.05, 1.0) * whole
-        fresh, asked = not (project / f"run{runs}").exists(), time.monotonic()
+        fresh, started = not (project / f"run{runs}").exists(), time.monotonic()
         driver = start(project, f"run{runs}")
         known = hit(driver, victim, delay, chance)
         status = driver.wait(PATIENCE if known and 0 not in VICTIMS[victim][2] else RUN_SECONDS)
-        said = (project / "said").read_text()
-        where = f"{victim} after {delay:.1f} s of {whole:.1f} s, moment {moments}, seed {SEED}: status {status}\n{said}"
-        assert "Traceback" not in said, where
+        output = (project / "output").read_text()
+        where = f"{victim} after {delay:.1f} of {whole:.1f} s, moment {moments}, seed {SEED}: status {status}\n{output}"
+        assert "Traceback" not in output, where
         if known is not None:
-            assert status in VICTIMS[victim][2] | {0}, where  # 0: it was done in this very moment
+            assert status in VICTIMS[victim][2] | {0}, where  # 0: it finished at this moment
             if status > 0:
-                assert "Run the same command again" in said, where
+                assert "Run the same command again" in output, where
             gone = time.monotonic() + LEFT
             while left(known) and time.monotonic() < gone:
                 time.sleep(0.2)
             assert not left(known), where + "\n".join(words(pid) for pid in left(known))
-            told[victim] += 1
+            hits[victim] += 1
             moments += 1
             with capsys.disabled():
                 print(
                     f"{moments}: {victim} after {delay:.1f} s: {status}, {time.monotonic() - began:.0f} s", flush=True
                 )
-        if known is None and fresh:  # too soon over to be hit: the machine is faster than it was
-            whole = time.monotonic() - asked
+        if known is None and fresh:  # it ended before the kill: the machine is faster than before
+            whole = time.monotonic() - started
         if status == 0:
             assert shards(project / f"run{runs}") == expected, where
             runs += 1
     driver = start(project, f"run{runs}")
-    assert driver.wait(RUN_SECONDS) == 0, (project / "said").read_text()
+    assert driver.wait(RUN_SECONDS) == 0, (project / "output").read_text()
     assert shards(project / f"run{runs}") == expected
     assert verify.main([str(project / f"run{runs}"), "--deep"]) == 0
-    assert moments == MOMENTS, f"only {moments} within the time: {dict(told)}"
+    assert moments == MOMENTS, f"only {moments} within the time: {dict(hits)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -13,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.scheduler import lifetime
-from tests.conftest import HUNG, ROOT
-from tests.fetch.process_tree import family
+from tests.conftest import HUNG, ROOT, environment
+from tests.fetch.process_tree import alive, family
 
 WATCHING = """
 import sys, time
@@ -56,29 +55,22 @@ time.sleep(600)
 
 
 def started(script: str, *words: str) -> subprocess.Popen[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    argv = [sys.executable, "-c", script, *words]
+    return subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def gone(pid: int) -> bool:
-    """Waits for a process to end. Returns False if it is still there after HUNG."""
+    """Waits for a process to end. Returns False if it is still there after HUNG seconds."""
     end = time.monotonic() + HUNG
-    while time.monotonic() < end:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
+    while alive(pid) and time.monotonic() < end:
         time.sleep(0.05)
-    return False
+    return not alive(pid)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (None, 1)])
-@pytest.mark.parametrize(("ending", "said"), [(WILLING, "ready\nin order\n"), (HANGING, "ready\n")])
+@pytest.mark.parametrize(("ending", "stdout"), [(WILLING, "ready\nin order\n"), (HANGING, "ready\n")])
 def test_a_signal_or_a_lost_cluster_ends_the_command(
-    number: signal.Signals | None, status: int, ending: str, said: str
+    number: signal.Signals | None, status: int, ending: str, stdout: str
 ) -> None:
     cluster = socket.create_server(("127.0.0.1", 0), backlog=100)
     with cluster, started(WATCHING + ending, str(cluster.getsockname()[1])) as command:
@@ -91,7 +83,7 @@ def test_a_signal_or_a_lost_cluster_ends_the_command(
             command.send_signal(number)
             why = f"interrupted by {number.name}. Run the same command again"
         out, errors = command.communicate(timeout=HUNG)
-    assert (command.returncode, first + out) == (status, said)
+    assert (command.returncode, first + out) == (status, stdout)
     assert errors.startswith(why)
     assert errors.count("\n") == 1, "one line, no traceback"
 
@@ -103,17 +95,17 @@ def test_no_process_outlives_the_command(way: str) -> None:
         assert command.stdout is not None
         orphan = int(command.stdout.readline())
         others = [pid for pid in family(command.pid) if pid != command.pid]
-        said = command.stdout.readline() if way == "orderly" else ""
+        output = command.stdout.readline() if way == "orderly" else ""
         alive = command.poll() is None
         command.kill()
     assert all(gone(pid) for pid in (orphan, *others))
     assert alive, "the keeper does not kill the command itself"
-    assert said == ("ended\n" if way == "orderly" else "")
+    assert output == ("ended\n" if way == "orderly" else "")
 
 
 @pytest.mark.parametrize("call", ["", "keeper.started();", "keeper.end();"])
 def test_a_command_that_vanishes_while_ray_starts_leaves_a_line(call: str) -> None:
-    """As when the raylet dies then: Ray's core exits the process with 1, its stderr silenced."""
+    """For example if the raylet dies: Ray's core then exits the process with status 1 and prints nothing."""
     with started(
         f"import os; from pipeline.scheduler.keeper import Keeper; keeper = Keeper(); {call} os._exit(1)"
     ) as command:
@@ -130,7 +122,7 @@ def test_missing_packages_are_reported_in_one_line_with_the_interpreter(tmp_path
     assert done.stderr.count("\n") == 1
 
 
-def test_a_cluster_that_was_shut_down_in_good_order_is_not_lost() -> None:
+def test_a_cluster_that_was_shut_down_in_order_is_not_reported_as_lost() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         parts = {"the head node (GCS)": server.getsockname()}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}

@@ -14,7 +14,7 @@ from pipeline.scheduler.meter import Meter, Spent
 BUSY = "import time\nwhile time.process_time() < 0.3: pass\nprint('done', flush=True)\ninput()"
 
 
-def test_working_and_waiting_are_told_apart() -> None:
+def test_working_and_waiting_are_distinguished() -> None:
     meter = Meter()
     time.sleep(0.05)
     meter.add("waiting")

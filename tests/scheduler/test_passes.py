@@ -104,7 +104,7 @@ def records_of(advances: Iterable[UnitReport]) -> list[dict[str, Any]]:
     return [record for advance in advances for record in advance.records]
 
 
-def test_an_expensive_step_is_a_pass_of_its_own(recipe: Recipe) -> None:
+def test_an_expensive_step_gets_its_own_pass(recipe: Recipe) -> None:
     recipe.steps = [Even(), Paint(), Bright(), Even()]
     assert [(p.kind, p.labels) for p in make_passes(recipe, {}, {})] == [
         ("pool", ["pool"]),
@@ -159,12 +159,12 @@ class Repainted(Paint):
 
 
 def run_all(passes: list[Pass], units: int = 3) -> list[list[dict[str, Any]]]:
-    """The accounts of every unit, pass by pass."""
+    """The accounts of every unit of each pass."""
     return [records_of(run_pass(passes, i, range(units))) for i in range(1, len(passes))]
 
 
 def contents(passes: list[Pass], units: int = 3) -> list[dict[str, Any]]:
-    """What the rows that are left hold, in order, and why the others went."""
+    """The columns of the kept rows, in order, and the drops."""
     rows = [
         row
         for unit in range(units)
@@ -175,17 +175,17 @@ def contents(passes: list[Pass], units: int = 3) -> list[dict[str, Any]]:
 
 
 def funnels(accounts: list[list[dict[str, Any]]]) -> list[dict[int, list[dict[str, Any]]]]:
-    """Of each pass and unit, without the seconds."""
+    """The funnel of each pass and unit, without the seconds."""
     return [{r["unit"]: [{**line, "seconds": 0} for line in r["funnel"]] for r in records} for records in accounts]
 
 
 def known_of(accounts: list[list[dict[str, Any]]], index: int) -> tuple[int, int]:
-    """Rows that came to a pass, and those of them that had been measured before."""
+    """The number of rows that reached a pass, and how many of them had been measured before."""
     return tuple(sum(record[key] for record in accounts[index - 1]) for key in ("rows_in", "known"))  # type: ignore[return-value]
 
 
 def test_filters_above_a_measurement_move_freely(recipe: Recipe, tmp_path: Path) -> None:
-    """Whatever the filters, only unmeasured rows are measured, and the result equals a run from scratch."""
+    """With any filters, only unmeasured rows are measured, and the result equals a run from scratch."""
     root = recipe.run
     recipes: list[tuple[list[Step], tuple[int, int], int]] = [
         ([Even(), Paint(), Score()], (1000, 0), 1000),
@@ -221,7 +221,7 @@ def lend(lender: list[Pass], passes: list[Pass], units: int) -> None:
 
 @pytest.mark.parametrize(("added", "units"), [(0, 3), (0, 5), (400, 3), (400, 4), (3000, 2)])
 def test_measurements_of_another_run_are_reused(recipe: Recipe, added: int, units: int) -> None:
-    """Also if its pool is another one: the rows that both have are measured once, in whichever unit they are."""
+    """Rows that occur in two different pools are measured once, regardless of their units."""
     lender = ingested(recipe, [Even(), Paint(), Score()])
     run_all(lender)
     recipe.run += "-borrower"
@@ -245,7 +245,7 @@ def test_measurements_of_another_run_are_reused(recipe: Recipe, added: int, unit
     assert contents(passes, units) == contents(fresh, units)
     for unit in range(units):
         check_measured(passes, 1, unit, digest=True, whole=True)
-    # A run that borrowed lends what it borrowed.
+    # A run also lends the measurements that it borrowed.
     recipe.run += "-third"
     third = ingested(recipe, steps, units, ROWS + added)
     lend(passes, third, units)
@@ -259,7 +259,7 @@ def test_only_equal_rows_and_results_of_their_own_pictures_are_borrowed(recipe: 
     recipe.run += "-borrower"
     passes = ingested(recipe, [Even(), Paint(), Score()])
     records_of(run_pass(passes, 1, range(3)))
-    records_of(run_pass(passes, 2, range(3)))  # it has pictures of its own of half of the rows
+    records_of(run_pass(passes, 2, range(3)))  # gives the run its own pictures for half of the rows
     lend(lender, passes, 3)
     assert sum(len(passes[2].borrowed_rows(u, lender[0])) for u in range(3)) == 1000
     assert sum(len(passes[3].borrowed_rows(u, lender[0])) for u in range(3)) == 800
@@ -286,7 +286,7 @@ def test_rows_that_a_record_lost_are_named_and_not_passed_over(recipe: Recipe) -
     assert passes[1].account(passes[:1], 1) is None
     with pytest.raises(DamagedError, match="the records of unit 1 lack"):
         surviving_rows(passes[:2], 1)
-    # Whatever the filters above are now: scores were taken of pictures that are gone.
+    # This does not depend on the filters above: the scores need pictures that no longer exist.
     with pytest.raises(DamagedError, match=r"commits/0000001\.000\.json: \d+ rows that were measured are gone "):
         check_measured(passes, 1, 1, digest=False, whole=False)
     check_measured(passes, 1, 0, digest=True, whole=True)
@@ -421,11 +421,11 @@ def test_damage_is_named_with_unit_pass_and_cure(
     for look in looks:
         with pytest.raises(DamagedError) as error:
             look()
-        said = str(error.value)
-        assert said.startswith(f"{store.path(name)}: ")
-        assert f"(unit {unit} of the pass paint). To continue, " in said
+        message = str(error.value)
+        assert message.startswith(f"{store.path(name)}: ")
+        assert f"(unit {unit} of the pass paint). To continue, " in message
         cure = f"remove {store.path(f'commits/{unit:07d}.json')} and run the same" if repeatable else "from a copy; or"
-        assert cure in said
+        assert cure in message
     if what == "heavy" and damage != "flip":
         with pytest.raises(DamagedError):
             check_unit(passes[1], unit, digest=False)

@@ -1,4 +1,4 @@
-"""Whole-run filters over vectors: what they decide depends on the rows alone, whatever the units and partitions."""
+"""Whole-run filters over vectors, whose decisions must depend on the rows only, not on units or partitions."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def run_tasks(items: Sequence[Any], work: Callable[..., Iterable[Any]], at_once:
 
 
 def texts(matrix: np.ndarray) -> np.ndarray:
-    """Vectors of captions for those of pictures, more or less near to them."""
+    """Caption vectors at different distances from the vectors of the pictures."""
     noise = np.random.default_rng(1).normal(size=matrix.shape) * np.linspace(0.05, 0.5, len(matrix))[:, None]
     return (matrix + noise).astype(np.float16)
 
 
 def stored(folder: Path, matrix: np.ndarray, units: int, missing: Sequence[int] = ()) -> list[Pass]:
-    """A run of two passes in which row i has the uid `i` and the vector matrix[i]; none for those of `missing`."""
+    """A run of two passes in which row i has the uid `i` and the vector matrix[i], or none if it is in `missing`."""
     types = {f.name: f.type for f in SAMPLE} | {"score": pa.float32()}
     before = [
         PoolPass("k", "pool", adds=types, root=f"{folder}/pool"),
@@ -54,8 +54,8 @@ def stored(folder: Path, matrix: np.ndarray, units: int, missing: Sequence[int] 
         )
         commit(before[0], unit, new_attempt(unit), len(mine), table, None, DROP.empty_table(), {})
         batch = pa.table({"unit": pa.array([unit] * len(mine), pa.int32()), "row": rows})
-        for name, of in (("embedding", matrix), ("text", texts(matrix))):
-            values = [None if i in missing else of[i].astype(np.float16) for i in mine]
+        for name, source in (("embedding", matrix), ("text", texts(matrix))):
+            values = [None if i in missing else source[i].astype(np.float16) for i in mine]
             batch = batch.append_column(name, pa.array(values, VECTOR))
         writer = UnitWriter(before[1], unit, np.arange(len(mine)))
         writer.add(batch)
@@ -66,25 +66,25 @@ def stored(folder: Path, matrix: np.ndarray, units: int, missing: Sequence[int] 
 def dropped(
     folder: Path, step: VectorFilter, matrix: np.ndarray, units: int, missing: Sequence[int] = ()
 ) -> dict[int, tuple[str, str]]:
-    """Reason and detail of each dropped row, by its number."""
+    """The reason and detail of each dropped row, by row number."""
     before = stored(folder, matrix, units, missing)
     p = BarrierPass("k", step.label, [step], root=f"{folder}/barrier")
     files, reasons = vectors.decide(p, before, units, len(matrix), max(1, units // 2), run_tasks)
     drops = [row for name in files.values() for row in p.store.read_table(name).to_pylist()]
     assert sum(reasons.values()) == len(drops)
-    assert not p.store.names("spool"), "what the rows travelled in is left behind"
+    assert not p.store.names("spool"), "spool files are removed"
     return {d["row"] * units + d["unit"]: (d["reason"], d["detail"]) for d in drops}
 
 
 def processed(
     folder: Path, step: Any, matrix: np.ndarray, units: int, missing: Sequence[int] = ()
 ) -> tuple[dict[int, Any], dict[int, str]]:
-    """What a fitted step of one column adds to each row it keeps, and the reasons of the others, by their numbers."""
+    """The value that a fitted step of one column adds to each kept row, and the reason of each drop, by row number."""
     before = stored(folder, matrix, units, missing)
     p = UnitPass("k", step.label, [step], adds=dict(step.adds), root=f"{folder}/fitted")
     assert p.fitted is step
     vectors.fit_step(p, before, units, len(matrix), run_tasks)
-    assert not p.store.names("spool"), "what the sample travelled in is left behind"
+    assert not p.store.names("spool"), "spool files are removed"
     p.setup()
     list(run_pass([*before, p], 2, range(units)))
     added: dict[int, Any] = {}
@@ -99,7 +99,7 @@ def processed(
 
 
 def planted(n: int = 600, copies: int = 150, seed: int = 0) -> np.ndarray:
-    """Random directions, of which the last `copies` almost repeat the first ones."""
+    """Random directions. The last `copies` are near copies of the first ones."""
     rng = np.random.default_rng(seed)
     matrix = rng.normal(size=(n, DIMENSION))
     matrix[n - copies :] = matrix[:copies] + 0.02 * rng.normal(size=(copies, DIMENSION))
@@ -107,7 +107,7 @@ def planted(n: int = 600, copies: int = 150, seed: int = 0) -> np.ndarray:
 
 
 def brute_force(matrix: np.ndarray, eps: float, order: np.ndarray) -> set[int]:
-    """SemDeDup within one cluster, written down again: a row goes if any row before it is that similar."""
+    """SemDeDup within one cluster by brute force: drops a row that is too similar to any earlier row."""
     units = matrix.astype(np.float64)
     units /= np.linalg.norm(units, axis=1, keepdims=True)
     gone = set()
@@ -117,7 +117,7 @@ def brute_force(matrix: np.ndarray, eps: float, order: np.ndarray) -> set[int]:
     return gone
 
 
-def test_one_cluster_is_brute_force(tmp_path: Path) -> None:
+def test_one_cluster_gives_the_result_of_brute_force(tmp_path: Path) -> None:
     matrix = planted(2000, 400)
     found = dropped(tmp_path, SemanticDedup(vector="embedding", clusters=1), matrix, 3)
     assert set(found) == brute_force(matrix, 0.03, np.arange(2000))
@@ -126,8 +126,8 @@ def test_one_cluster_is_brute_force(tmp_path: Path) -> None:
     assert all(detail.split()[0] == f"{i - 1600:032x}" for i, (_, detail) in found.items() if i >= 1600)
 
 
-def test_many_clusters_are_the_paper_in_numpy(tmp_path: Path) -> None:
-    """SemDeDup in plain NumPy on 2,000 points, given the centroids."""
+def test_many_clusters_give_the_result_of_the_paper_in_numpy(tmp_path: Path) -> None:
+    """Compares with SemDeDup in plain NumPy on 2,000 points."""
     matrix = planted(2000, 400)
     points = matrix.astype(np.float64)
     points /= np.linalg.norm(points, axis=1, keepdims=True)
@@ -151,7 +151,7 @@ def test_many_clusters_are_the_paper_in_numpy(tmp_path: Path) -> None:
     assert 200 < len(gone) < 400 + 200
 
 
-def test_the_fit_depends_on_no_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fit_does_not_depend_on_the_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     import faiss
 
     sample = np.random.default_rng(3).normal(size=(4000, 48)).astype(np.float32)
@@ -200,16 +200,18 @@ def test_the_row_with_the_higher_score_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("units", [1, 4, 9])
-def test_units_and_partitions_decide_nothing(tmp_path: Path, units: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_units_or_partitions(
+    tmp_path: Path, units: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     matrix = planted()
     step = SemanticDedup(vector="embedding", clusters=8)
     whole = dropped(tmp_path / "whole", step, matrix, 2)
-    monkeypatch.setattr(vectors, "PIECE_BYTES", 8000)  # some 80 rows
+    monkeypatch.setattr(vectors, "PIECE_BYTES", 8000)  # about 80 rows
     assert dropped(tmp_path / "pieces", step, matrix, units) == whole
     assert len(whole) > 100
 
 
-def test_a_crowded_group_is_divided_and_equal_vectors_are_dealt_out(tmp_path: Path) -> None:
+def test_a_large_group_is_divided_and_equal_vectors_are_spread_evenly(tmp_path: Path) -> None:
     class Small(SemanticDedup):
         largest_group: ClassVar[int] = 50
         seen: ClassVar[list[int]] = []
@@ -223,16 +225,16 @@ def test_a_crowded_group_is_divided_and_equal_vectors_are_dealt_out(tmp_path: Pa
     assert max(Small.seen) < 100
     assert sum(Small.seen) == len(matrix)
     kept_of_equals = 500 - sum(i >= 300 for i in found)
-    assert 1 <= kept_of_equals <= 10, "one for each part that the equal vectors were dealt to"
+    assert 1 <= kept_of_equals <= 10, "one for each part over which the equal vectors were spread"
 
 
-def test_rows_without_a_finite_vector_go_on(tmp_path: Path) -> None:
+def test_rows_without_a_finite_vector_are_kept(tmp_path: Path) -> None:
     matrix = planted()
     matrix[5, 3] = np.inf
     matrix[6, 0] = np.nan
     found = dropped(tmp_path, SemanticDedup(vector="embedding", clusters=1), matrix, 3, missing=[7])
     assert not {5, 6, 7} & set(found)
-    # What repeats them has nothing before it any more.
+    # The copies of these rows have no earlier match left.
     assert not {455, 456, 457} & set(found)
     assert 458 in found
 
@@ -243,7 +245,7 @@ def test_no_vectors_at_all(tmp_path: Path) -> None:
 
 @dataclass(kw_only=True)
 class Meets(VectorFilter):
-    """Rows meet in the two groups of the largest components of their vectors; all of a crowd but one are dropped."""
+    """Puts each row into the groups of its two largest components, and drops all but one row of a large group."""
 
     vector: str = "embedding"
     needs = ("embedding", "score")
@@ -272,9 +274,9 @@ def test_a_row_of_several_groups_is_dropped_once(tmp_path: Path) -> None:
     assert set(found) == first
 
 
-def clip_losses(matrix: np.ndarray, of: Sequence[int], temperature: float) -> np.ndarray:
-    """Minus τ times the contrastive loss of each pair in one batch of the pairs `of`, from its definition."""
-    image, text = (m[list(of)].astype(np.float16).astype(np.float64) for m in (matrix, texts(matrix)))
+def clip_losses(matrix: np.ndarray, members: Sequence[int], temperature: float) -> np.ndarray:
+    """Computes −τ times the contrastive loss of each pair, in one batch of the pairs `members`, by its definition."""
+    image, text = (m[list(members)].astype(np.float16).astype(np.float64) for m in (matrix, texts(matrix)))
     image, text = (m / np.linalg.norm(m, axis=1, keepdims=True) for m in (image, text))
     chances = np.exp(image @ text.T / temperature)
     own = np.diag(chances)
@@ -291,9 +293,9 @@ def test_neg_clip_loss_of_a_small_run_is_the_loss_of_one_batch(tmp_path: Path, t
     found, gone = processed(tmp_path, neg_clip_loss(temperature=temperature), matrix, 4, missing=[3, 250])
     assert not gone
     assert (found[3], found[250]) == (None, None), "null for rows without vectors, which count in no batch either"
-    of = [i for i in range(300) if found[i] is not None]
-    assert len(of) == 298
-    np.testing.assert_allclose([found[i] for i in of], clip_losses(matrix, of, temperature), atol=2e-5)
+    scored = [i for i in range(300) if found[i] is not None]
+    assert len(scored) == 298
+    np.testing.assert_allclose([found[i] for i in scored], clip_losses(matrix, scored, temperature), atol=2e-5)
 
 
 def test_neg_clip_loss_averages_over_disjoint_batches_that_a_row_joins(tmp_path: Path) -> None:
@@ -306,13 +308,13 @@ def test_neg_clip_loss_averages_over_disjoint_batches_that_a_row_joins(tmp_path:
     for row in (0, 7, 499, *sorted(batches[0])[:3]):
         losses = []
         for batch in batches:
-            of = sorted(batch | {row})
-            losses.append(clip_losses(matrix, of, 0.1)[of.index(row)])
+            members = sorted(batch | {row})
+            losses.append(clip_losses(matrix, members, 0.1)[members.index(row)])
         assert found[row] == pytest.approx(np.mean(losses), abs=2e-5)
 
 
 @pytest.mark.parametrize("units", [1, 4, 9])
-def test_units_decide_nothing_about_neg_clip_loss(tmp_path: Path, units: int) -> None:
+def test_neg_clip_loss_does_not_depend_on_units(tmp_path: Path, units: int) -> None:
     matrix = planted()
     options: dict[str, Any] = {"batch_size": 128, "draws": 2}
     found, _ = processed(tmp_path / "a", neg_clip_loss(**options), matrix, units)
@@ -333,7 +335,7 @@ def image_cluster(folder: Path, target: np.ndarray, **options: Any) -> ImageClus
 
 
 def crowds(centres: int = 8, each: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors around distant centres, with the number of the centre of each."""
+    """Vectors around distant centres, and the number of the centre of each."""
     around = np.repeat(np.eye(DIMENSION)[:centres], each, axis=0)
     noise = 0.05 * np.random.default_rng(3).normal(size=around.shape)
     return (around + noise).astype(np.float16), np.repeat(np.arange(centres), each)
@@ -352,7 +354,7 @@ def test_image_cluster_keeps_the_clusters_of_the_target_set(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("units", [1, 9])
-def test_units_decide_nothing_about_image_cluster(tmp_path: Path, units: int) -> None:
+def test_image_cluster_does_not_depend_on_units(tmp_path: Path, units: int) -> None:
     matrix = planted()
     target = matrix[:5] + 0.01
     fates = processed(tmp_path / "a", image_cluster(tmp_path, target), matrix, units)

@@ -25,7 +25,7 @@ from pipeline.scheduler.passes import Pass
 from pipeline.scheduler.run_pass import UnitReport
 from pipeline.scheduler.workers import MAX_FAILED_STARTS, _Worker
 from pipeline.step import Stage
-from tests.conftest import HUNG, ROOT, Command
+from tests.conftest import HUNG, Command, environment
 from tests.fetch.process_tree import family
 from tests.scheduler.test_passes import ROWS, ingested, recipe
 
@@ -65,7 +65,7 @@ class Dear(Stage):
 
 @dataclass(kw_only=True)
 class Slow(Stage):
-    """A model that takes as long to load as the file `loading` exists."""
+    """A model that loads until the file `loading` is gone."""
     def setup(self):
         note(os.getpid(), "workers")
         while (Path(__file__).parent / "loading").exists():
@@ -83,7 +83,8 @@ class Look(Stage):
         return batch.append_column("look", batch["dear"])
 
 def others_are_there():
-    """As many workers as the file `wanted` says have begun a unit; so has the next pass if a file `beside` exists."""
+    """Tells whether as many workers have begun as the file `wanted` says, and, if a file `beside` exists, the next pass
+    too."""
     here = Path(__file__).parent
     wanted = int((here / "wanted").read_text()) if (here / "wanted").exists() else 0
     beside = not (here / "beside").exists() or "look" in (here / "notes").read_text()
@@ -121,7 +122,7 @@ class Late(Stage):
 
 @dataclass(kw_only=True)
 class Loaded(Stage):
-    """Holds something that cannot be pickled, as a model or a pool of threads, once it is set up."""
+    """Holds something that cannot be pickled once it is set up, like a model or a thread pool."""
 
     def setup(self) -> None:
         self.lock = threading.Lock()
@@ -135,9 +136,9 @@ def worked(passes: list[Pass], units: list[int]) -> list[UnitReport]:
     worker = _Worker(passes, 1, {})
     for unit in (*units, None):
         worker.submit(unit)
-    ready, *told = worker.run()
-    assert ready == UnitReport(), "first it says that it is there"
-    return told
+    ready, *reports = worker.run()
+    assert ready == UnitReport(), "the first report says that the worker is ready"
+    return reports
 
 
 @pytest.mark.parametrize("recipe", ["local"], indirect=True)
@@ -145,8 +146,8 @@ def test_a_unit_is_isolated_from_a_worker_that_is_set_up(recipe: Recipe) -> None
     passes = ingested(recipe, [Loaded()])
     for _ in range(isolation.ATTEMPTS):
         isolation.attempt(passes[1], 0)
-    (told,) = [report for report in worked(passes, [0]) if report.records]
-    assert told.records[0]["kept"] == told.records[0]["rows_in"] > 0
+    (record,) = [record for report in worked(passes, [0]) for record in report.records]
+    assert record["kept"] == record["rows_in"] > 0
 
 
 def test_a_worker_begins_the_next_unit_while_the_last_rows_of_this_one_run_out(recipe: Recipe) -> None:
@@ -155,7 +156,7 @@ def test_a_worker_begins_the_next_unit_while_the_last_rows_of_this_one_run_out(r
     worker = _Worker(passes, 1, {})
     for unit in (0, 1, 2, None):
         worker.submit(unit)
-    seen = [(record["unit"], list(Late.seen)) for told in worker.run() for record in told.records]
+    seen = [(record["unit"], list(Late.seen)) for report in worker.run() for record in report.records]
     assert seen == [(0, [0, 1]), (1, [0, 1, 2]), (2, [0, 1, 2])]
 
 
@@ -163,10 +164,10 @@ def test_a_committed_unit_counts_and_is_not_repeated(recipe: Recipe) -> None:
     passes = ingested(recipe, [Late()])
     worked(passes, [1])
     Late.seen.clear()
-    told = worked(passes, [1, 0, 2])
+    reports = worked(passes, [1, 0, 2])
     assert 1 not in Late.seen
-    assert sorted(record["unit"] for t in told for record in t.records) == [0, 1, 2]
-    assert sum(t.rows for t in told) == sum(t.kept for t in told) == ROWS
+    assert sorted(record["unit"] for t in reports for record in t.records) == [0, 1, 2]
+    assert sum(t.rows for t in reports) == sum(t.kept for t in reports) == ROWS
 
 
 @pytest.fixture
@@ -201,26 +202,26 @@ def test_workers_that_die_before_they_are_ready_end_the_run(run: Command, projec
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A head with one core."""
+    """A Ray head node with one core."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE_BYTES})
     yield cluster
     cluster.shutdown()
 
 
 @contextmanager
-def started(cluster: Cluster, project: Path, there: Callable[[Path], bool]) -> Iterator[subprocess.Popen[str]]:
-    """A run on the cluster, as soon as something is `there`."""
-    env = {**os.environ, "PYTHONPATH": f"{project}{os.pathsep}{ROOT}", "RAY_ADDRESS": cluster.address}
+def started(cluster: Cluster, project: Path, ready: Callable[[Path], bool]) -> Iterator[subprocess.Popen[str]]:
+    """Starts a run on the cluster. Yields it once `ready(project)`."""
+    env = environment(project, RAY_ADDRESS=cluster.address)
     argv = [sys.executable, "-m", "pipeline.run", "r.yaml"]
     with subprocess.Popen(argv, cwd=project, env=env, stdout=subprocess.PIPE, text=True) as driver:
         deadline = time.monotonic() + HUNG
-        while not there(project) and time.monotonic() < deadline:
+        while not ready(project) and time.monotonic() < deadline:
             time.sleep(0.05)
         yield driver
 
 
 def committed(project: Path) -> bool:
-    """Whether the run has committed a unit."""
+    """True if the run has committed a unit."""
     return any(project.glob("out/passes/dear-*/commits/*"))
 
 
@@ -237,9 +238,9 @@ def test_losing_a_node_only_costs_time(cluster: Cluster, project: Path) -> None:
     cluster.wait_for_nodes()
     with started(cluster, project, committed) as driver:
         cluster.remove_node(node, allow_graceful=False)
-        said, _ = driver.communicate(timeout=HUNG)
+        output, _ = driver.communicate(timeout=HUNG)
     assert driver.returncode == 0
-    assert "400 rows in = 400 kept + 0 dropped" in said
+    assert "400 rows in = 400 kept + 0 dropped" in output
 
 
 @pytest.mark.slow
@@ -252,11 +253,11 @@ def test_workers_lost_with_a_node_are_no_failed_starts(cluster: Cluster, project
     cluster.wait_for_nodes()
     with started(cluster, project, lambda it: begun(it) == 1 + lost) as driver:
         cluster.remove_node(node, allow_graceful=in_order)
-        time.sleep(5)  # it hears of all of them
+        time.sleep(5)  # until the run has noticed all of them
         (project / "mine/loading").unlink()
-        said, _ = driver.communicate(timeout=HUNG)
+        output, _ = driver.communicate(timeout=HUNG)
     assert driver.returncode == 0
-    assert "400 rows in = 400 kept + 0 dropped" in said
+    assert "400 rows in = 400 kept + 0 dropped" in output
 
 
 @pytest.mark.slow
@@ -265,14 +266,14 @@ def test_a_node_that_joins_later_gets_work(cluster: Cluster, project: Path) -> N
     (project / "mine/wanted").write_text("3")
     with started(cluster, project, committed) as driver:
         cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
-        said, _ = driver.communicate(timeout=HUNG)
+        output, _ = driver.communicate(timeout=HUNG)
     assert driver.returncode == 0
-    assert "400 rows in = 400 kept + 0 dropped" in said
+    assert "400 rows in = 400 kept + 0 dropped" in output
     assert begun(project) == 3
 
 
 def may_unshare() -> bool:
-    """Whether this user may give a process mounts of its own."""
+    """True if this user may create a mount namespace."""
     words = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
     with contextlib.suppress(OSError):
         return subprocess.run(words, capture_output=True, check=False).returncode == 0
@@ -281,9 +282,9 @@ def may_unshare() -> bool:
 
 @contextmanager
 def node_without(folder: Path, cluster: Cluster) -> Iterator[None]:
-    """A node that has an empty folder of its own in place of `folder`, started in another working directory."""
+    """Adds a node on which `folder` is empty, started in another working directory."""
     script = f'mount -t tmpfs none "{folder}" && exec ray start --address {cluster.address} --num-cpus 2 --block'
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env = environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     nodes = cluster.global_state._live_node_ids
     before, deadline = len(nodes()), time.monotonic() + HUNG
     with subprocess.Popen(["unshare", "--mount", "sh", "-c", script], cwd="/", env=env, stdout=subprocess.PIPE) as node:
@@ -316,7 +317,7 @@ def test_a_node_that_does_not_share_a_folder_is_named_before_the_start(
     (project / "lists/words.txt").write_text("red car\n")
     steps = "{text_safety: {words: lists/words.txt}}, mine.dear"
     (project / "r.yaml").write_text(RECIPE.replace("STEPS", steps).replace("run: out", "run: data/out"))
-    env = {**os.environ, "PYTHONPATH": f"{project}{os.pathsep}{ROOT}", "RAY_ADDRESS": cluster.address}
+    env = environment(project, RAY_ADDRESS=cluster.address)
     words = [sys.executable, "-m", "pipeline.run", "r.yaml"]
     with node_without(project / folder, cluster):
         done = subprocess.run(words, cwd=project, env=env, capture_output=True, text=True, timeout=HUNG)
@@ -328,7 +329,7 @@ def test_a_node_that_does_not_share_a_folder_is_named_before_the_start(
 
 
 def test_workers_find_the_files_of_steps(run: Command, project: Path) -> None:
-    """Paths of options start at the folder of the command, and workers run in other ones."""
+    """Paths in options are relative to the command's folder, but workers run in other folders."""
     (project / "words.txt").write_text("number 7\n")
     steps = "{text_safety: {words: words.txt}}"
     (project / "r.yaml").write_text(RECIPE.replace("STEPS", steps))

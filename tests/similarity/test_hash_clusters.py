@@ -6,20 +6,13 @@ from scipy.sparse.csgraph import connected_components
 
 from pipeline.similarity import hash_clusters
 from pipeline.similarity.hash_clusters import clusters
+from tests.trainer.test_hamming import flipped
 
 
 def by_comparing_all(hashes: np.ndarray, max_hamming: int) -> np.ndarray:
     _, label = connected_components(np.bitwise_count(hashes[:, None] ^ hashes) <= max_hamming, directed=False)
     _, first = np.unique(label, return_index=True)
     return first[label]
-
-
-def flipped(hashes: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
-    """Each hash with up to `most` random bits changed."""
-    for _ in range(most):
-        flips = np.uint64(1) << rng.integers(0, 64, len(hashes), np.uint64)
-        hashes = hashes ^ np.where(rng.random(len(hashes)) < 0.7, flips, np.uint64(0))
-    return hashes
 
 
 @pytest.fixture(params=["as shipped", "small buckets of 3", "no small bucket", "every bucket divided"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import decimal
-import io
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from pipeline.ledger import Funnel, Line
 from pipeline.schema import PICTURE, SAMPLE
 from pipeline.stages.write_shards import WriteShards
 from pipeline.storage import Store
+from tests.images import encoded
 
 SAMPLES = 25
 PER_SHARD = 10
@@ -25,7 +25,7 @@ NAN, INF = float("nan"), float("inf")
 AWKWARD: dict[str, tuple[pa.DataType, list[Any]]] = {
     "unsafe": (pa.float64(), [NAN, INF, -INF, 0.5, None]),
     "boxes": (pa.list_(pa.list_(pa.float64())), [[[NAN, 1.0]], [], None]),
-    "late": (pa.string(), [None] * 12 + ["said"] * 13),  # longer than what readers infer types from
+    "late": (pa.string(), [None] * 12 + ["said"] * 13),  # later than the rows from which readers infer types
     "taken": (pa.timestamp("us", "UTC"), [datetime.datetime(2024, 2, 29, 12)]),
     "day": (pa.date32(), [datetime.date(2024, 2, 29), None]),
     "price": (pa.decimal128(8, 2), [decimal.Decimal("1.50")]),
@@ -87,6 +87,4 @@ def write(folder: Path, kinds: tuple[str, ...] = ("JPEG",), name: str = "a set: 
 
 
 def _picture(number: int, kind: str) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (32 + number, 24), (number * 9 % 256, 80, 200)).save(file, kind)
-    return file.getvalue()
+    return encoded(Image.new("RGB", (32 + number, 24), (number * 9 % 256, 80, 200)), kind)

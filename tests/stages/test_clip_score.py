@@ -16,14 +16,13 @@ from pipeline.scheduler.passes import make_passes
 from pipeline.schema import is_heavy
 from pipeline.stages.clip_score import CONFIG_FILE, WEIGHTS_FILE, ClipScore
 from pipeline.step import split_marked
+from tests.images import encoded
 from tests.tables import check_filter, make_batch, run_step
 
 
 def picture(seed: int, size: tuple[int, int] = (80, 64), encoding: str = "JPEG") -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).resize(size).save(out, encoding)
-    return out.getvalue()
+    return encoded(Image.fromarray(pixels).resize(size), encoding)
 
 
 def rows(n: int, first: int = 0) -> list[dict]:

@@ -30,7 +30,7 @@ from pipeline.step import apply
 from tests.fetch.server import JPEG, Server, answer, jpeg, redirect, reset, serving, silence
 
 PATIENCE = 60.0
-"""Seconds for what takes a moment on an idle machine."""
+"""Timeout in seconds for requests that an idle machine answers immediately."""
 
 
 async def quick(server: Server, writer: asyncio.StreamWriter, headers: dict[str, str]) -> None:
@@ -107,17 +107,17 @@ def positions(table: pa.Table) -> list[tuple[int, int]]:
 def test_publisher_statements_are_kept_with_the_picture() -> None:
     answers = {
         "silent": answer(body=JPEG),
-        "said": answer(body=JPEG, Content_Usage="train-ai=y, search=n", tdm_reservation="0"),
+        "stated": answer(body=JPEG, Content_Usage="train-ai=y, search=n", tdm_reservation="0"),
         "no": answer(body=JPEG, Content_Usage="train-ai=n"),
     }
-    said = "Content-Usage: train-ai=y, search=n\ntdm-reservation: 0"
+    stated = "Content-Usage: train-ai=y, search=n\ntdm-reservation: 0"
     with serving(answers) as server:
         urls: list[str | None] = [f"{server.url}/{name}" for name in answers]
         obeyed = step(server, timeout=PATIENCE).process(unit(urls))
         ignored = step(server, timeout=60, content_usage=[]).process(unit(urls))
     assert obeyed["drop_reason"].to_pylist() == [None, None, "opted_out"]
-    assert obeyed["usage"].to_pylist() == [None, said, None]
-    assert ignored["usage"].to_pylist() == [None, said, "Content-Usage: train-ai=n"]
+    assert obeyed["usage"].to_pylist() == [None, stated, None]
+    assert ignored["usage"].to_pylist() == [None, stated, "Content-Usage: train-ai=n"]
 
 
 def test_every_row_has_an_image_or_a_reason(server: Server) -> None:
@@ -188,9 +188,9 @@ def test_slow_hosts_overlap_with_the_next_units() -> None:
 
 
 def test_a_busy_host_does_not_hold_up_the_others() -> None:
-    """After hundreds of rows of a silent host, two at a time, a row of another host is served at once."""
+    """A row of one host is served immediately, although hundreds of rows wait for a silent host, two at a time."""
     with serving({"silent": silence}) as silent:
-        # The other host may not be dialled, so its row is refused at once.
+        # Connections to the other host are not allowed, so its row is refused immediately.
         urls = [f"{silent.url}/silent"] * 300 + ["http://127.0.0.2/ok"]
         stream = step(silent, per_host=2, concurrency=8, timeout=PATIENCE).stream([unit(urls)])
         assert next(stream)["row"].to_pylist() == [300]

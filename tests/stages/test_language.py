@@ -88,7 +88,7 @@ def test_plain_english_is_kept_by_its_own_probability() -> None:
     assert drops["detail"].to_pylist() == ["es 0.1558, en 0.1434"]
 
 
-def test_each_language_may_have_a_minimum_of_its_own() -> None:
+def test_each_language_can_have_its_own_minimum() -> None:
     rows = [{"caption": caption} for caption in [UNLIKELY[0], *OTHER.values()]]
     spared = {"de": None}
     for minima, first in [({"en": 0.1, "de": 0.6}, None), ({"en": 0.15, "de": 0.6}, "language")]:

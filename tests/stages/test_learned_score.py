@@ -72,12 +72,15 @@ def test_the_file_is_read_as_it_was_written(file: str) -> None:
     ("change", "message"),
     [
         ({"format": "2"}, "its format is '2'"),
-        ({"columns": {}}, "it reads no column"),
+        ({"columns": {}}, "it has no columns"),
         ({"bias": None}, "not a mixture"),
         ({"bias": math.nan}, "NaN or infinity"),
         ({"columns": {"a": {"knots": [0], "values": [1, 2], "missing": 0}}}, "a: found 1 knots and 2 values"),
         ({"columns": {"a": {"knots": [], "values": [], "missing": 0}}}, "a: found 0 knots"),
-        ({"columns": {"a": {"knots": [1, 0], "values": [1, 2], "missing": 0}}}, "a: its knots do not ascend"),
+        (
+            {"columns": {"a": {"knots": [1, 0], "values": [1, 2], "missing": 0}}},
+            "a: its knots must ascend",
+        ),
         ({"columns": {"a": {"knots": [0], "values": [1]}}}, "'missing' is missing"),
         ({"columns": {"a": 3}}, "not a mixture"),
     ],

@@ -68,7 +68,7 @@ def test_invalid_files_are_refused(name: str, tmp_path: Path) -> None:
     assert "not a linear head" in problem
 
 
-def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
+def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return Path.touch, (tmp_path / "ran",)  # type: ignore[return-value]

@@ -52,5 +52,7 @@ VECTORS = {"image_embedding": pa.list_(pa.float16(), 8), "text_embedding": pa.li
         ),
     ],
 )  # fmt: skip
-def test_columns_that_are_no_vectors(columns: dict[str, pa.DataType], expected: list[tuple[str, str]]) -> None:
+def test_columns_that_do_not_hold_vectors_are_refused(
+    columns: dict[str, pa.DataType], expected: list[tuple[str, str]]
+) -> None:
     assert list(NegClipLoss().check_columns({**VECTORS, **columns})) == expected

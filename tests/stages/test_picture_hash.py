@@ -1,21 +1,13 @@
 from __future__ import annotations
 
-import io
-
 import imagehash
 import pytest
 from PIL import Image
 
 from pipeline.stages.picture_hash import PictureHash
 from pipeline.step import Stage
+from tests.images import encoded
 from tests.tables import make_batch, run_step
-
-
-def encoded(picture: Image.Image) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return file.getvalue()
-
 
 NOISE = Image.effect_noise((48, 40), 80).convert("RGB")
 

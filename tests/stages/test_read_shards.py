@@ -69,14 +69,14 @@ def test_it_adds_the_columns_of_download() -> None:
 
 
 def test_every_row_of_a_folder_has_an_image_or_a_reason(folders: Path, tmp_path: Path) -> None:
-    told = tables(folders / "laion").to_pylist()
-    rows = [{"key": row["key"], "caption": row["caption"]} for row in told]
+    published = tables(folders / "laion").to_pylist()
+    rows = [{"key": row["key"], "caption": row["caption"]} for row in published]
     rows += [{"key": key} for key in ("000000017", "000000999", "x/../../etc", "٣", "", None, "9" * 5000)]
     batch = make_batch(rows)
     kept, drops = run_step(step(folders / "laion", tmp_path), batch)
-    by_name = {row["url"].rsplit("/", 1)[-1]: row for row in told}
+    by_name = {row["url"].rsplit("/", 1)[-1]: row for row in published}
     expected = {"down": "http_503", "html": "decode_error", "gone": "http_404"}
-    names = [row["url"].rsplit("/", 1)[-1] for row in told]
+    names = [row["url"].rsplit("/", 1)[-1] for row in published]
     assert verdicts(batch, kept, drops) == [*(expected.get(name) for name in names), None, *["no_image"] * 6]
     for row in kept.to_pylist():
         name = row["caption"].split()[-1]
@@ -276,10 +276,10 @@ def test_a_run_from_a_folder(folders: Path, run: Command, tmp_path: Path, name: 
     assert out["key"].to_pylist() == [f"{n // 8 * 10 + n % 8:09d}" for n in range(len(out))]
     theirs = {row["url"]: row for row in tables(folders / name).to_pylist()}
     for row in out.to_pylist():
-        told = theirs[row["url"]]
-        assert row["uid"] == told.get("uid", row["uid"])
+        published = theirs[row["url"]]
+        assert row["uid"] == published.get("uid", row["uid"])
         assert (row["original_width"], row["width"], row["exif"]) == (
-            told["original_width"],
-            told["width"],
-            told["exif"],
+            published["original_width"],
+            published["width"],
+            published["exif"],
         )

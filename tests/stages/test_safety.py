@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,14 @@ from PIL import Image
 
 from pipeline.stages.image_safety import ImageSafety
 from pipeline.stages.text_safety import TextSafety
+from tests.images import encoded
 from tests.tables import check_filter, make_batch, run_step
 
 SHOUTING, REDNESS = "tests.plugins:Shouting", "tests.plugins:Redness"
 
 
 def flat(red: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (20, 10), (red, 0, 0)).save(file, "PNG")
-    return file.getvalue()
+    return encoded(Image.new("RGB", (20, 10), (red, 0, 0)))
 
 
 def test_captions_above_the_limit_are_dropped() -> None:
@@ -35,7 +33,7 @@ def test_captions_above_the_limit_are_dropped() -> None:
     assert found[3:] == [None, None]
 
 
-def test_the_limit_is_kept_and_the_score_is_told() -> None:
+def test_a_score_equal_to_the_limit_is_kept_and_drops_state_the_score() -> None:
     batch = make_batch([{"caption": "Aaaaaaaaaa"}, {"caption": "Aa"}])
     kept, drops = run_step(TextSafety(scorer=SHOUTING), batch)
     assert len(kept) == 1

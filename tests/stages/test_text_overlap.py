@@ -1,8 +1,7 @@
-"""How much of a caption is written in its picture, on pictures with known text that the tests draw themselves."""
+"""The share of a caption that is written in its picture, on pictures with text drawn by the tests."""
 
 from __future__ import annotations
 
-import io
 import random
 import subprocess
 import sys
@@ -15,15 +14,10 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline.stages.clip_score import ClipScore, masked
 from pipeline.stages.text_overlap import TextOverlap, overlap
 from tests.conftest import HUNG
+from tests.images import encoded
 from tests.tables import check_filter, make_batch, run_step
 
 RED = "tests.plugins:RedBox"
-
-
-def encoded(image: Image.Image, encoding: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    image.save(file, encoding)
-    return file.getvalue()
 
 
 def with_box(box: tuple[int, int, int, int] | None, size: tuple[int, int] = (100, 50)) -> Image.Image:
@@ -55,7 +49,7 @@ def test_the_share_of_the_caption(caption: str | None, text: str | None, score: 
     assert overlap(*columns).to_pylist() == [score if score is None else pytest.approx(score)]
 
 
-def test_columns_of_an_engine_of_ones_own() -> None:
+def test_the_columns_that_a_users_engine_gives() -> None:
     rows = [
         {"image": encoded(with_box((10, 20, 60, 30))), "caption": "something red"},
         {"image": encoded(with_box(None)), "caption": "something blue"},
@@ -75,7 +69,7 @@ def test_only_pictures_that_cannot_be_decoded_are_dropped() -> None:
     check_filter(TextOverlap(engine=RED), rows, [None, "decode_error", "decode_error"])
 
 
-def test_an_engine_that_is_not_there() -> None:
+def test_a_missing_engine_is_reported() -> None:
     ((key, problem),) = TextOverlap(engine="no_such_package:Engine").check()
     assert (key, problem) == ("engine", "no module named no_such_package; is its folder on PYTHONPATH?")
     code = (
@@ -83,8 +77,8 @@ def test_an_engine_that_is_not_there() -> None:
         "from pipeline.stages.text_overlap import TextOverlap\n"
         "print(list(TextOverlap().check()))"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HUNG, check=True).stdout
-    assert "pip install 'winnow-clip[ocr]'" in said
+    output = subprocess.check_output([sys.executable, "-c", code], text=True, timeout=HUNG)
+    assert "pip install 'winnow-clip[ocr]'" in output
 
 
 def test_masked_boxes_take_the_colour_around_them() -> None:
@@ -100,7 +94,7 @@ def test_masked_boxes_take_the_colour_around_them() -> None:
     assert (whole == whole[0, 0]).all()
 
 
-def test_the_masked_score_is_that_of_the_picture_without_its_text(checkpoint: str) -> None:
+def test_the_masked_score_equals_the_score_of_the_picture_without_text(checkpoint: str) -> None:
     boxes = pa.array([[[0.1, 0.4, 0.6, 0.6]], [], None], pa.list_(pa.list_(pa.float32())))
     written = [encoded(with_box((10, 20, 60, 30))), encoded(with_box(None)), encoded(with_box(None))]
     batch = make_batch([{"image": image, "caption": "red"} for image in written]).append_column("text_boxes", boxes)
@@ -125,7 +119,7 @@ WORDS = (
 
 
 def drawn(words: list[str], seed: int) -> Image.Image:
-    """A picture with two lines of text over a smooth, coloured ground."""
+    """A picture with two lines of text on a smooth, coloured background."""
     rng = random.Random(seed)
     noise = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), np.uint8)
     image = Image.fromarray(noise).resize((320, 240), Image.Resampling.BICUBIC)

@@ -186,7 +186,7 @@ def test_no_rows() -> None:
     assert (found["rows"], found["kept"], found["hosts"]) == (0, 0, [])
 
 
-def test_a_column_without_any_value_is_no_score() -> None:
+def test_a_column_without_values_is_not_a_score() -> None:
     types = {"row": pa.int32(), "uid": pa.string(), "a": pa.float32(), "b": pa.decimal128(5, 2), "empty": pa.null()}
     assert score_columns(types) == ["a", "b"]
     assert not is_scalar(pa.null())

@@ -1,4 +1,4 @@
-"""The studio: who may ask, what it answers, and a person's way through its page in a browser."""
+"""The studio: access control, the answers of its server, and its page in a browser."""
 
 from __future__ import annotations
 
@@ -134,11 +134,11 @@ def served(painted: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 )
 def test_who_may_ask(served: Served, method: str, path: str, headers: dict[str, str], status: int) -> None:
     body = {"id": 0, "label": 1} if method == "POST" else None
-    found, said, _ = served.request(method, path, body, **headers)
+    found, sent, _ = served.request(method, path, body, **headers)
     assert found == status
-    assert "script-src 'self'" in said["content-security-policy"]
-    assert "unsafe" not in said["content-security-policy"]
-    assert said["x-content-type-options"] == "nosniff"
+    assert "script-src 'self'" in sent["content-security-policy"]
+    assert "unsafe" not in sent["content-security-policy"]
+    assert sent["x-content-type-options"] == "nosniff"
     assert not (served.run / LABELS).exists()
 
 
@@ -151,7 +151,7 @@ def test_the_token_becomes_a_cookie(served: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "said"),
+    ("path", "body", "message"),
     [
         ("/summary", b"{", "Invalid JSON"),
         ("/summary", {"cuts": [{"column": "nothing", "min": 1}]}, "no score 'nothing'"),
@@ -164,15 +164,15 @@ def test_the_token_becomes_a_cookie(served: Served) -> None:
         ("/tiles", {"show": 7}, "there is no cut 7"),
         ("/tiles", {"show": "../x"}, "invalid literal"),
         ("/tiles", {"show": "search", "like": 10**8}, "there is no row"),
-        ("/tiles", {"show": "search", "text": "a red circle"}, "model that made the embeddings is not here"),
+        ("/tiles", {"show": "search", "text": "a red circle"}, "model that made the embeddings is not on this machine"),
         ("/label", {"id": -1, "label": 1}, "there is no row -1"),
         ("/label", {"id": 0, "label": 2}, "less than or equal to 1"),
     ],
 )
-def test_what_cannot_be_answered(served: Served, path: str, body: Any, said: str) -> None:
+def test_impossible_requests_are_refused(served: Served, path: str, body: Any, message: str) -> None:
     status, _, data = served.request("POST", path, body)
     assert status == 400
-    assert said in json.loads(data)["error"]
+    assert message in json.loads(data)["error"]
 
 
 # --- What it answers --------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_it_begins_with_the_cuts_of_the_run(served: Served) -> None:
     assert (about["after"], about["rows"], about["later"]) == ("paint", 600, ["balance", "write_shards"])
     assert [score["name"] for score in about["scores"]] == ["shade", "depth"]
     assert about["search"]["picture"] is True
-    assert "search by picture" in about["search"]["why"]
+    assert "Search by picture" in about["search"]["why"]
     found = served.ask("/summary", {"cuts": CUTS, "columns": ["shade"]})
     funnel = open_run(served.run).funnel.lines
     assert [cut["after"] for cut in found["cuts"]] == [funnel["threshold"].kept, funnel["threshold.2"].kept]
@@ -249,7 +249,7 @@ def test_labels(served: Served) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n", "uid,label\nx,2\n", "uid,label\nx\n", b"\xff\xfe"])
-def test_a_file_that_is_not_of_labels_is_left_alone(tmp_path: Path, text: str | bytes) -> None:
+def test_a_file_that_does_not_hold_labels_is_refused(tmp_path: Path, text: str | bytes) -> None:
     path = tmp_path / LABELS
     path.parent.mkdir()
     path.write_bytes(text.encode() if isinstance(text, str) else text)
@@ -296,7 +296,7 @@ def test_the_lines_around_the_cuts_stay() -> None:
     assert default_step(run) == "download"
 
 
-def test_a_threshold_with_a_maximum_is_no_cut() -> None:
+def test_a_threshold_with_a_maximum_is_not_a_cut() -> None:
     options = [
         {"column": "a", "min": 1, "max": None, "top_fraction": None},
         {"column": "b", "min": None, "max": 0.1, "top_fraction": None},

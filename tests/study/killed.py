@@ -1,6 +1,6 @@
-"""Runs a study that kills itself at a place: `python tests/study/killed.py PLACE STUDY.yaml [key=value ...]`.
+"""Runs a study that kills itself at a chosen call: `python tests/study/killed.py PLACE STUDY.yaml [key=value ...]`.
 
-The study's own calls are the places, so none can be missed, however fast or slow the machine is.
+The study dies within one of its own calls, so the place does not depend on the speed of the machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def die(*_: Any) -> Any:
 
 
 def nth(owner: Any, name: str, number: int) -> None:
-    """Dies in place of this call of a function."""
+    """Dies at call number `number` of a function."""
     original, calls = getattr(owner, name), iter(range(1, number))
 
     def counted(*args: Any, **options: Any) -> Any:
@@ -38,7 +38,7 @@ def nth(owner: Any, name: str, number: int) -> None:
 
 
 def scan(column: str) -> None:
-    """Dies after the first unit of a scan for this column alone."""
+    """Dies after the first unit of a scan that reads only this column."""
     original = Run.scan
 
     def broken(self: Run, columns: Any, *args: Any, **options: Any) -> Iterator[pa.Table]:
@@ -51,7 +51,7 @@ def scan(column: str) -> None:
 
 
 def training() -> None:
-    """Dies while an arm is trained, once there is a checkpoint."""
+    """Dies during the training of an arm, as soon as a checkpoint exists."""
 
     def run(self: _Worker, order: dict[str, Any]) -> Any:
         assert self.process.stdin is not None

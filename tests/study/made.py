@@ -50,13 +50,13 @@ def samples(rows: int, seed: int = 0) -> list[dict[str, Any]]:
     names = list(COLOURS)
     found = []
     for i in range(rows):
-        true, said = names[i % 4], names[i % 4 if rng.random() < 0.7 else (i + 1) % 4]
-        score = np.float32(rng.normal(0.3 if true == said else 0.2, 0.05))
+        true, named = names[i % 4], names[i % 4 if rng.random() < 0.7 else (i + 1) % 4]
+        score = np.float32(rng.normal(0.3 if true == named else 0.2, 0.05))
         found.append(
             {
                 "uid": f"{i * 7919:032x}",
                 "url": f"http://h/{i}",
-                "caption": f"a {said} picture",
+                "caption": f"a {named} picture",
                 "image": jpeg(picture(true, i, (48, 40))),
                 "phash": i // 2 * 2 if i % 10 == 1 else i,
                 "language": "en" if i % 5 else "de",

@@ -88,7 +88,7 @@ def test_units_and_their_order_do_not_matter(opened: Candidates, tmp_path: Path)
         assert uids(opened, conditions(part)) == uids(other, conditions(part))
 
 
-def test_equal_uids_are_told_apart_by_their_place(tmp_path: Path) -> None:
+def test_equal_uids_are_distinguished_by_their_place(tmp_path: Path) -> None:
     rows = [{**row, "uid": "0" * 32, "other": 1.0} for row in ROWS[:40]]
     run = open_run(make_run(tmp_path / "run", rows, units=1))
     candidates = open_candidates(run, default_step(run), ["other"], tmp_path / "candidates")

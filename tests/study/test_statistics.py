@@ -1,4 +1,4 @@
-"""Intervals, comparisons and power against figures worked out otherwise."""
+"""Intervals, comparisons and power, against SciPy and simulated trials."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from scipy import stats
 
 from pipeline.study.statistics import Family, Noise, compare, interval, noise_of
 from pipeline.study.study_plan import Condition, Cut, Plan
-from pipeline.study.table import NO_FILTER, analyse, verdict
+from pipeline.study.table import NO_FILTER, Outcome, analyse, verdict
 
 RNG = np.random.default_rng(0)
 
 
 def arms(gain: float, sd: float, seeds: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """No filter, a cut that gains, one that does not, and their random subsets; seeds shift all arms."""
+    """Results of no filter, of a cut that helps by `gain`, of one that does not, and of random subsets as large as the
+    cuts. Each seed shifts all arms equally."""
     shift = rng.normal(0, 0.2, seeds)
     means = {NO_FILTER: 0.5, "cut 0": 0.5 + gain, "cut 1": 0.5, "random 10": 0.5, "random 20": 0.5}
     return {name: mean + shift + rng.normal(0, sd, seeds) for name, mean in means.items()}
 
 
 SIZES = {NO_FILTER: 40, "cut 0": 10, "cut 1": 20, "random 10": 10, "random 20": 20}
+
+
+def analysed(values: dict[str, np.ndarray], sizes: dict[str, int] = SIZES) -> Outcome:
+    return analyse(1, values, sizes, list(values))
 
 
 def test_interval_is_the_t_interval_of_scipy() -> None:
@@ -78,31 +83,32 @@ def test_power_is_that_of_simulated_trials() -> None:
 
 def test_no_more_than_one_study_in_twenty_recommends_what_does_not_help() -> None:
     rng = np.random.default_rng(4)
-    wrong = sum(analyse(1, of := arms(0, 0.05, 4, rng), SIZES, list(of)).best is not None for _ in range(300))
+    wrong = sum(analysed(arms(0, 0.05, 4, rng)).best is not None for _ in range(300))
     assert wrong / 300 < 0.05
 
 
 def test_the_interval_of_the_best_of_many_cuts_holds() -> None:
-    """Picked for being the highest, its gain is too high on average; an interval for it alone would not hold."""
+    """The highest of many gains overestimates the true one, so an interval that ignores the choice is too narrow."""
     rng, holds, holds_alone = np.random.default_rng(6), [], []
     names = [NO_FILTER, *(f"cut {n}" for n in range(8))]
     sizes = dict.fromkeys(names, 10) | {NO_FILTER: 20}
     for _ in range(300):
-        outcome = analyse(1, of := {name: rng.normal(0, 0.1, 3) for name in names}, sizes, list(of))
+        values = {name: rng.normal(0, 0.1, 3) for name in names}
+        outcome = analysed(values, sizes)
         best = max(outcome.over_all.comparisons, key=lambda c: c.difference)
         holds.append(best.low < 0 < best.high)
-        [alone] = compare(of, [(best.first, NO_FILTER)], outcome.noise).comparisons
+        [alone] = compare(values, [(best.first, NO_FILTER)], outcome.noise).comparisons
         holds_alone.append(alone.low < 0 < alone.high)
     assert np.mean(holds) > 0.94
     assert np.mean(holds_alone) < 0.9
 
 
-def test_the_best_cut_is_among_those_that_cannot_be_told_apart() -> None:
+def test_the_best_cut_is_among_the_indistinguishable_ones() -> None:
     rng, among = np.random.default_rng(7), []
     sizes = {NO_FILTER: 40, "cut 0": 10, "cut 1": 20, "cut 2": 30}
+    means = {NO_FILTER: 0.0, "cut 0": 1.0, "cut 1": 1.02, "cut 2": 0.9}
     for _ in range(200):
-        means = {NO_FILTER: 0.0, "cut 0": 1.0, "cut 1": 1.02, "cut 2": 0.9}
-        outcome = analyse(1, of := {n: mean + rng.normal(0, 0.05, 3) for n, mean in means.items()}, sizes, list(of))
+        outcome = analysed({name: mean + rng.normal(0, 0.05, 3) for name, mean in means.items()}, sizes)
         assert outcome.best is not None
         among.append(1 in {outcome.best, *outcome.ties})
     assert np.mean(among) > 0.95
@@ -110,29 +116,27 @@ def test_the_best_cut_is_among_those_that_cannot_be_told_apart() -> None:
 
 def test_a_cut_that_helps_is_recommended() -> None:
     rng = np.random.default_rng(5)
-    found = [analyse(1, of := arms(0.3, 0.03, 4, rng), SIZES, list(of)).best for _ in range(20)]
-    assert found.count(0) == 20
+    assert [analysed(arms(0.3, 0.03, 4, rng)).best for _ in range(20)] == [0] * 20
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_few_seeds_and_equal_results_raise_nothing(seeds: int) -> None:
-    of = {name: np.full(seeds, 0.5) for name in SIZES}
-    outcome = analyse(1, of, SIZES, list(of))
+    outcome = analysed({name: np.full(seeds, 0.5) for name in SIZES})
     assert outcome.best is None
     assert outcome.over_all.seeds_for(0.1) is None
 
 
 @pytest.mark.parametrize(
-    ("gain", "said"),
+    ("gain", "messages"),
     [
         (0.3, ["cut at score ≥ 0: ", "It is better than every other cut."]),
         (0.0, ["no difference found.", "The largest gain over no filter is ", "can show a difference of "]),
         (-0.3, ["no cut is better than no filter.", "Worse than no filter: score ≥ 0."]),
     ],
 )
-def test_the_verdict_says_what_was_found(gain: float, said: list[str]) -> None:
+def test_the_verdict_states_what_was_found(gain: float, messages: list[str]) -> None:
     plan = Plan("run", "out", [Cut((Condition("score", "min", float(n)),)) for n in range(2)])
-    text = "\n".join(verdict(analyse(1, of := arms(gain, 0.03, 4, np.random.default_rng(8)), SIZES, list(of)), plan))
-    for words in said:
-        assert words in text
+    text = "\n".join(verdict(analysed(arms(gain, 0.03, 4, np.random.default_rng(8))), plan))
+    for message in messages:
+        assert message in text
     assert "with 80% power" in text

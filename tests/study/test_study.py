@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 
 from pipeline.study import arms
 from pipeline.study.__main__ import main
-from tests.conftest import ROOT
+from tests.conftest import environment
 from tests.study import killed
 from tests.study.killed import PLACES
 from tests.study.made import make_run, samples
@@ -73,9 +72,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 def test_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["s.yaml"]) == 0
-    said = capsys.readouterr().out
-    assert "64 samples are more" not in said
-    assert "160 samples are more than 4 epochs of clip_score top 30% (4.7). Beyond" in said
+    output = capsys.readouterr().out
+    assert "64 samples are more" not in output
+    assert "160 samples are more than 4 epochs of clip_score top 30% (4.7). Beyond" in output
     scored = [row for row in ROWS if row["clip_score"] is not None]
     top = sorted(scored, key=lambda row: -row["clip_score"])
     kept = [top[: -(-3 * len(top) // 10)], top[: -(-6 * len(top) // 10)]]
@@ -120,7 +119,7 @@ def test_concepts_as_entries_and_nothing_read_twice(folder: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("run=nowhere", "is not the folder of a run"),
         ("after=scroe", "no step 'scroe'; did you mean score?"),
@@ -137,10 +136,10 @@ def test_concepts_as_entries_and_nothing_read_twice(folder: Path, monkeypatch: p
         ("cuts=[{clip_score: {top_fraction: 0.05}}]", "keeps 6 samples, fewer than a batch of 32"),
     ],
 )
-def test_wrong_studies(folder: Path, capsys: pytest.CaptureFixture[str], override: str, said: str) -> None:
+def test_wrong_studies(folder: Path, capsys: pytest.CaptureFixture[str], override: str, message: str) -> None:
     assert main(["t.yaml", override, "train.seeds=1"]) in (1, 2)
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert "Traceback" not in error
 
 
@@ -223,14 +222,14 @@ def test_a_study_killed_at_five_places_resumes_to_the_same_table(folder: Path) -
     records = []
     for place in PLACES:
         command = [sys.executable, killed.__file__, place, *words]
-        process = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+        process = subprocess.run(command, env=environment(), check=False)
         assert process.returncode == -signal.SIGKILL, place
         records.append(len(list((folder / "study/arms").glob("*"))))
     assert records == [0, 0, 0, 2, 6]
     assert main(words) == 0
     for name in ("table.parquet", "table.csv", "overlap.parquet", "index.html"):
         assert (folder / "study" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
-    trained = [pq.read_table(folder / of / "arms.parquet").drop_columns("seconds") for of in ("study", "whole")]
+    trained = [pq.read_table(folder / study / "arms.parquet").drop_columns("seconds") for study in ("study", "whole")]
     assert trained[0].equals(trained[1])
 
 

@@ -1,4 +1,4 @@
-"""The YAML of a study: what it means, and every problem at once."""
+"""The YAML of a study: its meaning, and that all of its problems are reported together."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_problems_name_line_key_and_what_is_expected(
 
 
 @pytest.mark.parametrize("text", ["", "cuts: 3", "- a list", "cuts: [clip_score]", "{"])
-def test_what_is_no_study(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_study_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(StudyError):
         read(tmp_path, text)
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.text.url import canonical
+from pipeline.text.url import canonical, web_address
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,7 @@ def test_canonical_form(url: str, expected: str) -> None:
 )  # fmt: skip
 def test_garbage_neither_raises_nor_changes_twice(garbage: str) -> None:
     assert canonical(canonical(garbage)) == canonical(garbage)
+
+
+def test_a_port_may_have_any_number_of_leading_zeros() -> None:
+    assert web_address(f"http://example.org:{'0' * 5000}8080/").port == 8080

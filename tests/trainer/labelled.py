@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +11,12 @@ from tests.trainer.shards import COLOURS, jpeg, picture
 
 
 def write_folders(folder: Path, per_class: int, seed: int = 0) -> Path:
-    """COLOUR/*.png, `per_class` noisy pictures each, other ones for another seed."""
+    """Writes COLOUR/*.png, `per_class` noisy pictures of each colour, which depend on the seed."""
     for colour in COLOURS:
         (folder / colour).mkdir(parents=True)
         for i in range(per_class):
             picture(colour, seed * 1000 + i).save(folder / colour / f"{i}.png")
     return folder
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
 
 
 def labelled_members(labels: list[int], start: int = 0) -> list[tuple[str, bytes]]:
@@ -41,6 +29,6 @@ def labelled_members(labels: list[int], start: int = 0) -> list[tuple[str, bytes
 
 
 def texture(seed: int, size: int = 64) -> Image.Image:
-    """A picture that no other seed resembles: smooth noise, as photographs are."""
+    """Smooth noise, like a photograph, that differs clearly from that of other seeds."""
     coarse = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)

@@ -23,7 +23,7 @@ COCA = {
     "multimodal_cfg": TEXT,
     "custom_text": True,
 }  # fmt: skip
-"""A configuration of open_clip whose text decoder has no part in a contrastive loss."""
+"""An open_clip configuration with a text decoder, which a contrastive loss does not train."""
 
 
 def write_model(out: Path) -> str:

@@ -1,4 +1,4 @@
-"""One rank of a sharded loss; imports little, because every process that a test spawns imports it."""
+"""One rank of a sharded loss. It has few imports, because every process that a test spawns imports it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer import loss
 
 
 def check_loss(rank: int, folder: str, cases: dict[str, Any]) -> None:
-    """Of 4 processes all are ranks first, then two of them: each has its part of the batch, and its gradients."""
+    """Computes the loss of this process's part of a batch and its gradients, first with 4 ranks and then with 2."""
     torch.set_num_threads(1)
     for world in (4, 2):
         if rank >= world:
@@ -27,7 +27,7 @@ def check_loss(rank: int, folder: str, cases: dict[str, Any]) -> None:
                 got = loss.clip_loss(*inputs[:3])[0] if kind == "clip" else loss.siglip_loss(*inputs)[0]
                 got.backward()
                 torch.testing.assert_close(got.detach(), value)
-                # Scaled by the number of ranks, which the average over the ranks takes back.
+                # Scaled by the number of ranks, because the gradients are averaged over the ranks afterwards.
                 for v, gradient in zip(inputs[:2], gradients):
                     torch.testing.assert_close(v.grad / world, gradient[own], atol=5e-6, rtol=1e-5)
                 for v, gradient in zip(inputs[2:], gradients[2:]):

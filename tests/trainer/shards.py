@@ -1,4 +1,4 @@
-"""Makes shards, as their format is written down, with nothing but tarfile."""
+"""Writes shards from the description of their format, with tarfile alone."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tests.images import encoded
+
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "white": (240, 240, 240)}
 
 
 def jpeg(image: Image.Image, kind: str = "JPEG") -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
+    return encoded(image, kind)
 
 
 def picture(colour: str, seed: int, size: tuple[int, int] = (80, 64)) -> Image.Image:
@@ -71,7 +71,8 @@ def write_shards(folder: Path, pairs: list[tuple[bytes, str]], per_shard: int = 
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.PAX_FORMAT) -> Path:
-    """A tar as others make them: names and order as given, times with fractions (hence pax headers)."""
+    """A tar as other tools write it: names and order as given, fractional times (hence pax headers)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=form) as tar:
         for name, data in members:
             member = tarfile.TarInfo(name)

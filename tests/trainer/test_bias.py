@@ -41,19 +41,25 @@ def test_a_csv_and_folders_of_groups_give_the_same(evaluate, words: list[str], t
 
 
 @pytest.mark.parametrize(
-    ("csv", "labels", "said"),
+    ("csv", "labels", "message"),
     [
         ("image\nx.png\n", "crime: [thief]", "at least one column of groups"),
-        ("", "crime: [thief]", "no rows below a line of column names"),
+        ("", "crime: [thief]", "no rows below the line of column names"),
         ("image,age\nx.png,old\n", "crime: thief", "expected categories"),
         ("image,age\nx.png,old\n", "[thief]", "expected categories"),
         ("image,age\nx.png,old\n", "crime: [thief]", "x.png"),
     ],
 )
-def test_what_is_wrong_is_named(
-    model: str, words: list[str], tmp_path: Path, csv: str, labels: str, said: str, capsys: pytest.CaptureFixture[str]
+def test_mistakes_in_the_input_files_are_reported(
+    model: str,
+    words: list[str],
+    tmp_path: Path,
+    csv: str,
+    labels: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "people.csv").write_text(csv)
     (tmp_path / "labels.yaml").write_text(labels)
     assert main(["bias", "--model", model, "--data", str(tmp_path / "people.csv"), *words]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -23,7 +23,7 @@ def test_available_models_are_those_of_openai() -> None:
     ]
 
 
-def test_a_name_stands_for_openais_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_name_loads_openais_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, str]] = []
 
     def spy(name: str, **options: str) -> None:

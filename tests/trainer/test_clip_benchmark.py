@@ -1,6 +1,6 @@
-"""The figures of CLIP_benchmark's own functions, on the same model and the same data.
+"""Our metrics equal those of CLIP_benchmark's own functions on the same model and data.
 
-It wants packages that nothing else here does, so it is fetched from the package index for these tests alone.
+It needs packages that nothing else here needs, so these tests install it from the package index.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from tests.trainer.labelled import texture, write_folders, write_tar
-from tests.trainer.shards import COLOURS, jpeg
+from tests.trainer.labelled import texture, write_folders
+from tests.trainer.shards import COLOURS, jpeg, write_tar
 from trainer.evaluate.classes import open_labelled, read_templates
 from trainer.model import open_clip
 
@@ -51,7 +51,7 @@ class Labelled(list[tuple[torch.Tensor, int]]):
 
 def test_zero_shot(peer, theirs, evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     metric = peer("zeroshot_classification")
-    # It takes arrays of one number for a number, which NumPy does no longer.
+    # It converts one-element arrays to float, which NumPy no longer allows.
     monkeypatch.setattr(metric, "float", lambda array: array.item(), raising=False)
     root = write_folders(tmp_path / "data", 15)
     for name in ("striped", "dotted"):  # acc5 wants five classes or more; these are larger
@@ -66,7 +66,7 @@ def test_zero_shot(peer, theirs, evaluate, tmp_path: Path, monkeypatch: pytest.M
     want = metric.evaluate(
         net, DataLoader(pairs, batch_size=32), tokenizer, data.names, read_templates("imagenet"), "cpu", amp=False
     )
-    assert 0.1 < want["acc1"] < 0.9  # else any two figures would agree
+    assert 0.1 < want["acc1"] < 0.9  # otherwise agreement would prove nothing
     assert got == pytest.approx(want, abs=1e-4)
 
 

@@ -27,7 +27,7 @@ def test_yaml_numbers_are_numbers_and_no_is_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (GOOD + "lr: 2", "c.yaml:5: lr: duplicate key (first on line 4)"),
         (GOOD + "bacth_size: 3", "bacth_size: no such key; did you mean batch_size?"),
@@ -59,10 +59,10 @@ def test_yaml_numbers_are_numbers_and_no_is_text(tmp_path: Path) -> None:
         ("a: [", "c.yaml"),
     ],
 )
-def test_mistakes_are_named(tmp_path: Path, text: str, said: str) -> None:
+def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         read(tmp_path, text)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 ODD = [

@@ -35,10 +35,10 @@ LARGE = ("train_rn50x16", "train_rn50x64", "train_vit_l14", "train_vit_l14_336",
     [pytest.param(path, marks=pytest.mark.slow if path.stem in LARGE else (), id=path.stem) for path in PRESETS],
 )
 def test_every_preset_has_a_plan_without_its_data(conf: Path) -> None:
-    said = page(conf, "shards=nowhere")
-    assert "missing: shards: nowhere" in said
+    plan = page(conf, "shards=nowhere")
+    assert "missing: shards: nowhere" in plan
     for pattern in (r"# M parameters", r"# GFLOPs per sample", r"memory +about # GB", r"# GPU-hours on an H100 at 40%"):
-        figure(said, pattern)
+        figure(plan, pattern)
 
 
 def test_the_papers_presets_are_the_papers() -> None:
@@ -61,36 +61,36 @@ def conf(tmp_path: Path) -> Path:
 
 def test_flops_are_those_of_the_towers_and_three_passes(conf: Path) -> None:
     # 7.4 billion multiply-adds at 224 px and 77 tokens (open_clip's model profile), 2 FLOPs each.
-    said = page(conf, "model=ViT-B-32")
-    assert figure(said, "# forward") == pytest.approx(2 * 7.4, rel=0.02)
-    assert figure(said, "# GFLOPs") == pytest.approx(3 * figure(said, "# forward"), rel=0.02)
+    plan = page(conf, "model=ViT-B-32")
+    assert figure(plan, "# forward") == pytest.approx(2 * 7.4, rel=0.02)
+    assert figure(plan, "# GFLOPs") == pytest.approx(3 * figure(plan, "# forward"), rel=0.02)
     cached = page(conf, "model=ViT-B-32", "micro_batch_size=256")
-    assert figure(cached, "# GFLOPs") == pytest.approx(4 * figure(said, "# forward"), rel=0.02)
+    assert figure(cached, "# GFLOPs") == pytest.approx(4 * figure(plan, "# forward"), rel=0.02)
 
 
-def test_memory_follows_what_is_held_at_once(conf: Path) -> None:
-    said = page(conf)
-    activations = figure(said, "activations #")
+def test_memory_is_estimated_from_what_is_held_at_the_same_time(conf: Path) -> None:
+    plan = page(conf)
+    activations = figure(plan, "activations #")
     assert figure(page(conf, "micro_batch_size=2048"), "activations #") == pytest.approx(activations / 4, rel=0.05)
     assert figure(page(conf, "ranks=4"), "activations #") == pytest.approx(activations / 4, rel=0.05)
     assert figure(page(conf, "precision=fp32"), "activations #") == pytest.approx(activations * 2, rel=0.05)
     assert figure(page(conf, "grad_checkpointing=true"), "activations #") < activations * 0.7
-    assert "more than a GPU of 80 GB has" not in said
+    assert "more than a GPU of 80 GB has" not in plan
     large = page(conf, "batch_size=1048576")
     fits = int(figure(large, "micro_batch_size to at most #"))
     assert "more than a GPU" not in page(conf, "batch_size=1048576", f"micro_batch_size={fits}")
 
 
 def test_a_locked_tower_costs_its_forward_pass_and_its_weights(conf: Path, tmp_path: Path) -> None:
-    said = page(conf, "model=ViT-B-32")
+    plan = page(conf, "model=ViT-B-32")
     locked = page(conf, "model=ViT-B-32", "lock_image=true", f"pretrained={tmp_path}/absent")
     assert f"missing: pretrained '{tmp_path}/absent'" in locked
     assert "63.4 M of them trained" in locked
-    assert figure(locked, "# forward") == figure(said, "# forward")
-    assert figure(locked, "# backward") == pytest.approx(figure(said, "# backward") * 0.4, rel=0.05)
-    assert figure(locked, "activations #") < figure(said, "activations #") * 0.6
+    assert figure(locked, "# forward") == figure(plan, "# forward")
+    assert figure(locked, "# backward") == pytest.approx(figure(plan, "# backward") * 0.4, rel=0.05)
+    assert figure(locked, "activations #") < figure(plan, "activations #") * 0.6
     # 12 bytes for each of 87.8 million weights that need no gradient and no moments.
-    assert figure(said, "AdamW #") - figure(locked, "AdamW #") == pytest.approx(1.05, abs=0.1)
+    assert figure(plan, "AdamW #") - figure(locked, "AdamW #") == pytest.approx(1.05, abs=0.1)
 
 
 def test_steps_come_from_the_shards_or_from_samples(conf: Path, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_steps_come_from_the_shards_or_from_samples(conf: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("pairs", [1000, 8192, 32768])
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_the_loss_holds_what_the_plan_says(pairs: int, kind: str) -> None:
+def test_the_loss_uses_the_memory_that_the_plan_predicts(pairs: int, kind: str) -> None:
     image, text = torch.empty(pairs, 512, device="meta"), torch.empty(pairs, 512, device="meta")
     scale, bias = torch.empty((), device="meta"), torch.empty((), device="meta")
     with cost.Meter() as meter:

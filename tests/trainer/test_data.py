@@ -36,7 +36,7 @@ def test_an_epoch_is_a_permutation(count: int) -> None:
     assert sorted(order.tolist()) == list(range(count))
 
 
-def test_order_depends_on_seed_and_epoch_and_not_on_how_it_is_asked_for() -> None:
+def test_order_depends_only_on_seed_and_epoch() -> None:
     whole = shuffled(np.arange(1000), 1000, seed=0, epoch=0)
     parts = [shuffled(np.arange(start, start + 100), 1000, seed=0, epoch=0) for start in range(0, 1000, 100)]
     assert np.array_equal(whole, np.concatenate(parts))
@@ -135,7 +135,7 @@ def test_the_crop_is_a_square_that_moves_along_the_longer_side() -> None:
 
 
 @pytest.mark.parametrize("shape", [(80, 64), (256, 192), (64, 64), (20, 300), (700, 500)])
-def test_the_crop_is_what_pillow_makes_of_it(shape: tuple[int, int]) -> None:
+def test_the_crop_equals_that_of_pillow(shape: tuple[int, int]) -> None:
     image = smooth(shape)
     side = min(shape)
     x, y = (int(0.3 * (length - side + 1)) for length in shape)
@@ -178,7 +178,7 @@ def rename_shard(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda folder: (folder / "_SUCCESS").unlink(), "no _SUCCESS.*run it again"),
         (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json"),
@@ -192,10 +192,10 @@ def rename_shard(folder: Path) -> None:
         (rename_shard, "not a plain file name"),
     ],
 )
-def test_damaged_shards_are_refused_by_name(tmp_path: Path, spoil, said: str) -> None:  # type: ignore[no-untyped-def]
+def test_damaged_shards_are_refused_by_name(tmp_path: Path, spoil, message: str) -> None:  # type: ignore[no-untyped-def]
     folder = write_shards(tmp_path / "shards", samples(20))
     spoil(folder)
-    with pytest.raises(ShardsError, match=said):
+    with pytest.raises(ShardsError, match=message):
         Shards(folder)
 
 

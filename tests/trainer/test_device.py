@@ -38,7 +38,7 @@ def test_without_instructions_for_bf16_a_cpu_computes_in_fp32(
         ("AVX512_CORE_BF16", "fp32 (auto: avx512_bf16 does not train faster)", "bf16 (auto: this CPU has avx512_bf16)"),
     ],
 )
-def test_bf16_is_taken_where_it_is_faster(
+def test_bf16_is_chosen_where_it_is_faster(
     monkeypatch: pytest.MonkeyPatch, most: str, training: str, evaluating: str
 ) -> None:
     monkeypatch.setenv(VARIABLES[0], most)
@@ -47,6 +47,6 @@ def test_bf16_is_taken_where_it_is_faster(
     assert choose_precision("bf16", CPU, training=True).warning == ""
 
 
-def test_what_is_given_is_taken() -> None:
+def test_a_given_precision_is_used() -> None:
     assert choose_precision("fp32", CPU, training=True) == ("fp32", "", "")
     assert "emulates fp16" in choose_precision("fp16", CPU, training=True).warning

@@ -1,11 +1,10 @@
-"""Several ranks train what one trains."""
+"""Training with several ranks gives the same model as training with one."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import HUNG
+from tests.conftest import HUNG, free_port
 from tests.fetch.process_tree import family
 from tests.trainer.models import COCA
 from tests.trainer.shards import samples, write_shards
-from tests.trainer.test_train import assert_equal, metrics, weights, words
+from tests.trainer.test_train import assert_equal, metrics, wait_for_step_2, weights, words
 from trainer import checkpoint, distributed, train
 
 
@@ -33,13 +32,10 @@ MODULE = ["-m", "trainer.train"]
 
 
 def start(line: list[str], ranks: int = 2, program: list[str] = MODULE) -> list[subprocess.Popen[str]]:
-    """What `torchrun` does: processes that find each other by their environment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """Starts processes that find each other by environment variables, as `torchrun` does."""
     shared = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(ranks),
         "GLOO_SOCKET_IFNAME": "lo",
     }
@@ -55,9 +51,9 @@ def start(line: list[str], ranks: int = 2, program: list[str] = MODULE) -> list[
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
-    said = [process.communicate(timeout=HUNG)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), said
-    return said
+    output = [process.communicate(timeout=HUNG)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), output
+    return output
 
 
 def test_two_ranks_go_on_from_the_checkpoint_of_one_with_the_same_samples_and_losses(
@@ -74,7 +70,7 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one_with_the_same_samples_and_lo
     trained, alone = weights(tmp_path / "two"), weights(tmp_path / "one")
     for name, value in trained.items():
         torch.testing.assert_close(value, alone[name], rtol=1e-2, atol=1e-3, msg=name)
-    # One log, of all ranks.
+    # All ranks share one log.
     assert two[-1]["corrupt"] > 0
     assert "corrupt sample 00001.tar:000000019" in first
     assert "corrupt sample" not in second
@@ -107,7 +103,7 @@ def test_parameters_that_the_loss_does_not_reach_train_on_two_ranks_as_on_one(sh
     for key in ("loss", "grad_norm"):
         one, two = ([record[key] for record in metrics(tmp_path / name)] for name in ("one", "two"))
         assert two == pytest.approx(one, rel=1e-3)
-    # A checkpoint of one rank goes on with two.
+    # Two ranks resume the checkpoint of one.
     resume = f"resume={tmp_path / 'one' / 'checkpoints' / 'step-00000002.pt'}"
     finish(start([*words(shards, tmp_path / "again", **options), resume], 2, program))
 
@@ -117,29 +113,26 @@ def test_two_ranks_evaluate_once_and_train_as_without(shards: Path, tmp_path: Pa
     data = write_shards(tmp_path / "shards", samples(36))
     line = words(data, tmp_path / "plain", epochs=1)
     finish(start(line))
-    said = finish(start([*line, f"output={tmp_path / 'evaluated'}", task.replace(str(shards), str(data))]))
+    output = finish(start([*line, f"output={tmp_path / 'evaluated'}", task.replace(str(shards), str(data))]))
     found = [record["step"] for record in metrics(tmp_path / "evaluated") if "seen/image_retrieval_recall@1" in record]
     assert found == [0, 3, 4]
-    assert [text.count("  seen  ") for text in said] == [3, 0]
+    assert [text.count("  seen  ") for text in output] == [3, 0]
     assert_equal(weights(tmp_path / "evaluated"), weights(tmp_path / "plain"))
-    # What is wrong with it ends all ranks alike.
+    # An error in it ends all ranks in the same way.
     processes = start([*line, f"output={tmp_path / 'refused'}", task.replace(str(shards), str(tmp_path / "nowhere"))])
-    said = [process.communicate(timeout=HUNG)[1] for process in processes]
+    output = [process.communicate(timeout=HUNG)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
-    assert all("nowhere" in text and "Traceback" not in text for text in said)
+    assert all("nowhere" in text and "Traceback" not in text for text in output)
 
 
 def test_sigterm_to_one_rank_stops_all_after_the_same_step(shards: Path, tmp_path: Path) -> None:
     line = words(shards, tmp_path / "out", log_every=1, epochs=100)
     processes = start(line)
-    assert processes[0].stderr is not None
-    for said in processes[0].stderr:
-        if said.startswith("step 2/"):
-            break
+    wait_for_step_2(processes[0])
     processes[1].send_signal(signal.SIGTERM)
-    said = [process.communicate(timeout=HUNG)[1] for process in processes]
-    assert [process.returncode for process in processes] == [143, 143], said
-    assert "Traceback" not in "".join(said)
+    output = [process.communicate(timeout=HUNG)[1] for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], output
+    assert "Traceback" not in "".join(output)
     assert int(weights(tmp_path / "out")["step"]) == metrics(tmp_path / "out")[-1]["step"]
 
 
@@ -151,15 +144,12 @@ def test_sigterm_to_torchrun_writes_a_checkpoint_that_the_same_command_resumes_f
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *MODULE, *line]
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as torchrun:
-        assert torchrun.stderr is not None
-        for said in torchrun.stderr:
-            if said.startswith("step 2/"):
-                break
+        wait_for_step_2(torchrun)
         ranks = [pid for pid in family(torchrun.pid) if pid != torchrun.pid]
         torchrun.send_signal(signal.SIGTERM)
-        said = torchrun.communicate(timeout=HUNG)[1]
-    assert torchrun.returncode == 1, said  # torchrun's own status; it prints what its ranks ended with
-    assert said.count("stopped by SIGTERM; the same command resumes") == 2
+        output = torchrun.communicate(timeout=HUNG)[1]
+    assert torchrun.returncode == 1, output  # torchrun's own status; it prints what its ranks ended with
+    assert output.count("stopped by SIGTERM; the same command resumes") == 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     step = int(weights(tmp_path / "out")["step"])
     assert step == metrics(tmp_path / "out")[-1]["step"] < 12
@@ -202,7 +192,7 @@ def test_ray_starts_the_ranks_wherever_its_workers_run(shards: Path, tmp_path: P
     assert done.returncode == 0, done.stderr
     one, two = metrics(tmp_path / "one")[2:], metrics(tmp_path / "ray")
     assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], rel=1e-3)
-    # What is wrong in a worker ends the command as it would alone.
+    # An error in a worker ends the command as it does with a single rank.
     refused = start_on_ray("batch_size=64")
     assert refused.returncode == 2
     assert "only 36 samples" in refused.stderr

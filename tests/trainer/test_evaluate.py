@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.trainer.labelled import labelled_members, write_folders, write_tar
-from tests.trainer.shards import COLOURS, jpeg, picture, samples, write_shards
+from tests.trainer.labelled import labelled_members, write_folders
+from tests.trainer.shards import COLOURS, jpeg, picture, samples, write_shards, write_tar
 from trainer.data import Shards, ShardsError
 from trainer.evaluate.__main__ import main
 from trainer.evaluate.classes import open_labelled, read_templates
@@ -166,16 +166,16 @@ def test_shards_are_read_in_the_order_of_their_numbers_and_all_of_them(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("members", "said"),
+    ("members", "message"),
     [
         ([("a.cls", b"0")], "no image or no .cls"),
         ([("a.cls", b"x"), ("a.jpg", b"")], "expected a whole number"),
     ],
 )
-def test_what_is_wrong_in_a_tar_is_named(tmp_path: Path, members: list[tuple[str, bytes]], said: str) -> None:
+def test_mistakes_in_a_tar_are_reported(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
     write_tar(tmp_path / "0.tar", members)
     (tmp_path / "classnames.txt").write_text("red\n")
-    with pytest.raises(EvaluationError, match=said):
+    with pytest.raises(EvaluationError, match=message):
         list(open_labelled(tmp_path))
 
 

@@ -96,7 +96,7 @@ def test_no_tensor_as_large_as_the_matrix_of_logits_is_made(kind: str, monkeypat
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_chance_is_the_loss_of_a_model_that_knows_nothing(kind: str) -> None:
+def test_chance_is_the_loss_of_a_model_with_equal_features(kind: str) -> None:
     count = 64
     same = torch.ones(count, 1)
     # Equal features: CLIP's softmaxes are uniform; SigLIP's best answer to every pair is a probability of 1 / N.

@@ -90,7 +90,7 @@ def test_a_configuration_names_one_source_or_several(sources: list[Shards]) -> N
 
 
 @pytest.mark.parametrize(
-    ("entries", "said"),
+    ("entries", "message"),
     [
         ([], "empty"),
         ([{"path": "a"}], "expected {path: …, weight: …}"),
@@ -103,9 +103,9 @@ def test_a_configuration_names_one_source_or_several(sources: list[Shards]) -> N
         ([{"path": "absent", "weight": 1}], "absent is not a folder"),
     ],
 )
-def test_weights_that_make_no_sense_are_refused(sources: list[Shards], entries: list, said: str) -> None:  # type: ignore[type-arg]
+def test_invalid_weights_are_refused(sources: list[Shards], entries: list, message: str) -> None:  # type: ignore[type-arg]
     for entry in entries:
         if isinstance(entry, dict) and entry["path"] == "SOURCE":
             entry["path"] = sources[0].folder
-    with pytest.raises(ShardsError, match=said):
+    with pytest.raises(ShardsError, match=message):
         open_shards(entries)

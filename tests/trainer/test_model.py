@@ -125,7 +125,7 @@ def test_a_resnet_that_computes_its_activations_twice_learns_the_same() -> None:
 
 
 @pytest.mark.parametrize("name", ["scorer-64", "tiny-rn-64", *OTHER_TOWERS])
-def test_checkpointed_activations_change_no_number(name: str) -> None:
+def test_checkpointed_activations_do_not_change_the_result(name: str) -> None:
     found = []
     for again in (False, True):
         torch.manual_seed(0)
@@ -143,7 +143,7 @@ def test_checkpointed_activations_change_no_number(name: str) -> None:
         assert torch.equal(got[name], value), name
 
 
-def test_parameters_that_the_features_do_not_depend_on_have_no_gradient_to_wait_for() -> None:
+def test_parameters_without_effect_on_the_features_are_frozen() -> None:
     model, preprocess, tokenizer = create("coca-64")
     freeze_unreached(model, preprocess, tokenizer)
     frozen = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
@@ -188,7 +188,7 @@ def test_weights_are_found_in_every_checkpoint_without_running_its_code(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("saved", "said"),
+    ("saved", "message"),
     [
         (b"", "cannot be read as weights"),
         (b"<html>404</html>", "cannot be read as weights"),
@@ -198,10 +198,10 @@ def test_weights_are_found_in_every_checkpoint_without_running_its_code(tmp_path
         ({"optimizer": {"lr": 1}}, "expected a state dict"),
     ],
 )
-def test_what_holds_no_weights_is_refused_in_a_line(tmp_path: Path, saved: Any, said: str) -> None:
+def test_a_file_without_weights_is_refused_in_one_line(tmp_path: Path, saved: Any, message: str) -> None:
     path = tmp_path / "weights.pt"
     path.write_bytes(saved) if isinstance(saved, bytes) else torch.save(saved, path)
-    with pytest.raises(ModelError, match=said) as error:
+    with pytest.raises(ModelError, match=message) as error:
         read_weights(path)
     assert len(str(error.value).splitlines()) == 1
 
@@ -216,7 +216,7 @@ def test_a_checkpoint_of_the_trainer_brings_its_activation_and_its_bias(tmp_path
 
 
 @pytest.mark.parametrize(("trained", "start"), [(None, (-10, 10)), (-7.5, (-7.5, 14.2857))])
-def test_the_sigmoid_loss_starts_from_clip_weights_as_from_none(
+def test_the_sigmoid_loss_has_its_own_start_values_even_with_clip_weights(
     tmp_path: Path, trained: float | None, start: tuple[float, float]
 ) -> None:
     state = create("scorer-64")[0].state_dict()
@@ -250,7 +250,7 @@ def test_trimmed_text_gives_the_features_and_gradients_of_padded_text(captions: 
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5 * captions)
 
 
-def test_one_long_caption_costs_the_others_no_padding() -> None:
+def test_one_long_caption_does_not_pad_the_others() -> None:
     model, _, tokenizer = create("scorer-64")
     tokens = tokenizer([*["a cat"] * 200, "word " * 100, *["a blue circle"] * 55])
     length = tokens.shape[1]
@@ -260,7 +260,7 @@ def test_one_long_caption_costs_the_others_no_padding() -> None:
     assert sum(group.numel() for group in groups) < 0.5 * tokens.numel()
 
 
-def test_a_text_tower_that_looks_ahead_goes_on_doing_so(tmp_path: Path) -> None:
+def test_a_text_tower_without_a_causal_mask_still_sees_later_tokens(tmp_path: Path) -> None:
     config = open_clip.get_model_config("scorer-64")
     config["text_cfg"]["no_causal_mask"] = True  # as CLIPA's
     (tmp_path / "ahead-64.json").write_text(json.dumps(config))
@@ -287,7 +287,7 @@ def folder_without_weights(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "pretrained", "said"),
+    ("name", "pretrained", "message"),
     [
         ("ViT-B-23", None, "ViT-B-32"),
         ("ViT-B-32", None, "a name alone has no weights; `pretrained` must be one of its tags \\(openai"),
@@ -296,8 +296,8 @@ def folder_without_weights(folder: Path) -> str:
         ("local-dir:/nowhere/at/all", None, "does not exist"),
     ],
 )
-def test_never_random_weights_for_a_name(name: str, pretrained: str | None, said: str) -> None:
-    with pytest.raises(ModelError, match=said):
+def test_never_random_weights_for_a_name(name: str, pretrained: str | None, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
         load(name, pretrained)
 
 

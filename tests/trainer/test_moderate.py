@@ -66,7 +66,7 @@ def test_every_picture_gets_a_line(model: str, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("labels: {}", "`neutral`"),
         ("neutral: [a]\nlabels: {}", "at least one"),
@@ -82,7 +82,7 @@ def test_every_picture_gets_a_line(model: str, tmp_path: Path, capsys: pytest.Ca
         ),
     ],
 )
-def test_what_is_wrong_with_a_policy_is_named(tmp_path: Path, text: str, said: str) -> None:
+def test_mistakes_in_a_policy_are_reported(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "policy.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         read_policy(tmp_path / "policy.yaml")

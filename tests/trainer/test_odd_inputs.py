@@ -1,4 +1,4 @@
-"""Whatever an evaluation is given, it ends in a result or in a line that names what is wrong: no traceback, no part."""
+"""Any input of an evaluation gives a result or a one-line error that names the fault: no traceback, no partial file."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.trainer.labelled import labelled_members, write_folders, write_tar
+from tests.trainer.labelled import labelled_members, write_folders
 from tests.trainer.models import write_model
-from tests.trainer.shards import jpeg, picture, samples, write_shards
+from tests.trainer.shards import jpeg, picture, samples, write_shards, write_tar
 from trainer import export, moderate, search
 from trainer.evaluate.__main__ import main as evaluate
 from trainer.model import WEIGHTS_FILE
@@ -38,7 +38,7 @@ def place(at: Path, files: dict[str, str | bytes]) -> None:
 
 @pytest.fixture
 def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory but for `data`, two folders of classes, and lists of names."""
+    """A working directory with `data` (two folders of classes) and lists of names."""
     monkeypatch.chdir(tmp_path)
     for colour in ("red", "blue"):
         (tmp_path / "data" / colour).mkdir(parents=True)
@@ -60,7 +60,7 @@ Make = Callable[[Path], object]
 
 
 @pytest.mark.parametrize(
-    ("words", "make", "said"),
+    ("words", "make", "message"),
     [
         # Folders of classes.
         ("zeroshot --data none", None, "none: no such folder"),
@@ -182,14 +182,14 @@ Make = Callable[[Path], object]
     ],
 )  # fmt: skip
 def test_an_evaluation_ends_in_a_line(
-    model: str, at: Path, capsys: pytest.CaptureFixture[str], words: str, make: Make | None, said: str
+    model: str, at: Path, capsys: pytest.CaptureFixture[str], words: str, make: Make | None, message: str
 ) -> None:
     if make:
         make(at)
     task, *rest = words.split()
     assert evaluate([task, "--model", model, *rest]) == 2
     printed = capsys.readouterr()
-    assert said in printed.err
+    assert message in printed.err
     assert printed.out == ""
 
 
@@ -220,7 +220,7 @@ def embeddings(at: Path, vectors: np.ndarray | bytes) -> None:
          lambda at: place(at, {"train/red/0.jpg": PICTURE, "train/blue/0.jpg": PICTURE})),
     ],
 )  # fmt: skip
-def test_small_and_plain_oddities_are_read(
+def test_harmless_oddities_are_accepted(
     model: str, at: Path, capsys: pytest.CaptureFixture[str], words: str, make: Make
 ) -> None:
     make(at)
@@ -230,7 +230,7 @@ def test_small_and_plain_oddities_are_read(
 
 
 @pytest.mark.parametrize(
-    ("main", "words", "make", "said"),
+    ("main", "words", "make", "message"),
     [
         (moderate.main, "none --policy policy.yaml", None, "none is not a folder"),
         (moderate.main, "empty --policy policy.yaml", lambda at: (at / "empty").mkdir(), "expected shards, a picture"),
@@ -262,13 +262,13 @@ def test_search_and_moderation_end_in_a_line(
     main: Callable[[list[str]], int],
     words: str,
     make: Make | None,
-    said: str,
+    message: str,
 ) -> None:
     if make:
         make(at)
     assert main([*words.split(), "--model", model]) == 2
     printed = capsys.readouterr()
-    assert said in printed.err
+    assert message in printed.err
     assert printed.out == ""
 
 
@@ -279,7 +279,7 @@ def indexed(at: Path, dim: int) -> None:
 
 
 def spoil_size(at: Path) -> None:
-    """Makes the index say that it has as many vectors as no memory holds."""
+    """Makes the index claim more vectors than fit in memory."""
     index = at / "emb/image.index"
     data = bytearray(index.read_bytes())
     data[12:16] = b"\xff\xff\xff\x0f"  # dimension, metric and number of vectors come first
@@ -321,8 +321,8 @@ def test_pictures_in_hidden_folders_are_not_moderated(model: str, at: Path) -> N
     assert len((at / "out.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_result_for_a_device_leaves_the_device(model: str, at: Path) -> None:
-    """As root, the device itself would be replaced by a file."""
+def test_a_result_written_to_a_device_does_not_replace_it(model: str, at: Path) -> None:
+    """Root could replace the device with a file."""
     os.mkfifo(at / "pipe")
     with ThreadPoolExecutor() as pool:
         read = pool.submit((at / "pipe").read_text)
@@ -331,23 +331,25 @@ def test_a_result_for_a_device_leaves_the_device(model: str, at: Path) -> None:
     assert (at / "pipe").is_fifo()
 
 
-def test_classes_of_one_name_are_said(model: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_classes_with_the_same_name_cause_a_warning(model: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place(at, {"n": "red\nred\n"})
     assert evaluate(["zeroshot", "--model", model, "--data", "data", "--classnames", "n"]) == 0
     assert "2 classes are called 'red'" in capsys.readouterr().err
 
 
-def test_captions_are_split_at_ends_of_lines_alone() -> None:
+def test_captions_are_split_only_at_line_ends() -> None:
     assert split_lines(" one\u2028still one\x0c \r\n\ntwo\rthree") == ["one\u2028still one", "two", "three"]
 
 
-def test_a_query_for_more_than_there_is_finds_all(model: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_query_for_more_results_than_exist_finds_all(
+    model: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     indexed(at, 64)
     assert search.main(["query", "emb", "--text", "x", "-k", "1000000000", "--model", model]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def test_a_moderation_that_fails_leaves_no_part(model: str, at: Path) -> None:
+def test_a_failed_moderation_leaves_no_partial_file(model: str, at: Path) -> None:
     place(at, {"data/z.jpg": PICTURE})
     words = ["data", "--policy", "policy.yaml", "--output", "out.jsonl", "--model"]
     assert moderate.main([*words, spoilt(model, at / "spoilt", 1e9)]) == 2
@@ -358,7 +360,7 @@ def test_a_moderation_that_fails_leaves_no_part(model: str, at: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda at: (at / "x.pt").write_bytes(b"no checkpoint"), "x.pt: damaged, or not a checkpoint of this trainer"),
         (lambda at: torch.save({"model": {}, "model_config": {}, "step": 1}, at / "x.pt"), "no config in it"),
@@ -366,10 +368,12 @@ def test_a_moderation_that_fails_leaves_no_part(model: str, at: Path) -> None:
         (lambda at: None, "x.pt: no such checkpoint"),
     ],
 )
-def test_an_export_of_no_checkpoint(at: Path, capsys: pytest.CaptureFixture[str], change: Make, said: str) -> None:
+def test_an_export_of_something_else_than_a_checkpoint_is_refused(
+    at: Path, capsys: pytest.CaptureFixture[str], change: Make, message: str
+) -> None:
     change(at)
     assert export.main(["x.pt", "out"]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (at / "out").exists()
 
 
@@ -377,7 +381,7 @@ def test_an_export_of_no_checkpoint(at: Path, capsys: pytest.CaptureFixture[str]
 
 
 def spoilt(model: str, out: Path, factor: float) -> str:
-    """The model with a projection that makes every feature of a picture `factor` times as large."""
+    """The model with image features scaled by `factor`, or NaN from 1e6 on."""
     write_model(out)
     state = load_file(Path(model) / WEIGHTS_FILE)
     projection = next(name for name in state if name.endswith(("visual.proj", "visual.head.proj.weight")))
@@ -401,10 +405,10 @@ TASKS: dict[str, Any] = {
 
 @pytest.mark.parametrize("factor", [1e9, 1e-9], ids=["nan", "zero"])
 @pytest.mark.parametrize("task", [*TASKS, "moderate", "embed"])
-def test_features_that_are_no_unit_vectors_are_an_error(
+def test_features_that_are_not_unit_vectors_are_an_error(
     model: str, at: Path, capsys: pytest.CaptureFixture[str], task: str, factor: float
 ) -> None:
-    """NaN is what overflow gives; in fp16 a length that overflows, or vanishes, leaves vectors of zeros."""
+    """Overflow gives NaN. In fp16, a norm that overflows or underflows gives vectors of zeros."""
     write_shards(at / "shards", samples(4))
     place(at, {"b.csv": CSV, "train/red/0.jpg": PICTURE, "train/blue/0.jpg": PICTURE, "train/blue/1.jpg": PICTURE})
     words = ["--model", spoilt(model, at / "spoilt", factor), "--precision", "fp16"]

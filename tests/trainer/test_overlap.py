@@ -39,7 +39,7 @@ def test_nothing_in_common_or_everything() -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> tuple[Path, Path]:
-    """Twelve training pictures; six of them, enlarged and compressed again, are half of the test set."""
+    """Twelve training pictures, and a test set of which half are six of these, enlarged and compressed again."""
     shards = write_shards(tmp_path / "shards", [(jpeg(texture(i)), f"texture {i}") for i in range(12)], per_shard=5)
     for name, seeds in (("even", (0, 2, 4, 100, 102, 104)), ("odd", (1, 3, 5, 101, 103, 105))):
         (tmp_path / "test" / name).mkdir(parents=True)

@@ -15,6 +15,7 @@ from PIL import Image, ImageCms
 from pipeline.fetch.decoder import Rules
 from pipeline.fetch.decoder import decode as fetched
 from pipeline.fetch.reasons import FetchError
+from tests import images
 from tests.fetch import hostile_images as hostile
 from trainer.model import MAX_ASPECT
 from trainer.pictures import decode, sniff
@@ -26,13 +27,11 @@ TURNED[0x0112] = 6
 
 
 def encoded(kind: str, image: Image.Image = SCENE, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
+    return images.encoded(image, kind, **options)
 
 
 def profile(swap: bool) -> bytes:
-    """sRGB's, or one in which red means green."""
+    """The sRGB profile, or one that swaps red and green."""
     found = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     if not swap:
         return found
@@ -111,7 +110,7 @@ def test_pixels_are_those_of_a_fetched_picture(name: str) -> None:
         (hostile.jpeg_claiming(60_000, 60_000, progressive=True), "too_large"),
     ],
 )
-def test_what_a_fetch_would_drop_is_a_corrupt_sample(body: bytes, reason: str) -> None:
+def test_a_picture_that_a_fetch_would_drop_is_a_corrupt_sample(body: bytes, reason: str) -> None:
     with pytest.raises(FetchError) as caught:
         fetched(body, Rules())
     assert caught.value.reason == reason
@@ -172,7 +171,7 @@ def test_the_metadata_of_a_png_costs_nothing() -> None:
     assert np.array_equal(np.asarray(decode(png_with(*text, *text, *broken))), np.asarray(SCENE))
 
 
-def test_a_reduced_decoding_does_not_change_what_is_upright() -> None:
+def test_a_reduced_decoding_does_not_change_the_orientation() -> None:
     large = SCENE.resize((1600, 1000), Image.Resampling.BICUBIC)
     found = decode(encoded("JPEG", large, exif=TURNED.tobytes()), 64)
     assert found.size == (125, 200)

@@ -45,7 +45,7 @@ def test_the_fit_is_the_minimum_of_the_penalised_likelihood() -> None:
         )
 
 
-def test_more_regularisation_smaller_weights_and_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_regularisation_shrinks_the_weights_and_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = blobs()
     weak, strong = fit(features, labels, 3, 0.1)[0], fit(features, labels, 3, 100.0)[0]
     assert strong.norm() < weak.norm() / 3
@@ -109,15 +109,15 @@ def test_few_shot_of_a_folder(evaluate, data: Path) -> None:  # type: ignore[no-
     assert "fs_acc1@1" in metrics
 
 
-def test_what_cannot_be_probed(model: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def said(*words: object) -> str:
+def test_data_that_cannot_be_probed_is_refused(model: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error(*words: object) -> str:
         assert main([str(words[0]), "--model", model, *map(str, words[1:])]) == 2
         return capsys.readouterr().err
 
-    assert "give --train FOLDER" in said("probe", "--data", data / "test")
-    assert "12 pictures of 'blue', fewer than --shots 16" in said("fewshot", "--data", data)
+    assert "give --train FOLDER" in error("probe", "--data", data / "test")
+    assert "12 pictures of 'blue', fewer than --shots 16" in error("fewshot", "--data", data)
     shutil.rmtree(data / "train" / "red")
-    assert "its classes are not those of" in said("probe", "--data", data)
+    assert "its classes are not those of" in error("probe", "--data", data)
 
 
 def test_penultimate_features_are_those_before_the_projection(encoder: Encoder) -> None:

@@ -18,7 +18,7 @@ def line(accuracy: float) -> float:
     return float(expit(0.9 * logit(accuracy) - 0.5))
 
 
-def test_on_the_line_there_is_no_effective_robustness() -> None:
+def test_effective_robustness_is_zero_on_the_fitted_line() -> None:
     baselines = [(acc, line(acc)) for acc in ACCURACIES]
     found = effective_robustness(0.65, line(0.65), baselines)
     assert found["effective_robustness"] == pytest.approx(0, abs=1e-9)

@@ -50,7 +50,7 @@ def test_embeddings_are_in_clip_retrievals_layout(
     assert np.allclose(texts[1][2], encoder.texts(["a white picture"]).numpy()[0], atol=2e-3)
 
 
-def test_embedding_goes_on_where_it_stopped(model: str, shards: Path, tmp_path: Path) -> None:
+def test_embedding_resumes_where_it_stopped(model: str, shards: Path, tmp_path: Path) -> None:
     out = embedded(model, shards, tmp_path / "out")
     whole = np.load(out / "img_emb/img_emb_1.npy")
     kept = (out / "img_emb/img_emb_0.npy").stat().st_mtime_ns
@@ -115,7 +115,7 @@ def test_inverted_lists_find_the_nearest(model: str, tmp_path: Path, capsys: pyt
     assert main(["index", out, "--lists", "500"]) == 2
 
 
-def test_what_is_missing_is_named(
+def test_missing_inputs_and_packages_are_reported(
     model: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("faiss")

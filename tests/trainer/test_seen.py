@@ -1,4 +1,4 @@
-"""`trainer.seen` against trainings whose batches are recorded as they are made."""
+"""`trainer.seen`, compared with the recorded batches of real trainings."""
 
 from __future__ import annotations
 
@@ -129,21 +129,21 @@ def test_positions_are_the_inverse_of_order_in_mixtures(tmp_path: Path, weights:
         assert found == expected
 
 
-def test_what_cannot_be_answered_is_refused(
+def test_bad_input_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = with_tables(tmp_path / "data", 16)
     recorded(tmp_path / "out", monkeypatch, shards=str(data), epochs=1)
     uids = tmp_path / "uids.txt"
     other = with_tables(tmp_path / "other", 17)
-    for text, words, said in [
+    for text, words, message in [
         ("12\n", [], "uids.txt:1: found '12', expected 32 hex digits"),
         ("", [], "lists no uid"),
         (uid_of("data", 1), ["--shards", str(other)], "trained on other data than"),
     ]:
         uids.write_text(text)
         assert seen.main([str(tmp_path / "out"), "--uids", str(uids), *words]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert seen.main([str(tmp_path / "none"), "--uids", str(uids)]) == 2
     pq.write_table(pa.table({"uid": ["a"]}), data / "00000.parquet")
     assert seen.main([str(tmp_path / "out"), "--uids", str(uids)]) == 2

@@ -104,7 +104,7 @@ def test_the_grouping_is_webdatasets_own(tmp_path: Path, names: list[str]) -> No
     ]
 
 
-def test_names_that_webdataset_gives_no_picture_end_in_a_reason(tmp_path: Path) -> None:
+def test_names_without_a_picture_in_webdataset_get_a_reason(tmp_path: Path) -> None:
     names = ["a.v2.jpg", "a.v2.txt", "b.1.JPG", "b.txt", "._c.jpg", "c.jpg", "c.txt", "x/._d.jpg", "x/d.jpg", "x/d.txt"]
     assert contents(Shards(write_tar(tmp_path / "a.tar", members(*names)))) == [
         ("a.tar:a", "its picture's name has several dots, and a key ends at the first"),
@@ -168,7 +168,7 @@ def test_a_name_cannot_write_to_the_terminal(tmp_path: Path) -> None:
     assert Shards(tar).key(0) == "a.tar:?[2Jgone"
 
 
-def test_links_and_folders_are_no_samples(tmp_path: Path) -> None:
+def test_links_and_folders_are_not_samples(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind in (("a.jpg", tarfile.SYMTYPE), ("b.jpg", tarfile.LNKTYPE), ("c.txt", tarfile.DIRTYPE)):
             member = tarfile.TarInfo(name)
@@ -186,8 +186,8 @@ def test_the_index_is_built_once_and_anew_when_the_tar_changes(
 ) -> None:
     folder = write_foreign(tmp_path / "data", samples(20))
     first = Shards(folder)
-    said = capsys.readouterr().err
-    assert re.search(rf"indexed 2 tars in .* s; the indexes are in {folder}", said)
+    output = capsys.readouterr().err
+    assert re.search(rf"indexed 2 tars in .* s; the indexes are in {folder}", output)
     assert Shards(folder).fingerprint == first.fingerprint
     assert capsys.readouterr().err == ""
     (folder / "00001.tar").unlink()
@@ -206,7 +206,7 @@ def test_a_damaged_index_is_built_anew(tmp_path: Path) -> None:
     assert contents(Shards(folder)) == expected
 
 
-def test_where_the_folder_cannot_be_written_the_index_goes_to_the_cache(tmp_path: Path, cache: Path) -> None:
+def test_the_index_goes_to_the_cache_if_the_folder_cannot_be_written(tmp_path: Path, cache: Path) -> None:
     folder = write_foreign(tmp_path / "data", samples(8))
     (folder / "00000.tar.index.npy").mkdir()  # stands in for a read-only folder, which root could write
     assert len(Shards(folder)) == 8
@@ -214,7 +214,7 @@ def test_where_the_folder_cannot_be_written_the_index_goes_to_the_cache(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda data: data[:-10240], "no end mark|end mark is missing"),
         (lambda data: data[:5000], "cut at byte 5,000"),
@@ -226,13 +226,13 @@ def test_where_the_folder_cannot_be_written_the_index_goes_to_the_cache(tmp_path
         (lambda data: data[:1024] + b"x" + data[1025:], "checksum is wrong|no tar header"),
     ],
 )
-def test_a_damaged_tar_is_refused_by_name(tmp_path: Path, spoil, said: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_tar_is_refused_by_name(tmp_path: Path, spoil, message: str) -> None:  # type: ignore[no-untyped-def]
     folder = write_foreign(tmp_path / "data", samples(40))
     for name in ("00000.tar", "00002.tar"):
         data = (folder / name).read_bytes().rstrip(b"\0")
         whole = data + bytes(10240)
         (folder / name).write_bytes(spoil(whole))
-    with pytest.raises(ShardsError, match=said) as caught:
+    with pytest.raises(ShardsError, match=message) as caught:
         Shards(folder)
     assert "2 of 3 tars cannot be read" in str(caught.value)
     assert "00000.tar: " in str(caught.value)
@@ -266,7 +266,7 @@ def test_an_unfinished_run_is_not_taken_for_foreign_shards(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("pipe:cat a.tar", "commands"),
         ("pipe:curl -s http://example.org/{0..9}.tar", "commands"),
@@ -282,9 +282,9 @@ def test_an_unfinished_run_is_not_taken_for_foreign_shards(tmp_path: Path) -> No
         ("{folder}/absent", "absent is not a folder"),
     ],
 )
-def test_sources_that_cannot_be_read_are_refused(tmp_path: Path, source: str, said: str) -> None:
+def test_sources_that_cannot_be_read_are_refused(tmp_path: Path, source: str, message: str) -> None:
     (write_foreign(tmp_path / "data", samples(4)) / "empty").mkdir()
-    with pytest.raises(ShardsError, match=said):
+    with pytest.raises(ShardsError, match=message):
         Shards(source.replace("{folder}", str(tmp_path / "data")))
 
 

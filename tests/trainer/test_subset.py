@@ -1,4 +1,4 @@
-"""Training on some samples of a dataset, and on pictures that lie in other files."""
+"""Training on a subset of a dataset, and on pictures stored in other files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def save(path: Path, numbers: Any) -> str:
     return str(path)
 
 
-def test_a_subset_reads_its_samples_alone(shards: str, tmp_path: Path) -> None:
+def test_a_subset_reads_only_its_own_samples(shards: str, tmp_path: Path) -> None:
     chosen = np.array([1, 5, 17, 39])
     subset = open_shards(shards, save(tmp_path / "s.npy", chosen))
     assert len(subset) == 4
@@ -44,7 +44,7 @@ def test_the_fingerprint_is_of_contents_and_numbers(shards: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("numbers", "said"),
+    ("numbers", "message"),
     [
         (np.array([], np.int64), "at least one number"),
         (np.array([3, 3]), "ascending"),
@@ -56,11 +56,11 @@ def test_the_fingerprint_is_of_contents_and_numbers(shards: str, tmp_path: Path)
         (np.array([object()]), "not an .npy file of sample numbers"),
     ],
 )
-def test_wrong_subsets(shards: str, tmp_path: Path, numbers: Any, said: str) -> None:
+def test_wrong_subsets(shards: str, tmp_path: Path, numbers: Any, message: str) -> None:
     path = save(tmp_path / "s.npy", numbers)
     with pytest.raises(ShardsError) as caught:
         open_shards(shards, path)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert path in str(caught.value)
 
 
@@ -71,7 +71,7 @@ def test_a_subset_that_is_missing(shards: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def index(tmp_path: Path) -> Path:
-    """An index of pictures in two files, one after the other in each."""
+    """An index of pictures that are concatenated in two files."""
     folder, pairs = tmp_path / "index", samples(6)
     folder.mkdir()
     files, rows, captions = [], [], b""
@@ -120,7 +120,7 @@ def test_a_range_outside_its_file_is_a_corrupt_sample(index: Path, what: str) ->
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda about: about.update(format="winnow-pictures/9"), "format 'winnow-pictures/9'"),
         (lambda about: about["files"][0].update(samples=3), "expected int64 of shape (5, 6)"),
@@ -129,10 +129,10 @@ def test_a_range_outside_its_file_is_a_corrupt_sample(index: Path, what: str) ->
         (lambda about: about.pop("files"), "not an index of pictures"),
     ],
 )
-def test_wrong_indexes(index: Path, change: Any, said: str) -> None:
+def test_wrong_indexes(index: Path, change: Any, message: str) -> None:
     about = json.loads((index / "pictures.json").read_text())
     change(about)
     (index / "pictures.json").write_text(json.dumps(about))
     with pytest.raises(ShardsError) as caught:
         Shards(index)
-    assert said in str(caught.value)
+    assert message in str(caught.value)

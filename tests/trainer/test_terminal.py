@@ -1,10 +1,9 @@
-"""Nothing from outside reaches the terminal with control characters, and no secret does at all; how signals end."""
+"""Untrusted text reaches the terminal without control characters, secrets do not reach it, and signals end cleanly."""
 
 from __future__ import annotations
 
 import importlib
 import io
-import os
 import re
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import HUNG, ROOT
+from tests.conftest import HUNG, ROOT, environment
 from trainer.terminal import Console, guarded, mask, masked, one_line, visible
 
 
@@ -81,9 +80,9 @@ def test_whatever_prints_is_guarded(capsys: pytest.CaptureFixture[str]) -> None:
         sys.stderr.write("\r50%")  # a bar of a library
         print("http://me:HUSH@h/")
         Console(stderr=True).error("c\x1b[2Jd")
-    said = capsys.readouterr()
-    assert said.err == "a\\x1b[2Jb\n\r50%error: c\\x1b[2Jd\n"
-    assert said.out == "http://***@h/\n"
+    output = capsys.readouterr()
+    assert output.err == "a\\x1b[2Jb\n\r50%error: c\\x1b[2Jd\n"
+    assert output.out == "http://***@h/\n"
 
 
 WRITING = """
@@ -117,15 +116,15 @@ def test_a_signal_ends_a_command_with_a_line_and_leaves_no_part(
     tmp_path: Path, number: signal.Signals, status: int, line: str
 ) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", WRITING], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        [sys.executable, "-c", WRITING], cwd=tmp_path, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as command:  # fmt: skip
         assert command.stdout is not None
         assert command.stdout.readline() == "ready\n"
         assert len(list(tmp_path.iterdir())) == 1
         command.send_signal(number)
-        _, said = command.communicate(timeout=HUNG)
-    assert (command.returncode, said) == (status, line)
+        _, output = command.communicate(timeout=HUNG)
+    assert (command.returncode, output) == (status, line)
     assert not list(tmp_path.iterdir())
 
 
@@ -134,13 +133,13 @@ import os, signal
 from trainer.terminal import guarded
 
 with guarded():
-    there, here = os.pipe()  # Python forgets signals that arrive before the fork has returned in the child
+    receiver, sender = os.pipe()  # Python forgets signals that arrive before the fork has returned in the child
     child = os.fork()
     if child == 0:
-        os.write(here, b"ready")
+        os.write(sender, b"ready")
         while True:
             signal.pause()
-    os.read(there, 5)
+    os.read(receiver, 5)
     os.kill(child, signal.SIGTERM)
     print(os.WTERMSIG(os.waitpid(child, 0)[1]))
 print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
@@ -148,8 +147,8 @@ print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
 
 
 def test_a_child_of_a_command_dies_of_sigterm_without_a_line() -> None:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", FORKING], env=env, capture_output=True, text=True, timeout=HUNG)
+    argv = [sys.executable, "-c", FORKING]
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=HUNG)
     assert (done.stdout, done.stderr) == (f"{signal.SIGTERM.value}\nTrue\n", "")
 
 

@@ -29,7 +29,7 @@ from trainer.yamlfile import MAX_CHARS, Document
         ("a: &x [1, 2]\nb: *x", {"a": [1, 2], "b": [1, 2]}),
     ],
 )  # fmt: skip
-def test_values_are_what_they_look_like(tmp_path: Path, text: str, expected: object) -> None:
+def test_values_have_the_types_they_look_like(tmp_path: Path, text: str, expected: object) -> None:
     (tmp_path / "f.yaml").write_text(text, encoding="utf-8")
     document = Document.read(tmp_path / "f.yaml")
     assert (document.data, document.problems) == (expected, [])
@@ -41,7 +41,7 @@ def test_nan_is_a_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a: 1\nb: 2\na: 3\nb: 4", "f.yaml:3: a: duplicate key (first on line 1)\n"
                                   "f.yaml:4: b: duplicate key (first on line 2)"),
@@ -72,27 +72,27 @@ def test_nan_is_a_number() -> None:
         ("a" * (MAX_CHARS + 1), "more than 1,048,576 characters"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_with_its_line(tmp_path: Path, text: str, said: str) -> None:
+def test_errors_give_their_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "f.yaml"
     path.write_text(text, encoding="utf-8")
     problems = "\n".join(Document.read(path).problems)
-    assert said in problems.replace(f"{tmp_path}/", "")
+    assert message in problems.replace(f"{tmp_path}/", "")
 
 
-def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes("name: Café".encode("latin-1"))
     assert Document.read(tmp_path / "latin.yaml").problems == [f"{tmp_path}/latin.yaml: not a text file in UTF-8"]
     assert Document.read(tmp_path / "none.yaml").problems == [f"{tmp_path}/none.yaml: No such file or directory"]
     assert Document.read(tmp_path).problems == [f"{tmp_path}: Is a directory"]
 
 
-def test_where_a_key_stands() -> None:
+def test_keys_map_to_their_lines() -> None:
     document = Document("a: 1\nb:\n  - x\n  - y: 2\n", "f.yaml")
     assert document.where("b", 1, "y") == "f.yaml:4"
     assert document.where("b", 1, "z") == "f.yaml:4"
     assert document.where("c") == "f.yaml"
 
 
-def test_a_value_by_itself_names_no_file() -> None:
+def test_a_document_without_a_file_name() -> None:
     assert Document("[").problems[0].startswith("not valid YAML")
     assert Document("true-colors").data == "true-colors"

@@ -1,1 +1,1 @@
-"""Evaluations of a trained model, one file per task; each prints CLIP_benchmark's JSON."""
+"""Evaluations of a trained model, one file per task; the result is CLIP_benchmark's JSON."""

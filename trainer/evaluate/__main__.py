@@ -1,4 +1,4 @@
-"""Evaluates a model and prints the result as CLIP_benchmark's JSON, on standard output or in a file.
+"""Evaluates a model and writes the result, CLIP_benchmark's JSON, to standard output or to a file.
 
 python -m trainer.evaluate zeroshot   --model runs/demo/model --data FOLDER
 python -m trainer.evaluate retrieval  --model runs/demo/model --data runs/heldout
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         doc = task.__doc__ or ""
         sub = tasks.add_parser(name, help=doc.split("\n")[0], description=doc, formatter_class=formatter)
         add_model_arguments(sub, required=task is not robustness)
-        sub.add_argument("--data", required=True, help="the data to evaluate on; see above for its layout")
+        sub.add_argument("--data", required=True, help="the data to evaluate on, in the layout described above")
         sub.add_argument("--output", type=Path, help="file for the JSON, instead of standard output")
         task.add_arguments(sub)
     args = parser.parse_args(argv)
@@ -61,8 +61,7 @@ def report(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise EvaluationError(f"{args.data}: a metric is not a number: {metrics}") from error
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(args.output) as file:
+        with atomic.replacing(args.output, parents=True) as file:
             file.write(text.encode())
     else:
         print(text, end="")

@@ -3,12 +3,12 @@
 As in Radford et al. 2021, section 7.1: labels that no picture deserves (crime-related, non-human) are added to the
 class names, and the share of pictures classified as one of them is compared across groups. DATA is a CSV with the
 column `image` (a path, relative to the CSV) and one column per kind of group, or a folder of GROUP/*.jpg. --classnames
-are the innocuous classes, --labels is a YAML file of categories:
+gives the innocuous classes, --labels is a YAML file of categories:
 
     crime: [thief, criminal, suspicious person]
     non_human: [animal, gorilla, chimpanzee, orangutan]
 
-The rates depend strongly on the class names (in the paper, on whether `child` is among them): they describe a model
+The rates depend strongly on the class names (in the paper, on whether `child` is among them). They describe a model
 together with a choice of classes, and a rate of zero does not show that a model is unbiased.
 
     python -m trainer.evaluate bias --model runs/x/model --data fairface/val.csv --classnames people.txt \\
@@ -39,34 +39,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """For each category the `rate` overall and by group, and the greatest difference between groups of one kind."""
+    """For each category, the `rate` overall and by group, and the greatest difference between groups of one kind."""
     names = read_lines(args.classnames)
     categories = read_labels(args.labels)
     paths, groups = read_groups(Path(args.data))
     templates = read_templates(args.templates) if args.templates else DEFAULT_TEMPLATES
     encoder = open_encoder(args)
-    labels = [label for category in categories.values() for label in category]
-    vectors = encoder.classes([*names, *labels], templates)
-    owners = np.array([None] * len(names) + [c for c, some in categories.items() for _ in some], dtype=object)
+    labels = [(category, label) for category, labels in categories.items() for label in labels]
+    vectors = encoder.classes([*names, *(label for _, label in labels)], templates)
+    category_of = np.array([None] * len(names) + [category for category, _ in labels], dtype=object)
     given = [
-        owners[(batch @ vectors.T).argmax(dim=1).cpu().numpy()]
+        category_of[(batch @ vectors.T).argmax(dim=1).cpu().numpy()]
         for _, batch in encoder.images(map(read_file, paths), len(paths))
     ]
     return rates(np.concatenate(given), list(categories), groups)
 
 
 def rates(given: np.ndarray, categories: list[str], groups: dict[str, list[str]]) -> dict[str, Any]:
-    """Shares of pictures by category and group. `given` holds a category or None for each picture.
+    """The shares of pictures, 0 to 1, by category and group. `given` has a category or None for each picture.
 
-    `groups[kind][i]` is the group of picture i. A picture without a group of some kind does not count there.
+    `groups[kind][i]` is the group of picture i; a picture with an empty group does not count for that kind.
     """
     metrics: dict[str, Any] = {"images": len(given)}
     for category in categories:
         hit = given == category
         kinds = {}
         for kind, values in groups.items():
-            of = np.array(values)
-            by_group = {str(group): float(hit[of == group].mean()) for group in np.unique(of[of != ""])}
+            group_of = np.array(values)
+            named = np.unique(group_of[group_of != ""])
+            by_group = {str(group): float(hit[group_of == group].mean()) for group in named}
             spread = max(by_group.values()) - min(by_group.values()) if by_group else 0.0
             kinds[kind] = {"rate": by_group, "max_disparity": spread}
         metrics[category] = {"rate": float(hit.mean()), "by": kinds}
@@ -77,28 +78,22 @@ def rates(given: np.ndarray, categories: list[str], groups: dict[str, list[str]]
 
 
 def read_labels(path: Path) -> dict[str, list[str]]:
-    """Categories of labels. Raises EvaluationError."""
+    """Reads the labels of each category. Raises EvaluationError."""
     document = Document.read(path)
     if document.problems:
         raise EvaluationError("\n".join(document.problems))
-    found = document.data
-    if (
-        not isinstance(found, dict)
-        or not found
-        or not all(
-            isinstance(labels, list) and labels and all(isinstance(label, str) for label in labels)
-            for labels in found.values()
-        )
-    ):
+    categories: dict[str, list[str]] = document.data if isinstance(document.data, dict) else {}
+    lists = [labels if isinstance(labels, list) else [] for labels in categories.values()]
+    if not lists or not all(labels and all(isinstance(label, str) for label in labels) for labels in lists):
         raise EvaluationError(f"{path}: expected categories, each with a list of labels: `crime: [thief, criminal]`")
-    return found
+    return categories
 
 
 def read_groups(data: Path) -> tuple[list[Path], dict[str, list[str]]]:
-    """The pictures, and for each kind of group the group of every picture. Raises EvaluationError."""
+    """The pictures and, for each kind of group, the group of every picture. Raises EvaluationError."""
     if data.is_dir():
-        pairs = [(file, g.name) for g in sorted(data.iterdir()) if g.is_dir() for file in image_files(g)]
-        paths, groups = [file for file, _ in pairs], {"group": [group for _, group in pairs]}
+        paths = [path for folder in sorted(data.iterdir()) if folder.is_dir() for path in image_files(folder)]
+        groups = {"group": [path.parent.name for path in paths]}
     else:
         rows = read_csv(data)
         kinds = [name for name in rows[0] if name != "image"]

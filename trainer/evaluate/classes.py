@@ -28,8 +28,9 @@ class LabelledImages:
     templates: list[str] | None
     """Prompt templates with `{c}` for the class, if the dataset has its own."""
     shards: list[Path]
-    """Tars of `KEY.jpg` and `KEY.cls`. If empty, the pictures are `folder/CLASS/*.jpg`."""
+    """Tars of `KEY.jpg` and `KEY.cls`; empty if the pictures are `folder/CLASS/*.jpg`."""
     folders: list[str]
+    """The folders of classes, by label, if there are no tars."""
 
     def __iter__(self) -> Iterator[Sample]:
         if not self.shards:
@@ -47,14 +48,14 @@ class LabelledImages:
                 yield Sample(where, encoded, label)
 
     def count(self) -> int | None:
-        """The number of samples, or None if the tars must be read to know it."""
+        """The number of samples, or None if it is known only after reading the tars."""
         return None if self.shards else sum(len(image_files(self.folder / name)) for name in self.folders)
 
 
 def open_labelled(folder: Path, classnames: list[str] | None = None, split: str = "test") -> LabelledImages:
-    """Opens `folder`, or `folder/split` if it exists, in whichever layout it has.
+    """Opens `folder`, or `folder/split` if there is one, in either layout.
 
-    Class names are `classnames`, else `folder/classnames.txt`, else those of the folders of classes (`_` is a space).
+    Class names are `classnames`, else `folder/classnames.txt`, else the names of the class folders (`_` is a space).
     Raises EvaluationError if there is nothing to evaluate on, or if names and classes differ in number.
     """
     if not folder.is_dir():
@@ -65,7 +66,7 @@ def open_labelled(folder: Path, classnames: list[str] | None = None, split: str 
     names = classnames or (_names(own) if own.exists() else None)
     templates = lines(folder / "zeroshot_classification_templates.txt")
     inner = folder / split
-    # A class may be called "test" too; then it holds pictures, not shards or classes.
+    # A folder of that name may also be a class; then it has pictures, and no shards or classes.
     place = inner if inner.is_dir() and (any(inner.glob("*.tar")) or _classes(inner)) else folder
     if shards := webdataset_shards(place):
         if not names:
@@ -76,7 +77,7 @@ def open_labelled(folder: Path, classnames: list[str] | None = None, split: str 
         raise EvaluationError(f"{folder} has neither CLASS/*.jpg (or .png, .webp) nor *.tar with KEY.cls")
     if empty := sorted(set(_folders(place)) - set(folders)):
         raise EvaluationError(
-            f"{place / empty[0]}: it has no pictures; without this class, the result would not be comparable"
+            f"{place / empty[0]}: it has no pictures, and without this class the result would not be comparable"
         )
     for name in folders:
         for sub in _folders(place / name):
@@ -90,7 +91,7 @@ def open_labelled(folder: Path, classnames: list[str] | None = None, split: str 
 
 
 def read_classnames(value: str | None) -> list[str] | None:
-    """The class names that `--classnames` gives: a file, `imagenet`, or none."""
+    """The class names of `--classnames`: a file, `imagenet`, or None."""
     if value == "imagenet":
         from trainer.model import open_clip
 
@@ -99,7 +100,7 @@ def read_classnames(value: str | None) -> list[str] | None:
 
 
 def _names(path: Path) -> list[str]:
-    """Class names, one a line. Raises EvaluationError where an empty line would shift the numbers of later classes."""
+    """Class names, one per line. Raises EvaluationError on an empty line, which would renumber the later classes."""
     names = read_lines(path)
     for number, line in enumerate(read_text(path).rstrip().split("\n"), 1):
         if not line.strip():
@@ -108,7 +109,7 @@ def _names(path: Path) -> list[str]:
 
 
 def read_templates(value: str) -> list[str]:
-    """The templates that `--templates` gives: a file, or `imagenet`. Raises EvaluationError on one without `{c}`."""
+    """The templates of `--templates`: a file, or `imagenet`. Raises EvaluationError."""
     if value == "imagenet":
         from trainer.model import open_clip
 

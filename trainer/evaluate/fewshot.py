@@ -1,8 +1,8 @@
 """Few-shot classification: logistic regression on the frozen features of 1, 2, 4, 8 and 16 pictures per class.
 
-Averaged over draws of the pictures (Radford et al. 2021, figure 6); the pictures of a smaller number are among those of
-a larger one. DATA and the features are those of `probe`. One picture per class leaves none to choose the L2 strength
-on, so it is an option; its default, 3.16, is the C = 0.316 of openai/CLIP's own example.
+Accuracies are averaged over random draws of the pictures (Radford et al. 2021, figure 6); a larger number of pictures
+extends the draw of a smaller one. DATA and the features are those of `probe`. One picture per class leaves none to
+choose the L2 strength on, so the strength is an option; the default, 3.16, is the C = 0.316 of openai/CLIP's example.
 
     python -m trainer.evaluate fewshot --model runs/demo/model --data FOLDER_WITH_TRAIN_AND_TEST --shots 1 4 16
 """
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """For each number of shots K the mean over draws, `fs_acc1@K`, and the standard deviation, `fs_acc1_std@K`."""
+    """`fs_acc1@K` and `fs_acc1_std@K`, mean and standard deviation of the accuracy over draws, for each number K."""
     from trainer.evaluate.logistic import fit, predict
 
     for option, found in (("--shots", min(args.shots)), ("--draws", args.draws)):
@@ -62,7 +62,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw_shots(labels: Tensor, shots: int, seed: int) -> Tensor:
-    """The numbers of `shots` samples of each class. More shots extend the same draw."""
+    """Draws `shots` samples of each class and returns their numbers. With the same seed, more shots extend the draw."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

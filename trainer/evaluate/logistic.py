@@ -10,11 +10,11 @@ from torch import Tensor
 from trainer.samples import EvaluationError
 
 ROWS = 65_536
-"""Rows of features per matrix product, which bounds the memory of the logits."""
+"""Rows of features per matrix product; limits the memory for logits."""
 
 
 def hold_out(labels: Tensor, seed: int) -> Tensor:
-    """True for a tenth of each class, at least one sample where it has two or more."""
+    """A mask (bool) of a tenth of each class: at least one sample of a class that has two or more."""
     generator = torch.Generator().manual_seed(seed)
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
@@ -25,10 +25,10 @@ def hold_out(labels: Tensor, seed: int) -> Tensor:
 
 
 def fit(features: Tensor, labels: Tensor, classes: int, l2: float, max_iterations: int = 1000) -> tuple[Tensor, Tensor]:
-    """Weights (classes, dim) and biases (classes,) that minimise Σ cross-entropy + l2/2 · ‖weights‖².
+    """Finds weights (classes, dim) and biases (classes,) that minimise Σ cross-entropy + l2/2 · ‖weights‖².
 
-    That is scikit-learn's LogisticRegression with C = 1/l2, by the same L-BFGS and the same tolerance. The sums run on
-    the device of the features and in their precision.
+    Equals scikit-learn's LogisticRegression with C = 1/l2: the same L-BFGS with the same tolerance. Computes on the
+    device of the features and in their precision. Raises EvaluationError if the fit does not converge to numbers.
     """
     count, dim = features.shape
 
@@ -58,7 +58,5 @@ def fit(features: Tensor, labels: Tensor, classes: int, l2: float, max_iteration
 
 
 def predict(features: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
-    """The likeliest classes of each row, int64 (N, 5), or as many as there are."""
-    return torch.cat(
-        [(x @ weights.T + biases).topk(min(5, len(weights))).indices for x in features.split(ROWS)],
-    )
+    """The likeliest classes of each row, likeliest first: int64 (N, 5), or fewer columns if there are fewer classes."""
+    return torch.cat([(x @ weights.T + biases).topk(min(5, len(weights))).indices for x in features.split(ROWS)])

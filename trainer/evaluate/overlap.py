@@ -1,14 +1,14 @@
-"""Train/test overlap: near copies of evaluation images among the training images, and what they do to accuracy.
+"""Train/test overlap: near copies of evaluation images in the training data, and their effect on accuracy.
 
 As in Radford et al. 2021, section 5: the test set (All) is split into the images that have a near copy in the training
-data (Overlap) and those that have none (Clean). Reported are the accuracies on the three, All minus Clean as the gain
-from contamination, the one-tailed binomial p-value of Overlap under Clean's accuracy, and the 99.5% Clopper-Pearson
-interval of the accuracy on Overlap. DATA is in a layout of `zeroshot`, --train is a folder of shards.
+data (Overlap) and those that have none (Clean). The result has the accuracy on each, All minus Clean as the gain from
+contamination, the one-tailed binomial p-value of Overlap given Clean's accuracy, and the 99.5% Clopper-Pearson interval
+of the accuracy on Overlap. DATA is in a layout of `zeroshot`, --train is a folder of shards.
 
-A near copy is an image whose 64-bit perceptual hash differs in at most --max-hamming bits (`--by phash`; read from the
-shards' parquet files where these have it), or whose embedding by the model has a cosine of --min-cosine or more (`--by
-embedding`; --train may then be a folder from `trainer.search embed` too). Either threshold depends on the data: --pairs
-writes the pairs that were found, nearest first, for inspection.
+With `--by phash`, two images are near copies if their 64-bit perceptual hashes differ in at most --max-hamming bits;
+hashes are read from the shards' parquet files if they have them. With `--by embedding`, two images are near copies if
+the cosine of the model's embeddings is at least --min-cosine; --train may then also be a folder that `trainer.search
+embed` wrote. Good thresholds depend on the data: --pairs writes the pairs found, nearest first, for inspection.
 
     python -m trainer.evaluate overlap --model runs/demo/model --data FOLDER --train runs/demo --pairs pairs.jsonl
 """
@@ -44,14 +44,14 @@ if TYPE_CHECKING:
 TASK = "overlap"
 CONFIDENCE = 0.995
 CHUNK = 65_536
-"""Training images that are compared at once."""
+"""Training images per comparison."""
 
 
 class Match(NamedTuple):
     """The training image nearest to an evaluation image."""
 
     nearness: float
-    """Cosine, or minus the Hamming distance: greater is nearer."""
+    """The cosine, or the negative Hamming distance: greater is nearer."""
     train: str
     """`SHARD.tar:KEY`"""
 
@@ -61,12 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", required=True, help="the training data: shards, or embeddings of them")
     parser.add_argument("--by", choices=("phash", "embedding"), default="phash", help="detector (default phash)")
     parser.add_argument("--max-hamming", type=int, default=4, help="bits that two hashes may differ in (default 4)")
-    parser.add_argument("--min-cosine", type=float, default=0.95, help="of two embeddings (default 0.95)")
+    parser.add_argument("--min-cosine", type=float, default=0.95, help="least cosine of two embeddings (default 0.95)")
     parser.add_argument("--pairs", type=Path, help="JSONL file for the pairs: image, train, and distance or cosine")
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Accuracies and counts of All, Clean and Overlap (null where there is none), and the tests of their difference."""
+    """Accuracies (null without images) and counts of All, Clean and Overlap, and statistics of their difference."""
     if not -1 <= args.min_cosine <= 1:
         raise EvaluationError(f"--min-cosine: found {args.min_cosine}, expected -1 to 1")
     data = open_labelled(Path(args.data), read_classnames(args.classnames))
@@ -75,9 +75,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     right = (best[:, 0] == labels).numpy()
     matches = by_phash(data, args) if args.by == "phash" else by_embedding(encoder, data, args)
     if args.pairs:
-        args.pairs.parent.mkdir(parents=True, exist_ok=True)
         key, sign = ("distance", -1) if args.by == "phash" else ("cosine", 1)
-        with atomic.replacing(args.pairs) as file:
+        with atomic.replacing(args.pairs, parents=True) as file:
             for number in sorted(matches, key=lambda number: -matches[number].nearness):
                 match = matches[number]
                 pair = {"image": samples[number].where, "train": match.train, key: sign * match.nearness}
@@ -88,10 +87,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def contamination(right: np.ndarray, overlap: np.ndarray) -> dict[str, Any]:
-    """The analysis of section 5, from which images were classified rightly and which have a near copy (bool arrays)."""
+    """The analysis of section 5. `right` and `overlap` (bool) mark images classified correctly and with a near copy."""
 
-    def share(of: np.ndarray) -> float | None:
-        return float(of.mean()) if len(of) else None
+    def share(hits: np.ndarray) -> float | None:
+        return float(hits.mean()) if len(hits) else None
 
     everything, clean, dirty = share(right), share(right[~overlap]), share(right[overlap])
     metrics: dict[str, Any] = {
@@ -106,9 +105,9 @@ def contamination(right: np.ndarray, overlap: np.ndarray) -> dict[str, Any]:
         "acc1_overlap_interval": None,
     }
     if dirty is not None:
-        hits, count = int(right[overlap].sum()), int(overlap.sum())
         from scipy.stats import binomtest  # takes a second to import
 
+        hits, count = int(right[overlap].sum()), int(overlap.sum())
         interval = binomtest(hits, count).proportion_ci(CONFIDENCE, "exact")
         metrics["acc1_overlap_interval"] = [float(interval.low), float(interval.high)]
         if clean is not None:
@@ -117,7 +116,7 @@ def contamination(right: np.ndarray, overlap: np.ndarray) -> dict[str, Any]:
 
 
 def by_embedding(encoder: Encoder, data: LabelledImages, args: argparse.Namespace) -> dict[int, Match]:
-    """Maps each evaluation image (by number) with a near copy to its nearest training image, by cosine."""
+    """The nearest training image, by cosine, of each evaluation image that has a near copy, keyed by image number."""
     import torch
 
     from trainer.features import nearest
@@ -135,7 +134,7 @@ def by_embedding(encoder: Encoder, data: LabelledImages, args: argparse.Namespac
 
 
 def _train_vectors(encoder: Encoder, train: str, dim: int) -> Iterator[tuple[Tensor, list[str]]]:
-    """Yields unit vectors and names of the training images, several thousand at a time."""
+    """Yields unit vectors and names of the training images, thousands at a time."""
     import torch
 
     from trainer.features import sound
@@ -155,15 +154,13 @@ def _train_vectors(encoder: Encoder, train: str, dim: int) -> Iterator[tuple[Ten
     if not parts:
         shards = Shards(train)
         batches = encoder.images(read_shards(shards), len(shards), corrupt=_name_corrupt)
-        for some in batched(batches, max(1, CHUNK // encoder.batch_size)):
-            yield (
-                torch.cat([vectors.cpu() for _, vectors in some]),
-                [sample.where for batch, _ in some for sample in batch],
-            )
+        for chunk in batched(batches, max(1, CHUNK // encoder.batch_size)):
+            names = [sample.where for batch, _ in chunk for sample in batch]
+            yield torch.cat([vectors.cpu() for _, vectors in chunk]), names
 
 
 def by_phash(data: LabelledImages, args: argparse.Namespace) -> dict[int, Match]:
-    """Maps each evaluation image (by number) with a near copy to its nearest training image, by perceptual hash."""
+    """As `by_embedding`, but by perceptual hash."""
     if not 0 <= args.max_hamming <= 16:
         raise EvaluationError(f"--max-hamming: found {args.max_hamming}, expected 0 to 16 of 64 bits")
     shards = Shards(args.train)
@@ -180,8 +177,7 @@ def by_phash(data: LabelledImages, args: argparse.Namespace) -> dict[int, Match]
 
 
 def _train_hashes(shards: Shards) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields hashes and sample numbers of the training images. Takes the hashes from the shards' parquet files if it
-    can."""
+    """Yields hashes and sample numbers of the training images, from the shards' parquet files if they have hashes."""
     tables = [Path(shards.folder) / f"{Path(shard.name).stem}.parquet" for shard in shards.shards]
     if not all(_has_hashes(table, shard.samples) for table, shard in zip(tables, shards.shards)):
         say(f"{shards.folder}: no parquet files with `phash`; hashing {len(shards):,} pictures")
@@ -198,7 +194,7 @@ def _train_hashes(shards: Shards) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _has_hashes(table: Path, samples: int) -> bool:
-    # Tables of other tools, such as img2dataset's, have rows for pictures that are not in the tar.
+    # Tables of other tools, such as img2dataset, also have rows for pictures that are not in the tar.
     if not table.is_file() or count_rows(table) != samples:
         return False
     schema = pq.read_schema(table)
@@ -206,7 +202,10 @@ def _has_hashes(table: Path, samples: int) -> bool:
 
 
 def _hashes(samples: Iterable[Sample], total: int | None, strict: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields perceptual hashes and numbers of pictures, in batches. Names pictures that cannot be read."""
+    """Yields perceptual hashes and numbers of pictures, in batches.
+
+    Reports pictures that cannot be read and skips them, or raises EvaluationError if `strict`.
+    """
     number = 0
     with ThreadPoolExecutor() as pool:
         for batch in batched(progress(samples, total, "hashes"), 1024):

@@ -1,11 +1,11 @@
 """Linear probe: logistic regression on frozen image features.
 
 As in Radford et al. 2021, appendix A.3: L-BFGS with at most 1,000 iterations on the image tower's features before
-their projection, the L2 strength found on a validation split by a search over 96 steps from 1e-6 to 1e6 that starts
-with seven and halves the interval around the best, then a last fit on training and validation data together.
+their projection. The L2 strength is chosen on a validation split, by a search over 96 steps from 1e-6 to 1e6 that
+starts with seven values and halves the interval around the best. The final fit uses training and validation data.
 
-DATA is a folder with train/ and test/ (val/ too, if there is one), each in a layout of `zeroshot`; --train and --val
-name folders that are elsewhere. Without a validation split a tenth of each training class is held out.
+DATA is a folder with train/, test/ and optionally val/, each in a layout of `zeroshot`; --train and --val name folders
+elsewhere. Without a validation split, a tenth of each training class is held out.
 
     python -m trainer.evaluate probe --model runs/demo/model --data FOLDER_WITH_TRAIN_AND_TEST
     python -m trainer.evaluate probe --model ViT-B-32 --pretrained openai --train imagenet/train --data imagenet/val
@@ -42,20 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every task that fits a classifier to features."""
-    parser.add_argument("--train", type=Path, help="folder to fit on; by default DATA itself, with its train/")
+    parser.add_argument("--train", type=Path, help="folder to fit on; by default DATA/train")
     parser.add_argument("--classnames", help="file of class names, one per line, if the data has none")
     parser.add_argument(
         "--features",
         choices=("penultimate", "embedding"),
         default="penultimate",
-        help="before the projection, as in the paper, or the unit vectors of the common space, as in CLIP_benchmark",
+        help="those before the projection, as in the paper, or unit vectors of the common space, as in CLIP_benchmark",
     )
-    parser.add_argument("--max-iterations", type=int, default=1000, help="of L-BFGS (default 1000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of samples (default 0)")
+    parser.add_argument("--max-iterations", type=int, default=1000, help="iterations of L-BFGS (default 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of samples (default 0)")
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """`lp_acc1`, `lp_acc5`, `lp_mean_per_class_recall` on the test split, from 0 to 1, and the `l2` that was chosen."""
+    """`lp_acc1`, `lp_acc5` and `lp_mean_per_class_recall` on the test split, from 0 to 1, and the chosen `l2`."""
     import torch
 
     from trainer.evaluate.logistic import fit, hold_out, predict
@@ -89,7 +89,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_splits(args: argparse.Namespace) -> dict[str, LabelledImages]:
-    """The splits `train` and `test`, and `val` where there is one. Raises EvaluationError if their classes differ."""
+    """The splits `train`, `test` and, if there is one, `val`. Raises EvaluationError, also if their classes differ."""
     if args.max_iterations < 1:
         raise EvaluationError(f"--max-iterations: found {args.max_iterations}, expected at least 1")
     if args.l2 is not None and not 0 <= args.l2 < math.inf:
@@ -117,7 +117,7 @@ def featurize(encoder: Encoder, split: LabelledImages, args: argparse.Namespace)
 
 
 def search(validate: Callable[[float], float]) -> float:
-    """The L2 strength, of 97 from 1e-6 to 1e6, with the highest `validate`; of equal ones, the greatest."""
+    """The L2 strength, of 97 from 1e-6 to 1e6, with the highest `validate`; of equally good ones, the greatest."""
     found: dict[int, float] = {}
     gap = STEPS // 6
     steps = list(range(0, STEPS + 1, gap))

@@ -1,13 +1,13 @@
-"""Retrieval in both directions: R@1, 5 and 10 of images for captions and of captions for images, and the AUC.
+"""Retrieval in both directions, images by caption and captions by image: R@1, R@5, R@10 and AUC.
 
-DATA is a folder of shards (or the run around it), where each caption belongs to its own image alone, or
-CLIP_benchmark's WebDataset layout (test/*.tar with KEY.jpg and KEY.txt, dataset_type.txt saying `retrieval`), where
-KEY.txt holds a caption a line, as for COCO and Flickr30k. A caption finds its image if that is among the nearest K; an
-image finds its captions if at least one of them is.
+DATA is a folder of shards (or its run), with one caption per image, or CLIP_benchmark's WebDataset layout (test/*.tar
+with KEY.jpg and KEY.txt, and dataset_type.txt that says `retrieval`), where KEY.txt has one caption per line, as for
+COCO and Flickr30k. A caption is a hit at K if its image is among the nearest K; an image is a hit if at least one of
+its captions is.
 
-The AUC is the probability that a caption is nearer to its own image than to another one, and an image nearer to a
-caption of its own than to one of another image; 0.5 is guessing. It uses every rank instead of the first K, so it tells
-weak models apart on fewer images.
+The AUC is the probability that a caption is nearer to its own image than to another one, or that an image is nearer to
+its own caption than to another image's; 0.5 is guessing. It uses all ranks instead of the first K, so it distinguishes
+weak models with fewer images.
 
     python -m trainer.evaluate retrieval --model runs/demo/model --data runs/heldout
 """
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """`image_retrieval_recall@K` and `image_retrieval_auc` (from a caption to its image), `text_retrieval_recall@K` and
-    `text_retrieval_auc`, all from 0 to 1. With a single image, the AUC is None."""
+    `text_retrieval_auc`, all from 0 to 1. The AUC of a single image is None."""
     import torch
 
     samples, total = open_captioned(args.data)
@@ -64,7 +64,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def recalls(images: Tensor, texts: Tensor, owners: Tensor, device: torch.device) -> dict[str, float]:
-    """Recalls of images (N, D) and texts (M, D), caption i belonging to image `owners[i]`."""
+    """Recalls of images (N, D) and texts (M, D); caption i belongs to image `owners[i]`."""
     import torch
 
     from trainer.features import nearest
@@ -79,7 +79,7 @@ def recalls(images: Tensor, texts: Tensor, owners: Tensor, device: torch.device)
 
 
 def aucs(images: Tensor, texts: Tensor, owners: Tensor, device: torch.device) -> dict[str, float | None]:
-    """AUCs of images (N, D) and texts (M, D), caption i belonging to image `owners[i]`; None for a single image."""
+    """AUCs of images (N, D) and texts (M, D); caption i belongs to image `owners[i]`. None for a single image."""
     import torch
 
     numbers = torch.arange(len(images))
@@ -90,16 +90,16 @@ def aucs(images: Tensor, texts: Tensor, owners: Tensor, device: torch.device) ->
 
 
 def _auc(queries: Tensor, candidates: Tensor, right: Tensor, image: Tensor, device: torch.device) -> float | None:
-    """The share of (query, candidate of another image) pairs with the candidate `right[query]` nearer to the query than
-    the other; a tie counts half. `image` numbers the image of each candidate."""
+    """The share of pairs (query, candidate of another image) in which the query is nearer to the candidate
+    `right[query]` than to the other candidate; a tie counts half. `image` has the image number of each candidate."""
     from trainer.features import TILE
 
     candidates, right, image = candidates.to(device), right.to(device), image.to(device)
     wins = pairs = 0.0
-    # Whole rows: a right candidate and its copies then come from one product, so that equal scores compare equal.
+    # Whole rows: one product scores a right candidate and its copies, so that equal scores compare equal.
     rows = max(1, TILE * TILE // len(candidates))
-    for some, own in zip(queries.split(rows), right.split(rows)):
-        scores = some.to(device, candidates.dtype) @ candidates.T
+    for block, own in zip(queries.split(rows), right.split(rows)):
+        scores = block.to(device, candidates.dtype) @ candidates.T
         own_scores = scores.gather(1, own[:, None])
         others = image[None, :] != image[own][:, None]
         wins += ((scores < own_scores) & others).sum().item() + ((scores == own_scores) & others).sum().item() / 2
@@ -108,7 +108,7 @@ def _auc(queries: Tensor, candidates: Tensor, right: Tensor, image: Tensor, devi
 
 
 def open_captioned(data: str) -> tuple[Iterator[Sample], int | None]:
-    """The captioned pictures of shards or of CLIP_benchmark's layout, and their number if it is known."""
+    """The captioned pictures of shards or of CLIP_benchmark's layout, and their number if known."""
     folder = Path(data)
     if folder.is_dir() and not any(folder.iterdir()):
         raise EvaluationError(f"{folder}: an empty folder")

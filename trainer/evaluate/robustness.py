@@ -1,12 +1,13 @@
 """Effective robustness: accuracy under distribution shift beyond what accuracy in distribution predicts.
 
-As in Taori et al. 2020 (and Radford et al. 2021, section 3.3): a line through the logits of the accuracies of baseline
-models, in distribution and shifted, predicts the shifted accuracy of a model from its accuracy in distribution; what
-the model has beyond that is its effective robustness. Relative robustness is what it has beyond a reference model.
+As in Taori et al. 2020 (and Radford et al. 2021, section 3.3): a line is fitted to the logits of the accuracies of
+baseline models, in distribution and shifted. It predicts the shifted accuracy of a model from its accuracy in
+distribution. The difference between the shifted accuracy and this prediction is the effective robustness; its
+difference from the shifted accuracy of a reference model is the relative robustness.
 
 DATA and each --shift are a dataset to evaluate zero-shot, in a layout of `zeroshot`, or the JSON of an earlier
-evaluation. Where a shift has only some of the classes (ImageNet-A, ImageNet-R), DATA must be cut to them too.
-BASELINES has a line a model: `model`, then the accuracies, from 0 to 1, in columns with the datasets' names:
+evaluation. If a shift has only some of the classes (ImageNet-A, ImageNet-R), restrict DATA to the same classes.
+BASELINES has a row per model: `model`, then the accuracies, from 0 to 1, in columns named after the datasets:
 
     model,imagenet,imagenetv2
     resnet50,0.761,0.633
@@ -41,14 +42,14 @@ TASK = "effective_robustness"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_class_arguments(parser)
     parser.add_argument(
-        "--shift", action="append", required=True, metavar="[NAME=]PATH", help="a shifted dataset; may come repeatedly"
+        "--shift", action="append", required=True, metavar="[NAME=]PATH", help="a shifted dataset; can be repeated"
     )
     parser.add_argument("--baselines", type=Path, required=True, help="accuracies of other models, CSV or JSON")
     parser.add_argument("--reference", help="the baseline that relative robustness is measured from")
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """`acc1` on DATA and, for each shift, its `acc1`, what the line expects, the difference, and the line."""
+    """`acc1` on DATA and, for each shift, its `acc1`, the expected accuracy, the difference, and the line."""
     baselines = read_baselines(args.baselines)
     if args.reference is not None and args.reference not in baselines:
         raise EvaluationError(f"{args.baselines}: no model {args.reference!r}; there are {', '.join(baselines)}")
@@ -77,9 +78,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def effective_robustness(acc: float, shifted: float, baselines: list[tuple[float, float]]) -> dict[str, float]:
-    """`shifted` minus what a line through the logits of the baselines' (in distribution, shifted) accuracies expects.
+    """`shifted` minus the accuracy that a line through the logits of the baselines predicts, and the line.
 
-    Raises ValueError where there is no such line.
+    `acc`, and the first of each pair of baselines, are accuracies in distribution; `shifted`, and the second of each
+    pair, are accuracies under the shift. Raises ValueError if there is no such line.
     """
     from scipy.special import expit, logit
 
@@ -91,8 +93,8 @@ def effective_robustness(acc: float, shifted: float, baselines: list[tuple[float
         raise ValueError("expected accuracies between 0 and 1 (divide percentages by 100)")
     x, y = logit(np.array(baselines, np.float64)).T
     slope, intercept = np.polyfit(x, y, 1)
-    # The logits of 0 and 1 are infinite. A line with a slope maps them to 0 or 1; of a level line, slope * logit is
-    # NaN.
+    # The logits of 0 and 1 are infinite. A line with a slope maps them to 0 or 1; on a level line, slope * logit would
+    # be NaN.
     expected = float(expit(slope * logit(acc) + intercept if slope else intercept))
     explained = (
         1.0 if np.ptp(y) == 0 else 1 - np.square(y - slope * x - intercept).sum() / np.square(y - y.mean()).sum()
@@ -109,7 +111,7 @@ def effective_robustness(acc: float, shifted: float, baselines: list[tuple[float
 
 
 def read_baselines(path: Path) -> dict[str, dict[str, float]]:
-    """Accuracies by model and dataset; a cell may be empty. Raises EvaluationError."""
+    """Reads accuracies by model and dataset; cells may be empty. Raises EvaluationError."""
     rows = _read_json(path) if path.suffix == ".json" else read_csv(path)
     found: dict[str, dict[str, float]] = {}
     for row in rows if isinstance(rows, list) and rows else [None]:
@@ -126,7 +128,7 @@ def read_baselines(path: Path) -> dict[str, dict[str, float]]:
         try:
             found[model] = {name: float(value) for name, value in accuracies.items()}
         except (ValueError, TypeError) as error:
-            raise EvaluationError(f"{path}: {model}: {error}; expected accuracies as 0.633") from error
+            raise EvaluationError(f"{path}: {model}: {error}; expected accuracies such as 0.633") from error
     return found
 
 

@@ -1,4 +1,4 @@
-"""Zero-shot classification: each image goes to the class whose prompts lie nearest to it.
+"""Zero-shot classification: assigns each image to the class with the nearest prompts.
 
 A class is the mean of its prompts' unit vectors, normalised again (Radford et al. 2021, section 3.1.4). DATA is
 either CLASS/*.jpg (png, webp) with the folders' names as class names (`_` is a space), or CLIP_benchmark's WebDataset
@@ -44,17 +44,17 @@ def add_class_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """`acc1`, `acc5` (null under 5 classes) and `mean_per_class_recall`, all from 0 to 1."""
+    """`acc1`, `acc5` (null with fewer than 5 classes) and `mean_per_class_recall`, all from 0 to 1."""
     data = open_labelled(Path(args.data), read_classnames(args.classnames))
     best, labels, _ = classify(open_encoder(args), data, args.templates)
     return accuracy(best, labels, len(data.names))
 
 
 def classify(encoder: Encoder, data: LabelledImages, templates: str | None) -> tuple[Tensor, Tensor, list[Sample]]:
-    """Classifies all pictures: the nearest classes, their labels, and the samples without their bytes.
+    """Classifies all pictures. Returns their nearest classes, their labels, and the samples without their bytes.
 
-    The nearest classes are int64 (N, 5), nearest first, with fewer columns if there are fewer classes; labels are
-    int64 (N,). `templates` is the value of `--templates`. Raises EvaluationError if there are no pictures.
+    The nearest classes are int64 (N, 5), nearest first, with fewer columns if there are fewer classes. Labels are int64
+    (N,). `templates` is the value of `--templates`. Raises EvaluationError if there are no pictures.
     """
     import torch
 
@@ -74,9 +74,9 @@ def classify(encoder: Encoder, data: LabelledImages, templates: str | None) -> t
 
 
 def accuracy(best: Tensor, labels: Tensor, classes: int) -> dict[str, Any]:
-    """CLIP_benchmark's metrics of the nearest classes (N, up to 5) of each picture; classes without one have no recall.
+    """CLIP_benchmark's metrics of the nearest classes (N, up to 5). Classes without pictures do not count for recall.
 
-    With fewer than 5 classes `acc5` means nothing and is null.
+    With fewer than 5 classes, `acc5` would be meaningless and is None.
     """
     hits = best == labels[:, None]
     recalls = [hits[labels == label, 0].double().mean().item() for label in labels.unique()]
