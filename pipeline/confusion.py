@@ -22,7 +22,8 @@ from rich.table import Table
 from pipeline import pool
 from pipeline.recipe import PoolSpec
 from pipeline.stages.language import Language
-from trainer.terminal import Console, guarded
+from trainer.errors import InputError
+from trainer.terminal import Console, entry_point
 
 UNSURE = "unsure"
 """The language recorded for a caption below --min-score."""
@@ -64,9 +65,9 @@ def _table(counts: Counter[tuple[str, str]]) -> Table:
     return table
 
 
-@guarded()
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns 0, or 2 if the table cannot be read."""
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.confusion",
         description=__doc__,
@@ -79,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--min-score", type=float, default=0.0, help="0 to 1 (default: %(default)s)")
     parser.add_argument("--model", help="another fastText model than lid.176.ftz")
     args = parser.parse_args(argv)
-    errors = Console(stderr=True)
     step = Language(keep=None, model=args.model)
     try:
         problems = [f"--model: {problem}" for _, problem in step.check()]
@@ -93,12 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not counts:
             raise ValueError(f"{args.table}: no row has both {args.caption!r} and {args.truth!r}")
     except (ValueError, OSError) as error:
-        errors.error(str(error).removeprefix("url: "))  # the caption column also serves as the url
-        return 2
+        raise InputError(str(error).removeprefix("url: ")) from None  # the caption column also serves as the url
     Console().print(_table(counts))
     right = sum(n for (true, found), n in counts.items() if true == found)
     print(f"{counts.total():,} captions, {right / counts.total():.2%} recognised")
-    return 0
 
 
 if __name__ == "__main__":

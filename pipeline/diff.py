@@ -30,16 +30,16 @@ import pyarrow.compute as pc
 from rich.progress import track
 from rich.table import Table
 
-from pipeline.reader import Run, RunError, open_run
+from pipeline.reader import Run, open_run
 from pipeline.report.histogram import Tally
 from pipeline.run import differences
 from pipeline.scheduler import spool
 from pipeline.schema import SAMPLE
-from pipeline.storage import DamagedError, Store
+from pipeline.storage import Store
 from pipeline.studio.concepts import find_entries, matches
 from pipeline.text.hashing import hash64
 from pipeline.text.url import hosts
-from trainer.terminal import Console, guarded
+from trainer.terminal import Console, entry_point
 
 PARTITION_ROWS = 500_000
 """Rows of a run whose uids, URLs and captions are in memory at a time if the pools differ: about 200 MB."""
@@ -334,7 +334,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-@guarded()
+@entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(
@@ -349,18 +349,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the comparison as one JSON object")
     parser.add_argument("--html", metavar="FILE", help="also write a page with pictures of both sides")
     args = parser.parse_args(argv)
-    errors = Console(stderr=True)
-    try:
-        a, b = open_run(args.a), open_run(args.b)
-        found = to_json(compare(a, b, errors), a, b)
-        if args.html:
-            Path(args.html).write_bytes(to_html(found, a, b))
-    except RunError as error:
-        errors.error(error)
-        return 2
-    except (DamagedError, OSError) as error:
-        errors.error(error)
-        return 1
+    a, b = open_run(args.a), open_run(args.b)
+    found = to_json(compare(a, b, Console(stderr=True)), a, b)
+    if args.html:
+        Path(args.html).write_bytes(to_html(found, a, b))
     if args.json:
         print(json.dumps(found, ensure_ascii=False, indent=1))
     else:

@@ -49,7 +49,8 @@ from pipeline.recipe import PoolSpec
 from pipeline.scheduler import spool
 from pipeline.storage import Store
 from pipeline.text.matching import COLUMN, normalised
-from trainer.terminal import Console, guarded
+from trainer.errors import InputError
+from trainer.terminal import Console, entry_point
 
 BLOCK_BYTES = 8 << 20
 """Text counted at a time."""
@@ -60,7 +61,7 @@ PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 PROVENANCE = ("wordnet", "word_count", "pair_count", "pmi", "views")
 
 
-class EntriesError(ValueError):
+class EntriesError(InputError):
     """A source cannot be used. The message names the file, what was found and what was expected."""
 
 
@@ -275,9 +276,9 @@ def _encoded(name: str, data: bytes) -> bytes:
     return pa.compress(data, "zstd", asbytes=True) if name.endswith(".zst") else data
 
 
-@guarded()
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. Returns 0, or 2 if a source or the command line is wrong; then it writes nothing."""
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command. Writes nothing if a source or the command line is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.entries",
         description=__doc__,
@@ -314,13 +315,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         store = Store(folder or ".")
         store.write(name, _encoded(name, entries.table()))
         store.write(f"{name}.sources.json", json.dumps({"sources": entries.sources}, indent=1).encode())
-    except (EntriesError, PoolError, OSError) as error:
-        console.error(str(error).removeprefix("url: "))  # the caption column also serves as the url
-        return 2
+    except (PoolError, OSError) as error:
+        raise EntriesError(str(error).removeprefix("url: ")) from None  # the caption column also serves as the url
     for source in entries.sources:
         print(f"{source['source']}: {source['entries']:,} entries, {source['new']:,} of them new")
     print(f"{len(entries.found):,} entries in {args.out}")
-    return 0
 
 
 if __name__ == "__main__":

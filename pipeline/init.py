@@ -16,7 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.terminal import guarded
+from trainer.errors import InputError
+from trainer.terminal import entry_point
 
 PACKAGE = Path(__file__).parent
 DEMO_FILES = ("scorer", "entries.json")
@@ -31,16 +32,19 @@ def recipes() -> dict[str, Path]:
 def copy(name: str, folder: Path) -> list[Path]:
     """Copies the recipe `name` to a folder, with the files that it names. Returns the new files.
 
-    Writes nothing and raises KeyError for an unknown name, or FileExistsError if a file already exists. Keeps a
-    `train_demo.yaml` that exists, which both `demo` and `study` name.
+    Raises InputError, and writes nothing, if the name is unknown or a file already exists. Keeps a `train_demo.yaml`
+    that exists, which both `demo` and `study` name.
     """
-    texts = {f"{name}.yaml": recipes()[name]}
+    shipped = recipes()
+    if name not in shipped:
+        raise InputError(f"no shipped recipe {name!r}; `winnow init` lists them")
+    texts = {f"{name}.yaml": shipped[name]}
     if name in ("demo", "study") and not (folder / "train_demo.yaml").exists():
-        texts["train_demo.yaml"] = recipes()["train_demo"]
+        texts["train_demo.yaml"] = shipped["train_demo"]
     data = DEMO_FILES if name == "demo" else ()
     targets = [*(folder / target for target in texts), *([folder / "demo"] if data else [])]
     if taken := [target for target in targets if target.exists()]:
-        raise FileExistsError(f"{taken[0]} already exists")
+        raise InputError(f"{taken[0]} already exists; nothing was written")
     folder.mkdir(parents=True, exist_ok=True)
     for file_name, template in texts.items():
         # In a checkout the demo's files lie inside the package.
@@ -55,9 +59,9 @@ def copy(name: str, folder: Path) -> list[Path]:
     return targets
 
 
-@guarded()
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns 2 for an unknown name or an existing file."""
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="winnow init", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,19 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, path in recipes().items():
             first = path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
             print(f"{name:24}{first}")
-        return 0
-    try:
-        for target in copy(args.name, args.folder):
-            print(f"wrote {target}")
-    except KeyError:
-        print(f"error: no shipped recipe {args.name!r}; `winnow init` lists them", file=sys.stderr)
-        return 2
-    except FileExistsError as error:
-        print(f"error: {error}; nothing was written", file=sys.stderr)
-        return 2
+        return
+    for target in copy(args.name, args.folder):
+        print(f"wrote {target}")
     if args.name == "demo":
         print("next: `winnow web runs/demo-web` in one terminal, `winnow run demo.yaml` in another")
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from trainer.errors import FailedError
 
-class BooksError(Exception):
+
+class BooksError(FailedError):
     """Rows were lost or duplicated: a step did not receive exactly the rows that the previous step kept."""
 
 

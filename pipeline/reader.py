@@ -44,7 +44,7 @@ from pipeline.scheduler.passes import (
 from pipeline.schema import DROP, INLINE, POSITION, SAMPLE, is_heavy
 from pipeline.step import Step
 from pipeline.storage import Entry, Store
-from trainer.errors import store_cure
+from trainer.errors import InputError, store_cure
 from trainer.spelling import did_you_mean
 from trainer.terminal import masked
 
@@ -62,7 +62,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class RunError(ValueError):
+class RunError(InputError):
     """What was requested does not exist: a run, a finished run, a step, a column, or passes that were removed. The
     message names the path and the cure."""
 

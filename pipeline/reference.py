@@ -21,7 +21,8 @@ from pipeline.fetch.reasons import REASONS
 from pipeline.recipe import PoolSpec, Recipe, built_in_steps, find_step
 from pipeline.step import Filter, Sink, Stage, Step
 from trainer.config import TrainConfig
-from trainer.terminal import guarded
+from trainer.errors import InputError
+from trainer.terminal import entry_point
 
 CONFIGURATION = """\
 # Configuration keys
@@ -120,9 +121,9 @@ def _default(field: dataclasses.Field) -> str:  # type: ignore[type-arg]
     return "`.inf`" if value == math.inf else f"`{json.dumps(value, ensure_ascii=False)}`"
 
 
-@guarded()
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns 2 for an unknown step."""
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="winnow steps",
         description="Prints the reference of all steps, or of those named, in Markdown.",
@@ -136,13 +137,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.configuration:
         print(configuration_page(), end="")
-        return 0
+        return
     try:
         print("\n".join(describe(find_step(name)) for name in args.names) if args.names else steps_page(), end="")
     except ValueError as error:
-        print(f"error: {' '.join(args.names)}: {error}", file=sys.stderr)
-        return 2
-    return 0
+        raise InputError(f"{' '.join(args.names)}: {error}") from None
 
 
 if __name__ == "__main__":

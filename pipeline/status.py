@@ -24,12 +24,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.reader import Run, RunError, open_run
+from pipeline.reader import Run, open_run
 from pipeline.scheduler.claim import find_owner
 from pipeline.scheduler.events import PERIOD, read_events
 from pipeline.scheduler.progress import clock
-from pipeline.storage import DamagedError, Store
-from trainer.terminal import Console, guarded, interrupted
+from pipeline.storage import Store
+from trainer.terminal import Console, entry_point, interrupted
 
 RECENT = 60.0
 """Seconds over which the current rate of a pass is measured."""
@@ -147,7 +147,7 @@ def _ago(seconds: float) -> str:
     return f"{clock(max(0.0, seconds))} ago"
 
 
-@guarded()
+@entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
@@ -176,12 +176,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not args.follow or status["state"] != "running":
                 return 0
             time.sleep(PERIOD)
-    except RunError as error:
-        Console(stderr=True).error(error)
-        return 2
-    except (DamagedError, OSError) as error:
-        Console(stderr=True).error(error)
-        return 1
     except KeyboardInterrupt as stop:
         return interrupted(stop)
     finally:

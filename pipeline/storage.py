@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer import atomic
-from trainer.errors import store_cure
+from trainer.errors import FailedError, store_cure
 
 Entry = dict[str, Any]
 """A file as listed in a record: its `name` in the store, its size in `bytes`, and its `sha256`."""
@@ -35,7 +35,7 @@ Entry = dict[str, Any]
 _SEAL = b', "sha256": "'
 
 
-class DamagedError(Exception):
+class DamagedError(FailedError):
     """A stored file is missing or does not match its record. The message begins with the file's path."""
 
 

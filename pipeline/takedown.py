@@ -32,17 +32,18 @@ import pyarrow.parquet as pq
 from rich.progress import track
 
 from pipeline.dataset.card import About
-from pipeline.ledger import BooksError, Funnel, Line
+from pipeline.ledger import Funnel, Line
 from pipeline.reader import Run, RunError, open_run
 from pipeline.recipe import Recipe
-from pipeline.scheduler.claim import Claim, InUseError, LostClaimError, hold
+from pipeline.scheduler.claim import Claim, hold
 from pipeline.scheduler.passes import Pass, surviving_rows
 from pipeline.scheduler.taken_down import NAME, REASON, TAKEN, read_taken
 from pipeline.schema import DROP, SAMPLE
 from pipeline.stages.write_shards import WriteShards
 from pipeline.storage import DamagedError, Entry, Store, sealed
 from pipeline.text.takedown_list import KINDS, TakedownList
-from trainer.terminal import Console, guarded
+from trainer.errors import InputError
+from trainer.terminal import Console, entry_point
 
 AT_ONCE = 8
 """Shards read or rewritten at a time."""
@@ -240,7 +241,7 @@ class FinishedRun:
             return list(track(done, what, len(items), console=self.console, transient=True, disable=quiet))
 
 
-@guarded()
+@entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
@@ -252,26 +253,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", help="the folder of a finished run, local or remote")
     parser.add_argument("list", help="the list, a text file")
     args = parser.parse_args(argv)
-    errors = Console(stderr=True)
     try:
         listed = TakedownList(args.list)
     except (OSError, ValueError) as error:
-        errors.error(error)
-        return 2
-    try:
-        run = open_run(args.run)
-        if not run.finished:
-            raise RunError(f"{args.run} is not finished; run its command again first")
-        store = Store(args.run)
-        with hold(store) as claim:
-            finished = FinishedRun(run, store, claim, errors)
-            done = finished.take_down(listed)
-    except (RunError, InUseError) as error:
-        errors.error(error)
-        return 2
-    except (BooksError, DamagedError, LostClaimError, OSError) as error:
-        errors.error(error)
-        return 1
+        raise InputError(error) from None
+    run = open_run(args.run)
+    if not run.finished:
+        raise RunError(f"{args.run} is not finished; run its command again first")
+    store = Store(args.run)
+    with hold(store) as claim:
+        finished = FinishedRun(run, store, claim, Console(stderr=True))
+        done = finished.take_down(listed)
     if not done.rewritten:
         print(f"no sample in the {done.shards:,} shards is listed; nothing was changed")
         return 0

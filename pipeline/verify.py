@@ -37,7 +37,8 @@ from pipeline.schema import MERGED
 from pipeline.stages.write_shards import FORMAT
 from pipeline.storage import DamagedError, Entry, Store
 from trainer import atomic
-from trainer.terminal import Console, guarded
+from trainer.errors import FailedError
+from trainer.terminal import Console, entry_point
 
 FULL_BYTES = 4 << 30
 """Runs up to this size are hashed even without `--deep`, which takes seconds."""
@@ -446,7 +447,7 @@ def _hashes(uids: pa.ChunkedArray) -> np.ndarray:
     return np.asarray(mixed ^ (mixed >> np.uint64(32)))
 
 
-@guarded()
+@entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0 if the run matches its records, 1 otherwise."""
     parser = argparse.ArgumentParser(
@@ -462,8 +463,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         audit = check_run(Store(args.run), errors, args.deep)
     except OSError as error:
-        errors.error(f"{args.run}: {error}")
-        return 1
+        raise FailedError(f"{args.run}: {error}") from None
     for problem in audit.problems:
         errors.error(problem)
     for part in audit.unchecked:

@@ -6,12 +6,9 @@ Does not import torch, so that `--help` is fast. Commands import the code that r
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from trainer.config import PRECISIONS, ConfigError
-from trainer.errors import InputError
 from trainer.terminal import Console
 
 if TYPE_CHECKING:
@@ -42,16 +39,6 @@ def open_encoder(args: argparse.Namespace) -> Encoder:
     if args.batch_size < 1:
         raise ConfigError("--batch-size", [f"found {args.batch_size}, expected at least 1"])
     return Encoder(*load(args.model, args.pretrained, find_device(args.device), args.precision), args.batch_size)
-
-
-def exit_status(run: Callable[[], object]) -> int:
-    """Runs a command; returns 0, or prints an error and returns 2 for wrong input and 1 for an I/O error."""
-    try:
-        run()
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    return 0
 
 
 def say(line: str) -> None:

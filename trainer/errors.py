@@ -1,10 +1,14 @@
-"""The base of all errors that the user can fix, and the fix for missing packages."""
+"""The errors that end a command with a line, and the fix for missing packages."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
     """Wrong input: a configuration, an option, a file. Commands print the message and exit with status 2."""
+
+
+class FailedError(Exception):
+    """The input is right, but the work failed. Commands print the message and exit with status 1."""
 
 
 def store_cure(url: str, error: BaseException) -> str:

@@ -17,13 +17,13 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.command import exit_status
 from trainer.config import PRECISIONS
 from trainer.errors import InputError
-from trainer.terminal import guarded
+from trainer.terminal import entry_point
 
 if TYPE_CHECKING:
     from trainer.model import Tokenizer
@@ -75,8 +75,8 @@ def export(state: dict[str, Any], out: Path, precision: str = "fp32", tokenizer:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-@guarded()
-def main(argv: list[str] | None = None) -> int:
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -92,22 +92,19 @@ def main(argv: list[str] | None = None) -> int:
     from trainer import checkpoint
     from trainer.model import find_tokenizer
 
-    def run() -> None:
-        check_replaceable(args.out)
-        path: Path | None = args.checkpoint
-        damaged: list[str] = []
-        if args.checkpoint.is_dir():
-            path, damaged = checkpoint.newest_whole(args.checkpoint)
-        if path is None:
-            raise checkpoint.CheckpointError(f"{args.checkpoint} has no checkpoints/step-*.pt")
-        state = checkpoint.load(path)
-        for line in damaged:
-            print(f"warning: {line}; exporting {path.name} instead", file=sys.stderr)
-        export(state, args.out, args.precision, find_tokenizer(state["config"]["model"]))
-        parameters = sum(value.numel() for value in state["model"].values() if torch.is_tensor(value))
-        print(f"{args.out}: step {state['step']}, {parameters:,} values in {args.precision}")
-
-    return exit_status(run)
+    check_replaceable(args.out)
+    path: Path | None = args.checkpoint
+    damaged: list[str] = []
+    if args.checkpoint.is_dir():
+        path, damaged = checkpoint.newest_whole(args.checkpoint)
+    if path is None:
+        raise checkpoint.CheckpointError(f"{args.checkpoint} has no checkpoints/step-*.pt")
+    state = checkpoint.load(path)
+    for line in damaged:
+        print(f"warning: {line}; exporting {path.name} instead", file=sys.stderr)
+    export(state, args.out, args.precision, find_tokenizer(state["config"]["model"]))
+    parameters = sum(value.numel() for value in state["model"].values() if torch.is_tensor(value))
+    print(f"{args.out}: step {state['step']}, {parameters:,} values in {args.precision}")
 
 
 if __name__ == "__main__":

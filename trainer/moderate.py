@@ -26,15 +26,16 @@ import io
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from trainer import atomic
-from trainer.command import add_model_arguments, exit_status, open_encoder, say
+from trainer.command import add_model_arguments, open_encoder, say
 from trainer.config import ConfigError
 from trainer.samples import Sample, read_pictures
-from trainer.terminal import guarded
+from trainer.terminal import entry_point
 from trainer.yamlfile import Document
 
 if TYPE_CHECKING:
@@ -135,8 +136,8 @@ def moderate(args: argparse.Namespace, out: TextIO) -> None:
     say(f"{total:,} pictures: {counts}" + (f"; {unread:,} could not be read" if unread else ""))
 
 
-@guarded()
-def main(argv: list[str] | None = None) -> int:
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.moderate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -145,19 +146,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="file for the lines, instead of standard output")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
-
-    def run() -> None:
-        if not args.output:
-            moderate(args, sys.stdout)
-            return
-        # Atomic, because a truncated file would not show which pictures are missing.
-        with atomic.replacing(args.output, parents=True) as file:
-            # A byte of a file name that is not UTF-8 becomes an escape that JSON can read.
-            text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", write_through=True)
-            moderate(args, text)
-            text.detach()
-
-    return exit_status(run)
+    if not args.output:
+        moderate(args, sys.stdout)
+        return
+    # Atomic, because a truncated file would not show which pictures are missing.
+    with atomic.replacing(args.output, parents=True) as file:
+        # A byte of a file name that is not UTF-8 becomes an escape that JSON can read.
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", write_through=True)
+        moderate(args, text)
+        text.detach()
 
 
 if __name__ == "__main__":

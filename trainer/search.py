@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer import atomic
-from trainer.command import add_model_arguments, exit_status, open_encoder, say
+from trainer.command import add_model_arguments, open_encoder, say
 from trainer.config import ConfigError
 from trainer.samples import (
     EvaluationError,
@@ -39,7 +40,7 @@ from trainer.samples import (
     read_vectors,
 )
 from trainer.shards import Shards, ShardsError
-from trainer.terminal import guarded, progress
+from trainer.terminal import entry_point, progress
 
 if TYPE_CHECKING:
     from trainer.features import Encoder
@@ -251,8 +252,8 @@ def _faiss() -> Any:
     return faiss
 
 
-@guarded()
-def main(argv: list[str] | None = None) -> int:
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m trainer.search", description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", metavar="embed | index | query", required=True)
@@ -277,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if getattr(args, "part", 1) < 1 or (getattr(args, "lists", None) or 0) < 0:
         parser.error("--part, --lists: expected a positive number")
-    return exit_status(lambda: args.run(args))
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from trainer.command import exit_status, say
+from trainer.command import say
 from trainer.errors import InputError
-from trainer.terminal import guarded, progress
+from trainer.terminal import entry_point, progress
 
 BLOCK = 1 << 20
 """Positions of the run that are searched for replacements in one array."""
@@ -164,9 +164,9 @@ def seen(checkpoint: str, uids: str, shards: str | None = None) -> Iterator[dict
         yield {"uid": uid, "samples": samples[i], "steps": sorted(steps[i])}
 
 
-@guarded()
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.seen",
         description=__doc__,
@@ -177,12 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--uids", required=True, metavar="FILE", help="file of uids, one per line")
     parser.add_argument("--shards", help="where the data is now, if it moved since the training")
     args = parser.parse_args(argv)
-
-    def run() -> None:
-        for line in seen(args.checkpoint, args.uids, args.shards):
-            print(json.dumps(line))
-
-    return exit_status(run)
+    for line in seen(args.checkpoint, args.uids, args.shards):
+        print(json.dumps(line))
 
 
 if __name__ == "__main__":

@@ -8,18 +8,21 @@ change the window title or hide what follows. `Console` makes such text safe and
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any, TypeVar
 
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
+
+from trainer.errors import FailedError, InputError
 
 PLAIN_EVERY = 10.0
 """Seconds between lines of progress if standard error is not a terminal."""
@@ -158,6 +161,24 @@ def guarded() -> Iterator[None]:
         raise SystemExit(interrupted(stop)) from None
     finally:
         sys.stdout, sys.stderr = kept
+
+
+def entry_point(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
+    """Decorates the main function of a command: its output is `guarded`, and its errors become a line and a status.
+
+    Returns 2 after an InputError, 1 after a FailedError or OSError, else what `main` returns, where None is 0.
+    """
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        with guarded():
+            try:
+                return main(argv) or 0
+            except (InputError, FailedError, OSError) as error:
+                Console(stderr=True).error(error)
+                return 2 if isinstance(error, InputError) else 1
+
+    return run
 
 
 @contextlib.contextmanager

@@ -25,14 +25,15 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Sequence
 
 from trainer.config import describe, load_config
-from trainer.errors import InputError
-from trainer.terminal import guarded, interrupted
+from trainer.errors import FailedError
+from trainer.terminal import entry_point, interrupted
 
 
-@guarded()
-def main(argv: list[str] | None = None) -> int:
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.train",
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from trainer import cost, distributed, loop
     from trainer.evaluation import parse
-    from trainer.training import DivergedError, StoppedError
+    from trainer.training import StoppedError
 
     try:
         config = load_config(args.conf, args.overrides + ([f"resume={args.resume}"] if args.resume else []))
@@ -62,13 +63,9 @@ def main(argv: list[str] | None = None) -> int:
             distributed.on_ray(loop.train, config)
         else:
             loop.train(config)
-    except (InputError, DivergedError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
     except torch.OutOfMemoryError as error:
         cure = "Set micro_batch_size (--plan says what fits) or grad_checkpointing=true, or train on more ranks."
-        print(f"error: {str(error).splitlines()[0]}\n  {cure}", file=sys.stderr)
-        return 1
+        raise FailedError(f"{str(error).splitlines()[0]}\n  {cure}") from None
     except StoppedError:
         print("stopped by SIGTERM; the same command resumes from the checkpoint just written", file=sys.stderr)
         return 128 + signal.SIGTERM

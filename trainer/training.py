@@ -17,6 +17,7 @@ from trainer import checkpoint, distributed
 from trainer.config import FREE_ON_RESUME, ConfigError, TrainConfig
 from trainer.data import Batch, Batches, open_shards
 from trainer.device import Precision, choose_precision, find_device
+from trainer.errors import FailedError
 from trainer.loss import MAX_LOG_SCALE, chance, clip_loss, siglip_loss
 from trainer.model import (
     DTYPES,
@@ -41,7 +42,7 @@ class StoppedError(Exception):
     """The training was stopped by SIGTERM and can be resumed."""
 
 
-class DivergedError(RuntimeError):
+class DivergedError(FailedError):
     """The loss or its gradient is not finite, or the loss stayed at chance level; the message names samples."""
 
 

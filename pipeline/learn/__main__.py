@@ -33,14 +33,13 @@ from pipeline.learn.training_rows import (
     MIN_PER_CLASS,
     ROWS,
     SEED,
-    InputError,
     Sample,
     Target,
     choose_columns,
     draw,
     read_target,
 )
-from trainer.terminal import Console, guarded
+from trainer.terminal import Console, entry_point
 
 if TYPE_CHECKING:
     from pipeline.reader import Run
@@ -172,7 +171,7 @@ def _usage(args: argparse.Namespace) -> Iterator[str]:
         yield f"--out {args.out} is a folder; name a file in it, such as {args.out / NAME}"
 
 
-@guarded()
+@entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0 if the mixture was written, 2 for unusable input, else 1."""
     args = _parser().parse_args(argv)
@@ -181,27 +180,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in problems:
             errors.error(problem)
         return 2
-    from pipeline.reader import RunError, open_run
-    from pipeline.storage import DamagedError, Store
+    from pipeline.reader import open_run
+    from pipeline.storage import Store
 
     kind = next(name for name in ("labels", "positives", "losses") if getattr(args, name) is not None)
     out: Path = args.out or Path(args.run) / "report" / NAME
-    try:
-        target = read_target(kind, getattr(args, kind))
-        run = open_run(args.run)
-        columns, after = choose_columns(run, args.columns, args.vectors, args.after)
-        with _progress(errors, run) as done:
-            sample = draw(run, target, columns, after, args.rows, args.folds, args.seed, done)
-        with errors.status("fitting the mixture, and once more without each column"):
-            findings = fit(sample, columns, target.unlabelled, args.seed)
-        about = _about(run, target, sample, findings, after, args.seed)
-        Store(os.fspath(out.parent)).write(out.name, findings.mixture.to_bytes(about))
-    except (InputError, RunError) as error:
-        errors.error(error)
-        return 2
-    except (DamagedError, OSError) as error:
-        errors.error(error)
-        return 1
+    target = read_target(kind, getattr(args, kind))
+    run = open_run(args.run)
+    columns, after = choose_columns(run, args.columns, args.vectors, args.after)
+    with _progress(errors, run) as done:
+        sample = draw(run, target, columns, after, args.rows, args.folds, args.seed, done)
+    with errors.status("fitting the mixture, and once more without each column"):
+        findings = fit(sample, columns, target.unlabelled, args.seed)
+    about = _about(run, target, sample, findings, after, args.seed)
+    Store(os.fspath(out.parent)).write(out.name, findings.mixture.to_bytes(about))
     show(console, findings, sample, target, args.keep, args.seed)
     console.say(f"\nwrote {out}; in a recipe, below the steps that add these columns:\n")
     for line in recipe_lines(out, args.keep):

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.learn.training_rows import SEED, InputError, Sample
+from pipeline.learn.training_rows import SEED, Sample
+from trainer.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.similarity import embeddings
 from pipeline.text.hashing import hash64
+from trainer.errors import InputError
 
 if TYPE_CHECKING:
     from pipeline.reader import Run
@@ -25,10 +26,6 @@ MIN_PER_CLASS = 20
 """Fewest rows of each class; fewer give intervals too wide to be useful."""
 TABLES = 256
 """Tables held before they are joined. The tables of all units of a large run would take more memory than their rows."""
-
-
-class InputError(ValueError):
-    """The run or a file cannot be used. The message names it, what was found, and what to do."""
 
 
 @dataclass(frozen=True)

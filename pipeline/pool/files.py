@@ -22,13 +22,14 @@ from pipeline.fetch.reasons import find
 from pipeline.pool import sidecar
 from pipeline.recipe import PoolSpec
 from pipeline.storage import Store, special_file
+from trainer.errors import InputError
 
 FORMATS = ("parquet", "csv", "tsv", "jsonl", "json", "wat")
 _FETCHING = re.compile(r"(download|read_shards)(\.\d+)?")
 """Labels of the steps whose drops may be transient."""
 
 
-class PoolError(ValueError):
+class PoolError(InputError):
     """The pool cannot be read. The message names the file and the cause."""
 
 

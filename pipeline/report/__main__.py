@@ -17,33 +17,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pipeline.reader import RunError, open_run
+from pipeline.reader import open_run
 from pipeline.report.report import write
-from pipeline.storage import DamagedError
-from trainer.terminal import Console, guarded
+from trainer.terminal import Console, entry_point
 
 
-@guarded()
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", help="the folder or address of a finished run")
     parser.add_argument("--out", help="file to write instead of RUN/report/index.html")
     args = parser.parse_args(argv)
-    console, errors = Console(), Console(stderr=True)
-    try:
-        run = open_run(args.run)
-        written = write(run, args.run, args.out, console)
-    except RunError as error:
-        errors.error(error)
-        return 2
-    except (DamagedError, OSError) as error:
-        errors.error(error)
-        return 1
-    written.show(console)
-    return 0
+    console = Console()
+    write(open_run(args.run), args.run, args.out, console).show(console)
 
 
 if __name__ == "__main__":

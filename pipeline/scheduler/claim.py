@@ -27,6 +27,7 @@ from typing import Any
 
 from pipeline.scheduler.progress import clock
 from pipeline.storage import DamagedError, Store
+from trainer.errors import FailedError, InputError
 from trainer.terminal import one_line
 
 HEARTBEAT = 10.0
@@ -39,11 +40,11 @@ WATCH = 1.5 * HEARTBEAT
 """Seconds to watch an expired claim for changes before taking it over."""
 
 
-class InUseError(Exception):
+class InUseError(InputError):
     """The run directory belongs to a running command."""
 
 
-class LostClaimError(Exception):
+class LostClaimError(FailedError):
     """Another command has taken over the run directory; this one must stop writing."""
 
 

@@ -27,12 +27,12 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from pipeline.reader import RunError, open_run
-from pipeline.storage import DamagedError
+from pipeline.reader import open_run
 from pipeline.studio.cuts import default_step
 from pipeline.studio.server import application
 from pipeline.studio.studio import Studio
-from trainer.terminal import Console, guarded
+from trainer.errors import InputError
+from trainer.terminal import Console, entry_point
 
 PORT = 8790
 
@@ -54,9 +54,9 @@ async def _serve(studio: Studio, port: int, console: Console) -> None:
         await runner.cleanup()
 
 
-@guarded()
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.studio",
         description=__doc__,
@@ -83,19 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             console.say(f"{studio.rows.n:,} rows after {after}")
             asyncio.run(_serve(studio, args.port, console))
-    except RunError as error:
-        errors.error(error)
-        return 2
     except OSError as error:
-        taken = error.errno in (errno.EACCES, errno.EADDRINUSE) and "bind" in str(error)
-        errors.error(f"--port {args.port}: {error}; give another --port" if taken else error)
-        return 2 if taken else 1
-    except DamagedError as error:
-        errors.error(error)
-        return 1
+        if error.errno in (errno.EACCES, errno.EADDRINUSE) and "bind" in str(error):
+            raise InputError(f"--port {args.port}: {error}; give another --port") from None
+        raise
     except KeyboardInterrupt:
         pass
-    return 0
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.study.study_plan import StudyError, load
-from trainer.terminal import Console, guarded, interrupted
+from trainer.terminal import Console, entry_point, interrupted
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def claimed(out: Path) -> Iterator[None]:
         yield
 
 
-@guarded()
+@entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(
@@ -54,26 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replaces a value of the file")
     args = parser.parse_args(argv)
     errors = Console(stderr=True)
-    try:
-        plan = load(args.study, args.overrides)
-        # Imported here because numpy and pyarrow take time, and --help does not need them.
-        from pipeline.reader import RunError
-        from pipeline.storage import DamagedError
-        from pipeline.study import outputs, study
-        from pipeline.study.arms import ArmError
-        from trainer.errors import InputError
-    except StudyError as error:
-        errors.error(error)
-        return 2
+    plan = load(args.study, args.overrides)
+    # Imported here because numpy and pyarrow take time, and --help does not need them.
+    from pipeline.study import outputs, study
+
     try:
         with claimed(Path(plan.out)):
             outputs.show(study.run(plan, errors), Path(plan.out))
-    except (InputError, RunError) as error:
-        errors.error(error)
-        return 2
-    except (ArmError, DamagedError, OSError) as error:
-        errors.error(error)
-        return 1
     except KeyboardInterrupt as stop:
         errors.say("stopped; run the same command to resume")
         return interrupted(stop)

@@ -32,11 +32,12 @@ from pipeline.study.study_plan import StudyError, Training
 from pipeline.text.hashing import hash64
 from trainer import atomic
 from trainer.config import FREE_ON_RESUME, TrainConfig
+from trainer.errors import FailedError
 from trainer.shards import ABSENT, PICTURES_FORMAT
 from trainer.terminal import progress
 
 
-class ArmError(RuntimeError):
+class ArmError(FailedError):
     """A training failed. The message names the arm, the cause and the log."""
 
 

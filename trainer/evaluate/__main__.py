@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from trainer import atomic
-from trainer.command import add_model_arguments, exit_status
+from trainer.command import add_model_arguments
 from trainer.evaluate import bias, fewshot, overlap, probe, retrieval, robustness, zeroshot
 from trainer.samples import EvaluationError
-from trainer.terminal import guarded
+from trainer.terminal import entry_point
 
 TASKS = {
     "zeroshot": zeroshot,
@@ -30,8 +31,8 @@ TASKS = {
 }
 
 
-@guarded()
-def main(argv: list[str] | None = None) -> int:
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description=__doc__, formatter_class=formatter)
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         sub.add_argument("--output", type=Path, help="file for the JSON, instead of standard output")
         task.add_arguments(sub)
     args = parser.parse_args(argv)
-    return exit_status(lambda: report(args))
+    report(args)
 
 
 def report(args: argparse.Namespace) -> None:
