@@ -100,7 +100,7 @@ class Limits:
     retries: int = 2
     max_bytes: int = 20_000_000
     min_rate: int = 1000
-    bytes_in_flight: int = 128_000_000
+    bytes_in_flight: int = 64_000_000
     per_host: int = 8
     user_agent_token: str = "winnow"
     user_agent_contact: str = ""

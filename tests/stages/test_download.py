@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import hashlib
 import io
 import os
@@ -22,8 +23,9 @@ from PIL import Image
 
 from pipeline.fetch import client as client_module
 from pipeline.fetch import concurrent_rows as rows_module
-from pipeline.fetch.client import Client
-from pipeline.fetch.decoder import Decoder, Picture
+from pipeline.fetch.client import Client, Limits
+from pipeline.fetch.decoder import Decoder, Picture, Rules
+from pipeline.fetch.hosts import Politeness
 from pipeline.stages import download as download_module
 from pipeline.stages.download import Download
 from pipeline.step import apply
@@ -373,3 +375,13 @@ def test_inline_pictures_are_not_fetched(server: Server) -> None:
     assert kept["sha256"][0].as_py() == hashlib.sha256(jpeg(90, 70)).hexdigest()
     assert drops["reason"].to_pylist() == ["not_an_image", "body_too_large"]
     assert sum(server.hits.values()) <= asked + 2, "the one row without a picture, and robots.txt"
+
+
+@pytest.mark.parametrize("parts", [Limits, Politeness, Rules])
+def test_the_step_hands_on_its_own_defaults(parts: type[Any]) -> None:
+    step, own = Download(), parts()
+    shared = [field.name for field in dataclasses.fields(parts) if hasattr(step, field.name)]
+    assert len(shared) > 5
+    for name in shared:
+        value = getattr(step, name)
+        assert getattr(own, name) == (tuple(value) if isinstance(value, list) else value), name
