@@ -441,6 +441,18 @@ class SinkPass(BarrierPass):
 KINDS: dict[str, type[Pass]] = {cls.kind: cls for cls in (PoolPass, UnitPass, MeasurePass, BarrierPass, SinkPass)}
 
 
+class _Column(NamedTuple):
+    """A column that steps may read, and what its values depend on."""
+
+    dtype: pa.DataType
+    source: str = ""
+    """A hash of everything that determines the values; empty for a column of the pool."""
+    origins: frozenset[str] = frozenset()
+    """The columns of the pool that determine the values."""
+    measured: frozenset[str] = frozenset()
+    """The keys of the `measure` passes that determine the values."""
+
+
 def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.DataType]) -> list[Pass]:
     """Cuts a recipe into passes.
 
@@ -448,55 +460,49 @@ def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.Da
     would otherwise not get whole units, and before a `Fitted` step. The first pass ingests the pool; `types` are the
     pool's columns besides SAMPLE.
     """
-    known = {**{f.name: f.type for f in SAMPLE}, **types}
-    passes: list[Pass] = [PoolPass(_key("", pool_key), "pool", adds=dict(known))]
-    sources: dict[str, str] = {}
-    """For each column that a step added, a hash of what determines its values."""
-    origins = {column: {column} for column in known}
-    """For each column, the pool's columns that determine its values. A step may read SAMPLE without declaring it."""
-    measured: dict[str, set[str]] = {column: set() for column in known}
-    """For each column, the keys of the `measure` passes that determine its values."""
+    pool_types = {**{f.name: f.type for f in SAMPLE}, **types}
+    columns = {name: _Column(dtype, origins=frozenset({name})) for name, dtype in pool_types.items()}
+    passes: list[Pass] = [PoolPass(_key("", pool_key), "pool", adds=pool_types)]
     steps: list[Step] = []
     identities: list[dict[str, Any]] = []
 
     def close(kind: type[Pass] = UnitPass) -> None:
-        if steps:
-            adds = {k: v for step in steps for k, v in step.adds.items()}
-            key = _key(passes[-1].rows_key, identities)
-            name = f"{len(passes):02d}-{steps[-1].label}-{key}"
-            if kind is MeasurePass:
-                source, (column, *_) = sources[next(iter(adds))], adds
-                p: Pass = MeasurePass(
-                    source, steps[-1].label, list(steps), adds, f"{steps[-1].name()}-{source}", key,
-                    tuple(sorted({*SAMPLE.names} | origins[column])), tuple(sorted(measured[column])),
-                )  # fmt: skip
-                for column in adds:
-                    measured[column] = measured[column] | {source}
-            else:
-                p = kind(key, steps[-1].label, list(steps), adds, name)
-            passes.append(p)
-            steps.clear()
-            identities.clear()
+        if not steps:
+            return
+        adds = {k: v for step in steps for k, v in step.adds.items()}
+        key, label = _key(passes[-1].rows_key, identities), steps[-1].label
+        if kind is MeasurePass:
+            column = columns[next(iter(adds))]
+            root = f"{steps[-1].name()}-{column.source}"
+            # A step may read the columns of SAMPLE without declaring them.
+            origins, measured = tuple(sorted({*SAMPLE.names} | column.origins)), tuple(sorted(column.measured))
+            passes.append(MeasurePass(column.source, label, list(steps), adds, root, key, origins, measured))
+            columns.update({c: columns[c]._replace(measured=columns[c].measured | {column.source}) for c in adds})
+        else:
+            passes.append(kind(key, label, list(steps), adds, f"{len(passes):02d}-{label}-{key}"))
+        steps.clear()
+        identities.clear()
 
     for step in recipe.steps:
         scope = step.scope if isinstance(step, Filter) else "row"
         alone: type[Pass] | None = BarrierPass if scope == "run" else SinkPass if isinstance(step, Sink) else None
         alone = MeasurePass if step.expensive else alone
+        heavy = {name for name, column in columns.items() if is_heavy(column.dtype)}
         regroups = any(isinstance(s, Stage) and type(s).stream is not Stage.stream for s in steps)
         wants_units = any(isinstance(s, Filter) and s.scope == "unit" for s in steps)
-        pixels = any(is_heavy(known[c]) for c in step.needs if c in known and not any(c in s.adds for s in steps))
-        reads_heavy = any(is_heavy(known[c]) for s in steps for c in s.needs if c in known)
+        pixels = any(c in heavy and not any(c in s.adds for s in steps) for c in step.needs)
+        reads_heavy = any(not heavy.isdisjoint(s.needs) for s in steps)
         torn = scope == "unit" and (regroups or reads_heavy)
         if alone or torn or (wants_units and pixels) or isinstance(step, Fitted):
             close()
-        step.needs = (*step.needs, *(c for c in step.wants if c in known and c not in step.needs))  # type: ignore[misc]
+        step.needs = (*step.needs, *(c for c in step.wants if c in columns and c not in step.needs))  # type: ignore[misc]
         steps.append(step)
         identities.append(identity(step))
-        known |= step.adds
-        source = _key("", [identities[-1], {c: sources[c] for c in step.needs if c in sources}])
-        sources |= dict.fromkeys(step.adds, source)
-        for sets in (origins, measured):
-            sets |= dict.fromkeys(step.adds, set().union(*(sets[c] for c in step.needs if c in sets)))
+        read = {c: columns[c] for c in step.needs if c in columns}
+        source = _key("", [identities[-1], {c: column.source for c, column in read.items() if column.source}])
+        origins = frozenset[str]().union(*(column.origins for column in read.values()))
+        measured = frozenset[str]().union(*(column.measured for column in read.values()))
+        columns |= {name: _Column(dtype, source, origins, measured) for name, dtype in step.adds.items()}
         if alone:
             close(alone)
     close()
