@@ -77,10 +77,13 @@ def masked(data: Any) -> Any:
 
 
 class Console(rich.console.Console):
-    """Rich's console, but it escapes control characters and hides secrets. `stderr=True` writes to standard error."""
+    """Rich's console, but it escapes control characters, hides secrets and makes no emoji of `:a:`.
+
+    `stderr=True` writes to standard error.
+    """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(emoji=False, **options)  # `0.tar:a: no caption` names a file
         if not self.is_terminal:
             self.width = LOG_WIDTH
 

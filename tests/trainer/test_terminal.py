@@ -74,6 +74,11 @@ def test_a_console_passes_its_own_sequences_and_no_others() -> None:
     assert "HUSH" not in out.getvalue()
 
 
+def test_a_console_makes_no_emoji_of_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(stderr=True).error("wds/0.tar:a: no caption")
+    assert capsys.readouterr().err == "error: wds/0.tar:a: no caption\n"
+
+
 def test_whatever_prints_is_guarded(capsys: pytest.CaptureFixture[str]) -> None:
     with guarded():
         print("a\x1b[2Jb", file=sys.stderr)
