@@ -174,4 +174,4 @@ def test_every_command_is_guarded() -> None:
     assert len(commands) > len(PROCESSES) > 0
     for name in sorted(commands.keys() - PROCESSES):
         module = importlib.import_module(name if commands[name].stem != "__main__" else f"{name}.__main__")
-        assert hasattr(module.main, "__wrapped__"), f"{name}: main is decorated with neither @entry_point nor @guarded()"
+        assert hasattr(module.main, "__wrapped__"), f"{name}: main lacks @entry_point or @guarded()"
