@@ -64,7 +64,8 @@ def judge(run: Run, step: RunStep, line: Line, picture_units: set[int], lost: Ta
     Rows to show are taken from `picture_units`; `lost` counts the hosts of the dropped rows.
     """
     judged, name, column = Judged(step, line), step.label.partition(".")[0], step.options.get("column")
-    compares = isinstance(column, str) and column in run.columns(step.label)
+    dtype = run.columns(step.label).get(column) if isinstance(column, str) else None
+    compares = dtype is not None and is_number(dtype)  # `balance` names a column of lists
     bounds = [step.options.get(key) for key in ("min", "max") if compares]
     judged.cuts = [float(bound) for bound in bounds if isinstance(bound, int | float)]
 

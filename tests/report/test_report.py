@@ -176,6 +176,18 @@ def test_the_rows_on_both_sides_of_a_cut(
     assert [float(row.note) for row in judged.below.rows()[:2]] == dropped
 
 
+def test_a_step_may_name_a_column_that_is_no_number() -> None:
+    """`balance: {column: entries}` names a column of lists, and its drops have the number that decided."""
+    drop = {"unit": pa.array([0], pa.int32()), "row": pa.array([0], pa.int32()), "reason": ["balance"], "value": [0.25]}
+    run = SimpleNamespace(
+        columns=lambda label: {"entries": pa.list_(pa.string())},
+        drops=lambda label: [pa.table(drop | {name: ["x"] for name in ("uid", "url", "caption", "detail")})],
+    )
+    step = SimpleNamespace(label="balance", options={"column": "entries"})
+    judged = sections.judge(cast(Run, run), cast(Any, step), Line(), {0}, Tally(10))
+    assert (judged.column, judged.dropped.total, len(judged.random.rows())) == (None, 1, 1)
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e9])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_histogram_counts_every_number_in_its_place(scale: float, seed: int) -> None:
