@@ -38,6 +38,7 @@ from pipeline.scheduler.passes import (
     SinkPass,
     UnitPass,
     byte_ranges,
+    column_types,
     read_unit,
     surviving_rows,
 )
@@ -388,7 +389,7 @@ class Run:
         the columns. Pixels and vectors also need a file of the unit, of some hundred MB, which is hashed once per
         process and copied first if it is remote; so request all rows of a unit together.
         """
-        types = {name: dtype for p in self._passes for name, dtype in p.adds.items()}
+        types = column_types(self._passes)
         wanted = self._wanted(columns, types)
         (unit,) = self._numbers([unit])
         numbers = np.asarray(rows, np.int64).reshape(-1)
@@ -493,7 +494,7 @@ class Run:
     def _types(self, label: str) -> dict[str, pa.DataType]:
         """The columns that exist after a step."""
         index, later = self._places[label]
-        return {k: v for p in self._passes[: index if later else index + 1] for k, v in p.adds.items()}
+        return column_types(self._passes[: index if later else index + 1])
 
     def _wanted(self, columns: str | Iterable[str], types: Mapping[str, pa.DataType], where: str = "") -> list[str]:
         """The names of these columns without `unit` and `row`. Raises RunError if one is not in `types`."""

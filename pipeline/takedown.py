@@ -36,7 +36,7 @@ from pipeline.ledger import Funnel, Line
 from pipeline.reader import Run, RunError, open_run
 from pipeline.recipe import Recipe
 from pipeline.scheduler.claim import Claim, hold
-from pipeline.scheduler.passes import Pass, surviving_rows
+from pipeline.scheduler.passes import Pass, column_types, surviving_rows
 from pipeline.scheduler.taken_down import NAME, REASON, TAKEN, read_taken
 from pipeline.schema import DROP, SAMPLE
 from pipeline.stages.write_shards import WriteShards
@@ -76,7 +76,7 @@ class FinishedRun:
         self.sink, self.last, self.before = sink, self.passes[-1], self.passes[:-1]
         self.folder = store.folder(sink.folder)
         self.shards: list[dict[str, Any]] = json.loads(self.folder.read("manifest.json"))["shards"]
-        self.types = {name: dtype for p in self.before for name, dtype in p.adds.items()}
+        self.types = column_types(self.before)
         self.honours = [wish for step in steps for wish in step.honours()]
         self.has_passes = all(p.complete() is not None for p in self.before)
         """Whether `passes/` still exists. If so, its records are updated too."""

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any, TypeVar
 
 import rich.console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 
 from trainer.errors import FailedError, InputError
@@ -208,6 +207,9 @@ def _sigterm_raised() -> Iterator[None]:
 
 def progress(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
     """Yields the items and counts them on standard error: with a bar on a terminal, else a line every ten seconds."""
+    # Imported here: it takes as long as a fifth of this module, and --help does not need it.
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     printed, count = time.monotonic(), 0

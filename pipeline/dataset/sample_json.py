@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.schema import POSITION, is_heavy
+from pipeline.schema import POSITION, is_binary, is_heavy, is_list, is_text
 
 ORDER = (
     "caption",
@@ -102,9 +102,9 @@ def json_values(column: pa.Array | pa.ChunkedArray, text: Callable[[Any], str] =
         return [None if v is None else v / ticks for v in array.cast(pa.int64()).to_pylist()]
     if _types.is_temporal(dtype):
         return _moments(array)
-    if _is_text(dtype):
+    if is_text(dtype):
         return _texts(array)
-    if _is_bytes(dtype):
+    if is_binary(dtype) or _types.is_fixed_size_binary(dtype):
         return _spelt(array, lambda value: base64.b64encode(value).decode())
     if _types.is_struct(dtype):
         # `flatten` applies the struct's own nulls; `field` does not.
@@ -140,19 +140,8 @@ def json_type(dtype: pa.DataType) -> pa.DataType:
     return dtype if known or (_types.is_integer(dtype) and not _types.is_uint64(dtype)) else pa.string()
 
 
-def _is_text(dtype: pa.DataType) -> bool:
-    return any(test(dtype) for test in (_types.is_string, _types.is_large_string, _types.is_string_view))
-
-
-def _is_bytes(dtype: pa.DataType) -> bool:
-    tests = (_types.is_binary, _types.is_large_binary, _types.is_fixed_size_binary, _types.is_binary_view)
-    return any(test(dtype) for test in tests)
-
-
 def _is_list(dtype: pa.DataType) -> bool:
-    return _types.is_fixed_size_list(dtype) or any(
-        test(dtype) for test in (_types.is_list, _types.is_large_list, _types.is_list_view, _types.is_large_list_view)
-    )
+    return bool(is_list(dtype) or _types.is_list_view(dtype) or _types.is_large_list_view(dtype))
 
 
 def _spelt(array: pa.Array, spell: Callable[[Any], str]) -> list[Any]:

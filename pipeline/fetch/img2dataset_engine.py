@@ -232,13 +232,16 @@ class _Writer:
         position, resizer = int(key), self._resizer
         fields: dict[str, Any] = {"status": meta["status"], "error_message": meta["error_message"]}
         denied, resizer.refused = resizer.refused, None
+        bits = None
         if image is not None and not denied:
-            bits = _phash(image)
+            if self._job["compute_phash"] or (resizer.denied and resizer.denied.holds_pictures):
+                bits = _phash(image)
             denied = resizer.denied.find_picture(bits) if resizer.denied else None
-            claims = self._job["columns"].get("claim")
-            fields |= self._measured(bits, meta) | self._hashes(claims[position] if claims else None)
         if denied:
             fields, image = {"reason": "denied_hash", "detail": denied}, None
+        elif image is not None:
+            claims = self._job["columns"].get("claim")
+            fields |= self._measured(bits, meta) | self._hashes(claims[position] if claims else None)
         fields["position"] = position
         try:
             self._results.send_bytes(json.dumps(fields).encode())

@@ -25,7 +25,7 @@ from pipeline.scheduler.passes import HEAVY_ROWS, PoolPass, check_unit, commit, 
 from pipeline.schema import SAMPLE, is_heavy
 from pipeline.step import drops_table
 from pipeline.storage import DamagedError, Entry, sealed
-from pipeline.text.hashing import hash64
+from pipeline.text.hashing import hash64, uid_pairs
 from pipeline.text.url import canonical
 
 SPOOL_ROWS = 1_000_000
@@ -139,8 +139,8 @@ def gather(
     place = table["place"].to_numpy()
     unit_of = _scale(place, units)
     # Order by hash, uid, then position in the pool, so that the order depends only on the pool.
-    uid = np.frombuffer(bytes.fromhex("".join(table["uid"].to_pylist())), ">u8").reshape(-1, 2)
-    order = np.lexsort((np.arange(len(table)), uid[:, 1], uid[:, 0], place))
+    uid = uid_pairs(table["uid"].to_pylist())
+    order = np.lexsort((np.arange(len(table)), uid["f1"], uid["f0"], place))
     table, unit_of = table.take(pa.array(order)), unit_of[order]
     bounds = np.searchsorted(unit_of, np.arange(first, last + 1))
     for unit, low, high in zip(range(first, last), bounds, bounds[1:]):

@@ -469,7 +469,7 @@ def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.Da
     def close(kind: type[Pass] = UnitPass) -> None:
         if not steps:
             return
-        adds = {k: v for step in steps for k, v in step.adds.items()}
+        adds = column_types(steps)
         key, label = _key(passes[-1].rows_key, identities), steps[-1].label
         if kind is MeasurePass:
             column = columns[next(iter(adds))]
@@ -511,9 +511,9 @@ def make_passes(recipe: Recipe, pool_key: dict[str, Any], types: dict[str, pa.Da
     return passes
 
 
-def column_types(passes: Iterable[Pass]) -> dict[str, pa.DataType]:
-    """The type of each column that these passes add."""
-    return {name: dtype for p in passes for name, dtype in p.adds.items()}
+def column_types(adding: Iterable[Pass | Step]) -> dict[str, pa.DataType]:
+    """The type of each column that these passes or steps add."""
+    return {name: dtype for each in adding for name, dtype in each.adds.items()}
 
 
 def surviving_rows(passes: Sequence[Pass], unit: int) -> np.ndarray:
